@@ -1,0 +1,35 @@
+"""The two-object task: scenes, their images, their captions, and a judge of generated images."""
+
+from __future__ import annotations
+
+from .rendering import render
+from .sampling import sample
+from .scene import (
+    COLORS,
+    COMBINATIONS,
+    DIRECTIONS,
+    HELD_OUT,
+    PHRASES,
+    RELATIONS,
+    SHAPES,
+    WORDS,
+    Combination,
+    Scene,
+    caption,
+)
+
+__all__ = [
+    "COLORS",
+    "COMBINATIONS",
+    "DIRECTIONS",
+    "HELD_OUT",
+    "PHRASES",
+    "RELATIONS",
+    "SHAPES",
+    "WORDS",
+    "Combination",
+    "Scene",
+    "caption",
+    "render",
+    "sample",
+]

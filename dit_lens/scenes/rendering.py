@@ -1,0 +1,58 @@
+"""From a `Scene` to pixels: no anti-aliasing, no noise, so one scene has exactly one image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .scene import IMAGE_SIZE, RADIUS, Color, Scene, Shape
+
+BACKGROUND = (128, 128, 128)
+PIXELS: dict[Color, tuple[int, int, int]] = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+
+
+@cache
+def shape_mask(shape: Shape) -> Bool[np.ndarray, "height width"]:
+    """The pixels of one shape inside its own bounding box; both sides are odd, so the box has a centre pixel.
+
+    Circle and square span 2·RADIUS + 1 = 33 pixels; the triangle is equilateral with side 32 and 29 rows (the height 27.7
+    rounded up to an odd count of rows).
+    """
+    side = 2 * RADIUS
+    height = 28 if shape == "triangle" else side
+    canvas = Image.new("1", (side + 1, height + 1))
+    draw = ImageDraw.Draw(canvas)
+    match shape:
+        case "triangle":
+            draw.polygon([(RADIUS, 0), (0, height), (side, height)], fill=1)
+        case "circle":
+            draw.ellipse([0, 0, side, height], fill=1)
+        case "square":
+            draw.rectangle([0, 0, side, height], fill=1)
+    return np.asarray(canvas)
+
+
+def half_size(shape: Shape) -> tuple[int, int]:
+    """Half the bounding box's (width, height) in pixels: the box spans centre ± this, inclusive."""
+    rows, columns = shape_mask(shape).shape
+    return columns // 2, rows // 2
+
+
+def render(scenes: Sequence[Scene]) -> Float[Tensor, "image 3 height width"]:
+    """Draw scenes: RGB in [0, 1], 128 × 128. Where objects overlap (natural distribution only), object 2 covers object 1."""
+    images = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    images[:] = BACKGROUND
+    for image, scene in zip(images, scenes, strict=True):
+        for shape, color, x, y in (
+            (scene.shape1, scene.color1, scene.x1, scene.y1),
+            (scene.shape2, scene.color2, scene.x2, scene.y2),
+        ):
+            dx, dy = half_size(shape)
+            image[y - dy : y + dy + 1, x - dx : x + dx + 1][shape_mask(shape)] = PIXELS[color]
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255

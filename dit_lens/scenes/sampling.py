@@ -1,0 +1,151 @@
+"""Scenes without end, each a pure function of a seed and an index."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from .rendering import half_size
+from .scene import (
+    BAND,
+    CENTRE_RANGE,
+    COMBINATIONS,
+    DIRECTIONS,
+    HELD_OUT,
+    PHRASES,
+    RELATIONS,
+    Combination,
+    Relation,
+    Scene,
+    other_color,
+    relation_between,
+)
+
+Split = Literal["train", "held_out", "all"]
+Distribution = Literal["balanced", "natural"]
+ColorWords = Literal["optional", "both"]
+
+CHUNK = 64
+"""Scenes share a random generator in chunks of this many, so that `sample(n, seed)` is a prefix of `sample(m > n, seed)`."""
+ANCHOR_OFFSET = 28
+"""Pixels from the image's centre to the layouts that a curriculum starts from."""
+
+
+def sample(
+    n: int,
+    seed: int,
+    *,
+    start: int = 0,
+    split: Split = "train",
+    distribution: Distribution = "balanced",
+    color_words: ColorWords = "optional",
+    spread: float = 1.0,
+) -> list[Scene]:
+    """Draw scenes number `start` … `start + n − 1` of the endless sequence that `seed` names.
+
+    `split`: "train" never yields a combination of `HELD_OUT`, "held_out" yields only those.
+    `distribution`: "balanced" draws the relation uniformly and positions uniformly among those that realise it without overlap;
+    "natural" is the original's (paper, data set `objectRel_pilot2`): both centres uniform, relation derived, overlap allowed.
+    `color_words`: "optional" names each colour with probability one half, as in the original training set.
+    `spread` in [0, 1] is a curriculum: 0 keeps both objects within 2 px of eight fixed layouts, 1 is the whole distribution
+    ("balanced" only).
+    """
+    if not 0 <= spread <= 1:
+        raise ValueError(f"spread must lie in [0, 1], not {spread}.")
+    scenes: list[Scene] = []
+    for chunk in range(start // CHUNK, -(-(start + n) // CHUNK)):
+        rng = np.random.default_rng((seed, chunk))
+        pool = _natural(rng, split) if distribution == "natural" else _balanced(rng, split, spread)
+        whole = [_describe(rng, combination, row, color_words) for combination, row in pool]
+        low, high = max(start - chunk * CHUNK, 0), min(start + n - chunk * CHUNK, CHUNK)
+        scenes += whole[low:high]
+    return scenes
+
+
+def _describe(
+    rng: np.random.Generator, combination: Combination, centres: tuple[int, int, int, int], color_words: ColorWords
+) -> Scene:
+    phrases = PHRASES[combination.relation]
+    phrase = phrases[rng.integers(len(phrases))]
+    named = rng.random(2) < 0.5 if color_words == "optional" else (True, True)
+    x1, y1, x2, y2 = centres
+    return Scene(
+        combination.shape1,
+        combination.color1,
+        x1,
+        y1,
+        combination.shape2,
+        other_color(combination.color1),
+        x2,
+        y2,
+        combination.relation,
+        phrase,
+        bool(named[0]),
+        bool(named[1]),
+    )
+
+
+def allowed(split: Split) -> tuple[Combination, ...]:
+    """The combinations of a split."""
+    if split == "all":
+        return COMBINATIONS
+    return tuple(c for c in COMBINATIONS if (c in HELD_OUT) == (split == "held_out"))
+
+
+@cache
+def _by_relation(split: Split) -> dict[Relation, tuple[Combination, ...]]:
+    return {r: tuple(c for c in allowed(split) if c.relation == r) for r in RELATIONS}
+
+
+def _balanced(
+    rng: np.random.Generator, split: Split, spread: float
+) -> list[tuple[Combination, tuple[int, int, int, int]]]:
+    pool = []
+    for r in rng.integers(len(RELATIONS), size=CHUNK):
+        relation = RELATIONS[r]
+        candidates = _by_relation(split)[relation]
+        combination = candidates[rng.integers(len(candidates))]
+        # rounding keeps the number of cached tables small while a curriculum moves
+        pool.append((combination, _place(rng, combination, round(spread, 2))))
+    return pool
+
+
+def _place(rng: np.random.Generator, c: Combination, spread: float) -> tuple[int, int, int, int]:
+    """Uniform among the centres that realise the relation without overlap, by rejection (which accepts more than half)."""
+    direction_x, direction_y = DIRECTIONS[c.relation]
+    columns, rows = _centre_pairs(direction_x, spread), _centre_pairs(direction_y, spread)
+    (w1, h1), (w2, h2) = half_size(c.shape1), half_size(c.shape2)
+    while True:
+        x1, x2 = columns[rng.integers(len(columns))]
+        y1, y2 = rows[rng.integers(len(rows))]
+        if abs(x1 - x2) > w1 + w2 or abs(y1 - y2) > h1 + h2:
+            return int(x1), int(y1), int(x2), int(y2)
+
+
+@cache
+def _centre_pairs(direction: int, spread: float) -> Int[np.ndarray, "pair 2"]:
+    """Every (first, second) coordinate along one axis whose difference has the sign `direction` beyond `BAND`, or is level."""
+    low, high = CENTRE_RANGE
+    first, second = (a.ravel() for a in np.meshgrid(np.arange(low, high + 1), np.arange(low, high + 1), indexing="ij"))
+    difference = first - second
+    keep = np.abs(difference) <= BAND if direction == 0 else difference * direction > BAND
+    middle = (low + high) // 2
+    reach = 2 + spread * (high - low)
+    keep &= np.abs(first - (middle + direction * ANCHOR_OFFSET)) <= reach
+    keep &= np.abs(second - (middle - direction * ANCHOR_OFFSET)) <= reach
+    return np.stack([first[keep], second[keep]], axis=1)
+
+
+def _natural(rng: np.random.Generator, split: Split) -> list[tuple[Combination, tuple[int, int, int, int]]]:
+    pool: list[tuple[Combination, tuple[int, int, int, int]]] = []
+    accepted = frozenset(allowed(split))
+    while len(pool) < CHUNK:
+        x1, y1, x2, y2 = (int(v) for v in rng.integers(CENTRE_RANGE[0], CENTRE_RANGE[1] + 1, size=4))
+        cell = COMBINATIONS[rng.integers(len(COMBINATIONS))]
+        combination = Combination(cell.shape1, cell.shape2, cell.color1, relation_between(x1, y1, x2, y2))
+        if combination in accepted:
+            pool.append((combination, (x1, y1, x2, y2)))
+    return pool

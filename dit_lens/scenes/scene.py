@@ -1,0 +1,143 @@
+"""What a scene *is*: two coloured shapes, the relation between them, and the sentence that says so.
+
+Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338),
+data set `objectRel_pilot2`. Two things differ on purpose: objects do not overlap, and an object's centre is the centre of
+the bounding box that is drawn (the original's triangles sit 4.6 px low, which costs strict left/right accuracy on perfect images).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Shape = Literal["triangle", "circle", "square"]
+Color = Literal["red", "blue"]
+Relation = Literal["above", "below", "left", "right", "upper_left", "upper_right", "lower_left", "lower_right"]
+
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+COLORS: tuple[Color, ...] = get_args(Color)
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+
+IMAGE_SIZE = 128
+RADIUS = 16
+CENTRE_RANGE = (17, 111)
+"""Smallest and largest pixel coordinate of a centre, both inclusive."""
+BAND = 5
+"""Pixels: two centres that differ by at most this along an axis are level on it."""
+
+# Unit steps from the second object to the first; y points down.
+DIRECTIONS: dict[Relation, tuple[int, int]] = {
+    "above": (0, -1),
+    "below": (0, 1),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "upper_left": (-1, -1),
+    "upper_right": (1, -1),
+    "lower_left": (-1, 1),
+    "lower_right": (1, 1),
+}
+
+PHRASES: dict[Relation, tuple[str, ...]] = {
+    "above": ("above", "directly above", "higher than"),
+    "below": ("below", "directly below", "lower than"),
+    "left": ("to the left of", "left of"),
+    "right": ("to the right of", "right of"),
+    "upper_left": ("to the upper left of", "above and to the left of", "diagonally up and left from"),
+    "upper_right": ("to the upper right of", "above and to the right of", "diagonally up and right from"),
+    "lower_left": ("to the lower left of", "below and to the left of", "diagonally down and left from"),
+    "lower_right": ("to the lower right of", "below and to the right of", "diagonally down and right from"),
+}
+"""The 22 phrases of the training set."""
+
+WORDS: tuple[str, ...] = tuple(
+    sorted({*SHAPES, *COLORS, "is", *itertools.chain(*(p.split() for ps in PHRASES.values() for p in ps))})
+)
+"""Every word that a caption can contain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """The ground truth of one image. Object 1 is the one that the caption names first.
+
+    Positions are pixel coordinates of bounding-box centres, x to the right and y down.
+    """
+
+    shape1: Shape
+    color1: Color
+    x1: int
+    y1: int
+    shape2: Shape
+    color2: Color
+    x2: int
+    y2: int
+    relation: Relation
+    phrase: str
+    names_color1: bool = True
+    names_color2: bool = True
+
+    @property
+    def combination(self) -> Combination:
+        """The compositional cell this scene belongs to; see `HELD_OUT`."""
+        return Combination(self.shape1, self.shape2, self.color1, self.relation)
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """One of 96 cells: ordered pair of shapes, colour order (the second colour is the other one), relation."""
+
+    shape1: Shape
+    shape2: Shape
+    color1: Color
+    relation: Relation
+
+
+COMBINATIONS: tuple[Combination, ...] = tuple(
+    Combination(s1, s2, c1, r)
+    for (s1, s2), c1, r in itertools.product(itertools.permutations(SHAPES, 2), COLORS, RELATIONS)
+)
+
+HELD_OUT: frozenset[Combination] = frozenset(
+    {
+        # Each relation at least once, five of either colour order, no ordered pair of shapes more than twice:
+        # every part of a held-out combination is common in training, only the whole is new.
+        Combination("triangle", "circle", "red", "above"),
+        Combination("circle", "triangle", "blue", "below"),
+        Combination("square", "circle", "blue", "left"),
+        Combination("circle", "square", "red", "right"),
+        Combination("square", "triangle", "red", "upper_left"),
+        Combination("triangle", "square", "blue", "upper_right"),
+        Combination("circle", "square", "blue", "lower_left"),
+        Combination("triangle", "square", "red", "lower_right"),
+        Combination("circle", "triangle", "red", "left"),
+        Combination("square", "circle", "blue", "above"),
+    }
+)
+"""The 10 combinations that no model of this project is ever trained on."""
+
+
+def other_color(color: Color) -> Color:
+    """The colour of the other object: a scene always holds one red and one blue object."""
+    return "blue" if color == "red" else "red"
+
+
+def relation_between(x1: int, y1: int, x2: int, y2: int) -> Relation:
+    """The relation of object 1 to object 2 by the original's rule: level within `BAND` on x, else level on y, else diagonal."""
+    dx, dy = x1 - x2, y1 - y2
+    if abs(dx) <= BAND:
+        return "above" if dy < 0 else "below"
+    if abs(dy) <= BAND:
+        return "left" if dx < 0 else "right"
+    if dy < 0:
+        return "upper_left" if dx < 0 else "upper_right"
+    return "lower_left" if dx < 0 else "lower_right"
+
+
+def caption(scene: Scene, phrase: str | None = None) -> str:
+    """The sentence for a scene: `"[color1] shape1 is PHRASE [color2] shape2"`.
+
+    `phrase` replaces the scene's own wording. A phrase of another relation is allowed (that is how a corrupted prompt is made).
+    """
+    first = f"{scene.color1} {scene.shape1}" if scene.names_color1 else scene.shape1
+    second = f"{scene.color2} {scene.shape2}" if scene.names_color2 else scene.shape2
+    return f"{first} is {phrase or scene.phrase} {second}"
