@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .evaluation import evaluate
 from .rendering import render
 from .sampling import sample
 from .scene import (
@@ -30,6 +31,8 @@ __all__ = [
     "Combination",
     "Scene",
     "caption",
+    "evaluate",
+    "other_color",
     "render",
     "sample",
 ]

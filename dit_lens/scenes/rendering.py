@@ -15,6 +15,7 @@ from .scene import IMAGE_SIZE, RADIUS, Color, Scene, Shape
 
 BACKGROUND = (128, 128, 128)
 PIXELS: dict[Color, tuple[int, int, int]] = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+PALETTE = np.array([BACKGROUND, *PIXELS.values()], dtype=np.float32) / 255
 
 
 @cache
@@ -46,13 +47,12 @@ def half_size(shape: Shape) -> tuple[int, int]:
 
 def render(scenes: Sequence[Scene]) -> Float[Tensor, "image 3 height width"]:
     """Draw scenes: RGB in [0, 1], 128 × 128. Where objects overlap (natural distribution only), object 2 covers object 1."""
-    images = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    images[:] = BACKGROUND
-    for image, scene in zip(images, scenes, strict=True):
+    paint = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=np.intp)
+    for canvas, scene in zip(paint, scenes, strict=True):
         for shape, color, x, y in (
             (scene.shape1, scene.color1, scene.x1, scene.y1),
             (scene.shape2, scene.color2, scene.x2, scene.y2),
         ):
             dx, dy = half_size(shape)
-            image[y - dy : y + dy + 1, x - dx : x + dx + 1][shape_mask(shape)] = PIXELS[color]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+            canvas[y - dy : y + dy + 1, x - dx : x + dx + 1][shape_mask(shape)] = 1 + list(PIXELS).index(color)
+    return torch.from_numpy(np.stack([channel.take(paint) for channel in PALETTE.T], axis=1))

@@ -100,9 +100,7 @@ def _by_relation(split: Split) -> dict[Relation, tuple[Combination, ...]]:
     return {r: tuple(c for c in allowed(split) if c.relation == r) for r in RELATIONS}
 
 
-def _balanced(
-    rng: np.random.Generator, split: Split, spread: float
-) -> list[tuple[Combination, tuple[int, int, int, int]]]:
+def _balanced(rng: np.random.Generator, split: Split, spread: float) -> list[tuple[Combination, tuple[int, int, int, int]]]:
     pool = []
     for r in rng.integers(len(RELATIONS), size=CHUNK):
         relation = RELATIONS[r]

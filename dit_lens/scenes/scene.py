@@ -93,8 +93,7 @@ class Combination:
 
 
 COMBINATIONS: tuple[Combination, ...] = tuple(
-    Combination(s1, s2, c1, r)
-    for (s1, s2), c1, r in itertools.product(itertools.permutations(SHAPES, 2), COLORS, RELATIONS)
+    Combination(s1, s2, c1, r) for (s1, s2), c1, r in itertools.product(itertools.permutations(SHAPES, 2), COLORS, RELATIONS)
 )
 
 HELD_OUT: frozenset[Combination] = frozenset(

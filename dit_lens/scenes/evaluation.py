@@ -1,0 +1,186 @@
+"""A judge of generated images: are the right objects there, and do they stand in the right relation?
+
+The metrics are those of Wang, Fan, Pan (arXiv 2601.06338, `cv2_eval_utils.py`); the detector is our own. One labelling
+of the whole batch finds the objects, sums over their pixels measure them, and an object *is* the ideal shape that it
+overlaps most. `docs/scenes.md` has the ceilings: what perfect images score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+from skimage import measure
+from torch import Tensor
+
+from .rendering import PIXELS, shape_mask
+from .scene import BAND, COLORS, DIRECTIONS, IMAGE_SIZE, RADIUS, SHAPES, Scene, relation_between
+
+COLOR_MARGIN = 0.5
+"""A pixel is red if R − (G + B)/2 exceeds this, blue likewise: half-way between grey background (0) and pure colour (1),
+so that a blurred edge stays where it was. No pixel can be both."""
+COLOR_TOLERANCE = 0.25
+"""A region's mean colour is at most this far from the pure colour, in every channel: no pink, orange or maroon."""
+MIN_AREA = 100
+"""Pixels: anything smaller is a speck."""
+MAX_SCALE = 1.2
+MIN_IOU = 0.8
+"""A region overlaps its ideal shape at least this much (intersection over union). The ideal circle and square reach 0.78
+with each other, so this asks for a whole object of about the right size: a circle of radius 15 … 17 px where 16 is right."""
+CHUNK = 32
+"""Images that are labelled at once: enough to amortise the calls, few enough to stay in the processor's cache."""
+
+DESCRIPTIONS = {
+    "color": "a region of each of the scene's two colours is there, whatever its shape",
+    "shape": "a region of each of the scene's two shapes is there, whatever its colour",
+    "unique_binding": "of each of the scene's two (shape, colour) pairs exactly one object is there",
+    "relation_strict": f"unique_binding, and the measured centres (level within {BAND} px) have the scene's relation",
+    "relation_loose": f"unique_binding, and centre 1 is more than {BAND} px away in every direction that the relation names",
+    "relation_given_both": "relation_loose where unique_binding holds, NaN elsewhere",
+    "x1": "measured centre of the scene's first object, from the left; NaN without unique_binding",
+    "y1": "measured centre of the scene's first object, from the top; NaN without unique_binding",
+    "x2": "measured centre of the scene's second object, from the left; NaN without unique_binding",
+    "y2": "measured centre of the scene's second object, from the top; NaN without unique_binding",
+    "n_objects": "objects: regions that have one of the shapes and one of the colours",
+}
+"""What each variable of `evaluate`'s Dataset says (its `description` attribute)."""
+
+
+def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene]) -> xr.Dataset:
+    """Judge 128 × 128 images in [0, 1] by the scenes that they should show: one verdict an image, whatever its pixels.
+
+    Only what a prompt can say counts (shapes, colours, relation), not the scene's positions. Pixels outside [0, 1] are
+    clipped, NaN is taken for background. Variables, all over dim `image`: `color shape unique_binding relation_strict
+    relation_loose` (bool), `relation_given_both x1 y1 x2 y2` (float, NaN without unique binding; centres in whole
+    pixels), `n_objects` (int); each carries its `DESCRIPTIONS` entry. The scene's parts are coordinates, so that
+    `evaluate(…).groupby("relation").mean()` is the table by relation.
+
+    `relation_strict` implies `relation_loose` unless both offsets are within 5 px, which needs overlap; for diagonal
+    relations the two are the same.
+
+    Raises:
+        ValueError: if the images are not `len(scenes)` RGB images of 128 × 128 pixels.
+    """
+    expected = (len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)
+    if tuple(images.shape) != expected:
+        raise ValueError(f"images must have shape {expected}, one image for each scene, not {tuple(images.shape)}.")
+    # an empty batch splits into one empty chunk, so there is always something to concatenate
+    parts = [_census(chunk) for chunk in images.detach().split(CHUNK)]
+    counts, centres = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    row = np.arange(len(scenes))
+    shape1, color1 = _indices(SHAPES, [s.shape1 for s in scenes]), _indices(COLORS, [s.color1 for s in scenes])
+    shape2, color2 = _indices(SHAPES, [s.shape2 for s in scenes]), _indices(COLORS, [s.color2 for s in scenes])
+    by_shape, by_color = counts.sum(axis=2), counts.sum(axis=1)
+    objects = counts[:, : len(SHAPES), : len(COLORS)]
+    unique = (objects[row, shape1, color1] == 1) & (objects[row, shape2, color2] == 1)
+    first = np.where(unique[:, None], centres[row, shape1, color1], np.nan)
+    second = np.where(unique[:, None], centres[row, shape2, color2], np.nan)
+
+    strict = np.zeros(len(scenes), dtype=bool)
+    for i in np.flatnonzero(unique).tolist():
+        x1, y1, x2, y2 = (int(v) for v in (*first[i], *second[i]))
+        strict[i] = relation_between(x1, y1, x2, y2) == scenes[i].relation
+    directions = np.array([DIRECTIONS[s.relation] for s in scenes]).reshape(-1, 2)
+    beyond = (directions == 0) | ((first - second) * directions > BAND)
+    loose = unique & beyond.all(axis=1)
+
+    values = {
+        "color": (by_color[row, color1] > 0) & (by_color[row, color2] > 0),
+        "shape": (by_shape[row, shape1] > 0) & (by_shape[row, shape2] > 0),
+        "unique_binding": unique,
+        "relation_strict": strict,
+        "relation_loose": loose,
+        "relation_given_both": np.where(unique, loose.astype(float), np.nan),
+        "x1": first[:, 0],
+        "y1": first[:, 1],
+        "x2": second[:, 0],
+        "y2": second[:, 1],
+        "n_objects": objects.sum(axis=(1, 2)),
+    }
+    attributes = {name: {"description": text} for name, text in DESCRIPTIONS.items()}
+    for name in ("x1", "y1", "x2", "y2"):
+        attributes[name]["units"] = "px"
+    parts_of_scene = ("relation", "phrase", "shape1", "color1", "shape2", "color2")
+    return xr.Dataset(
+        {name: ("image", value, attributes[name]) for name, value in values.items()},
+        coords={"image": row}
+        | {part: ("image", np.array([getattr(s, part) for s in scenes], dtype=str)) for part in parts_of_scene},
+    )
+
+
+def _indices(vocabulary: tuple[str, ...], words: Sequence[str]) -> Int[np.ndarray, " image"]:
+    return np.array([vocabulary.index(word) for word in words], dtype=int)
+
+
+def _census(
+    images: Float[Tensor, "image 3 height width"],
+) -> tuple[Int[np.ndarray, "image shape color"], Float[np.ndarray, "image shape color xy"]]:
+    """How many regions of each kind an image holds, and where: their centre's (x, y) in pixels, their sum if several.
+
+    The last index of `shape` and of `color` means none of them; a region that has both is an object.
+    """
+    pixels = images.float().cpu().clamp(0, 1).flatten(2).numpy()
+    n, _, size = pixels.shape
+    red, blue, gray = pixels[:, 0], pixels[:, 2], pixels.mean(axis=1)
+    # The spare row keeps each image's regions apart from the next one's. NaN exceeds nothing, so it stays background.
+    classes = np.zeros((n, size + IMAGE_SIZE), dtype=np.uint8)
+    classes[:, :size][1.5 * (red - gray) > COLOR_MARGIN] = 1
+    classes[:, :size][1.5 * (blue - gray) > COLOR_MARGIN] = 2
+    labels = measure.label(classes.reshape(-1, IMAGE_SIZE), background=0, connectivity=1)
+
+    colored = np.flatnonzero(classes)
+    label = labels.ravel()[colored]
+    large = np.bincount(label) >= MIN_AREA
+    colored, label = colored[large[label]], label[large[label]]
+    region, k = (np.cumsum(large) - 1)[label], int(large.sum())
+    image, place = np.divmod(colored, size + IMAGE_SIZE)
+    total = partial(np.bincount, region, minlength=k)
+
+    area = total()
+    mean = np.stack([total(weights=pixels[image, channel, place]) / area for channel in range(3)], axis=1)
+    pure = np.array([PIXELS[color] for color in COLORS]) / 255
+    is_color = np.abs(mean[:, None] - pure).max(axis=2) <= COLOR_TOLERANCE
+    iou, centre = _fit_shapes(place, region, k)
+    best = iou.argmax(axis=0)
+
+    kind = (
+        (total(weights=image) / area).astype(int),
+        np.where(iou.max(axis=0) >= MIN_IOU, best, len(SHAPES)),
+        np.where(is_color.any(axis=1), is_color.argmax(axis=1), len(COLORS)),
+    )
+    counts = np.zeros((n, len(SHAPES) + 1, len(COLORS) + 1), dtype=int)
+    np.add.at(counts, kind, 1)
+    centres = np.zeros((*counts.shape, 2))
+    np.add.at(centres, kind, centre[best, np.arange(k)])
+    return counts, centres
+
+
+def _fit_shapes(
+    place: Int[np.ndarray, " pixel"], region: Int[np.ndarray, " pixel"], k: int
+) -> tuple[Float[np.ndarray, "shape region"], Int[np.ndarray, "shape region xy"]]:
+    """Lay each ideal shape over each of `k` regions: their intersection over union, and the shape's centre (x, y) there.
+
+    The shape is laid with the region's area and centre of mass. Unlike a bounding box, these hardly move when an apex is
+    blurred away. Centres are whole pixels because a scene's are: half a pixel of noise then costs nothing at the edge of
+    the level band. A region of quite another size than the shape has intersection 0 with it. `place` is row · 128 + column.
+    """
+    total = partial(np.bincount, region, minlength=k)
+    xy = np.stack([place % IMAGE_SIZE, place // IMAGE_SIZE])
+    area = total()
+    middle = np.stack([total(weights=axis) / area for axis in xy])
+    relative = xy - middle[:, region]
+    iou, centre = np.empty((len(SHAPES), k)), np.empty((len(SHAPES), k, 2), dtype=int)
+    for s, shape in enumerate(SHAPES):
+        mask = np.pad(shape_mask(shape), 1)
+        side = np.array(mask.shape[::-1])[:, None]
+        ideal = np.argwhere(mask).mean(axis=0)[::-1, None]
+        scale = np.sqrt(mask.sum() / area)
+        x, y = np.clip(np.rint(relative * scale[region] + ideal), 0, side - 1).astype(int)
+        common = total(weights=mask[y, x])
+        iou[s] = np.where(np.maximum(scale, 1 / scale) <= MAX_SCALE, common / (2 * area - common), 0)
+        centre[s] = np.rint(middle - (ideal - side // 2) / scale).T
+    return iou, centre

@@ -1,0 +1,81 @@
+"""The whole state of a training run in one safetensors file that is replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
+    """An optimiser's state as tensors `name.{parameter index}.{key}`. Learning rates are not state: they follow from the step."""
+    state = optimizer.state_dict()["state"]
+    return {f"{name}.{i}.{key}": torch.as_tensor(value) for i, entry in state.items() for key, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], name: str) -> None:
+    """The inverse of `flatten_optimizer`, into an optimiser over the same parameters."""
+    whole = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith(f"{name}."):
+            _, index, entry = key.split(".", 2)
+            whole["state"].setdefault(int(index), {})[entry] = value
+    optimizer.load_state_dict(whole)
+
+
+def save_checkpoint(
+    path: Path,
+    step: int,
+    model: nn.Module,
+    ema: Mapping[str, Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    facts: Mapping[str, object],
+) -> None:
+    """Write the state after `step` steps. A kill at any moment leaves either the old file or the new one.
+
+    `facts` are what must not change when the run is resumed (`load_checkpoint` compares them).
+    """
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
+    for name, optimizer in optimizers.items():
+        tensors |= flatten_optimizer(optimizer, name)
+    tensors = {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}
+    temporary = path.with_suffix(".partial")
+    save_file(tensors, temporary, metadata={"step": str(step), "facts": json.dumps(dict(facts))})
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    ema: Mapping[str, Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    facts: Mapping[str, object],
+    may_change: Sequence[str] = (),
+) -> int:
+    """Restore everything in place and return the number of finished steps.
+
+    Raises:
+        ValueError: the run in this folder was started with other settings (those not in `may_change`).
+    """
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (a safe_open handle is no dict)
+    before = json.loads(metadata["facts"])
+    changed = [k for k, v in json.loads(json.dumps(dict(facts))).items() if before.get(k) != v and k not in may_change]
+    if changed:
+        listing = ", ".join(f"{k} was {before.get(k)!r} and is now {facts[k]!r}" for k in changed)
+        raise ValueError(f"The run in {path.parent} has other settings ({listing}): restore them, or choose another folder.")
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    for key, value in ema.items():
+        value.copy_(tensors[f"ema.{key}"])
+    for name, optimizer in optimizers.items():
+        restore_optimizer(optimizer, tensors, name)
+    return int(metadata["step"])

@@ -1,0 +1,64 @@
+"""Every choice of a training run, in one place; the command line is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The same configuration in the same `out` folder resumes where it was stopped."""
+
+    out: Path
+    """Folder for the checkpoint, metrics.jsonl and the trained pipeline."""
+    size: Literal["nano", "micro", "mini", "B"] = "micro"
+    """Depth, width and heads; see `pipelines.PRESETS`."""
+    encoder: str = "rte"
+    """"rte", "rte-nopos", or a folder or hub id that holds a T5 encoder and its tokenizer."""
+    objective: Literal["x0", "epsilon"] = "x0"
+    """"x0": the clean image on the straight path (learns about twice as fast); "epsilon": the paper's."""
+
+    steps: int = 16_000
+    batch_size: int = 64
+    """Scenes a step and process."""
+    muon_lr: float = 2e-3
+    """Muon's learning rate, for the matrices of the blocks (update scaled to AdamW's root mean square)."""
+    adam_lr: float = 1e-3
+    """AdamW's learning rate, for everything else."""
+    warmup_steps: int = 100
+    decay_from: float = 0.0
+    """Fraction of the run after which the learning rate falls linearly to 2 %."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the empty prompt's encoding: the very one that guidance uses at sampling time."""
+    ema_decay: float = 0.9999
+    ema_power: float = 0.75
+    """EMA decay at step s is min(ema_decay, 1 − (1 + s)^−ema_power)."""
+
+    anchored_steps: int = 0
+    """Curriculum: scenes keep to eight fixed layouts for this many steps …"""
+    spreading_steps: int = 0
+    """… then spread linearly to the whole distribution over this many."""
+
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "bf16"
+    compile: bool = False
+    init_from: str | None = None
+    """Bundled model or pipeline folder whose weights to start from, with a fresh optimiser."""
+
+    checkpoint_every: int = 250
+    evaluate_every: int = 1000
+    evaluation_scenes: int = 96
+
+    def spread(self, step: int) -> float:
+        """How far from the eight fixed layouts the scenes of a step may lie, in [0, 1] (`scenes.sample`)."""
+        if step < self.anchored_steps:
+            return 0.0
+        return min(1.0, (step - self.anchored_steps + 1) / max(self.spreading_steps, 1))
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, constant, then linear decay to 2 %."""
+        warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        decayed = (step / self.steps - self.decay_from) / (1 - self.decay_from)
+        return warm * (1 - 0.98 * min(max(decayed, 0.0), 1.0))

@@ -1,0 +1,80 @@
+"""Untrained pipelines: a size and a text encoder become a folder that plain diffusers can open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
+
+from hooked_models import PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
+
+from .. import scenes
+
+
+@dataclass(frozen=True)
+class Size:
+    """Depth, width and heads of a DiT; the sizes and their names are the paper's (arXiv 2601.06338, model table)."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+PRESETS = {"nano": Size(3, 192, 3), "micro": Size(6, 192, 3), "mini": Size(6, 384, 6), "B": Size(12, 768, 12)}
+
+LATENT_CHANNELS = 24
+CODEC_SCENES = 4000
+
+
+def build_pipeline(
+    size: Size, encoder: str = "rte", objective: Literal["x0", "epsilon"] = "x0", seed: int = 0
+) -> PixArtSigmaPipeline:
+    """An untrained pipeline for 128 × 128 scenes: 16 × 16 latents, patches of 2, so 64 image tokens."""
+    text_encoder, tokenizer = build_text_encoder(encoder)
+    codec = PatchCodec.fit(scenes.render(scenes.sample(CODEC_SCENES, seed=0)) * 2 - 1, LATENT_CHANNELS)
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        num_layers=size.layers,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.width // size.heads,
+        cross_attention_dim=size.width,
+        caption_channels=text_encoder.config.d_model,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        sample_size=16,
+        patch_size=2,
+        interpolation_scale=1,
+        use_additional_conditions=False,
+    )
+    for block in transformer.transformer_blocks:  # as PixArt: a block starts by not listening to the text
+        torch.nn.init.zeros_(block.attn2.to_out[0].weight)
+        torch.nn.init.zeros_(block.attn2.to_out[0].bias)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    scheduler = (
+        DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
+        if objective == "x0"
+        else DPMSolverMultistepScheduler()
+    )
+    return PixArtSigmaPipeline(tokenizer, text_encoder, codec, transformer, scheduler)
+
+
+def build_text_encoder(encoder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """ "rte", "rte-nopos", or the folder or hub id of a T5 encoder with its tokenizer (beside it, or in `tokenizer/`)."""
+    if encoder in ("rte", "rte-nopos"):
+        config = RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256, positions=encoder == "rte")
+        return RandomTokenEncoder(config).eval(), word_tokenizer(scenes.WORDS)
+    tokenizer_at = Path(encoder, "tokenizer") if Path(encoder, "tokenizer").is_dir() else encoder
+    # float16 gives T5 wrong embeddings; bfloat16 and float32 do not
+    return T5EncoderModel.from_pretrained(encoder).eval(), AutoTokenizer.from_pretrained(tokenizer_at)
+
+
+def load_pipeline(name: str) -> PixArtSigmaPipeline:
+    """A bundled model by name, or a pipeline folder, in float32."""
+    from hooked_models.hub import resolve
+
+    return PixArtSigmaPipeline.from_pretrained(resolve(name), dtype=torch.float32)

@@ -1,0 +1,321 @@
+"""A PixArt diffusion transformer whose every tensor has a name: ``HookedDiT`` around the live diffusers module.
+
+Source: ``PixArtTransformer2DModel`` in diffusers/models/transformers/pixart_transformer_2d.py (0.42); PixArt-α
+(arXiv 2310.00426), PixArt-Σ (arXiv 2403.04692).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from einops import rearrange
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from transformer_lens.config import TransformerLensConfig
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models.block import Block, LayerNorm, modulate
+from hooked_models.hooked_module import HookedModule
+
+
+@dataclass(kw_only=True)
+class DiTConfig(TransformerLensConfig):
+    """TransformerLens' names for a PixArt config. ``n_ctx`` counts the image tokens at the training size."""
+
+    d_text: int
+    """Width of the text encoder's output."""
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    """Twice ``in_channels`` where the model also predicts a variance."""
+    sample_size: int
+    """Height and width of the training latents."""
+    interpolation_scale: float
+    """Position codes are divided by this: the training size over 512 px."""
+    use_additional_conditions: bool
+    """Whether the timestep embedding also encodes resolution and aspect ratio (PixArt-α at 1024 px)."""
+
+    @classmethod
+    def from_transformer(cls, transformer: Any) -> DiTConfig:
+        """Read from a diffusers ``PixArtTransformer2DModel``. Raises ValueError for an option that HookedDiT lacks."""
+        config = transformer.config
+        required = {
+            "norm_type": "ada_norm_single",
+            "activation_fn": "gelu-approximate",
+            "attention_type": "default",
+            "norm_elementwise_affine": False,
+            "dropout": 0.0,
+        }
+        for option, value in required.items():
+            if config[option] != value:
+                raise ValueError(f"HookedDiT needs a transformer with {option}={value!r}, not {config[option]!r}")
+        if config.cross_attention_dim is None:
+            raise ValueError("HookedDiT needs a transformer with cross-attention: cross_attention_dim is None")
+        d_model = config.num_attention_heads * config.attention_head_dim
+        return cls(
+            d_model=d_model,
+            d_head=config.attention_head_dim,
+            n_heads=config.num_attention_heads,
+            n_layers=config.num_layers,
+            n_ctx=(config.sample_size // config.patch_size) ** 2,
+            d_mlp=4 * d_model,
+            eps=config.norm_eps,
+            act_fn="gelu_new",  # TransformerLens' name of the tanh GELU
+            normalization_type="LNPre",  # and of a LayerNorm without affine map
+            positional_embedding_type="sincos_2d",
+            # Given, because TransformerLensConfig would otherwise say "cuda" wherever there is one.
+            device=str(transformer.device),
+            dtype=transformer.dtype,
+            d_text=config.caption_channels or config.cross_attention_dim,
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            out_channels=transformer.out_channels,
+            sample_size=config.sample_size,
+            interpolation_scale=float(transformer.pos_embed.interpolation_scale),
+            use_additional_conditions=transformer.use_additional_conditions,
+        )
+
+
+Heads = Float[Tensor, "batch text_pos head d_head"]
+KeysValues = tuple[Heads, Heads]
+
+
+@dataclass(frozen=True)
+class TextState:
+    """What a denoiser computes from the text alone, whatever the timestep; made by ``HookedDiT.encode_text``.
+
+    Nothing in it has passed through a hook. It goes stale when the weights change.
+    """
+
+    text: Float[Tensor, "batch text_pos d_text"]
+    caption: Float[Tensor, "batch text_pos d_caption"]
+    bias: Float[Tensor, "batch _ text_pos"] | None
+    """Added to the cross-attention scores."""
+    keys_values: tuple[tuple[Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]], ...]
+    """Cross-attention keys and values, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
+
+
+def additive_bias(mask: Shaped[Tensor, "batch *query key_pos"] | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask [batch key_pos] (1 = attend) as a bias [batch 1 key_pos] on the scores; a bias is passed on.
+
+    diffusers' bias is -10000, not -∞: a row with every key masked stays finite.
+    """
+    if mask is None or mask.ndim == 3:
+        return mask
+    return (1 - mask.to(dtype))[:, None] * -10000.0
+
+
+class HookedDiT(HookedModule):
+    """A ``PixArtTransformer2DModel`` with a HookPoint on every tensor, in TransformerLens' vocabulary.
+
+    The leaves (Linear, Conv2d, embedders, tables) are the wrapped module's own: weights are shared, never copied, and
+    training either trains both. The forward between them is written here. It takes the wrapped module's arguments and
+    can stand in its place inside a pipeline. Shapes stand beside each HookPoint, here, in block.py and attention.py;
+    aliases are ``blocks.{l}.hook_cross_{q,k,v,z,pattern,result}`` and ``blocks.{l}.hook_resid_mid2``.
+
+    Args:
+        transformer: a live diffusers ``PixArtTransformer2DModel``. peft adapters: fuse them, or wrap after loading.
+
+    Raises:
+        ValueError: for a config option that PixArt checkpoints do not use (dropout, affine norms, gated attention).
+    """
+
+    hook_flags: ClassVar[Mapping[str, str]] = {
+        "hook_result": "use_attn_result",
+        "hook_q_input": "use_split_qkv_input",
+        "hook_k_input": "use_split_qkv_input",
+        "hook_v_input": "use_split_qkv_input",
+    }
+
+    wrapped: Any
+    """The diffusers module; not registered as a child, because its leaves are, once each."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        live: Any = transformer
+        self.__dict__["wrapped"] = live
+        self._cfg = cfg = DiTConfig.from_transformer(transformer)
+
+        self.patch_embed = live.pos_embed
+        self.time_proj = live.adaln_single.emb.time_proj
+        self.timestep_embedder = live.adaln_single.emb.timestep_embedder
+        if cfg.use_additional_conditions:
+            self.resolution_embedder = live.adaln_single.emb.resolution_embedder
+            self.aspect_ratio_embedder = live.adaln_single.emb.aspect_ratio_embedder
+        self.t_block = live.adaln_single.linear
+        self.caption_projection = live.caption_projection
+        self.blocks = nn.ModuleList(Block(block, cfg) for block in live.transformer_blocks)
+        self.ln_final = LayerNorm(live.norm_out.eps)
+        self.scale_shift_table = live.scale_shift_table  # [2 d_model]
+        self.proj_out = live.proj_out
+
+        self.hook_embed = HookPoint()  # [batch pos d_model], without the position code
+        self.hook_pos_embed = HookPoint()  # [batch pos d_model]
+        self.hook_t_emb = HookPoint()  # [batch d_model]
+        self.hook_t_mod = HookPoint()  # [batch 6·d_model]
+        self.hook_text = HookPoint()  # [batch text_pos d_text]
+        self.hook_caption = HookPoint()  # [batch text_pos d_model]
+
+        self.setup()
+        for layer in range(cfg.n_layers):
+            aliases = {f"hook_cross_{x}": f"cross_attn.hook_{x}" for x in ("q", "k", "v", "z", "pattern", "result")}
+            aliases["hook_resid_mid2"] = "hook_resid_mid_cross"
+            self.add_aliases({f"blocks.{layer}.{alias}": f"blocks.{layer}.{name}" for alias, name in aliases.items()})
+        self.train(transformer.training)
+
+    # What a pipeline and TransformerLens ask of a model; read off the live weights, which may move.
+
+    @property
+    def cfg(self) -> DiTConfig:
+        self._cfg.device, self._cfg.dtype = str(self.device), self.dtype
+        return self._cfg
+
+    @property
+    def config(self) -> Any:
+        """The wrapped module's diffusers config."""
+        return self.wrapped.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale_shift_table.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale_shift_table.dtype
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Write attention outputs head by head, so that ``hook_result`` fires; costs [batch pos head d_model]."""
+        self._cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Give every head its own copy of its inputs, so that ``hook_{q,k,v}_input`` fire; costs three such tensors."""
+        self._cfg.use_split_qkv_input = use_split_qkv_input
+
+    # The text, which no timestep changes
+
+    def encode_text(
+        self,
+        text: Float[Tensor, "batch text_pos d_text"],
+        mask: Shaped[Tensor, "batch *query text_pos"] | None = None,
+    ) -> TextState:
+        """Caption, keys and values, to be passed to every step as ``text_state``; fires no hook. ``mask``: 1 = attend."""
+        caption = self._project_caption(text)
+        attentions = [block.cross_attn for block in self._blocks()]
+        keys_values = tuple((attn.keys(caption), attn.values(caption)) for attn in attentions)
+        return TextState(text, caption, additive_bias(mask, self.dtype), keys_values)
+
+    @property
+    def text_hooks_active(self) -> bool:
+        """Whether a hook is attached upstream of the cross-attention keys and values, so that they are computed anew."""
+        points = [self.hook_text, self.hook_caption]
+        if self._cfg.use_split_qkv_input:
+            for block in self._blocks():
+                points += [block.cross_attn.hook_k_input, block.cross_attn.hook_v_input]
+        return any(point.has_hooks() for point in points)
+
+    def _project_caption(self, text: Tensor) -> Tensor:
+        return text if self.caption_projection is None else self.caption_projection(text)
+
+    def _blocks(self) -> Iterable[Block]:
+        return cast(Iterable[Block], self.blocks)
+
+    # The model
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch in_channels height width"],
+        encoder_hidden_states: Float[Tensor, "batch text_pos d_text"] | None = None,
+        timestep: Shaped[Tensor, " batch"] | None = None,
+        added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        attention_mask: Shaped[Tensor, "batch *query pos"] | None = None,
+        encoder_attention_mask: Shaped[Tensor, "batch *query text_pos"] | None = None,
+        return_dict: bool = True,
+        *,
+        text_state: TextState | None = None,
+    ) -> Transformer2DModelOutput | tuple[Float[Tensor, "batch out_channels height width"]]:
+        """One denoiser call, as ``PixArtTransformer2DModel.forward``: latents in, prediction out.
+
+        Args:
+            attention_mask: which image tokens may be attended to (no pipeline passes it).
+            encoder_attention_mask: which text tokens may be; a mask [batch text_pos], or a bias [batch 1 text_pos].
+            text_state: from ``encode_text``; then ``encoder_hidden_states`` and its mask are not read. Keys and values
+                still pass through ``cross_attn.hook_k`` and ``hook_v``; while ``text_hooks_active`` they are computed
+                anew from its text, so the result never depends on whether a state was passed.
+
+        Raises:
+            ValueError: for a missing timestep, text or size condition, a state of another batch size, or
+                ``cross_attention_kwargs``, which have no meaning in PixArt.
+        """
+        if cross_attention_kwargs:
+            raise ValueError(f"HookedDiT has no use for cross_attention_kwargs: {', '.join(cross_attention_kwargs)}")
+        if timestep is None:
+            raise ValueError("pass timestep, one for each row of hidden_states")
+
+        x = self._embed(hidden_states)
+        t_emb = self._embed_timestep(timestep, added_cond_kwargs, x)
+        t_mod = self.hook_t_mod(self.t_block(F.silu(t_emb)))
+        caption, text_kvs, text_bias = self._read_text(encoder_hidden_states, encoder_attention_mask, text_state, x)
+        image_bias = additive_bias(attention_mask, x.dtype)
+
+        for block, text_kv in zip(self.blocks, text_kvs, strict=True):
+            x = block(x, t_mod, caption, text_kv, image_bias, text_bias)
+
+        shift, scale = (self.scale_shift_table + t_emb[:, None]).chunk(2, dim=1)  # t_emb, not t_mod
+        patches = self.proj_out(modulate(self.ln_final(x), shift, scale))
+        p = self._cfg.patch_size
+        # Within a patch the channel is the fastest axis.
+        output = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=hidden_states.shape[-2] // p, p=p, q=p)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _embed(self, latents: Tensor) -> Tensor:
+        """Patches plus position codes [batch pos d_model]; added in the code's precision, as diffusers does."""
+        grid = self.patch_embed.proj(latents)  # [batch d_model rows columns]
+        rows, columns = grid.shape[-2:]
+        # Contiguous, because every residual sum inherits this layout and a Linear is slower on any other.
+        patches = self.hook_embed(grid.flatten(2).transpose(1, 2).contiguous())
+        code = self.patch_embed.pos_embed
+        if (rows, columns) != (self.patch_embed.height, self.patch_embed.width):
+            base, scale = self.patch_embed.base_size, self._cfg.interpolation_scale
+            code = get_2d_sincos_pos_embed(
+                self._cfg.d_model, (rows, columns), base_size=base, interpolation_scale=scale, device=latents.device
+            ).float()[None]
+        # Copied for each row: a hook that edits one row in place must not reach the others, or the buffer.
+        code = self.hook_pos_embed(code.repeat(latents.shape[0], 1, 1))
+        return (patches + code).to(patches.dtype)
+
+    def _embed_timestep(self, timestep: Tensor, sizes: Mapping[str, Tensor | None] | None, x: Tensor) -> Tensor:
+        """[batch d_model], of the timestep and, where the model is conditioned on them, of the image's sizes."""
+        t_emb = self.timestep_embedder(self.time_proj(timestep).to(x.dtype))
+        if self._cfg.use_additional_conditions:
+            resolution, aspect_ratio = ((sizes or {}).get(key) for key in ("resolution", "aspect_ratio"))
+            if resolution is None or aspect_ratio is None:
+                raise ValueError("this model needs added_cond_kwargs with resolution and aspect_ratio")
+            height_width = self.resolution_embedder(self.time_proj(resolution.flatten()).to(x.dtype))
+            ratio = self.aspect_ratio_embedder(self.time_proj(aspect_ratio.flatten()).to(x.dtype))
+            t_emb = t_emb + torch.cat([height_width.view(len(x), -1), ratio.view(len(x), -1)], dim=1)
+        return self.hook_t_emb(t_emb)
+
+    def _read_text(
+        self, text: Tensor | None, mask: Tensor | None, state: TextState | None, x: Tensor
+    ) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor] | None], Tensor | None]:
+        """Caption, each layer's keys and values (None: the block computes them) and the bias on the scores."""
+        bias = additive_bias(mask, x.dtype)
+        if state is not None:
+            if state.text.shape[0] != x.shape[0]:
+                raise ValueError(f"text_state has {state.text.shape[0]} rows, hidden_states {x.shape[0]}")
+            if not self.text_hooks_active:
+                return state.caption, state.keys_values, state.bias
+            text, bias = state.text, state.bias
+        if text is None:
+            raise ValueError("pass encoder_hidden_states, or a text_state from encode_text")
+        if self.text_hooks_active:
+            text = text.clone()  # a hook may write in place, and this is the caller's tensor
+        caption = self.hook_caption(self._project_caption(self.hook_text(text)))
+        return caption, [None] * self._cfg.n_layers, bias

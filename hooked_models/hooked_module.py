@@ -1,0 +1,140 @@
+"""A HookedRootModule that refuses a hook which would never fire.
+
+TransformerLens attaches a hook to a gated-off name without a word (``check_hooks_to_add`` runs in ``add_hook`` only), and
+caches nothing under a misspelt ``names_filter``. In an experiment both look like "this head does nothing". Here every
+name is resolved before anything is attached.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
+
+HookFunction = Callable[..., Tensor | None]
+"""``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on with."""
+
+NameFilter = str | Callable[[str], bool] | Iterable[str] | None
+"""One name, a predicate on names, several names, or None for every hook that fires."""
+
+
+class UnknownHookError(KeyError):
+    """No hook has this name; the message suggests the nearest one."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the sentence
+        return str(self.args[0])
+
+
+def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
+    """The error for a name that is not among ``known``."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return UnknownHookError(f"no hook is called {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+
+
+class HookedModule(HookedRootModule):
+    """A HookedRootModule with strict names, aliases, flags that gate hooks, and an ActivationCache as its cache."""
+
+    hook_flags: ClassVar[Mapping[str, str]] = {}
+    """Last part of a hook's name → the flag of ``cfg`` without which it does not fire. A flag has a ``set_{flag}``."""
+
+    cache_class: ClassVar[type[ActivationCache]] = ActivationCache
+    """What ``run_with_cache`` returns beside the output; built as ``cache_class(dict, model, has_batch_dim=…)``."""
+
+    def add_aliases(self, aliases: Mapping[str, str]) -> None:
+        """Let hooks be attached under further names (alias → name); ``hook.name`` stays the canonical one.
+
+        Aliases live in ``mod_dict`` alone: in ``hook_dict`` each would be cached a second time.
+        """
+        for alias, name in aliases.items():
+            self.mod_dict[alias] = self.hook_dict[name]
+
+    def canonical_name(self, name: str) -> str:
+        """The name in ``hook_dict`` of a hook or alias that fires.
+
+        Raises UnknownHookError (a KeyError) for a name that is no hook, ValueError for a hook that its flag holds back.
+        """
+        point = self.mod_dict.get(name)
+        if not isinstance(point, HookPoint):
+            raise unknown_hook(name, [known for known, mod in self.mod_dict.items() if isinstance(mod, HookPoint)])
+        if (flag := self._missing_flag(name)) is not None:
+            raise ValueError(f"{name!r} does not fire while cfg.{flag} is False: call set_{flag}(True) first")
+        return str(point.name)
+
+    def names(self, where: NameFilter) -> list[str]:
+        """The canonical names that ``where`` selects, without duplicates.
+
+        A predicate (or None) passes over hooks that are gated off, unless it selects nothing else: that is an error, as
+        it is for a name. Raises what ``canonical_name`` raises.
+        """
+        if isinstance(where, str):
+            return [self.canonical_name(where)]
+        if where is not None and not callable(where):
+            return list(dict.fromkeys(map(self.canonical_name, where)))
+        selected = [name for name in self.hook_dict if where is None or where(name)]
+        firing = [name for name in selected if self._missing_flag(name) is None]
+        if selected and not firing:
+            self.canonical_name(selected[0])
+        return firing
+
+    def _missing_flag(self, name: str) -> str | None:
+        canonical = str(self.mod_dict[name].name)  # an alias is gated as what it stands for
+        flag = self.hook_flags.get(canonical.rpartition(".")[2])
+        return flag if flag is not None and not getattr(self.cfg, flag) else None
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Iterable[tuple[str | Callable[[str], bool], HookFunction]] = (),
+        bwd_hooks: Iterable[tuple[str | Callable[[str], bool], HookFunction]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedModule]:
+        """TransformerLens' ``hooks``, with every name checked before the first hook is attached."""
+        fwd: list[Any] = [(name, hook) for where, hook in fwd_hooks for name in self.names(where)]
+        bwd: list[Any] = [(name, hook) for where, hook in bwd_hooks for name in self.names(where)]
+        with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+            yield self
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """TransformerLens' ``add_hook``, with the name checked."""
+        for canonical in self.names(name):
+            super().add_hook(canonical, hook, dir, is_permanent, level, prepend)
+
+    def add_caching_hooks(self, names_filter: NameFilter = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """TransformerLens' ``add_caching_hooks``, with the names checked."""
+        return super().add_caching_hooks(self.names(names_filter), *args, **kwargs)
+
+    def get_caching_hooks(
+        self, names_filter: NameFilter = None, *args: Any, pos_slice: Any = None, **kwargs: Any
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """TransformerLens' ``get_caching_hooks``, with the names checked.
+
+        Raises ValueError for ``pos_slice``: it guesses the position axis from the name, and is wrong for every tensor
+        that has no image positions (modulation, timestep, text).
+        """
+        if Slice.unwrap(pos_slice).mode != "identity":
+            raise ValueError("pos_slice is not supported: slice the cached tensors instead")
+        return super().get_caching_hooks(self.names(names_filter), *args, **kwargs)
+
+    def run_with_cache(
+        self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """``(output, cache)`` of one forward; ``names_filter`` is any NameFilter, the rest as in TransformerLens."""
+        output, tensors = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
+        if not return_cache_object:
+            return output, tensors
+        return output, self.cache_class(tensors, self, has_batch_dim=not remove_batch_dim)

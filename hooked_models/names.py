@@ -1,0 +1,174 @@
+"""The names of a whole generation: `steps.{s}.{cond|uncond}.{name in the denoiser}` and what stands around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from transformer_lens.hook_points import HookPoint
+
+from .hooked_module import HookedModule, NameFilter, UnknownHookError, unknown_hook
+
+Branch = Literal["cond", "uncond"]
+BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
+Part = Literal["dit", "sampler", "text_encoder", "null_text_encoder"]
+FINAL = "hook_image"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hookable tensor of a generation, and the module and name under which the hook is really attached."""
+
+    part: Part
+    inner: str
+    """Canonical name within the part."""
+    step: int | None = None
+    branch: Branch | None = None
+
+    @property
+    def name(self) -> str:
+        """The full name, as caches use it."""
+        prefix = "" if self.step is None else f"steps.{self.step}."
+        prefix += "" if self.branch is None else f"{self.branch}."
+        return prefix + (f"{self.part}.{self.inner}" if self.part.endswith("text_encoder") else self.inner)
+
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the tensor exists only where guidance runs a second branch."""
+        return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
+
+
+class GenerationHookPoint(HookPoint):
+    """What a hook function receives during a generation: the full `name`, plus `step`, `branch` and a correct `layer()`."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.name = site.name
+        self.step = site.step
+        self.branch = site.branch
+        self._inner = site.inner
+
+    def layer(self) -> int:
+        """The layer of a name that has one.
+
+        Raises:
+            ValueError: the tensor belongs to no layer.
+        """
+        parts = self._inner.split(".")
+        if parts[0] != "blocks":
+            raise ValueError(f"{self.name} belongs to no layer.")
+        return int(parts[1])
+
+
+class GenerationNames(Mapping[str, HookPoint]):
+    """Every name of a generation of `num_steps` steps, as a virtual `hook_dict`; `site(name)` also takes later steps."""
+
+    def __init__(self, dit: HookedModule, sampler: HookedModule, text_encoder: HookedModule | None, num_steps: int) -> None:
+        self.dit, self.sampler, self.text_encoder, self.num_steps = dit, sampler, text_encoder, num_steps
+
+    def site(self, name: str) -> Site:
+        """Where a full name leads; aliases are resolved.
+
+        Raises:
+            UnknownHookError: no such name; the message has the nearest one.
+            ValueError: the name is held back by a flag, which the message names.
+        """
+        head, _, rest = name.partition(".")
+        if head in ("text_encoder", "null_text_encoder") and self.text_encoder is not None:
+            return self._inside(Site(head, rest), self.text_encoder, f"{head}.")  # type: ignore[arg-type]
+        if head == "steps":
+            step, _, rest = rest.partition(".")
+            if step.isdigit():
+                branch, _, inner = rest.partition(".")
+                for known in BRANCHES:
+                    if branch == known:
+                        return self._inside(Site("dit", inner, int(step), known), self.dit, f"steps.{step}.{branch}.")
+                if rest in self.sampler.hook_dict and rest != FINAL:
+                    return Site("sampler", rest, int(step))
+        if name == FINAL:
+            return Site("sampler", FINAL)
+        raise unknown_hook(name, list(self))
+
+    def _inside(self, site: Site, module: HookedModule, prefix: str) -> Site:
+        try:
+            return replace(site, inner=module.canonical_name(site.inner))
+        except UnknownHookError:
+            raise unknown_hook(prefix + site.inner, [prefix + known for known in module.mod_dict if "hook_" in known]) from None
+
+    def module(self, part: str) -> HookedModule:
+        """The hooked module of a part."""
+        modules = {
+            "dit": self.dit,
+            "sampler": self.sampler,
+            "text_encoder": self.text_encoder,
+            "null_text_encoder": self.text_encoder,
+        }
+        found = modules[part]
+        assert found is not None  # no site leads to an encoder without hooks
+        return found
+
+    def sites(self, num_steps: int | None = None) -> Iterator[Site]:
+        """Every site that fires, in the order of a run. Hooks held back by a flag are left out."""
+        parts: tuple[Part, ...] = ("text_encoder", "null_text_encoder") if self.text_encoder is not None else ()
+        for part in parts:
+            assert self.text_encoder is not None
+            yield from (Site(part, inner) for inner in self.text_encoder.names(None))
+        inners = self.dit.names(None)
+        for step in range(self.num_steps if num_steps is None else num_steps):
+            yield Site("sampler", "hook_latent", step)
+            for branch in BRANCHES:
+                yield from (Site("dit", inner, step, branch) for inner in inners)
+            yield from (Site("sampler", inner, step) for inner in self.sampler.hook_dict if inner not in ("hook_latent", FINAL))
+        yield Site("sampler", FINAL)
+
+    def select(
+        self,
+        names_filter: NameFilter = None,
+        steps: int | Sequence[int] | slice | None = None,
+        branch: Branch | Literal["both"] = "cond",
+        num_steps: int | None = None,
+        guided: bool = True,
+        predicts_x0: bool = True,
+    ) -> list[Site]:
+        """The sites that a run fires at and a caller wants; arguments as in `HookedTextToImage.run_with_cache`.
+
+        Raises:
+            UnknownHookError: a name does not exist.
+            ValueError: nothing is selected, or a step lies outside of the run.
+        """
+        every = range(self.num_steps if num_steps is None else num_steps)
+        if isinstance(steps, int):
+            steps = [steps]
+        chosen = every[steps] if isinstance(steps, slice) else every if steps is None else steps
+        if outside := [s for s in chosen if s not in every]:
+            raise ValueError(f"steps={outside} lie outside of this run, which has steps 0 to {len(every) - 1}.")
+
+        def wanted(site: Site) -> bool:
+            at_step = steps is None if site.step is None else site.step in chosen
+            in_branch = branch in ("both", site.branch or ("uncond" if site.needs_uncond else branch))
+            fires = (guided or not site.needs_uncond) and (predicts_x0 or site.inner != "hook_x0")
+            return at_step and in_branch and fires
+
+        if names_filter is None or callable(names_filter):
+            sites = [s for s in self.sites(len(every)) if wanted(s) and (names_filter is None or names_filter(s.name))]
+        else:
+            sites = []
+            for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+                if name in self.dit.mod_dict:  # a denoiser's name stands for itself at every chosen step and branch
+                    inner = self.dit.canonical_name(name)
+                    sites += [s for step in chosen for b in BRANCHES if wanted(s := Site("dit", inner, step, b))]
+                else:
+                    sites.append(self.site(name))
+        if not sites:
+            raise ValueError("Nothing would be cached: names_filter, steps and branch select no tensor that this run computes.")
+        return sites
+
+    def __iter__(self) -> Iterator[str]:
+        return (site.name for site in self.sites())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.sites())
+
+    def __getitem__(self, name: str) -> HookPoint:
+        return GenerationHookPoint(self.site(name))

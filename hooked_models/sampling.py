@@ -1,0 +1,94 @@
+"""Sampling as a function of an explicit state, so that a generation can be forked at any step, exactly.
+
+A multistep solver keeps a history inside the scheduler object, and resuming with the latents alone silently loses it
+(diffusers' `pipe(latents=…, timesteps=…)` is off by 4 % at step 1). Here the history travels with the latents. The scheduler's
+arithmetic stays diffusers' own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Latents = Float[Tensor, "batch channel rows columns"]
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """Where a generation stands before denoising step `step`: its latents and the solver's memory of earlier steps."""
+
+    step: int
+    latent: Float[Tensor, "batch channel rows columns"]
+    memory: Mapping[str, Any]
+
+
+class Sampler:
+    """A diffusers scheduler as a pure function of `SamplerState`; the scheduler passed in is copied and stays untouched."""
+
+    def __init__(self, scheduler: Any, num_steps: int, device: torch.device) -> None:
+        """Raises ValueError for a scheduler that draws noise at every step: its runs could not be forked exactly."""
+        if str(scheduler.config.get("algorithm_type", "")).startswith("sde"):
+            raise ValueError(
+                f"{type(scheduler).__name__} with algorithm_type={scheduler.config.algorithm_type!r} draws fresh noise at every "
+                "step; load the pipeline with a deterministic one, such as DPMSolverMultistepScheduler's 'dpmsolver++'."
+            )
+        self.scheduler = copy.deepcopy(scheduler)
+        self.scheduler.set_timesteps(num_steps, device=device)
+        self.num_steps = len(self.scheduler.timesteps)
+
+    @property
+    def predicts_x0(self) -> bool:
+        """Whether the solver works on a clean-image prediction that can be read and replaced (`advance(through=…)`)."""
+        algorithm = self.scheduler.config.get("algorithm_type", "dpmsolver++")
+        return hasattr(self.scheduler, "convert_model_output") and algorithm == "dpmsolver++"
+
+    def start(self, noise: Latents) -> SamplerState:
+        """The state before step 0."""
+        return SamplerState(0, noise * self.scheduler.init_noise_sigma, self._memory())
+
+    def timestep(self, step: int) -> Tensor:
+        """What the network is told at a step: a scalar, in the scheduler's own units and dtype."""
+        return self.scheduler.timesteps[step]
+
+    def network_input(self, latent: Latents, step: int) -> Latents:
+        """The latents as the network sees them at a step."""
+        return self.scheduler.scale_model_input(latent, self.timestep(step))
+
+    def noise_level(self, step: int) -> tuple[float, float]:
+        """(α, σ) of a step, where latent = α·x0 + σ·ε."""
+        alpha, sigma = self.scheduler._sigma_to_alpha_sigma_t(self.scheduler.sigmas[step])
+        return float(alpha), float(sigma)
+
+    def advance(
+        self, state: SamplerState, latent: Latents, out: Latents, through: Callable[[Latents], Latents] | None = None
+    ) -> SamplerState:
+        """One solver step from `latent`, given the (guided) network output. `state` is not changed.
+
+        `latent` stands apart from `state.latent` because a hook may have replaced it. `through` sees, and may replace, the
+        clean-image prediction that the solver continues from and remembers.
+        """
+        for name, value in state.memory.items():
+            setattr(self.scheduler, name, copy.copy(value))
+        if through is not None:
+            convert = type(self.scheduler).convert_model_output
+            self.scheduler.convert_model_output = lambda *args, **kwargs: through(convert(self.scheduler, *args, **kwargs))
+        try:
+            latent = self.scheduler.step(out, self.timestep(state.step), latent, return_dict=False)[0]
+        finally:
+            vars(self.scheduler).pop("convert_model_output", None)
+        return SamplerState(state.step + 1, latent, self._memory())
+
+    def _memory(self) -> dict[str, Any]:
+        # Whatever a solver writes to itself: lists are edited in place and so copied, tensors only ever replaced.
+        return {name: copy.copy(value) for name, value in vars(self.scheduler).items() if name != "_internal_dict"}
+
+
+def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Float[Tensor, "batch channel rows columns"]:
+    """Standard normal float32, one fresh CPU generator a row: equal seeds give equal noise on every machine."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -1,0 +1,360 @@
+"""A whole text-to-image generation as a hooked model: text encoder → denoiser at every step → scheduler → codec.
+
+Source of the arithmetic: `PixArtSigmaPipeline.__call__` (diffusers 0.42), which images are equal to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+from .cache import GenerationCache, activation_shape, refuse_if_too_large
+from .dit import DiTConfig, HookedDiT, TextState
+from .generation_hooks import Attached, Hooks, SamplerHooks, attach
+from .hooked_module import HookedModule, HookFunction, NameFilter
+from .hub import resolve
+from .names import FINAL, Branch, GenerationNames, Site
+from .rte import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
+from .sampling import Sampler, SamplerState, seeded_noise
+from .trajectory import Inputs, Trajectory
+
+Prompts = str | Sequence[str] | Int[Tensor, "batch text_pos"]
+DEFAULT_STEPS = 14
+DEFAULT_GUIDANCE = 4.5
+
+
+class HookedTextToImage(HookedRootModule):
+    """A PixArt pipeline whose every tensor has a name at every denoising step and guidance branch.
+
+    Names are `text_encoder.…`, `null_text_encoder.…`, `steps.{s}.{cond|uncond}.{name in the denoiser}`,
+    `steps.{s}.hook_{latent,out_cond,out_uncond,out,x0}` and `hook_image`; `hook_dict` lists them for the default step count.
+    The batch axis of every tensor is the prompts. Weights are those of the modules passed in.
+
+    Text is as long as the batch's longest prompt (pads carry exactly no attention), unless tokens of another length are given.
+    """
+
+    codec: Any
+    text_encoder: Any
+
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module, tokenizer: Any, codec: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.dit = transformer if isinstance(transformer, HookedDiT) else HookedDiT(transformer)
+        self.text_encoder = HookedTokenEncoder(text_encoder) if isinstance(text_encoder, RandomTokenEncoder) else text_encoder
+        self.codec = codec
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self.sampler_hooks = SamplerHooks()
+        hooked_encoder = self.text_encoder if isinstance(self.text_encoder, HookedModule) else None
+        self.names = GenerationNames(self.dit, self.sampler_hooks, hooked_encoder, DEFAULT_STEPS)
+        self._attached: list[Attached] = []
+        # No setup(): it would rename the hook points of the models inside.
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> HookedTextToImage:
+        """Open a bundled model by name, a pipeline folder, or a hub id; float32 unless `dtype=` says otherwise.
+
+        Raises:
+            FileNotFoundError: there is no such model; the message lists the bundled ones.
+        """
+        return cls.from_pipeline(PixArtSigmaPipeline.from_pretrained(resolve(name), **{"dtype": torch.float32, **kwargs}))
+
+    @classmethod
+    def from_pipeline(cls, pipe: DiffusionPipeline) -> HookedTextToImage:
+        """Around a live PixArt-α or PixArt-Σ pipeline; its modules are used, not copied, and put into evaluation mode."""
+        if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
+            raise TypeError(f"HookedTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not {type(pipe).__name__}.")
+        return cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()
+
+    def as_diffusers(self) -> PixArtSigmaPipeline:
+        """A new PixArtSigmaPipeline with the hooked modules inside: hooks on `model.dit` fire at every step of its calls."""
+        return PixArtSigmaPipeline(self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler)
+
+    # What the model is
+
+    @property
+    def cfg(self) -> DiTConfig:
+        """The denoiser's configuration."""
+        return self.dit.cfg
+
+    @property
+    def hook_dict(self) -> GenerationNames:
+        """Every hook name of a generation of the default length, in order; values carry the name, step and branch."""
+        return self.names
+
+    @property
+    def mod_dict(self) -> GenerationNames:
+        """As `hook_dict`; aliases resolve too."""
+        return self.names
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.device
+
+    # Text
+
+    def to_tokens(self, prompts: str | Sequence[str], length: int | None = None) -> Int[Tensor, "batch text_pos"]:
+        """Token ids with EOS, padded to the longest prompt or to `length`; prompts are lower-cased, as diffusers does.
+
+        Raises:
+            ValueError: a word is not in a whole-word vocabulary (the message lists it), or a prompt is too long.
+        """
+        texts = [p.lower().strip() for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        if not texts:
+            raise ValueError("There is no prompt.")
+        tokens = self.tokenizer(
+            texts, padding="longest" if length is None else "max_length", max_length=length, return_tensors="pt"
+        )
+        ids = tokens.input_ids
+        limit = length or getattr(self.tokenizer, "model_max_length", ids.shape[1])
+        if ids.shape[1] > limit:
+            raise ValueError(f"A prompt has {ids.shape[1]} tokens, but {limit} is the longest that this model reads: shorten it.")
+        if isinstance(self.text_encoder, HookedTokenEncoder):
+            self.text_encoder.wrapped.check_known(ids, texts)
+        return ids.to(self.device)
+
+    def to_str_tokens(self, prompt: str | Int[Tensor, " text_pos"]) -> list[str]:
+        """The tokens of one prompt as strings."""
+        ids = self.to_tokens(prompt)[0] if isinstance(prompt, str) else prompt
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(ids.tolist())]
+
+    def _encode(self, tokens: Int[Tensor, "batch text_pos"], guidance: float) -> TextState:
+        """Text features, captions, keys and values: computed once for all steps."""
+        mask = (tokens != PAD_ID).long()
+        with attach(self._attached, self.names, lambda site: site.part == "text_encoder"):
+            cond = self.text_encoder(tokens, attention_mask=mask)[0].to(self.dit.dtype)
+        if guidance <= 1:
+            return self.dit.encode_text(cond, mask)
+        null_tokens = self.tokenizer([""], return_tensors="pt").input_ids.to(tokens.device)
+        null_tokens = nn.functional.pad(null_tokens, (0, tokens.shape[1] - null_tokens.shape[1]), value=PAD_ID)
+        null_tokens = null_tokens.expand(len(tokens), -1)  # a row a prompt, so that hooks can tell them apart
+        null_mask = (null_tokens != PAD_ID).long()
+        with attach(self._attached, self.names, lambda site: site.part == "null_text_encoder"):
+            uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(self.dit.dtype)
+        return self.dit.encode_text(torch.cat([uncond, cond]), torch.cat([null_mask, mask]))
+
+    # Running
+
+    def forward(
+        self,
+        prompts: Prompts,
+        seed: int | Sequence[int] = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Images in [0, 1]. Gradients follow torch's grad mode.
+
+        Args:
+            prompts: one prompt, several, or token ids.
+            seed: an int gives every prompt the same noise (a paired design), a sequence one seed each; see `seeded_noise`.
+            guidance: classifier-free guidance; at 1 or below no unconditional branch is run.
+            latents: initial noise, instead of `seed`.
+        """
+        return self.trajectory(prompts, seed, num_steps, guidance, latents).images
+
+    def trajectory(
+        self,
+        prompts: Prompts,
+        seed: int | Sequence[int] = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+    ) -> Trajectory:
+        """Run the sampler and keep its state before every step, so that it can be forked. Arguments as in `forward`."""
+        tokens = (prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
+        self._check_hooks(num_steps, guidance)
+        inputs = Inputs(tokens, guidance, Sampler(self.scheduler, num_steps, self.device), self._encode(tokens, guidance))
+        if latents is None:
+            latents = self._noise(seed, len(tokens))
+        first = inputs.sampler.start(latents.to(self.device, self.dit.dtype))
+        return Trajectory(self, inputs, tuple(self._run(inputs, first)))
+
+    def _noise(self, seed: int | Sequence[int], batch: int) -> Tensor:
+        seeds = [seed] * batch if isinstance(seed, int) else list(seed)
+        if len(seeds) != batch:
+            raise ValueError(f"There are {len(seeds)} seeds for {batch} prompts: give one each, or a single one for all.")
+        return seeded_noise(seeds, (self.cfg.in_channels, self.cfg.sample_size, self.cfg.sample_size))
+
+    def _run(self, inputs: Inputs, state: SamplerState) -> Iterator[SamplerState]:
+        """`state` and every state after it."""
+        yield state
+        while state.step < inputs.sampler.num_steps:
+            state = self._step(inputs, state)
+            yield state
+
+    def _step(self, inputs: Inputs, state: SamplerState) -> SamplerState:
+        sampler, points = inputs.sampler, self.sampler_hooks
+        with attach(self._attached, self.names, lambda site: site.step == state.step, inputs.rows):
+            latent = points.hook_latent(state.latent)
+            x = torch.cat([latent, latent]) if inputs.guided else latent
+            x = sampler.network_input(x, state.step)
+            timestep = sampler.timestep(state.step).expand(len(x)).to(x.device)
+            sizes = self._sizes(latent, len(x))
+            prediction = self.dit(x, timestep=timestep, added_cond_kwargs=sizes, text_state=inputs.text, return_dict=False)[0]
+            if inputs.guided:
+                uncond, cond = prediction.chunk(2)
+                uncond, cond = points.hook_out_uncond(uncond), points.hook_out_cond(cond)
+                out = uncond + inputs.guidance * (cond - uncond)
+            else:
+                out = points.hook_out_cond(prediction)
+            if self.cfg.out_channels == 2 * self.cfg.in_channels:
+                out = out.chunk(2, dim=1)[0]  # the other half is a learned variance, which no sampler reads
+            through = points.hook_x0 if points.hook_x0.has_hooks() else None
+            return sampler.advance(state, latent, points.hook_out(out), through)
+
+    def _sizes(self, latent: Tensor, rows: int) -> dict[str, Tensor | None]:
+        """PixArt-α at 1024 px is also told the image's size."""
+        if not self.cfg.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = self._image_size(latent.shape[-2:])
+        resolution = latent.new_tensor([[height, width]]).expand(rows, -1)
+        return {"resolution": resolution, "aspect_ratio": latent.new_tensor([[height / width]]).expand(rows, -1)}
+
+    def _image_size(self, grid: Sequence[int]) -> tuple[int, int]:
+        scale = 2 ** (len(self.codec.config.block_out_channels) - 1)
+        return grid[0] * scale, grid[1] * scale
+
+    def decode(self, latent: Float[Tensor, "batch channel rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+        """Latents → images in [0, 1], through `hook_image`."""
+        image = self.codec.decode(latent.to(self.codec.dtype) / self.codec.config.scaling_factor, return_dict=False)[0]
+        with attach(self._attached, self.names, lambda site: site.inner == FINAL):
+            return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
+
+    # Hooks
+
+    def _resolve(self, where: str | Callable[[str], bool]) -> list[Site]:
+        if isinstance(where, str):
+            return [self.names.site(where)]
+        return [site for site in self.names.sites() if where(site.name)]
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedTextToImage]:
+        """Attach hooks by full name (or by a predicate on full names) for the time of the block.
+
+        `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`.
+        It edits in place or returns what to go on with.
+
+        Raises:
+            UnknownHookError: no such name; the nearest one is suggested.
+            ValueError: the name is held back by a flag.
+        """
+        new = [Attached(site, fn, "fwd") for where, fn in fwd_hooks for site in self._resolve(where)]
+        new += [Attached(site, fn, "bwd") for where, fn in bwd_hooks for site in self._resolve(where)]
+        self._attached = self._attached + new
+        try:
+            yield self
+        finally:
+            if reset_hooks_end:
+                self._attached = [attached for attached in self._attached if not any(attached is ours for ours in new)]
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Attach a hook until `reset_hooks()`."""
+        new = [Attached(site, hook, dir) for site in self._resolve(name)]
+        self._attached = new + self._attached if prepend else self._attached + new
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Remove every hook, here and in the models inside."""
+        self._attached = []
+        for module in (self.dit, self.names.text_encoder, self.sampler_hooks):
+            if module is not None:
+                module.reset_hooks(*args, **kwargs)
+
+    def run_with_hooks(
+        self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, **kwargs: Any
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """`forward` with hooks attached: `fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z", fn)]`."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
+            return self(*args, **kwargs)
+
+    def _check_hooks(self, num_steps: int, guidance: float, first_step: int = 0) -> None:
+        """Refuse hooks that this run would never reach."""
+        for site in {attached.site for attached in self._attached}:
+            if site.step is not None and not first_step <= site.step < num_steps:
+                raise ValueError(f"{site.name} does not fire: this run goes over steps {first_step} to {num_steps - 1}.")
+            if site.needs_uncond and guidance <= 1:
+                raise ValueError(f"{site.name} does not fire: at guidance {guidance:g} there is no unconditional branch.")
+            if site.inner == "hook_x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:
+                raise ValueError(f"{site.name} does not fire: {type(self.scheduler).__name__} forms no clean-image prediction.")
+
+    # Caching
+
+    def run_with_cache(
+        self,
+        prompts: Prompts,
+        seed: int | Sequence[int] = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        *,
+        names_filter: NameFilter = None,
+        steps: int | Sequence[int] | slice | None = None,
+        branch: Branch | Literal["both"] = "cond",
+        device: str | torch.device | None = None,
+        max_bytes: int | None = None,
+    ) -> tuple[Float[Tensor, "batch 3 height width"], GenerationCache]:
+        """`(images, cache)` of one generation. What is generated is said as in `forward`, what is kept by the rest.
+
+        Args:
+            names_filter: a full name, a name in the denoiser (then at every chosen step and branch), a list of either, or a
+                predicate on full names; None for everything.
+            steps, branch: which denoising steps and guidance branches to keep.
+            device: where the cache is kept; where it arises unless said.
+            max_bytes: refuse, before running, to cache more than this; a quarter of the free memory unless said.
+
+        Raises:
+            CacheTooLargeError: with the estimate, and how to narrow it.
+            UnknownHookError: a name does not exist; the nearest one is suggested.
+            ValueError: nothing is selected, or a step lies outside of the run.
+        """
+        tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
+        predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
+        sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, predicts_x0)
+        sizes = self.cache_sizes(sites, tokens, None if latents is None else latents.shape[-2:])
+        refuse_if_too_large(sizes, max_bytes, self.device if device is None else torch.device(device))
+        store: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor, hook: HookPoint) -> None:
+            # copied: a slice would keep the other branch alive, and a later hook may write in place
+            store[str(hook.name)] = tensor.detach().to(device or tensor.device, copy=True)
+
+        with self.hooks([(site.name, keep) for site in sites]):
+            run = self.trajectory(tokens, seed, num_steps, guidance, latents)
+            images = run.images
+        levels = [run.inputs.sampler.noise_level(step) for step in range(num_steps)] if predicts_x0 else []
+        return images, GenerationCache(store, self, levels)
+
+    def cache_sizes(
+        self, sites: Sequence[Site], tokens: Int[Tensor, "batch text_pos"], grid: Sequence[int] | None = None
+    ) -> dict[str, int]:
+        """Bytes that each site's tensor will take: name → bytes, from arithmetic, before anything is run."""
+        rows, columns = grid or (self.cfg.sample_size,) * 2
+        image = self._image_size((rows, columns))
+        sizes = {}
+        for site in sites:
+            shape = activation_shape(self.cfg, site, len(tokens), (rows, columns), tokens.shape[1], image)
+            module = self.codec if site.inner == FINAL else self.text_encoder if site.part.endswith("text_encoder") else self.dit
+            sizes[site.name] = torch.Size(shape).numel() * module.dtype.itemsize
+        return sizes
