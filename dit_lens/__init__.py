@@ -1,0 +1,7 @@
+"""Questions to ask of a hooked text-to-image model. See `hooked_models` for the models."""
+
+from __future__ import annotations
+
+from . import circuits, prompts, scenes, screening, stats
+
+__all__ = ["circuits", "prompts", "scenes", "screening", "stats"]

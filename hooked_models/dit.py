@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +82,7 @@ class DiTConfig(TransformerLensConfig):
         )
 
 
-Heads = Float[Tensor, "batch text_pos head d_head"]
-KeysValues = tuple[Heads, Heads]
+KeysValues = tuple[Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]]
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,11 @@ class TextState:
     caption: Float[Tensor, "batch text_pos d_caption"]
     bias: Float[Tensor, "batch _ text_pos"] | None
     """Added to the cross-attention scores."""
-    keys_values: tuple[tuple[Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]], ...]
-    """Cross-attention keys and values, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
+    keys_values: tuple[KeysValues, ...]
+    """Of the cross-attentions, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
 
 
-def additive_bias(mask: Shaped[Tensor, "batch *query key_pos"] | None, dtype: torch.dtype) -> Tensor | None:
+def additive_bias(mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch.dtype) -> Tensor | None:
     """A mask [batch key_pos] (1 = attend) as a bias [batch 1 key_pos] on the scores; a bias is passed on.
 
     diffusers' bias is -10000, not -∞: a row with every key masked stays finite.
@@ -132,6 +131,9 @@ class HookedDiT(HookedModule):
         "hook_k_input": "use_split_qkv_input",
         "hook_v_input": "use_split_qkv_input",
     }
+
+    blocks: Any
+    """ModuleList of `Block`."""
 
     wrapped: Any
     """The diffusers module; not registered as a child, because its leaves are, once each."""
@@ -202,11 +204,11 @@ class HookedDiT(HookedModule):
     def encode_text(
         self,
         text: Float[Tensor, "batch text_pos d_text"],
-        mask: Shaped[Tensor, "batch *query text_pos"] | None = None,
+        mask: Shaped[Tensor, "batch ... text_pos"] | None = None,
     ) -> TextState:
         """Caption, keys and values, to be passed to every step as ``text_state``; fires no hook. ``mask``: 1 = attend."""
-        caption = self._project_caption(text)
-        attentions = [block.cross_attn for block in self._blocks()]
+        caption = self.project_caption(text)
+        attentions = [block.cross_attn for block in self.blocks]
         keys_values = tuple((attn.keys(caption), attn.values(caption)) for attn in attentions)
         return TextState(text, caption, additive_bias(mask, self.dtype), keys_values)
 
@@ -215,15 +217,18 @@ class HookedDiT(HookedModule):
         """Whether a hook is attached upstream of the cross-attention keys and values, so that they are computed anew."""
         points = [self.hook_text, self.hook_caption]
         if self._cfg.use_split_qkv_input:
-            for block in self._blocks():
+            for block in self.blocks:
                 points += [block.cross_attn.hook_k_input, block.cross_attn.hook_v_input]
         return any(point.has_hooks() for point in points)
 
-    def _project_caption(self, text: Tensor) -> Tensor:
-        return text if self.caption_projection is None else self.caption_projection(text)
+    @property
+    def W_pos(self) -> Float[Tensor, "pos d_model"]:
+        """The fixed position code of the training size, rows first; its first half of channels holds x, the second y."""
+        return self.patch_embed.pos_embed[0]
 
-    def _blocks(self) -> Iterable[Block]:
-        return cast(Iterable[Block], self.blocks)
+    def project_caption(self, text: Float[Tensor, "*batch d_text"]) -> Float[Tensor, "*batch d_caption"]:
+        """Text features as cross-attention reads them, through no hook."""
+        return text if self.caption_projection is None else self.caption_projection(text)
 
     # The model
 
@@ -234,8 +239,8 @@ class HookedDiT(HookedModule):
         timestep: Shaped[Tensor, " batch"] | None = None,
         added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
-        attention_mask: Shaped[Tensor, "batch *query pos"] | None = None,
-        encoder_attention_mask: Shaped[Tensor, "batch *query text_pos"] | None = None,
+        attention_mask: Shaped[Tensor, "batch ... pos"] | None = None,
+        encoder_attention_mask: Shaped[Tensor, "batch ... text_pos"] | None = None,
         return_dict: bool = True,
         *,
         text_state: TextState | None = None,
@@ -317,5 +322,5 @@ class HookedDiT(HookedModule):
             raise ValueError("pass encoder_hidden_states, or a text_state from encode_text")
         if self.text_hooks_active:
             text = text.clone()  # a hook may write in place, and this is the caller's tensor
-        caption = self.hook_caption(self._project_caption(self.hook_text(text)))
+        caption = self.hook_caption(self.project_caption(self.hook_text(text)))
         return caption, [None] * self._cfg.n_layers, bias

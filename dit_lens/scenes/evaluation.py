@@ -17,7 +17,7 @@ from skimage import measure
 from torch import Tensor
 
 from .rendering import PIXELS, shape_mask
-from .scene import BAND, COLORS, DIRECTIONS, IMAGE_SIZE, RADIUS, SHAPES, Scene, relation_between
+from .scene import BAND, COLORS, DIRECTIONS, IMAGE_SIZE, SHAPES, Scene, relation_between
 
 COLOR_MARGIN = 0.5
 """A pixel is red if R − (G + B)/2 exceeds this, blue likewise: half-way between grey background (0) and pure colour (1),
@@ -26,10 +26,11 @@ COLOR_TOLERANCE = 0.25
 """A region's mean colour is at most this far from the pure colour, in every channel: no pink, orange or maroon."""
 MIN_AREA = 100
 """Pixels: anything smaller is a speck."""
+MIN_IOU = 0.85
+"""A region overlaps the ideal shape of its own area at least this much (intersection over union): a whole object, not half
+of one. The ideal circle and square reach 0.84 with each other, so this leaves little between the shapes."""
 MAX_SCALE = 1.2
-MIN_IOU = 0.8
-"""A region overlaps its ideal shape at least this much (intersection over union). The ideal circle and square reach 0.78
-with each other, so this asks for a whole object of about the right size: a circle of radius 15 … 17 px where 16 is right."""
+"""A region's side (square root of its area) is at most this factor off the ideal shape's: radii of 14 … 19 px for 16."""
 CHUNK = 32
 """Images that are labelled at once: enough to amortise the calls, few enough to stay in the processor's cache."""
 
@@ -144,43 +145,42 @@ def _census(
     mean = np.stack([total(weights=pixels[image, channel, place]) / area for channel in range(3)], axis=1)
     pure = np.array([PIXELS[color] for color in COLORS]) / 255
     is_color = np.abs(mean[:, None] - pure).max(axis=2) <= COLOR_TOLERANCE
-    iou, centre = _fit_shapes(place, region, k)
-    best = iou.argmax(axis=0)
+    shape, centre = _classify(place, region, k)
 
-    kind = (
-        (total(weights=image) / area).astype(int),
-        np.where(iou.max(axis=0) >= MIN_IOU, best, len(SHAPES)),
-        np.where(is_color.any(axis=1), is_color.argmax(axis=1), len(COLORS)),
-    )
+    color = np.where(is_color.any(axis=1), is_color.argmax(axis=1), len(COLORS))
+    kind = (total(weights=image) / area).astype(int), shape, color
     counts = np.zeros((n, len(SHAPES) + 1, len(COLORS) + 1), dtype=int)
     np.add.at(counts, kind, 1)
     centres = np.zeros((*counts.shape, 2))
-    np.add.at(centres, kind, centre[best, np.arange(k)])
+    np.add.at(centres, kind, centre)
     return counts, centres
 
 
-def _fit_shapes(
+def _classify(
     place: Int[np.ndarray, " pixel"], region: Int[np.ndarray, " pixel"], k: int
-) -> tuple[Float[np.ndarray, "shape region"], Int[np.ndarray, "shape region xy"]]:
-    """Lay each ideal shape over each of `k` regions: their intersection over union, and the shape's centre (x, y) there.
+) -> tuple[Int[np.ndarray, " region"], Int[np.ndarray, "region xy"]]:
+    """The shape of each of `k` regions, as an index into `SHAPES` (beyond its end: none), and that shape's centre (x, y).
 
-    The shape is laid with the region's area and centre of mass. Unlike a bounding box, these hardly move when an apex is
+    Each ideal shape is laid over the region with the region's own area and centre of mass; the one that fits best is the
+    region's if it fits and the area is right. Unlike a bounding box, area and centre of mass hardly move when an apex is
     blurred away. Centres are whole pixels because a scene's are: half a pixel of noise then costs nothing at the edge of
-    the level band. A region of quite another size than the shape has intersection 0 with it. `place` is row · 128 + column.
+    the level band. `place` is row · 128 + column.
     """
     total = partial(np.bincount, region, minlength=k)
     xy = np.stack([place % IMAGE_SIZE, place // IMAGE_SIZE])
     area = total()
     middle = np.stack([total(weights=axis) / area for axis in xy])
     relative = xy - middle[:, region]
-    iou, centre = np.empty((len(SHAPES), k)), np.empty((len(SHAPES), k, 2), dtype=int)
+    iou, scale, centre = (np.empty((len(SHAPES), *inner)) for inner in ((k,), (k,), (k, 2)))
     for s, shape in enumerate(SHAPES):
         mask = np.pad(shape_mask(shape), 1)
         side = np.array(mask.shape[::-1])[:, None]
         ideal = np.argwhere(mask).mean(axis=0)[::-1, None]
-        scale = np.sqrt(mask.sum() / area)
-        x, y = np.clip(np.rint(relative * scale[region] + ideal), 0, side - 1).astype(int)
+        scale[s] = np.sqrt(mask.sum() / area)
+        x, y = np.clip(np.rint(relative * scale[s, region] + ideal), 0, side - 1).astype(int)
         common = total(weights=mask[y, x])
-        iou[s] = np.where(np.maximum(scale, 1 / scale) <= MAX_SCALE, common / (2 * area - common), 0)
-        centre[s] = np.rint(middle - (ideal - side // 2) / scale).T
-    return iou, centre
+        iou[s] = common / (2 * area - common)
+        centre[s] = (middle - (ideal - side // 2) / scale[s]).T
+    best = iou.argmax(axis=0), np.arange(k)
+    valid = (iou[best] >= MIN_IOU) & (np.maximum(scale[best], 1 / scale[best]) <= MAX_SCALE)
+    return np.where(valid, best[0], len(SHAPES)), np.rint(centre[best]).astype(int)

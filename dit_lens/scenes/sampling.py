@@ -17,6 +17,7 @@ from .scene import (
     HELD_OUT,
     PHRASES,
     RELATIONS,
+    Color,
     Combination,
     Relation,
     Scene,
@@ -43,6 +44,7 @@ def sample(
     distribution: Distribution = "balanced",
     color_words: ColorWords = "optional",
     spread: float = 1.0,
+    red_first: float = 0.5,
 ) -> list[Scene]:
     """Draw scenes number `start` … `start + n − 1` of the endless sequence that `seed` names.
 
@@ -50,15 +52,15 @@ def sample(
     `distribution`: "balanced" draws the relation uniformly and positions uniformly among those that realise it without overlap;
     "natural" is the original's (paper, data set `objectRel_pilot2`): both centres uniform, relation derived, overlap allowed.
     `color_words`: "optional" names each colour with probability one half, as in the original training set.
-    `spread` in [0, 1] is a curriculum: 0 keeps both objects within 2 px of eight fixed layouts, 1 is the whole distribution
-    ("balanced" only).
+    `spread` and `red_first` are curricula ("balanced" only). `spread` in [0, 1]: 0 keeps both objects within 2 px of eight fixed
+    layouts, 1 is the whole distribution. `red_first`: how often the red object is named first.
     """
-    if not 0 <= spread <= 1:
-        raise ValueError(f"spread must lie in [0, 1], not {spread}.")
+    if not (0 <= spread <= 1 and 0 <= red_first <= 1):
+        raise ValueError(f"spread and red_first must lie in [0, 1], not {spread} and {red_first}.")
     scenes: list[Scene] = []
     for chunk in range(start // CHUNK, -(-(start + n) // CHUNK)):
         rng = np.random.default_rng((seed, chunk))
-        pool = _natural(rng, split) if distribution == "natural" else _balanced(rng, split, spread)
+        pool = _natural(rng, split) if distribution == "natural" else _balanced(rng, split, spread, red_first)
         whole = [_describe(rng, combination, row, color_words) for combination, row in pool]
         low, high = max(start - chunk * CHUNK, 0), min(start + n - chunk * CHUNK, CHUNK)
         scenes += whole[low:high]
@@ -96,15 +98,18 @@ def allowed(split: Split) -> tuple[Combination, ...]:
 
 
 @cache
-def _by_relation(split: Split) -> dict[Relation, tuple[Combination, ...]]:
-    return {r: tuple(c for c in allowed(split) if c.relation == r) for r in RELATIONS}
+def _candidates(split: Split, relation: Relation, color1: Color) -> tuple[Combination, ...]:
+    cells = [c for c in allowed(split) if c.relation == relation]
+    return tuple(c for c in cells if c.color1 == color1) or tuple(cells)  # "held_out" lacks some colour orders
 
 
-def _balanced(rng: np.random.Generator, split: Split, spread: float) -> list[tuple[Combination, tuple[int, int, int, int]]]:
+def _balanced(
+    rng: np.random.Generator, split: Split, spread: float, red_first: float
+) -> list[tuple[Combination, tuple[int, int, int, int]]]:
     pool = []
     for r in rng.integers(len(RELATIONS), size=CHUNK):
         relation = RELATIONS[r]
-        candidates = _by_relation(split)[relation]
+        candidates = _candidates(split, relation, "red" if rng.random() < red_first else "blue")
         combination = candidates[rng.integers(len(candidates))]
         # rounding keeps the number of cached tables small while a curriculum moves
         pool.append((combination, _place(rng, combination, round(spread, 2))))

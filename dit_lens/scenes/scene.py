@@ -2,7 +2,7 @@
 
 Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338),
 data set `objectRel_pilot2`. Two things differ on purpose: objects do not overlap, and an object's centre is the centre of
-the bounding box that is drawn (the original's triangles sit 4.6 px low, which costs strict left/right accuracy on perfect images).
+the bounding box that is drawn (the original's triangles sit 4.6 px low, which costs left/right accuracy on perfect images).
 """
 
 from __future__ import annotations

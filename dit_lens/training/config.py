@@ -36,8 +36,11 @@ class TrainConfig:
     ema_power: float = 0.75
     """EMA decay at step s is min(ema_decay, 1 − (1 + s)^−ema_power)."""
 
+    biased_steps: int = 0
+    """Curriculum: red is named first with probability 0.9, falling linearly to one half over this many steps. Which object the
+    relation speaks of is an exclusive-or of word order and relation, which is learnt from a biased sample first."""
     anchored_steps: int = 0
-    """Curriculum: scenes keep to eight fixed layouts for this many steps …"""
+    """Curriculum: scenes keep to eight fixed layouts, and captions name both colours, for this many steps …"""
     spreading_steps: int = 0
     """… then spread linearly to the whole distribution over this many."""
 
@@ -56,6 +59,10 @@ class TrainConfig:
         if step < self.anchored_steps:
             return 0.0
         return min(1.0, (step - self.anchored_steps + 1) / max(self.spreading_steps, 1))
+
+    def red_first(self, step: int) -> float:
+        """How often red is named first at a step (`scenes.sample`)."""
+        return 0.5 + 0.4 * max(0.0, 1 - step / max(self.biased_steps, 1)) if self.biased_steps else 0.5
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, constant, then linear decay to 2 %."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from .scoring import score, summarise
 
 LOG_EVERY = 25
 MAY_CHANGE = (
-    *("out", "steps", "decay_from", "anchored_steps", "spreading_steps", "compile"),
+    *("out", "steps", "decay_from", "biased_steps", "anchored_steps", "spreading_steps", "compile"),
     *("checkpoint_every", "evaluate_every", "evaluation_scenes"),
 )
 """Settings of a run that may differ when it is resumed."""
@@ -41,17 +42,17 @@ MAY_CHANGE = (
 def train(config: TrainConfig) -> Path:
     """Train, or go on training, and return the folder of the finished pipeline (EMA weights).
 
-    `out/` gets checkpoint.safetensors (the whole state), metrics.jsonl (loss, speed, accuracy on held-out scenes) and pipeline/.
+    `out/` gets start/ (the untrained pipeline), checkpoint.safetensors (the whole state), metrics.jsonl (loss, speed, accuracy
+    on held-out scenes) and pipeline/.
 
     Raises:
         ValueError: `out` holds a run with other settings.
     """
     accelerator = Accelerator(mixed_precision=config.precision)
-    pipe = (
-        load_pipeline(config.init_from)
-        if config.init_from
-        else build_pipeline(PRESETS[config.size], config.encoder, config.objective, config.seed)
-    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    saved = config.out / "checkpoint.safetensors"
+    with accelerator.main_process_first():
+        pipe = start_pipeline(config)
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     disable_progress_bar()
@@ -60,10 +61,8 @@ def train(config: TrainConfig) -> Path:
     shadow = dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))
     optimizers = build_optimizers(model, config)
 
-    config.out.mkdir(parents=True, exist_ok=True)
     facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     facts["processes"] = accelerator.num_processes
-    saved = config.out / "checkpoint.safetensors"
     first = load_checkpoint(saved, model, shadow, optimizers, facts, MAY_CHANGE) if saved.exists() else 0
     ema.optimization_step = first
     metrics = config.out / "metrics.jsonl"
@@ -131,17 +130,43 @@ def train(config: TrainConfig) -> Path:
                 record({"step": done, "loss": round(mean, 5), "samples_per_second": round(speed, 1)})
                 progress.update(bar, completed=done, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} samples/s")
                 losses, clock = [], time.perf_counter()
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                save(done)
             if (done % config.evaluate_every == 0 or done == config.steps) and accelerator.is_main_process:
                 accuracy = evaluate()
                 record({"step": done, "samples": done * config.batch_size * accelerator.num_processes, **accuracy})
                 summary = f"binding {accuracy['unique_binding']:.2f} relation {accuracy['relation_loose']:.2f}"
                 progress.update(bar, accuracy=summary)
-                pipe.save_pretrained(config.out / "pipeline")
+                replace_folder(pipe, config.out / "pipeline")
                 clock = time.perf_counter()
+            # last, so that a run killed before this line repeats what came after the checkpoint before
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                save(done)
             accelerator.wait_for_everyone()
     return config.out / "pipeline"
+
+
+def start_pipeline(config: TrainConfig) -> PixArtSigmaPipeline:
+    """The untrained pipeline of a run, made once and kept in `out/start/`.
+
+    A resumed run so keeps its own codec and text encoder, even if the code that makes them has changed since.
+    """
+    start = config.out / "start"
+    if not start.is_dir():
+        new = (
+            load_pipeline(config.init_from)
+            if config.init_from
+            else build_pipeline(PRESETS[config.size], config.encoder, config.objective, config.seed)
+        )
+        replace_folder(new, start)
+    return load_pipeline(str(start))
+
+
+def replace_folder(pipe: PixArtSigmaPipeline, folder: Path) -> None:
+    """Save a pipeline so that a kill leaves a whole folder or none."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 class StepData:
@@ -169,7 +194,14 @@ class StepData:
         config = self.config
         size = config.batch_size
         start = (step * self.processes + self.process) * size
-        batch = scenes.sample(size, config.seed, start=start, spread=config.spread(step))
+        batch = scenes.sample(
+            size,
+            config.seed,
+            start=start,
+            color_words="both" if step < config.anchored_steps else "optional",
+            spread=config.spread(step),
+            red_first=config.red_first(step),
+        )
         state = np.random.SeedSequence((config.seed, step, self.process)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(self.device).manual_seed(int(state >> np.uint64(1)))
         images = scenes.render(batch).to(self.device)

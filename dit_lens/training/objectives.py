@@ -24,7 +24,8 @@ class CleanImageObjective:
     """x0-prediction on the straight path x_t = (1 − t)·x0 + t·ε, squared error over t² (so it is the velocity's error).
 
     t = logistic(0.8 + N(0, 1)) spends most samples where the layout is decided; t is clamped at 0.1 in the weight, so that
-    the last, easy stretch does not dominate. The network is told 1000·t, as `DPMSolverMultistepScheduler(use_flow_sigmas=True)` does.
+    the last, easy stretch does not dominate. The network is told 1000·t, as by
+    `DPMSolverMultistepScheduler(use_flow_sigmas=True)`.
     """
 
     def loss(self, predict: Predict, clean: Latents, generator: torch.Generator) -> Float[Tensor, ""]:
@@ -37,7 +38,7 @@ class CleanImageObjective:
 
 
 class NoiseObjective:
-    """The paper's ε-prediction on the DDPM path (1,000 steps, linear β). Its learned variance is left out: no sampler reads it."""
+    """The paper's ε-prediction on the DDPM path (1,000 steps, linear β). No learned variance: no sampler reads it."""
 
     def __init__(self) -> None:
         self.noiser = DDPMScheduler()

@@ -8,10 +8,10 @@ import pandas as pd
 import torch
 import xarray as xr
 from diffusers import PixArtSigmaPipeline
-from scipy.stats import bootstrap
 
 from .. import scenes
 from ..scenes import Scene
+from ..stats import Interval, clustered_mean
 
 METRICS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
 
@@ -58,22 +58,6 @@ def score(
 
 
 def summarise(verdict: xr.Dataset) -> pd.DataFrame:
-    """One row a metric: mean and 95 % interval. Scenes are resampled whole: seeds of one prompt are not independent."""
-    rows = []
-    for name in METRICS:
-        values = verdict[name].astype(float)
-        # (weighted by how many images of a scene count: `relation_given_both` leaves some out)
-        hits, counts = values.fillna(0).sum("seed").values, values.notnull().sum("seed").values
-        if counts.sum() == 0:
-            rows.append((name, float("nan"), float("nan"), float("nan")))
-            continue
-        interval = bootstrap(
-            (hits, counts),
-            lambda h, c, axis=-1: h.sum(axis) / c.sum(axis).clip(1),
-            paired=True,
-            vectorized=True,
-            method="percentile",
-            rng=0,
-        ).confidence_interval
-        rows.append((name, hits.sum() / counts.sum(), interval.low, interval.high))
-    return pd.DataFrame(rows, columns=["metric", "mean", "low", "high"]).set_index("metric")
+    """One row a metric: mean, low and high end of the 95 % interval. Scenes are resampled whole."""
+    rows = {name: clustered_mean(verdict[name].transpose("scene", "seed").values.astype(float)) for name in METRICS}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(Interval._fields)).rename_axis("metric")

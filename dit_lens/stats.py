@@ -1,0 +1,53 @@
+"""Intervals for the numbers this package reports."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import bootstrap
+
+
+class Interval(NamedTuple):
+    """An estimate and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def clustered_mean(values: Float[np.ndarray, "cluster repeat"], rng: int = 0, resamples: int = 2000) -> Interval:
+    """Mean over everything that is not NaN; the interval resamples whole clusters (scipy's percentile bootstrap).
+
+    Seeds of one prompt are not independent draws, so an accuracy over prompts × seeds has its prompts as clusters.
+    """
+    valid = ~np.isnan(values)
+    sums, counts = np.where(valid, values, 0.0).sum(axis=1), valid.sum(axis=1)
+    if counts.sum() == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    mean = float(sums.sum() / counts.sum())
+    if len(values) < 2 or np.ptp(sums) == 0 == np.ptp(
+        counts
+    ):  # scipy's bootstrap refuses one cluster, and constant data need none
+        return Interval(mean, mean, mean)
+    interval = bootstrap(
+        (sums, counts),
+        lambda s, c, axis=-1: s.sum(axis) / np.maximum(c.sum(axis), 1),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        rng=rng,
+    ).confidence_interval
+    return Interval(mean, float(interval.low), float(interval.high))
+
+
+def paired_difference(
+    before: Float[np.ndarray, "cluster repeat"], after: Float[np.ndarray, "cluster repeat"], rng: int = 0
+) -> Interval:
+    """Mean of after − before over pairs (same prompt, same noise), with `clustered_mean`'s interval."""
+    return clustered_mean(after - before, rng)

@@ -1,0 +1,62 @@
+"""One picture of a relation head: what it looks at while images are made, and what its weights say it would look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import xarray as xr
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def relation_head_figure(
+    head: str,
+    prompts: Sequence[str],
+    images: Float[Tensor, "prompt 3 height width"],
+    attention: xr.DataArray,
+    weight_maps: Mapping[str, xr.DataArray],
+) -> Figure:
+    """Rows of (prompt, image, attention to the relation words at some steps); below, position-by-word maps of the weights.
+
+    Args:
+        attention: dims (prompt, step, y, x), attention mass on the relation words; drawn on one scale from 0.
+        weight_maps: word → (y, x) score map; each is centred and drawn on one symmetric scale.
+    """
+    steps = attention.sizes["step"]
+    columns = 1 + steps
+    figure = plt.figure(figsize=(1.55 * columns, 1.62 * len(prompts) + 2.9), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.62 * len(prompts) + 0.6, 2.3])
+    upper, lower = parts
+    upper.suptitle(f"{head}: attention to the relation words while denoising", fontsize=11)
+    grid = upper.subplots(len(prompts), columns, squeeze=False)
+    top = float(attention.max())
+    for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        bare(grid[row, 0]).imshow(image.permute(1, 2, 0).float().cpu().numpy())
+        grid[row, 0].set_title(prompt, fontsize=6.5, loc="left")
+        for column, step in enumerate(attention["step"].values):
+            ax = bare(grid[row, 1 + column])
+            drawn = ax.imshow(attention.isel(prompt=row, step=column), vmin=0, vmax=top, cmap="magma")
+            if row == 0:
+                ax.set_title(f"step {step}", fontsize=8)
+    upper.colorbar(drawn, ax=grid[:, 1:], shrink=0.6, label="attention mass")
+
+    lower.suptitle(f"{head}: position code × word, from weights alone (no image, no timestep)", fontsize=11)
+    row_of_maps = lower.subplots(1, len(weight_maps), squeeze=False)[0]
+    centred = {word: m - m.mean() for word, m in weight_maps.items()}
+    reach = max(float(abs(m).max()) for m in centred.values())
+    for ax, (word, values) in zip(row_of_maps, centred.items(), strict=True):
+        drawn = bare(ax).imshow(values, vmin=-reach, vmax=reach, cmap="RdBu_r")
+        ax.set_title(word, fontsize=9)
+    lower.colorbar(drawn, ax=row_of_maps, shrink=0.8, label="score, centred")
+    return figure
+
+
+def bare(ax: Axes) -> Axes:
+    """The axes without ticks."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    return ax
