@@ -202,7 +202,7 @@ def refuse_if_too_large(sizes: Mapping[str, int], max_bytes: int | None, device:
     )
 
 
-def _human(size: float) -> str:
+def _human(size: int | float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ class PatchCodec(ModelMixin, ConfigMixin):
     """Every `patch_size`² patch becomes its `latent_channels` leading principal components, and back.
 
     Stands where an `AutoencoderKL` stands in a diffusers pipeline: images in [−1, 1], `encode(x).latent_dist` and
-    `decode(z).sample`, and the pipeline multiplies latents by `config.scaling_factor`. The components are orthonormal, so a squared error in latents
-    is the squared error in pixels, and decoding costs one small matrix product.
+    `decode(z).sample`, and the pipeline multiplies latents by `config.scaling_factor`. The components are orthonormal, so a
+    squared error in latents is the squared error in pixels, and decoding costs one small matrix product.
     """
 
     @register_to_config
@@ -30,7 +31,7 @@ class PatchCodec(ModelMixin, ConfigMixin):
         latent_channels: int = 24,
         patch_size: int = 8,
         scaling_factor: float = 1.0,
-        block_out_channels: tuple[int, ...] | None = None,  # only its length is read, by pipelines: log2(patch_size) + 1
+        block_out_channels: Sequence[int] | None = None,  # only its length is read, by pipelines: log2(patch_size) + 1
     ) -> None:
         super().__init__()
         if block_out_channels is None:

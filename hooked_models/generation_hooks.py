@@ -48,17 +48,34 @@ def attach(
     rows: Callable[[Branch], slice] | None = None,
 ) -> Iterator[None]:
     """Attach the chosen hooks to the modules inside, each restricted to the `rows` of its branch, for the time of the block."""
-    per_part: dict[str, tuple[list[Any], list[Any]]] = {}
+    per_point: dict[tuple[str, str, str], list[HookFunction]] = {}
     for attached in hooks:
         site = attached.site
         if chosen(site):
             part = rows(site.branch) if rows is not None and site.branch is not None else None
             function = restricted(attached.function, GenerationHookPoint(site), part)
-            per_part.setdefault(site.part, ([], []))[attached.direction == "bwd"].append((site.inner, function))
+            per_point.setdefault((site.part, attached.direction, site.inner), []).append(function)
     with ExitStack() as stack:
-        for part_name, (fwd, bwd) in per_part.items():
-            stack.enter_context(names.module(part_name).hooks(fwd, bwd))
+        for part_name in {part for part, _, _ in per_point}:
+            pairs: dict[str, list[Any]] = {"fwd": [], "bwd": []}
+            for (owner, direction, inner), functions in per_point.items():
+                if owner == part_name:
+                    pairs[direction].append((inner, in_turn(functions)))
+            stack.enter_context(names.module(part_name).hooks(pairs["fwd"], pairs["bwd"]))
         yield
+
+
+def in_turn(functions: Sequence[HookFunction]) -> HookFunction:
+    """Several hooks as one, each given what the one before left (torch would hand every backward hook the first gradient)."""
+
+    def all_of_them(tensor: Tensor, hook: HookPoint) -> Tensor | None:
+        changed = None
+        for function in functions:
+            replaced = function(tensor if changed is None else changed, hook=hook)
+            changed = changed if replaced is None else replaced
+        return changed
+
+    return all_of_them
 
 
 def restricted(function: HookFunction, point: GenerationHookPoint, rows: slice | None) -> HookFunction:

@@ -168,7 +168,10 @@ class GenerationNames(Mapping[str, HookPoint]):
         return (site.name for site in self.sites())
 
     def __len__(self) -> int:
-        return sum(1 for _ in self.sites())
+        around = 0 if self.text_encoder is None else 2 * len(self.text_encoder.names(None))
+        final = 1
+        per_step = len(BRANCHES) * len(self.dit.names(None)) + len(self.sampler.hook_dict) - final
+        return around + self.num_steps * per_step + final
 
     def __getitem__(self, name: str) -> HookPoint:
         return GenerationHookPoint(self.site(name))

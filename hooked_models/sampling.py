@@ -56,9 +56,10 @@ class Sampler:
         """What the network is told at a step: a scalar, in the scheduler's own units and dtype."""
         return self.scheduler.timesteps[step]
 
-    def network_input(self, latent: Latents, step: int) -> Latents:
-        """The latents as the network sees them at a step."""
-        return self.scheduler.scale_model_input(latent, self.timestep(step))
+    def network_input(self, state: SamplerState, latent: Latents) -> Latents:
+        """`latent` as the network sees it at the state's step (some schedulers scale it)."""
+        self._resume(state)
+        return self.scheduler.scale_model_input(latent, self.timestep(state.step))
 
     def noise_level(self, step: int) -> tuple[float, float]:
         """(α, σ) of a step, where latent = α·x0 + σ·ε."""
@@ -73,8 +74,7 @@ class Sampler:
         `latent` stands apart from `state.latent` because a hook may have replaced it. `through` sees, and may replace, the
         clean-image prediction that the solver continues from and remembers.
         """
-        for name, value in state.memory.items():
-            setattr(self.scheduler, name, copy.copy(value))
+        self._resume(state)
         if through is not None:
             convert = type(self.scheduler).convert_model_output
             self.scheduler.convert_model_output = lambda *args, **kwargs: through(convert(self.scheduler, *args, **kwargs))
@@ -83,6 +83,10 @@ class Sampler:
         finally:
             vars(self.scheduler).pop("convert_model_output", None)
         return SamplerState(state.step + 1, latent, self._memory())
+
+    def _resume(self, state: SamplerState) -> None:
+        for name, value in state.memory.items():
+            setattr(self.scheduler, name, copy.copy(value))
 
     def _memory(self) -> dict[str, Any]:
         # Whatever a solver writes to itself: lists are edited in place and so copied, tensors only ever replaced.

@@ -196,7 +196,7 @@ class HookedTextToImage(HookedRootModule):
         with attach(self._attached, self.names, lambda site: site.step == state.step, inputs.rows):
             latent = points.hook_latent(state.latent)
             x = torch.cat([latent, latent]) if inputs.guided else latent
-            x = sampler.network_input(x, state.step)
+            x = sampler.network_input(state, x)
             timestep = sampler.timestep(state.step).expand(len(x)).to(x.device)
             sizes = self._sizes(latent, len(x))
             prediction = self.dit(x, timestep=timestep, added_cond_kwargs=sizes, text_state=inputs.text, return_dict=False)[0]

@@ -16,16 +16,16 @@ CALL = {"use_resolution_binning": False, "max_sequence_length": 20, "clean_capti
 def randomise(module: torch.nn.Module, scale: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in [*module.parameters(), *module.buffers()]:
+        for tensor in module.state_dict().values():
             tensor.add_(scale * torch.randn(tensor.shape, generator=generator).to(tensor))
 
 
 def tiny_pipeline(
     text: str = "rte", learned_sigma: bool = False, dtype: torch.dtype = torch.float32, scheduler: object = None, grid: int = 4
 ) -> PixArtSigmaPipeline:
+    torch.manual_seed(1)
     tokenizer = word_tokenizer(WORDS)
     if text == "t5":
-        torch.manual_seed(1)
         sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
         encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
     else:

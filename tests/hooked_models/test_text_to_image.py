@@ -52,11 +52,11 @@ def test_images_equal_the_pipelines(text, dtype, tolerance, guidance, learned_si
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_every_deterministic_scheduler_gives_the_pipelines_images_and_forks_exactly(name, steps):
-    pipe = tiny_pipeline(scheduler=SCHEDULERS[name])
-    reference = pipe(list(PROMPTS), latents=noise(), num_inference_steps=steps, **CALL).images
+    pipe = tiny_pipeline(dtype=torch.float64, scheduler=SCHEDULERS[name])
+    reference = pipe(list(PROMPTS), latents=noise().double(), num_inference_steps=steps, **CALL).images
     model = HookedTextToImage.from_pipeline(pipe)
     run = model.trajectory(PROMPTS, latents=noise(), num_steps=steps)
-    assert (run.images - reference).abs().max() < 1e-4
+    assert (run.images - reference).abs().max() < 1e-9
     for step in {0, steps // 2, steps - 1}:
         assert torch.equal(run.fork(step).images, run.images)
 
@@ -106,7 +106,7 @@ def test_hook_dict_lists_what_a_default_run_fires(model):
         model(PROMPTS)
     # text is encoded once and no hook asks for it at a step … except that here every hook does, so all names fire
     assert sorted(fired) == sorted(model.hook_dict)
-    assert len(model.hook_dict) == len(set(model.hook_dict))
+    assert len(model.hook_dict) == len(set(model.hook_dict)) == len(fired)
 
 
 def test_every_hooks_return_value_changes_what_follows():
@@ -114,6 +114,7 @@ def test_every_hooks_return_value_changes_what_follows():
     model.dit.set_use_attn_result(True)
     model.dit.set_use_split_qkv_input(True)
     base = model.trajectory(PROMPTS, num_steps=2, seed=1)
+
     # the last step's latents, unclamped: a decoded image may saturate
     def outcome(name: str) -> torch.Tensor:
         def bump(tensor, hook):
@@ -125,12 +126,16 @@ def test_every_hooks_return_value_changes_what_follows():
             run = model.trajectory(PROMPTS, num_steps=2, seed=1)
             return run.images if name == "hook_image" else run.states[-1].latent
 
-    unchanged = [
-        name
-        for name in every_name(model, 2)
-        if torch.equal(outcome(name), base.images if name == "hook_image" else base.states[-1].latent)
-    ]
-    assert unchanged == []
+    def changes(name: str) -> bool:
+        before = base.images if name == "hook_image" else base.states[-1].latent
+        return bool((outcome(name) - before).abs().max() > 1e-5)  # an attached hook alone may change the last bits
+
+    unchanged = [name for name in every_name(model, 2) if not changes(name)]
+    # The empty prompt is EOS alone: with one key, attention has nothing to choose, whatever queries and keys are.
+    idle = ("q", "k", "q_input", "k_input", "attn_scores")
+    assert set(unchanged) == {
+        f"steps.{s}.uncond.blocks.{layer}.cross_attn.hook_{x}" for s in (0, 1) for layer in (0, 1) for x in idle
+    }
 
 
 def test_hooks_act_at_their_step_and_on_their_branch_only(model):
@@ -269,7 +274,9 @@ def test_a_fork_refuses_hooks_before_it(model):
 
 
 def test_patching_all_cross_attention_from_a_clean_run_gives_the_clean_image(model):
-    clean, cache = model.run_with_cache(PROMPTS[:1], seed=0, branch="both", names_filter=lambda n: n.endswith("hook_cross_attn_out"))
+    clean, cache = model.run_with_cache(
+        PROMPTS[:1], seed=0, branch="both", names_filter=lambda n: n.endswith("hook_cross_attn_out")
+    )
     hooks = [(name, lambda tensor, hook: cache[hook.name]) for name in cache]
     assert torch.equal(model.run_with_hooks(PROMPTS[1:], seed=0, fwd_hooks=hooks), clean)
     assert not torch.equal(model(PROMPTS[1:], seed=0), clean)
