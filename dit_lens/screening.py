@@ -14,12 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models import HookedDiT
+from hooked_models import HookedDiT, HookedTextToImage
 
 from .circuits import position_word_maps
 from .scenes import DIRECTIONS
 
-WORD_DIRECTIONS: dict[str, tuple[int, int]] = {
+Direction = tuple[int | float, int | float]
+"""(dx, dy), y down."""
+
+WORD_DIRECTIONS: dict[str, Direction] = {
     **{str(relation): direction for relation, direction in DIRECTIONS.items()},
     **dict.fromkeys(("up", "upper", "higher"), (0, -1)),
     **dict.fromkeys(("down", "lower"), (0, 1)),
@@ -27,7 +30,7 @@ WORD_DIRECTIONS: dict[str, tuple[int, int]] = {
 """Where a word points, y down."""
 
 
-def ramp(direction: tuple[float, float], side: int) -> Float[Tensor, " pos"]:
+def ramp(direction: Direction, side: int) -> Float[Tensor, " pos"]:
     """A plane that rises along `direction` over a `side` × `side` grid on [−1, 1]², row-major, mean zero."""
     axis = torch.linspace(-1, 1, side, dtype=torch.float64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -36,10 +39,24 @@ def ramp(direction: tuple[float, float], side: int) -> Float[Tensor, " pos"]:
 
 
 @torch.no_grad()
+def word_vector(model: HookedTextToImage, word: str, sentence: str = "red circle is {} blue square") -> Float[Tensor, " d_text"]:
+    """A word's vector as the text encoder gives it inside a sentence (the last token of the word).
+
+    Raises:
+        ValueError: the sentence has no place for the word, or the encoder does not know it.
+    """
+    if "{}" not in sentence:
+        raise ValueError("sentence needs a {} where the word goes.")
+    tokens = model.to_tokens(sentence.format(word))
+    position = model.to_tokens(sentence[: sentence.index("{}")] + word).shape[1] - 2  # the token before EOS
+    return model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0][0, position]
+
+
+@torch.no_grad()
 def screen_heads(
     dit: HookedDiT,
     vectors: Mapping[str, Float[Tensor, " d_text"]],
-    directions: Mapping[str, tuple[float, float]] | None = None,
+    directions: Mapping[str, Direction] | None = None,
     null_draws: int = 500,
     seed: int = 0,
 ) -> pd.DataFrame:

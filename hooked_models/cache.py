@@ -183,7 +183,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def refuse_if_too_large(sizes: Mapping[str, int], max_bytes: int | None, device: torch.device) -> None:
-    """Raise CacheTooLargeError before a run whose cache (name → bytes) exceeds `max_bytes`, by default a quarter of what is free."""
+    """Raise CacheTooLargeError for a cache (name → bytes) above `max_bytes`, by default a quarter of what is free."""
     limit = free_bytes(device) // 4 if max_bytes is None else max_bytes
     total = sum(sizes.values())
     if total <= limit:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
@@ -68,8 +68,8 @@ class HookedTextToImage(HookedRootModule):
         return cls.from_pipeline(PixArtSigmaPipeline.from_pretrained(resolve(name), **{"dtype": torch.float32, **kwargs}))
 
     @classmethod
-    def from_pipeline(cls, pipe: DiffusionPipeline) -> HookedTextToImage:
-        """Around a live PixArt-α or PixArt-Σ pipeline; its modules are used, not copied, and put into evaluation mode."""
+    def from_pipeline(cls, pipe: Any) -> HookedTextToImage:
+        """Around a live PixArtAlphaPipeline or PixArtSigmaPipeline; its modules are used, not copied, and put into evaluation mode."""
         if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
             raise TypeError(f"HookedTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not {type(pipe).__name__}.")
         return cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()

@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     console.print(cache)
 
     with console.status("screening heads in weight space"):
-        ranking = screening.screen_heads(model.dit, {word: word_vector(model, word) for word in WORDS})
+        ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
     show(console, "Heads by alignment of position × word maps with the words' ramps", ranking.head(6).round(3))
     best = f"L{ranking.layer[0]}H{ranking['head'][0]}"
 
@@ -85,18 +85,12 @@ def main(config: Config) -> None:
     facts = {"model": config.model, "head": best, "controls": controls, "pairs": config.pairs, "seed": config.seed}
     (config.out / "result.json").write_text(json.dumps(facts, indent=2))
     maps = {
-        word: circuits.position_word_map(model.dit, best, word_vector(model, word))
+        word: circuits.position_word_map(model.dit, best, screening.word_vector(model, word))
         for word in ("above", "below", "left", "right")
     }
     figure = viz.relation_head_figure(best, PROMPTS, images, attention_to_relation(model, cache, best), maps)
     figure.savefig(config.out / "relation_head.png", dpi=150)
     console.print(f"figure and tables: {config.out}/")
-
-
-def word_vector(model: HookedTextToImage, word: str) -> Tensor:
-    """A word's vector [d_text] as the encoder gives it in the middle of a sentence."""
-    tokens = model.to_tokens(f"red circle is {word} blue square")
-    return model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0][0, 3]
 
 
 def attention_to_relation(model: HookedTextToImage, cache: object, head: str) -> xr.DataArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .evaluation import evaluate
 from .rendering import render
-from .sampling import sample
+from .sampling import Split, sample
 from .scene import (
     COLORS,
     COMBINATIONS,
@@ -30,6 +30,7 @@ __all__ = [
     "WORDS",
     "Combination",
     "Scene",
+    "Split",
     "caption",
     "evaluate",
     "other_color",

@@ -13,22 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dit_lens.scenes import (
-    COLORS,
-    COMBINATIONS,
-    DIRECTIONS,
-    HELD_OUT,
-    PHRASES,
-    RELATIONS,
-    SHAPES,
-    WORDS,
-    Scene,
-    caption,
-    render,
-    sample,
-)
+from dit_lens.scenes import HELD_OUT, PHRASES, RELATIONS, Scene, caption, render, sample
 from dit_lens.scenes.rendering import shape_mask
-from dit_lens.scenes.scene import CENTRE_RANGE, relation_between
+from dit_lens.scenes.scene import CENTRE_RANGE, COLORS, COMBINATIONS, DIRECTIONS, SHAPES, WORDS, relation_between
 
 DISTRIBUTIONS = ("balanced", "natural")
 RED_CIRCLE_LEFT = Scene("circle", "red", 30, 64, "square", "blue", 90, 64, "left", "left of")
@@ -38,9 +25,6 @@ def pixels_of(image: torch.Tensor, color: str) -> np.ndarray:
     """[height width], true where a pixel has exactly the colour."""
     pure = {"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0)}[color]
     return (image == torch.tensor(pure)[:, None, None]).all(0).numpy()
-
-
-# --- sampling: determinism -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -54,9 +38,6 @@ def test_a_sample_is_a_window_of_one_endless_sequence(distribution, n, more, sta
 
 def test_seeds_differ():
     assert not set(sample(100, 0)) & set(sample(100, 1))
-
-
-# --- sampling: the split ---------------------------------------------------------------------------
 
 
 def test_held_out_is_ten_of_ninety_six():
@@ -86,9 +67,6 @@ def test_training_never_sees_what_is_held_out(distribution):
     assert drawn == set(COMBINATIONS) - HELD_OUT
     assert {s.combination for s in sample(500, 0, distribution=distribution, split="held_out")} == HELD_OUT
     assert {s.combination for s in sample(4000, 0, distribution=distribution, split="all")} == set(COMBINATIONS)
-
-
-# --- sampling: the distribution --------------------------------------------------------------------
 
 
 def test_balanced_is_uniform_over_relations_combinations_and_phrases():
@@ -140,18 +118,11 @@ def test_natural_is_the_original_training_set():
 def overlap_share(scene: Scene) -> float:
     """The bounding boxes' intersection over the smaller one, in the original's geometry (a triangle hangs on its centroid)."""
     height = 16 * math.sqrt(3)
-    width, rows = (
-        min(c1 + down1, c2 + down2) - max(c1 - up1, c2 - up2)
-        for (c1, up1, down1), (c2, up2, down2) in (
-            ((scene.x1, 16, 16), (scene.x2, 16, 16)),
-            tuple(
-                (y, height / 3, 2 * height / 3) if shape == "triangle" else (y, 16, 16)
-                for shape, y in ((scene.shape1, scene.y1), (scene.shape2, scene.y2))
-            ),
-        )
-    )
-    smaller = 32 * (height if "triangle" in (scene.shape1, scene.shape2) else 32)
-    return max(width, 0) * max(rows, 0) / smaller
+    up1, up2 = (height / 3 if shape == "triangle" else 16 for shape in (scene.shape1, scene.shape2))
+    down1, down2 = (2 * height / 3 if shape == "triangle" else 16 for shape in (scene.shape1, scene.shape2))
+    width = 32 - abs(scene.x1 - scene.x2)
+    rows = min(scene.y1 + down1, scene.y2 + down2) - max(scene.y1 - up1, scene.y2 - up2)
+    return max(width, 0) * max(rows, 0) / (32 * min(up1 + down1, up2 + down2))
 
 
 def test_spread_is_a_curriculum_from_eight_layouts():
@@ -160,17 +131,21 @@ def test_spread_is_a_curriculum_from_eight_layouts():
             assert abs(value1 - (64 + 28 * direction)) <= 2
             assert abs(value2 - (64 - 28 * direction)) <= 2
     assert sample(100, 0, spread=1.0) == sample(100, 0)
-    reach = [np.std([s.x1 for s in sample(500, 0, spread=spread)]) for spread in (0.0, 0.2, 0.5, 1.0)]
+    reach = [np.std([s.x1 for s in sample(500, 0, spread=spread)]) for spread in (0.0, 0.2, 1.0)]
     assert reach == sorted(reach)
 
 
-@pytest.mark.parametrize("spread", [-0.1, 1.1])
-def test_spread_outside_its_range_is_an_error(spread):
-    with pytest.raises(ValueError, match="spread must lie in"):
-        sample(1, 0, spread=spread)
+@pytest.mark.parametrize("curriculum", [{"spread": -0.1}, {"spread": 1.1}, {"red_first": 2.0}])
+def test_a_curriculum_outside_its_range_is_an_error(curriculum):
+    with pytest.raises(ValueError, match="must lie in"):
+        sample(1, 0, **curriculum)
 
 
-# --- relation --------------------------------------------------------------------------------------
+def test_red_first_says_how_often_the_red_object_is_named_first():
+    for share in (0.0, 0.3, 1.0):
+        scenes = sample(1500, 0, red_first=share)
+        assert np.mean([s.color1 == "red" for s in scenes]) == pytest.approx(share, abs=0.04)
+        assert not {s.combination for s in scenes} & HELD_OUT
 
 
 def test_relation_between_is_a_band_on_x_then_on_y_then_the_quadrant():
@@ -187,9 +162,6 @@ def test_swapping_the_objects_reverses_the_relation(x1, y1, x2, y2):
     step, back = (DIRECTIONS[relation_between(*p)] for p in ((x1, y1, x2, y2), (x2, y2, x1, y1)))
     if y1 != y2 or abs(x1 - x2) > 5:  # level on both axes with equal y is "below" either way
         assert back == (-step[0], -step[1])
-
-
-# --- rendering -------------------------------------------------------------------------------------
 
 
 def test_every_pixel_is_red_blue_or_grey_and_objects_are_whole():
@@ -240,9 +212,6 @@ def test_where_objects_overlap_the_second_covers_the_first():
 
 def test_no_scene_is_no_image():
     assert render([]).shape == (0, 3, 128, 128)
-
-
-# --- captions --------------------------------------------------------------------------------------
 
 
 def test_there_are_twenty_two_phrases():

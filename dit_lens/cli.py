@@ -1,0 +1,70 @@
+"""The command line `dit-lens`: the library's own functions, nothing more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from hooked_models import HookedTextToImage, list_models
+
+from . import scenes, screening
+from .training import TrainConfig, load_pipeline, score, summarise, train
+
+Name = Annotated[str, tyro.conf.Positional]
+
+
+def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Train a model, or go on with a run that was stopped. Several GPUs or nodes: `accelerate launch -m dit_lens.cli train …`."""
+    folder = train(config)
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    Console().print(f"Trained: {folder}")
+
+
+def generate(
+    model: Name, prompt: Name, seed: int = 0, num_steps: int = 14, guidance: float = 4.5, out: Path = Path("image.png")
+) -> None:
+    """Draw one prompt and save it as a picture."""
+    from PIL import Image
+
+    with torch.no_grad():
+        image = HookedTextToImage.from_pretrained(model)(prompt, seed, num_steps, guidance)[0]
+    Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()).save(out)
+    Console().print(f"Saved {out}")
+
+
+def evaluate(model: Name, split: scenes.Split = "held_out", num_scenes: int = 64, seeds: int = 8, scene_seed: int = 100) -> None:
+    """Score a model on scenes of one split, beside what the evaluator gives the ground truth, with 95 % intervals."""
+    wanted = scenes.sample(num_scenes, seed=scene_seed, split=split, color_words="both")
+    pipe = load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    table = summarise(score(pipe, wanted, range(seeds)))
+    truth = scenes.evaluate(scenes.render(wanted), wanted)
+    table["ceiling"] = [float(truth[metric].mean()) for metric in table.index]
+    Console().print(f"{model}: {num_scenes} scenes ({split}) × {seeds} seeds\n{table.round(3).to_string()}")
+
+
+def screen(model: Name, words: tuple[str, ...] = ("above", "below", "left", "right", "upper", "lower", "higher")) -> None:
+    """Rank cross-attention heads by how well their position-by-word maps match the words' directions."""
+    hooked = HookedTextToImage.from_pretrained(model)
+    vectors = {word: screening.word_vector(hooked, word) for word in words}
+    Console().print(screening.screen_heads(hooked.dit, vectors).round(3).to_string(index=False))
+
+
+def models() -> None:
+    """List the bundled models."""
+    Console().print("\n".join(list_models()) or "No model is bundled.")
+
+
+def main() -> None:
+    """Entry point."""
+    commands: Any = {"train": train_command, "generate": generate, "evaluate": evaluate, "screen": screen, "models": models}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="dit-lens", description="Ask questions of text-to-image transformers.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Token roles, position-by-word maps, head screening and intervals, each against something independent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, norm
+from transformers import T5Tokenizer
+
+from dit_lens import circuits, prompts, scenes, screening, stats
+from hooked_models import HookedDiT, HookedTextToImage
+
+from ..hooked_models.pipelines import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedTextToImage:
+    return HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
+
+
+# Prompts
+
+
+def test_roles_of_every_caption_agree_with_the_scene(monkeypatch):
+    from dit_lens.training import PRESETS, build_pipeline, pipelines
+
+    monkeypatch.setattr(pipelines, "CODEC_SCENES", 50)
+    model = HookedTextToImage.from_pipeline(build_pipeline(PRESETS["nano"]))
+    for scene in scenes.sample(200, seed=0, split="all"):
+        caption = scenes.caption(scene)
+        found = prompts.token_roles(model, caption, length=20)
+        words = caption.split()
+        assert len(found) == 20
+        assert found[len(words)] == "eos"
+        assert set(found[len(words) + 1 :]) == {"pad"}
+        by_role = {role: [w for w, r in zip(words, found, strict=False) if r == role] for role in found}
+        assert by_role["shape1"] == [scene.shape1]
+        assert by_role["shape2"] == [scene.shape2]
+        assert by_role.get("color1", []) == ([scene.color1] if scene.names_color1 else [])
+        assert by_role.get("color2", []) == ([scene.color2] if scene.names_color2 else [])
+        axes = {
+            "above": "y",
+            "upper": "y",
+            "up": "y",
+            "higher": "y",
+            "below": "y",
+            "lower": "y",
+            "down": "y",
+            "left": "x",
+            "right": "x",
+        }
+        assert [axes[w] for w in by_role["relation"]] == ["y"] * (scene.relation not in ("left", "right")) + ["x"] * (
+            scene.relation not in ("above", "below")
+        )
+
+
+def test_a_word_of_several_tokens_gives_each_its_role(model, monkeypatch):
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((p, -1.0) for p in ("▁tri", "angle", "▁is", "▁ab", "ove", "▁circle")),
+    ]
+    monkeypatch.setattr(model, "tokenizer", T5Tokenizer(vocab=pieces, extra_ids=0))
+    found = prompts.token_roles(model, "triangle is above circle")
+    assert found == ["shape1", "shape1", "filler", "relation", "relation", "shape2", "eos"]
+
+
+def test_role_masks_are_padded_like_the_tokens(model):
+    texts = ["red circle is above blue square", "circle is left of square"]
+    mask = prompts.role_mask(model, texts, "relation")
+    assert mask.shape == model.to_tokens(texts).shape
+    assert [[model.to_str_tokens(t)[i] for i in row.nonzero().flatten()] for t, row in zip(texts, mask, strict=True)] == [
+        ["▁above"],
+        ["▁left"],
+    ]
+
+
+# Circuits and screening
+
+
+def test_a_position_word_map_is_an_exact_term_of_the_attention_score(model):
+    """Add E_pos to the residual stream: the scores change by exactly the map (its query part, over √d_head)."""
+    dit = model.dit
+    vector = model.text_encoder.W_E[3]
+    maps = circuits.position_word_maps(dit, vector[None])
+    for layer, block in enumerate(dit.blocks):
+        attn = block.cross_attn
+        residual = torch.randn(1, len(dit.W_pos), dit.cfg.d_model, generator=torch.Generator().manual_seed(layer))
+        caption = dit.project_caption(vector[None, None])
+
+        def scores(x, attn=attn, caption=caption):
+            return torch.einsum("bqhe,bkhe->hqk", attn.queries(x), attn.keys(caption))[..., 0]
+
+        difference = scores(residual + dit.W_pos) - scores(residual)
+        bias = scores(torch.zeros_like(residual))  # the map has the query bias, the difference has not
+        assert torch.allclose(difference + bias, maps[layer, :, 0], atol=1e-4)
+        assert difference.std() > 0.01
+
+
+def test_map_of_one_head_is_a_picture(model):
+    vector = model.text_encoder.W_E[4]
+    picture = circuits.position_word_map(model.dit, "L1H0", vector)
+    assert picture.dims == ("y", "x")
+    assert np.allclose(picture.values.ravel(), circuits.position_word_maps(model.dit, vector[None])[1, 0, 0].detach())
+    with pytest.raises(ValueError, match="2 layers of 2 heads"):
+        circuits.position_word_map(model.dit, "L2H0", vector)
+    with pytest.raises(ValueError, match="such as 'L2H8'"):
+        circuits.parse_head("head 3")
+    assert circuits.parse_head("L2H8") == circuits.parse_head((2, 8)) == (2, 8)
+
+
+def test_a_words_vector_is_its_row_plus_its_place(model):
+    encoder = model.text_encoder
+    expected = encoder.W_E[8] + encoder.wrapped.position_code(4)[3]  # "red circle is above …": the fourth token
+    assert torch.allclose(screening.word_vector(model, "above"), expected)
+    with pytest.raises(ValueError, match="needs a"):
+        screening.word_vector(model, "above", "red circle")
+
+
+def test_the_ramp_is_the_papers_template():
+    assert screening.ramp((1, 0), 8).norm().item() == pytest.approx(5.237, abs=1e-3)  # arXiv 2601.06338, appendix B.7
+    left = screening.ramp((-1, 0), 8).reshape(8, 8)
+    assert (left[:, 0] > left[:, -1]).all()
+    assert (left[0] == left[5]).all()
+    above = screening.ramp((0, -1), 8).reshape(8, 8)
+    assert (above[0] > above[-1]).all()
+    assert screening.ramp((1, 1), 8).norm().item() == pytest.approx(5.237, abs=1e-3)
+
+
+def plant(dit: HookedDiT, layer: int, head: int, vectors: dict[str, torch.Tensor]) -> None:
+    """Set one head's queries to the position's coordinates and its keys to the word's direction."""
+    side = dit.cfg.sample_size // dit.cfg.patch_size
+    coordinates = torch.stack([screening.ramp((1, 0), side), screening.ramp((0, 1), side)], dim=1)  # [pos 2]
+    directions = torch.tensor([screening.WORD_DIRECTIONS[w] for w in vectors], dtype=torch.float64)  # [word 2]
+    captions = dit.project_caption(torch.stack(list(vectors.values()))).double()
+    attn = dit.blocks[layer].cross_attn
+    with torch.no_grad():
+        attn.W_Q[head].zero_()
+        attn.W_K[head].zero_()
+        attn.b_Q[head].zero_()
+        attn.b_K[head].zero_()
+        attn.W_Q[head][:, :2] = 20 * torch.linalg.lstsq(dit.W_pos.double(), coordinates, driver="gelsd").solution.float()
+        attn.W_K[head][:, :2] = torch.linalg.lstsq(captions, directions, driver="gelsd").solution.float()
+
+
+def test_screening_finds_the_planted_head_and_its_control_does_not():
+    model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
+    vectors = {word: model.text_encoder.W_E[i].detach() for i, word in [(8, "above"), (9, "left")]}
+    blank = screening.screen_heads(model.dit, vectors)
+    assert blank.cosine.abs().max() < 0.9
+    plant(model.dit, 1, 0, vectors)
+    table = screening.screen_heads(model.dit, vectors)
+    assert (table.layer[0], table["head"][0]) == (1, 0)
+    assert table.cosine[0] > 0.95
+    assert table.p[0] < 0.05
+    assert table.cosine[1:].max() < 0.9
+    swapped = {"above": vectors["left"], "left": vectors["above"]}  # the same maps, judged by the wrong ramps
+    wrong = screening.screen_heads(model.dit, swapped).set_index(["layer", "head"]).loc[(1, 0)]
+    assert abs(wrong.cosine) < 0.3
+    with pytest.raises(ValueError, match="sideways has no direction"):
+        screening.screen_heads(model.dit, {"sideways": vectors["left"]})
+
+
+# Intervals
+
+
+def test_clustered_mean_agrees_with_the_binomial_interval_for_independent_images():
+    values = (np.random.default_rng(0).random((400, 1)) < 0.3).astype(float)
+    ours = stats.clustered_mean(values)
+    exact = binomtest(int(values.sum()), 400).proportion_ci(method="wilson")
+    assert ours.mean == values.mean()
+    assert ours.low == pytest.approx(exact.low, abs=0.015)
+    assert ours.high == pytest.approx(exact.high, abs=0.015)
+
+
+def test_clusters_widen_the_interval_and_nan_is_left_out():
+    rng = np.random.default_rng(1)
+    cluster = (rng.random((60, 1)) < 0.5).astype(float)
+    repeated = np.repeat(cluster, 20, axis=1)  # 1,200 numbers, 60 facts
+    ours = stats.clustered_mean(repeated)
+    half = norm.ppf(0.975) * np.sqrt(repeated.mean() * (1 - repeated.mean()) / 60)
+    assert (ours.high - ours.low) / 2 == pytest.approx(half, rel=0.2)
+    with_gaps = repeated.copy()
+    with_gaps[:, 10:] = np.nan
+    assert stats.clustered_mean(with_gaps).mean == ours.mean
+    assert np.isnan(stats.clustered_mean(np.full((3, 2), np.nan)).mean)
+    assert stats.clustered_mean(np.ones((5, 2))) == (1.0, 1.0, 1.0)
+
+
+def test_a_paired_difference_is_sharper_than_two_means():
+    rng = np.random.default_rng(2)
+    before = (rng.random((200, 1)) < 0.5).astype(float)
+    after = before.copy()
+    after[:10] = 0
+    paired = stats.paired_difference(before, after)
+    assert paired.mean == (after - before).mean()
+    assert paired.high < 0
+    apart = stats.clustered_mean(before)
+    assert paired.high - paired.low < (apart.high - apart.low) / 2

@@ -1,0 +1,180 @@
+"""Training: exact resumption after SIGKILL, objectives that match their schedulers, and a recipe that learns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from safetensors.torch import load_file
+
+from dit_lens import scenes
+from dit_lens.training import PRESETS, TrainConfig, build_pipeline, train
+from dit_lens.training.loop import all_captions, encode_captions
+from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
+from dit_lens.training.pipelines import Size
+
+TINY = {"size": "nano", "batch_size": 4, "precision": "no", "checkpoint_every": 2, "evaluate_every": 100, "evaluation_scenes": 2}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setitem(PRESETS, "nano", Size(layers=1, width=32, heads=2))
+    monkeypatch.setattr("dit_lens.training.pipelines.CODEC_SCENES", 100)
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint.safetensors")
+
+
+def assert_equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert {k for k in a if k.startswith("muon")}
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+RUN = """
+import os, sys, json
+from pathlib import Path
+from dit_lens.training import PRESETS, TrainConfig, pipelines, train
+PRESETS["nano"] = pipelines.Size(layers=1, width=32, heads=2)
+pipelines.CODEC_SCENES = 100
+settings = json.loads(sys.argv[1])
+train(TrainConfig(**{**settings, "out": Path(settings["out"])}))
+"""
+
+
+def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
+    config = TrainConfig(out=tmp_path / "whole", steps=8, caption_dropout=0.3, anchored_steps=2, spreading_steps=4, **TINY)
+    train(config)
+
+    broken = replace(config, out=tmp_path / "killed")
+    settings = json.dumps({**asdict(broken), "out": str(broken.out)})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", RUN, settings], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (broken.out / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (broken.out / "checkpoint.safetensors").exists()
+    train(broken)
+
+    assert_equal_states(final_state(config.out), final_state(broken.out))
+    steps = [json.loads(line)["step"] for line in (broken.out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    weights = [load_file(c.out / "pipeline/transformer/diffusion_pytorch_model.safetensors") for c in (config, broken)]
+    for key in weights[0]:
+        assert torch.equal(weights[0][key], weights[1][key])
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    config = TrainConfig(out=tmp_path, steps=2, **TINY)
+    train(config)
+    with pytest.raises(ValueError, match=r"muon_lr was 0\.002 and is now 0\.1"):
+        train(replace(config, muon_lr=0.1))
+    train(replace(config, steps=3))  # going on for longer is no other run
+
+
+def test_starting_from_a_model_takes_its_weights_and_codec(tmp_path):
+    first = train(TrainConfig(out=tmp_path / "first", steps=2, **TINY))
+    train(TrainConfig(out=tmp_path / "second", steps=1, muon_lr=0.0, adam_lr=0.0, init_from=str(first), **TINY))
+    a, b = (load_file(p / "transformer/diffusion_pytorch_model.safetensors") for p in (first, tmp_path / "second/pipeline"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (load_file(p / "vae/diffusion_pytorch_model.safetensors") for p in (first, tmp_path / "second/pipeline"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("encoder", ["rte", "rte-nopos"])
+def test_the_null_caption_of_training_is_the_empty_prompt_of_sampling(encoder):
+    pipe = build_pipeline(PRESETS["nano"], encoder)
+    text, mask = encode_captions(pipe, ["", "red circle is above blue square"])
+    reference, reference_mask, null, null_mask = pipe.encode_prompt(
+        "red circle is above blue square", True, max_sequence_length=20, clean_caption=False
+    )
+    length = text.shape[1]
+    assert torch.equal(mask[0], null_mask[0, :length])
+    assert mask[0].sum() == 1
+    assert torch.equal(mask[1], reference_mask[0, :length])
+    assert torch.equal(text[0][mask[0].bool()], null[0, :length][mask[0].bool()])
+    assert torch.equal(text[1], reference[0, :length])
+
+
+def test_all_captions_are_924_and_cover_what_is_sampled():
+    captions = all_captions()
+    assert len(captions) == len(set(captions)) == 924
+    assert {scenes.caption(s) for s in scenes.sample(3000, seed=0, split="all")} <= set(captions)
+
+
+# Objectives: with the right answer the loss vanishes, and the stock scheduler that is saved beside it walks to the image.
+
+
+@pytest.mark.parametrize(
+    ("objective", "prediction"), [(CleanImageObjective(), "clean"), (NoiseObjective(), "noise")], ids=["x0", "epsilon"]
+)
+def test_a_perfect_network_has_no_loss_and_samples_the_image(objective, prediction):
+    clean = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    alphas = DDPMScheduler().alphas_cumprod
+
+    def perfect(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if prediction == "clean":
+            return clean
+        signal = alphas[timestep.long()][:, None, None, None]
+        return (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
+
+    assert objective.loss(perfect, clean, torch.Generator().manual_seed(0)) < 1e-6
+    name = "x0" if prediction == "clean" else "epsilon"
+    assert objective.loss(lambda noisy, t: perfect(noisy, t) + 1, clean, torch.Generator().manual_seed(0)) > 0.9
+    scheduler = build_pipeline(PRESETS["nano"], objective=name).scheduler
+    assert isinstance(scheduler, DPMSolverMultistepScheduler)
+    scheduler.set_timesteps(14)
+    latent = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2)) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        latent = scheduler.step(perfect(latent, t.expand(3)), t, latent).prev_sample
+    assert (latent - clean).abs().max() < 1e-3
+
+
+def test_noise_levels_of_training_are_those_the_saved_scheduler_tells_the_network():
+    seen = []
+
+    def spy(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        seen.append((noisy, timestep))
+        return torch.zeros_like(noisy)
+
+    CleanImageObjective().loss(spy, torch.zeros(20000, 1, 1, 1), torch.Generator().manual_seed(0))
+    noisy, timestep = seen[0]
+    scheduler = build_pipeline(PRESETS["nano"]).scheduler
+    scheduler.set_timesteps(14)
+    for t, sigma in itertools.islice(zip(scheduler.timesteps, scheduler.sigmas, strict=False), 1, 12):
+        near = (timestep - t).abs() < 30
+        assert noisy[near].std().item() == pytest.approx(sigma.item(), abs=0.05)
+
+
+def test_schedules():
+    config = TrainConfig(
+        out=Path("x"), steps=1000, warmup_steps=10, decay_from=0.5, biased_steps=100, anchored_steps=200, spreading_steps=100
+    )
+    assert [config.learning_rate_factor(s) for s in (0, 9, 500, 1000)] == pytest.approx([0.1, 1.0, 1.0, 0.02])
+    assert config.learning_rate_factor(750) == pytest.approx(0.51)
+    assert [config.spread(s) for s in (0, 199, 299, 900)] == [0.0, 0.0, 1.0, 1.0]
+    assert [config.red_first(s) for s in (0, 50, 100)] == pytest.approx([0.9, 0.7, 0.5])
+    assert TrainConfig(out=Path("x")).spread(0) == 1.0
+    assert TrainConfig(out=Path("x")).red_first(0) == 0.5
+
+
+@pytest.mark.slow
+def test_the_recipe_learns_colours(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "nano", Size(3, 192, 3))
+    train(TrainConfig(out=tmp_path, size="nano", steps=400, anchored_steps=400, evaluate_every=400, evaluation_scenes=32))
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["color"] > 0.8

@@ -1,0 +1,137 @@
+"""The codec is an exact PCA with AutoencoderKL's manners; the random-token encoder is the paper's table and position code."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PixArtSigmaPipeline
+from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
+from sklearn.decomposition import PCA
+
+from dit_lens import scenes
+from hooked_models import HookedTokenEncoder, PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
+
+from .pipelines import CALL, PROMPTS, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return scenes.render(scenes.sample(600, seed=1)) * 2 - 1
+
+
+def test_codec_reconstructs_like_scikit_learns_pca(images):
+    codec = PatchCodec.fit(images[:300], latent_channels=6)
+    # one patch of 8 × 8 in torch.unfold's order
+    patches = torch.nn.functional.unfold(images[300:310], 8, stride=8).transpose(1, 2).flatten(0, 1).double().numpy()
+    train = torch.nn.functional.unfold(images[:300], 8, stride=8).transpose(1, 2).flatten(0, 1).double().numpy()
+    pca = PCA(6, svd_solver="covariance_eigh").fit(train)
+    expected = pca.inverse_transform(pca.transform(patches))
+    ours = torch.nn.functional.unfold(codec(images[300:310]), 8, stride=8).transpose(1, 2).flatten(0, 1)
+    assert np.abs(ours.numpy() - expected).max() < 1e-4
+    assert torch.allclose(codec.components.flatten(1) @ codec.components.flatten(1).T, torch.eye(6), atol=1e-5)
+
+
+def test_with_all_components_the_codec_loses_nothing():
+    noise = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codec = PatchCodec.fit(noise, latent_channels=48, patch_size=4)
+    assert (codec(noise) - noise).abs().max() < 1e-4
+
+
+def test_scaled_latents_have_the_deviation_asked_for(images):
+    codec = PatchCodec.fit(images, latent_channels=24, latent_std=0.5)
+    latents = codec.encode(images).latent_dist.mode() * codec.config.scaling_factor
+    assert latents.shape == (600, 24, 16, 16)
+    assert latents.std().item() == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("channels", [24])
+def test_the_round_trip_scores_like_the_ground_truth(images, channels):
+    wanted = scenes.sample(600, seed=1)
+    codec = PatchCodec.fit(scenes.render(scenes.sample(2000, seed=2)) * 2 - 1, channels)
+    verdict = scenes.evaluate((codec(images) / 2 + 0.5).clamp(0, 1), wanted)
+    for name in ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both"):
+        assert float(verdict[name].mean()) >= 0.995, name
+
+
+def test_codec_answers_every_call_that_a_pipeline_makes_of_autoencoder_kl(images):
+    reference = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                              up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    codec = PatchCodec.fit(images[:50])
+    assert len(codec.config.block_out_channels) == len(reference.config.block_out_channels)
+    for vae in (reference, codec):
+        posterior = vae.encode(images[:2], return_dict=False)[0]
+        assert type(vae.encode(images[:2])).__name__ == "AutoencoderKLOutput"
+        z = posterior.sample()
+        assert z.shape[-2:] == posterior.mode().shape[-2:] == (16, 16)
+        assert vae.decode(z).sample.shape == vae.decode(z, return_dict=False)[0].shape == (2, 3, 128, 128)
+    assert torch.equal(codec.encode(images[:2]).latent_dist.sample(), codec.encode(images[:2]).latent_dist.mode())
+
+
+# The text encoder
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_encoder_is_a_table_plus_the_standard_position_code(positions):
+    encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=["a", "b"], d_model=32, positions=positions))
+    ids = torch.tensor([[3, 4, 3, 1]]).repeat(1, 10)  # 40 tokens: any length will do
+    out = encoder(ids).last_hidden_state[0]
+    code = get_1d_sincos_pos_embed_from_grid(32, torch.arange(40), output_type="pt").numpy()  # [sin | cos], base 10,000
+    interleaved = np.stack([code[:, :16], code[:, 16:]], axis=2).reshape(40, 32)
+    scaled = interleaved * (32**0.5 / 16**0.5) if positions else 0 * interleaved
+    expected = encoder.embed_tokens.weight[ids[0]].detach().numpy() + scaled
+    assert np.abs(out.detach().numpy() - expected).max() < 1e-4
+
+
+def test_table_and_code_have_the_same_norm_and_the_table_follows_from_the_seed():
+    def table(**kwargs):
+        return RandomTokenEncoder(RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256, **kwargs)).embed_tokens.weight
+
+    assert torch.allclose(table().norm(dim=1), torch.tensor(16.0), atol=1e-4)
+    encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256))
+    assert torch.allclose(encoder.position_code(20).norm(dim=1), torch.tensor(16.0), atol=1e-4)
+    assert torch.equal(table(), table())
+    assert not torch.equal(table(), table(seed=1))
+    assert table(norm=3.0).norm(dim=1).mean().item() == pytest.approx(3.0, rel=1e-5)
+    assert not table().requires_grad
+
+
+def test_unknown_words_are_an_error_that_lists_the_vocabulary():
+    tokenizer = word_tokenizer(["red", "circle"])
+    encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=["red", "circle"]))
+    with pytest.raises(ValueError, match=r"a word of the prompt\. It knows: red, circle"):
+        encoder(tokenizer("yellow circle", return_tensors="pt").input_ids)
+    with pytest.raises(ValueError, match="'yellow'"):
+        encoder.check_known(torch.tensor([[2]]), ["Yellow circle"])
+    with pytest.raises(ValueError, match="It knows"):
+        encoder(torch.tensor([[99]]))
+
+
+def test_hooked_encoder_equals_the_wrapped_one_and_every_hook_counts():
+    encoder = tiny_pipeline().text_encoder
+    hooked = HookedTokenEncoder(encoder)
+    ids = torch.tensor([[3, 5, 1], [4, 6, 1]])
+    assert torch.equal(hooked(ids)[0], encoder(ids)[0])
+    out, cache = hooked.run_with_cache(ids)
+    assert torch.equal(cache["hook_embed"] + cache["hook_pos_embed"], out[0])
+    assert torch.equal(cache["hook_out"], out[0])
+    assert hooked.W_E.data_ptr() == encoder.embed_tokens.weight.data_ptr()
+    for name in hooked.hook_dict:
+        changed = hooked.run_with_hooks(ids, fwd_hooks=[(name, lambda tensor, hook: tensor + 1)])[0]
+        assert (changed - out[0]).abs().min() > 0.5, name
+
+
+def test_folder_opens_in_plain_diffusers(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    reloaded = PixArtSigmaPipeline.from_pretrained(tmp_path)
+    reloaded.set_progress_bar_config(disable=True)
+    assert isinstance(reloaded.vae, PatchCodec)
+    assert isinstance(reloaded.text_encoder, RandomTokenEncoder)
+    for name, tensor in pipe.text_encoder.state_dict().items():
+        assert torch.equal(tensor, reloaded.text_encoder.state_dict()[name])
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    a, b = (p(list(PROMPTS), latents=latents.clone(), num_inference_steps=3, **CALL).images for p in (pipe, reloaded))
+    assert torch.equal(a, b)
+    text = (tmp_path / "model_index.json").read_text()
+    assert '"hooked_models",\n    "PatchCodec"' in text  # by package: a moved file breaks no checkpoint
