@@ -43,25 +43,30 @@ def main(config: Config) -> None:
         prompts = [PROMPT] * batch
         shape = (batch, model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        call = {"use_resolution_binning": False, "max_sequence_length": 20, "clean_caption": False, "output_type": "pt"}
-        conditions: dict[str, Callable[[], object]] = {
-            "diffusers": lambda p=prompts, z=latents, c=call: pipe(p, latents=z.clone(), num_inference_steps=14, **c),  # type: ignore[misc]
-            "hooked, nothing attached": lambda p=prompts, z=latents: model(p, latents=z),  # type: ignore[misc]
-            "one hook at one step": lambda p=prompts, z=latents: model.run_with_hooks(  # type: ignore[misc]
-                p, latents=z, fwd_hooks=[("steps.0.cond.blocks.0.cross_attn.hook_z", lambda tensor, hook: None)]
-            ),
-            "cache all cross-attention patterns": lambda p=prompts, z=latents: model.run_with_cache(  # type: ignore[misc]
-                p, latents=z, names_filter=lambda name: name.endswith("cross_attn.hook_pattern")
-            ),
-            "cache all residual streams": lambda p=prompts, z=latents: model.run_with_cache(  # type: ignore[misc]
-                p, latents=z, names_filter=lambda name: name.endswith("hook_resid_post")
-            ),
-        }
-        seconds = measure(conditions, config.rounds)
+        seconds = measure(conditions(pipe, model, prompts, latents), config.rounds)
         rows += [(batch, name, s, s / seconds["diffusers"]) for name, s in seconds.items()]
     table = pd.DataFrame(rows, columns=["batch", "condition", "seconds", "ratio to diffusers"])
     print(f"{config.model}, {config.threads} thread(s), median of {config.rounds} interleaved rounds")
     print(table.round(3).to_string(index=False))
+
+
+def conditions(
+    pipe: PixArtSigmaPipeline, model: HookedTextToImage, prompts: list[str], latents: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """What is compared; each call draws the same images from the same noise."""
+    call = {"use_resolution_binning": False, "max_sequence_length": 20, "clean_caption": False, "output_type": "pt"}
+    one_hook = [("steps.0.cond.blocks.0.cross_attn.hook_z", lambda tensor, hook: None)]
+
+    def cached(ending: str) -> Callable[[], object]:
+        return lambda: model.run_with_cache(prompts, latents=latents, names_filter=lambda name: name.endswith(ending))
+
+    return {
+        "diffusers": lambda: pipe(prompts, latents=latents.clone(), num_inference_steps=14, **call),
+        "hooked, nothing attached": lambda: model(prompts, latents=latents),
+        "one hook at one step": lambda: model.run_with_hooks(prompts, latents=latents, fwd_hooks=one_hook),
+        "cache all cross-attention patterns": cached("cross_attn.hook_pattern"),
+        "cache all residual streams": cached("hook_resid_post"),
+    }
 
 
 def measure(conditions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

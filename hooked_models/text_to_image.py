@@ -69,7 +69,7 @@ class HookedTextToImage(HookedRootModule):
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> HookedTextToImage:
-        """Around a live PixArtAlphaPipeline or PixArtSigmaPipeline; its modules are used, not copied, and put into evaluation mode."""
+        """Around a live PixArt-α or PixArt-Σ pipeline; its modules are used, not copied, and put into evaluation mode."""
         if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
             raise TypeError(f"HookedTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not {type(pipe).__name__}.")
         return cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .relation_head import relation_head_figure
+from .relation_head import bare, relation_head_figure
 
-__all__ = ["relation_head_figure"]
+__all__ = ["bare", "relation_head_figure"]

@@ -197,9 +197,22 @@ def test_colour_and_shape_are_judged_apart():
     expect(maroon, color=False, shape=True, n_objects=0)
 
 
+def test_other_shapes_are_none():
+    for mask in (np.ones((22, 33), dtype=bool), disc(16) & ~np.pad(disc(9), 7), np.tril(SQUARE)):
+        expect(paint(GREY, mask, 64, 64), n_objects=0, color=False, shape=False)
+
+
 def test_merged_and_covered_objects_are_none():
     expect(paint(paint(GREY, shape_mask("triangle"), 50, 64), SQUARE, 75, 64), n_objects=0)
     expect(render([replace(SCENE, x1=SCENE.x2 - 12)])[0], color=True, unique_binding=False)
+
+
+def test_a_halo_fainter_than_half_does_not_matter():
+    pale = tuple(round(128 + 0.4 * (value - 128)) for value in PIXELS["red"])
+    image = paint(GREY, np.ones((50, 45), dtype=bool), 58, 66, pale)
+    image = paint(paint(image, SQUARE, 54, 60), disc(16), 100, 100, BLUE)
+    scene = Scene("square", "red", 0, 0, "circle", "blue", 0, 0, "upper_left", "above and to the left of")
+    expect(image, scene, relation_strict=True, x1=54, y1=60)
 
 
 def test_specks_do_not_matter():
@@ -271,10 +284,9 @@ def test_a_batch_is_its_images():
     shuffled = evaluate(images[order], [scenes[i] for i in order])
     for name in whole:
         np.testing.assert_array_equal(whole[name].values[order], shuffled[name].values)
-    # a square cut by the lower border and one cut by the upper border of the next image are not one square
-    halves = GREY.repeat(2, 1, 1, 1)
-    halves[0, :, -17:, 50:83] = halves[1, :, :16, 50:83] = torch.tensor([1.0, 0, 0])[:, None, None]
-    assert (evaluate(halves, [SCENE, SCENE]).n_objects == 0).all()
+    # an object on the lower border and one on the upper border of the next image do not touch
+    stacked = torch.stack([paint(GREY, SQUARE, 64, 111), paint(GREY, SQUARE, 64, 16)])
+    assert (evaluate(stacked, [SCENE, SCENE]).n_objects == 1).all()
 
 
 def test_pixels_beyond_the_range_are_clipped_and_nan_is_background():
