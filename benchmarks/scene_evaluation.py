@@ -185,12 +185,13 @@ def print_header(*cells: str) -> None:
 
 
 def score(scenes: Sequence[Scene], draw: Draw, judge: Judge) -> tuple[np.ndarray, float]:
-    """Verdicts [image, column], and seconds spent judging. In chunks: 40,000 float images would take 8 GB."""
+    """Verdicts [image, column], and seconds spent judging. In chunks: 40,000 float images take 8 GB."""
     verdicts, seconds = [], 0.0
-    for i in range(0, len(scenes), 512):
-        images = draw(scenes[i : i + 512])
+    for i in range(0, len(scenes), 128):
+        chunk = scenes[i : i + 128]
+        images = draw(chunk)
         start = time.perf_counter()
-        verdicts.append(judge(images, scenes[i : i + 512]))
+        verdicts.append(judge(images, chunk))
         seconds += time.perf_counter() - start
     return np.concatenate(verdicts), seconds
 

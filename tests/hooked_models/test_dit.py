@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
-from tiny import tiny_inputs, tiny_transformer
+from .tiny import tiny_inputs, tiny_transformer
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 
