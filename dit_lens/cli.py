@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from PIL import Image
 from rich.console import Console
 
 from hooked_models import HookedTextToImage, list_models
@@ -29,8 +31,6 @@ def generate(
     model: Name, prompt: Name, seed: int = 0, num_steps: int = 14, guidance: float = 4.5, out: Path = Path("image.png")
 ) -> None:
     """Draw one prompt and save it as a picture."""
-    from PIL import Image
-
     with torch.no_grad():
         image = HookedTextToImage.from_pretrained(model)(prompt, seed, num_steps, guidance)[0]
     Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()).save(out)
@@ -63,7 +63,10 @@ def models() -> None:
 def main() -> None:
     """Entry point."""
     commands: Any = {"train": train_command, "generate": generate, "evaluate": evaluate, "screen": screen, "models": models}
-    tyro.extras.subcommand_cli_from_dict(commands, prog="dit-lens", description="Ask questions of text-to-image transformers.")
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="dit-lens", description="Ask questions of diffusion transformers.")
+    except (ValueError, FileNotFoundError) as error:  # bad input: one sentence, which says what to do
+        sys.exit(f"dit-lens: {error}")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ def screen_heads(
 
     Returns:
         One row a head, best first: layer, head, cosine (of map and ramp, mean over words), projection (of the map onto the
-        unit ramp, mean over words), energy (norm of the map without its mean, mean over words), and p: the share of draws of
-        random vectors, with the words' own mean and covariance-free spread, for which this head's mean projection is as large.
+        unit ramp, mean over words), energy (norm of the map without its mean, mean over words), and p: the share of
+        draws for which this head's mean projection is as large, where a draw replaces every word by a random vector at the words'
+        mean distance from the words' mean.
 
     Raises:
         ValueError: a word has no direction, or there is none.

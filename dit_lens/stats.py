@@ -30,9 +30,8 @@ def clustered_mean(values: Float[np.ndarray, "cluster repeat"], rng: int = 0, re
     if counts.sum() == 0:
         return Interval(np.nan, np.nan, np.nan)
     mean = float(sums.sum() / counts.sum())
-    if len(values) < 2 or np.ptp(sums) == 0 == np.ptp(
-        counts
-    ):  # scipy's bootstrap refuses one cluster, and constant data need none
+    constant = np.ptp(sums) == 0 and np.ptp(counts) == 0
+    if len(values) < 2 or constant:  # scipy's bootstrap refuses the one, and the other needs none
         return Interval(mean, mean, mean)
     interval = bootstrap(
         (sums, counts),

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models.block import Block, LayerNorm, modulate
-from hooked_models.hooked_module import HookedModule
+from .block import Block, LayerNorm, modulate
+from .cache import DiTCache
+from .hooked_module import HookedModule
 
 
 @dataclass(kw_only=True)
@@ -131,6 +132,8 @@ class HookedDiT(HookedModule):
         "hook_k_input": "use_split_qkv_input",
         "hook_v_input": "use_split_qkv_input",
     }
+
+    cache_class = DiTCache
 
     blocks: Any
     """ModuleList of `Block`."""

@@ -292,6 +292,7 @@ class HookedTextToImage(HookedRootModule):
     def _check_hooks(self, num_steps: int, guidance: float, first_step: int = 0) -> None:
         """Refuse hooks that this run would never reach."""
         for site in {attached.site for attached in self._attached}:
+            self.names.site(site.name)  # raises if its flag has been switched off since it was attached
             if site.step is not None and not first_step <= site.step < num_steps:
                 raise ValueError(f"{site.name} does not fire: this run goes over steps {first_step} to {num_steps - 1}.")
             if site.needs_uncond and guidance <= 1:

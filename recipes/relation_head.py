@@ -117,7 +117,7 @@ def judge(model: HookedTextToImage, wanted: Sequence[scenes.Scene], head: str | 
         def mask(scores: Tensor, hook: HookPoint) -> None:
             scores[:, index].masked_fill_(hidden[:, None], MASKED)
 
-        hooks = [(lambda name: name.endswith(f"cond.blocks.{layer}.cross_attn.hook_attn_scores") and ".cond." in name, mask)]
+        hooks = [(lambda name: name.endswith(f".cond.blocks.{layer}.cross_attn.hook_attn_scores"), mask)]
     seeds = range(first_seed, first_seed + len(wanted))
     return scenes.evaluate(model.run_with_hooks(texts, seed=list(seeds), fwd_hooks=hooks).cpu(), list(wanted))
 

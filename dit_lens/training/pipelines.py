@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTr
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from hooked_models import PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
+from hooked_models.hub import resolve
 
 from .. import scenes
 
@@ -75,6 +76,4 @@ def build_text_encoder(encoder: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 def load_pipeline(name: str) -> PixArtSigmaPipeline:
     """A bundled model by name, or a pipeline folder, in float32."""
-    from hooked_models.hub import resolve
-
     return PixArtSigmaPipeline.from_pretrained(resolve(name), dtype=torch.float32)

@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
-from .tiny import tiny_inputs, tiny_transformer
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 
 from hooked_models.dit import DiTConfig, HookedDiT, TextState
 from hooked_models.hooked_module import UnknownHookError
+
+from .tiny import tiny_inputs, tiny_transformer
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
