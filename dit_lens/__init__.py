@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import circuits, prompts, scenes, screening, stats
+from . import attribution, circuits, patching, prompts, scenes, screening, stats
 
-__all__ = ["circuits", "prompts", "scenes", "screening", "stats"]
+__all__ = ["attribution", "circuits", "patching", "prompts", "scenes", "screening", "stats"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.utilities import composition_scores as factored_composition_scores
 
-from hooked_models import HookedDiT
+from hooked_models import HookedDiT, NotFoldedError
+
+Sublayer = Literal["attn", "cross_attn"]
 
 
 def parse_head(head: str | tuple[int, int]) -> tuple[int, int]:
@@ -55,3 +60,35 @@ def position_word_map(dit: HookedDiT, head: str | tuple[int, int], vector: Float
     with torch.no_grad():
         values = position_word_maps(dit, vector[None])[layer, index, 0].reshape(side, side)
     return xr.DataArray(values.float().cpu().numpy(), dims=("y", "x"), name="position_word_score")
+
+
+@torch.no_grad()
+def composition_scores(
+    dit: HookedDiT, kind: Literal["Q", "K", "V"] = "Q", sender: Sublayer = "cross_attn", receiver: Sublayer = "cross_attn"
+) -> xr.DataArray:
+    """How much of what a head writes can be what a later head reads: ‖OV_s W_r‖ / (‖OV_s‖ ‖W_r‖), for all pairs.
+
+    W_r is QK_r for queries ("Q"), QK_rᵀ for keys ("K") and OV_r for values ("V"). Cross-attention reads the residual stream by
+    its queries only, so Q-composition of two cross-attention heads is the path relation head → object head. Source: Elhage et al.
+    2021, "A Mathematical Framework for Transformer Circuits"; `transformer_lens.utilities.composition_scores`.
+
+    Returns:
+        dims (sender_layer, sender_head, receiver_layer, receiver_head); NaN where the sender does not come first.
+
+    Raises:
+        NotFoldedError: self-attention takes part, whose weights are complete only with the timestep folded into them.
+        ValueError: keys or values of cross-attention, which come from the text alone.
+    """
+    if receiver == "cross_attn" and kind != "Q":
+        raise ValueError(f"{kind}-composition with cross-attention does not exist: its keys and values come from the text alone.")
+    if "attn" in (sender, receiver) and dit.folded_timestep is None:
+        raise NotFoldedError("self-attention's weights lack the timestep's shift, scale and gate: use model.fold_timestep(t)")
+    qk, ov = (dit.QK, dit.OV) if receiver == "attn" else (dit.cross_QK, dit.cross_OV)
+    reads = {"Q": qk, "K": qk.T, "V": ov}[kind]
+    scores = factored_composition_scores(dit.OV if sender == "attn" else dit.cross_OV, reads).double().cpu().numpy()
+
+    order = ("attn", "cross_attn")
+    layer = np.arange(dit.cfg.n_layers)
+    later = 2 * layer[None, :] + order.index(receiver) > 2 * layer[:, None] + order.index(sender)
+    dims = ("sender_layer", "sender_head", "receiver_layer", "receiver_head")
+    return xr.DataArray(np.where(later[:, None, :, None], scores, np.nan), dims=dims, name=f"{kind}_composition")

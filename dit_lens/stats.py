@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm, spearmanr
 
 
 class Interval(NamedTuple):
@@ -50,3 +50,16 @@ def paired_difference(
 ) -> Interval:
     """Mean of after − before over pairs (same prompt, same noise), with `clustered_mean`'s interval."""
     return clustered_mean(after - before, rng)
+
+
+def rank_correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[Interval, float]:
+    """Spearman's ρ with its interval, and the p-value that there is none (scipy's). NaN for constants and for less than 4 pairs.
+
+    Source of the interval: Bonett & Wright 2000, Psychometrika 65, p. 23: normal in arctanh ρ, variance (1 + ρ²/2) / (n − 3).
+    """
+    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Interval(np.nan, np.nan, np.nan), np.nan
+    rho, p = (float(value) for value in spearmanr(x, y))
+    width = norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / (len(x) - 3))
+    centre = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))  # finite also for a perfect order
+    return Interval(rho, float(np.tanh(centre - width)), float(np.tanh(centre + width))), p

@@ -6,12 +6,14 @@ from __future__ import annotations
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
-from .cache import CacheTooLargeError, DiTCache, GenerationCache
+from .cache import CacheTooLargeError, GenerationCache
 from .codec import PatchCodec
 from .dit import HookedDiT
-from .hooked_module import UnknownHookError
+from .dit_cache import DiTCache
+from .hooked_module import NotFoldedError, UnknownHookError
 from .hub import list_models
 from .rte import HookedTokenEncoder, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
+from .t5 import HookedT5Encoder
 from .text_to_image import HookedTextToImage
 from .trajectory import Trajectory
 
@@ -20,9 +22,11 @@ __all__ = [
     "DiTCache",
     "GenerationCache",
     "HookedDiT",
+    "HookedT5Encoder",
     "HookedTextToImage",
     "HookedTokenEncoder",
     "ModelMixin",
+    "NotFoldedError",
     "PatchCodec",
     "PreTrainedModel",
     "RandomTokenEncoder",

@@ -29,8 +29,15 @@ def bias_of(linear: nn.Module) -> Float[Tensor, " d_out"]:
     return weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias  # type: ignore[return-value]
 
 
+def per_head(x: Float[Tensor, "batch pos d_in"], n_heads: int) -> Float[Tensor, "batch pos {n_heads} d_in"]:
+    """One copy of `x` for each head."""
+    return x[:, :, None].repeat(1, 1, n_heads, 1)
+
+
 class Attention(nn.Module):
-    """``softmax(q kᵀ / √d_head + bias) v``, then ``W_O``; one class for image ↔ image and image ← text.
+    """``softmax(scale · q kᵀ + bias) v``, then ``W_O``; one class for image ↔ image, image ← text and text ↔ text.
+
+    ``scale`` is 1 / √d_head unless given.
 
     The three stages are separate (``queries``/``keys``/``values``, ``forward``, ``write``), because the keys and values
     of a prompt can be computed once for all steps, and because a gate may stand between heads and residual stream.
@@ -38,9 +45,10 @@ class Attention(nn.Module):
     Source: ``AttnProcessor2_0`` in diffusers/models/attention_processor.py.
     """
 
-    def __init__(self, attention: Any, cfg: TransformerLensConfig) -> None:
+    def __init__(self, attention: Any, cfg: TransformerLensConfig, scale: float | None = None) -> None:
         super().__init__()
         self.cfg = cfg
+        self.scale = cfg.d_head**-0.5 if scale is None else scale
         self.to_q: nn.Module = attention.to_q
         self.to_k: nn.Module = attention.to_k
         self.to_v: nn.Module = attention.to_v
@@ -60,7 +68,20 @@ class Attention(nn.Module):
         """One copy of ``x`` for each head, seen by ``point``; ``x`` itself unless cfg.use_split_qkv_input."""
         if not self.cfg.use_split_qkv_input:
             return x
-        return point(x[:, :, None].repeat(1, 1, self.cfg.n_heads, 1))
+        return point(per_head(x, self.cfg.n_heads))
+
+    def fork_or_share(
+        self, x: Float[Tensor, "batch pos d_in"], attn_in: HookPoint, read: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, keys and values are made of, in attention within one stream: ``read`` (the norm) of ``x``.
+
+        It is read once, or for each head as seen by ``attn_in`` (cfg.use_attn_in), or for each head and each of the three.
+        """
+        if self.cfg.use_split_qkv_input:
+            q_in, k_in, v_in = (read(self.fork(point, x)) for point in (self.hook_q_input, self.hook_k_input, self.hook_v_input))
+            return q_in, k_in, v_in
+        shared = read(attn_in(per_head(x, self.cfg.n_heads)) if self.cfg.use_attn_in else x)
+        return shared, shared, shared
 
     def queries(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
         """Before ``hook_q``. ``x`` has a head axis where it comes from ``fork``."""
@@ -85,20 +106,24 @@ class Attention(nn.Module):
         q: Float[Tensor, "batch query_pos head d_head"],
         k: Float[Tensor, "batch key_pos head d_head"],
         v: Float[Tensor, "batch key_pos head d_head"],
-        bias: Float[Tensor, "batch _ key_pos"] | None = None,
+        bias: Float[Tensor, "#batch *#heads _ key_pos"] | None = None,
     ) -> Float[Tensor, "batch query_pos head d_head"]:
-        """``z``: for each query and head, the values averaged under the pattern. ``bias`` is added to the scores."""
+        """``z``: for each query and head, the values averaged under the pattern.
+
+        ``bias`` is added to the scores: [batch (head) query_pos key_pos], the same for every head if it has no such axis.
+        """
         q = self.hook_q(q).transpose(1, 2)  # [batch head pos d_head] from here to z
         k = self.hook_k(k).transpose(1, 2)
         v = self.hook_v(v).transpose(1, 2)
-        bias = None if bias is None else bias[:, None]  # the same for every head
+        if bias is not None and bias.ndim == 3:
+            bias = bias[:, None]
 
         if self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks():
-            scores = q @ k.transpose(-1, -2) / self.cfg.d_head**0.5
+            scores = q @ k.transpose(-1, -2) * self.scale
             scores = self.hook_attn_scores(scores if bias is None else scores + bias)
             z = self.hook_pattern(scores.softmax(dim=-1)) @ v
         else:
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         return self.hook_z(z.transpose(1, 2))
 
     def write(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
-from .attention import Attention, bias_of, weight_of
+from .attention import Attention, bias_of, per_head, weight_of
 
 
 class LayerNorm(nn.Module):
@@ -34,9 +34,15 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "batch pos *head d_model"]:
         if not (self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()):
-            return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+            return self._fused(x)
         if x.ndim == 4:
             return torch.stack([self(x[:, :, head]) for head in range(x.shape[2])], dim=2)
+        return self._explicit(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+    def _explicit(self, x: Tensor) -> Tensor:
         # Half precision is normalised in float32, as the fused kernel does.
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         wide = wide - wide.mean(-1, keepdim=True)
@@ -129,6 +135,8 @@ class Block(nn.Module):
     ``hook_attn_out``, ``hook_cross_attn_out`` and ``hook_mlp_out`` are exactly what is added: post-gate.
     """
 
+    hook_out_is_single_residual_stream = True  # asked by TransformerLens' logit lens
+
     def __init__(self, block: Any, cfg: TransformerLensConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -138,6 +146,9 @@ class Block(nn.Module):
         self.cross_attn = Attention(block.attn2, cfg)
         self.ln2 = LayerNorm(cfg.eps)
         self.mlp = MLP(block.ff)
+        self.hook_attn_in = HookPoint()  # [batch pos head d_model]; these two only with cfg.use_attn_in
+        self.hook_cross_attn_in = HookPoint()
+        self.hook_mlp_in = HookPoint()  # [batch pos d_model]; only with cfg.use_hook_mlp_in
         self.hook_resid_pre = HookPoint()  # all [batch pos d_model]
         self.hook_attn_out_pre_gate = HookPoint()
         self.hook_attn_out = HookPoint()
@@ -162,7 +173,8 @@ class Block(nn.Module):
         x = self.hook_resid_pre(x)
         x = self.hook_resid_mid(x + self.hook_attn_out(self._attend_image(x, mod, image_bias)))
         x = self.hook_resid_mid_cross(x + self.hook_cross_attn_out(self._attend_text(x, caption, text_kv, text_bias)))
-        mlp_out = self.hook_mlp_out_pre_gate(self.mlp(modulate(self.ln2(x), mod.shift_mlp, mod.scale_mlp)))
+        mlp_in = self.hook_mlp_in(x.clone()) if self.cfg.use_hook_mlp_in else x  # a fork: `x` goes on unchanged
+        mlp_out = self.hook_mlp_out_pre_gate(self.mlp(modulate(self.ln2(mlp_in), mod.shift_mlp, mod.scale_mlp)))
         return self.hook_resid_post(x + self.hook_mlp_out(mod.gate_mlp * mlp_out))
 
     def _attend_image(self, x: Tensor, mod: Modulation, bias: Tensor | None) -> Tensor:
@@ -171,18 +183,14 @@ class Block(nn.Module):
         def read(residual: Tensor) -> Tensor:
             return modulate(self.ln1(residual), mod.shift_msa, mod.scale_msa)
 
-        if self.cfg.use_split_qkv_input:
-            q_in = read(attn.fork(attn.hook_q_input, x))
-            k_in = read(attn.fork(attn.hook_k_input, x))
-            v_in = read(attn.fork(attn.hook_v_input, x))
-        else:
-            q_in = k_in = v_in = read(x)
+        q_in, k_in, v_in = attn.fork_or_share(x, self.hook_attn_in, read)
         z = attn(attn.queries(q_in), attn.keys(k_in), attn.values(v_in), bias)
         return attn.write(z, mod.gate_msa, self.hook_attn_out_pre_gate)
 
     def _attend_text(self, x: Tensor, caption: Tensor, text_kv: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
         attn = self.cross_attn
-        q = attn.queries(attn.fork(attn.hook_q_input, x))
+        q_in = self.hook_cross_attn_in(per_head(x, self.cfg.n_heads)) if self.cfg.use_attn_in else attn.fork(attn.hook_q_input, x)
+        q = attn.queries(q_in)
         if text_kv is None:
             k = attn.keys(attn.fork(attn.hook_k_input, caption))
             v = attn.values(attn.fork(attn.hook_v_input, caption))

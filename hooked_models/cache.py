@@ -1,4 +1,4 @@
-"""Caches: what a run leaves behind, under the names of its hooks, with TransformerLens' shorthands."""
+"""The cache of a whole generation, and how much it will take."""
 
 from __future__ import annotations
 
@@ -10,49 +10,11 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from .dit_cache import DiTCache, expand_shorthand, look_up
 from .names import FINAL, Branch, Site
 
 if TYPE_CHECKING:
-    from .dit import DiTConfig
     from .text_to_image import HookedTextToImage
-
-MLP_AND_NORMS = ("ln1", "ln2", "mlp", "adaln")
-SUBLAYERS = {"a": "attn", "attn": "attn", "cross_attn": "cross_attn", "cross": "cross_attn", **{n: n for n in MLP_AND_NORMS}}
-
-
-def expand_shorthand(name: str, layer: int | None, sublayer: str | None, n_layers: int) -> str:
-    """`("z", 2, "cross_attn")` → "blocks.2.cross_attn.hook_z"; negative layers count from the end.
-
-    Without a sublayer, q, k, v, z, attn_scores, pattern and result mean self-attention, and pre and post the MLP, as in
-    TransformerLens (whose own expansion gives self-attention for cross-attention too).
-    """
-    if name.startswith("cross_") and name.removeprefix("cross_") in ("q", "k", "v", "z", "pattern", "result", "attn_scores"):
-        name, sublayer = name.removeprefix("cross_"), "cross_attn"
-    if layer is None:
-        return f"{sublayer}.hook_{name}" if sublayer else f"hook_{name}"
-    if sublayer is None and name in ("q", "k", "v", "z", "attn_scores", "pattern", "result", "q_input", "k_input", "v_input"):
-        sublayer = "attn"
-    if sublayer is None and name in ("pre", "post"):
-        sublayer = "mlp"
-    if sublayer is not None and sublayer not in SUBLAYERS:
-        raise KeyError(f"There is no sublayer {sublayer!r}: choose from {', '.join(dict.fromkeys(SUBLAYERS.values()))}.")
-    name = {"resid_mid2": "resid_mid_cross"}.get(name, name)
-    middle = f".{SUBLAYERS[sublayer]}" if sublayer else ""
-    return f"blocks.{layer % n_layers}{middle}.hook_{name}"
-
-
-class DiTCache(ActivationCache):
-    """The cache of one denoiser call. `cache["z", 2, "cross_attn"]` is cross-attention, `cache["cross_z", 2]` too."""
-
-    def __getitem__(self, key: Any) -> Tensor:
-        if isinstance(key, str) and key in self.cache_dict:
-            return self.cache_dict[key]
-        if isinstance(key, tuple):
-            name, layer, sublayer = (*key, None, None)[:3]
-            full = expand_shorthand(name, layer, sublayer, self.model.cfg.n_layers)
-        else:
-            full = self.model.canonical_name(key) if key in self.model.mod_dict else f"hook_{key}"
-        return _lookup(self.cache_dict, full)
 
 
 class GenerationCache(ActivationCache):
@@ -74,14 +36,14 @@ class GenerationCache(ActivationCache):
         if isinstance(key, str):
             if key not in self.cache_dict and key.startswith("steps.") and key.endswith(".eps"):
                 return self._noise(int(key.split(".")[1]))
-            return _lookup(self.cache_dict, key if key in self.cache_dict else self.model.names.site(key).name)
+            return look_up(self.cache_dict, key if key in self.cache_dict else self.model.names.site(key).name)
         if len(key) < 4:
             raise KeyError(f"Say which step: cache[name, layer, sublayer, step], or cache.at(step=…)[{key!r}].")
         name, layer, sublayer, step, branch = (*key, "cond")[:5]
         inner = expand_shorthand(name, layer, sublayer, self.model.cfg.n_layers)
         if inner in self.model.names.sampler.hook_dict:
-            return _lookup(self.cache_dict, f"steps.{step}.{inner}")
-        return _lookup(self.cache_dict, f"steps.{step}.{branch}.{inner}")
+            return look_up(self.cache_dict, f"steps.{step}.{inner}")
+        return look_up(self.cache_dict, f"steps.{step}.{branch}.{inner}")
 
     def _noise(self, step: int) -> Tensor:
         alpha, sigma = self.noise_levels[step]
@@ -115,18 +77,11 @@ class GenerationCache(ActivationCache):
         middle = "" if inner in self.model.names.sampler.hook_dict else f"{branch}."
         names = [full for s in self.steps if (full := f"steps.{s}.{middle}{inner}") in self.cache_dict]
         if not names:
-            return _lookup(self.cache_dict, f"steps.*.{middle}{inner}")  # raises
+            return look_up(self.cache_dict, f"steps.*.{middle}{inner}")  # raises
         return torch.stack([self.cache_dict[full] for full in names])
 
     def __repr__(self) -> str:
         return f"GenerationCache({len(self)} tensors at steps {self.steps}, {_human(self.nbytes)})"
-
-
-def _lookup(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    try:
-        return tensors[name]
-    except KeyError:
-        raise KeyError(f"{name!r} is not in this cache: it was left out by names_filter, steps or branch.") from None
 
 
 # How much a cache will take
@@ -137,18 +92,20 @@ class CacheTooLargeError(MemoryError):
 
 
 def activation_shape(
-    cfg: DiTConfig, site: Site, batch: int, grid: tuple[int, int], text_pos: int, image: tuple[int, int]
+    cfg: Any, site: Site, batch: int, grid: tuple[int, int], text_pos: int, image: tuple[int, int]
 ) -> tuple[int, ...]:
-    """The shape of a site's tensor, from arithmetic alone. `grid`: latent rows and columns, `image`: pixel rows and columns."""
-    pos = grid[0] * grid[1] // cfg.patch_size**2
+    """The shape of a site's tensor, from arithmetic alone.
+
+    `cfg`: that of the denoiser or, for its sites, of the text encoder. `grid`: latent rows and columns, `image`: pixel rows
+    and columns.
+    """
+    pos = text_pos if site.part.endswith("text_encoder") else grid[0] * grid[1] // cfg.patch_size**2
     leaf = site.inner.rpartition(".")[2].removeprefix("hook_")
     key_pos = text_pos if "cross_attn" in site.inner else pos
     if site.inner == FINAL:
         return (batch, 3, *image)
     if site.part == "sampler":
         return (batch, cfg.out_channels if leaf in ("out_cond", "out_uncond") else cfg.in_channels, *grid)
-    if site.part != "dit":
-        return (batch, text_pos, cfg.d_text)
     match leaf:
         case "q" | "z":
             return (batch, pos, cfg.n_heads, cfg.d_head)
@@ -156,11 +113,13 @@ def activation_shape(
             return (batch, key_pos, cfg.n_heads, cfg.d_head)
         case "attn_scores" | "pattern":
             return (batch, cfg.n_heads, pos, key_pos)
-        case "result" | "q_input":
+        case "rel_pos_bias":
+            return (batch, cfg.n_heads, pos, pos)
+        case "result" | "q_input" | "attn_in" | "cross_attn_in":
             return (batch, pos, cfg.n_heads, cfg.d_model)
         case "k_input" | "v_input":
             return (batch, key_pos, cfg.n_heads, cfg.d_model)
-        case "pre" | "post":
+        case "pre" | "pre_linear" | "post":
             return (batch, pos, cfg.d_mlp)
         case "scale":
             return (batch, pos, 1)
@@ -173,6 +132,11 @@ def activation_shape(
         case "t_mod":
             return (batch, 6 * cfg.d_model)
     return (batch, 1 if ".adaln." in site.inner else pos, cfg.d_model)
+
+
+def activation_dtype(site: Site, dtype: torch.dtype) -> torch.dtype:
+    """The type of a site's tensor in a model of type `dtype`: a norm's scale is never narrower than float32."""
+    return torch.promote_types(dtype, torch.float32) if site.inner.endswith("hook_scale") else dtype
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,79 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformer_lens.config import TransformerLensConfig
+from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from .block import Block, LayerNorm, modulate
-from .cache import DiTCache
-from .hooked_module import HookedModule
+from .config import DiTConfig
+from .dit_cache import DiTCache
+from .hooked_module import HookedModule, NotFoldedError
 
+if TYPE_CHECKING:
+    from .folding import FoldedDiT
+    from .views import DenoiserView
 
-@dataclass(kw_only=True)
-class DiTConfig(TransformerLensConfig):
-    """TransformerLens' names for a PixArt config. ``n_ctx`` counts the image tokens at the training size."""
-
-    d_text: int
-    """Width of the text encoder's output."""
-    patch_size: int
-    in_channels: int
-    out_channels: int
-    """Twice ``in_channels`` where the model also predicts a variance."""
-    sample_size: int
-    """Height and width of the training latents."""
-    interpolation_scale: float
-    """Position codes are divided by this: the training size over 512 px."""
-    use_additional_conditions: bool
-    """Whether the timestep embedding also encodes resolution and aspect ratio (PixArt-α at 1024 px)."""
-
-    @classmethod
-    def from_transformer(cls, transformer: Any) -> DiTConfig:
-        """Read from a diffusers ``PixArtTransformer2DModel``. Raises ValueError for an option that HookedDiT lacks."""
-        config = transformer.config
-        required = {
-            "norm_type": "ada_norm_single",
-            "activation_fn": "gelu-approximate",
-            "attention_type": "default",
-            "norm_elementwise_affine": False,
-            "dropout": 0.0,
-        }
-        for option, value in required.items():
-            if config[option] != value:
-                raise ValueError(f"HookedDiT needs a transformer with {option}={value!r}, not {config[option]!r}")
-        if config.cross_attention_dim is None:
-            raise ValueError("HookedDiT needs a transformer with cross-attention: cross_attention_dim is None")
-        d_model = config.num_attention_heads * config.attention_head_dim
-        return cls(
-            d_model=d_model,
-            d_head=config.attention_head_dim,
-            n_heads=config.num_attention_heads,
-            n_layers=config.num_layers,
-            n_ctx=(config.sample_size // config.patch_size) ** 2,
-            d_mlp=4 * d_model,
-            eps=config.norm_eps,
-            act_fn="gelu_new",  # TransformerLens' name of the tanh GELU
-            normalization_type="LNPre",  # and of a LayerNorm without affine map
-            positional_embedding_type="sincos_2d",
-            # Given, because TransformerLensConfig would otherwise say "cuda" wherever there is one.
-            device=str(transformer.device),
-            dtype=transformer.dtype,
-            d_text=config.caption_channels or config.cross_attention_dim,
-            patch_size=config.patch_size,
-            in_channels=config.in_channels,
-            out_channels=transformer.out_channels,
-            sample_size=config.sample_size,
-            interpolation_scale=float(transformer.pos_embed.interpolation_scale),
-            use_additional_conditions=transformer.use_additional_conditions,
-        )
+PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the channel is the fastest axis
+ONLY_FOLDED = ("unembed", "W_U", "b_U", "tokens_to_residual_directions", "accumulated_bias", "tl_parameters")
+FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
 
 
 KeysValues = tuple[Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]]
@@ -99,6 +50,11 @@ class TextState:
     """Added to the cross-attention scores."""
     keys_values: tuple[KeysValues, ...]
     """Of the cross-attentions, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
+
+    def take(self, rows: Int[Tensor, " row"]) -> TextState:
+        """Some rows of the batch."""
+        bias = None if self.bias is None else self.bias[rows]
+        return TextState(self.text[rows], self.caption[rows], bias, tuple((k[rows], v[rows]) for k, v in self.keys_values))
 
 
 def additive_bias(mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch.dtype) -> Tensor | None:
@@ -131,9 +87,15 @@ class HookedDiT(HookedModule):
         "hook_q_input": "use_split_qkv_input",
         "hook_k_input": "use_split_qkv_input",
         "hook_v_input": "use_split_qkv_input",
+        "hook_attn_in": "use_attn_in",
+        "hook_cross_attn_in": "use_attn_in",
+        "hook_mlp_in": "use_hook_mlp_in",
     }
 
     cache_class = DiTCache
+
+    folded_timestep: float | None = None
+    """The one timestep at which a folded model is right; see ``fold_timestep``."""
 
     blocks: Any
     """ModuleList of `Block`."""
@@ -194,13 +156,18 @@ class HookedDiT(HookedModule):
     def dtype(self) -> torch.dtype:
         return self.scale_shift_table.dtype
 
-    def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Write attention outputs head by head, so that ``hook_result`` fires; costs [batch pos head d_model]."""
-        self._cfg.use_attn_result = use_attn_result
-
-    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Give every head its own copy of its inputs, so that ``hook_{q,k,v}_input`` fire; costs three such tensors."""
-        self._cfg.use_split_qkv_input = use_split_qkv_input
+    def position_axis(self, name: str, of: Literal["image", "text"] = "image") -> int | None:
+        """As in HookedModule; ``of`` says which positions are meant. Patterns have image queries, and text keys if cross."""
+        leaf = name.rpartition(".")[2]
+        if ".adaln." in name or leaf in ("hook_t_emb", "hook_t_mod"):
+            return None
+        cross = ".cross_attn." in name
+        in_text = leaf in ("hook_text", "hook_caption") or (
+            cross and leaf in ("hook_k", "hook_v", "hook_k_input", "hook_v_input")
+        )
+        if in_text == (of == "text"):
+            return super().position_axis(name)
+        return -1 if of == "text" and cross and leaf in ("hook_attn_scores", "hook_pattern") else None
 
     # The text, which no timestep changes
 
@@ -232,6 +199,53 @@ class HookedDiT(HookedModule):
     def project_caption(self, text: Float[Tensor, "*batch d_text"]) -> Float[Tensor, "*batch d_caption"]:
         """Text features as cross-attention reads them, through no hook."""
         return text if self.caption_projection is None else self.caption_projection(text)
+
+    # Circuits in weights
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """``W_Q W_Kᵀ`` of self-attention, [layer head d_model d_model]; copies. Exact circuits need ``fold_timestep``."""
+        return self._factored("attn", "QK")
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """``W_V W_O`` of self-attention, [layer head d_model d_model]; copies."""
+        return self._factored("attn", "OV")
+
+    @property
+    def cross_QK(self) -> FactoredMatrix:
+        """``W_Q W_Kᵀ`` of cross-attention, [layer head d_model d_caption]; copies. Reads the raw residual stream: exact."""
+        return self._factored("cross_attn", "QK")
+
+    @property
+    def cross_OV(self) -> FactoredMatrix:
+        """``W_V W_O`` of cross-attention, [layer head d_caption d_model]; copies. Has no gate: exact."""
+        return self._factored("cross_attn", "OV")
+
+    def _factored(self, sublayer: str, circuit: Literal["QK", "OV"]) -> FactoredMatrix:
+        attentions = [getattr(block, sublayer) for block in self.blocks]
+        if circuit == "OV":
+            return FactoredMatrix(torch.stack([a.W_V for a in attentions]), torch.stack([a.W_O for a in attentions]))
+        return FactoredMatrix(torch.stack([a.W_Q for a in attentions]), torch.stack([a.W_K for a in attentions]).mT)
+
+    def fold_timestep(self, timestep: float, added_cond_kwargs: Mapping[str, Tensor | None] | None = None) -> FoldedDiT:
+        """A new model with the shifts, scales and gates of one timestep moved into its weights; this one stays as it is.
+
+        At that timestep it computes the same output, and every ``hook_gate`` is 1: head and neuron results, direct logit
+        attribution and the other tools that read weights are then exact. At any other it refuses to run.
+
+        Args:
+            timestep: in the scheduler's units, as the denoiser is told.
+            added_cond_kwargs: the size conditions [1 …], for a model that is conditioned on them.
+        """
+        from .folding import fold_timestep  # a folded model is a HookedDiT
+
+        return fold_timestep(self, timestep, added_cond_kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if self.folded_timestep is None and name in ONLY_FOLDED:
+            raise NotFoldedError(f"{name} ignores what the timestep does (shift, scale, gate): {FOLD_FIRST}")
+        return super().__getattr__(name)
 
     # The model
 
@@ -265,9 +279,11 @@ class HookedDiT(HookedModule):
             raise ValueError(f"HookedDiT has no use for cross_attention_kwargs: {', '.join(cross_attention_kwargs)}")
         if timestep is None:
             raise ValueError("pass timestep, one for each row of hidden_states")
+        if self.folded_timestep is not None and bool((timestep != self.folded_timestep).any()):
+            raise ValueError(f"this model was folded at timestep {self.folded_timestep:g} and is wrong at any other")
 
         x = self._embed(hidden_states)
-        t_emb = self._embed_timestep(timestep, added_cond_kwargs, x)
+        t_emb = self.hook_t_emb(self.embed_timestep(timestep, added_cond_kwargs, x.dtype))
         t_mod = self.hook_t_mod(self.t_block(F.silu(t_emb)))
         caption, text_kvs, text_bias = self._read_text(encoder_hidden_states, encoder_attention_mask, text_state, x)
         image_bias = additive_bias(attention_mask, x.dtype)
@@ -278,9 +294,38 @@ class HookedDiT(HookedModule):
         shift, scale = (self.scale_shift_table + t_emb[:, None]).chunk(2, dim=1)  # t_emb, not t_mod
         patches = self.proj_out(modulate(self.ln_final(x), shift, scale))
         p = self._cfg.patch_size
-        # Within a patch the channel is the fastest axis.
-        output = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=hidden_states.shape[-2] // p, p=p, q=p)
+        output = rearrange(patches, f"{PATCHES} -> {PIXELS}", h=hidden_states.shape[-2] // p, p=p, q=p)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def patches(self, output: Float[Tensor, "batch out_channels height width"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """An output as its patches, position by position: what ``proj_out`` computed."""
+        p = self._cfg.patch_size
+        return rearrange(output, f"{PIXELS} -> {PATCHES}", p=p, q=p)
+
+    def bind(
+        self,
+        latents: Float[Tensor, "row in_channels height width"],
+        timestep: float | Shaped[Tensor, "*row"],
+        text: Float[Tensor, "row text_pos d_text"],
+        text_mask: Shaped[Tensor, "row ... text_pos"] | None = None,
+        *,
+        added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
+        pos: Literal["image", "text"] = "image",
+        returns: Literal["out", "patches"] = "out",
+    ) -> tuple[DenoiserView, Int[Tensor, "row pos"]]:
+        """``(view, tokens)``: what TransformerLens' tools take as ``model`` and ``tokens``, for one denoiser call a row.
+
+        Args:
+            pos: which positions a sweep "by position" goes over.
+            returns: what metrics get: the output, or its patches [row pos d_vocab], as logits have it.
+        """
+        from .views import DenoiserView  # a view of this
+
+        times = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
+        state = self.encode_text(text, text_mask)
+        sizes = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
+        view = DenoiserView(self, latents, times, state, sizes, pos, returns)
+        return view, view.to_tokens()
 
     def _embed(self, latents: Tensor) -> Tensor:
         """Patches plus position codes [batch pos d_model]; added in the code's precision, as diffusers does."""
@@ -298,17 +343,19 @@ class HookedDiT(HookedModule):
         code = self.hook_pos_embed(code.repeat(latents.shape[0], 1, 1))
         return (patches + code).to(patches.dtype)
 
-    def _embed_timestep(self, timestep: Tensor, sizes: Mapping[str, Tensor | None] | None, x: Tensor) -> Tensor:
-        """[batch d_model], of the timestep and, where the model is conditioned on them, of the image's sizes."""
-        t_emb = self.timestep_embedder(self.time_proj(timestep).to(x.dtype))
+    def embed_timestep(
+        self, timestep: Shaped[Tensor, " batch"], sizes: Mapping[str, Tensor | None] | None, dtype: torch.dtype
+    ) -> Float[Tensor, "batch d_model"]:
+        """Embedding of the timestep and, where the model is conditioned on them, of the image's sizes; through no hook."""
+        t_emb = self.timestep_embedder(self.time_proj(timestep).to(dtype))
         if self._cfg.use_additional_conditions:
             resolution, aspect_ratio = ((sizes or {}).get(key) for key in ("resolution", "aspect_ratio"))
             if resolution is None or aspect_ratio is None:
                 raise ValueError("this model needs added_cond_kwargs with resolution and aspect_ratio")
-            height_width = self.resolution_embedder(self.time_proj(resolution.flatten()).to(x.dtype))
-            ratio = self.aspect_ratio_embedder(self.time_proj(aspect_ratio.flatten()).to(x.dtype))
-            t_emb = t_emb + torch.cat([height_width.view(len(x), -1), ratio.view(len(x), -1)], dim=1)
-        return self.hook_t_emb(t_emb)
+            height_width = self.resolution_embedder(self.time_proj(resolution.flatten()).to(dtype))
+            ratio = self.aspect_ratio_embedder(self.time_proj(aspect_ratio.flatten()).to(dtype))
+            t_emb = t_emb + torch.cat([height_width.view(len(t_emb), -1), ratio.view(len(t_emb), -1)], dim=1)
+        return t_emb
 
     def _read_text(
         self, text: Tensor | None, mask: Tensor | None, state: TextState | None, x: Tensor

@@ -20,6 +20,11 @@ from transformer_lens.utilities import Slice
 HookFunction = Callable[..., Tensor | None]
 """``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on with."""
 
+PER_HEAD = frozenset(
+    f"hook_{leaf}" for leaf in ("q", "k", "v", "z", "result", "q_input", "k_input", "v_input", "attn_in", "cross_attn_in")
+)
+"""Hooks whose tensors are [batch pos head …]."""
+
 NameFilter = str | Callable[[str], bool] | Iterable[str] | None
 """One name, a predicate on names, several names, or None for every hook that fires."""
 
@@ -29,6 +34,10 @@ class UnknownHookError(KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr of the sentence
         return str(self.args[0])
+
+
+class NotFoldedError(ValueError):
+    """What was asked for is exact only on a model whose timestep is folded into its weights."""
 
 
 def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
@@ -87,6 +96,34 @@ class HookedModule(HookedRootModule):
         flag = self.hook_flags.get(canonical.rpartition(".")[2])
         return flag if flag is not None and not getattr(self.cfg, flag) else None
 
+    # TransformerLens' flags; of no effect in a module that has no such hooks
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Write attention outputs head by head, so that ``hook_result`` fires; costs [batch pos head d_model]."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Give every head its own copy of its inputs, so that ``hook_{q,k,v}_input`` fire; costs three such tensors.
+
+        Raises ValueError while ``use_attn_in`` is on: the two forks exclude each other.
+        """
+        if use_split_qkv_input and self.cfg.use_attn_in:
+            raise ValueError("use_split_qkv_input and use_attn_in exclude each other: call set_use_attn_in(False) first")
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Give every head one copy of the residual stream it reads, so that ``hook_attn_in`` and ``hook_cross_attn_in`` fire.
+
+        Raises ValueError while ``use_split_qkv_input`` is on.
+        """
+        if use_attn_in and self.cfg.use_split_qkv_input:
+            raise ValueError("use_attn_in and use_split_qkv_input exclude each other: call set_use_split_qkv_input(False) first")
+        self.cfg.use_attn_in = use_attn_in
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Give the MLP its own copy of the residual stream, before its norm, so that ``hook_mlp_in`` fires."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
     @contextmanager
     def hooks(
         self,
@@ -121,14 +158,27 @@ class HookedModule(HookedRootModule):
     def get_caching_hooks(
         self, names_filter: NameFilter = None, *args: Any, pos_slice: Any = None, **kwargs: Any
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
-        """TransformerLens' ``get_caching_hooks``, with the names checked.
+        """TransformerLens' ``get_caching_hooks``, names checked, and ``pos_slice`` on each tensor's own position axis."""
+        cache, fwd, bwd = super().get_caching_hooks(self.names(names_filter), *args, **kwargs)
+        positions = Slice.unwrap(pos_slice)
+        if positions.mode == "identity":
+            return cache, fwd, bwd
 
-        Raises ValueError for ``pos_slice``: it guesses the position axis from the name, and is wrong for every tensor
-        that has no image positions (modulation, timestep, text).
+        def sliced(save: HookFunction) -> HookFunction:
+            def save_slice(tensor: Tensor, hook: HookPoint) -> None:
+                axis = self.position_axis(str(hook.name))
+                save(tensor if axis is None else positions.apply(tensor, dim=axis), hook=hook)
+
+            return save_slice
+
+        return cache, [(name, sliced(save)) for name, save in fwd], [(name, sliced(save)) for name, save in bwd]
+
+    def position_axis(self, name: str) -> int | None:
+        """The axis that ``pos_slice`` slices in a hook's tensor, counted from the end; None: it has no positions, stays whole.
+
+        TransformerLens guesses it from the name's ending and would slice the batch of tensors that have no positions.
         """
-        if Slice.unwrap(pos_slice).mode != "identity":
-            raise ValueError("pos_slice is not supported: slice the cached tensors instead")
-        return super().get_caching_hooks(self.names(names_filter), *args, **kwargs)
+        return -3 if name.rpartition(".")[2] in PER_HEAD else -2
 
     def run_with_cache(
         self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedConfig, PreTrainedModel, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
+from .config import HookedConfig
 from .hooked_module import HookedModule
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
@@ -126,13 +126,15 @@ class HookedTokenEncoder(HookedModule):
         super().__init__()
         self.__dict__["wrapped"] = encoder
         config = encoder.config
-        self.cfg = TransformerLensConfig(
+        self._cfg = HookedConfig(
             d_model=config.d_model,
             d_head=config.d_model,
             n_layers=0,
             n_ctx=DEFAULT_LENGTH,
             d_vocab=encoder.embed_tokens.num_embeddings,
+            normalization_type=None,
             device=str(encoder.device),
+            dtype=encoder.dtype,
         )
         self.embed_tokens = encoder.embed_tokens
         self.hook_embed = HookPoint()  # all [batch text_pos d_model]
@@ -140,6 +142,12 @@ class HookedTokenEncoder(HookedModule):
         self.hook_out = HookPoint()
         self.setup()
         self.train(encoder.training)
+
+    @property
+    def cfg(self) -> HookedConfig:
+        """Without layers; device and precision are those of the live table."""
+        self._cfg.device, self._cfg.dtype = str(self.device), self.dtype
+        return self._cfg
 
     @property
     def config(self) -> RandomTokenEncoderConfig:

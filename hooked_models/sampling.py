@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Latents = Float[Tensor, "batch channel rows columns"]
@@ -26,6 +26,17 @@ class SamplerState:
     step: int
     latent: Float[Tensor, "batch channel rows columns"]
     memory: Mapping[str, Any]
+
+    def take(self, rows: Int[Tensor, " row"]) -> SamplerState:
+        """Some rows of the batch, in the order given; rows may repeat."""
+
+        def part(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(part, value))
+            # what a solver remembers of earlier steps has the latents' shape; timesteps and noise levels have one axis
+            return value[rows] if isinstance(value, Tensor) and value.shape == self.latent.shape else value
+
+        return SamplerState(self.step, self.latent[rows], {name: part(value) for name, value in self.memory.items()})
 
 
 class Sampler:

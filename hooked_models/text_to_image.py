@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,20 +17,31 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformers import T5EncoderModel
 
-from .cache import GenerationCache, activation_shape, refuse_if_too_large
-from .dit import DiTConfig, HookedDiT, TextState
+from .cache import GenerationCache, activation_dtype, activation_shape, refuse_if_too_large
+from .config import DiTConfig
+from .dit import HookedDiT, TextState
 from .generation_hooks import Attached, Hooks, SamplerHooks, attach
 from .hooked_module import HookedModule, HookFunction, NameFilter
 from .hub import resolve
 from .names import FINAL, Branch, GenerationNames, Site
 from .rte import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from .sampling import Sampler, SamplerState, seeded_noise
+from .t5 import HookedT5Encoder
 from .trajectory import Inputs, Trajectory
+from .views import StepView
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch text_pos"]
 DEFAULT_STEPS = 14
 DEFAULT_GUIDANCE = 4.5
+
+
+def hooked_encoder(encoder: nn.Module) -> nn.Module:
+    """Around a T5 or a random-token encoder; any other (and one that is hooked already) is returned as it is."""
+    if isinstance(encoder, RandomTokenEncoder):
+        return HookedTokenEncoder(encoder)
+    return HookedT5Encoder(encoder) if isinstance(encoder, T5EncoderModel) else encoder
 
 
 class HookedTextToImage(HookedRootModule):
@@ -48,13 +60,13 @@ class HookedTextToImage(HookedRootModule):
     def __init__(self, transformer: nn.Module, text_encoder: nn.Module, tokenizer: Any, codec: nn.Module, scheduler: Any) -> None:
         super().__init__()
         self.dit = transformer if isinstance(transformer, HookedDiT) else HookedDiT(transformer)
-        self.text_encoder = HookedTokenEncoder(text_encoder) if isinstance(text_encoder, RandomTokenEncoder) else text_encoder
+        self.text_encoder = hooked_encoder(text_encoder)
         self.codec = codec
         self.tokenizer = tokenizer
         self.scheduler = scheduler
         self.sampler_hooks = SamplerHooks()
-        hooked_encoder = self.text_encoder if isinstance(self.text_encoder, HookedModule) else None
-        self.names = GenerationNames(self.dit, self.sampler_hooks, hooked_encoder, DEFAULT_STEPS)
+        with_hooks = self.text_encoder if isinstance(self.text_encoder, HookedModule) else None
+        self.names = GenerationNames(self.dit, self.sampler_hooks, with_hooks, DEFAULT_STEPS)
         self._attached: list[Attached] = []
         # No setup(): it would rename the hook points of the models inside.
 
@@ -168,15 +180,20 @@ class HookedTextToImage(HookedRootModule):
         num_steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        until: int | None = None,
     ) -> Trajectory:
-        """Run the sampler and keep its state before every step, so that it can be forked. Arguments as in `forward`."""
+        """Run the sampler and keep its state before every step, so that it can be forked. Arguments as in `forward`.
+
+        `until` stops before that step: the trajectory then has no images, but can be forked up to there.
+        """
         tokens = (prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
         self._check_hooks(num_steps, guidance)
         inputs = Inputs(tokens, guidance, Sampler(self.scheduler, num_steps, self.device), self._encode(tokens, guidance))
         if latents is None:
             latents = self._noise(seed, len(tokens))
         first = inputs.sampler.start(latents.to(self.device, self.dit.dtype))
-        return Trajectory(self, inputs, tuple(self._run(inputs, first)))
+        steps = None if until is None else until + 1
+        return Trajectory(self, inputs, tuple(islice(self._run(inputs, first), steps)))
 
     def _noise(self, seed: int | Sequence[int], batch: int) -> Tensor:
         seeds = [seed] * batch if isinstance(seed, int) else list(seed)
@@ -230,6 +247,38 @@ class HookedTextToImage(HookedRootModule):
             return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
 
     # Hooks
+
+    def at(
+        self,
+        step: int,
+        prompts: Prompts,
+        seed: int | Sequence[int] = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        *,
+        branch: Branch = "cond",
+        pos: Literal["image", "text"] = "image",
+        returns: Literal["images", "x0", "out"] = "images",
+    ) -> tuple[StepView, Int[Tensor, "batch pos"]]:
+        """`(view, tokens)`: what TransformerLens' tools take as `model` and `tokens`, for generations hooked at one step.
+
+        What comes before the step is computed once, here, for all prompts.
+
+        Args:
+            branch: the guidance branch in which hooks act.
+            pos: which positions a sweep "by position" goes over.
+            returns: what metrics get: the final images, or this step's x0 or guided network output.
+
+        Raises:
+            ValueError: the run has no such step or branch.
+        """
+        if not 0 <= step < num_steps:
+            raise ValueError(f"There is no step {step}: this run has steps 0 to {num_steps - 1}.")
+        if branch == "uncond" and guidance <= 1:
+            raise ValueError(f"At guidance {guidance:g} there is no unconditional branch.")
+        view = StepView(self.trajectory(prompts, seed, num_steps, guidance, latents, until=step), step, branch, pos, returns)
+        return view, view.to_tokens()
 
     def _resolve(self, where: str | Callable[[str], bool]) -> list[Site]:
         if isinstance(where, str):
@@ -355,7 +404,8 @@ class HookedTextToImage(HookedRootModule):
         image = self._image_size((rows, columns))
         sizes = {}
         for site in sites:
-            shape = activation_shape(self.cfg, site, len(tokens), (rows, columns), tokens.shape[1], image)
             module = self.codec if site.inner == FINAL else self.text_encoder if site.part.endswith("text_encoder") else self.dit
-            sizes[site.name] = torch.Size(shape).numel() * module.dtype.itemsize
+            cfg = module.cfg if isinstance(module, HookedModule) else self.cfg
+            shape = activation_shape(cfg, site, len(tokens), (rows, columns), tokens.shape[1], image)
+            sizes[site.name] = torch.Size(shape).numel() * activation_dtype(site, module.dtype).itemsize
         return sizes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,6 +33,11 @@ class Inputs:
     def guided(self) -> bool:
         return self.guidance > 1
 
+    def take(self, rows: Int[Tensor, " row"]) -> Inputs:
+        """The inputs of some rows."""
+        both = torch.cat([rows, rows + len(self.tokens)]) if self.guided else rows
+        return replace(self, tokens=self.tokens[rows], text=self.text.take(both))
+
     def rows(self, branch: Branch) -> slice:
         """The rows of a branch in the denoiser's batch."""
         batch = len(self.tokens)
@@ -45,13 +52,26 @@ class Trajectory:
     inputs: Inputs
     states: tuple[SamplerState, ...]
 
+    def take(self, rows: Int[Tensor, " row"]) -> Trajectory:
+        """The same generation for some rows of its batch; rows may repeat."""
+        rows = rows.to(self.inputs.tokens.device)
+        return replace(self, inputs=self.inputs.take(rows), states=tuple(state.take(rows) for state in self.states))
+
     @property
     def images(self) -> Float[Tensor, "batch 3 height width"]:
-        """The final images, in [0, 1]."""
+        """The final images, in [0, 1]. Raises ValueError for a trajectory that was stopped before its last step."""
+        if (step := self.states[-1].step) < self.inputs.sampler.num_steps:
+            raise ValueError(f"There are no images: this trajectory was stopped before step {step}.")
         return self.model.decode(self.states[-1].latent)
 
-    def fork(self, step: int, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Trajectory:
+    def repeat(self, times: int) -> Trajectory:
+        """The whole batch `times` times over, one copy after the other, so that a fork can treat the copies differently."""
+        return self.take(torch.arange(len(self.inputs.tokens)).repeat(times))
+
+    def fork(self, step: int, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), until: int | None = None) -> Trajectory:
         """Run again from `step` on, with hooks: bitwise what a full run with these hooks gives, at (T − step)/T of its cost.
+
+        `until` stops before that step, as in `HookedTextToImage.trajectory`.
 
         Raises:
             ValueError: a hook lies before `step`, on the text encoder, or beyond the last step.
@@ -59,11 +79,12 @@ class Trajectory:
         steps = self.inputs.sampler.num_steps
         if not 0 <= step < steps:
             raise ValueError(f"Cannot fork at step {step}: this trajectory has steps 0 to {steps - 1}.")
+        until = steps if until is None else until
         with self.model.hooks(fwd_hooks, bwd_hooks):
             if early := [a.site.name for a in self.model._attached if a.site.part.endswith("text_encoder")]:
                 raise ValueError(
                     f"{early[0]} does not fire: a fork keeps the text as it was encoded; run the model again instead."
                 )
-            self.model._check_hooks(steps, self.inputs.guidance, step)
-            later = tuple(self.model._run(self.inputs, self.states[step]))
+            self.model._check_hooks(until, self.inputs.guidance, step)
+            later = tuple(islice(self.model._run(self.inputs, self.states[step]), until - step + 1))
         return replace(self, states=self.states[:step] + later)

@@ -2,7 +2,8 @@
 
 Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338),
 sections 4.1 and 4.2, figures 3B and 4. What differs: the screening has a random-vector control, the knock-out masks every
-relation word (the original: the first only), is compared with seeded control heads on the same noise, and has intervals.
+relation word (the original: the first only), is compared with seeded control heads on the same noise, and has intervals. A
+model may have more than one relation head, so all that the screening names are also knocked out together.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ PROMPTS = (
 )
 WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
 METRICS = ("color", "shape", "unique_binding", "relation_loose", "relation_given_both")
+STEPS = 14
 FIGURE_STEPS = (0, 1, 2, 4, 8, 13)
+FOUND_COSINE, FOUND_P = 0.5, 0.01  # a head is a relation head if its maps are ramps, and more so than random vectors'
 MASKED = -10000.0  # what PixArt itself adds to the scores of a pad
 
 
@@ -66,14 +69,21 @@ def main(config: Config) -> None:
     with console.status("screening heads in weight space"):
         ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
     show(console, "Heads by alignment of position × word maps with the words' ramps", ranking.head(6).round(3))
-    best = f"L{ranking.layer[0]}H{ranking['head'][0]}"
+    heads = [f"L{layer}H{head}" for layer, head in zip(ranking.layer, ranking["head"], strict=True)]
+    best = heads[0]
+    is_ramp = (ranking["cosine"].to_numpy() >= FOUND_COSINE) & (ranking["p"].to_numpy() <= FOUND_P)
+    found = [head for head, named in zip(heads, is_ramp, strict=True) if named]
+    console.print(f"relation heads (cosine ≥ {FOUND_COSINE}, p ≤ {FOUND_P}): {', '.join(found) or 'none'}")
 
     rng = np.random.default_rng(config.seed)
-    others = [f"L{layer}H{head}" for layer, head in zip(ranking.layer[1:], ranking["head"][1:], strict=True)]
+    others = [head for head in heads[1:] if head not in found]
     controls = [str(head) for head in rng.choice(others, size=min(config.controls, len(others)), replace=False)]
+    knockouts: list[list[str]] = [[], [best], *([head] for head in controls)]
+    if len(found) > 1:
+        knockouts[2:2] = [found, controls[: len(found)]]
     wanted = scenes.sample(config.pairs, seed=config.seed + 1, split="all", color_words="both")
-    with console.status(f"knocking out {best} and {len(controls)} control heads on {config.pairs} paired images"):
-        verdicts = {head or "none": judge(model, wanted, head, first_seed=config.seed) for head in (None, best, *controls)}
+    with console.status(f"knocking out heads, {len(knockouts)} conditions of {config.pairs} paired images"):
+        verdicts = {" + ".join(out) or "none": judge(model, wanted, out, first_seed=config.seed) for out in knockouts}
     table = compare(verdicts)
     show(
         console, f"Relation words masked in one head ({config.pairs} images, same prompts and noise), mean [95 % interval]", table
@@ -82,7 +92,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     ranking.to_csv(config.out / "screening.csv", index=False)
     table.to_csv(config.out / "knockout.csv")
-    facts = {"model": config.model, "head": best, "controls": controls, "pairs": config.pairs, "seed": config.seed}
+    facts = {"model": config.model, "heads": found, "controls": controls, "pairs": config.pairs, "seed": config.seed}
     (config.out / "result.json").write_text(json.dumps(facts, indent=2))
     maps = {
         word: circuits.position_word_map(model.dit, best, screening.word_vector(model, word))
@@ -106,20 +116,20 @@ def attention_to_relation(model: HookedTextToImage, cache: object, head: str) ->
     return xr.DataArray(stacked, dims=("prompt", "step", "y", "x"), coords={"step": list(FIGURE_STEPS)})
 
 
-def judge(model: HookedTextToImage, wanted: Sequence[scenes.Scene], head: str | None, first_seed: int) -> xr.Dataset:
-    """`scenes.evaluate` of one image a scene, with the relation words hidden from one head (renormalised) or from none."""
+def judge(model: HookedTextToImage, wanted: Sequence[scenes.Scene], heads: Sequence[str], first_seed: int) -> xr.Dataset:
+    """`scenes.evaluate` of one image a scene, with the relation words hidden from some heads (patterns renormalised)."""
     texts = [scenes.caption(scene) for scene in wanted]
     hidden = prompts.role_mask(model, texts, "relation").to(model.device)
     hooks = []
-    if head is not None:
-        layer, index = circuits.parse_head(head)
+    for layer, index in map(circuits.parse_head, heads):
 
-        def mask(scores: Tensor, hook: HookPoint) -> None:
+        def mask(scores: Tensor, hook: HookPoint, index: int = index) -> None:
             scores[:, index].masked_fill_(hidden[:, None], MASKED)
 
-        hooks = [(lambda name: name.endswith(f".cond.blocks.{layer}.cross_attn.hook_attn_scores"), mask)]
+        hooks += [(f"steps.{step}.cond.blocks.{layer}.cross_attn.hook_attn_scores", mask) for step in range(STEPS)]
     seeds = range(first_seed, first_seed + len(wanted))
-    return scenes.evaluate(model.run_with_hooks(texts, seed=list(seeds), fwd_hooks=hooks).cpu(), list(wanted))
+    images = model.run_with_hooks(texts, seed=list(seeds), num_steps=STEPS, fwd_hooks=hooks)
+    return scenes.evaluate(images.cpu(), list(wanted))
 
 
 def compare(verdicts: dict[str, xr.Dataset]) -> pd.DataFrame:
