@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "text not projected": ({"caption_channels": None}, {"pads": 2}),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
-paths = pytest.mark.parametrize("path", ["fused", "explicit", "text state", "head by head"])
+paths = pytest.mark.parametrize("path", ["fused", "explicit", "text state", "head by head", "one fork"])
 
 
 @functools.cache
@@ -52,10 +52,20 @@ def look(tensor: Tensor, hook: Any) -> None:
     """A hook that changes nothing, but makes its HookPoint watched."""
 
 
+def set_flags(dit: HookedDiT, result: bool = False, split: bool = False, attn_in: bool = False, mlp_in: bool = False) -> None:
+    """Every flag at once; the two forks exclude each other, so both go off first."""
+    dit.set_use_split_qkv_input(False)
+    dit.set_use_attn_in(False)
+    dit.set_use_attn_result(result)
+    dit.set_use_split_qkv_input(split)
+    dit.set_use_attn_in(attn_in)
+    dit.set_use_hook_mlp_in(mlp_in)
+
+
 def run(dit: HookedDiT, path: str, inputs: dict[str, Any]) -> Tensor:
     """The output along one of the ways through the model."""
-    dit.set_use_attn_result(path == "head by head")
-    dit.set_use_split_qkv_input(path == "head by head")
+    by_head = path == "head by head"
+    set_flags(dit, result=by_head, split=by_head, attn_in=path == "one fork", mlp_in=by_head)
     if path == "explicit":
         watched = re.compile(r"attn\.hook_pattern|ln\w+\.hook_scale")
         return dit.run_with_hooks(**inputs, fwd_hooks=[(lambda name: bool(watched.search(name)), look)]).sample
@@ -84,16 +94,14 @@ def inputs(model: HookedDiT) -> dict[str, Any]:
 def dit(model: HookedDiT) -> HookedDiT:
     """With every flag off. The weights are shared between tests: train a copy."""
     model.reset_hooks(including_permanent=True)
-    model.set_use_attn_result(False)
-    model.set_use_split_qkv_input(False)
+    set_flags(model)
     return model
 
 
 @pytest.fixture
 def full(dit: HookedDiT) -> HookedDiT:
-    """With every flag on, so that every hook fires."""
-    dit.set_use_attn_result(True)
-    dit.set_use_split_qkv_input(True)
+    """With every flag on, so that every hook fires but `attn_in`, which excludes the inputs of q, k and v."""
+    set_flags(dit, result=True, split=True, mlp_in=True)
     return dit
 
 
@@ -326,7 +334,8 @@ def shapes(n_layers: int, b: int, pos: int, text: int) -> dict[str, tuple[int, .
     }
     residual = "resid_pre resid_mid resid_mid_cross resid_post attn_out cross_attn_out mlp_out attn_out_pre_gate mlp_out_pre_gate"
     for layer in range(n_layers):
-        block = {f"hook_{name}": (b, pos, d) for name in residual.split()}
+        block: dict[str, tuple[int, ...]] = {f"hook_{name}": (b, pos, d) for name in [*residual.split(), "mlp_in"]}
+        block["hook_attn_in"] = block["hook_cross_attn_in"] = (b, pos, heads, d)
         for name in ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp"):
             block[f"adaln.hook_{name}"] = (b, 1, d)
         for ln in ("ln1", "ln2"):
@@ -345,7 +354,7 @@ def shapes(n_layers: int, b: int, pos: int, text: int) -> dict[str, tuple[int, .
 
 
 NAMES = sorted(shapes(2, 2, 16, 5))
-GATED = [name for name in NAMES if name.endswith(("_result", "_input"))]
+GATED = [name for name in NAMES if name.endswith(("_result", "_input", "_in"))]
 
 
 def test_the_names_are_exactly_these(dit: HookedDiT) -> None:
@@ -355,7 +364,9 @@ def test_the_names_are_exactly_these(dit: HookedDiT) -> None:
 
 def test_every_name_fires_with_its_shape(full: HookedDiT, inputs: dict[str, Any]) -> None:
     _, cache = full.run_with_cache(**inputs)
-    assert {name: tuple(tensor.shape) for name, tensor in cache.items()} == shapes(2, 2, 16, 5)
+    set_flags(full, attn_in=True)
+    _, forked = full.run_with_cache(**inputs, names_filter=[name for name in NAMES if name.endswith("attn_in")])
+    assert {name: tuple(tensor.shape) for name, tensor in (*cache.items(), *forked.items())} == shapes(2, 2, 16, 5)
 
 
 def test_gated_names_alone_do_not_fire_without_their_flag(dit: HookedDiT, inputs: dict[str, Any]) -> None:
@@ -379,16 +390,15 @@ def return_edited(tensor: Tensor, hook: Any) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_hook_edits_the_output(name: str, dit: HookedDiT, inputs: dict[str, Any]) -> None:
     """Of its own row only; in place or by return value; alike whatever the flags; and nothing of it stays behind."""
-    dit.set_use_attn_result(name.endswith("_result"))
-    dit.set_use_split_qkv_input(name.endswith("_input"))
+    attn_in = name.endswith("attn_in")
+    set_flags(dit, name.endswith("_result"), name.endswith("_input"), attn_in, name.endswith("mlp_in"))
     with torch.no_grad():
         reused = with_state(dit, inputs)
         clean = dit(**inputs).sample
         edited = dit.run_with_hooks(**inputs, fwd_hooks=[(name, edit_first_row)]).sample
         edited_reused = dit.run_with_hooks(**reused, fwd_hooks=[(name, edit_first_row)]).sample
         after, after_reused = dit(**inputs).sample, dit(**reused).sample
-        dit.set_use_attn_result(True)
-        dit.set_use_split_qkv_input(True)
+        set_flags(dit, result=True, split=not attn_in, attn_in=attn_in, mlp_in=True)
         returned = dit.run_with_hooks(**inputs, fwd_hooks=[(name, return_edited)]).sample
     assert (edited - clean)[0].abs().max() > 1e-3
     torch.testing.assert_close(edited[1], clean[1], atol=1e-10, rtol=0)
@@ -401,7 +411,8 @@ def test_every_hook_edits_the_output(name: str, dit: HookedDiT, inputs: dict[str
 
 def test_backward_hooks_see_the_gradient(full: HookedDiT, inputs: dict[str, Any]) -> None:
     """Against the finite difference of a forward edit along the same direction."""
-    names = [name for name in NAMES if "blocks.0" not in name and name != "hook_pos_embed"]  # the code needs no gradient
+    # the position code needs no gradient, and `full` has no attn_in
+    names = [name for name in NAMES if "blocks.0" not in name and name != "hook_pos_embed" and not name.endswith("attn_in")]
     inputs = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].requires_grad_()}
 
     def direction(name: str, tensor: Tensor) -> Tensor:
@@ -624,6 +635,8 @@ ways = pytest.mark.parametrize(
         ("blocks.0.attn.hook_result", "set_use_attn_result"),
         ("blocks.1.hook_cross_result", "set_use_attn_result"),
         ("blocks.1.cross_attn.hook_q_input", "set_use_split_qkv_input"),
+        ("blocks.1.hook_cross_attn_in", "set_use_attn_in"),
+        ("blocks.0.hook_mlp_in", "set_use_hook_mlp_in"),
     ],
 )
 def test_a_gated_name_is_refused_until_its_flag_is_set(
@@ -701,8 +714,8 @@ def test_cache_options(dit: HookedDiT, inputs: dict[str, Any]) -> None:
     assert not cache.has_batch_dim
     assert cache["pattern", 1].shape == (3, 16, 16)
     assert type(dit.run_with_cache(**inputs, return_cache_object=False)[1]) is dict
-    with pytest.raises(ValueError, match="pos_slice"):
-        dit.run_with_cache(**inputs, pos_slice=3)
+    with pytest.raises(ValueError, match="exclude each other"):
+        set_flags(dit, split=True, attn_in=True)
 
     class MyCache(ActivationCache):
         pass
