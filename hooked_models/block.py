@@ -85,6 +85,11 @@ class AdaLN(nn.Module):
         self.hook_scale_mlp = HookPoint()
         self.hook_gate_mlp = HookPoint()
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the table anew, as diffusers does."""
+        self.scale_shift_table.normal_().div_(self.scale_shift_table.shape[1] ** 0.5)
+
     def forward(self, t_mod: Float[Tensor, "batch six_d_model"]) -> Modulation:
         rows = self.scale_shift_table + t_mod.view(t_mod.shape[0], 6, -1)  # [batch 6 d_model]
         # Sliced one by one: autograd forbids a hook to write in place into a view that chunk() made.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .views import DenoiserView
 
 PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the channel is the fastest axis
-ONLY_FOLDED = ("unembed", "W_U", "b_U", "tokens_to_residual_directions", "accumulated_bias", "tl_parameters")
+ONLY_FOLDED = ("unembed", "W_U", "b_U", "tokens_to_residual_directions", "accumulated_bias", "tl_parameters", "blocks_with")
 FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
 
 
@@ -65,6 +65,13 @@ def additive_bias(mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch
     if mask is None or mask.ndim == 3:
         return mask
     return (1 - mask.to(dtype))[:, None] * -10000.0
+
+
+def writable(constant: Tensor, hooked: bool) -> Tensor:
+    """A copy of an input or buffer that a hook may write into, and differentiate by although nothing stands before it."""
+    if hooked and torch.is_grad_enabled() and not constant.requires_grad:
+        constant = constant.detach().requires_grad_()
+    return constant.clone()
 
 
 class HookedDiT(HookedModule):
@@ -135,6 +142,11 @@ class HookedDiT(HookedModule):
             aliases["hook_resid_mid2"] = "hook_resid_mid_cross"
             self.add_aliases({f"blocks.{layer}.{alias}": f"blocks.{layer}.{name}" for alias, name in aliases.items()})
         self.train(transformer.training)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the output's table anew, as diffusers does; the submodules have their own (TransformerLens' `reinitialized`)."""
+        self.scale_shift_table.normal_().div_(self._cfg.d_model**0.5)
 
     # What a pipeline and TransformerLens ask of a model; read off the live weights, which may move.
 
@@ -322,7 +334,8 @@ class HookedDiT(HookedModule):
         from .views import DenoiserView  # a view of this
 
         times = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        state = self.encode_text(text, text_mask)
+        with torch.no_grad():  # where a gradient is wanted, each call encodes its rows anew
+            state = self.encode_text(text, text_mask)
         sizes = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
         view = DenoiserView(self, latents, times, state, sizes, pos, returns)
         return view, view.to_tokens()
@@ -340,7 +353,7 @@ class HookedDiT(HookedModule):
                 self._cfg.d_model, (rows, columns), base_size=base, interpolation_scale=scale, device=latents.device
             ).float()[None]
         # Copied for each row: a hook that edits one row in place must not reach the others, or the buffer.
-        code = self.hook_pos_embed(code.repeat(latents.shape[0], 1, 1))
+        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), self.hook_pos_embed.has_hooks()))
         return (patches + code).to(patches.dtype)
 
     def embed_timestep(
@@ -371,6 +384,6 @@ class HookedDiT(HookedModule):
         if text is None:
             raise ValueError("pass encoder_hidden_states, or a text_state from encode_text")
         if self.text_hooks_active:
-            text = text.clone()  # a hook may write in place, and this is the caller's tensor
+            text = writable(text, self.hook_text.has_hooks())  # this is the caller's tensor
         caption = self.hook_caption(self.project_caption(self.hook_text(text)))
         return caption, [None] * self._cfg.n_layers, bias

@@ -49,6 +49,11 @@ def look_up(tensors: Mapping[str, Tensor], name: str) -> Tensor:
         raise KeyError(f"{name!r} is not in this cache: it was left out by names_filter, steps or branch.") from None
 
 
+def as_slice(positions: Any) -> Slice:
+    """What an ActivationCache's methods make of `pos_slice`: an int drops the axis (`Slice.unwrap` would keep it)."""
+    return positions if isinstance(positions, Slice) else Slice(positions)
+
+
 class DiTCache(ActivationCache):
     """The cache of one denoiser (or encoder) call. `cache["z", 2, "cross_attn"]` is cross-attention, `cache["cross_z", 2]` too.
 
@@ -78,6 +83,11 @@ class DiTCache(ActivationCache):
         if getattr(self.model, "folded_timestep", 0.0) is None:
             raise NotFoldedError(f"{what} would ignore the timestep's gate: use the cache of model.fold_timestep(t).")
 
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> DiTCache:
+        """As in TransformerLens, which would return a cache without cross-attention's shorthands."""
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        return DiTCache(sliced.cache_dict, self.model, sliced.has_batch_dim)
+
     def accumulated_resid(
         self,
         layer: int | None = None,
@@ -102,7 +112,7 @@ class DiTCache(ActivationCache):
             places.append(("resid_pre", index, f"{index}_pre"))
             if (incl_mid and index < layer) or (mlp_input and index == layer):
                 places += [(f"resid_{mid}", index, f"{index}_{mid}") for mid in mids]
-        positions = Slice.unwrap(pos_slice)
+        positions = as_slice(pos_slice)
         stack = torch.stack([positions.apply(self[name, index], dim=-2) for name, index, _ in places])
         if apply_ln:
             final = layer == self.model.cfg.n_layers
@@ -131,7 +141,7 @@ class DiTCache(ActivationCache):
         embeds = [name for name in ("hook_embed", "hook_pos_embed") if incl_embeds and name in self.cache_dict]
         writes = [(name, index) for index in range(layer) for name in sublayers]
         writes += [(name, layer) for name in attention if mlp_input]
-        positions = Slice.unwrap(pos_slice)
+        positions = as_slice(pos_slice)
         parts = [positions.apply(self[name], dim=-2) for name in [*embeds, *writes]]
         stack = torch.stack(parts)
         if apply_ln:
@@ -168,7 +178,7 @@ class DiTCache(ActivationCache):
         """
         layer = self._layer(layer)
         self._ensure_head_results()
-        positions = Slice.unwrap(pos_slice)
+        positions = as_slice(pos_slice)
         parts: list[Tensor] = []
         labels: list[str] = []
         for index in range(layer):

@@ -73,6 +73,14 @@ class FoldedDiT(HookedDiT):
             total = total + self.blocks[layer].attn.b_O + self.blocks[layer].cross_attn.b_O
         return total
 
+    def reset_parameters(self) -> None:
+        """Refuses: new weights would no longer say what the timestep does."""
+        raise ValueError("re-initialise the model itself, then fold it again: fold_timestep(t)")
+
+    def blocks_with(self, sublayer: str) -> list[tuple[int, nn.Module]]:
+        """Layer and block of every block that has the sublayer."""
+        return [(layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, sublayer)]
+
     def tl_parameters(self) -> dict[str, Tensor]:
         """TransformerLens' name of each weight → its tensor (views)."""
         named: dict[str, Tensor] = {"unembed.W_U": self.W_U, "unembed.b_U": self.b_U}

@@ -82,9 +82,12 @@ def restricted(function: HookFunction, point: GenerationHookPoint, rows: slice |
     """`function` on some rows of a tensor, with `point` as its hook; works on activations and on gradients."""
 
     def on_rows(tensor: Tensor, hook: HookPoint) -> Tensor | None:
-        replaced: Any = function(tensor if rows is None else tensor[rows], hook=point)
+        seen = tensor if rows is None else tensor[rows]
+        replaced: Any = function(seen, hook=point)
         if replaced is None:
-            return None  # an edit in place has reached `tensor` through the view
+            if rows is None or not seen.requires_grad:
+                return None  # an edit in place has reached `tensor` through the view
+            replaced = seen  # now part of the computation, so that a tool can differentiate by what its hook saw
         if isinstance(replaced, tuple):  # TransformerLens lets a backward hook return (gradient,)
             (replaced,) = replaced
         if rows is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
@@ -38,6 +38,18 @@ class UnknownHookError(KeyError):
 
 class NotFoldedError(ValueError):
     """What was asked for is exact only on a model whose timestep is folded into its weights."""
+
+
+class NoLanguageModel(nn.Module):
+    """A model that TransformerLens' evaluations of language models may be called with, and which then says why not."""
+
+    def __call__(self, *args: Any, return_type: str | None = None, **kwargs: Any) -> Any:
+        """`forward`. Raises TypeError for a language model's `return_type`."""
+        if return_type is not None:
+            raise TypeError(
+                f"{type(self).__name__} has no {return_type}: it makes images, and TransformerLens' evals are for language models"
+            )
+        return super().__call__(*args, **kwargs)
 
 
 def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
@@ -99,30 +111,38 @@ class HookedModule(HookedRootModule):
     # TransformerLens' flags; of no effect in a module that has no such hooks
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Write attention outputs head by head, so that ``hook_result`` fires; costs [batch pos head d_model]."""
-        self.cfg.use_attn_result = use_attn_result
+        """Write attention outputs head by head, so that ``hook_result`` fires; costs [batch pos head d_model].
+
+        This and the other flags raise ValueError when switched off under a hook that needs them.
+        """
+        self._set_flag("use_attn_result", use_attn_result)
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """Give every head its own copy of its inputs, so that ``hook_{q,k,v}_input`` fire; costs three such tensors.
 
         Raises ValueError while ``use_attn_in`` is on: the two forks exclude each other.
         """
-        if use_split_qkv_input and self.cfg.use_attn_in:
-            raise ValueError("use_split_qkv_input and use_attn_in exclude each other: call set_use_attn_in(False) first")
-        self.cfg.use_split_qkv_input = use_split_qkv_input
+        self._set_flag("use_split_qkv_input", use_split_qkv_input, excludes="use_attn_in")
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
         """Give every head one copy of the residual stream it reads, so that ``hook_attn_in`` and ``hook_cross_attn_in`` fire.
 
         Raises ValueError while ``use_split_qkv_input`` is on.
         """
-        if use_attn_in and self.cfg.use_split_qkv_input:
-            raise ValueError("use_attn_in and use_split_qkv_input exclude each other: call set_use_split_qkv_input(False) first")
-        self.cfg.use_attn_in = use_attn_in
+        self._set_flag("use_attn_in", use_attn_in, excludes="use_split_qkv_input")
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """Give the MLP its own copy of the residual stream, before its norm, so that ``hook_mlp_in`` fires."""
-        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+        self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+    def _set_flag(self, flag: str, on: bool, excludes: str | None = None) -> None:
+        if on and excludes is not None and getattr(self.cfg, excludes):
+            raise ValueError(f"{flag} and {excludes} exclude each other: call set_{excludes}(False) first")
+        if not on and getattr(self.cfg, flag):
+            for name, point in self.hook_dict.items():
+                if self.hook_flags.get(name.rpartition(".")[2]) == flag and (point.has_hooks() or point.has_hooks("bwd")):
+                    raise ValueError(f"{name!r} has a hook, which would silently stop firing: remove it before set_{flag}(False)")
+        setattr(self.cfg, flag, on)
 
     @contextmanager
     def hooks(

@@ -23,7 +23,7 @@ from .cache import GenerationCache, activation_dtype, activation_shape, refuse_i
 from .config import DiTConfig
 from .dit import HookedDiT, TextState
 from .generation_hooks import Attached, Hooks, SamplerHooks, attach
-from .hooked_module import HookedModule, HookFunction, NameFilter
+from .hooked_module import HookedModule, HookFunction, NameFilter, NoLanguageModel
 from .hub import resolve
 from .names import FINAL, Branch, GenerationNames, Site
 from .rte import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
@@ -44,7 +44,7 @@ def hooked_encoder(encoder: nn.Module) -> nn.Module:
     return HookedT5Encoder(encoder) if isinstance(encoder, T5EncoderModel) else encoder
 
 
-class HookedTextToImage(HookedRootModule):
+class HookedTextToImage(NoLanguageModel, HookedRootModule):
     """A PixArt pipeline whose every tensor has a name at every denoising step and guidance branch.
 
     Names are `text_encoder.…`, `null_text_encoder.…`, `steps.{s}.{cond|uncond}.{name in the denoiser}`,
@@ -263,7 +263,7 @@ class HookedTextToImage(HookedRootModule):
     ) -> tuple[StepView, Int[Tensor, "batch pos"]]:
         """`(view, tokens)`: what TransformerLens' tools take as `model` and `tokens`, for generations hooked at one step.
 
-        What comes before the step is computed once, here, for all prompts.
+        What comes before the step is computed once, here, for all prompts, and is a constant to gradients.
 
         Args:
             branch: the guidance branch in which hooks act.
@@ -277,7 +277,9 @@ class HookedTextToImage(HookedRootModule):
             raise ValueError(f"There is no step {step}: this run has steps 0 to {num_steps - 1}.")
         if branch == "uncond" and guidance <= 1:
             raise ValueError(f"At guidance {guidance:g} there is no unconditional branch.")
-        view = StepView(self.trajectory(prompts, seed, num_steps, guidance, latents, until=step), step, branch, pos, returns)
+        with torch.no_grad():
+            run = self.trajectory(prompts, seed, num_steps, guidance, latents, until=step)
+        view = StepView(run, step, branch, pos, returns)
         return view, view.to_tokens()
 
     def _resolve(self, where: str | Callable[[str], bool]) -> list[Site]:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
+from .config import DiTConfig
 from .dit import FOLD_FIRST, HookedDiT, TextState
 from .dit_cache import DiTCache
-from .hooked_module import HookFunction, NameFilter, NotFoldedError
+from .hooked_module import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
 from .names import Branch
 from .trajectory import Trajectory
 
@@ -30,7 +31,7 @@ Tokens = Int[Tensor, "batch pos"]
 HookList = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
 
 
-class View(nn.Module):
+class View(NoLanguageModel):
     """What both views share; a subclass says how rows of its table are run.
 
     Attributes that a view lacks are the denoiser's (`cfg`, `hook_dict`, `W_U`, flags, …).
@@ -49,12 +50,31 @@ class View(nn.Module):
         return getattr(self.__dict__["dit"], name)
 
     @property
+    def cfg(self) -> DiTConfig:
+        """The denoiser's configuration. Said here, because a runtime-checked protocol does not ask `__getattr__`."""
+        return self.dit.cfg
+
+    @property
+    def owner(self) -> nn.Module:
+        """The model that the view runs."""
+        return self.dit
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The owner's, so that a tool which freezes or resets its `model` reaches them, or says that it cannot."""
+        return self.owner.named_parameters(*args, **kwargs)
+
+    @property
     def blocks(self) -> Any:
         """The denoiser's blocks; unless it is folded, their output weights refuse to be read."""
         return self.dit.blocks if self.dit.folded_timestep is not None else [_Gated(block) for block in self.dit.blocks]
 
     def to_tokens(self, rows: int | Sequence[int] | Tensor | None = None) -> Tokens:
-        """The tokens that stand for some rows of the table (all of them unless said)."""
+        """The tokens that stand for some rows of the table (all of them unless said). Raises TypeError for text."""
+        if isinstance(rows, str) or (isinstance(rows, (list, tuple)) and any(isinstance(row, str) for row in rows)):
+            raise TypeError(
+                "a view has no words, its tokens are row numbers of bound inputs: tools that start from text "
+                "(head_detector, evals) are for causal language models"
+            )
         return self.table if rows is None else self.table[torch.as_tensor(rows).reshape(-1)]
 
     def rows(self, tokens: Tokens) -> Int[Tensor, " batch"]:
@@ -82,11 +102,18 @@ class View(nn.Module):
             return self(tokens)
 
     def run_with_cache(
-        self, tokens: Tokens, names_filter: NameFilter = None, pos_slice: Any = None, incl_bwd: bool = False, **kwargs: Any
+        self,
+        tokens: Tokens,
+        names_filter: NameFilter = None,
+        device: str | torch.device | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        pos_slice: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
         """`(output, cache)`; `pos_slice` slices the view's own kind of positions, image or text.
 
-        `incl_bwd` also caches gradients (`…_grad`) of a scalar output.
+        `incl_bwd` also caches gradients (`…_grad`) of a scalar output. The rest as in `HookedRootModule.run_with_cache`.
         """
         store: dict[str, Tensor] = {}
         positions = Slice.unwrap(pos_slice)
@@ -95,17 +122,18 @@ class View(nn.Module):
             def save(tensor: Tensor, hook: HookPoint) -> None:
                 axis = self.dit.position_axis(str(hook.name), self.pos)
                 part = tensor.detach() if axis is None else positions.apply(tensor.detach(), dim=axis)
-                store[str(hook.name) + suffix] = part.clone()  # a later hook may write in place
+                store[str(hook.name) + suffix] = part.to(device or part.device, copy=True)  # a later hook may write in place
 
             return save
 
         names = self.dit.names(names_filter)
         backward = [(name, keep("_grad")) for name in names] if incl_bwd else []
-        with self.hooks([(name, keep("")) for name in names], backward):
+        with self.hooks([(name, keep("")) for name in names], backward, **kwargs):
             out = self(tokens)
             if incl_bwd:
                 out.backward()
-        return out, DiTCache(store, self.dit)
+        cache = DiTCache(store, self.dit)
+        return out, cache.remove_batch_dim(len(tokens)) if remove_batch_dim else cache
 
 
 class DenoiserView(View):
@@ -130,11 +158,14 @@ class DenoiserView(View):
         """[batch out_channels height width], or [batch pos d_vocab] with `returns="patches"`."""
         rows = self.rows(tokens).to(self.latents.device)
         sizes = {name: None if size is None else size[rows] for name, size in self.sizes.items()}
+        text = self.text.take(rows)
+        if torch.is_grad_enabled():  # a graph of its own, so that every call can be differentiated
+            text = self.dit.encode_text(text.text, text.bias)
         out = self.dit(
             self.latents[rows],
             timestep=self.timestep[rows],
             added_cond_kwargs=sizes,
-            text_state=self.text.take(rows),
+            text_state=text,
             return_dict=False,
         )[0]
         return out if self.returns == "out" else self.dit.patches(out)
@@ -159,6 +190,11 @@ class StepView(View):
         side = run.states[0].latent.shape[-2] * run.states[0].latent.shape[-1] // dit.cfg.patch_size**2
         super().__init__(dit, len(tokens), tokens.shape[1] if pos == "text" else side, pos)
         self.run, self.step, self.branch, self.returns = run, step, branch, returns
+
+    @property
+    def owner(self) -> nn.Module:
+        """The whole generation."""
+        return self.run.model
 
     @property
     def prefix(self) -> str:

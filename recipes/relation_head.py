@@ -148,7 +148,7 @@ def show(console: Console, title: str, frame: pd.DataFrame) -> None:
     table = Table(title=title, title_justify="left")
     indexed = frame.reset_index() if frame.index.name else frame
     for column in indexed.columns:
-        table.add_column(str(column))
+        table.add_column(str(column), overflow="fold")
     for row in indexed.itertuples(index=False):
         table.add_row(*map(str, row))
     console.print(table)

@@ -628,6 +628,14 @@ ways = pytest.mark.parametrize(
 )
 
 
+def test_a_flag_stays_on_while_a_hook_needs_it(full: HookedDiT) -> None:
+    with full.hooks([("blocks.0.hook_cross_result", look)]), pytest.raises(ValueError, match="would silently stop firing"):
+        full.set_use_attn_result(False)
+    with full.hooks(bwd_hooks=[("blocks.0.hook_mlp_in", look)]), pytest.raises(ValueError, match="would silently stop firing"):
+        full.set_use_hook_mlp_in(False)
+    set_flags(full)
+
+
 @ways
 @pytest.mark.parametrize(
     ("name", "setter"),
