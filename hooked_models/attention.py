@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
+from .hooked_module import watched
+
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """The weight of a Linear.
@@ -118,7 +120,7 @@ class Attention(nn.Module):
         if bias is not None and bias.ndim == 3:
             bias = bias[:, None]
 
-        if self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks():
+        if watched(self.hook_attn_scores) or watched(self.hook_pattern):
             scores = q @ k.transpose(-1, -2) * self.scale
             scores = self.hook_attn_scores(scores if bias is None else scores + bias)
             z = self.hook_pattern(scores.softmax(dim=-1)) @ v

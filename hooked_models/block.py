@@ -17,6 +17,7 @@ from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
 from .attention import Attention, bias_of, per_head, weight_of
+from .hooked_module import watched
 
 
 class LayerNorm(nn.Module):
@@ -33,7 +34,7 @@ class LayerNorm(nn.Module):
         self.hook_normalized = HookPoint()  # [batch pos d_model]
 
     def forward(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "batch pos *head d_model"]:
-        if not (self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()):
+        if not (watched(self.hook_scale) or watched(self.hook_normalized)):
             return self._fused(x)
         if x.ndim == 4:
             return torch.stack([self(x[:, :, head]) for head in range(x.shape[2])], dim=2)
@@ -201,6 +202,6 @@ class Block(nn.Module):
             v = attn.values(attn.fork(attn.hook_v_input, caption))
         else:
             # A hook may write in place, and these tensors serve the steps to come.
-            k = text_kv[0].clone() if attn.hook_k.has_hooks() else text_kv[0]
-            v = text_kv[1].clone() if attn.hook_v.has_hooks() else text_kv[1]
+            k = text_kv[0].clone() if watched(attn.hook_k) else text_kv[0]
+            v = text_kv[1].clone() if watched(attn.hook_v) else text_kv[1]
         return attn.write(attn(q, k, v, bias))

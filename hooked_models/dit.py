@@ -23,14 +23,17 @@ from transformer_lens.hook_points import HookPoint
 from .block import Block, LayerNorm, modulate
 from .config import DiTConfig
 from .dit_cache import DiTCache
-from .hooked_module import HookedModule, NotFoldedError
+from .hooked_module import HookedModule, NoLanguageModel, NotFoldedError, watched
 
 if TYPE_CHECKING:
     from .folding import FoldedDiT
     from .views import DenoiserView
 
 PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the channel is the fastest axis
-ONLY_FOLDED = ("unembed", "W_U", "b_U", "tokens_to_residual_directions", "accumulated_bias", "tl_parameters", "blocks_with")
+ONLY_FOLDED = (
+    *("unembed", "W_U", "b_U", "tokens_to_residual_directions", "to_single_token"),
+    *("accumulated_bias", "tl_parameters", "blocks_with"),
+)
 FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
 
 
@@ -74,7 +77,7 @@ def writable(constant: Tensor, hooked: bool) -> Tensor:
     return constant.clone()
 
 
-class HookedDiT(HookedModule):
+class HookedDiT(NoLanguageModel, HookedModule):
     """A ``PixArtTransformer2DModel`` with a HookPoint on every tensor, in TransformerLens' vocabulary.
 
     The leaves (Linear, Conv2d, embedders, tables) are the wrapped module's own: weights are shared, never copied, and
@@ -201,7 +204,7 @@ class HookedDiT(HookedModule):
         if self._cfg.use_split_qkv_input:
             for block in self.blocks:
                 points += [block.cross_attn.hook_k_input, block.cross_attn.hook_v_input]
-        return any(point.has_hooks() for point in points)
+        return any(map(watched, points))
 
     @property
     def W_pos(self) -> Float[Tensor, "pos d_model"]:
@@ -353,7 +356,7 @@ class HookedDiT(HookedModule):
                 self._cfg.d_model, (rows, columns), base_size=base, interpolation_scale=scale, device=latents.device
             ).float()[None]
         # Copied for each row: a hook that edits one row in place must not reach the others, or the buffer.
-        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), self.hook_pos_embed.has_hooks()))
+        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), watched(self.hook_pos_embed)))
         return (patches + code).to(patches.dtype)
 
     def embed_timestep(
@@ -384,6 +387,6 @@ class HookedDiT(HookedModule):
         if text is None:
             raise ValueError("pass encoder_hidden_states, or a text_state from encode_text")
         if self.text_hooks_active:
-            text = writable(text, self.hook_text.has_hooks())  # this is the caller's tensor
+            text = writable(text, watched(self.hook_text))  # this is the caller's tensor
         caption = self.hook_caption(self.project_caption(self.hook_text(text)))
         return caption, [None] * self._cfg.n_layers, bias

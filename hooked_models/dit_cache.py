@@ -99,8 +99,9 @@ class DiTCache(ActivationCache):
     ) -> Any:
         """The residual stream before every layer up to `layer` (None: up to the end): [component batch pos d_model].
 
-        `incl_mid` adds the points between sublayers ("0_mid" after self-attention, "0_mid_cross" after cross-attention),
-        `mlp_input` those of the last layer. The rest as in TransformerLens.
+        `incl_mid` adds the points between sublayers: "0_mid" after self-attention, "0_mid_cross" after cross-attention (unless
+        it was not cached: TransformerLens' `logit_lens` does not ask for it). `mlp_input` adds those of the last layer. The rest
+        as in TransformerLens.
         """
         layer = self._layer(layer)
         mids = ("mid", "mid_cross")[: len(self.attentions)]
@@ -110,8 +111,10 @@ class DiTCache(ActivationCache):
                 places.append(("resid_post", index - 1, "final_post"))
                 continue
             places.append(("resid_pre", index, f"{index}_pre"))
-            if (incl_mid and index < layer) or (mlp_input and index == layer):
-                places += [(f"resid_{mid}", index, f"{index}_{mid}") for mid in mids]
+            is_last = mlp_input and index == layer
+            if is_last or (incl_mid and index < layer):
+                cached = [mid for mid in mids if is_last or mid == "mid" or f"blocks.{index}.hook_resid_{mid}" in self.cache_dict]
+                places += [(f"resid_{mid}", index, f"{index}_{mid}") for mid in cached]
         positions = as_slice(pos_slice)
         stack = torch.stack([positions.apply(self[name, index], dim=-2) for name, index, _ in places])
         if apply_ln:

@@ -61,8 +61,12 @@ class FoldedDiT(HookedDiT):
     def tokens_to_residual_directions(self, tokens: int | str | Int[Tensor, "*any"]) -> Float[Tensor, "*any d_model"]:
         """Columns of W_U, by output channel. Raises TypeError for words: an image has none."""
         if isinstance(tokens, str):
-            raise TypeError(f"output channels are numbers from 0 to {self._cfg.d_vocab - 1}, not words such as {tokens!r}")
+            tokens = self.to_single_token(tokens)
         return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
+
+    def to_single_token(self, token: str) -> int:
+        """Refuses: an output channel has no name."""
+        raise TypeError(f"output channels are numbers from 0 to {self._cfg.d_vocab - 1}, not words such as {token!r}")
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
         """What the biases of all writes before ``layer`` add up to (``mlp_input``: before its MLP), text attention included."""

@@ -51,6 +51,21 @@ class NoLanguageModel(nn.Module):
             )
         return super().__call__(*args, **kwargs)
 
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises TypeError: this model takes no text."""
+        raise TypeError(
+            f"{type(self).__name__} takes no text: tools that start from it (head_detector, evals) are for causal language models"
+        )
+
+
+def watched(point: HookPoint) -> bool:
+    """Whether anybody could see or change what passes a hook point.
+
+    By a TransformerLens hook, by torch's `register_forward_hook`, or by a `forward` of its own, which nnsight gives each module
+    that it wraps.
+    """
+    return point.has_hooks() or bool(point._forward_hooks) or "forward" in vars(point)
+
 
 def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
     """The error for a name that is not among ``known``."""

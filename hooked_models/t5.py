@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .attention import Attention, weight_of
 from .block import LayerNorm
 from .config import HookedConfig
-from .hooked_module import HookedModule
+from .hooked_module import HookedModule, watched
 
 
 @dataclass(kw_only=True)
@@ -295,7 +295,7 @@ class HookedT5Encoder(HookedModule):
         n_buckets, max_distance = self._cfg.relative_attention_num_buckets, self._cfg.relative_attention_max_distance
         buckets = position_buckets(length, n_buckets, max_distance, self.device)
         bias = rearrange(self.relative_attention_bias(buckets), "query key head -> 1 head query key").contiguous()
-        if self.hook_rel_pos_bias.has_hooks():
+        if watched(self.hook_rel_pos_bias):
             bias = self.hook_rel_pos_bias(bias.repeat(batch, 1, 1, 1))
         return bias
 

@@ -23,7 +23,7 @@ from .cache import GenerationCache, activation_dtype, activation_shape, refuse_i
 from .config import DiTConfig
 from .dit import HookedDiT, TextState
 from .generation_hooks import Attached, Hooks, SamplerHooks, attach
-from .hooked_module import HookedModule, HookFunction, NameFilter, NoLanguageModel
+from .hooked_module import HookedModule, HookFunction, NameFilter, NoLanguageModel, watched
 from .hub import resolve
 from .names import FINAL, Branch, GenerationNames, Site
 from .rte import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
@@ -225,7 +225,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
                 out = points.hook_out_cond(prediction)
             if self.cfg.out_channels == 2 * self.cfg.in_channels:
                 out = out.chunk(2, dim=1)[0]  # the other half is a learned variance, which no sampler reads
-            through = points.hook_x0 if points.hook_x0.has_hooks() else None
+            through = points.hook_x0 if watched(points.hook_x0) else None
             return sampler.advance(state, latent, points.hook_out(out), through)
 
     def _sizes(self, latent: Tensor, rows: int) -> dict[str, Tensor | None]:
@@ -271,12 +271,14 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
             returns: what metrics get: the final images, or this step's x0 or guided network output.
 
         Raises:
-            ValueError: the run has no such step or branch.
+            ValueError: the run has no such step or branch, or its scheduler forms no x0.
         """
         if not 0 <= step < num_steps:
             raise ValueError(f"There is no step {step}: this run has steps 0 to {num_steps - 1}.")
         if branch == "uncond" and guidance <= 1:
             raise ValueError(f"At guidance {guidance:g} there is no unconditional branch.")
+        if returns == "x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:
+            raise ValueError(f"{type(self.scheduler).__name__} forms no clean-image prediction: take returns='out' or 'images'.")
         with torch.no_grad():
             run = self.trajectory(prompts, seed, num_steps, guidance, latents, until=step)
         view = StepView(run, step, branch, pos, returns)
@@ -366,6 +368,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
         branch: Branch | Literal["both"] = "cond",
         device: str | torch.device | None = None,
         max_bytes: int | None = None,
+        remove_batch_dim: bool = False,
     ) -> tuple[Float[Tensor, "batch 3 height width"], GenerationCache]:
         """`(images, cache)` of one generation. What is generated is said as in `forward`, what is kept by the rest.
 
@@ -375,12 +378,18 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
             steps, branch: which denoising steps and guidance branches to keep.
             device: where the cache is kept; where it arises unless said.
             max_bytes: refuse, before running, to cache more than this; a quarter of the free memory unless said.
+            remove_batch_dim: not for a whole generation; there, so that who asks for it is told what to do.
 
         Raises:
             CacheTooLargeError: with the estimate, and how to narrow it.
             UnknownHookError: a name does not exist; the nearest one is suggested.
             ValueError: nothing is selected, or a step lies outside of the run.
         """
+        if remove_batch_dim:
+            raise TypeError(
+                "a whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim() (TransformerLens' "
+                "head_detector, which asks for this, looks for heads of causal language models)"
+            )
         tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
         predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
         sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, predicts_x0)

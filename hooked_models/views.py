@@ -68,13 +68,10 @@ class View(NoLanguageModel):
         """The denoiser's blocks; unless it is folded, their output weights refuse to be read."""
         return self.dit.blocks if self.dit.folded_timestep is not None else [_Gated(block) for block in self.dit.blocks]
 
-    def to_tokens(self, rows: int | Sequence[int] | Tensor | None = None) -> Tokens:
+    def to_tokens(self, rows: int | str | Sequence[int] | Sequence[str] | Tensor | None = None) -> Tokens:
         """The tokens that stand for some rows of the table (all of them unless said). Raises TypeError for text."""
         if isinstance(rows, str) or (isinstance(rows, (list, tuple)) and any(isinstance(row, str) for row in rows)):
-            raise TypeError(
-                "a view has no words, its tokens are row numbers of bound inputs: tools that start from text "
-                "(head_detector, evals) are for causal language models"
-            )
+            return super().to_tokens(rows)
         return self.table if rows is None else self.table[torch.as_tensor(rows).reshape(-1)]
 
     def rows(self, tokens: Tokens) -> Int[Tensor, " batch"]:
