@@ -1,12 +1,14 @@
 """Find the heads that turn a relation word into a place, from weights alone.
 
 Source: Wang, Fan, Pan (arXiv 2601.06338), section 4.1 and appendix B.7: the position-by-word score map of a relation head is
-a ramp along the relation's direction.
+a ramp along the relation's direction. Here the map is the part of it that a pattern can depend on (no key bias, no mean over
+positions), and every number of a head stands beside what chance gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,6 @@ from torch import Tensor
 
 from hooked_models import HookedDiT, HookedTextToImage
 
-from .circuits import position_word_maps
 from .scenes import DIRECTIONS
 
 Direction = tuple[int | float, int | float]
@@ -28,6 +29,8 @@ WORD_DIRECTIONS: dict[str, Direction] = {
     **dict.fromkeys(("down", "lower"), (0, 1)),
 }
 """Where a word points, y down."""
+
+Heads = Float[Tensor, "layer head word"]
 
 
 def ramp(direction: Direction, side: int) -> Float[Tensor, " pos"]:
@@ -55,23 +58,32 @@ def word_vector(model: HookedTextToImage, word: str, sentence: str = "red circle
 @torch.no_grad()
 def screen_heads(
     dit: HookedDiT,
-    vectors: Mapping[str, Float[Tensor, " d_text"]],
+    vectors: Mapping[str, Float[Tensor, " d"]],
     directions: Mapping[str, Direction] | None = None,
+    *,
+    at: Literal["text", "caption"] = "text",
     null_draws: int = 500,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Rank every cross-attention head by how well its position-by-word maps match the words' ramps.
 
+    The map of a head and a word is Ẽ_pos W_Q · W_Kᵀ c: Ẽ_pos the position code without its mean over positions, c the word's
+    caption vector. The key bias gives every word the same map, which softmax cannot see, and is left out.
+
     Args:
-        vectors: word → its vector in text-encoder space.
+        vectors: word → its vector, in text-encoder space or, with `at="caption"`, as cross-attention reads it. Differences of
+            vectors, such as effect vectors of a variance partition, are meaningful in caption space only: the projection to it
+            is not linear.
         directions: word → (dx, dy), y down; `WORD_DIRECTIONS` unless given.
-        null_draws, seed: for the control behind `p`.
+        null_draws, seed: for the three controls behind `p`.
 
     Returns:
-        One row a head, best first: layer, head, cosine (of map and ramp, mean over words), projection (of the map onto the
-        unit ramp, mean over words), energy (norm of the map without its mean, mean over words), and p: the share of
-        draws for which this head's mean projection is as large, where a draw replaces every word by a random vector at the words'
-        mean distance from the words' mean.
+        One row a head, strongest first: layer, head, cosine (of map and ramp, mean over words; negative: the head looks away from
+        where the word points), projection (of the map onto the unit ramp, mean over words), energy (norm of the map, mean over
+        words), and the share of draws in which |projection| is as large:
+        `p_words`, every word replaced by a random vector at the words' mean distance from their mean;
+        `p_directions`, the words' directions permuted among them (n words give at most n! draws, so take eight, or seven);
+        `p_positions`, the positions of the grid permuted; `p`, the largest of the three. Not corrected for the number of heads.
 
     Raises:
         ValueError: a word has no direction, or there is none.
@@ -84,16 +96,42 @@ def screen_heads(
     side = dit.cfg.sample_size // dit.cfg.patch_size
     ramps = torch.stack([ramp(directions[word], side) for word in vectors])
     ramps = ramps / ramps.norm(dim=1, keepdim=True)
+    position = dit.W_pos.double().cpu()
+    position = position - position.mean(0)
+    words = torch.stack(list(vectors.values())).to(dit.device, dit.dtype)
 
-    stacked = torch.stack(list(vectors.values())).to(dit.device, dit.dtype)
-    projection, energy = _project(dit, stacked, ramps)
-    exceed = torch.zeros_like(projection.mean(-1))
+    queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()  # [layer head d_model d_head]
+    keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu()
+
+    def key_vectors(vectors: Tensor) -> Tensor:
+        """[layer head word d_head]"""
+        caption = dit.project_caption(vectors) if at == "text" else vectors
+        return torch.einsum("wd,lhde->lhwe", caption.double().cpu(), keys)
+
+    def query_vectors(ramps: Tensor) -> Tensor:
+        """What a ramp, as weights of positions, asks for: [layer head ramp d_head]."""
+        return torch.einsum("rd,lhde->lhre", ramps @ position, queries)
+
+    asked, given = query_vectors(ramps), key_vectors(words)
+    projection: Heads = (asked * given).sum(-1)
+    covariance = torch.einsum("pd,pf->df", position, position)
+    energy: Heads = torch.einsum("lhwe,lhde,df,lhfg,lhwg->lhw", given, queries, covariance, queries, given).clamp(min=0).sqrt()
+
+    size = projection.mean(-1).abs()
+    exceeds = {name: torch.zeros_like(size) for name in ("p_words", "p_directions", "p_positions")}
     generator = torch.Generator().manual_seed(seed)
-    centre, spread = stacked.mean(0), (stacked - stacked.mean(0)).norm(dim=1).mean()
+    centre, spread = words.mean(0), (words - words.mean(0)).norm(dim=1).mean()
     for _ in range(null_draws):
-        noise = torch.randn(stacked.shape, generator=generator).to(stacked)
-        drawn = centre + spread * noise / noise.norm(dim=1, keepdim=True)
-        exceed += _project(dit, drawn, ramps)[0].mean(-1) >= projection.mean(-1)
+        noise = torch.randn(words.shape, generator=generator).to(words)
+        random = key_vectors(centre + spread * noise / noise.norm(dim=1, keepdim=True))
+        order, places = torch.randperm(len(words), generator=generator), torch.randperm(len(position), generator=generator)
+        for name, null in (
+            ("p_words", asked * random),
+            ("p_directions", asked[:, :, order] * given),
+            ("p_positions", query_vectors(ramps[:, places]) * given),
+        ):
+            exceeds[name] += null.sum(-1).mean(-1).abs() >= size * (1 - 1e-9)
+    p = {name: ((1 + count) / (1 + null_draws)).flatten().numpy() for name, count in exceeds.items()}
 
     layers, heads = np.meshgrid(np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij")
     table = pd.DataFrame(
@@ -103,15 +141,8 @@ def screen_heads(
             "cosine": (projection / energy.clamp(min=1e-12)).mean(-1).flatten().numpy(),
             "projection": projection.mean(-1).flatten().numpy(),
             "energy": energy.mean(-1).flatten().numpy(),
-            "p": ((1 + exceed) / (1 + null_draws)).flatten().numpy(),
+            "p": np.max(list(p.values()), axis=0),
+            **p,
         }
     )
-    return table.sort_values("projection", ascending=False, ignore_index=True)
-
-
-def _project(
-    dit: HookedDiT, vectors: Float[Tensor, "word d_text"], ramps: Float[Tensor, "word pos"]
-) -> tuple[Float[Tensor, "layer head word"], Float[Tensor, "layer head word"]]:
-    maps = position_word_maps(dit, vectors).double().cpu()
-    maps = maps - maps.mean(-1, keepdim=True)
-    return torch.einsum("lhwp,wp->lhw", maps, ramps), maps.norm(dim=-1)
+    return table.sort_values("projection", key=abs, ascending=False, ignore_index=True)

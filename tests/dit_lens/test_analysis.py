@@ -91,7 +91,8 @@ def test_a_position_word_map_is_an_exact_term_of_the_attention_score(model):
         caption = dit.project_caption(vector[None, None])
 
         def scores(x, attn=attn, caption=caption):
-            return torch.einsum("bqhe,bkhe->hqk", attn.queries(x), attn.keys(caption))[..., 0]
+            both = torch.einsum("bqhe,bkhe->hqk", attn.queries(x), attn.keys(torch.cat([caption, 0 * caption], dim=1)))
+            return both[..., 0] - both[..., 1]  # against a key of nothing but the bias: what a pattern can depend on
 
         difference = scores(residual + dit.W_pos) - scores(residual)
         bias = scores(torch.zeros_like(residual))  # the map has the query bias, the difference has not
@@ -145,22 +146,78 @@ def plant(dit: HookedDiT, layer: int, head: int, vectors: dict[str, torch.Tensor
         attn.W_K[head][:, :2] = torch.linalg.lstsq(captions, directions, driver="gelsd").solution.float()
 
 
-def test_screening_finds_the_planted_head_and_its_control_does_not():
+RELATIONS = [str(relation) for relation in scenes.DIRECTIONS]
+
+
+@pytest.fixture(scope="module")
+def relation_vectors() -> dict[str, torch.Tensor]:
+    """Random word vectors, one a relation."""
+    vectors = torch.randn(8, 16, generator=torch.Generator().manual_seed(4))
+    return dict(zip(RELATIONS, vectors, strict=True))
+
+
+def test_screening_numbers_are_those_of_the_written_out_maps(model, relation_vectors):
+    table = screening.screen_heads(model.dit, relation_vectors, null_draws=2).set_index(["layer", "head"])
+    maps = circuits.position_word_maps(model.dit, torch.stack(list(relation_vectors.values()))).double().detach()
+    maps = maps - maps.mean(-1, keepdim=True)
+    ramps = torch.stack([screening.ramp(scenes.DIRECTIONS[r], 8) for r in scenes.DIRECTIONS])
+    ramps = ramps / ramps.norm(dim=1, keepdim=True)
+    projection = (maps * ramps).sum(-1)
+    for layer, head in np.ndindex(2, 2):
+        row = table.loc[(layer, head)]
+        assert row.projection == pytest.approx(projection[layer, head].mean().item(), rel=1e-4)
+        assert row.energy == pytest.approx(maps[layer, head].norm(dim=-1).mean().item(), rel=1e-4)
+        assert row.cosine == pytest.approx((projection / maps.norm(dim=-1))[layer, head].mean().item(), rel=1e-4)
+
+
+def test_screening_finds_the_planted_heads_of_either_sign_and_its_control_does_not(relation_vectors):
     model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
-    vectors = {word: model.text_encoder.W_E[i].detach() for i, word in [(8, "above"), (9, "left")]}
-    blank = screening.screen_heads(model.dit, vectors)
+    blank = screening.screen_heads(model.dit, relation_vectors)
     assert blank.cosine.abs().max() < 0.9
-    plant(model.dit, 1, 0, vectors)
-    table = screening.screen_heads(model.dit, vectors)
-    assert (table.layer[0], table["head"][0]) == (1, 0)
-    assert table.cosine[0] > 0.95
-    assert table.p[0] < 0.05
-    assert table.cosine[1:].max() < 0.9
-    swapped = {"above": vectors["left"], "left": vectors["above"]}  # the same maps, judged by the wrong ramps
-    wrong = screening.screen_heads(model.dit, swapped).set_index(["layer", "head"]).loc[(1, 0)]
-    assert abs(wrong.cosine) < 0.3
+    plant(model.dit, 1, 0, relation_vectors)
+    plant(model.dit, 0, 1, relation_vectors)
+    with torch.no_grad():
+        model.dit.blocks[0].cross_attn.W_Q[1].neg_()
+    table = screening.screen_heads(model.dit, relation_vectors).set_index(["layer", "head"])
+    assert table.loc[(1, 0)].cosine > 0.95
+    assert table.loc[(0, 1)].cosine < -0.95
+    assert table.index[:2].sort_values().tolist() == [(0, 1), (1, 0)]
+    assert (table.p[:2] < 0.05).all()
+    assert table.cosine[2:].abs().max() < 0.9
+    rotated = {word: relation_vectors[RELATIONS[i - 3]] for i, word in enumerate(RELATIONS)}  # the same maps, the wrong ramps
+    assert abs(screening.screen_heads(model.dit, rotated).set_index(["layer", "head"]).loc[(1, 0)].cosine) < 0.8
     with pytest.raises(ValueError, match="sideways has no direction"):
-        screening.screen_heads(model.dit, {"sideways": vectors["left"]})
+        screening.screen_heads(model.dit, {"sideways": relation_vectors["left"]})
+
+
+def test_a_ramp_that_is_the_same_for_every_word_is_no_relation_head(relation_vectors):
+    """Random words give it too, and permuted directions: each of the controls is there for something."""
+    up_twice = {word: relation_vectors[word] for word in ("above", "upper_left", "upper_right", "left", "right")}
+    model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
+    plant(model.dit, 1, 0, relation_vectors)
+    attn, caption = model.dit.blocks[1].cross_attn, model.dit.project_caption(torch.stack(list(up_twice.values())))
+    with torch.no_grad():
+        attn.W_K[0].zero_()
+        attn.W_K[0][:, 1] = -20 * torch.linalg.lstsq(caption, torch.ones(5, 1), driver="gelsd").solution[:, 0]
+    row = screening.screen_heads(model.dit, up_twice).set_index(["layer", "head"]).loc[(1, 0)]
+    assert row.cosine > 0.4
+    assert row.p_positions < 0.01
+    assert row.p_directions > 0.2
+    assert row.p > 0.2
+
+
+@pytest.mark.parametrize("at", ["text", "caption"])
+def test_p_values_are_uniform_or_larger_without_a_relation_head(at):
+    """Random words in a random model: 4 heads × 60 draws of words, p ≤ 0.1 in about a tenth of them or less."""
+    model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(60):
+        vectors = dict(zip(RELATIONS, torch.randn(8, 16, generator=generator), strict=True))
+        found += screening.screen_heads(model.dit, vectors, at=at, null_draws=40)["p"].tolist()
+    hits = int((np.array(found) <= 0.1).sum())
+    assert binomtest(hits, len(found), 0.1, alternative="greater").pvalue > 0.01
+    assert np.median(found) > 0.3
 
 
 # Intervals
