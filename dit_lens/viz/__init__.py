@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
-from .relation_head import bare, relation_head_figure
+from .attention_page import attention_page
+from .figures import bare, dose_response_curves, head_step_map, ramp_gallery, variance_bars, word_maps
+from .relation_head import relation_head_figure
 
-__all__ = ["bare", "relation_head_figure"]
+__all__ = [
+    "attention_page",
+    "bare",
+    "dose_response_curves",
+    "head_step_map",
+    "ramp_gallery",
+    "relation_head_figure",
+    "variance_bars",
+    "word_maps",
+]

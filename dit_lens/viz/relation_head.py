@@ -8,9 +8,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import xarray as xr
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from .figures import bare
 
 
 def relation_head_figure(
@@ -53,10 +54,3 @@ def relation_head_figure(
         ax.set_title(word, fontsize=9)
     lower.colorbar(drawn, ax=row_of_maps, shrink=0.8, label="score, centred")
     return figure
-
-
-def bare(ax: Axes) -> Axes:
-    """The axes without ticks."""
-    ax.set_xticks([])
-    ax.set_yticks([])
-    return ax
