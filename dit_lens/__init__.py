@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
-from . import attribution, circuits, patching, prompts, scenes, screening, stats
+from . import ablation, attribution, circuits, patching, prompts, scenes, screening, stats, steering, synopsis, variance
+from .interventions import Add, Intervention, Replace, Scale
 
-__all__ = ["attribution", "circuits", "patching", "prompts", "scenes", "screening", "stats"]
+__all__ = [
+    "Add",
+    "Intervention",
+    "Replace",
+    "Scale",
+    "ablation",
+    "attribution",
+    "circuits",
+    "patching",
+    "prompts",
+    "scenes",
+    "screening",
+    "stats",
+    "steering",
+    "synopsis",
+    "variance",
+]

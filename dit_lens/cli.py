@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -13,8 +13,9 @@ from rich.console import Console
 
 from hooked_models import HookedTextToImage, list_models
 
-from . import scenes, screening
+from . import scenes, screening, synopsis
 from .training import TrainConfig, load_pipeline, score, summarise, train
+from .training.text_encoder import PretrainConfig, pretrain
 
 Name = Annotated[str, tyro.conf.Positional]
 
@@ -25,6 +26,11 @@ def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> Non
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     Console().print(f"Trained: {folder}")
+
+
+def pretrain_command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Pre-train a small T5 encoder on a caption grammar, or go on with a run that was stopped; `train --encoder` reads it."""
+    Console().print(f"Pre-trained: {pretrain(config)}")
 
 
 def generate(
@@ -55,6 +61,39 @@ def screen(model: Name, words: tuple[str, ...] = ("above", "below", "left", "rig
     Console().print(screening.screen_heads(hooked.dit, vectors).round(3).to_string(index=False))
 
 
+def synopsis_command(
+    model: Name,
+    image_group: Literal["object1", "object2", "background"] = "object2",
+    key_group: str = "relation",
+    sublayer: Literal["cross_attn", "attn"] = "cross_attn",
+    reduce: Literal["sum", "mass", "mean", "max"] = "mean",
+    step: int | None = None,
+    branch: Literal["cond", "uncond"] = "cond",
+    num_scenes: int = 32,
+    scene_seed: int = 100,
+    batch_size: int = 16,
+    threshold: float | None = None,
+    out: Path | None = None,
+) -> None:
+    """Rank heads by how much the objects that they draw attend to a role of the prompt (or, in "attn", to an object).
+
+    `step`: one denoising step, else their mean. `threshold`: tokens covered by an object at least so much are its own; without it
+    they count by their share. `out`: a folder in which a stopped run goes on.
+    """
+    hooked = HookedTextToImage.from_pretrained(model)
+    wanted = scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
+    prompts, seeds = [scenes.caption(scene) for scene in wanted], range(num_scenes)
+    with torch.no_grad():
+        batches = [slice(start, start + batch_size) for start in range(0, num_scenes, batch_size)]
+        images = torch.cat([hooked(prompts[rows], seed=seeds[rows]) for rows in batches])
+    side = hooked.cfg.sample_size // hooked.cfg.patch_size
+    groups = synopsis.image_groups_from_images(images, wanted, (side, side), threshold)
+    seen = synopsis.attention_synopsis(hooked, prompts, seeds, sublayer, groups, reduce, batch_size=batch_size, out=out)
+    table = synopsis.rank_heads(seen, image_group, key_group, "mean" if step is None else step, branch)
+    when = "mean over steps" if step is None else f"step {step}"
+    Console().print(f"{model}: {image_group} → {key_group}, {reduce}, {when}, {branch}\n{table.round(4).to_string(index=False)}")
+
+
 def models() -> None:
     """List the bundled models."""
     Console().print("\n".join(list_models()) or "No model is bundled.")
@@ -62,7 +101,15 @@ def models() -> None:
 
 def main() -> None:
     """Entry point."""
-    commands: Any = {"train": train_command, "generate": generate, "evaluate": evaluate, "screen": screen, "models": models}
+    commands: Any = {
+        "train": train_command,
+        "pretrain-text-encoder": pretrain_command,
+        "generate": generate,
+        "evaluate": evaluate,
+        "screen": screen,
+        "synopsis": synopsis_command,
+        "models": models,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="dit-lens", description="Ask questions of diffusion transformers.")
     except (ValueError, FileNotFoundError) as error:  # bad input: one sentence, which says what to do

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxtyping import Bool
 from torch import Tensor, tensor
@@ -24,25 +24,30 @@ def token_roles(model: HookedTextToImage, prompt: str, length: int | None = None
     Words are found by the tokenizer's character offsets, so a word of several tokens gives each of them its role. Objects
     are numbered as the prompt names them; a colour belongs to the next shape.
     """
+    word_roles = _word_roles(prompt.lower().split())
+    return [word_roles[word] if isinstance(word, int) else word for word in _token_words(model, prompt, length)]
+
+
+def _token_words(model: HookedTextToImage, prompt: str, length: int | None) -> list[int | Literal["eos", "pad"]]:
+    """Of every token which word it is part of."""
     text = prompt.lower().strip()
     encoded = model.tokenizer(
         text, return_offsets_mapping=True, padding="longest" if length is None else "max_length", max_length=length
     )
-    word_roles = _word_roles(text.split())
     ends = []  # end offset of each word
     position = 0
     for word in text.split():
         position = text.index(word, position) + len(word)
         ends.append(position)
-    roles: list[Role] = []
+    words: list[int | Literal["eos", "pad"]] = []
     for token, (_, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
         if token == model.tokenizer.pad_token_id:
-            roles.append("pad")
+            words.append("pad")
         elif token == model.tokenizer.eos_token_id:
-            roles.append("eos")
+            words.append("eos")
         else:
-            roles.append(word_roles[next(i for i, word_end in enumerate(ends) if end <= word_end)])
-    return roles
+            words.append(next(i for i, word_end in enumerate(ends) if end <= word_end))
+    return words
 
 
 def _word_roles(words: Sequence[str]) -> list[Role]:
@@ -62,4 +67,26 @@ def _word_roles(words: Sequence[str]) -> list[Role]:
 def role_mask(model: HookedTextToImage, prompts: Sequence[str], role: Role) -> Bool[Tensor, "prompt text_pos"]:
     """Which tokens of `model.to_tokens(prompts)` play a role."""
     length = model.to_tokens(prompts).shape[1]
-    return tensor([[found == role for found in token_roles(model, prompt, length)] for prompt in prompts])
+    return by_role([token_roles(model, prompt, length) for prompt in prompts])[role]
+
+
+def by_role(roles: Sequence[Sequence[Role]]) -> dict[Role, Bool[Tensor, "prompt text_pos"]]:
+    """Equally long `token_roles` of several prompts as one mask for each role."""
+    return {role: tensor([[found == role for found in row] for row in roles]) for role in get_args(Role)}
+
+
+def phrase_mask(model: HookedTextToImage, prompts: Sequence[str], phrase: str) -> Bool[Tensor, "prompt text_pos"]:
+    """Which tokens of `model.to_tokens(prompts)` spell a word or phrase, wherever it stands as whole words.
+
+    Raises:
+        ValueError: a prompt does not contain it.
+    """
+    length, wanted, rows = model.to_tokens(prompts).shape[1], phrase.lower().split(), []
+    for prompt in prompts:
+        words = prompt.lower().split()
+        starts = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
+        if not starts:
+            raise ValueError(f"{prompt!r} does not contain {phrase!r}.")
+        inside = {i for start in starts for i in range(start, start + len(wanted))}
+        rows.append([i in inside for i in _token_words(model, prompt, length)])
+    return tensor(rows)

@@ -10,6 +10,7 @@ from .cache import CacheTooLargeError, GenerationCache
 from .codec import PatchCodec
 from .dit import HookedDiT
 from .dit_cache import DiTCache
+from .fused_encoder import FusedTokenEncoder, FusedTokenEncoderConfig
 from .hooked_module import NotFoldedError, UnknownHookError
 from .hub import list_models
 from .rte import HookedTokenEncoder, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
@@ -20,6 +21,8 @@ from .trajectory import Trajectory
 __all__ = [
     "CacheTooLargeError",
     "DiTCache",
+    "FusedTokenEncoder",
+    "FusedTokenEncoderConfig",
     "GenerationCache",
     "HookedDiT",
     "HookedT5Encoder",

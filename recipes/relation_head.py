@@ -9,7 +9,6 @@ model may have more than one relation head, so all that the screening names are 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +19,8 @@ import tyro
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
-from dit_lens import circuits, prompts, scenes, screening, stats, viz
+from dit_lens import ablation, circuits, prompts, scenes, screening, stats, viz
 from hooked_models import HookedTextToImage
 
 PROMPTS = (
@@ -34,10 +31,8 @@ PROMPTS = (
 )
 WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
 METRICS = ("color", "shape", "unique_binding", "relation_loose", "relation_given_both")
-STEPS = 14
 FIGURE_STEPS = (0, 1, 2, 4, 8, 13)
 FOUND_COSINE, FOUND_P = 0.5, 0.01  # a head is a relation head if its maps are ramps, and more so than random vectors'
-MASKED = -10000.0  # what PixArt itself adds to the scores of a pad
 
 
 @dataclass(frozen=True)
@@ -78,13 +73,14 @@ def main(config: Config) -> None:
     rng = np.random.default_rng(config.seed)
     others = [head for head in heads[1:] if head not in found]
     controls = [str(head) for head in rng.choice(others, size=min(config.controls, len(others)), replace=False)]
-    knockouts: list[list[str]] = [[], [best], *([head] for head in controls)]
+    knockouts = [[best], *([head] for head in controls)]
     if len(found) > 1:
-        knockouts[2:2] = [found, controls[: len(found)]]
+        knockouts[1:1] = [found, controls[: len(found)]]
+    conditions = {" + ".join(heads): ablation.knockout_role("relation", heads) for heads in knockouts if heads}
     wanted = scenes.sample(config.pairs, seed=config.seed + 1, split="all", color_words="both")
-    with console.status(f"knocking out heads, {len(knockouts)} conditions of {config.pairs} paired images"):
-        verdicts = {" + ".join(out) or "none": judge(model, wanted, out, first_seed=config.seed) for out in knockouts}
-    table = compare(verdicts)
+    noise = config.seed + np.arange(config.pairs)[:, None]
+    console.print(f"knocking out heads, {len(conditions) + 1} conditions of {config.pairs} paired images")
+    table = compare(ablation.ablation_effects(model, wanted, conditions, noise, controls=0))
     show(
         console, f"Relation words masked in one head ({config.pairs} images, same prompts and noise), mean [95 % interval]", table
     )
@@ -116,30 +112,14 @@ def attention_to_relation(model: HookedTextToImage, cache: object, head: str) ->
     return xr.DataArray(stacked, dims=("prompt", "step", "y", "x"), coords={"step": list(FIGURE_STEPS)})
 
 
-def judge(model: HookedTextToImage, wanted: Sequence[scenes.Scene], heads: Sequence[str], first_seed: int) -> xr.Dataset:
-    """`scenes.evaluate` of one image a scene, with the relation words hidden from some heads (patterns renormalised)."""
-    texts = [scenes.caption(scene) for scene in wanted]
-    hidden = prompts.role_mask(model, texts, "relation").to(model.device)
-    hooks = []
-    for layer, index in map(circuits.parse_head, heads):
-
-        def mask(scores: Tensor, hook: HookPoint, index: int = index) -> None:
-            scores[:, index].masked_fill_(hidden[:, None], MASKED)
-
-        hooks += [(f"steps.{step}.cond.blocks.{layer}.cross_attn.hook_attn_scores", mask) for step in range(STEPS)]
-    seeds = range(first_seed, first_seed + len(wanted))
-    images = model.run_with_hooks(texts, seed=list(seeds), num_steps=STEPS, fwd_hooks=hooks)
-    return scenes.evaluate(images.cpu(), list(wanted))
-
-
-def compare(verdicts: dict[str, xr.Dataset]) -> pd.DataFrame:
+def compare(effects: xr.Dataset) -> pd.DataFrame:
     """Accuracy of every condition, and its paired change of the loose relation against no knock-out."""
-    base = verdicts["none"]["relation_loose"].values.astype(float)[:, None]
     rows = {}
-    for head, verdict in verdicts.items():
-        values = {metric: verdict[metric].values.astype(float)[:, None] for metric in METRICS}
-        rows[head] = {metric: str(stats.clustered_mean(v)) for metric, v in values.items()}
-        rows[head]["change in relation"] = str(stats.paired_difference(base, values["relation_loose"])) if head != "none" else ""
+    for condition in effects["condition"].values:
+        one = effects.sel(condition=condition)
+        rows[condition] = {metric: str(stats.clustered_mean(one[metric].values.astype(float))) for metric in METRICS}
+        change = stats.Interval(*one["relation_loose_effect"].values)
+        rows[condition]["change in relation"] = str(change) if condition != "none" else ""
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("knocked out")
 
 

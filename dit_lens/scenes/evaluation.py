@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from skimage import measure
 from torch import Tensor
 
@@ -117,6 +117,16 @@ def _indices(vocabulary: tuple[str, ...], words: Sequence[str]) -> Int[np.ndarra
     return np.array([vocabulary.index(word) for word in words], dtype=int)
 
 
+def color_classes(images: Float[Tensor, "image 3 height width"]) -> UInt8[np.ndarray, "image height width"]:
+    """Of every pixel 1 + its index into `COLORS`, or 0 for background, by `COLOR_MARGIN`."""
+    pixels = images.detach().float().cpu().clamp(0, 1).numpy()
+    red, blue, gray = pixels[:, 0], pixels[:, 2], pixels.mean(axis=1)
+    classes = np.zeros(gray.shape, dtype=np.uint8)
+    classes[1.5 * (red - gray) > COLOR_MARGIN] = 1  # NaN exceeds nothing, so it stays background
+    classes[1.5 * (blue - gray) > COLOR_MARGIN] = 2
+    return classes
+
+
 def _census(
     images: Float[Tensor, "image 3 height width"],
 ) -> tuple[Int[np.ndarray, "image shape color"], Float[np.ndarray, "image shape color xy"]]:
@@ -126,11 +136,9 @@ def _census(
     """
     pixels = images.float().cpu().clamp(0, 1).flatten(2).numpy()
     n, _, size = pixels.shape
-    red, blue, gray = pixels[:, 0], pixels[:, 2], pixels.mean(axis=1)
-    # The spare row keeps each image's regions apart from the next one's. NaN exceeds nothing, so it stays background.
+    # The spare row keeps each image's regions apart from the next one's.
     classes = np.zeros((n, size + IMAGE_SIZE), dtype=np.uint8)
-    classes[:, :size][1.5 * (red - gray) > COLOR_MARGIN] = 1
-    classes[:, :size][1.5 * (blue - gray) > COLOR_MARGIN] = 2
+    classes[:, :size] = color_classes(images).reshape(n, size)
     labels = measure.label(classes.reshape(-1, IMAGE_SIZE), background=0, connectivity=1)
 
     colored = np.flatnonzero(classes)

@@ -16,7 +16,7 @@ class TrainConfig:
     size: Literal["nano", "micro", "mini", "B"] = "micro"
     """Depth, width and heads; see `pipelines.PRESETS`."""
     encoder: str = "rte"
-    """"rte", "rte-nopos", or a folder or hub id that holds a T5 encoder and its tokenizer."""
+    """"rte", "rte-nopos", "t5-scenes", or a folder or hub id that holds a T5 encoder and its tokenizer."""
     objective: Literal["x0", "epsilon"] = "x0"
     """"x0": the clean image on the straight path (learns about twice as fast); "epsilon": the paper's."""
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from hooked_models import PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
-from hooked_models.hub import resolve
+from hooked_models.hub import ZOO, resolve
 
 from .. import scenes
 
@@ -65,13 +65,31 @@ def build_pipeline(
 
 
 def build_text_encoder(encoder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """ "rte", "rte-nopos", or the folder or hub id of a T5 encoder with its tokenizer (beside it, or in `tokenizer/`)."""
+    """ "rte", "rte-nopos", "t5-scenes", or the folder or hub id of a T5 encoder with its tokenizer.
+
+    A folder may hold both side by side, the tokenizer in `tokenizer/`, or be a pipeline's (`text_encoder/`, `tokenizer/`).
+    Folders are read in float32, hub ids (T5-XXL: "google/t5-v1_1-xxl", 9 GB) in bfloat16: float16 gives T5 wrong embeddings.
+
+    Raises:
+        FileNotFoundError: `encoder` is none of these.
+        ValueError: what it names is not a T5.
+    """
     if encoder in ("rte", "rte-nopos"):
         config = RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256, positions=encoder == "rte")
         return RandomTokenEncoder(config).eval(), word_tokenizer(scenes.WORDS)
-    tokenizer_at = Path(encoder, "tokenizer") if Path(encoder, "tokenizer").is_dir() else encoder
-    # float16 gives T5 wrong embeddings; bfloat16 and float32 do not
-    return T5EncoderModel.from_pretrained(encoder).eval(), AutoTokenizer.from_pretrained(tokenizer_at)
+    folder = ZOO / encoder if (ZOO / encoder).is_dir() else Path(encoder)
+    if not folder.is_dir() and (encoder.count("/") != 1 or encoder.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"There is no text encoder {encoder!r}: give 'rte', 'rte-nopos', 't5-scenes', a folder with a T5 encoder and its "
+            "tokenizer, or a hub id such as 'google/t5-v1_1-xxl'."
+        )
+    model_at = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder if folder.is_dir() else encoder
+    tokenizer_at = folder / "tokenizer" if (folder / "tokenizer").is_dir() else model_at
+    model_type = PreTrainedConfig.get_config_dict(model_at)[0].get("model_type")
+    if model_type != "t5":
+        raise ValueError(f"The text encoder in {encoder} is a {model_type!r}; training reads a T5 encoder, 'rte' or 'rte-nopos'.")
+    precision = torch.float32 if folder.is_dir() else torch.bfloat16
+    return T5EncoderModel.from_pretrained(model_at, dtype=precision).eval(), AutoTokenizer.from_pretrained(tokenizer_at)
 
 
 def load_pipeline(name: str) -> PixArtSigmaPipeline:

@@ -23,11 +23,11 @@ generated from that suite (`python -m tests.conformance.table`).
 from transformer_lens import patching
 
 view, tokens = model.at(step=0, prompts=[clean, corrupted], seed=0, pos="text", returns="x0")  # a generation, hooked at a step
-view, tokens = model.dit.bind(latents, timestep, text, text_mask, pos="image")                  # one call of the denoiser
-folded = model.dit.fold_timestep(t)                 # the denoiser at one timestep, adaLN folded into its weights
-view, tokens = folded.bind(latents, t, text, text_mask, returns="patches")                      # output channels as "logits"
+view, tokens = model.dit.bind(latents, timestep, text, text_mask, pos="image")  # one call of the denoiser
+folded = model.dit.fold_timestep(t)  # the denoiser at one timestep, adaLN folded into its weights
+view, tokens = folded.bind(latents, t, text, text_mask, returns="patches")  # output channels as "logits"
 
-_, clean_cache = view.run_with_cache(tokens[:1])     # an ActivationCache; cache.at(step=0) of a full run serves too
+_, clean_cache = view.run_with_cache(tokens[:1])  # an ActivationCache; cache.at(step=0) of a full run serves too
 patching.get_act_patch_attn_head_out_all_pos(view, tokens[1:], clean_cache, metric)
 ```
 

@@ -1,0 +1,122 @@
+"""Attention between groups of positions, summed up inside every attention of a run; no pattern is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models import HookedTextToImage, Trajectory
+from hooked_models.hooked_module import HookFunction, watched
+from hooked_models.names import Branch
+
+Sublayer = Literal["cross_attn", "attn"]
+
+
+def attention_between(
+    run: Trajectory,
+    sublayer: Sublayer,
+    queries: Float[Tensor, "batch pos group"],
+    keys: Mapping[Branch, Float[Tensor, "batch key_pos key_group"]],
+    reduce: Literal["sum", "max"],
+) -> Float[Tensor, "batch layer head step branch group key_group"]:
+    """Run again from the first state, and add up every attention of the sublayer as the hooks attached to the model leave it.
+
+    Args:
+        queries, keys: each position's weight in each group. Text positions beyond the run's are pads, which get no attention.
+        reduce: "sum" over pairs of positions, each with the product of their weights, or the largest entry among pairs where
+            neither weight is 0, and 0 if there is none.
+
+    Returns:
+        On the CPU, at least in float32. Branches as in `keys`.
+    """
+    model, text, cfg = run.model, run.inputs.text, run.model.cfg
+    steps, device = run.inputs.sampler.num_steps, model.device
+    dtype = torch.promote_types(model.dit.dtype, torch.float32)
+    groups = (queries.shape[-1], next(iter(keys.values())).shape[-1])
+    found = torch.zeros(len(queries), cfg.n_layers, cfg.n_heads, steps, len(keys), *groups, dtype=dtype, device=device)
+    queries = queries.to(device, dtype)
+    hooks: list[tuple[str, HookFunction]] = []
+    for b, (branch, weights) in enumerate(keys.items()):
+        weights, bias = weights.to(device, dtype), None
+        if sublayer == "cross_attn":
+            weights = weights[:, : text.text.shape[1]]
+            bias = None if text.bias is None else text.bias[run.inputs.rows(branch)]
+        for layer in range(cfg.n_layers):
+            inner = f"blocks.{layer}.{sublayer}"
+            attention: Any = model.dit.get_submodule(inner)
+            for step in range(steps):
+                reader = _Reader(queries, weights, bias, attention.scale, reduce, found[:, layer, :, step, b])
+                prefix = f"steps.{step}.{branch}.{inner}"
+                if _is_explicit(model, step, inner):
+                    hooks.append((f"{prefix}.hook_pattern", reader.read_pattern))
+                else:
+                    hooks += [(f"{prefix}.hook_q", reader.read_q), (f"{prefix}.hook_k", reader.read_k)]
+    run.fork(0, hooks)
+    return found.cpu()
+
+
+def _is_explicit(model: HookedTextToImage, step: int, inner: str) -> bool:
+    """Whether somebody looks at, and may change, the scores or the pattern, which are then computed for all rows of a step."""
+    names = {f"{inner}.hook_attn_scores", f"{inner}.hook_pattern"}
+    during_run = any(hook.site.step == step and hook.site.inner in names for hook in model._attached)
+    return during_run or any(watched(model.dit.hook_dict[name]) for name in names)
+
+
+@dataclass
+class _Reader:
+    """Hooks on one attention in one step and branch: each adds what it sees up and keeps nothing else."""
+
+    queries: Float[Tensor, "batch pos group"]
+    keys: Float[Tensor, "batch key_pos key_group"]
+    bias: Float[Tensor, "batch 1 key_pos"] | None
+    scale: float
+    reduce: Literal["sum", "max"]
+    found: Float[Tensor, "batch head group key_group"]
+    """Written to."""
+
+    def read_q(self, q: Float[Tensor, "batch pos head d_head"], hook: HookPoint) -> None:
+        self.q = q.transpose(1, 2)
+
+    def read_k(self, k: Float[Tensor, "batch key_pos head d_head"], hook: HookPoint) -> None:
+        q, k = self.q, k.transpose(1, 2)
+        del self.q
+        bias = None if self.bias is None else self.bias[:, None]
+        if self.reduce == "sum":
+            self._add_up(self._group_mass(q, k, bias))
+            return
+        for rows in torch.arange(q.shape[2], device=q.device).split(max(1, q.shape[2] * q.shape[3] // k.shape[2])):
+            scores = q[:, :, rows] @ k.mT * self.scale
+            self._maximise((scores if bias is None else scores + bias).softmax(dim=-1), rows)
+
+    def read_pattern(self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint) -> None:
+        if self.reduce == "max":
+            self._maximise(pattern, torch.arange(pattern.shape[2], device=pattern.device))
+        else:
+            self._add_up(pattern @ self.keys.to(pattern.dtype)[:, None])
+
+    def _group_mass(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "batch head pos key_group"]:
+        d_head, n_groups = q.shape[-1], self.keys.shape[-1]
+        # Filled up to a head's width: fused kernels take no other, and without them the whole pattern is computed.
+        values = F.pad(self.keys, (0, -n_groups % d_head)).to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
+        parts = [
+            F.scaled_dot_product_attention(q, k, part, attn_mask=bias, scale=self.scale) for part in values.split(d_head, dim=-1)
+        ]
+        return torch.cat(parts, dim=-1)[..., :n_groups]
+
+    def _add_up(self, mass: Float[Tensor, "batch head pos key_group"]) -> None:
+        self.found[:] = einsum(self.queries, mass.to(self.found.dtype), "batch pos i, batch head pos k -> batch head i k")
+
+    def _maximise(self, pattern: Float[Tensor, "batch head row key_pos"], rows: Int[Tensor, " row"]) -> None:
+        for i, queries in enumerate(self.queries[:, rows].bool().unbind(dim=-1)):
+            for k, keys in enumerate(self.keys.bool().unbind(dim=-1)):
+                outside = ~(queries[:, None, :, None] & keys[:, None, None])
+                largest = pattern.masked_fill(outside, 0).amax(dim=(2, 3))  # no pattern has an entry below 0
+                self.found[:, :, i, k] = torch.maximum(self.found[:, :, i, k], largest)

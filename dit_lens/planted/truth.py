@@ -1,0 +1,105 @@
+"""What was planted where: the answer that an analysis of a planted model should find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..prompts import Role
+from .assembly import Sublayer, When, Wire
+
+Kind = Literal["two-stage", "fused", "rotated", "no-relation"]
+HeadRole = Literal["relation", "object", "presence", "noise", "locator", "decoy", "idle"]
+
+
+@dataclass(frozen=True)
+class PlantedHead:
+    """One head and what it is there for."""
+
+    sublayer: Sublayer
+    layer: int
+    head: int
+    role: HeadRole
+    what: str
+    reads: tuple[Role, ...] = ()
+    """Roles of the text tokens that it attends to and copies from; none for self-attention and idle heads."""
+    writes: tuple[str, ...] = ()
+    """Features of the residual stream (`docs/planted_circuit.md` lists them); none for decoys and idle heads."""
+    steps: tuple[int, ...] = ()
+    """Of a generation of 14 steps: where its output changes the image. Empty where it never does."""
+
+    def __str__(self) -> str:
+        """As a node of `dit_lens.patching`: "cross_attn.L1H3"."""
+        return f"{self.sublayer}.L{self.layer}H{self.head}"
+
+
+@dataclass(frozen=True)
+class PlantedEdge:
+    """What one component writes and a later one reads; both are nodes of `dit_lens.patching`, a head's port included."""
+
+    sender: str
+    receiver: str
+    features: tuple[str, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlantedTruth:
+    """The circuit of a planted model. Every head of the model is listed once."""
+
+    kind: Kind
+    seed: int
+    relation_heads: tuple[PlantedHead, ...]
+    """The relation needs all of them: see `PlantedHead.what` for each one's axis and side. Empty for "no-relation"."""
+    object_heads: tuple[PlantedHead, ...]
+    helper_heads: tuple[PlantedHead, ...]
+    """The rest of the circuit: the head that finds the noise's peak, the presence head, the locators."""
+    decoy_heads: tuple[PlantedHead, ...]
+    """Heads that look right by one half of their weights, or carry the right information to where nobody reads it."""
+    idle_heads: tuple[PlantedHead, ...]
+    """Random heads with the norms of others. In "no-relation" those that stand in the relation heads' place come first."""
+    edges: tuple[PlantedEdge, ...] = field(repr=False)
+    phrases: tuple[str, ...] = field(repr=False)
+    """Relation phrases that the model draws correctly."""
+
+    @property
+    def heads(self) -> tuple[PlantedHead, ...]:
+        """All heads, circuit first."""
+        return self.relation_heads + self.object_heads + self.helper_heads + self.decoy_heads + self.idle_heads
+
+
+def edges_of(
+    wires: Sequence[Wire],
+    places: Mapping[tuple[Sublayer, int, str], int],
+    roles: Mapping[str, tuple[Role, ...]],
+    steps: Mapping[When, tuple[int, ...]],
+) -> tuple[PlantedEdge, ...]:
+    """Every pair of a writer and a later reader of a feature. `places`: head numbers. `roles`: tokens with a caption feature."""
+    order = {"embed": -1, "attn": 0, "cross_attn": 1, "mlp": 2, "output": 3}
+
+    def depth(wire: Wire) -> int:
+        return 3 * wire.layer + order[wire.kind]
+
+    def node(wire: Wire) -> str:
+        if wire.kind in ("embed", "output"):
+            return wire.kind
+        if not wire.head:
+            return f"mlp.L{wire.layer}"
+        port = "" if wire.port == "out" else f".{wire.port}"
+        return f"{wire.kind}.L{wire.layer}H{places[wire.kind, wire.layer, wire.head]}{port}"  # type: ignore[index]
+
+    found: dict[tuple[str, str, tuple[int, ...]], dict[str, None]] = {}
+    for reader in wires:
+        if reader.port == "out":
+            continue
+        if reader.kind == "cross_attn" and reader.port in "kv":
+            for role in roles.get(reader.feature, ()):
+                found.setdefault((f"text[{role}]", node(reader), steps[reader.when]), {})[reader.feature] = None
+            continue
+        for writer in wires:
+            if writer.port == "out" and writer.feature == reader.feature and depth(writer) < depth(reader):
+                both = tuple(s for s in steps[writer.when] if s in steps[reader.when])
+                if both:
+                    found.setdefault((node(writer), node(reader), both), {})[reader.feature] = None
+    return tuple(PlantedEdge(sender, receiver, tuple(names), when) for (sender, receiver, when), names in found.items())

@@ -1,0 +1,66 @@
+"""Long measurements in a folder, batch by batch, so that one which was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+
+def digest(*parts: str | bytes | Tensor) -> str:
+    """A short hash of text and tensors: equal for equal values, types and shapes."""
+    found = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            data = part.encode() if isinstance(part, str) else part
+            found.update(f"{len(data)}:".encode() + data)
+    return found.hexdigest()
+
+
+class Shards:
+    """A folder of arrays, one a batch, and `settings.json`, which says of what.
+
+    Raises:
+        ValueError: the folder holds something made with other settings; the message names them.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        record = folder / "settings.json"
+        if not record.exists():
+            _write(record, json.dumps(settings, indent=1).encode())
+            return
+        found = json.loads(record.read_text())
+        if different := [name for name in {**found, **settings} if found.get(name) != settings.get(name)]:
+            raise ValueError(
+                f"{folder} holds results that were made with other {', '.join(different)}: choose another folder, or delete it."
+            )
+
+    def load_or(self, start: int, make: Callable[[int], Shaped[np.ndarray, "..."]]) -> Shaped[np.ndarray, "..."]:
+        """The batch that begins at `start`: from its file, else made and then written to it."""
+        path = self.folder / f"{start:08d}.npy"
+        if path.exists():
+            return np.load(path, allow_pickle=False)
+        values = make(start)
+        with open(part := path.with_suffix(".part"), "wb") as file:
+            np.save(file, values)
+        os.replace(part, path)  # a killed run leaves a whole file or none
+        return values
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(data)
+    os.replace(part, path)
