@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ablation, attribution, circuits, patching, prompts, scenes, screening, stats, steering, synopsis, variance
+from . import ablation, attribution, circuits, patching, planted, prompts, scenes, screening, stats, steering, synopsis, variance
 from .interventions import Add, Intervention, Replace, Scale
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "attribution",
     "circuits",
     "patching",
+    "planted",
     "prompts",
     "scenes",
     "screening",

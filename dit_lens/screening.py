@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -75,15 +76,15 @@ def screen_heads(
             vectors, such as effect vectors of a variance partition, are meaningful in caption space only: the projection to it
             is not linear.
         directions: word → (dx, dy), y down; `WORD_DIRECTIONS` unless given.
-        null_draws, seed: for the three controls behind `p`.
+        null_draws, seed: for the two controls behind `p`.
 
     Returns:
         One row a head, strongest first: layer, head, cosine (of map and ramp, mean over words; negative: the head looks away from
         where the word points), projection (of the map onto the unit ramp, mean over words), energy (norm of the map, mean over
-        words), and the share of draws in which |projection| is as large:
-        `p_words`, every word replaced by a random vector at the words' mean distance from their mean;
-        `p_directions`, the words' directions permuted among them (n words give at most n! draws, so take eight, or seven);
-        `p_positions`, the positions of the grid permuted; `p`, the largest of the three. Not corrected for the number of heads.
+        words), and how often chance does as well. For this the words are first averaged by direction and centred, so that a ramp
+        which all of them share counts for nothing; then it is the share of draws in which |projection| is as large:
+        `p_words`, the words' caption vectors turned together into random directions (their lengths and angles stay);
+        `p_positions`, the positions of the grid permuted; `p`, the larger of the two. Not corrected for the number of heads.
 
     Raises:
         ValueError: a word has no direction, or there is none.
@@ -94,43 +95,40 @@ def screen_heads(
     if not vectors:
         raise ValueError("There is no word to screen with.")
     side = dit.cfg.sample_size // dit.cfg.patch_size
-    ramps = torch.stack([ramp(directions[word], side) for word in vectors])
-    ramps = ramps / ramps.norm(dim=1, keepdim=True)
     position = dit.W_pos.double().cpu()
     position = position - position.mean(0)
-    words = torch.stack(list(vectors.values())).to(dit.device, dit.dtype)
-
     queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()  # [layer head d_model d_head]
     keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu()
 
-    def key_vectors(vectors: Tensor) -> Tensor:
-        """[layer head word d_head]"""
-        caption = dit.project_caption(vectors) if at == "text" else vectors
-        return torch.einsum("wd,lhde->lhwe", caption.double().cpu(), keys)
+    def projections(ramps: Float[Tensor, "word pos"], caption: Float[Tensor, "word d_caption"]) -> Heads:
+        """Of the words' maps onto their ramps; no map is ever formed."""
+        return torch.einsum("wd,lhde,wc,lhce->lhw", ramps @ position, queries, caption, keys)
 
-    def query_vectors(ramps: Tensor) -> Tensor:
-        """What a ramp, as weights of positions, asks for: [layer head ramp d_head]."""
-        return torch.einsum("rd,lhde->lhre", ramps @ position, queries)
-
-    asked, given = query_vectors(ramps), key_vectors(words)
-    projection: Heads = (asked * given).sum(-1)
+    words = torch.stack(list(vectors.values())).to(dit.device, dit.dtype)
+    caption = (dit.project_caption(words) if at == "text" else words).double().cpu()
+    ramps = F.normalize(torch.stack([ramp(directions[word], side) for word in vectors]), dim=1)
+    projection = projections(ramps, caption)
+    given = torch.einsum("wc,lhce->lhwe", caption, keys)
     covariance = torch.einsum("pd,pf->df", position, position)
     energy: Heads = torch.einsum("lhwe,lhde,df,lhfg,lhwg->lhw", given, queries, covariance, queries, given).clamp(min=0).sqrt()
 
-    size = projection.mean(-1).abs()
-    exceeds = {name: torch.zeros_like(size) for name in ("p_words", "p_directions", "p_positions")}
+    pointing = list(dict.fromkeys(directions[word] for word in vectors))
+    of_direction = torch.stack([caption[[directions[word] == d for word in vectors]].mean(0) for d in pointing])
+    if len(pointing) > 1:
+        of_direction = of_direction - of_direction.mean(0)
+    ramps = F.normalize(torch.stack([ramp(d, side) for d in pointing]), dim=1)
+    size = projections(ramps, of_direction).mean(-1).abs()
+    frame = torch.linalg.qr(of_direction.T).R  # the words in an orthonormal frame of their span
+    exceeds = {name: torch.zeros_like(size) for name in ("p_words", "p_positions")}
     generator = torch.Generator().manual_seed(seed)
-    centre, spread = words.mean(0), (words - words.mean(0)).norm(dim=1).mean()
     for _ in range(null_draws):
-        noise = torch.randn(words.shape, generator=generator).to(words)
-        random = key_vectors(centre + spread * noise / noise.norm(dim=1, keepdim=True))
-        order, places = torch.randperm(len(words), generator=generator), torch.randperm(len(position), generator=generator)
+        turned = torch.linalg.qr(torch.randn(of_direction.T.shape, generator=generator, dtype=torch.float64)).Q @ frame
+        places = torch.randperm(len(position), generator=generator)
         for name, null in (
-            ("p_words", asked * random),
-            ("p_directions", asked[:, :, order] * given),
-            ("p_positions", query_vectors(ramps[:, places]) * given),
+            ("p_words", projections(ramps, turned.T)),
+            ("p_positions", projections(ramps[:, places], of_direction)),
         ):
-            exceeds[name] += null.sum(-1).mean(-1).abs() >= size * (1 - 1e-9)
+            exceeds[name] += null.mean(-1).abs() >= size * (1 - 1e-9)
     p = {name: ((1 + count) / (1 + null_draws)).flatten().numpy() for name, count in exceeds.items()}
 
     layers, heads = np.meshgrid(np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij")

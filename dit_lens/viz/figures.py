@@ -159,7 +159,9 @@ def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str 
     return figure
 
 
-def dose_response_curves(table: pd.DataFrame, metrics: Sequence[str] = ("target", "original", "unique_binding")) -> Figure:
+def dose_response_curves(
+    table: pd.DataFrame, metrics: Sequence[str] = ("target_loose", "original_loose", "unique_binding")
+) -> Figure:
     """`steering.summarise`: each metric against the dose, steered and controls, with 95 % bands."""
     kinds = [kind for kind in dict.fromkeys(table["kind"]) if "−" not in kind]
     figure, axes = plt.subplots(

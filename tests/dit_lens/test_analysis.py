@@ -182,7 +182,7 @@ def test_screening_finds_the_planted_heads_of_either_sign_and_its_control_does_n
     assert table.loc[(1, 0)].cosine > 0.95
     assert table.loc[(0, 1)].cosine < -0.95
     assert table.index[:2].sort_values().tolist() == [(0, 1), (1, 0)]
-    assert (table.p[:2] < 0.05).all()
+    assert (table.p[:2] < 0.01).all()
     assert table.cosine[2:].abs().max() < 0.9
     rotated = {word: relation_vectors[RELATIONS[i - 3]] for i, word in enumerate(RELATIONS)}  # the same maps, the wrong ramps
     assert abs(screening.screen_heads(model.dit, rotated).set_index(["layer", "head"]).loc[(1, 0)].cosine) < 0.8
@@ -191,7 +191,7 @@ def test_screening_finds_the_planted_heads_of_either_sign_and_its_control_does_n
 
 
 def test_a_ramp_that_is_the_same_for_every_word_is_no_relation_head(relation_vectors):
-    """Random words give it too, and permuted directions: each of the controls is there for something."""
+    """However unevenly the words' directions are chosen."""
     up_twice = {word: relation_vectors[word] for word in ("above", "upper_left", "upper_right", "left", "right")}
     model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
     plant(model.dit, 1, 0, relation_vectors)
@@ -201,8 +201,6 @@ def test_a_ramp_that_is_the_same_for_every_word_is_no_relation_head(relation_vec
         attn.W_K[0][:, 1] = -20 * torch.linalg.lstsq(caption, torch.ones(5, 1), driver="gelsd").solution[:, 0]
     row = screening.screen_heads(model.dit, up_twice).set_index(["layer", "head"]).loc[(1, 0)]
     assert row.cosine > 0.4
-    assert row.p_positions < 0.01
-    assert row.p_directions > 0.2
     assert row.p > 0.2
 
 

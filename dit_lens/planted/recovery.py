@@ -1,0 +1,165 @@
+"""How well methods recover a planted circuit: each names relation heads without knowing them, and is scored against the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import permutation_test
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from hooked_models import HookedTextToImage
+
+from .. import ablation, patching, scenes, screening, steering, synopsis, variance
+from ..prompts import Role
+from ..scenes import DIRECTIONS, Scene
+from ..scenes.scene import IMAGE_SIZE
+from .truth import PlantedTruth
+
+CARDINALS = ("above", "below", "left", "right")
+PHRASES = ("directly above", "directly below", "left of", "right of")
+"""One of each relation, all of two tokens: behind them nothing but the words can tell relations apart."""
+EARLY = range(6)
+
+
+def ramp_heads(truth: PlantedTruth) -> set[tuple[int, int]]:
+    """Heads whose patterns are those of relation heads: these, and the decoys that only write something else."""
+    return {(head.layer, head.head) for head in truth.heads if head.role == "relation" or "ramp" in head.what}
+
+
+def relation_heads(truth: PlantedTruth) -> set[tuple[int, int]]:
+    """Heads that turn a relation into a place."""
+    return {(head.layer, head.head) for head in truth.relation_heads}
+
+
+def auroc(scores: pd.Series[float], positive: set[tuple[int, int]]) -> float:
+    """Of a method's scores, by (layer, head), against the heads that it should have found; NaN where there are none."""
+    labels = [place in positive for place in scores.index]
+    return float(roc_auc_score(labels, scores)) if 0 < sum(labels) < len(labels) else np.nan
+
+
+def relation_role(truth: PlantedTruth) -> Role:
+    """The word in which the relation stands: the second shape in "fused", the relation word otherwise."""
+    return "shape2" if truth.kind == "fused" else "relation"
+
+
+# Methods. Each gives scores by (layer, head), and p-values where it has any.
+
+
+def by_screening(model: HookedTextToImage, truth: PlantedTruth, null_draws: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Weight-space screening: of word vectors, or of the relation's effect vectors at the second shape word."""
+    if relation_role(truth) == "relation":
+        words = ("above", "below", "left", "right", "up", "down", "upper", "lower")
+        vectors = {word: screening.word_vector(model, word) for word in words}
+        table = screening.screen_heads(model.dit, vectors, null_draws=null_draws, seed=seed)
+    else:
+        found, factors = variance.word_vectors(model, variance.factorial_prompts(PHRASES), "shape2", at="caption")
+        names = ["shape1", "color1", "shape2", "relation"]
+        effects = variance.effect_vectors(found, factors[names])["relation"]
+        vectors = {
+            str(name): torch.tensor(effects.sel(relation=name).values, dtype=found.dtype) for name in effects.relation.values
+        }
+        table = screening.screen_heads(model.dit, vectors, at="caption", null_draws=null_draws, seed=seed)
+    return table.assign(score=table["projection"].abs()).set_index(["layer", "head"])[["score", "p"]].sort_index()
+
+
+def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3) -> pd.DataFrame:
+    """Attention synopsis at step 0: does the half of the image that the word points to look at it more, or less, than the other?
+
+    p: scipy's sign-flip test over prompts, two-sided.
+    """
+    wanted = cardinal_scenes(repeats)
+    side = model.cfg.sample_size // model.cfg.patch_size
+    halves = {name: (screening.ramp(DIRECTIONS[name], side) > 0) for name in CARDINALS}  # type: ignore[index]
+    texts = [f"{s.color1} {s.shape1} is {phrase} {s.color2} {s.shape2}" for s, phrase in wanted]
+    seen = synopsis.attention_synopsis(model, texts, seed=range(len(texts)), image_groups=halves, reduce="mean", num_steps=1)
+    seen = seen.sel(step=0, branch="cond", text_group=relation_role(truth))
+    opposite = dict(zip(CARDINALS, ("below", "above", "right", "left"), strict=True))
+    there = np.stack([seen[i].sel(image_group=s.relation).values for i, (s, _) in enumerate(wanted)])
+    elsewhere = np.stack([seen[i].sel(image_group=opposite[s.relation]).values for i, (s, _) in enumerate(wanted)])
+    difference = there - elsewhere  # [prompt layer head]
+    rows = []
+    for layer, head in np.ndindex(difference.shape[1:]):
+        values = difference[:, layer, head]
+        test = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=999, rng=np.random.default_rng(0))
+        rows.append({"layer": layer, "head": head, "score": abs(values.mean()), "p": float(test.pvalue)})
+    return pd.DataFrame(rows).set_index(["layer", "head"])
+
+
+def by_knockout(model: HookedTextToImage, truth: PlantedTruth, layers: Sequence[int] | None = None) -> pd.DataFrame:
+    """Causal knock-out: the word masked in one head at a time, at the early steps; how many images lose their relation?"""
+    wanted = [scene for scene, _ in cardinal_scenes(1)]
+    names = {f"L{layer}H{head}": (layer, head) for layer, head in _heads(model, layers)}
+    conditions = {name: ablation.knockout_role(relation_role(truth), name, steps=list(EARLY)) for name in names}
+    effects = ablation.ablation_effects(model, wanted, conditions, range(1), controls=0)
+    base = effects["relation_loose"].sel(condition="none").astype(float)
+    drops = {place: float((base - effects["relation_loose"].sel(condition=name)).mean()) for name, place in names.items()}
+    return pd.DataFrame({"score": drops}).rename_axis(["layer", "head"])
+
+
+def _heads(model: HookedTextToImage, layers: Sequence[int] | None) -> list[tuple[int, int]]:
+    return [(layer, head) for layer in layers or range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+
+
+def by_path_patching(model: HookedTextToImage, truth: PlantedTruth, layers: Sequence[int] | None = None) -> pd.DataFrame:
+    """Path patching word → head: only one head reads the word of the opposite relation; how far do the objects move?"""
+    heads = _heads(model, layers)
+    total = dict.fromkeys(heads, 0.0)
+    for words, relation in ((PHRASES[:2], "above"), (PHRASES[2:], "left")):
+        ramp = screening.ramp(DIRECTIONS[relation], IMAGE_SIZE).reshape(IMAGE_SIZE, -1).float()  # type: ignore[index]
+
+        def offset(images: Tensor, ramp: Tensor = ramp) -> Float[Tensor, " image"]:
+            return ((images[:, 0] - images[:, 2]) * ramp).mean(dim=(1, 2))
+
+        first, second = (model.trajectory(f"red circle is {word} blue square", seed=0) for word in words)
+        found = patching.path_patch_matrix(
+            first,
+            second,
+            [patching.Nodes(f"text[{relation_role(truth)}]", steps=list(EARLY))],
+            [patching.Nodes(f"cross_attn.L{layer}H{head}", steps=list(EARLY)) for layer, head in heads],
+            offset,
+            "exact",
+        )
+        for place, value in zip(heads, found["effect"].values.reshape(len(heads), -1)[:, 0], strict=True):
+            total[place] += abs(float(np.nan_to_num(value)))
+    return pd.DataFrame({"score": total}).rename_axis(["layer", "head"])
+
+
+HEAD_METHODS: dict[str, tuple[Callable[..., pd.DataFrame], Callable[[PlantedTruth], set[tuple[int, int]]]]] = {
+    "screening": (by_screening, ramp_heads),
+    "synopsis": (by_synopsis, ramp_heads),
+    "knock-out": (by_knockout, relation_heads),
+    "path patching": (by_path_patching, relation_heads),
+}
+"""Method → itself, and the heads that it should name: weights and patterns of queries and keys cannot tell ramp decoys apart."""
+
+
+def by_variance(model: HookedTextToImage) -> pd.DataFrame:
+    """Where the relation stands in the text: its partial share of the variance of each role's vector, and p."""
+    roles: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2")
+    rows = {}
+    for role in roles:
+        vectors, factors = variance.word_vectors(model, variance.factorial_prompts(PHRASES), role)
+        table = variance.partition(vectors, factors[["color1", "shape1", "shape2", "relation"]], permutations=99)
+        rows[role] = table.loc["relation", ["r2_partial", "p"]]
+    return pd.DataFrame(rows).T.astype(float)
+
+
+def by_arithmetic(model: HookedTextToImage, role: Role) -> pd.Series[float]:
+    """Embedding arithmetic: share of scenes with the opposite relation after V_to − V_from at a role's words, by condition."""
+    wanted = [scene for scene, _ in cardinal_scenes(1)]
+    doses = steering.dose_response(model, wanted, ks=(1.0,), tokens=role, draws=1)
+    return doses["target_loose"].astype(float).mean(("k", "scene", "seed")).to_series()
+
+
+def cardinal_scenes(repeats: int) -> list[tuple[Scene, str]]:
+    """Scenes above, below, left and right, `repeats` of each, both colours named, and a phrase of two tokens for each."""
+    pool = scenes.sample(400, seed=0, split="all", color_words="both")
+    found = []
+    for relation, phrase in zip(CARDINALS, PHRASES, strict=True):
+        found += [(scene, phrase) for scene in pool if scene.relation == relation][:repeats]
+    return found
