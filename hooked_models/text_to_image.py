@@ -90,6 +90,11 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
         """A new PixArtSigmaPipeline with the hooked modules inside: hooks on `model.dit` fire at every step of its calls."""
         return PixArtSigmaPipeline(self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a pipeline folder of the wrapped modules, which `from_pretrained` and plain diffusers open."""
+        encoder = getattr(self.text_encoder, "wrapped", self.text_encoder)
+        PixArtSigmaPipeline(self.tokenizer, encoder, self.codec, self.dit.wrapped, self.scheduler).save_pretrained(folder)
+
     # What the model is
 
     @property

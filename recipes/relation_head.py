@@ -1,9 +1,10 @@
 """Find a model's relation head from its weights, watch it at work, and knock it out. `python -m recipes.relation_head`
 
 Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338),
-sections 4.1 and 4.2, figures 3B and 4. What differs: the screening has a random-vector control, the knock-out masks every
-relation word (the original: the first only), is compared with seeded control heads on the same noise, and has intervals. A
-model may have more than one relation head, so all that the screening names are also knocked out together.
+sections 4.1 and 4.2, figures 3B and 4. What differs: the screening has a null and takes heads of either sign (a head that looks
+away from where the word points tells the other object's side); the knock-out masks every relation word (the original: the first
+only), is compared with random heads and random words on the same noise, and has intervals; all heads found are also knocked out
+together, because a model may have several.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ PROMPTS = (
 )
 WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
 METRICS = ("color", "shape", "unique_binding", "relation_loose", "relation_given_both")
+DIRECTION_WORDS = ("above", "below", "left", "right")
 FIGURE_STEPS = (0, 1, 2, 4, 8, 13)
 FOUND_COSINE, FOUND_P = 0.5, 0.01  # a head is a relation head if its maps are ramps, and more so than random vectors'
 
@@ -43,8 +45,8 @@ class Config:
     """Bundled model, pipeline folder or hub id."""
     pairs: int = 64
     """Images a condition; all conditions share prompts and noise."""
-    controls: int = 4
-    """Other heads that are knocked out for comparison."""
+    controls: int = 1
+    """Draws of random heads, and of random words, that are knocked out for comparison with every condition."""
     seed: int = 0
     out: Path = Path("results/relation_head")
 
@@ -64,39 +66,32 @@ def main(config: Config) -> None:
     with console.status("screening heads in weight space"):
         ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
     show(console, "Heads by alignment of position × word maps with the words' ramps", ranking.head(6).round(3))
-    heads = [f"L{layer}H{head}" for layer, head in zip(ranking.layer, ranking["head"], strict=True)]
-    best = heads[0]
-    is_ramp = (ranking["cosine"].to_numpy() >= FOUND_COSINE) & (ranking["p"].to_numpy() <= FOUND_P)
-    found = [head for head, named in zip(heads, is_ramp, strict=True) if named]
-    console.print(f"relation heads (cosine ≥ {FOUND_COSINE}, p ≤ {FOUND_P}): {', '.join(found) or 'none'}")
+    is_ramp = (ranking["cosine"].abs() >= FOUND_COSINE) & (ranking["p"] <= FOUND_P)
+    found = [f"L{layer}H{head}" for layer, head in ranking.loc[is_ramp, ["layer", "head"]].itertuples(index=False)]
+    console.print(f"relation heads (|cosine| ≥ {FOUND_COSINE}, p ≤ {FOUND_P}): {', '.join(found) or 'none'}")
+    if not found:
+        return
 
-    rng = np.random.default_rng(config.seed)
-    others = [head for head in heads[1:] if head not in found]
-    controls = [str(head) for head in rng.choice(others, size=min(config.controls, len(others)), replace=False)]
-    knockouts = [[best], *([head] for head in controls)]
-    if len(found) > 1:
-        knockouts[1:1] = [found, controls[: len(found)]]
-    conditions = {" + ".join(heads): ablation.knockout_role("relation", heads) for heads in knockouts if heads}
+    conditions = {head: ablation.knockout_role("relation", head) for head in found[:2]}
+    conditions[f"all {len(found)}"] = ablation.knockout_role("relation", found)
     wanted = scenes.sample(config.pairs, seed=config.seed + 1, split="all", color_words="both")
     noise = config.seed + np.arange(config.pairs)[:, None]
-    console.print(f"knocking out heads, {len(conditions) + 1} conditions of {config.pairs} paired images")
-    table = compare(ablation.ablation_effects(model, wanted, conditions, noise, controls=0))
-    show(
-        console, f"Relation words masked in one head ({config.pairs} images, same prompts and noise), mean [95 % interval]", table
-    )
+    effects = ablation.ablation_effects(model, wanted, conditions, noise, controls=config.controls, rng=config.seed)
+    table = compare(effects)
+    title = f"Relation words masked in some heads ({config.pairs} images, same prompts and noise), mean [95 % interval]"
+    show(console, title, table)
 
     config.out.mkdir(parents=True, exist_ok=True)
     ranking.to_csv(config.out / "screening.csv", index=False)
     table.to_csv(config.out / "knockout.csv")
-    facts = {"model": config.model, "heads": found, "controls": controls, "pairs": config.pairs, "seed": config.seed}
+    facts = {"model": config.model, "heads": found, "pairs": config.pairs, "controls": config.controls, "seed": config.seed}
     (config.out / "result.json").write_text(json.dumps(facts, indent=2))
-    maps = {
-        word: circuits.position_word_map(model.dit, best, screening.word_vector(model, word))
-        for word in ("above", "below", "left", "right")
-    }
-    figure = viz.relation_head_figure(best, PROMPTS, images, attention_to_relation(model, cache, best), maps)
-    figure.savefig(config.out / "relation_head.png", dpi=150)
-    console.print(f"figure and tables: {config.out}/")
+    for head in found[:2]:
+        maps = {word: circuits.position_word_map(model.dit, head, screening.word_vector(model, word)) for word in DIRECTION_WORDS}
+        figure = viz.relation_head_figure(head, PROMPTS, images, attention_to_relation(model, cache, head), maps)
+        figure.savefig(config.out / f"{head}.png", dpi=150)
+    viz.attention_page(cache, list(PROMPTS), images, config.out / "attention.html")
+    console.print(f"figures, tables and a page to walk through: {config.out}/")
 
 
 def attention_to_relation(model: HookedTextToImage, cache: object, head: str) -> xr.DataArray:
