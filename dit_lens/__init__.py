@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from . import ablation, attribution, circuits, patching, planted, prompts, scenes, screening, stats, steering, synopsis, variance
+from . import (
+    ablation,
+    attribution,
+    circuits,
+    evaluation,
+    patching,
+    planted,
+    prompts,
+    scenes,
+    screening,
+    stats,
+    steering,
+    synopsis,
+    variance,
+)
 from .interventions import Add, Intervention, Replace, Scale
 
 __all__ = [
@@ -13,6 +27,7 @@ __all__ = [
     "ablation",
     "attribution",
     "circuits",
+    "evaluation",
     "patching",
     "planted",
     "prompts",

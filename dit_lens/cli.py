@@ -13,8 +13,8 @@ from rich.console import Console
 
 from hooked_models import HookedTextToImage, list_models
 
-from . import scenes, screening, synopsis
-from .training import TrainConfig, load_pipeline, score, summarise, train
+from . import evaluation, scenes, screening, synopsis
+from .training import TrainConfig, train
 from .training.text_encoder import PretrainConfig, pretrain
 
 Name = Annotated[str, tyro.conf.Positional]
@@ -43,15 +43,17 @@ def generate(
     Console().print(f"Saved {out}")
 
 
-def evaluate(model: Name, split: scenes.Split = "held_out", num_scenes: int = 64, seeds: int = 8, scene_seed: int = 100) -> None:
-    """Score a model on scenes of one split, beside what the evaluator gives the ground truth, with 95 % intervals."""
-    wanted = scenes.sample(num_scenes, seed=scene_seed, split=split, color_words="both")
-    pipe = load_pipeline(model)
-    pipe.set_progress_bar_config(disable=True)
-    table = summarise(score(pipe, wanted, range(seeds)))
-    truth = scenes.evaluate(scenes.render(wanted), wanted)
-    table["ceiling"] = [float(truth[metric].mean()) for metric in table.index]
-    Console().print(f"{model}: {num_scenes} scenes ({split}) × {seeds} seeds\n{table.round(3).to_string()}")
+def evaluate(model: Name, n: int = 512, out: Path | None = None) -> None:
+    """Score a model on held-out and trained scenes, by relation, phrase and template, with 95 % intervals.
+
+    `n`: scenes a split. `out`: a folder for evaluation.parquet and evaluation.md, in which a stopped evaluation goes on.
+    """
+    rows = evaluation.evaluate_model(HookedTextToImage.from_pretrained(model), n, out=out and out / "batches")
+    table = evaluation.to_markdown(rows)
+    if out is not None:
+        rows.to_parquet(out / "evaluation.parquet", index=False)
+        (out / "evaluation.md").write_text(table + "\n")
+    Console(soft_wrap=True, markup=False).print(table)
 
 
 def screen(model: Name, words: tuple[str, ...] = ("above", "below", "left", "right", "upper", "lower", "higher")) -> None:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from hooked_models import HookedTextToImage
+
 
 def digest(*parts: str | bytes | Tensor) -> str:
     """A short hash of text and tensors: equal for equal values, types and shapes."""
@@ -26,6 +28,16 @@ def digest(*parts: str | bytes | Tensor) -> str:
             data = part.encode() if isinstance(part, str) else part
             found.update(f"{len(data)}:".encode() + data)
     return found.hexdigest()
+
+
+def digest_model(model: HookedTextToImage) -> str:
+    """A hash of what decides a generation, the codec apart, wherever the model was loaded from."""
+    configs = [
+        f"{sorted((name, str(value)) for name, value in config.items() if not name.startswith('_'))}"
+        for config in (model.dit.config, model.scheduler.config)
+    ]
+    weights = [*model.dit.state_dict().values(), *model.text_encoder.state_dict().values()]
+    return digest(type(model.scheduler).__name__, *configs, *weights)
 
 
 class Shards:

@@ -51,7 +51,7 @@ from .image_groups import image_groups_from_images, image_groups_from_scenes
 from .interventions import Intervention
 from .prompts import Role, by_role, token_roles
 from .repeated_runs import Generation
-from .shards import Shards, digest
+from .shards import Shards, digest, digest_model
 from .stats import clustered_mean
 
 __all__ = ["attention_synopsis", "image_groups_from_images", "image_groups_from_scenes", "rank_heads", "trajectory_synopsis"]
@@ -119,7 +119,7 @@ def attention_synopsis(
         if model._attached:
             raise ValueError("A folder cannot record which hooks are attached to the model: pass interventions=… instead.")
         identity = {
-            "model": _digest_of(model),
+            "model": digest_model(model),
             "prompts": digest(*texts, tokens),
             "seeds": digest(str(seeds)),
             "groups": digest(*plan.image_names, plan.image, *plan.key_names, *plan.keys.values()),
@@ -162,16 +162,6 @@ def trajectory_synopsis(
     groups = run.roles if text_groups is None else text_groups
     plan = _Plan.make(model, len(run), tokens.shape[1], run.branches, sublayer, image_groups, groups, reduce)
     return plan.label(plan.measure(trajectory), model.tokenizer.batch_decode(tokens, skip_special_tokens=True))
-
-
-def _digest_of(model: HookedTextToImage) -> str:
-    """Of what decides a generation's attention, wherever the model was loaded from."""
-    configs = [
-        f"{sorted((name, str(value)) for name, value in config.items() if not name.startswith('_'))}"
-        for config in (model.dit.config, model.scheduler.config)
-    ]
-    weights = [*model.dit.state_dict().values(), *model.text_encoder.state_dict().values()]
-    return digest(type(model.scheduler).__name__, *configs, *weights)
 
 
 # Groups

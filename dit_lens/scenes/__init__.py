@@ -17,7 +17,9 @@ from .scene import (
     Combination,
     Scene,
     caption,
+    other_color,
 )
+from .templates import TEMPLATES, word
 
 __all__ = [
     "COLORS",
@@ -27,6 +29,7 @@ __all__ = [
     "PHRASES",
     "RELATIONS",
     "SHAPES",
+    "TEMPLATES",
     "WORDS",
     "Combination",
     "Scene",
@@ -36,4 +39,5 @@ __all__ = [
     "other_color",
     "render",
     "sample",
+    "word",
 ]

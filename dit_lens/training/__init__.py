@@ -5,6 +5,5 @@ from __future__ import annotations
 from .config import TrainConfig
 from .loop import train
 from .pipelines import PRESETS, build_pipeline, load_pipeline
-from .scoring import score, summarise
 
-__all__ = ["PRESETS", "TrainConfig", "build_pipeline", "load_pipeline", "score", "summarise", "train"]
+__all__ = ["PRESETS", "TrainConfig", "build_pipeline", "load_pipeline", "train"]

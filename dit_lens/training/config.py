@@ -53,6 +53,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     evaluate_every: int = 1000
     evaluation_scenes: int = 96
+    dynamics_points: int = 24
+    """How often, log-spaced over the run, accuracies and the screening of every head go into dynamics.parquet."""
 
     def spread(self, step: int) -> float:
         """How far from the eight fixed layouts the scenes of a step may lie, in [0, 1] (`scenes.sample`)."""

@@ -23,18 +23,21 @@ from jaxtyping import Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from hooked_models import HookedTextToImage
+
 from .. import scenes
+from ..evaluation import score, summarise
 from ..scenes.scene import PHRASES, Scene, caption, other_color
+from . import dynamics
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .objectives import OBJECTIVES
 from .pipelines import PRESETS, build_pipeline, load_pipeline
-from .scoring import score, summarise
 
 LOG_EVERY = 25
 MAY_CHANGE = (
     *("out", "steps", "decay_from", "biased_steps", "anchored_steps", "spreading_steps", "compile"),
-    *("checkpoint_every", "evaluate_every", "evaluation_scenes"),
+    *("checkpoint_every", "evaluate_every", "evaluation_scenes", "dynamics_points"),
 )
 """Settings of a run that may differ when it is resumed."""
 
@@ -43,7 +46,7 @@ def train(config: TrainConfig) -> Path:
     """Train, or go on training, and return the folder of the finished pipeline (EMA weights).
 
     `out/` gets start/ (the untrained pipeline), checkpoint.safetensors (the whole state), metrics.jsonl (loss, speed, accuracy
-    on held-out scenes) and pipeline/.
+    on held-out scenes), dynamics.parquet (`dynamics.measure` at log-spaced steps) and pipeline/.
 
     Raises:
         ValueError: `out` holds a run with other settings.
@@ -69,6 +72,7 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         keep = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first] if first else []
         metrics.write_text("".join(line + "\n" for line in keep))
+        dynamics.cut(config.out / "dynamics.parquet", first)
 
     if accelerator.device.type == "cpu":
         model.set_attn_processor(AttnProcessor())  # 64 tokens: plain products beat CPU fused attention's backward by a third
@@ -77,6 +81,7 @@ def train(config: TrainConfig) -> Path:
     prepared = accelerator.prepare(model, *optimizers.values())
     network, steppers = prepared[0], prepared[1:]
 
+    ema_model = HookedTextToImage.from_pipeline(pipe)
     data = StepData(pipe, config, accelerator)
     held_out = scenes.sample(config.evaluation_scenes, seed=1, split="held_out", color_words="both")
     objective = OBJECTIVES[config.objective]()
@@ -88,8 +93,10 @@ def train(config: TrainConfig) -> Path:
     def evaluate() -> dict[str, float]:
         ema.copy_to(pipe.transformer.parameters())
         with accelerator.autocast() if config.precision != "no" else nullcontext():
-            means = summarise(score(pipe, held_out))["mean"]
+            means = summarise(score(ema_model, held_out))["mean"]
         return {str(name): round(float(mean), 4) for name, mean in means.items()}
+
+    record_at = dynamics.record_points(config.steps, config.dynamics_points)
 
     def record(entry: dict[str, object]) -> None:
         with metrics.open("a") as file:
@@ -136,6 +143,12 @@ def train(config: TrainConfig) -> Path:
                 summary = f"binding {accuracy['unique_binding']:.2f} relation {accuracy['relation_loose']:.2f}"
                 progress.update(bar, accuracy=summary)
                 replace_folder(pipe, config.out / "pipeline")
+                clock = time.perf_counter()
+            if done in record_at and accelerator.is_main_process:
+                ema.copy_to(pipe.transformer.parameters())
+                with accelerator.autocast() if config.precision != "no" else nullcontext():
+                    rows = dynamics.measure(ema_model, held_out, done, done * config.batch_size * accelerator.num_processes)
+                dynamics.append(config.out / "dynamics.parquet", rows)
                 clock = time.perf_counter()
             # last, so that a run killed before this line repeats what came after the checkpoint before
             if done % config.checkpoint_every == 0 or done == config.steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attention_page import attention_page
-from .figures import bare, dose_response_curves, head_step_map, ramp_gallery, variance_bars, word_maps
+from .figures import bare, dose_response_curves, head_step_map, learning_curves, ramp_gallery, variance_bars, word_maps
 from .relation_head import relation_head_figure
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "bare",
     "dose_response_curves",
     "head_step_map",
+    "learning_curves",
     "ramp_gallery",
     "relation_head_figure",
     "variance_bars",

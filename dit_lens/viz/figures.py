@@ -179,3 +179,33 @@ def dose_response_curves(
     axes[0][0].set_ylim(-0.02, 1.02)
     axes[0][-1].legend(frameon=False, fontsize=8)
     return figure
+
+
+def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
+    """A run's `dynamics.parquet`: accuracies and the layout dipole above, screening of some heads below, by samples seen.
+
+    Args:
+        heads: source of the screening ("words", "shape2") → (layer, head) of those to draw; a panel each.
+    """
+    figure, axes = plt.subplots(1 + len(heads), 1, figsize=(7, 2.6 * (1 + len(heads))), sharex=True, layout="constrained")
+    axes = np.atleast_1d(axes)
+    labels = {"color": "colour", "shape": "shape", "unique_binding": "binding", "relation_loose": "relation", "dipole": "dipole"}
+    for quantity, label in labels.items():
+        rows = table[table["quantity"] == quantity].sort_values("samples")
+        style = {"color": "black", "linestyle": "--"} if quantity == "dipole" else {}
+        (line,) = axes[0].plot(rows["samples"], rows["value"], marker=".", label=label, **style)
+        axes[0].fill_between(rows["samples"], rows["low"], rows["high"], alpha=0.15, color=line.get_color(), linewidth=0)
+    axes[0].set_ylabel("share of images\n(dipole: cosine)")
+    for ax, (source, chosen) in zip(axes[1:], heads.items(), strict=True):
+        for layer, head in chosen:
+            of_head = (table["source"] == source) & (table["layer"] == layer) & (table["head"] == head)
+            rows = table[of_head & (table["quantity"] == "projection")].sort_values("samples")
+            ax.plot(rows["samples"], rows["value"], marker=".", label=f"L{layer}H{head}")
+        ax.axhline(0, color="grey", linewidth=0.6)
+        ax.set_ylabel(f"projection on ramps\n({source})")
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8, loc="upper left")
+    axes[-1].set_xscale("log")
+    axes[-1].set_xlabel("samples seen")
+    return figure

@@ -12,18 +12,27 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
 from dit_lens import scenes
-from dit_lens.training import PRESETS, TrainConfig, build_pipeline, train
+from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, train
 from dit_lens.training.loop import all_captions, encode_captions
 from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
 from dit_lens.training.pipelines import Size
 
-TINY = {"size": "nano", "batch_size": 4, "precision": "no", "checkpoint_every": 2, "evaluate_every": 100, "evaluation_scenes": 2}
+TINY = {
+    "size": "nano",
+    "batch_size": 4,
+    "precision": "no",
+    "checkpoint_every": 2,
+    "evaluate_every": 100,
+    "evaluation_scenes": 2,
+    "dynamics_points": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +82,9 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
     assert_equal_states(final_state(config.out), final_state(broken.out))
     steps = [json.loads(line)["step"] for line in (broken.out / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+    courses = [pd.read_parquet(c.out / "dynamics.parquet") for c in (config, broken)]
+    assert sorted(courses[0]["step"].unique()) == dynamics.record_points(8, 2) == [1, 8]
+    pd.testing.assert_frame_equal(*courses)
     weights = [load_file(c.out / "pipeline/transformer/diffusion_pytorch_model.safetensors") for c in (config, broken)]
     for key in weights[0]:
         assert torch.equal(weights[0][key], weights[1][key])

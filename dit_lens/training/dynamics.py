@@ -1,0 +1,133 @@
+"""What a model can do, and which heads do it, while it learns: accuracies, the layout dipole and weight-space screening.
+
+Source: Wang, Fan, Pan (arXiv 2601.06338) measure accuracies of checkpoints; the heads' screening scores over training are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from hooked_models import HookedTextToImage
+
+from .. import scenes, screening, variance
+from ..evaluation import score, summarise
+from ..scenes import DIRECTIONS, Scene
+from ..stats import clustered_mean
+
+SCREENED_WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
+SOURCES = ("words", "shape2")
+"""What heads are screened with; see `measure`."""
+NULL_DRAWS, SIGNIFICANT = 200, 0.05
+COLUMNS = ("step", "samples", "quantity", "source", "layer", "head", "value", "low", "high")
+
+
+def record_points(steps: int, points: int) -> list[int]:
+    """At most `points` numbers of finished steps, log-spaced from `steps` // 160 to `steps`, the last included."""
+    return sorted({round(step) for step in np.geomspace(max(1, steps // 160), steps, points)}) if points else []
+
+
+@torch.no_grad()
+def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, samples: int) -> pd.DataFrame:
+    """One row a number, columns `COLUMNS`.
+
+    Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes; for every head `cosine`,
+    `projection`, `energy` and `p` of `screening.screen_heads`, by what it was screened with (`source`): "words", the relation
+    words' own vectors; "shape2", the effect vectors of the relation on the second shape word, after the caption projection.
+    """
+    rows: list[dict[Any, Any]] = []
+    for metric, (mean, low, high) in summarise(score(model, wanted)).iterrows():
+        rows.append({"quantity": metric, "value": mean, "low": low, "high": high})
+    mean, low, high = clustered_mean(dipole(model, wanted)[:, None])
+    rows.append({"quantity": "dipole", "value": mean, "low": low, "high": high})
+    for source, table in screen(model).items():
+        long = table.melt(id_vars=["layer", "head"], value_vars=["cosine", "projection", "energy", "p"], var_name="quantity")
+        rows += long.assign(source=source).to_dict("records")
+    return pd.DataFrame([{"step": step, "samples": samples, **row} for row in rows], columns=list(COLUMNS)).astype(
+        {"layer": "Int64", "head": "Int64", "value": float, "low": float, "high": float}
+    )
+
+
+@torch.no_grad()
+def dipole(model: HookedTextToImage, wanted: Sequence[Scene], seed: int = 0) -> Float[np.ndarray, " scene"]:
+    """Cosine between where the caption puts the first object, seen from the second, and where one look at pure noise puts it.
+
+    The latter is `color_moment` of the clean image predicted at step 0, without guidance. It costs one forward pass and moves
+    long before any accuracy does: it is 0 until word order, relation and colours are put together, however much the network
+    has learnt of places.
+    """
+    view, tokens = model.at(step=0, prompts=[scenes.caption(scene) for scene in wanted], seed=seed, guidance=1.0, returns="x0")
+    moment = color_moment(model.decode(view(tokens)).double().cpu().numpy())
+    moment *= np.array([1 if scene.color1 == "red" else -1 for scene in wanted])[:, None]
+    named = np.array([DIRECTIONS[scene.relation] for scene in wanted], float)
+    return (moment * named).sum(axis=1) / (np.linalg.norm(moment, axis=1) * np.linalg.norm(named, axis=1) + 1e-12)
+
+
+def color_moment(images: Float[np.ndarray, "image 3 height width"]) -> Float[np.ndarray, "image 2"]:
+    """(x, y) of the dipole moment of red minus blue about the image's centre, y down: from blue towards red."""
+    redness = images[:, 0] - images[:, 2]
+    y, x = np.mgrid[: images.shape[2], : images.shape[3]]
+    return np.stack([(redness * (axis - axis.mean())).sum(axis=(1, 2)) for axis in (x, y)], axis=1)
+
+
+def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
+    """Screening of every head with the relation words' vectors and with the relation's effect on the second shape word."""
+    words = {word: screening.word_vector(model, word) for word in SCREENED_WORDS}
+    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), "shape2", at="caption")
+    effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
+    relations = {str(r): torch.tensor(effects.sel(relation=r).values) for r in effects.relation.values}
+    return {
+        "words": screening.screen_heads(model.dit, words, null_draws=NULL_DRAWS),
+        "shape2": screening.screen_heads(model.dit, relations, at="caption", null_draws=NULL_DRAWS),
+    }
+
+
+def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[int, int]]:
+    """(layer, head) of at most `n` heads whose maps project most on the ramps at the end of the run, those with p ≤ .05 only."""
+    last = table[(table["step"] == table["step"].max()) & (table["source"] == source)]
+    wide = last.pivot_table(index=["layer", "head"], columns="quantity", values="value")
+    found = wide[wide["p"] <= SIGNIFICANT]["projection"].abs().sort_values(ascending=False)
+    return [(int(layer), int(head)) for layer, head in found.index[:n]]
+
+
+def emergence(table: pd.DataFrame, level: float = 0.5) -> pd.DataFrame:
+    """When each thing came to stay: the samples seen at the first point from which on it is at least `level`.
+
+    Of the accuracies and the dipole; of `strongest_heads`, by source, |cosine|. Columns what, samples (NA where it never came, or
+    not to stay), before (samples at the point before it, 0 if there is none).
+    """
+    accuracies = table[table["layer"].isna()]
+    courses = {str(name): part.set_index("samples")["value"] for name, part in accuracies.groupby("quantity", sort=False)}
+    for source in SOURCES:
+        for layer, head in strongest_heads(table, source):
+            rows = (table["source"] == source) & (table["layer"] == layer) & (table["head"] == head)
+            of_head = table[rows & (table["quantity"] == "cosine")]
+            courses[f"L{layer}H{head} ({source})"] = of_head.set_index("samples")["value"].abs()
+    found = []
+    for what, course in courses.items():
+        stays = (course.fillna(0).sort_index()[::-1] >= level).cummin()[::-1]
+        points = [0, *stays.index]
+        at = int(np.argmax(stays.to_numpy())) if stays.any() else None
+        found.append((what, pd.NA, pd.NA) if at is None else (what, points[at + 1], points[at]))
+    return pd.DataFrame(found, columns=["what", "samples", "before"]).astype({"samples": "Int64", "before": "Int64"})
+
+
+def append(path: Path, rows: pd.DataFrame) -> None:
+    """Add rows to a Parquet file; a kill leaves the old file or the new one."""
+    whole = pd.concat([pd.read_parquet(path), rows], ignore_index=True) if path.exists() else rows
+    whole.to_parquet(partial := path.with_suffix(".partial"), index=False)
+    partial.replace(path)
+
+
+def cut(path: Path, step: int) -> None:
+    """Forget what was recorded after `step`, which a resumed run will do again."""
+    if path.exists():
+        kept = pd.read_parquet(path).query("step <= @step")
+        kept.to_parquet(partial := path.with_suffix(".partial"), index=False)
+        partial.replace(path)

@@ -1,0 +1,199 @@
+"""Write every bundled model's card, and README's table, from the files beside the weights. `python -m recipes.zoo_cards`
+
+Nothing in a card is typed: numbers come from evaluation.parquet, dynamics.parquet and training.json (`recipes.bundle_model`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dit_lens import evaluation, scenes
+from dit_lens.scenes.templates import TRAINED
+from dit_lens.stats import Interval
+from dit_lens.training import PRESETS, dynamics
+from hooked_models import list_models
+from hooked_models.hub import ZOO
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"(<!-- models: recipes.zoo_cards -->\n).*?(<!-- end -->)", flags=re.S)
+SHOWN = ("color", "shape", "unique_binding", "relation_loose", "relation_strict")
+ENCODERS = {
+    "rte": "random token embeddings with positions",
+    "rte-nopos": "random token embeddings without positions: a bag of words",
+    "t5-scenes": "[`t5-scenes`](../t5-scenes/README.md), a small T5 pre-trained on captions",
+}
+
+
+def main() -> None:
+    for name in list_models():
+        (ZOO / name / "README.md").write_text(card(ZOO / name))
+    README.write_text(readme(README.read_text()))
+
+
+def readme(text: str) -> str:
+    """README with its table of models made anew."""
+    lines = ["| model | size | text encoder | " + " | ".join(SHOWN) + " |", "|" + "---|" * (3 + len(SHOWN))]
+    for name in list_models():
+        facts, rows = training(ZOO / name), held_out(ZOO / name)
+        size = PRESETS[facts["size"]]
+        cells = [str(Interval(*row)) for row in rows.loc[list(SHOWN)].itertuples(index=False)]
+        encoder = re.sub(r"\]\(\.\./(.*?)\)", r"](hooked_models/zoo/\1)", ENCODERS[facts["encoder"]])
+        shape = f"{size.layers} layers × {size.width}, {size.heads} heads"
+        lines.append(f"| [`{name}`](hooked_models/zoo/{name}/README.md) | {shape} | {encoder} | {' | '.join(cells)} |")
+    if not BLOCK.search(text):
+        raise ValueError("README has no block for the table of models.")
+    return BLOCK.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)
+
+
+def training(folder: Path) -> dict[str, Any]:
+    """How a model was trained."""
+    return json.loads((folder / "training.json").read_text())
+
+
+def held_out(folder: Path) -> pd.DataFrame:
+    """Index metric; mean, low, high on combinations that were never trained."""
+    rows = pd.read_parquet(folder / "evaluation.parquet")
+    rows = rows[(rows["split"] == "held_out") & (rows["template"] == TRAINED)]
+    return evaluation.accuracies(rows, ["template"]).set_index("metric")[["mean", "low", "high"]]
+
+
+def card(folder: Path) -> str:
+    """The model card, in markdown."""
+    facts, rows = training(folder), pd.read_parquet(folder / "evaluation.parquet")
+    per_split = (rows["template"] == TRAINED).sum() // 2
+    parts = [
+        f"""---
+license: mit
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [dit_lens, interpretability, PixArt]
+---
+# {folder.name}
+
+A small PixArt diffusion transformer that draws two coloured shapes in a named relation, trained by `dit-lens train` for
+interpretability research. It opens with `HookedTextToImage.from_pretrained("{folder.name}")`, or, after `import hooked_models`,
+with plain `PixArtSigmaPipeline.from_pretrained`.
+
+![16 held-out captions, one seed each, not selected](samples.png)
+
+## Measured
+
+`dit-lens evaluate {folder.name} --n {per_split}`: one image a scene, EMA weights in bfloat16 loaded as float32, DPM-Solver++ 14
+steps, guidance 4.5; mean [95 % Wilson interval]. Perfect images score 1 in every column (docs/scenes.md).
+
+{evaluation.to_markdown(rows)}""",
+        *([f"Aims, on held-out combinations:\n{aims(folder, facts['targets'])}"] if facts["targets"] else []),
+        *([f"{LEARNING}\n\n{learning(folder, 'learning.png')}"] if (folder / "dynamics.parquet").exists() else []),
+        f"## Training\n\n{how_trained(facts)}",
+        *other_seeds(folder),
+        f"""## Limits
+
+{limits(facts)}
+""",
+    ]
+    return "\n\n".join(parts)
+
+
+def aims(folder: Path, targets: list[str]) -> str:
+    """Which targets were reached."""
+    lines, rows = [], held_out(folder)
+    for target in targets:
+        metric, value = target.split()
+        found = Interval(*rows.loc[metric])
+        verdict = "reached" if found.mean >= float(value) else "**not reached**"
+        lines.append(f"- {metric} ≥ {value}: {verdict}, {found}")
+    return "\n".join(lines)
+
+
+def learning(folder: Path, figure: str) -> str:
+    """When abilities and heads came, and the whole course."""
+    table = pd.read_parquet(folder / "dynamics.parquet")
+    heads = [(source, *head) for source in dynamics.SOURCES for head in dynamics.strongest_heads(table, source, 1)]
+    metrics = [*SHOWN[:-1], "dipole"]
+    columns = [*metrics, *(f"L{layer}H{head} ({source})" for source, layer, head in heads)]
+    lines = [f"| samples | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
+    for samples, part in table.groupby("samples"):
+        of_metric = part[part["layer"].isna()].set_index("quantity")["value"]
+        values = [of_metric[metric] for metric in metrics]
+        for source, layer, head in heads:
+            of_head = (part["source"] == source) & (part["layer"] == layer) & (part["head"] == head)
+            values.append(part[of_head & (part["quantity"] == "cosine")]["value"].item())
+        lines.append(f"| {samples:,} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    came = [
+        f"- {what}: " + ("never came to stay" if pd.isna(samples) else f"between {before:,} and {samples:,} samples")
+        for what, samples, before in dynamics.emergence(table).itertuples(index=False)
+    ]
+    return "\n".join(
+        [
+            f"![Accuracies, the layout dipole and screening of heads against samples seen]({figure})",
+            "",
+            "At least one half, to stay (for heads |cosine|; of either screening the four strongest at the end with p ≤ .05):",
+            *came,
+            "",
+            *lines,
+        ]
+    )
+
+
+LEARNING = """## Learning
+
+EMA weights at log-spaced points of one run, on 96 held-out scenes, one image each. *Dipole*: cosine between where the caption
+puts the first object and where one look at pure noise puts it (`dit_lens.training.dynamics`). Heads: mean cosine of their
+position maps with the ramps, screened with the relation words ("words"), or with the relation's effect on the second shape word
+("shape2"). `dynamics.parquet` has all heads and all intervals."""
+
+
+def how_trained(facts: dict[str, Any]) -> str:
+    """Settings and history."""
+    curriculum = [facts.get(name, 0) for name in ("biased_steps", "anchored_steps", "spreading_steps")]
+    lines = [
+        f"- Architecture: size `{facts['size']}`, text encoder {ENCODERS[facts['encoder']]} (frozen),",
+        f"  objective `{facts['objective']}`.",
+        f"- {facts['samples']:,} samples in {facts['steps']:,} steps; Muon {facts['muon_lr']} on the blocks' matrices, AdamW "
+        f"{facts['adam_lr']} on the rest,",
+        f"  caption dropout {facts['caption_dropout']}, EMA, precision {facts['precision']}, seed {facts['seed']}.",
+        "- Data: `dit_lens.scenes` (procedural, balanced relations, no overlap, 10 of 96 combinations held out); no image is",
+        "  seen twice.",
+    ]
+    if any(curriculum) and not facts["history"]:
+        biased, anchored, spreading = curriculum
+        lines += [
+            f"- Curriculum: eight fixed layouts and both colours named for {anchored:,} steps, then layouts spread to the whole",
+            f"  distribution over {spreading:,}; red named first with probability .9, falling to one half over {biased:,} steps;",
+            f"  learning rate falling linearly from {facts['decay_from']:.0%} of the run on.",
+        ]
+    history = [f"{i}. {phase}" for i, phase in enumerate(facts["history"], start=1)]
+    return "\n".join([*lines, *(["", *history] if history else [])])
+
+
+def other_seeds(folder: Path) -> list[str]:
+    """Runs whose weights are not bundled."""
+    found = []
+    for run in sorted(folder.glob("seed-*")):
+        facts, rows = training(run), pd.read_parquet(run / "evaluation.parquet")
+        by_split = evaluation.wide(evaluation.accuracies(rows[rows["template"] == TRAINED], ["split"]), "split")
+        found.append(
+            f"## Seed {facts['seed']}\n\nAnother run, whose weights are not bundled.\n\n{how_trained(facts)}\n\n{by_split}\n\n"
+            + learning(run, f"{run.name}/learning.png")
+        )
+    return found
+
+
+def limits(facts: dict[str, Any]) -> str:
+    """What the model cannot tell you."""
+    words = f"It knows {len(scenes.WORDS)} words and one kind of sentence, and nothing else."
+    if facts["encoder"] == "t5-scenes":
+        words = "Its text encoder was pre-trained on sentences about coloured shapes and knows nothing else; it is not T5-XXL."
+    return (
+        f"{words} One training run, one seed: a circuit found here is a fact about this model. The curriculum is not the "
+        "original's recipe, so how fast it\nlearnt cannot be compared with the paper."
+    )
+
+
+if __name__ == "__main__":
+    main()

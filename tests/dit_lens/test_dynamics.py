@@ -1,0 +1,116 @@
+"""What is recorded while a model learns: against planted circuits, whose abilities and heads are known, and made-up courses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dit_lens import planted, scenes, viz
+from dit_lens.scenes.rendering import shape_mask
+from dit_lens.training import dynamics
+from hooked_models import HookedTextToImage
+
+WANTED = scenes.sample(12, seed=1, split="held_out", color_words="both")
+
+
+@pytest.fixture(scope="module")
+def course() -> pd.DataFrame:
+    """Four points at which the relation comes at the third, its head at the second, and a colour comes and goes."""
+    rows = []
+    values = {"color": (0.6, 0.9, 0.4, 0.9), "relation_loose": (0.0, 0.1, 0.5, 0.9), "shape": (1.0, 1.0, 1.0, 1.0)}
+    cosines = {("words", 1, 0): (0.1, -0.7, -0.8, -0.9), ("words", 0, 1): (0.0, 0.0, 0.1, 0.2), ("shape2", 1, 0): (0.0,) * 4}
+    p = {("words", 1, 0): 0.005, ("words", 0, 1): 0.04, ("shape2", 1, 0): 0.6}
+    for i, step in enumerate((1, 10, 100, 1000)):
+        point = {"step": step, "samples": step * 4}
+        rows += [{**point, "quantity": name, "value": course[i]} for name, course in values.items()]
+        for (source, layer, head), course in cosines.items():
+            at = {**point, "source": source, "layer": layer, "head": head}
+            rows += [
+                {**at, "quantity": name, "value": value}
+                for name, value in (("cosine", course[i]), ("projection", 10 * course[i]), ("p", p[source, layer, head]))
+            ]
+    return pd.DataFrame(rows, columns=list(dynamics.COLUMNS)).astype({"layer": "Int64", "head": "Int64"})
+
+
+def test_a_planted_circuit_is_measured_as_what_it_is():
+    model, truth = planted.planted_circuit("two-stage", seed=0)
+    table = dynamics.measure(model, WANTED[:6], step=7, samples=70)
+    assert list(table.columns) == list(dynamics.COLUMNS)
+    assert set(table["step"]) == {7}
+    assert set(table["samples"]) == {70}
+    value = table[table["layer"].isna()].set_index("quantity")["value"]
+    assert value["relation_loose"] == value["unique_binding"] == 1
+    heads = table[(table["source"] == "words") & (table["quantity"] == "p")]
+    assert len(heads) == model.cfg.n_layers * model.cfg.n_heads
+    ramps = {(head.layer, head.head) for head in truth.heads if head.role in ("relation", "decoy")}
+    assert {*dynamics.strongest_heads(table, "words", 2)} <= ramps
+
+
+def test_the_color_moment_is_that_of_the_objects_areas_and_places():
+    moment = dynamics.color_moment(scenes.render(WANTED).double().numpy())
+    for scene, found in zip(WANTED, moment, strict=True):
+        expected = np.zeros(2)
+        for shape, color, x, y in (
+            (scene.shape1, scene.color1, scene.x1, scene.y1),
+            (scene.shape2, scene.color2, scene.x2, scene.y2),
+        ):
+            mask = shape_mask(shape)
+            rows, columns = np.nonzero(mask)
+            place = [x - mask.shape[1] // 2 + columns.mean() - 63.5, y - mask.shape[0] // 2 + rows.mean() - 63.5]
+            expected += (1 if color == "red" else -1) * mask.sum() * np.array(place)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_dipole_points_where_the_caption_says():
+    model = HookedTextToImage.from_pretrained("rte-micro")
+    found = dynamics.dipole(model, WANTED)
+    assert found.min() > 0.7
+    turned = {"above": "below", "left": "right", "upper_left": "lower_right", "upper_right": "lower_left"}
+    turned |= {after: before for before, after in turned.items()}
+    opposite = [replace(scene, relation=turned[scene.relation]) for scene in WANTED]  # the captions stay
+    np.testing.assert_allclose(dynamics.dipole(model, opposite), -found, atol=1e-6)
+    recolored = [replace(scene, color1=scene.color2, color2=scene.color1) for scene in WANTED]
+    assert dynamics.dipole(model, recolored).min() > 0.7  # other captions
+
+
+def test_points_are_log_spaced_and_end_at_the_end():
+    points = dynamics.record_points(8000, 24)
+    assert (points[0], points[-1]) == (50, 8000)
+    assert len(points) == 24
+    ratios = np.diff(np.log(points))
+    assert ratios.max() / ratios.min() < 1.2
+    assert dynamics.record_points(4, 24) == [1, 2, 3, 4]
+    assert dynamics.record_points(100, 0) == []
+
+
+def test_emergence_is_when_a_thing_comes_to_stay(course):
+    found = dynamics.emergence(course).set_index("what")
+    assert found.loc["color"].tolist() == [4000, 400]
+    assert found.loc["relation_loose"].tolist() == [400, 40]
+    assert found.loc["shape"].tolist() == [4, 0]
+    assert found.loc["L1H0 (words)"].tolist() == [40, 4]
+    assert found.loc["L0H1 (words)"].isna().all()
+    assert not any("shape2" in what for what in found.index)  # its head's p says chance
+
+
+def test_what_a_resumed_run_will_repeat_is_forgotten(course, tmp_path):
+    path = tmp_path / "dynamics.parquet"
+    for _, point in course.groupby("step"):
+        dynamics.append(path, point)
+    dynamics.cut(path, 10)
+    assert pd.read_parquet(path)["step"].max() == 10
+    for _, point in course[course["step"] > 10].groupby("step"):
+        dynamics.append(path, point)
+    pd.testing.assert_frame_equal(pd.read_parquet(path), course, check_dtype=False)
+    dynamics.cut(tmp_path / "nothing", 1)
+
+
+def test_learning_curves_draw_every_point(course):
+    figure = viz.learning_curves(course, {"words": [(1, 0), (0, 1)]})
+    abilities, heads = figure.axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in [*abilities.lines, *heads.lines]}
+    assert drawn["relation"] == [0.0, 0.1, 0.5, 0.9]
+    assert drawn["L1H0"] == [1.0, -7.0, -8.0, -9.0]
