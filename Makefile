@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/python -m recipes.relation_head
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .

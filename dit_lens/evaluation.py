@@ -19,7 +19,6 @@ import xarray as xr
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
-from scipy.stats import binomtest
 
 from hooked_models import HookedTextToImage
 from hooked_models.rte import UNKNOWN_ID
@@ -28,7 +27,7 @@ from . import scenes
 from .scenes import Scene, Split
 from .scenes.templates import TEMPLATES, TRAINED, word
 from .shards import Shards, digest, digest_model
-from .stats import Interval, clustered_mean, paired_difference
+from .stats import Interval, clustered_mean, paired_difference, proportion
 
 METRICS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
 GEOMETRY = ("x1", "y1", "x2", "y2")
@@ -138,12 +137,8 @@ def accuracies(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = M
     found = []
     for group, part in rows.groupby(list(by), sort=False):
         for metric in metrics:
-            judged = part[metric].dropna()
-            interval = Interval(np.nan, np.nan, np.nan)
-            if len(judged):
-                wilson = binomtest(int(judged.sum()), len(judged)).proportion_ci(method="wilson")
-                interval = Interval(float(judged.mean()), wilson.low, wilson.high)
-            found.append((*group, metric, len(judged), *interval))
+            values = part[metric].to_numpy(float)
+            found.append((*group, metric, int((~np.isnan(values)).sum()), *proportion(values)))
     return pd.DataFrame(found, columns=[*by, "metric", "images", *Interval._fields])
 
 

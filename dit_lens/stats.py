@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import bootstrap, norm, spearmanr
+from scipy.stats import binomtest, bootstrap, norm, spearmanr
 
 
 class Interval(NamedTuple):
@@ -43,6 +43,15 @@ def clustered_mean(values: Float[np.ndarray, "cluster repeat"], rng: int = 0, re
         rng=rng,
     ).confidence_interval
     return Interval(mean, float(interval.low), float(interval.high))
+
+
+def proportion(hits: Float[np.ndarray, " n"]) -> Interval:
+    """Share of ones among independent zeros and ones that are not NaN, with its Wilson interval; NaN of nothing."""
+    valid = hits[~np.isnan(hits)]
+    if not len(valid):
+        return Interval(np.nan, np.nan, np.nan)
+    interval = binomtest(int(valid.sum()), len(valid)).proportion_ci(method="wilson")
+    return Interval(float(valid.mean()), float(interval.low), float(interval.high))
 
 
 def paired_difference(

@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         pipe.save_pretrained(folder, max_shard_size=MAX_SHARD)
     model = HookedTextToImage.from_pipeline(pipe.to(dtype=torch.float32))  # as it will be loaded
 
-    (folder / "training.json").write_text(json.dumps(training_facts(config), indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(training_facts(config), indent=1, ensure_ascii=False) + "\n")
     rows = evaluation.evaluate_model(model, config.scenes, out=config.run / "evaluation")
     compact(rows).to_parquet(folder / "evaluation.parquet", index=False, compression="zstd")
     console.print(evaluation.to_markdown(rows))

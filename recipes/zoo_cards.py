@@ -22,6 +22,9 @@ from hooked_models.hub import ZOO
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- models: recipes.zoo_cards -->\n).*?(<!-- end -->)", flags=re.S)
 SHOWN = ("color", "shape", "unique_binding", "relation_loose", "relation_strict")
+BAG_OF_WORDS = """
+Without word order, a sentence that names both colours fits four equally frequent scenes, two ways to bind colours to shapes times
+two to say which object is meant to be where, so no model can bind more than .50 or relate more than .25."""
 ENCODERS = {
     "rte": "random token embeddings with positions",
     "rte-nopos": "random token embeddings without positions: a bag of words",
@@ -189,6 +192,8 @@ def limits(facts: dict[str, Any]) -> str:
     words = f"It knows {len(scenes.WORDS)} words and one kind of sentence, and nothing else."
     if facts["encoder"] == "t5-scenes":
         words = "Its text encoder was pre-trained on sentences about coloured shapes and knows nothing else; it is not T5-XXL."
+    if facts["encoder"] == "rte-nopos":
+        words += BAG_OF_WORDS
     return (
         f"{words} One training run, one seed: a circuit found here is a fact about this model. The curriculum is not the "
         "original's recipe, so how fast it\nlearnt cannot be compared with the paper."

@@ -30,11 +30,15 @@ class CleanImageObjective:
 
     def loss(self, predict: Predict, clean: Latents, generator: torch.Generator) -> Float[Tensor, ""]:
         """Mean weighted squared error."""
-        t = torch.sigmoid(0.8 + torch.randn(len(clean), generator=generator, device=clean.device))
+        t = self.levels(len(clean), generator, clean.device)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         fraction = t[:, None, None, None]
         error = predict((1 - fraction) * clean + fraction * noise, 1000 * t) - clean
         return (error.square().mean(dim=(1, 2, 3)) / t.clamp(min=0.1).square()).mean()
+
+    def levels(self, n: int, generator: torch.Generator, device: torch.device) -> Float[Tensor, " n"]:
+        """Noise levels t in (0, 1)."""
+        return torch.sigmoid(0.8 + torch.randn(n, generator=generator, device=device))
 
 
 class NoiseObjective:

@@ -1,0 +1,127 @@
+"""What each part of the training recipe is worth: short runs that leave one out, by what they can do after equally many samples.
+
+`python -m benchmarks.sample_efficiency --out results/sample_efficiency` prints a table; a run that was stopped goes on. The early
+indicator is the layout dipole (`dit_lens.training.dynamics.dipole`): relations are put together when it leaves 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+import tyro
+from diffusers import PixArtTransformer2DModel
+from jaxtyping import Float
+from torch import Tensor
+
+from dit_lens.training import TrainConfig, dynamics, loop, train
+from dit_lens.training.objectives import OBJECTIVES, CleanImageObjective
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the comparison."""
+
+    out: Path = Path("results/sample_efficiency")
+    size: Literal["nano", "micro", "mini", "B"] = "micro"
+    encoder: str = "rte"
+    samples: int = 51_200
+    """That each run sees."""
+    seeds: tuple[int, ...] = (1,)
+    variants: tuple[str, ...] = ()
+    """Names of those to run; all unless given."""
+
+
+class UniformNoiseLevels(CleanImageObjective):
+    """The same loss with noise levels drawn uniformly instead of mostly high ones."""
+
+    def levels(self, n: int, generator: torch.Generator, device: torch.device) -> Float[Tensor, " n"]:
+        """Uniform in [0, 1]."""
+        return torch.rand(n, generator=generator, device=device)
+
+
+def adamw_alone(model: PixArtTransformer2DModel, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """In place of `loop.build_optimizers`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return {"adamw": optimizer}
+
+
+def variants(base: TrainConfig) -> dict[str, TrainConfig]:
+    """Name → settings; what is no setting is exchanged by `exchanged`."""
+    return {
+        "as trained": base,
+        "red not named first more often": replace(base, biased_steps=0),
+        "no fixed layouts": replace(base, anchored_steps=0),
+        "AdamW for every parameter": base,
+        "noise levels uniform": base,
+        "ε-prediction": replace(base, objective="epsilon"),
+        "batches twice as large": replace(
+            base,
+            batch_size=2 * base.batch_size,
+            steps=base.steps // 2,
+            biased_steps=base.biased_steps // 2,
+            anchored_steps=base.steps,
+        ),
+    }
+
+
+@contextmanager
+def exchanged(name: str) -> Iterator[None]:
+    """The training loop with one part replaced, for the time of the block."""
+    optimizers, objective = loop.build_optimizers, OBJECTIVES["x0"]
+    if name == "AdamW for every parameter":
+        loop.build_optimizers = adamw_alone
+    if name == "noise levels uniform":
+        OBJECTIVES["x0"] = UniformNoiseLevels
+    try:
+        yield
+    finally:
+        loop.build_optimizers, OBJECTIVES["x0"] = optimizers, objective
+
+
+def main(config: Config) -> None:
+    batch = 64
+    steps = config.samples // batch
+    base = TrainConfig(
+        config.out,
+        size=config.size,
+        encoder=config.encoder,
+        steps=steps,
+        batch_size=batch,
+        decay_from=0.99,
+        biased_steps=3000,
+        anchored_steps=steps,
+        compile=True,
+        dynamics_points=12,
+        evaluate_every=steps,
+    )
+    rows = []
+    for seed in config.seeds:
+        for name, settings in variants(base).items():
+            if config.variants and name not in config.variants:
+                continue
+            folder = config.out / f"{name} {seed}"
+            with exchanged(name):
+                train(replace(settings, out=folder, seed=seed))
+            rows.append({"variant": name, "seed": seed, **ends(pd.read_parquet(folder / "dynamics.parquet"))})
+            print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
+
+
+def ends(table: pd.DataFrame) -> dict[str, object]:
+    """What a run could do at its end, and the samples it had seen when its dipole came to stay above one half."""
+    last = table[(table["step"] == table["step"].max()) & table["layer"].isna()].set_index("quantity")
+    came = dynamics.emergence(table).set_index("what").loc["dipole", "samples"]
+    shown = ("dipole", "unique_binding", "relation_loose")
+    cells = {name: "{:.2f} [{:.2f}, {:.2f}]".format(*last.loc[name, ["value", "low", "high"]]) for name in shown}
+    return {"samples": int(last["samples"].iloc[0]), **cells, "dipole ≥ .5 from": came}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,75 @@
+"""What a recipe reports: claims of the paper with a prediction stated beforehand, what was measured here, and a verdict.
+
+claims = [Claim("…", paper=".67 → .33", here=Interval(…), predicted=(-1.0, -0.1), control="…")]
+report("Relation heads", claims, out)  # prints the table, writes claims.json and claims.parquet
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from dit_lens import evaluation
+from dit_lens.stats import Interval
+from hooked_models import HookedTextToImage, list_models
+from hooked_models.hub import ZOO
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of a recipe's table."""
+
+    what: str
+    paper: str
+    """What the paper says, in its own numbers; "–" of what is not in it."""
+    here: Interval
+    predicted: tuple[float, float]
+    """Where the number must lie, stated before it was measured, for the claim to hold here."""
+    control: str = ""
+    """What was compared with, and its number."""
+
+    @property
+    def verdict(self) -> str:
+        """By the interval: inside the predicted range, outside of it, or neither."""
+        low, high = self.predicted
+        if np.isnan(self.here.mean):
+            return "not run here"
+        yes, no = ("as predicted", "not as predicted") if self.paper == "–" else ("replicates", "does not replicate here")
+        if low <= self.here.low and self.here.high <= high:
+            return yes
+        return no if self.here.high < low or self.here.low > high else "undecided"
+
+
+def report(title: str, claims: Sequence[Claim], out: Path, **facts: object) -> None:
+    """Print the table; write claims.json (with `facts`) and claims.parquet into `out`."""
+    rows = [
+        {"claim": c.what, "paper": c.paper, **c.here._asdict(), "predicted": list(c.predicted), "control": c.control}
+        | {"verdict": c.verdict}
+        for c in claims
+    ]
+    table = Table("claim", "paper", "here [95 %]", "predicted", "control", "verdict", title=title)
+    for claim in claims:
+        shown = "–" if np.isnan(claim.here.mean) else str(claim.here)
+        table.add_row(
+            claim.what, claim.paper, shown, f"{claim.predicted[0]:g} … {claim.predicted[1]:g}", claim.control, claim.verdict
+        )
+    Console().print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    clean = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
+    (out / "claims.json").write_text(json.dumps({"title": title, **facts, "claims": clean}, indent=1, ensure_ascii=False))
+    pd.DataFrame(rows).to_parquet(out / "claims.parquet", index=False)
+
+
+def evaluation_of(model: str, n: int, out: Path) -> pd.DataFrame:
+    """The evaluation that is bundled with a model, or one of `n` scenes a split of any other (a stopped one goes on)."""
+    bundled = ZOO / model / "evaluation.parquet"
+    if model in list_models() and bundled.exists():
+        return pd.read_parquet(bundled)
+    return evaluation.evaluate_model(HookedTextToImage.from_pretrained(model), n, out=out / "evaluation" / Path(model).name)

@@ -1,0 +1,101 @@
+"""RTE without positions: what a bag of words can tell apart, and what it cannot. `python -m recipes.positions_needed`
+
+Paper: "RTE-B w/o pos" binds .41 and relates .15 (loose .415 by another evaluation) where RTE-B with positions relates .86. What
+would falsify it: a model without positions that tells "A above B" from "B above A".
+
+The exact bound: a sentence that names both colours shares its words with three others that are equally frequent: two ways to bind
+colours to shapes times two to say which object is meant. So at most .50 bind and .25 relate, and of those that bind, half
+relate; the axis (above or below, left or right, …) is in the bag. The control is the model with positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+
+from dit_lens.scenes import DIRECTIONS
+from dit_lens.scenes.scene import BAND
+from dit_lens.scenes.templates import TRAINED
+from dit_lens.stats import Interval, proportion
+
+from .claims import Claim, evaluation_of, report
+
+QUESTIONS = {  # name → (what the paper says, where the number must lie without word order)
+    "binds": ("RTE-B w/o pos .41", (0.0, 0.5)),
+    "relates": ("RTE-B w/o pos .15", (0.0, 0.25)),
+    "relates, of those that bind": ("–", (0.4, 0.6)),
+    "has the axis right, of those that bind": ("–", (0.9, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the recipe."""
+
+    without: str = "rte-nopos-micro"
+    with_positions: str = "rte-micro"
+    scenes: int = 256
+    """A split, of models that bring no evaluation of their own."""
+    out: Path = Path("results/positions_needed")
+
+
+def main(config: Config) -> None:
+    answers = {}
+    for model in (config.without, config.with_positions):
+        rows = evaluation_of(model, config.scenes, config.out)
+        answers[model] = answer(rows[rows["template"] == TRAINED])
+    claims = [
+        Claim(
+            f"{config.without}: {question}",
+            paper,
+            answers[config.without][question],
+            predicted,
+            f"{config.with_positions} {answers[config.with_positions][question]}",
+        )
+        for question, (paper, predicted) in QUESTIONS.items()
+    ]
+    report("Word order", claims, config.out)
+    figure(answers).savefig(config.out / "positions_needed.png", dpi=150)
+
+
+def answer(rows: pd.DataFrame) -> dict[str, Interval]:
+    """Every question's share of images, of both splits, with its Wilson interval."""
+    both = rows[rows["unique_binding"] == 1]
+    offset = np.stack([both["x1"] - both["x2"], both["y1"] - both["y2"]], axis=1).astype(float)
+    named = np.array([DIRECTIONS[relation] for relation in both["relation"]], float)
+    along = np.where(named == 0, np.inf, offset * named)
+    axis = (along > BAND).all(axis=1) | (np.where(named == 0, -np.inf, along) < -BAND).all(axis=1)
+    return {
+        "binds": proportion(rows["unique_binding"].to_numpy(float)),
+        "relates": proportion(rows["relation_loose"].to_numpy(float)),
+        "relates, of those that bind": proportion(both["relation_loose"].to_numpy(float)),
+        "has the axis right, of those that bind": proportion(axis.astype(float)),
+    }
+
+
+def figure(answers: dict[str, dict[str, Interval]]) -> Figure:
+    """Answers of both models, and the bounds of a bag of words."""
+    drawn, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    for number, (model, found) in enumerate(answers.items()):
+        values = np.array(list(found.values()))
+        error = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
+        ax.errorbar(values[:, 0], np.arange(len(found)) + 0.2 * number - 0.1, xerr=error, fmt="o", label=model)
+    for row, bound in enumerate((0.5, 0.25, 0.5)):
+        ax.plot([bound] * 2, [row - 0.35, row + 0.35], color="black", label="bag of words at best" if row == 0 else None)
+    ax.set_yticks(range(len(QUESTIONS)), list(QUESTIONS))
+    ax.invert_yaxis()
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_xlabel("share of images")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return drawn
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

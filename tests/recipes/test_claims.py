@@ -1,0 +1,89 @@
+"""Verdicts by the interval, and what the recipes that read evaluations and courses make of made-up ones."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dit_lens.stats import Interval
+from recipes import learning_dynamics, positions_needed, robustness
+from recipes.claims import Claim, report
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((0.5, 0.45, 0.55), "replicates"),
+        ((0.5, 0.35, 0.55), "undecided"),
+        ((0.1, 0.05, 0.15), "does not replicate here"),
+        ((0.9, 0.85, 0.95), "does not replicate here"),
+        ((np.nan, np.nan, np.nan), "not run here"),
+    ],
+)
+def test_a_verdict_is_by_the_whole_interval(interval, verdict):
+    assert Claim("x", ".5", Interval(*interval), (0.4, 0.6)).verdict == verdict
+    beyond = verdict.replace("replicates", "as predicted").replace("does not replicate here", "not as predicted")
+    assert Claim("x", "–", Interval(*interval), (0.4, 0.6)).verdict == beyond
+
+
+def test_a_report_is_written_whole(tmp_path, capsys):
+    claims = [Claim("a", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6)), Claim("b", "–", Interval(*[np.nan] * 3), (0, 1))]
+    report("title", claims, tmp_path, model="m")
+    assert "title" in capsys.readouterr().out
+    written = json.loads((tmp_path / "claims.json").read_text())
+    assert written["model"] == "m"
+    assert [row["verdict"] for row in written["claims"]] == ["replicates", "not run here"]
+    assert written["claims"][1]["mean"] is None
+    assert pd.read_parquet(tmp_path / "claims.parquet")["verdict"].tolist() == ["replicates", "not run here"]
+
+
+def test_what_a_bag_of_words_cannot_tell_apart():
+    """Three images bind; one is right, one the opposite, one on the other axis."""
+    nan = np.nan
+    rows = pd.DataFrame(
+        {
+            "relation": ["above", "above", "upper_left", "left"],
+            "unique_binding": [1.0, 1.0, 1.0, 0.0],
+            "relation_loose": [1.0, 0.0, 0.0, 0.0],
+            "x1": [50, 50, 80, nan],
+            "x2": [50, 50, 40, nan],
+            "y1": [20, 80, 20, nan],
+            "y2": [80, 20, 80, nan],
+        }
+    )
+    found = {question: answer.mean for question, answer in positions_needed.answer(rows).items()}
+    assert found == pytest.approx(
+        {
+            "binds": 3 / 4,
+            "relates": 1 / 4,
+            "relates, of those that bind": 1 / 3,
+            "has the axis right, of those that bind": 2 / 3,
+        }
+    )
+
+
+def test_the_goes_before_the_second_object():
+    assert robustness.the_second("red circle is above blue square") == "red circle is above the blue square"
+    assert robustness.the_second("circle is to the left of square") == "circle is to the left of the square"
+
+
+def test_drift_is_along_the_predicted_direction():
+    scene = np.arange(20)
+    rng = np.random.default_rng(0)
+    trained = pd.DataFrame(
+        {"split": "train", "template": "is", "scene": scene} | {n: rng.normal(60, 9, 20) for n in ("x1", "x2", "y1", "y2")}
+    )
+    shifted = trained.assign(template="the second", x1=trained["x1"] + 6, y1=trained["y1"] + 8)
+    rows = pd.concat([shifted[::-1], trained])
+    assert robustness.moved_along(rows, "the second", np.array([0.6, 0.8])).mean == pytest.approx(10)
+    assert robustness.moved_along(rows, "the second", np.array([0.8, -0.6])).mean == pytest.approx(0, abs=1e-9)
+
+
+def test_later_is_a_ratio_of_samples_with_its_bracket():
+    came = pd.DataFrame({"samples": [100, 400, pd.NA], "before": [50, 200, pd.NA]}, index=["a", "b", "never"]).astype("Int64")
+    assert learning_dynamics.later(came, "a", "b") == pytest.approx((2, 1, 3))
+    assert np.isnan(learning_dynamics.later(came, "a", "never").mean)
+    assert learning_dynamics.times(came, "b", "never") == "b 400, never never"
