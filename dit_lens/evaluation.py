@@ -24,7 +24,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.rte import UNKNOWN_ID
 
 from . import scenes
-from .scenes import Scene, Split
+from .scenes import PHRASES, Scene, Split
 from .scenes.templates import TEMPLATES, TRAINED, word
 from .shards import Shards, digest, digest_model
 from .stats import Interval, clustered_mean, paired_difference, proportion
@@ -168,7 +168,19 @@ def _offset(rows: pd.DataFrame, axis: str) -> pd.Series:
 
 def to_markdown(rows: pd.DataFrame) -> str:
     """The tables of a model card: by split, relation, phrase and template."""
-    parts = [f"{title}\n\n{wide(accuracies(rows[mask], [key]), key)}" for title, mask, key in _sections(rows)]
+    plain, of_train = rows[rows["template"] == TRAINED], rows[rows["split"] == "train"]
+    order = {phrase: i for i, phrase in enumerate(phrase for phrases in PHRASES.values() for phrase in phrases)}
+    by_phrase = plain[plain["split"] == "train"].sort_values(
+        "phrase", key=lambda found: found.astype(str).map(order), kind="stable"
+    )
+    sections = [
+        ("By split: combinations that were trained, and those that never were", plain, "split"),
+        ("By relation (trained combinations)", by_phrase, "relation"),
+        ("By phrase (trained combinations)", by_phrase, "phrase"),
+    ]
+    if len(of_train) > len(by_phrase):
+        sections.append(("By template (trained combinations)", of_train, "template"))
+    parts = [f"{title}\n\n{wide(accuracies(part, [key]), key)}" for title, part, key in sections]
     effects = template_effects(rows)
     if len(effects):
         parts.append(
@@ -176,18 +188,6 @@ def to_markdown(rows: pd.DataFrame) -> str:
             f"against the second (x to the right, y down)\n\n{wide(effects, 'template')}"
         )
     return "\n\n".join(parts)
-
-
-def _sections(rows: pd.DataFrame) -> list[tuple[str, pd.Series, str]]:
-    trained = (rows["split"] == "train") & (rows["template"] == TRAINED)
-    sections = [
-        ("By split: combinations that were trained, and those that never were", rows["template"] == TRAINED, "split"),
-        ("By relation (trained combinations)", trained, "relation"),
-        ("By phrase (trained combinations)", trained, "phrase"),
-    ]
-    if (rows["template"] != TRAINED).any():
-        sections.append(("By template (trained combinations)", rows["split"] == "train", "template"))
-    return sections
 
 
 def wide(table: pd.DataFrame, key: str) -> str:
