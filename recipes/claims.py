@@ -7,7 +7,7 @@ report("Relation heads", claims, out)  # prints the table, writes claims.json an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dit_lens import evaluation
+from dit_lens.shards import digest, digest_model
 from dit_lens.stats import Interval
 from hooked_models import HookedTextToImage, list_models
 from hooked_models.hub import ZOO
@@ -60,7 +61,7 @@ def report(title: str, claims: Sequence[Claim], out: Path, **facts: object) -> N
         table.add_row(
             claim.what, claim.paper, shown, f"{claim.predicted[0]:g} … {claim.predicted[1]:g}", claim.control, claim.verdict
         )
-    Console().print(table)
+    Console(width=170).print(table)
     out.mkdir(parents=True, exist_ok=True)
     clean = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
     (out / "claims.json").write_text(json.dumps({"title": title, **facts, "claims": clean}, indent=1, ensure_ascii=False))
@@ -73,3 +74,14 @@ def evaluation_of(model: str, n: int, out: Path) -> pd.DataFrame:
     if model in list_models() and bundled.exists():
         return pd.read_parquet(bundled)
     return evaluation.evaluate_model(HookedTextToImage.from_pretrained(model), n, out=out / "evaluation" / Path(model).name)
+
+
+def stage(out: Path, name: str, model: HookedTextToImage, make: Callable[..., pd.DataFrame], *settings: object) -> pd.DataFrame:
+    """`make(model, *settings)`, or the Parquet file in `out` that a call with equal weights and settings has left."""
+    path = out / "stages" / f"{name}-{digest(digest_model(model), *map(str, settings))}.parquet"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = make(model, *settings)
+        made.to_parquet(partial := path.with_suffix(".partial"), index=False)
+        partial.replace(path)
+    return pd.read_parquet(path)
