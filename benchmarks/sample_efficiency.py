@@ -115,7 +115,7 @@ def main(config: Config) -> None:
 
 
 def ends(table: pd.DataFrame) -> dict[str, object]:
-    """What a run could do at its end, and the samples it had seen when its dipole came to stay above one half."""
+    """What a run could do at its end, and the samples it had seen when its dipole first reached one half."""
     last = table[(table["step"] == table["step"].max()) & table["layer"].isna()].set_index("quantity")
     came = dynamics.emergence(table).set_index("what").loc["dipole", "samples"]
     shown = ("dipole", "unique_binding", "relation_loose")

@@ -6,7 +6,8 @@ accuracy it is said to cause.
 
 Reads the `dynamics.parquet` of each run (`dit_lens.training.dynamics`): EMA weights at log-spaced points, 96 held-out scenes. A
 time is known up to the two points around it, so an interval here is that bracket, not a sampling error. Times are compared as
-log2 ratios of samples seen: 1 is twice as many. All runs share a curriculum (fixed layouts first), which the paper's have not.
+log2 ratios of samples seen: 1 is twice as many. All runs share a curriculum (fixed layouts first), which the paper's have not: a
+time is when a thing was first there; shapes fall again when layouts spread, and recover.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Config:
     runs: tuple[str, ...] = ("rte-micro/seed-1", "t5-micro", "rte-nano", "rte-nopos-micro")
     """Bundled models that bring their course, or folders of training runs."""
     level: float = 0.5
-    """From which on a thing counts as there, if it stays."""
+    """From which on a thing counts as there."""
     out: Path = Path("results/learning_dynamics")
 
 

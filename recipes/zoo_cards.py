@@ -128,14 +128,15 @@ def learning(folder: Path, figure: str) -> str:
             values.append(part[of_head & (part["quantity"] == "cosine")]["value"].item())
         lines.append(f"| {samples:,} | {' | '.join(f'{value:.2f}' for value in values)} |")
     came = [
-        f"- {what}: " + ("never came to stay" if pd.isna(samples) else f"between {before:,} and {samples:,} samples")
-        for what, samples, before in dynamics.emergence(table).itertuples(index=False)
+        f"- {what}: {'never' if pd.isna(samples) else f'between {before:,} and {samples:,} samples'}"
+        + ("" if pd.isna(stays) or stays == samples else f", to stay by {stays:,}")
+        for what, samples, before, stays in dynamics.emergence(table).itertuples(index=False)
     ]
     return "\n".join(
         [
             f"![Accuracies, the layout dipole and screening of heads against samples seen]({figure})",
             "",
-            "At least one half, to stay (for heads |cosine|; of either screening the four strongest at the end with p ≤ .05):",
+            "First at least one half (heads: |cosine|, of either screening the four strongest at the end with p ≤ .05):",
             *came,
             "",
             *lines,

@@ -97,10 +97,11 @@ def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[
 
 
 def emergence(table: pd.DataFrame, level: float = 0.5) -> pd.DataFrame:
-    """When each thing came to stay: the samples seen at the first point from which on it is at least `level`.
+    """When each thing came: the accuracies, the dipole, and by source the |cosine| of `strongest_heads`.
 
-    Of the accuracies and the dipole; of `strongest_heads`, by source, |cosine|. Columns what, samples (NA where it never came, or
-    not to stay), before (samples at the point before it, 0 if there is none).
+    Columns what, samples (seen at the first point at which it is at least `level`; NA where it never is), before (at the point
+    before that one, 0 if there is none: it came in between) and stays (at the first point from which on it never falls below
+    again; NA if it is below at the end).
     """
     accuracies = table[table["layer"].isna()]
     courses = {str(name): part.set_index("samples")["value"] for name, part in accuracies.groupby("quantity", sort=False)}
@@ -109,13 +110,16 @@ def emergence(table: pd.DataFrame, level: float = 0.5) -> pd.DataFrame:
             rows = (table["source"] == source) & (table["layer"] == layer) & (table["head"] == head)
             of_head = table[rows & (table["quantity"] == "cosine")]
             courses[f"L{layer}H{head} ({source})"] = of_head.set_index("samples")["value"].abs()
-    found = []
+    found: list[tuple[object, ...]] = []
     for what, course in courses.items():
-        stays = (course.fillna(0).sort_index()[::-1] >= level).cummin()[::-1]
-        points = [0, *stays.index]
-        at = int(np.argmax(stays.to_numpy())) if stays.any() else None
-        found.append((what, pd.NA, pd.NA) if at is None else (what, points[at + 1], points[at]))
-    return pd.DataFrame(found, columns=["what", "samples", "before"]).astype({"samples": "Int64", "before": "Int64"})
+        there = course.fillna(0).sort_index() >= level
+        stays = there[::-1].cummin()[::-1]
+        points = [0, *there.index]
+        first = int(np.argmax(there.to_numpy()))
+        came = (points[first + 1], points[first]) if there.any() else (pd.NA, pd.NA)
+        found.append((what, *came, stays.idxmax() if stays.any() else pd.NA))
+    columns = ["what", "samples", "before", "stays"]
+    return pd.DataFrame(found, columns=columns).astype(dict.fromkeys(columns[1:], "Int64"))
 
 
 def append(path: Path, rows: pd.DataFrame) -> None:

@@ -86,12 +86,11 @@ def test_points_are_log_spaced_and_end_at_the_end():
     assert dynamics.record_points(100, 0) == []
 
 
-def test_emergence_is_when_a_thing_comes_to_stay(course):
+def test_emergence_is_when_a_thing_comes_and_when_it_comes_to_stay(course):
     found = dynamics.emergence(course).set_index("what")
-    assert found.loc["color"].tolist() == [4000, 400]
-    assert found.loc["relation_loose"].tolist() == [400, 40]
-    assert found.loc["shape"].tolist() == [4, 0]
-    assert found.loc["L1H0 (words)"].tolist() == [40, 4]
+    assert found.loc["color"].tolist() == [4, 0, 4000]
+    assert found.loc["relation_loose"].tolist() == [400, 40, 400]
+    assert found.loc["L1H0 (words)"].tolist() == [40, 4, 40]
     assert found.loc["L0H1 (words)"].isna().all()
     assert not any("shape2" in what for what in found.index)  # its head's p says chance
 
