@@ -14,6 +14,7 @@ from . import (
     screening,
     stats,
     steering,
+    sweep,
     synopsis,
     variance,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "screening",
     "stats",
     "steering",
+    "sweep",
     "synopsis",
     "variance",
 ]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -83,14 +83,29 @@ class Edit:
         where, prompt, alike = self.where[rows.to(self.where.device)], self.prompt[rows], self.alike[rows]
         return replace(self, where=where, prompt=prompt, alike=alike, values=values)
 
+    @property
+    def looks_around(self) -> bool:
+        """Whether what becomes of a row depends on the other rows."""
+        return self.action in ("mean", "resample")
+
+    @staticmethod
+    def join(edits: Sequence[Edit]) -> Edit:
+        """The rows of several edits, one after the other: edits of one site with equal actions that look at no other row.
+
+        Two `Replace` (or `Add`) are equal actions here, whatever their values.
+        """
+        first = edits[0]
+        if len(edits) == 1:
+            return first
+        values = first.values
+        if values is not None and not (values.ndim < first.where.ndim and all(edit.values is values for edit in edits)):
+            values = _stacked([_rows(edit) for edit in edits])
+        prompt, alike = torch.cat([edit.prompt for edit in edits]), torch.cat([edit.alike for edit in edits])
+        return replace(first, where=_stacked([edit.where for edit in edits]), prompt=prompt, alike=alike, values=values)
+
     def on(self, rows: Int[Tensor, " row"]) -> HookFunction:
         """A hook that makes this edit in the given rows of a larger batch, and leaves the others as they are."""
-
-        def hook_function(tensor: Tensor, hook: HookPoint | None = None) -> Tensor:
-            here = rows.to(tensor.device)
-            return tensor.index_copy(0, here, self(tensor[here], hook))
-
-        return hook_function
+        return RowEdits(((self, rows),))
 
     def check(self) -> None:
         """Raise ValueError for an action that these rows, on their own, give no meaning to."""
@@ -98,6 +113,16 @@ class Edit:
             _ = self.sources
         if self.action == "mean" and len(self.where) == 1 and self.pooled is None:
             raise ValueError("The mean over one prompt is that prompt: run several, or give a reference, Replace(mean).")
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless a tensor of this shape can be edited."""
+        if shape[0] != len(self.where) or not _fits(self.where, shape):
+            raise ValueError(
+                f"{self.site.name} is {list(shape)}, but this edit was made for {list(self.where.shape)} (1: any size): "
+                "make the hooks for the prompts, in the order and number, that are run, and positions for the images' size."
+            )
+        if self.values is not None and not _fits(self.values, shape):
+            raise ValueError(f"A value of shape {list(self.values.shape)} does not broadcast to {self.site.name}, {list(shape)}.")
 
     @cached_property
     def sources(self) -> Int[Tensor, " row"]:
@@ -115,15 +140,7 @@ class Edit:
 
     def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
         """The tensor as it goes on. Raises ValueError for a tensor of another shape than the edit was made for."""
-        if len(tensor) != len(self.where) or not _fits(self.where, tensor):
-            raise ValueError(
-                f"{self.site.name} is {list(tensor.shape)}, but this edit was made for {list(self.where.shape)} (1: any size): "
-                "make the hooks for the prompts, in the order and number, that are run, and positions for the images' size."
-            )
-        if self.values is not None and not _fits(self.values, tensor):
-            raise ValueError(
-                f"A value of shape {list(self.values.shape)} does not broadcast to {self.site.name}, {list(tensor.shape)}."
-            )
+        self.check_shape(tensor.shape)
         return torch.where(self.where, self._changed(tensor), tensor)
 
     def _changed(self, tensor: Tensor) -> Tensor:
@@ -161,6 +178,21 @@ class Edit:
         return along(in_order[self.sources.to(k.device)].gather(1, k), self.where.ndim, 0, self.pooled)
 
 
+@dataclass(frozen=True)
+class RowEdits:
+    """Edits of one site, each in its own rows of a larger batch and in the order given, as one hook function."""
+
+    parts: Sequence[tuple[Edit, Int[Tensor, " _"]]]
+
+    def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
+        """The tensor as it goes on; rows that no edit is about keep their values exactly."""
+        edited = tensor.clone()
+        for edit, rows in self.parts:
+            here = rows.to(tensor.device)
+            edited.index_copy_(0, here, edit(edited[here], hook))
+        return edited
+
+
 def another_prompt(prompt: Int[np.ndarray, " row"], rng: np.random.Generator) -> Int[np.ndarray, " row"]:
     """For each row, a row of another prompt; each row serves once.
 
@@ -190,5 +222,19 @@ def along(values: Tensor, ndim: int, *axes: int | None) -> Tensor:
     return values.reshape(shape)
 
 
-def _fits(part: Tensor, tensor: Tensor) -> bool:
-    return all(size in (1, whole) for size, whole in zip(part.shape[::-1], tensor.shape[::-1], strict=False))
+def _rows(edit: Edit) -> Tensor:
+    """An edit's values with all axes, a row each."""
+    assert edit.values is not None
+    n, ndim = len(edit.where), edit.where.ndim
+    values = edit.values.reshape(*[1] * (ndim - edit.values.ndim), *edit.values.shape)
+    return values.expand(n, *values.shape[1:])
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of tensors that broadcast to each other along the other axes."""
+    shape = torch.broadcast_shapes(*(part.shape[1:] for part in parts))
+    return torch.cat([part.expand(-1, *shape) for part in parts])
+
+
+def _fits(part: Tensor, shape: Sequence[int]) -> bool:
+    return all(size in (1, whole) for size, whole in zip(part.shape[::-1], shape[::-1], strict=False))

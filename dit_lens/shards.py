@@ -31,13 +31,13 @@ def digest(*parts: str | bytes | Tensor) -> str:
 
 
 def digest_model(model: HookedTextToImage) -> str:
-    """A hash of what decides a generation, the codec apart, wherever the model was loaded from."""
-    configs = [
-        f"{sorted((name, str(value)) for name, value in config.items() if not name.startswith('_'))}"
-        for config in (model.dit.config, model.scheduler.config)
-    ]
-    weights = [*model.dit.state_dict().values(), *model.text_encoder.state_dict().values()]
-    return digest(type(model.scheduler).__name__, *configs, *weights)
+    """Of what decides a generation, wherever the model was loaded from."""
+    parts: list[str | Tensor] = [type(model.scheduler).__name__]
+    for config in (model.dit.config, model.scheduler.config, model.codec.config):
+        parts.append(f"{sorted((name, str(value)) for name, value in config.items() if not name.startswith('_'))}")
+    for module in (model.dit, model.text_encoder, model.codec):
+        parts += module.state_dict().values()
+    return digest(*parts)
 
 
 class Shards:

@@ -25,24 +25,34 @@ def clustered_mean(values: Float[np.ndarray, "cluster repeat"], rng: int = 0, re
 
     Seeds of one prompt are not independent draws, so an accuracy over prompts × seeds has its prompts as clusters.
     """
+    return Interval(*(float(bound) for bound in clustered_means(values[None], rng, resamples)[0]))
+
+
+def clustered_means(
+    values: Float[np.ndarray, "condition cluster repeat"], rng: int = 0, resamples: int = 2000
+) -> Float[np.ndarray, "condition bound"]:
+    """`clustered_mean` of every condition (mean, low, high), all from the same resamples of clusters."""
     valid = ~np.isnan(values)
-    sums, counts = np.where(valid, values, 0.0).sum(axis=1), valid.sum(axis=1)
-    if counts.sum() == 0:
-        return Interval(np.nan, np.nan, np.nan)
-    mean = float(sums.sum() / counts.sum())
-    constant = np.ptp(sums) == 0 and np.ptp(counts) == 0
-    if len(values) < 2 or constant:  # scipy's bootstrap refuses the one, and the other needs none
-        return Interval(mean, mean, mean)
+    sums, counts = np.where(valid, values, 0.0).sum(axis=2), valid.sum(axis=2)
+    total = counts.sum(axis=1)
+    mean = np.divide(sums.sum(axis=1), total, out=np.full(len(values), np.nan), where=total > 0)
+    found = np.stack([mean] * 3, axis=1)
+    varies = (total > 0) & ((np.ptp(sums, axis=1) > 0) | (np.ptp(counts, axis=1) > 0))
+    if values.shape[1] < 2 or not varies.any():  # scipy's bootstrap refuses the one, and the other needs none
+        return found
     interval = bootstrap(
-        (sums, counts),
+        (sums[varies], counts[varies]),
         lambda s, c, axis=-1: s.sum(axis) / np.maximum(c.sum(axis), 1),
+        axis=-1,
         paired=True,
         vectorized=True,
         method="percentile",
         n_resamples=resamples,
+        batch=max(1, 2**24 // sums[varies].size),  # a resample of all conditions at a time is what memory has to hold
         rng=rng,
     ).confidence_interval
-    return Interval(mean, float(interval.low), float(interval.high))
+    found[varies, 1], found[varies, 2] = interval.low, interval.high
+    return found
 
 
 def proportion(hits: Float[np.ndarray, " n"]) -> Interval:

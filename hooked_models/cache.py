@@ -81,7 +81,7 @@ class GenerationCache(ActivationCache):
         return torch.stack([self.cache_dict[full] for full in names])
 
     def __repr__(self) -> str:
-        return f"GenerationCache({len(self)} tensors at steps {self.steps}, {_human(self.nbytes)})"
+        return f"GenerationCache({len(self)} tensors at steps {self.steps}, {human(self.nbytes)})"
 
 
 # How much a cache will take
@@ -157,16 +157,16 @@ def refuse_if_too_large(sizes: Mapping[str, int], max_bytes: int | None, device:
         kind = name.rpartition(".")[2]
         kinds[kind] = kinds.get(kind, 0) + size
     largest = sorted(kinds, key=lambda kind: -kinds[kind])[:3]
-    limit_is = f"max_bytes={_human(limit)}" if max_bytes is not None else f"a quarter of free memory ({_human(limit)})"
+    limit_is = f"max_bytes={human(limit)}" if max_bytes is not None else f"a quarter of free memory ({human(limit)})"
     raise CacheTooLargeError(
-        f"This cache would take {_human(total)} in {len(sizes)} tensors, more than {limit_is}. Most of it is "
-        f"{', '.join(f'{kind} ({_human(kinds[kind])})' for kind in largest)}. Narrow it with names_filter= "
+        f"This cache would take {human(total)} in {len(sizes)} tensors, more than {limit_is}. Most of it is "
+        f"{', '.join(f'{kind} ({human(kinds[kind])})' for kind in largest)}. Narrow it with names_filter= "
         "(for example lambda name: name.endswith('cross_attn.hook_pattern')), steps= or branch=; "
         "or run fewer prompts; or raise max_bytes=."
     )
 
 
-def _human(size: int | float) -> str:
+def human(size: int | float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

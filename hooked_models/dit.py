@@ -59,6 +59,16 @@ class TextState:
         bias = None if self.bias is None else self.bias[rows]
         return TextState(self.text[rows], self.caption[rows], bias, tuple((k[rows], v[rows]) for k, v in self.keys_values))
 
+    def join(self, other: TextState) -> TextState:
+        """These rows, then those of `other`, which is as long and has a bias if this has."""
+        keys_values = zip(self.keys_values, other.keys_values, strict=True)
+        return TextState(
+            torch.cat([self.text, other.text]),
+            torch.cat([self.caption, other.caption]),
+            None if self.bias is None or other.bias is None else torch.cat([self.bias, other.bias]),
+            tuple((torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in keys_values),
+        )
+
 
 def additive_bias(mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch.dtype) -> Tensor | None:
     """A mask [batch key_pos] (1 = attend) as a bias [batch 1 key_pos] on the scores; a bias is passed on.
@@ -306,11 +316,46 @@ class HookedDiT(NoLanguageModel, HookedModule):
         for block, text_kv in zip(self.blocks, text_kvs, strict=True):
             x = block(x, t_mod, caption, text_kv, image_bias, text_bias)
 
+        output = self._unembed(x, t_emb, hidden_states)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def forward_from(
+        self,
+        hidden_states: Float[Tensor, "first in_channels height width"],
+        residuals: Mapping[int, Float[Tensor, "_ pos d_model"]],
+        timestep: Shaped[Tensor, " batch"],
+        added_cond_kwargs: Mapping[str, Tensor | None],
+        text_state: TextState,
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """One denoiser call whose rows begin at different layers: what they share up to there is computed elsewhere, once.
+
+        Rows are those of `hidden_states` (there may be none), then those of `residuals`, in ascending order of their layers.
+
+        Args:
+            residuals: layer → what enters that block in rows that begin there; n_layers: what leaves the last block.
+            timestep, added_cond_kwargs, text_state: of all rows.
+        """
+        x = self._embed(hidden_states)
+        t_emb = self.hook_t_emb(self.embed_timestep(timestep, added_cond_kwargs, x.dtype))
+        t_mod = self.hook_t_mod(self.t_block(F.silu(t_emb)))
+        caption, text_kvs, text_bias = self._read_text(None, None, text_state, t_emb)
+
+        for layer, (block, text_kv) in enumerate(zip(self.blocks, text_kvs, strict=True)):
+            x = torch.cat([x, residuals[layer]]) if layer in residuals else x
+            if (n := len(x)) == 0:
+                continue  # nobody has begun yet
+            kv = None if text_kv is None else (text_kv[0][:n], text_kv[1][:n])
+            x = block(x, t_mod[:n], caption[:n], kv, None, None if text_bias is None else text_bias[:n])
+        if self._cfg.n_layers in residuals:
+            x = torch.cat([x, residuals[self._cfg.n_layers]])
+        return self._unembed(x, t_emb, hidden_states)
+
+    def _unembed(self, x: Tensor, t_emb: Tensor, like: Tensor) -> Float[Tensor, "batch out_channels height width"]:
+        """The final residual stream as an output of the height and width of `like`."""
         shift, scale = (self.scale_shift_table + t_emb[:, None]).chunk(2, dim=1)  # t_emb, not t_mod
         patches = self.proj_out(modulate(self.ln_final(x), shift, scale))
         p = self._cfg.patch_size
-        output = rearrange(patches, f"{PATCHES} -> {PIXELS}", h=hidden_states.shape[-2] // p, p=p, q=p)
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        return rearrange(patches, f"{PATCHES} -> {PIXELS}", h=like.shape[-2] // p, p=p, q=p)
 
     def patches(self, output: Float[Tensor, "batch out_channels height width"]) -> Float[Tensor, "batch pos d_vocab"]:
         """An output as its patches, position by position: what ``proj_out`` computed."""

@@ -8,7 +8,7 @@ arithmetic stays diffusers' own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,21 @@ class SamplerState:
 
         return SamplerState(self.step, self.latent[rows], {name: part(value) for name, value in self.memory.items()})
 
+    @staticmethod
+    def join(states: Sequence[SamplerState]) -> SamplerState:
+        """The rows of several states of one sampler before the same step, one batch after the other."""
+        first = states[0]
+
+        def whole(*values: Any) -> Any:
+            value = values[0]
+            if isinstance(value, (list, tuple)):
+                return type(value)(whole(*parts) for parts in zip(*values, strict=True))
+            of_rows = isinstance(value, Tensor) and value.shape == first.latent.shape
+            return torch.cat(values) if of_rows else value
+
+        memory = {name: whole(*(state.memory[name] for state in states)) for name in first.memory}
+        return SamplerState(first.step, torch.cat([state.latent for state in states]), memory)
+
 
 class Sampler:
     """A diffusers scheduler as a pure function of `SamplerState`; the scheduler passed in is copied and stays untouched."""
@@ -52,6 +67,7 @@ class Sampler:
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(num_steps, device=device)
         self.num_steps = len(self.scheduler.timesteps)
+        self._fresh = self._memory()
 
     @property
     def predicts_x0(self) -> bool:
@@ -61,7 +77,7 @@ class Sampler:
 
     def start(self, noise: Latents) -> SamplerState:
         """The state before step 0."""
-        return SamplerState(0, noise * self.scheduler.init_noise_sigma, self._memory())
+        return SamplerState(0, noise * self.scheduler.init_noise_sigma, self._fresh)
 
     def timestep(self, step: int) -> Tensor:
         """What the network is told at a step: a scalar, in the scheduler's own units and dtype."""

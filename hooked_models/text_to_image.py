@@ -33,6 +33,8 @@ from .trajectory import Inputs, Trajectory
 from .views import StepView
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch text_pos"]
+Denoise = Callable[[Tensor, Tensor, dict[str, Tensor | None], TextState], Tensor]
+"""(rows of latents [uncond; cond], timestep, sizes, text) → the network's output for these rows."""
 DEFAULT_STEPS = 14
 DEFAULT_GUIDANCE = 4.5
 
@@ -213,7 +215,8 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
             state = self._step(inputs, state)
             yield state
 
-    def _step(self, inputs: Inputs, state: SamplerState) -> SamplerState:
+    def _step(self, inputs: Inputs, state: SamplerState, denoise: Denoise | None = None) -> SamplerState:
+        """The state after `state`. `denoise` stands for the denoiser, where part of its output is known already."""
         sampler, points = inputs.sampler, self.sampler_hooks
         with attach(self._attached, self.names, lambda site: site.step == state.step, inputs.rows):
             latent = points.hook_latent(state.latent)
@@ -221,7 +224,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
             x = sampler.network_input(state, x)
             timestep = sampler.timestep(state.step).expand(len(x)).to(x.device)
             sizes = self._sizes(latent, len(x))
-            prediction = self.dit(x, timestep=timestep, added_cond_kwargs=sizes, text_state=inputs.text, return_dict=False)[0]
+            prediction = (denoise or self._denoise)(x, timestep, sizes, inputs.text)
             if inputs.guided:
                 uncond, cond = prediction.chunk(2)
                 uncond, cond = points.hook_out_uncond(uncond), points.hook_out_cond(cond)
@@ -232,6 +235,9 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
                 out = out.chunk(2, dim=1)[0]  # the other half is a learned variance, which no sampler reads
             through = points.hook_x0 if watched(points.hook_x0) else None
             return sampler.advance(state, latent, points.hook_out(out), through)
+
+    def _denoise(self, x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState) -> Tensor:
+        return self.dit(x, timestep=timestep, added_cond_kwargs=sizes, text_state=text, return_dict=False)[0]
 
     def _sizes(self, latent: Tensor, rows: int) -> dict[str, Tensor | None]:
         """PixArt-α at 1024 px is also told the image's size."""

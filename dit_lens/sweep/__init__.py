@@ -1,0 +1,122 @@
+"""Causal sweeps: many interventions on many prompts and seeds, with what they share computed once.
+
+    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(6), heads=range(3), steps=range(14))
+    plan = sweep.plan(model, prompts, seeds=[0, 1], interventions=cells, metrics={"height": height})
+    print(plan.explain())                    # cells, shared work, FLOPs, bytes, expected time
+    found = plan.run(out="results/heads")    # killed and repeated, it goes on where it was
+    found["height_effect"].set_index(intervention=["layer", "head", "step"]).unstack("intervention")
+
+A cell is an intervention in the run of one prompt with one seed, and its value is that of the run
+`model.run_with_hooks(prompts, seed=seed, fwd_hooks=intervention.hooks(model, prompts))` in this prompt's row.
+
+What cells share is computed once: text, keys and values; the clean run up to the first step that an intervention touches; there,
+the layers before the first that it touches, and the guidance branch that it leaves alone. What differs are rows of a batch, and
+each touched site has one hook, which makes the edits of all rows. Metrics that look at one step end there, and images are decoded
+only where a metric looks at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import xarray as xr
+
+from hooked_models import HookedTextToImage
+from hooked_models.hooked_module import watched
+from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
+
+from .metrics import OWN, Metric, Values, displacement, scene_metric
+from .plan import Plan
+from .treatments import Interventions, grid, resolve
+
+__all__ = ["Metric", "Plan", "displacement", "grid", "plan", "run", "scene_metric"]
+
+Metrics = Mapping[str, Metric | Callable[..., Values]]
+
+
+def plan(
+    model: HookedTextToImage,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    interventions: Interventions,
+    metrics: Metrics,
+    *,
+    num_steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
+    batch: int | None = None,
+    rng: int = 0,
+) -> Plan:
+    """A sweep that has not run yet: `plan(…).explain()` says what it will take, `plan(…).run(out)` runs it.
+
+    Args:
+        prompts: "mean" and "resample" look at all of them (with the same seed's noise).
+        seeds: every prompt is run with each.
+        interventions: one each, or several that are made together; a mapping names them. `grid` makes many.
+        metrics: name → function of images [batch 3 height width] in [0, 1] → [batch], or a `Metric` on something else.
+        batch: rows that run together; found from free memory unless given.
+        rng: seed of "resample" and of intervals.
+
+    Raises:
+        UnknownHookError: no such site; the nearest one is suggested.
+        ValueError: an intervention or a metric has no meaning in these runs, a seed stands twice, or hooks are attached.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    numbers = [seeds] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"seeds={numbers}: give at least one, and each once.")
+    if not metrics:
+        raise ValueError("There is nothing to measure: give metrics={name: function of images}.")
+    if model._attached or any(map(watched, model.dit.hook_dict.values())):
+        raise ValueError("Hooks are attached to the model, and a sweep would run with them: reset_hooks() first.")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch={batch}: at least one row runs at a time.")
+    wrapped = {name: metric if isinstance(metric, Metric) else Metric(metric) for name, metric in metrics.items()}
+    reads = {name: metric.read(model, num_steps, guidance) for name, metric in wrapped.items()}
+    treatments = resolve(model, texts, interventions, num_steps, guidance, rng)
+    for name, read in reads.items():
+        if read.step == OWN and (late := [one.label for one in treatments if one.first == num_steps]):
+            raise ValueError(
+                f"The metric {name!r} is taken at the first step that an intervention touches, and {late[0]!r} touches none: "
+                f"name a step, on='steps.0.{read.inner}'."
+            )
+    return Plan(model, texts, numbers, treatments, wrapped, reads, num_steps, guidance, rng, batch)
+
+
+def run(
+    model: HookedTextToImage,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    interventions: Interventions,
+    metrics: Metrics,
+    out: str | Path | None = None,
+    executor: str = "local",
+    *,
+    num_steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
+    batch: int | None = None,
+    rng: int = 0,
+) -> xr.Dataset:
+    """Every intervention on every prompt and seed, beside the run without.
+
+    Args:
+        out: a folder for results: a call that was stopped, even killed, goes on from there when it is repeated.
+        executor: "local", this process and its device.
+        others: as in `plan`.
+
+    Returns:
+        A Dataset over (intervention, prompt, seed): every metric; `{metric}_baseline`, of the same run without intervention
+        (prompt, seed), or with the dims of the metric where that depends on the step; `{metric}_effect` (intervention,
+        interval), the mean of their paired difference with its 95 % bootstrap interval over prompts (over seeds, if there is
+        one prompt); `error`, empty where all went well: a metric that fails in one cell is NaN there, and the rest goes on.
+        Coordinates of intervention: `layer`, `head`, `step`, −1 where it has none or several.
+
+    Raises:
+        ValueError: as in `plan`; `out` holds results of another model, prompts, plan or metrics; no such executor; or a metric
+            fails on every run without intervention.
+    """
+    if executor != "local":
+        raise ValueError(f"executor={executor!r} does not exist: choose 'local', and give each GPU its own part of the seeds.")
+    return plan(model, prompts, seeds, interventions, metrics, num_steps=num_steps, guidance=guidance, batch=batch, rng=rng).run(
+        out
+    )

@@ -1,0 +1,165 @@
+"""Running a plan: the clean runs, then forks batch by batch, each cell's metrics into the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from .forks import Batch, Clean
+from .metrics import OWN, Metric, Read
+from .progress import progress_bar
+from .results import Results
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+LONG = 10
+"""Batches from which a progress bar is shown."""
+
+
+class Measured(NamedTuple):
+    """A metric in some rows."""
+
+    values: dict[str, np.ndarray]
+    """By name ("" for a metric of one value), NaN where it failed."""
+    errors: np.ndarray
+    """Text, empty where it did not."""
+
+
+class Execution:
+    """One run of a plan, for the cells that have no result yet."""
+
+    def __init__(self, plan: Plan, results: Results, done: Bool[np.ndarray, " cell"]) -> None:
+        self.plan, self.results, self.done = plan, results, done
+        self.pending = [fork for fork in plan.forks if not done[plan.cells_of(fork)].all()]
+        forked = np.zeros(plan.cells, dtype=bool)
+        for fork in plan.forks:
+            forked[plan.cells_of(fork)] = True
+        self.unchanged = np.flatnonzero(~forked & ~done)
+        self.rows = np.unique(np.concatenate([self.unchanged % plan.runs, *(fork.rows for fork in self.pending)]))
+        self.batch = _batch(plan, results.folder)
+
+    def run(self) -> None:
+        """Put every cell's row into the results.
+
+        Raises:
+            ValueError: a metric fails on every run without intervention.
+        """
+        plan, reads = self.plan, set(self.plan.reads.values())
+        jobs = list(plan.batches(self.pending, self.batch))
+        work = len(self.rows) * plan.num_steps + sum(len(fork.rows) * (fork.until - fork.first) for fork in self.pending)
+        with progress_bar(int((~self.done).sum()), work, disable=len(jobs) < LONG) as told:
+            self.clean = Clean.run(plan.model, plan.inputs(), plan.seeds, self.rows, self.steps_read, self.batch, told.worked)
+            self.clean.expect(self.pending)
+            _ = self.baselines  # a metric that cannot work is found out now
+            if len(self.unchanged):
+                self.results.add(self.table(self.unchanged, None, {}))
+                told.finished(len(self.unchanged))
+            while jobs:
+                forks = jobs.pop(0)
+                batch = Batch(self.clean, plan.treatments, forks)
+                try:
+                    found = batch.run(reads, told.worked)
+                except torch.OutOfMemoryError:
+                    if len(forks) == 1:
+                        raise
+                    jobs[:0] = [forks[: len(forks) // 2], forks[len(forks) // 2 :]]
+                    continue
+                self.results.add(self.table(np.concatenate([plan.cells_of(fork) for fork in forks]), batch, found))
+                told.finished(len(batch.rows))
+
+    @cached_property
+    def steps_read(self) -> set[Read]:
+        """What metrics read, with the steps at which they do."""
+        firsts = {treatment.first for treatment in self.plan.treatments}
+        return {read.at(first) for read in self.plan.reads.values() for first in firsts}
+
+    @cached_property
+    def baselines(self) -> dict[tuple[str, int | None], Measured]:
+        """(metric, step that it is taken at) → its values in the runs without intervention, [prompt · seed]."""
+        found = {}
+        for name, read in self.plan.reads.items():
+            for at in {read.at(treatment.first) for treatment in self.plan.treatments}:
+                tensor, prompts = self.clean.found[at], self.rows % len(self.plan.prompts)
+                values, errors = measured(name, self.plan.metrics[name], tensor, tensor, prompts, self.batch)
+                if all(errors):
+                    raise ValueError(f"The metric fails on every run without intervention. {errors[0]}")
+                found[name, at.step] = Measured(
+                    {column: self._spread(value, np.nan) for column, value in values.items()}, self._spread(errors, "")
+                )
+        return found
+
+    def _spread(self, values: np.ndarray, empty: Any) -> np.ndarray:
+        whole = np.full(self.plan.runs, empty, dtype=values.dtype)
+        whole[self.rows] = values
+        return whole
+
+    def table(self, cells: Int[np.ndarray, " cell"], batch: Batch | None, found: Mapping[Read, Tensor]) -> pd.DataFrame:
+        """Rows of the results for the cells of a batch; without one, for cells that are those of the clean run."""
+        plan, rows = self.plan, cells % self.plan.runs
+        firsts = np.array([plan.treatments[condition].first for condition in cells // plan.runs])
+        columns: dict[str, Any] = {"cell": cells}
+        errors = np.full(len(cells), "", dtype=object)
+        for name, read in plan.reads.items():
+            steps = [read.at(int(first)).step for first in firsts]
+            clean = [self.baselines[name, step] for step in steps]
+            before = {
+                column: np.array([one.values[column][row] for one, row in zip(clean, rows, strict=True)])
+                for column in clean[0].values
+            }
+            if batch is None:
+                after = Measured(before, np.array([one.errors[row] for one, row in zip(clean, rows, strict=True)], dtype=object))
+            else:
+                after = measured(name, plan.metrics[name], found[read], batch.clean_tensor(read), batch.prompts, self.batch)
+            for column, value in before.items():
+                full = f"{name}_{column}" if column else name
+                columns[full] = after.values.get(column, np.full(len(cells), np.nan))
+                columns[f"{full}_baseline"] = value
+            errors = np.array(["; ".join(filter(None, pair)) for pair in zip(errors, after.errors, strict=True)], dtype=object)
+        return pd.DataFrame({**columns, "error": errors})
+
+
+def measured(name: str, metric: Metric, tensor: Tensor, baseline: Tensor, prompts: np.ndarray, batch: int) -> Measured:
+    """A metric, `batch` rows at a time; where it fails, row by row, so that the others have their values."""
+    parts = []
+    for start in range(0, len(tensor), batch):
+        some = slice(start, start + batch)
+        size = len(prompts[some])
+        try:
+            parts.append(Measured(metric(tensor[some], baseline[some], prompts[some]), np.full(size, "", dtype=object)))
+        except Exception as error:
+            if size > 1:
+                parts.append(measured(name, metric, tensor[some], baseline[some], prompts[some], 1))
+            else:
+                parts.append(Measured({}, np.array([f"{name}: {type(error).__name__}: {error}"], dtype=object)))
+    columns = dict.fromkeys(column for part in parts for column in part.values)
+    values = {
+        column: np.concatenate([part.values.get(column, np.full(len(part.errors), np.nan)) for part in parts])
+        for column in columns
+    }
+    return Measured(values, np.concatenate([part.errors for part in parts]))
+
+
+def _batch(plan: Plan, folder: Path | None) -> int:
+    """The batch size, from the plan that stands in the folder if one does."""
+    if folder is None or plan.chosen_batch is not None:
+        return plan.batch
+    record = folder / "plan.json"
+    if not record.exists():
+        record.write_text(json.dumps({"cells": plan.cells, "forks": len(plan.forks), "batch": plan.batch}))
+    return int(json.loads(record.read_text())["batch"])
+
+
+def depends_on_condition(plan: Plan, column: str) -> bool:
+    """Whether a column's baseline is taken at another step in another condition."""
+    name = max((name for name in plan.metrics if column == name or column.startswith(f"{name}_")), key=len, default="")
+    return name in plan.reads and plan.reads[name].step == OWN

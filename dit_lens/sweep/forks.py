@@ -1,0 +1,422 @@
+"""Forks of clean runs as rows of shared batches: the prefix tree over (prompt, seed, step, layer), walked.
+
+A run without intervention (`Clean`) is sampled once for every prompt and seed. A fork stands for one cell, or, where prompts look
+at each other ("mean", "resample"), for a condition's cells of one seed. It begins at the first step that its intervention
+touches and there, in each guidance branch, at the first layer; a branch that is not touched at this step takes the clean run's
+output. From then on it is rows of a batch like any other, with one hook a site for the edits of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models import HookedTextToImage
+from hooked_models.dit import TextState
+from hooked_models.names import BRANCHES, FINAL, Branch, Site
+from hooked_models.sampling import SamplerState
+from hooked_models.text_to_image import Denoise
+from hooked_models.trajectory import Inputs
+
+from ..edits import Add, Edit, Replace, RowEdits
+from .metrics import Read
+from .treatments import Treatment
+
+Rows = Int[np.ndarray, " row"]
+"""Pairs of prompt and seed, numbered seed by seed: row = seed index · prompts + prompt."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """What a treatment makes of some rows, which run together."""
+
+    condition: int
+    rows: Rows
+    first: int
+    """The step before which it is the clean run."""
+    until: int
+    """The step before which nobody looks any more."""
+    starts: tuple[tuple[Branch, int], ...]
+    """At the first step: branch → layer from which on it is not the clean run's."""
+
+
+# The runs without intervention
+
+
+@dataclass
+class Clean:
+    """The runs of some rows without intervention: states before every step, network outputs, and what metrics read."""
+
+    model: HookedTextToImage
+    inputs: Inputs
+    """Of the prompts, one row each."""
+    seeds: Sequence[int]
+    rows: Rows
+    states: list[SamplerState]
+    outs: list[dict[Branch, Float[Tensor, "row channel rows columns"]]]
+    found: dict[Read, Tensor]
+    layers: dict[tuple[int, Branch], list[int]] = field(default_factory=dict)
+    """(step, branch) → the layers that forks begin at there."""
+    residuals: dict[tuple[int, Branch], tuple[Rows, dict[int, Tensor]]] = field(default_factory=dict)
+    """(step, branch) → what enters these layers, of some rows."""
+
+    @classmethod
+    def run(
+        cls,
+        model: HookedTextToImage,
+        inputs: Inputs,
+        seeds: Sequence[int],
+        rows: Rows,
+        reads: Collection[Read],
+        batch: int,
+        done: Callable[[int], None] = lambda rows: None,
+    ) -> Clean:
+        """Sample `rows`, `batch` at a time; `done` is told how many rows each denoising step had."""
+        n, steps = len(inputs.tokens), inputs.sampler.num_steps
+        chain: list[list[SamplerState]] = [[] for _ in range(steps + 1)]
+        outs: list[dict[Branch, list[Tensor]]] = [{branch: [] for branch in _branches(inputs)} for _ in range(steps)]
+        found: dict[Read, list[Tensor]] = {read: [] for read in reads}
+        for start in range(0, len(rows), batch):
+            some = rows[start : start + batch]
+            here = inputs.take(_index(some % n, model))
+            noise = model._noise([seeds[row // n] for row in some.tolist()], len(some))
+            state = inputs.sampler.start(noise.to(model.device, model.dit.dtype))
+            chain[0].append(state)
+            for step in range(steps):
+                kept: dict[str, Tensor] = {}
+                wanted = {f"hook_out_{branch}" for branch in outs[step]}
+                wanted |= {hook for read in reads if read.step == step for hook in read.hooks}
+                with _reading(model, step, wanted, kept):
+                    state = model._step(here, state)
+                chain[step + 1].append(state)
+                for branch, parts in outs[step].items():
+                    parts.append(kept[f"hook_out_{branch}"])
+                for read in reads:
+                    if read.step == step:
+                        found[read].append(made_of(kept, read, inputs))
+                done(len(some))
+            for read in reads:
+                if read.step is None:
+                    found[read].append(state.latent if read.inner == "latent" else model.decode(state.latent))
+        return cls(
+            model,
+            inputs,
+            seeds,
+            rows,
+            [SamplerState.join(parts) for parts in chain],
+            [{branch: torch.cat(parts) for branch, parts in at.items()} for at in outs],
+            {read: torch.cat(parts) for read, parts in found.items()},
+        )
+
+    def expect(self, forks: Sequence[Fork]) -> None:
+        """Say which forks there will be, so that what they begin with is computed for all of them at once."""
+        wanted: dict[tuple[int, Branch], set[int]] = {}
+        for fork in forks:
+            for branch, layer in fork.starts:
+                if layer > 0:
+                    wanted.setdefault((fork.first, branch), set()).add(layer)
+        self.layers = {key: sorted(layers) for key, layers in wanted.items()}
+
+    def index(self, rows: Rows) -> Int[Tensor, " row"]:
+        """Where rows stand here."""
+        return _index(np.searchsorted(self.rows, rows), self.model)
+
+    def prepare(self, forks: Sequence[Fork]) -> None:
+        """Have the residual streams ready that these forks begin with, and no others."""
+        needed: dict[tuple[int, Branch], set[int]] = {}
+        for fork in forks:
+            for branch, layer in fork.starts:
+                if layer > 0:
+                    needed.setdefault((fork.first, branch), set()).update(fork.rows.tolist())
+        kept = {}
+        for key, wanted in needed.items():
+            rows = np.array(sorted(wanted))
+            have, tensors = self.residuals.get(key, (rows[:0], {}))
+            missing = np.setdiff1d(rows, have)
+            if len(missing):
+                new = self._residuals(*key, missing)
+                still = np.flatnonzero(np.isin(have, rows))
+                old = {layer: tensor[_index(still, self.model)] for layer, tensor in tensors.items()}
+                joined = np.concatenate([have[still], missing])
+                order = np.argsort(joined)
+                at = _index(order, self.model)
+                tensors = {layer: (torch.cat([old[layer], x]) if old else x)[at] for layer, x in new.items()}
+                have = joined[order]
+            kept[key] = (have, tensors)
+        self.residuals = kept
+
+    def residual(self, step: int, branch: Branch, layer: int, rows: Rows) -> Float[Tensor, "row pos d_model"]:
+        """What enters a layer, for rows that `prepare` was told of."""
+        have, tensors = self.residuals[step, branch]
+        return tensors[layer][_index(np.searchsorted(have, rows), self.model)]
+
+    def _residuals(self, step: int, branch: Branch, rows: Rows) -> dict[int, Tensor]:
+        model, sampler, n = self.model, self.inputs.sampler, len(self.inputs.tokens)
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, hook: HookPoint, layer: int) -> None:
+            kept[layer] = tensor
+
+        last = model.cfg.n_layers
+        names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in self.layers[step, branch] if layer < last}
+        if last in self.layers[step, branch]:
+            names[last] = f"blocks.{last - 1}.hook_resid_post"
+        state = self.states[step].take(self.index(rows))
+        some = self.inputs.take(_index(rows % n, model))
+        text = some.text.take(torch.arange(len(some.text.text), device=model.device)[some.rows(branch)])
+        x = sampler.network_input(state, state.latent)
+        timestep = sampler.timestep(step).expand(len(x)).to(x.device)
+        with model.dit.hooks([(name, partial(keep, layer=layer)) for layer, name in names.items()]):
+            model._denoise(x, timestep, model._sizes(state.latent, len(x)), text)
+        return kept
+
+
+def made_of(kept: dict[str, Tensor], read: Read, inputs: Inputs) -> Tensor:
+    """A tensor that metrics read, from those that pass the hooks between calls; `eps` as `GenerationCache` derives it."""
+    if read.inner != "eps":
+        return kept[read.inner]
+    assert read.step is not None
+    alpha, sigma = inputs.sampler.noise_level(read.step)
+    return (kept["hook_latent"] - alpha * kept["hook_x0"]) / sigma
+
+
+@contextmanager
+def _reading(model: HookedTextToImage, step: int, inners: Collection[str], kept: dict[str, Tensor]) -> Iterator[None]:
+    def keep(tensor: Tensor, hook: HookPoint, inner: str) -> None:
+        kept[inner] = tensor.clone()
+
+    with model.hooks([(f"steps.{step}.{inner}", partial(keep, inner=inner)) for inner in inners]):
+        yield
+
+
+def _branches(inputs: Inputs) -> tuple[Branch, ...]:
+    """In the order of the denoiser's rows."""
+    return ("uncond", "cond") if inputs.guided else ("cond",)
+
+
+def _index(values: np.ndarray, model: HookedTextToImage) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(model.device)
+
+
+# Forks
+
+
+@dataclass
+class Batch:
+    """Forks that run together. A row of the batch is a row of one of them."""
+
+    clean: Clean
+    treatments: Sequence[Treatment]
+    forks: Sequence[Fork]
+    hooked: tuple[Any, dict[tuple[str, str, Branch | None], RowEdits]] = ((), {})
+    """The edits of the step before, and what they were made from: steps are often alike."""
+
+    def __post_init__(self) -> None:
+        sizes = [len(fork.rows) for fork in self.forks]
+        self.offsets = np.cumsum([0, *sizes])
+        self.rows = np.concatenate([fork.rows for fork in self.forks])
+        self.first = np.repeat([fork.first for fork in self.forks], sizes)
+        self.until = np.repeat([fork.until for fork in self.forks], sizes)
+        self.starts = {
+            branch: np.repeat([dict(fork.starts).get(branch, -1) for fork in self.forks], sizes) for branch in BRANCHES
+        }
+        self.prompts = self.rows % len(self.clean.inputs.tokens)
+
+    @property
+    def model(self) -> HookedTextToImage:
+        return self.clean.model
+
+    def run(
+        self, reads: Collection[Read], done: Callable[[int], None] = lambda rows: None
+    ) -> dict[Read, Float[Tensor, "row ..."]]:
+        """What metrics read, for all rows; `done` is told how many rows each denoising step had."""
+        clean, model = self.clean, self.model
+        clean.prepare(self.forks)
+        at = clean.index(self.rows)
+        found = {read: self.clean_tensor(read) for read in reads}
+        latent, steps = clean.states[-1].latent[at], clean.inputs.sampler.num_steps
+        inputs = self._inputs()
+        here, active, state = inputs, np.arange(0), None
+        for step in range(min(self.first), max(self.until)):
+            joining = np.flatnonzero((self.first == step) & (self.until > step))
+            staying = np.flatnonzero(self.until[active] > step)
+            if len(staying) < len(active):
+                state = state.take(_index(staying, model)) if state is not None else None
+            if len(joining):
+                new = clean.states[step].take(at[_index(joining, model)])
+                state = SamplerState.join([state, new]) if state is not None and len(staying) else new
+            if len(joining) or len(staying) < len(active):
+                active = np.concatenate([active[staying], joining])
+                here = inputs.take(_index(active, model))
+            if len(active) == 0:
+                continue
+            assert state is not None
+            state = self._step(here, state, active, found)
+            if step + 1 == steps:
+                latent = latent.index_copy(0, _index(active, model), state.latent)
+            done(len(active))
+        for read in reads:
+            if read.inner == "latent":
+                found[read] = latent
+            if read.inner == FINAL:
+                with self._image_hooks():
+                    found[read] = model.decode(latent)
+        return found
+
+    def clean_tensor(self, read: Read) -> Tensor:
+        """What is read in the runs without intervention."""
+        at = self.clean.index(self.rows)
+        if read.step is None or read.step >= 0:
+            return self.clean.found[read][at]
+        return torch.stack([self.clean.found[read.at(int(own))][row] for own, row in zip(self.first, at, strict=True)])
+
+    def _inputs(self) -> Inputs:
+        """Of all rows, with the text as interventions on its encoder leave it."""
+        clean, model = self.clean, self.model
+        inputs = clean.inputs.take(_index(self.prompts, model))
+        touched = [i for i, fork in enumerate(self.forks) if self.treatments[fork.condition].before]
+        if not touched:
+            return inputs
+        some = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in touched])
+        place = np.full(len(self.rows), -1)
+        place[some] = np.arange(len(some))
+        edits: list[tuple[int, Edit, np.ndarray]] = []
+        for i in touched:
+            own = np.arange(self.offsets[i], self.offsets[i + 1])
+            edits += [(k, e, place[own]) for k, e in self._taken(self.treatments[self.forks[i].condition].before, own)]
+        with model.hooks([(site.name, hook) for site, hook in _by_site(edits, model).items()]):
+            text = model._encode(inputs.tokens[_index(some, model)], inputs.guidance)
+        n, m = len(self.rows), len(some)
+        order = np.where(place < 0, np.arange(n), place + (2 * n if inputs.guided else n))
+        if inputs.guided:  # rows are [uncond; cond], and so are those that were encoded again
+            order = np.concatenate([order, np.where(place < 0, np.arange(n) + n, place + 2 * n + m)])
+        return replace(inputs, text=inputs.text.join(text).take(_index(order, model)))
+
+    def _taken(self, edits: Sequence[Edit], own: np.ndarray) -> Iterator[tuple[int, Edit]]:
+        """Edits in rows of the batch, each with the number of edits of its site before it."""
+        seen: dict[Site, int] = {}
+        for edit in edits:
+            k = seen.get(edit.site, 0)
+            seen[edit.site] = k + 1
+            alone = edit.where.shape[0] == len(own) == len(self.clean.inputs.tokens)
+            yield k, edit if alone else edit.take(torch.from_numpy(self.prompts[own]))
+
+    def _step(self, inputs: Inputs, state: SamplerState, active: np.ndarray, found: dict[Read, Tensor]) -> SamplerState:
+        model, step = self.model, state.step
+        own = self.first[active] == step
+        wanted = [read for read in found if read.step == step or (read.inner != FINAL and read.step == -1 and own.any())]
+        kept: dict[str, Tensor] = {}
+        edits = self._edits(step, active)
+        between = [(f"steps.{step}.{inner}", edit) for (part, inner, _), edit in edits.items() if part == "sampler"]
+        inners = {hook for read in wanted for hook in read.hooks}
+        with model.hooks(between), _reading(model, step, inners, kept):
+            state = model._step(inputs, state, self._denoise(inputs, step, active, edits))
+        for read in wanted:
+            rows = np.flatnonzero(own) if read.step == -1 else np.arange(len(active))
+            value = made_of(kept, read.at(step), inputs)[_index(rows, model)]
+            found[read] = found[read].index_copy(0, _index(active[rows], model), value)
+        return state
+
+    def _edits(self, step: int, active: np.ndarray) -> dict[tuple[str, str, Branch | None], RowEdits]:
+        """(part, name in it, branch) → what is done there at a step, in rows of `active`."""
+        place = np.full(len(self.rows), -1)
+        place[active] = np.arange(len(active))
+        here = [
+            (i, edits)
+            for i, fork in enumerate(self.forks)
+            if place[self.offsets[i]] >= 0 and (edits := self.treatments[fork.condition].at.get(step))
+        ]
+        made_from = (
+            active.tolist(),
+            [(i, [(e.site.inner, e.site.branch, id(e.where), id(e.values)) for e in edits]) for i, edits in here],
+        )
+        if made_from != self.hooked[0]:
+            taken: list[tuple[int, Edit, np.ndarray]] = []
+            for i, edits in here:
+                own = np.arange(self.offsets[i], self.offsets[i + 1])
+                taken += [(k, edit, place[own]) for k, edit in self._taken(edits, own)]
+            sites = _by_site(taken, self.model)
+            self.hooked = made_from, {(site.part, site.inner, site.branch): hook for site, hook in sites.items()}
+        return self.hooked[1]
+
+    def _denoise(
+        self, inputs: Inputs, step: int, active: np.ndarray, edits: dict[tuple[str, str, Branch | None], RowEdits]
+    ) -> Denoise:
+        """The denoiser on the rows [uncond; cond] of `active`, each from where it leaves the clean run."""
+        model, branches, n = self.model, _branches(inputs), len(active)
+        joins = self.first[active] == step
+        start = np.concatenate([np.where(joins, self.starts[branch][active], 0) for branch in branches])
+        order = np.argsort(start, kind="stable")
+        order = order[np.count_nonzero(start < 0) :]  # the others take the clean run's output
+        place = np.full(len(start), -1)
+        place[order] = np.arange(len(order))
+        where = {branch: _index(place[i * n : (i + 1) * n], model) for i, branch in enumerate(branches)}
+        per_name: dict[str, list[tuple[Edit, Tensor]]] = {}
+        for (part, inner, branch), edit in edits.items():
+            if part == "dit":
+                assert branch is not None
+                per_name.setdefault(inner, []).extend((each, where[branch][rows]) for each, rows in edit.parts)
+        hooks = [(inner, RowEdits(parts)) for inner, parts in per_name.items()]
+
+        def denoise(x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState) -> Tensor:
+            if not start.any():
+                with model.dit.hooks(hooks):
+                    return model._denoise(x, timestep, sizes, text)
+            rows = self.rows[active]
+            at = self.clean.index(rows)
+            prediction = torch.cat([self.clean.outs[step][branch][at] for branch in branches])
+            if len(order) == 0:
+                return prediction
+            residuals = {}
+            for layer in np.unique(start[start > 0]).tolist():
+                parts = [
+                    self.clean.residual(step, branch, layer, rows[start[i * n : (i + 1) * n] == layer])
+                    for i, branch in enumerate(branches)
+                    if (start[i * n : (i + 1) * n] == layer).any()
+                ]
+                residuals[layer] = torch.cat(parts)
+            some = _index(order, model)
+            first = some[: np.count_nonzero(start == 0)]
+            told = {name: None if size is None else size[some] for name, size in sizes.items()}
+            with model.dit.hooks(hooks):
+                out = model.dit.forward_from(x[first], residuals, timestep[some], told, text.take(some))
+            return prediction.index_copy(0, some, out)
+
+        return denoise
+
+    @contextmanager
+    def _image_hooks(self) -> Iterator[None]:
+        edits: list[tuple[int, Edit, np.ndarray]] = []
+        for i, fork in enumerate(self.forks):
+            own = np.arange(self.offsets[i], self.offsets[i + 1])
+            edits += [(k, edit, own) for k, edit in self._taken(self.treatments[fork.condition].after, own)]
+        with self.model.hooks([(site.name, hook) for site, hook in _by_site(edits, self.model).items()]):
+            yield
+
+
+def _by_site(edits: Sequence[tuple[int, Edit, np.ndarray]], model: HookedTextToImage) -> dict[Site, RowEdits]:
+    """One hook a site, for (place among the edits of its row there, edit, rows): equal actions of different rows are one edit."""
+    groups: dict[Site, dict[Any, list[tuple[Edit, np.ndarray]]]] = {}
+    for k, edit, rows in sorted(edits, key=lambda each: each[0]):
+        action = edit.action
+        kind: Any = type(action) if isinstance(action, (Replace, Add)) else action
+        key = (k, len(groups.get(edit.site, ())) if edit.looks_around else kind)
+        groups.setdefault(edit.site, {}).setdefault(key, []).append((edit, rows))
+    return {
+        site: RowEdits(
+            [
+                (Edit.join([edit for edit, _ in parts]), _index(np.concatenate([rows for _, rows in parts]), model))
+                for parts in by_action.values()
+            ]
+        )
+        for site, by_action in groups.items()
+    }

@@ -1,0 +1,162 @@
+"""What a sweep measures: a function of one of the tensors between denoiser calls, or of the image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import CodeType, FunctionType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_models import HookedTextToImage
+from hooked_models.names import FINAL
+from hooked_models.sampling import Sampler
+
+from .. import scenes
+from ..shards import digest
+
+Values = Tensor | np.ndarray | Mapping[str, Any]
+"""One number for each row [batch], or several such by name."""
+
+OWN = -1
+"""Stands for the first step that an intervention touches."""
+SHORT = {"image": FINAL, "latent": "latent", "x0": "hook_x0", "out": "hook_out", "eps": "eps"}
+BETWEEN = ("hook_latent", "hook_x0", "hook_out", "hook_out_cond", "hook_out_uncond", "eps")
+
+
+class Read(NamedTuple):
+    """A tensor that metrics are given."""
+
+    inner: str
+    """`hook_image`, `latent` (after the last step), or one of `BETWEEN`."""
+    step: int | None = None
+    """`OWN`, or a denoising step; None for what comes after the last."""
+
+    def at(self, own: int) -> Read:
+        """The same with the step in place of `OWN`."""
+        return Read(self.inner, own) if self.step == OWN else self
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks between calls that it is made of."""
+        return ("hook_latent", "hook_x0") if self.inner == "eps" else (self.inner,)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for every row of a tensor.
+
+    Args:
+        function: tensor [batch …] → [batch], or several such by name. It is given the rows of many cells at once.
+        on: the tensor. "image" [batch 3 height width] in [0, 1]; "latent", the final one; "x0", "out" (guided) or "eps" of the
+            first step that an intervention touches: its one-step effect, for which nothing after that step is run; or one of a
+            step that is named, as "steps.5.hook_x0" (`hook_latent`, `hook_out`, `hook_out_cond`, `hook_out_uncond`, `eps`).
+        given: what else the function is called with, by these keywords: `baseline`, the same tensor without intervention
+            [batch …], and `prompt`, the index of each row's prompt, an integer array [batch].
+    """
+
+    function: Callable[..., Values]
+    on: str = "image"
+    given: Sequence[Literal["baseline", "prompt"]] = ()
+
+    def __call__(
+        self,
+        tensor: Float[Tensor, "batch ..."],
+        baseline: Float[Tensor, "batch ..."],
+        prompt: Int[np.ndarray, " batch"],
+    ) -> dict[str, Float[np.ndarray, " batch"]]:
+        """Values by name ("" for a single one), in float64.
+
+        Raises:
+            ValueError: they are not one number for each row. Whatever the function raises.
+        """
+        offered: dict[str, Any] = {"baseline": baseline, "prompt": prompt}
+        found = self.function(tensor, **{name: offered[name] for name in self.given})
+        named = found if isinstance(found, Mapping) else {"": found}
+        values = {str(name): _array(value) for name, value in named.items()}
+        for value in values.values():
+            if value.shape != (len(tensor),):
+                raise ValueError(
+                    f"the metric gave shape {value.shape} for {len(tensor)} rows: return one number for each row, [batch]."
+                )
+        return values
+
+    def read(self, model: HookedTextToImage, num_steps: int, guidance: float) -> Read:
+        """What it reads in runs of `model`. Raises ValueError if they have no such tensor."""
+        step, inner = None, SHORT.get(self.on)
+        if inner is not None:
+            step = None if inner in (FINAL, "latent") else OWN
+        elif (found := re.fullmatch(r"steps\.(\d+)\.(\w+)", self.on)) and found[2] in BETWEEN:
+            step, inner = int(found[1]), found[2]
+            if step >= num_steps:
+                raise ValueError(f"{self.on} does not exist: this sweep goes over steps 0 to {num_steps - 1}.")
+        else:
+            raise ValueError(
+                f"A metric cannot be taken on {self.on!r}: choose {', '.join(SHORT)}, or 'steps.0.' with {', '.join(BETWEEN)}."
+            )
+        if inner in ("hook_x0", "eps") and not Sampler(model.scheduler, num_steps, model.device).predicts_x0:
+            raise ValueError(f"{type(model.scheduler).__name__} forms no clean-image prediction: take a metric on 'out' instead.")
+        if inner == "hook_out_uncond" and guidance <= 1:
+            raise ValueError(f"{self.on} does not exist: at guidance {guidance:g} there is no unconditional branch.")
+        return Read(inner, step)
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, Tensor):
+        value = value.detach().to("cpu", torch.float64 if not value.is_complex() else None).numpy()
+    return np.asarray(value, dtype=np.float64)
+
+
+def scene_metric(
+    wanted: Sequence[scenes.Scene],
+    verdicts: Sequence[str] = ("color", "shape", "unique_binding", "relation_loose", "relation_strict"),
+) -> Metric:
+    """The verdicts of `scenes.evaluate` as a metric of several values; `wanted` are the scenes of the prompts, in order."""
+
+    def judge(images: Tensor, prompt: np.ndarray) -> dict[str, np.ndarray]:
+        found = scenes.evaluate(images, [wanted[row] for row in prompt])
+        return {verdict: found[verdict].values.astype(float) for verdict in verdicts}
+
+    return Metric(judge, given=("prompt",))
+
+
+def displacement(tensor: Float[Tensor, "batch ..."], baseline: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+    """How far a tensor is from where it was without intervention, ‖tensor − baseline‖ / ‖baseline‖.
+
+    `Metric(displacement, on="eps", given=("baseline",))` is an intervention's one-step effect on the predicted noise.
+    """
+    return (tensor - baseline).flatten(1).norm(dim=1) / baseline.flatten(1).norm(dim=1)
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of a metric: of a function its code, defaults and closure (not the code of what it calls), of data its values."""
+    if isinstance(value, Metric):
+        return digest("metric", fingerprint(value.function), value.on, *value.given)
+    if isinstance(value, partial):
+        return digest("partial", fingerprint(value.func), fingerprint(value.args), fingerprint(value.keywords))
+    if isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        return digest(
+            "function", fingerprint(value.__code__), *map(fingerprint, (value.__defaults__, value.__kwdefaults__, held))
+        )
+    if isinstance(value, CodeType):
+        return digest("code", value.co_code, *value.co_names, *map(fingerprint, value.co_consts))
+    if isinstance(value, nn.Module):
+        return digest(type(value).__qualname__, *(fingerprint(tensor) for tensor in value.state_dict().values()))
+    if isinstance(value, (Tensor, np.ndarray)):
+        return digest(torch.as_tensor(value))
+    if isinstance(value, Mapping):
+        return digest("mapping", *(fingerprint(part) for item in value.items() for part in item))
+    if isinstance(value, (list, tuple)):
+        return digest("sequence", *map(fingerprint, value))
+    text = repr(value)
+    if " at 0x" not in text:
+        return digest(text)
+    parts = [*(vars(value).values() if hasattr(value, "__dict__") else ()), vars(type(value)).get("__call__")]
+    return digest(type(value).__qualname__, *(fingerprint(part) for part in parts if not isinstance(part, type(value))))

@@ -1,0 +1,150 @@
+"""A sweep before it runs: which cells, what they share, what they cost; and then the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Int
+
+from hooked_models import HookedTextToImage
+from hooked_models.names import FINAL
+from hooked_models.trajectory import Inputs
+
+from ..shards import digest, digest_model
+from .cost import Cost, batch_size, cost_of
+from .execute import Execution, depends_on_condition
+from .forks import Fork
+from .metrics import Metric, Read, fingerprint
+from .results import Results, dataset
+from .treatments import Treatment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `sweep.plan` makes of its arguments."""
+
+    model: HookedTextToImage
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    treatments: Sequence[Treatment]
+    metrics: Mapping[str, Metric]
+    reads: Mapping[str, Read]
+    """Of each metric."""
+    num_steps: int
+    guidance: float
+    rng: int
+    chosen_batch: int | None = None
+
+    @property
+    def runs(self) -> int:
+        """Pairs of prompt and seed."""
+        return len(self.prompts) * len(self.seeds)
+
+    @property
+    def cells(self) -> int:
+        """Of every treatment, one a run."""
+        return len(self.treatments) * self.runs
+
+    @cached_property
+    def forks(self) -> list[Fork]:
+        """What has to run, in an order in which neighbours share most; all other cells are those of the clean run."""
+        n, layers = len(self.prompts), self.model.cfg.n_layers
+        found = []
+        for condition, treatment in enumerate(self.treatments):
+            until = self._until(treatment)
+            if until is None:
+                continue
+            starts = treatment.starts(layers)
+            branches = tuple(starts.items()) if self.guidance > 1 else tuple((b, s) for b, s in starts.items() if b == "cond")
+            touched = np.flatnonzero(treatment.prompts)
+            for seed in range(len(self.seeds)):
+                groups = [np.arange(n)] if treatment.joint else touched[:, None]
+                found += [Fork(condition, seed * n + group, treatment.first, until, branches) for group in groups]
+
+        def place(fork: Fork) -> tuple[int, ...]:
+            row, layer = int(fork.rows[0]), min(dict(fork.starts).values(), default=layers)
+            return (fork.first, row // n, len(fork.rows), row, layer)
+
+        return sorted(found, key=place)
+
+    def _until(self, treatment: Treatment) -> int | None:
+        """The step before which nobody looks any more; None where nobody would see a difference."""
+        seen = []
+        for read in self.reads.values():
+            if read.inner == FINAL or (read.inner == "latent" and treatment.first < self.num_steps):
+                seen.append(self.num_steps)
+            elif (step := read.at(treatment.first).step) is not None and treatment.first <= step < self.num_steps:
+                seen.append(step + 1)
+        return max(seen, default=None)
+
+    def cells_of(self, fork: Fork) -> Int[np.ndarray, " row"]:
+        """The numbers of a fork's cells, row by row."""
+        return fork.condition * self.runs + fork.rows
+
+    @cached_property
+    def batch(self) -> int:
+        """Rows that run together: what fits into half of the free memory, unless chosen."""
+        return batch_size(self) if self.chosen_batch is None else self.chosen_batch
+
+    def batches(self, forks: Sequence[Fork], batch: int) -> Iterator[list[Fork]]:
+        """Forks in order, as many at a time as have `batch` rows; one that has more runs alone."""
+        some: list[Fork] = []
+        rows = 0
+        for fork in forks:
+            if some and rows + len(fork.rows) > batch:
+                yield some
+                some, rows = [], 0
+            some.append(fork)
+            rows += len(fork.rows)
+        if some:
+            yield some
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What it will take; measured on a few denoiser calls of random latents, for a second or so."""
+        return cost_of(self)
+
+    def explain(self) -> str:
+        """Cells, shared work, FLOPs, bytes and expected time, in words, before anything runs."""
+        return str(self.cost)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """By which a folder of results is known."""
+        return {
+            "model": digest_model(self.model),
+            "prompts": digest(*self.prompts, self.model.to_tokens(self.prompts)),
+            "seeds": digest(str(list(self.seeds))),
+            "interventions": digest(*(treatment.digest for treatment in self.treatments)),
+            "metrics": digest(*(part for name, metric in self.metrics.items() for part in (name, fingerprint(metric)))),
+            "num_steps": self.num_steps,
+            "guidance": self.guidance,
+        }
+
+    @torch.no_grad()
+    def inputs(self) -> Inputs:
+        """Of a run of the prompts, one row each."""
+        return self.model.trajectory(self.model.to_tokens(self.prompts), 0, self.num_steps, self.guidance, until=0).inputs
+
+    @torch.no_grad()
+    def run(self, out: str | Path | None = None) -> xr.Dataset:
+        """As `sweep.run`."""
+        folder = None if out is None else Path(out)
+        results = Results(folder, {} if folder is None else self.settings)
+        try:
+            done = np.zeros(self.cells, dtype=bool)
+            done[results.done] = True
+            if not done.all():
+                Execution(self, results, done).run()
+        finally:
+            results.close()
+        own = {column: depends_on_condition(self, column) for column in results.table.columns}
+        attrs = {"num_steps": self.num_steps, "guidance": self.guidance}
+        return dataset(results.table, self.treatments, self.prompts, self.seeds, own, self.rng, attrs)

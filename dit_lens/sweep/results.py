@@ -1,0 +1,154 @@
+"""Where a sweep's numbers go: a table, one row a cell, that survives being killed; and from it the Dataset.
+
+On disk the table is Parquet shards in a folder, each written whole or not at all, beside `settings.json`, which says by hashes
+of what: model, prompts, seeds, interventions, metrics. Columns: `cell` = condition · (prompts · seeds) + seed index · prompts +
+prompt; the metrics; `{metric}_baseline`, the same run's without intervention; `error`, empty where all went well.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from filelock import FileLock, Timeout
+from jaxtyping import Float, Int
+
+from ..shards import Shards
+from ..stats import clustered_means
+from .treatments import Treatment
+
+FLUSH_SECONDS = 10.0
+"""How often a shard is written: what is lost at most when a run is killed."""
+
+
+class Results:
+    """Rows of cells, in memory and, if there is a folder, on disk.
+
+    Raises:
+        ValueError: the folder holds a sweep of another model, other prompts or settings, or is written to by another run.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.parts: list[pd.DataFrame] = []
+        self.unsaved: list[pd.DataFrame] = []
+        self.failure: OSError | None = None
+        self.flushed = time.monotonic()
+        if folder is None:
+            return
+        Shards(folder, settings)
+        self.lock = FileLock(folder / "lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"Another run is writing to {folder}: wait for it, or choose another folder.") from None
+        self.parts = [pd.read_parquet(path) for path in sorted(folder.glob("cells-*.parquet"))]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """All rows, ordered by cell."""
+        if not self.parts:
+            return pd.DataFrame({"cell": np.empty(0, dtype=np.int64)})
+        return pd.concat(self.parts, ignore_index=True).sort_values("cell", ignore_index=True)
+
+    @property
+    def done(self) -> Int[np.ndarray, " cell"]:
+        """The cells that have a row."""
+        return self.table["cell"].to_numpy(dtype=np.int64)
+
+    def add(self, rows: pd.DataFrame) -> None:
+        """Take rows, and write what has come together if it is time."""
+        self.parts.append(rows)
+        if self.folder is not None:
+            self.unsaved.append(rows)
+            if time.monotonic() - self.flushed >= FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is not on disk yet, as one shard. A full disk is remembered, and the rows are kept for the next try."""
+        self.flushed = time.monotonic()
+        if self.folder is None or not self.unsaved:
+            return
+        numbers = [int(path.stem.partition("-")[2]) for path in self.folder.glob("cells-*.parquet")]
+        path = self.folder / f"cells-{max(numbers, default=-1) + 1:06d}.parquet"
+        part = path.with_suffix(".part")
+        try:
+            with open(part, "wb") as file:
+                pd.concat(self.unsaved, ignore_index=True).to_parquet(file, index=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError as error:
+            self.failure = error
+            part.unlink(missing_ok=True)
+            return
+        self.unsaved, self.failure = [], None
+
+    def close(self) -> None:
+        """Write the rest, and report cells that could not be written: in their rows, and by a warning."""
+        if self.folder is None:
+            return
+        self.flush()
+        self.lock.release()
+        if self.failure is not None:
+            reason = f"not saved: {self.failure}"
+            for rows in self.unsaved:
+                rows["error"] = [f"{error}; {reason}" if error else reason for error in rows["error"]]
+            cells = sum(map(len, self.unsaved))
+            warnings.warn(
+                f"{cells} cells are in the returned Dataset but not in {self.folder} ({self.failure}): make room and run again, "
+                "which computes these cells anew.",
+                stacklevel=3,
+            )
+
+
+def dataset(
+    table: pd.DataFrame,
+    treatments: Sequence[Treatment],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    own: Mapping[str, bool],
+    rng: int,
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """The table as a Dataset over (intervention, prompt, seed); `own`: metric → whether its baseline depends on the condition."""
+    shape = (len(treatments), len(seeds), len(prompts))
+    names = [name for name in table.columns if name not in ("cell", "error") and not name.endswith("_baseline")]
+    cells = table["cell"].to_numpy()
+
+    def laid_out(column: str, empty: Any) -> np.ndarray:
+        whole = np.full(int(np.prod(shape)), empty, dtype=object if isinstance(empty, str) else float)
+        whole[cells] = table[column].to_numpy()
+        return whole.reshape(shape).swapaxes(1, 2)
+
+    dims = ("intervention", "prompt", "seed")
+    found = xr.Dataset(
+        coords={
+            "intervention": [one.label for one in treatments],
+            **{name: ("intervention", [one.coords[name] for one in treatments]) for name in ("layer", "head", "step")},
+            "prompt": list(prompts),
+            "seed": list(seeds),
+            "interval": ["mean", "low", "high"],
+        },
+        attrs=dict(attrs),
+    )
+    for name in names:
+        after, before = laid_out(name, np.nan), laid_out(f"{name}_baseline", np.nan)
+        found[name] = (dims, after)
+        found[f"{name}_baseline"] = (dims, before) if own[name] else (dims[1:], before[0])
+        found[f"{name}_effect"] = (("intervention", "interval"), effects(after - before, rng))
+    found["error"] = (dims, laid_out("error", "").astype(str))
+    return found
+
+
+def effects(difference: Float[np.ndarray, "intervention prompt seed"], rng: int) -> Float[np.ndarray, "intervention bound"]:
+    """Mean over the pairs of a cell and its baseline, with a 95 % bootstrap interval over prompts; of one prompt, over seeds."""
+    clusters = difference.swapaxes(1, 2) if difference.shape[1] == 1 else difference
+    return clustered_means(clusters, rng)

@@ -1,0 +1,208 @@
+"""The interventions of a sweep, resolved: what each touches, where it first does, and so what it shares with the clean run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_models import HookedTextToImage
+from hooked_models.cache import activation_shape
+from hooked_models.names import FINAL, Branch, Site
+
+from ..edits import Edit, Scale
+from ..interventions import Intervention
+from ..shards import digest
+
+Interventions = Sequence[Intervention | Sequence[Intervention]] | Mapping[str, Intervention | Sequence[Intervention]]
+"""One entry a condition: an intervention, or several that are made together; a mapping names them."""
+
+
+def grid(
+    intervention: Intervention,
+    *,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    steps: Iterable[int] | None = None,
+) -> dict[str, Intervention]:
+    """One intervention for every combination of what is given, by name ("L2H1 s3"); what is not given stays as it is.
+
+        grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(6), heads=range(3), steps=range(14))   # 252
+
+    Args:
+        layers: put in the place of the site's `*`.
+
+    Raises:
+        ValueError: layers are given, but the site has no `*`; or nothing is given.
+    """
+    if layers is not None and "*" not in intervention.site:
+        raise ValueError(f"layers take the place of a '*' in the site, and {intervention.site!r} has none.")
+    if layers is None and heads is None and steps is None:
+        raise ValueError("A grid needs layers, heads or steps to go over.")
+    found = {}
+    for layer in [None] if layers is None else layers:
+        site = intervention.site if layer is None else intervention.site.replace("*", str(layer))
+        for head in [None] if heads is None else heads:
+            for step in [None] if steps is None else steps:
+                one = replace(intervention, site=site)
+                one = one if head is None else replace(one, heads=[head])
+                one = one if step is None else replace(one, steps=step)
+                where = ("" if layer is None else f"L{layer}") + ("" if head is None else f"H{head}")
+                found[" ".join(filter(None, (where, "" if step is None else f"s{step}")))] = one
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Treatment:
+    """What is done in one condition, in rows of the sweep's prompts."""
+
+    label: str
+    edits: tuple[Edit, ...]
+    """In the order in which hooks of one site act."""
+    coords: Mapping[str, int]
+    """Layer, head and step, where it has just one; else −1."""
+    steps: int
+    """Of a run."""
+
+    @cached_property
+    def joint(self) -> bool:
+        """Whether a prompt's run depends on the other prompts' (of the same noise), so that they must run together."""
+        return any(edit.looks_around for edit in self.edits)
+
+    @cached_property
+    def prompts(self) -> Bool[np.ndarray, " prompt"]:
+        """Which prompts it changes anything for."""
+        return torch.stack([edit.where.flatten(1).any(dim=1) for edit in self.edits]).any(dim=0).cpu().numpy()
+
+    @cached_property
+    def before(self) -> tuple[Edit, ...]:
+        """On the text encoder."""
+        return tuple(edit for edit in self.edits if edit.site.part.endswith("text_encoder"))
+
+    @cached_property
+    def after(self) -> tuple[Edit, ...]:
+        """On the image."""
+        return tuple(edit for edit in self.edits if edit.site.inner == FINAL)
+
+    @cached_property
+    def at(self) -> dict[int, tuple[Edit, ...]]:
+        """Step → what is done there."""
+        found: dict[int, list[Edit]] = {}
+        for edit in self.edits:
+            if edit.site.step is not None:
+                found.setdefault(edit.site.step, []).append(edit)
+        return {step: tuple(edits) for step, edits in found.items()}
+
+    @cached_property
+    def first(self) -> int:
+        """The first step that is not the clean run's; the number of steps where only the image is touched."""
+        return 0 if self.before else min(self.at, default=self.steps)
+
+    def starts(self, layers: int) -> dict[Branch, int]:
+        """At the first step: branch → the layer from which on it differs from the clean run's; others do not differ."""
+        found: dict[Branch, int] = {}
+        for edit in self.before:
+            found["uncond" if edit.site.part == "null_text_encoder" else "cond"] = 0
+        for edit in self.at.get(self.first, ()):
+            site = edit.site
+            if site.part == "dit":
+                assert site.branch is not None
+                found[site.branch] = min(_layer(site, layers), found.get(site.branch, layers))
+            elif site.inner == "hook_latent":
+                found = {"cond": 0, "uncond": 0}
+        return found
+
+    @property
+    def digest(self) -> str:
+        """Of what it does, wherever its tensors came from."""
+        parts: list[str | Tensor] = [self.label]
+        for edit in self.edits:
+            action = edit.action if isinstance(edit.action, str) else type(edit.action).__name__
+            parts += [edit.site.name, action, str(getattr(edit.action, "factor", "")), str((edit.pooled, edit.seed))]
+            parts += [edit.where, edit.prompt, edit.alike, *([] if edit.values is None else [edit.values])]
+        return digest(*parts)
+
+
+def _layer(site: Site, layers: int) -> int:
+    """The first block that a site of the denoiser has an influence on; `layers`: what comes after the last."""
+    if found := re.match(r"blocks\.(\d+)\.", site.inner):
+        return int(found[1])
+    return layers if site.inner.startswith("ln_final.") else 0
+
+
+def resolve(
+    model: HookedTextToImage,
+    texts: Sequence[str],
+    interventions: Interventions,
+    num_steps: int,
+    guidance: float,
+    rng: int,
+) -> list[Treatment]:
+    """Every condition in rows of `texts`, checked as a run would check it.
+
+    Raises:
+        UnknownHookError, ValueError: as `Intervention.hooks` and a run with these hooks; or a name stands twice.
+    """
+    named = list(interventions.items()) if isinstance(interventions, Mapping) else [("", one) for one in interventions]
+    if not named:
+        raise ValueError("There is no intervention to sweep over.")
+    length = model.to_tokens(texts).shape[1]
+    found = []
+    for label, several in named:
+        several = [several] if isinstance(several, Intervention) else list(several)
+        edits = [edit for one in several for edit in one.resolve(model, texts, num_steps=num_steps, seed=rng)]
+        with model.hooks([(edit.site.name, edit) for edit in edits]):
+            model._check_hooks(num_steps, guidance)
+        for edit in edits:
+            edit.check_shape(_shape(model, edit.site, len(texts), length))
+        found.append(Treatment(label or " + ".join(map(describe, several)), tuple(edits), _coords(several), num_steps))
+    labels = [one.label for one in found]
+    if isinstance(interventions, Mapping):
+        return found
+    seen: dict[str, int] = {}
+    for i, label in enumerate(labels):  # values of Replace and Add do not stand in a label
+        if (count := seen.get(label, 0)) > 0:
+            found[i] = replace(found[i], label=f"{label} #{count + 1}")
+        seen[label] = count + 1
+    return found
+
+
+def _shape(model: HookedTextToImage, site: Site, n: int, length: int) -> tuple[int, ...]:
+    grid = (model.cfg.sample_size,) * 2
+    cfg: Any = model.text_encoder.cfg if site.part.endswith("text_encoder") else model.cfg
+    return activation_shape(cfg, site, n, grid, length, model._image_size(grid))
+
+
+def describe(intervention: Intervention) -> str:
+    """An intervention in a line."""
+    parts = [intervention.site]
+    for name in ("heads", "tokens", "steps"):
+        if (value := getattr(intervention, name)) is not None:
+            several = isinstance(value, tuple)
+            mask = several and value and isinstance(value[0], tuple)
+            parts.append(f"{name}=" + ("mask" if mask else ",".join(map(str, value)) if several else str(value)))
+    if intervention.branch != "cond":
+        parts.append(intervention.branch)
+    action = intervention.action
+    name = action if isinstance(action, str) else type(action).__name__.lower()
+    return " ".join([*parts, f"×{action.factor:g}" if isinstance(action, Scale) else name])
+
+
+def _coords(several: Sequence[Intervention]) -> dict[str, int]:
+    layers, heads, steps = set(), set(), set()
+    for one in several:
+        found = re.search(r"blocks\.(\d+)\.", one.site)
+        layers.add(int(found[1]) if found else -1)
+        heads.add(int(one.heads[0]) if one.heads is not None and len(one.heads) == 1 else -1)
+        steps.add(one.steps if isinstance(one.steps, int) else -1)
+    return {
+        name: next(iter(values)) if len(values) == 1 else -1
+        for name, values in (("layer", layers), ("head", heads), ("step", steps))
+    }
