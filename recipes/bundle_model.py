@@ -19,6 +19,7 @@ import torch
 import tyro
 from rich.console import Console
 from safetensors import safe_open
+from transformers import T5EncoderModel
 
 from dit_lens import evaluation, scenes
 from dit_lens.scenes import Scene
@@ -53,6 +54,8 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(str(config.run / "pipeline"))
     pipe.transformer.to(torch.bfloat16)  # the codec and the word table are a few kB, and stay exact
+    if isinstance(pipe.text_encoder, T5EncoderModel):
+        pipe.text_encoder.to(torch.bfloat16)
     if "/" not in config.name:
         pipe.save_pretrained(folder, max_shard_size=MAX_SHARD)
     model = HookedTextToImage.from_pipeline(pipe.to(dtype=torch.float32))  # as it will be loaded
