@@ -1,22 +1,202 @@
-"""What a sweep will take: counted, and timed on a few denoiser calls."""
+"""What a sweep will take: work is counted, and its speed measured on a few denoising steps of random latents.
+
+The unit is a *row-layer*: one block of the denoiser for one row of a batch. A fork that begins at layer 4 of 6 costs 2 of them at
+its first step, and all of them in both guidance branches at every later one.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hooked_models.cache import free_bytes, human
+from hooked_models.names import FINAL
+
+from .forks import Fork
 
 if TYPE_CHECKING:
     from .plan import Plan
 
+LARGEST_BATCH = {"cpu": 64}
+"""Rows beyond which a batch gains nothing (measured: a CPU's caches are full before)."""
+OTHERWISE_LARGEST = 512
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a sweep will take, and what it would without sharing."""
+
+    cells: int
+    forks: int
+    batch: int
+    clean_layers: int
+    """Row-layers of the runs without intervention, and of what forks begin with."""
+    fork_layers: int
+    """Row-layers of the forks."""
+    naive_layers: int
+    """Row-layers if every cell were a whole generation."""
+    images: int
+    """That are decoded."""
+    flops: float
+    bytes: int
+    """Of activations of one batch, and of the runs without intervention that are kept."""
+    seconds: float
+
+    @property
+    def row_layers(self) -> int:
+        """All that will be computed."""
+        return self.clean_layers + self.fork_layers
+
+    def __str__(self) -> str:
+        """For people."""
+        saved = self.naive_layers / max(self.row_layers, 1)
+        return "\n".join(
+            [
+                f"{self.cells:,} cells in {self.forks:,} forks, {self.batch} rows at a time",
+                f"shared work: {self.row_layers:,} row-layers ({self.clean_layers:,} of them for the runs without intervention) "
+                f"instead of {self.naive_layers:,}, {saved:.1f} times fewer",
+                f"{self.images:,} images are decoded",
+                f"{self.flops / 1e12:,.2f} TFLOP, {human(self.bytes)} of memory, about {_duration(self.seconds)}",
+            ]
+        )
+
 
 def batch_size(plan: Plan) -> int:
-    return 64
-
-
-@dataclass
-class Cost:
-    pass
+    """Rows that run together: what fits into half of the free memory, up to what a batch gains from."""
+    device = plan.model.device
+    most = LARGEST_BATCH.get(device.type, OTHERWISE_LARGEST)
+    return int(np.clip(free_bytes(device) // 2 // _bytes_of_row(plan), 1, most))
 
 
 def cost_of(plan: Plan) -> Cost:
-    return Cost()
+    """Count the work, and time a step of one row and of a full batch: what lies between is interpolated."""
+    branches, layers, steps = (2 if plan.guidance > 1 else 1), plan.model.cfg.n_layers, plan.num_steps
+    batches = list(plan.batches(plan.forks, plan.batch))
+    forked = [rows for forks in batches for rows in _rows_at(forks, branches, layers)]
+    begun = {
+        (fork.first, branch, row)
+        for fork in plan.forks
+        for branch, start in fork.starts
+        if start > 0
+        for row in fork.rows.tolist()
+    }
+    clean = plan.runs * steps * branches
+    rows_of_all = plan.runs + sum(len(fork.rows) for fork in plan.forks)
+    images = rows_of_all if any(read.inner == FINAL for read in plan.reads.values()) else 0
+
+    most = min(plan.batch, max([plan.runs, *(sum(len(fork.rows) for fork in forks) for forks in batches)]))
+    sizes = np.array(sorted({1, most}))
+    timed = np.array([seconds_of_step(plan, size) for size in sizes.tolist()])
+    calls = [*_full_batches(plan.runs, plan.batch) * steps, *_full_batches(len(begun) // branches, plan.batch)]
+    needed = np.array([*calls, *(rows / branches for rows in forked)])  # in rows of both branches
+    slope = (timed[-1] - timed[0]) / max(sizes[-1] - 1, 1)
+    seconds = float((timed[0] + slope * (needed - 1).clip(min=0)).sum())
+    decoding, decoded = _decoding(plan, min(plan.batch, images)) if images else (0.0, 0.0)
+    return Cost(
+        cells=plan.cells,
+        forks=len(plan.forks),
+        batch=plan.batch,
+        clean_layers=(clean + len(begun)) * layers,
+        fork_layers=round(sum(forked) * layers),
+        naive_layers=plan.cells * steps * branches * layers,
+        images=images,
+        flops=_flops_of_row(plan) * (clean + len(begun) + sum(forked)) + images * decoded,
+        bytes=plan.batch * _bytes_of_row(plan) + plan.runs * _bytes_of_run(plan),
+        seconds=seconds + images * decoding,
+    )
+
+
+def _full_batches(rows: int, batch: int) -> list[int]:
+    """The sizes of as few batches as hold so many rows."""
+    return [batch] * (rows // batch) + [rows % batch] * (rows % batch > 0)
+
+
+def _rows_at(forks: Sequence[Fork], branches: int, layers: int) -> list[float]:
+    """Rows of the denoiser in each step of a batch of forks; one that begins in the middle counts in part."""
+    found = []
+    for step in range(min(fork.first for fork in forks), max(fork.until for fork in forks)):
+        rows = 0.0
+        for fork in forks:
+            if fork.first == step:
+                rows += len(fork.rows) * sum((layers - start) / layers for _, start in fork.starts)
+            elif fork.first < step < fork.until:
+                rows += len(fork.rows) * branches
+        found.append(rows)
+    return found
+
+
+@torch.no_grad()
+def seconds_of_step(plan: Plan, rows: int) -> float:
+    """Of one denoising step of so many rows, sampler and guidance included: the median of several, after one that warms up."""
+    model, inputs = plan.model, plan.inputs()
+    some = inputs.take(torch.arange(rows, device=model.device) % len(inputs.tokens))
+    state = some.sampler.start(model._noise(list(range(rows)), rows).to(model.device, model.dit.dtype))
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        model._step(some, state)
+        _wait(model.device)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+@torch.no_grad()
+def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
+    """Seconds and operations of one image."""
+    model = plan.model
+    latent = model._noise(list(range(rows)), rows).to(model.device, model.dit.dtype)
+    model.decode(latent)
+    start = time.perf_counter()
+    model.decode(latent)
+    _wait(model.device)
+    seconds = (time.perf_counter() - start) / rows
+    with FlopCounterMode(display=False) as counter:
+        model.decode(latent[:1])
+    return seconds, float(counter.get_total_flops())
+
+
+@torch.no_grad()
+def _flops_of_row(plan: Plan) -> float:
+    """Operations of one row's denoiser call, counted by torch, which on a CPU does not see into fused attention."""
+    model = plan.model
+    one = plan.inputs().take(torch.zeros(1, dtype=torch.long, device=model.device))
+    state = one.sampler.start(model._noise([0], 1).to(model.device, model.dit.dtype))
+    with FlopCounterMode(display=False) as counter:
+        model._step(one, state)
+    return counter.get_total_flops() / (2 if plan.guidance > 1 else 1)
+
+
+def _bytes_of_row(plan: Plan) -> int:
+    """Of the activations of one row of a batch, in all its guidance branches, at their peak, and of its image."""
+    cfg, branches = plan.model.cfg, 2 if plan.guidance > 1 else 1
+    pos, size = (cfg.sample_size // cfg.patch_size) ** 2, plan.model.dit.dtype.itemsize
+    hidden = pos * (2 * cfg.d_mlp + 12 * cfg.d_model)
+    scores = 3 * cfg.n_heads * pos * pos  # a hooked pattern is explicit
+    pixels = 3 * 3 * (cfg.sample_size * 8) ** 2
+    return branches * (hidden + scores) * size + pixels * 4
+
+
+def _bytes_of_run(plan: Plan) -> int:
+    """Of one run without intervention: latents and outputs of all steps, with what the solver remembers."""
+    cfg, branches = plan.model.cfg, 2 if plan.guidance > 1 else 1
+    latent = cfg.in_channels * cfg.sample_size**2
+    out = cfg.out_channels * cfg.sample_size**2
+    return (3 * latent + branches * out) * (plan.num_steps + 1) * plan.model.dit.dtype.itemsize
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

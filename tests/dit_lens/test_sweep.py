@@ -15,6 +15,7 @@ import pytest
 import torch
 import xarray as xr
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dit_lens import scenes, sweep
 from dit_lens.interventions import Add, Intervention, Replace, Scale
@@ -549,3 +550,45 @@ def test_one_run_at_a_time_writes_to_a_folder(model, tmp_path):
         plan.run(tmp_path)
     writing.close()
     plan.run(tmp_path)
+
+
+# What it costs
+
+
+@pytest.mark.parametrize("on", ["image", "x0"])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_the_work_that_a_plan_announces_is_the_work_that_is_done(model, monkeypatch, on, guidance):
+    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(STEPS))
+    cells |= {
+        "late": Intervention("ln_final.hook_normalized", steps=1),
+        "between": Intervention("hook_latent", steps=2, action=Scale(2.0)),
+    }
+    metric = sweep.Metric(pixels, on=on)
+    plan = sweep.plan(model, PROMPTS, SEEDS, cells, {"m": metric}, num_steps=STEPS, guidance=guidance, batch=7)
+    cost = plan.cost
+    done, decoded = [], []
+    for block in model.dit.blocks:
+        forward = block.forward
+        monkeypatch.setattr(block, "forward", lambda x, *args, forward=forward: done.append(len(x)) or forward(x, *args))
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda latent: decoded.append(len(latent)) or decode(latent))
+    with FlopCounterMode(display=False) as counter:
+        plan.run()
+    assert cost.fork_layers + len(PROMPTS) * len(SEEDS) * STEPS * 2 * (2 if guidance > 1 else 1) <= sum(done)
+    assert cost.row_layers == sum(done)
+    assert cost.images == sum(decoded)
+    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.1)  # embeddings of rows that begin in the middle
+    assert cost.naive_layers == plan.cells * STEPS * 2 * (2 if guidance > 1 else 1)
+    assert f"{plan.cells} cells" in plan.explain()
+
+
+def test_a_batch_is_as_large_as_half_of_the_memory_allows(model, monkeypatch):
+    def batch_with(free: int) -> int:
+        monkeypatch.setattr("dit_lens.sweep.cost.free_bytes", lambda device: free)
+        return sweep.plan(model, PROMPTS, SEEDS, {"a": Intervention("blocks.0.attn.hook_z")}, METRICS, num_steps=STEPS).batch
+
+    assert batch_with(0) == 1
+    assert batch_with(2**40) == 64
+    small = batch_with(2**21)
+    assert 1 < small < 64
+    assert batch_with(2**22) in (2 * small, 2 * small + 1)
