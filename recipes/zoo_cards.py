@@ -146,7 +146,8 @@ def learning(folder: Path, figure: str) -> str:
 
 LEARNING = """## Learning
 
-EMA weights at log-spaced points of one run, on 96 held-out scenes, one image each. *Dipole*: cosine between where the caption
+EMA weights at log-spaced points of one uninterrupted run, on 96 held-out scenes, one image each, all from the same noise at every
+point: the course is comparable, the level is that of one noise (see *Measured* for many). *Dipole*: cosine between where the caption
 puts the first object and where one look at pure noise puts it (`dit_lens.training.dynamics`). Heads: mean cosine of their
 position maps with the ramps, screened with the relation words ("words"), or with the relation's effect on the second shape word
 ("shape2"). `dynamics.parquet` has all heads and all intervals."""
@@ -183,6 +184,7 @@ def other_seeds(folder: Path) -> list[str]:
         by_split = evaluation.wide(evaluation.accuracies(rows[rows["template"] == TRAINED], ["split"]), "split")
         found.append(
             f"## Seed {facts['seed']}\n\nAnother run, whose weights are not bundled.\n\n{how_trained(facts)}\n\n{by_split}\n\n"
+            + (f"{LEARNING.replace('## Learning', '### Learning')}\n\n" if not (folder / "dynamics.parquet").exists() else "")
             + learning(run, f"{run.name}/learning.png")
         )
     return found
