@@ -139,7 +139,9 @@ def the_second(text: str) -> str:
 
 def figure(effects: dict[str, pd.DataFrame]) -> Figure:
     """Change of relation accuracy and of binding by template, a panel a model."""
-    drawn, axes = plt.subplots(1, len(effects), figsize=(5 * len(effects), 4), sharey=True, layout="constrained", squeeze=False)
+    drawn, axes = plt.subplots(
+        1, len(effects), figsize=(5 * len(effects), 4), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
     templates = list(PAPER_T5)
     for ax, (model, table) in zip(axes[0], effects.items(), strict=True):
         for shift, (metric, label) in enumerate((("relation_loose", "relation, loose"), ("unique_binding", "unique binding"))):
