@@ -146,7 +146,7 @@ def learning(folder: Path, figure: str) -> str:
 
 LEARNING = """## Learning
 
-EMA weights at log-spaced points of one uninterrupted run, on 96 held-out scenes, one image each, all from the same noise at every
+EMA weights at log-spaced points of one run, on 96 held-out scenes, one image each, all from the same noise at every
 point: the course is comparable, the level is that of one noise (*Measured* has many). *Dipole*: cosine between where the caption
 puts the first object and where one look at pure noise puts it (`dit_lens.training.dynamics`). Heads: mean cosine of their
 position maps with the ramps, screened with the relation words ("words"), or with the relation's effect on the second shape word
