@@ -202,7 +202,7 @@ def _other_tokens(
 @torch.no_grad()
 def ablation_effects(
     model: HookedTextToImage,
-    wanted: Sequence[scenes.Scene],
+    wanted: Sequence[scenes.Scene | scenes.Trio],
     conditions: Mapping[str, Sequence[Intervention]],
     seeds: Sequence[int] | Int[np.ndarray, "scene seed"],
     *,

@@ -24,7 +24,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.rte import UNKNOWN_ID
 
 from . import scenes
-from .scenes import PHRASES, Scene, Split
+from .scenes import PHRASES, Scene, Split, Trio
 from .scenes.templates import TEMPLATES, TRAINED, word
 from .shards import Shards, digest, digest_model
 from .stats import Interval, clustered_mean, paired_difference, proportion
@@ -38,7 +38,7 @@ BATCH = 64
 @torch.no_grad()
 def score(
     model: HookedTextToImage,
-    wanted: Sequence[Scene],
+    wanted: Sequence[Scene | Trio],
     seeds: Sequence[int] = (0,),
     num_steps: int = 14,
     guidance: float = 4.5,
@@ -61,7 +61,7 @@ def score(
         for name, variable in verdict.data_vars.items()
         if variable.dims == ("image",)
     }
-    return xr.Dataset(variables, coords={"seed": list(seeds), "relation": ("scene", [s.relation for s in wanted])})
+    return xr.Dataset(variables, coords={"seed": list(seeds), "relation": ("scene", verdict["relation"].values[:: len(seeds)])})
 
 
 def summarise(verdict: xr.Dataset) -> pd.DataFrame:

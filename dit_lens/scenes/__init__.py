@@ -1,4 +1,4 @@
-"""The two-object task: scenes, their images, their captions, and a judge of generated images."""
+"""The two-object task (and its extension to three): scenes, images, captions, and a judge of generated images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from .scene import (
     WORDS,
     Combination,
     Scene,
+    Trio,
     caption,
     other_color,
 )
 from .templates import TEMPLATES, word
+from .trios import TRIO_PHRASES, sample_trios
 
 __all__ = [
     "COLORS",
@@ -30,14 +32,17 @@ __all__ = [
     "RELATIONS",
     "SHAPES",
     "TEMPLATES",
+    "TRIO_PHRASES",
     "WORDS",
     "Combination",
     "Scene",
     "Split",
+    "Trio",
     "caption",
     "evaluate",
     "other_color",
     "render",
     "sample",
+    "sample_trios",
     "word",
 ]

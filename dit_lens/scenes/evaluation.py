@@ -17,7 +17,7 @@ from skimage import measure
 from torch import Tensor
 
 from .rendering import PIXELS, shape_mask
-from .scene import BAND, COLORS, DIRECTIONS, IMAGE_SIZE, SHAPES, Scene, relation_between
+from .scene import BAND, COLORS, DIRECTIONS, IMAGE_SIZE, SHAPES, Scene, Trio, relation_between
 
 COLOR_MARGIN = 0.5
 """A pixel is red if R − (G + B)/2 exceeds this, blue likewise: half-way between grey background (0) and pure colour (1),
@@ -50,7 +50,7 @@ DESCRIPTIONS = {
 """What each variable of `evaluate`'s Dataset says (its `description` attribute)."""
 
 
-def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene]) -> xr.Dataset:
+def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene | Trio]) -> xr.Dataset:
     """Judge 128 × 128 images in [0, 1] by the scenes that they should show: one verdict an image, whatever its pixels.
 
     Only what a prompt can say counts (shapes, colours, relation), not the scene's positions. Pixels outside [0, 1] are
@@ -62,30 +62,36 @@ def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Sce
     `relation_strict` implies `relation_loose` unless both offsets are within 5 px, which needs overlap; for diagonal
     relations the two are the same.
 
+    Of trios a verdict holds if it does for both pairs of objects; `relation1_loose` and `relation2_loose` are those of each pair
+    alone, `x3` and `y3` the third object's centre, and `relation2`, `phrase2`, `shape3`, `color3` coordinates.
+
     Raises:
         ValueError: if the images are not `len(scenes)` RGB images of 128 × 128 pixels.
     """
     expected = (len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)
     if tuple(images.shape) != expected:
         raise ValueError(f"images must have shape {expected}, one image for each scene, not {tuple(images.shape)}.")
+    if trios := [scene for scene in scenes if isinstance(scene, Trio)]:
+        return _evaluate_trios(images, trios)
+    pairs = [scene for scene in scenes if isinstance(scene, Scene)]
     # an empty batch splits into one empty chunk, so there is always something to concatenate
     parts = [_census(chunk) for chunk in images.detach().split(CHUNK)]
     counts, centres = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
-    row = np.arange(len(scenes))
-    shape1, color1 = _indices(SHAPES, [s.shape1 for s in scenes]), _indices(COLORS, [s.color1 for s in scenes])
-    shape2, color2 = _indices(SHAPES, [s.shape2 for s in scenes]), _indices(COLORS, [s.color2 for s in scenes])
+    row = np.arange(len(pairs))
+    shape1, color1 = _indices(SHAPES, [s.shape1 for s in pairs]), _indices(COLORS, [s.color1 for s in pairs])
+    shape2, color2 = _indices(SHAPES, [s.shape2 for s in pairs]), _indices(COLORS, [s.color2 for s in pairs])
     by_shape, by_color = counts.sum(axis=2), counts.sum(axis=1)
     objects = counts[:, : len(SHAPES), : len(COLORS)]
     unique = (objects[row, shape1, color1] == 1) & (objects[row, shape2, color2] == 1)
     first = np.where(unique[:, None], centres[row, shape1, color1], np.nan)
     second = np.where(unique[:, None], centres[row, shape2, color2], np.nan)
 
-    strict = np.zeros(len(scenes), dtype=bool)
+    strict = np.zeros(len(pairs), dtype=bool)
     for i in np.flatnonzero(unique).tolist():
         x1, y1, x2, y2 = (int(v) for v in (*first[i], *second[i]))
-        strict[i] = relation_between(x1, y1, x2, y2) == scenes[i].relation
-    directions = np.array([DIRECTIONS[s.relation] for s in scenes]).reshape(-1, 2)
+        strict[i] = relation_between(x1, y1, x2, y2) == pairs[i].relation
+    directions = np.array([DIRECTIONS[s.relation] for s in pairs]).reshape(-1, 2)
     beyond = (directions == 0) | ((first - second) * directions > BAND)
     loose = unique & beyond.all(axis=1)
 
@@ -109,8 +115,20 @@ def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Sce
     return xr.Dataset(
         {name: ("image", value, attributes[name]) for name, value in values.items()},
         coords={"image": row}
-        | {part: ("image", np.array([getattr(s, part) for s in scenes], dtype=str)) for part in parts_of_scene},
+        | {part: ("image", np.array([getattr(s, part) for s in pairs], dtype=str)) for part in parts_of_scene},
     )
+
+
+def _evaluate_trios(images: Float[Tensor, "image 3 height width"], trios: Sequence[Trio]) -> xr.Dataset:
+    found, second = (evaluate(images, [getattr(trio, part) for trio in trios]) for part in ("first", "second"))
+    found = found.assign(relation1_loose=found["relation_loose"], relation2_loose=second["relation_loose"].variable)
+    for name in ("color", "shape", "unique_binding", "relation_strict", "relation_loose"):
+        found[name] = found[name].copy(data=found[name].values & second[name].values)
+    given_both = np.where(found["unique_binding"], found["relation_loose"].values.astype(float), np.nan)
+    found["relation_given_both"] = found["relation_given_both"].copy(data=given_both)
+    found = found.assign(x3=second["x2"].variable, y3=second["y2"].variable)
+    renamed = {"relation2": "relation", "phrase2": "phrase", "shape3": "shape2", "color3": "color2"}
+    return found.assign_coords({new: second[old].variable for new, old in renamed.items()})
 
 
 def _indices(vocabulary: tuple[str, ...], words: Sequence[str]) -> Int[np.ndarray, " image"]:

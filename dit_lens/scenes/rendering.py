@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .scene import IMAGE_SIZE, RADIUS, Color, Scene, Shape
+from .scene import IMAGE_SIZE, RADIUS, Color, Scene, Shape, Trio
 
 BACKGROUND = (128, 128, 128)
 PIXELS: dict[Color, tuple[int, int, int]] = {"red": (255, 0, 0), "blue": (0, 0, 255)}
@@ -45,14 +45,11 @@ def half_size(shape: Shape) -> tuple[int, int]:
     return columns // 2, rows // 2
 
 
-def render(scenes: Sequence[Scene]) -> Float[Tensor, "image 3 height width"]:
-    """Draw scenes: RGB in [0, 1], 128 × 128. Where objects overlap (natural distribution only), object 2 covers object 1."""
+def render(scenes: Sequence[Scene | Trio]) -> Float[Tensor, "image 3 height width"]:
+    """Draw scenes: RGB in [0, 1], 128 × 128. Where objects overlap (natural distribution only), the later covers the earlier."""
     paint = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=np.intp)
     for canvas, scene in zip(paint, scenes, strict=True):
-        for shape, color, x, y in (
-            (scene.shape1, scene.color1, scene.x1, scene.y1),
-            (scene.shape2, scene.color2, scene.x2, scene.y2),
-        ):
+        for shape, color, x, y in scene.objects:
             dx, dy = half_size(shape)
             canvas[y - dy : y + dy + 1, x - dx : x + dx + 1][shape_mask(shape)] = 1 + list(PIXELS).index(color)
     return torch.from_numpy(np.stack([channel.take(paint) for channel in PALETTE.T], axis=1))

@@ -1,4 +1,4 @@
-"""What a scene *is*: two coloured shapes, the relation between them, and the sentence that says so.
+"""What a scene *is*: coloured shapes, the relation between two of them, and the sentence that says so.
 
 Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338),
 data set `objectRel_pilot2`. Two things differ on purpose: objects do not overlap, and an object's centre is the centre of
@@ -81,6 +81,28 @@ class Scene:
         """The compositional cell this scene belongs to; see `HELD_OUT`."""
         return Combination(self.shape1, self.shape2, self.color1, self.relation)
 
+    @property
+    def objects(self) -> tuple[tuple[Shape, Color, int, int], ...]:
+        """(shape, colour, x, y) of every object, in the order of the caption."""
+        return (self.shape1, self.color1, self.x1, self.y1), (self.shape2, self.color2, self.x2, self.y2)
+
+
+@dataclass(frozen=True, slots=True)
+class Trio:
+    """Three objects and two relations, as two scenes that share object 1: object 3 is the second object of `second`.
+
+    Beyond the original, whose images hold two objects. All three shapes differ; object 2 has the other colour than object 1,
+    object 3 has either; the caption names both colours ("red circle is above blue square and left of red triangle").
+    """
+
+    first: Scene
+    second: Scene
+
+    @property
+    def objects(self) -> tuple[tuple[Shape, Color, int, int], ...]:
+        """(shape, colour, x, y) of every object, in the order of the caption."""
+        return (*self.first.objects, self.second.objects[1])
+
 
 @dataclass(frozen=True, slots=True)
 class Combination:
@@ -132,11 +154,14 @@ def relation_between(x1: int, y1: int, x2: int, y2: int) -> Relation:
     return "lower_left" if dx < 0 else "lower_right"
 
 
-def caption(scene: Scene, phrase: str | None = None) -> str:
-    """The sentence for a scene: `"[color1] shape1 is PHRASE [color2] shape2"`.
+def caption(scene: Scene | Trio, phrase: str | None = None) -> str:
+    """The sentence for a scene: `"[color1] shape1 is PHRASE [color2] shape2"`, for a trio with `"and PHRASE color3 shape3"`.
 
-    `phrase` replaces the scene's own wording. A phrase of another relation is allowed (that is how a corrupted prompt is made).
+    `phrase` replaces the scene's own wording, in a trio the first. A phrase of another relation is allowed (that is how a
+    corrupted prompt is made).
     """
+    if isinstance(scene, Trio):
+        return f"{caption(scene.first, phrase)} and {scene.second.phrase} {scene.second.color2} {scene.second.shape2}"
     first = f"{scene.color1} {scene.shape1}" if scene.names_color1 else scene.shape1
     second = f"{scene.color2} {scene.shape2}" if scene.names_color2 else scene.shape2
     return f"{first} is {phrase or scene.phrase} {second}"

@@ -43,6 +43,8 @@ class TrainConfig:
     """Curriculum: scenes keep to eight fixed layouts, and captions name both colours, for this many steps …"""
     spreading_steps: int = 0
     """… then spread linearly to the whole distribution over this many."""
+    trios: float = 0.0
+    """Share of scenes that hold three objects and two relations (`scenes.Trio`); no curriculum acts on them."""
 
     seed: int = 0
     precision: Literal["no", "bf16"] = "bf16"

@@ -27,7 +27,7 @@ from hooked_models import HookedTextToImage
 
 from .. import scenes
 from ..evaluation import score, summarise
-from ..scenes.scene import PHRASES, Scene, caption, other_color
+from ..scenes.scene import COLORS, PHRASES, RELATIONS, SHAPES, Scene, Trio, caption, other_color
 from . import dynamics
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -84,6 +84,7 @@ def train(config: TrainConfig) -> Path:
     ema_model = HookedTextToImage.from_pipeline(pipe)
     data = StepData(pipe, config, accelerator)
     held_out = scenes.sample(config.evaluation_scenes, seed=1, split="held_out", color_words="both")
+    held_out_trios = scenes.sample_trios(config.evaluation_scenes if config.trios else 0, seed=1, split="held_out")
     objective = OBJECTIVES[config.objective]()
 
     def save(step: int) -> None:
@@ -94,7 +95,10 @@ def train(config: TrainConfig) -> Path:
         ema.copy_to(pipe.transformer.parameters())
         with accelerator.autocast() if config.precision != "no" else nullcontext():
             means = summarise(score(ema_model, held_out))["mean"]
-        return {str(name): round(float(mean), 4) for name, mean in means.items()}
+        accuracy = {str(name): float(mean) for name, mean in means.items()}
+        if held_out_trios:
+            accuracy |= {f"trio_{name}": mean for name, mean in summarise(score(ema_model, held_out_trios))["mean"].items()}
+        return {name: round(mean, 4) for name, mean in accuracy.items()}
 
     record_at = dynamics.record_points(config.steps, config.dynamics_points)
 
@@ -190,7 +194,7 @@ class StepData:
         self.config = config
         self.device = accelerator.device
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
-        captions = ["", *all_captions()]
+        captions = ["", *all_captions(), *(all_trio_captions() if config.trios else ())]
         self.row = {text: i for i, text in enumerate(captions)}
         self.text, self.mask = encode_captions(pipe, captions)
 
@@ -206,11 +210,13 @@ class StepData:
         """Draw the step's scenes; captions are dropped here, into the empty prompt's own encoding and mask."""
         config = self.config
         size = config.batch_size
-        start = (step * self.processes + self.process) * size
-        batch = scenes.sample(
-            size,
+        trios = round(size * config.trios)
+        number = step * self.processes + self.process
+        batch: list[Scene | Trio] = [*scenes.sample_trios(trios, config.seed, start=number * trios)]
+        batch += scenes.sample(
+            size - trios,
             config.seed,
-            start=start,
+            start=number * (size - trios),
             color_words="both" if step < config.anchored_steps else "optional",
             spread=config.spread(step),
             red_first=config.red_first(step),
@@ -231,6 +237,22 @@ def all_captions() -> list[str]:
         for phrase in PHRASES[c.relation]:
             scene = Scene(c.shape1, c.color1, 0, 0, c.shape2, other_color(c.color1), 0, 0, c.relation, phrase, *named)
             found[caption(scene)] = None
+    return list(found)
+
+
+def all_trio_captions() -> list[str]:
+    """Every sentence a trio can have: 6 orders of the shapes × 4 colour patterns × 14 phrases × those of 7 other relations."""
+    found: dict[str, None] = {}
+    for shapes, color1, color3 in itertools.product(itertools.permutations(SHAPES), COLORS, COLORS):
+        for relations in itertools.permutations(RELATIONS, 2):
+            for phrases in itertools.product(*(scenes.TRIO_PHRASES[relation] for relation in relations)):
+                first, second = (
+                    Scene(shapes[0], color1, 0, 0, shape, color, 0, 0, relation, phrase)
+                    for shape, color, relation, phrase in zip(
+                        shapes[1:], (other_color(color1), color3), relations, phrases, strict=True
+                    )
+                )
+                found[caption(Trio(first, second))] = None
     return list(found)
 
 

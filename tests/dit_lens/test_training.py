@@ -64,7 +64,9 @@ train(TrainConfig(**{**settings, "out": Path(settings["out"])}))
 
 
 def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
-    config = TrainConfig(out=tmp_path / "whole", steps=8, caption_dropout=0.3, anchored_steps=2, spreading_steps=4, **TINY)
+    config = TrainConfig(
+        out=tmp_path / "whole", steps=8, caption_dropout=0.3, anchored_steps=2, spreading_steps=4, trios=0.5, **TINY
+    )
     train(config)
 
     broken = replace(config, out=tmp_path / "killed")

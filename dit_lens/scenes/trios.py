@@ -1,0 +1,98 @@
+"""Scenes of three objects and two relations without end, each a pure function of a seed and an index; see `scene.Trio`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .rendering import half_size
+from .sampling import CHUNK, Split
+from .scene import (
+    BAND,
+    CENTRE_RANGE,
+    COLORS,
+    DIRECTIONS,
+    HELD_OUT,
+    PHRASES,
+    RELATIONS,
+    SHAPES,
+    Combination,
+    Relation,
+    Scene,
+    Shape,
+    Trio,
+    other_color,
+)
+
+TRIO_PHRASES: dict[Relation, tuple[str, ...]] = {
+    relation: tuple(phrase for phrase in phrases if " and " not in phrase) for relation, phrases in PHRASES.items()
+}
+"""The 14 phrases without an "and" of their own, which could be taken for the one between the relations."""
+
+
+def sample_trios(n: int, seed: int, *, start: int = 0, split: Split = "train") -> list[Trio]:
+    """Draw trios number `start` … `start + n − 1` of the endless sequence that `seed` names.
+
+    The two relations are different ones; centres realise both, and no two objects overlap or touch. In split "train" neither
+    relation makes a combination of `HELD_OUT`, in "held_out" the first does.
+    """
+    trios: list[Trio] = []
+    for chunk in range(start // CHUNK, -(-(start + n) // CHUNK)):
+        rng = np.random.default_rng((seed, chunk, 3))
+        whole = [_draw(rng, split) for _ in range(CHUNK)]
+        trios += whole[max(start - chunk * CHUNK, 0) : start + n - chunk * CHUNK]
+    return trios
+
+
+def _draw(rng: np.random.Generator, split: Split) -> Trio:
+    while True:
+        shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
+        relations = [RELATIONS[i] for i in rng.choice(len(RELATIONS), 2, replace=False)]
+        color1, color3 = (COLORS[i] for i in rng.integers(len(COLORS), size=2))
+        held_out = [Combination(shapes[0], s, color1, r) in HELD_OUT for s, r in zip(shapes[1:], relations, strict=True)]
+        if (split == "train" and any(held_out)) or (split == "held_out" and not held_out[0]):
+            continue
+        centres = _place(rng, shapes, relations)
+        if centres is None:  # A few pairs of relations leave little room: drawn anew, they are a little rarer.
+            continue
+        scenes = []
+        for i, color in ((1, other_color(color1)), (2, color3)):
+            phrases = TRIO_PHRASES[relations[i - 1]]
+            phrase = phrases[rng.integers(len(phrases))]
+            scenes.append(Scene(shapes[0], color1, *centres[0], shapes[i], color, *centres[i], relations[i - 1], phrase))
+        return Trio(*scenes)
+
+
+def _place(
+    rng: np.random.Generator, shapes: Sequence[Shape], relations: Sequence[Relation], attempts: int = 50
+) -> list[tuple[int, int]] | None:
+    """Centres of the three objects, or None if so many attempts fail."""
+    low, high = CENTRE_RANGE
+    sizes = [half_size(shape) for shape in shapes]
+    for _ in range(attempts):
+        x, y = (int(v) for v in rng.integers(low, high + 1, size=2))
+        centres = [(x, y)]
+        for relation in relations:
+            columns, rows = (_across(at, direction) for at, direction in zip((x, y), DIRECTIONS[relation], strict=True))
+            if columns[0] >= columns[1] or rows[0] >= rows[1]:
+                break
+            centres.append((int(rng.integers(*columns)), int(rng.integers(*rows))))
+        if (
+            len(centres) == len(shapes)
+            and all(
+                abs(x1 - x2) > w1 + w2 + 1 or abs(y1 - y2) > h1 + h2 + 1  # objects of one colour that touch would be one region
+                for i, ((x1, y1), (w1, h1)) in enumerate(zip(centres, sizes, strict=True))
+                for (x2, y2), (w2, h2) in zip(centres[:i], sizes[:i], strict=True)
+            )
+        ):
+            return centres
+    return None
+
+
+def _across(at: int, direction: int) -> tuple[int, int]:
+    """Along one axis, where the other object may be (first and beyond last) if the first is `at`, in `direction` from it."""
+    low, high = CENTRE_RANGE
+    if direction == 0:
+        return max(low, at - BAND), min(high, at + BAND) + 1
+    return (low, at - BAND) if direction > 0 else (at + BAND + 1, high + 1)
