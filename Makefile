@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint recipes setup clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.relation_head
@@ -15,6 +15,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+recipes: $(READY)
+	$(BIN)/python -m recipes.run_all
 
 setup: $(READY)
 

@@ -66,8 +66,7 @@ def main(config: Config) -> None:
     with console.status("screening heads in weight space"):
         ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
     show(console, "Heads by alignment of position × word maps with the words' ramps", ranking.head(6).round(3))
-    is_ramp = (ranking["cosine"].abs() >= FOUND_COSINE) & (ranking["p"] <= FOUND_P)
-    found = [f"L{layer}H{head}" for layer, head in ranking.loc[is_ramp, ["layer", "head"]].itertuples(index=False)]
+    found = [f"L{row.layer}H{row.head}" for row in relation_heads(ranking).itertuples()]
     console.print(f"relation heads (|cosine| ≥ {FOUND_COSINE}, p ≤ {FOUND_P}): {', '.join(found) or 'none'}")
     if not found:
         return
@@ -92,6 +91,11 @@ def main(config: Config) -> None:
         figure.savefig(config.out / f"{head}.png", dpi=150)
     viz.attention_page(cache, list(PROMPTS), images, config.out / "attention.html")
     console.print(f"figures, tables and a page to walk through: {config.out}/")
+
+
+def relation_heads(ranking: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `screening.screen_heads` whose maps are ramps, and more so than random vectors'."""
+    return ranking[(ranking["cosine"].abs() >= FOUND_COSINE) & (ranking["p"] <= FOUND_P)]
 
 
 def attention_to_relation(model: HookedTextToImage, cache: object, head: str) -> xr.DataArray:

@@ -1,0 +1,147 @@
+"""Run every recipe at its default settings, and write recipes/README.md from what they found. `python -m recipes.run_all`
+
+A recipe that crashes makes the run fail, after the others have run; a verdict, whatever it is, does not. Recipes resume, so a run
+that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from PIL import Image
+from rich.console import Console
+
+from dit_lens.shards import digest_model
+from hooked_models import HookedTextToImage, list_models
+
+HERE = Path(__file__).parent
+FIGURE_WIDTH = 900
+PACKAGES = ("torch", "diffusers", "transformers", "transformer-lens")
+FIGURES = {
+    "accuracy_table": "accuracies.png",
+    "learning_dynamics": "t5-micro.png",
+    "positions_needed": "positions_needed.png",
+    "robustness": "robustness.png",
+    "t5_fusion": "variance.png",
+    "three_objects": "shares.png",
+}
+"""Every recipe that states claims, in the order of the page → the figure of its that is shown there."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the run."""
+
+    only: tuple[str, ...] = ()
+    """Recipes to run; all unless given. The page has all that have left results."""
+    run: bool = True
+    """Off: only write the page."""
+    results: Path = Path("results")
+
+
+def main(config: Config) -> None:
+    console = Console()
+    if unknown := [name for name in config.only if name not in FIGURES]:
+        sys.exit(f"There is no recipe {unknown[0]!r}: choose {', '.join(FIGURES)}.")
+    failed = []
+    for name in config.only or FIGURES if config.run else ():
+        console.rule(name)
+        start = time.perf_counter()
+        command = [sys.executable, "-m", f"recipes.{name}", "--out", str(config.results / name)]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(name)
+        console.print(f"{name}: {time.perf_counter() - start:.0f} s")
+    found = {name: config.results / name for name in FIGURES if (config.results / name / "claims.json").exists()}
+    pictures = HERE / "figures"
+    pictures.mkdir(exist_ok=True)
+    for name, folder in found.items():
+        shrink(folder / FIGURES[name], pictures / f"{name}.png")
+    hashes = {name: digest_model(HookedTextToImage.from_pretrained(name)) for name in list_models()}
+    (HERE / "README.md").write_text(
+        page({name: json.loads((at / "claims.json").read_text()) for name, at in found.items()}, hashes)
+    )
+    if failed:
+        sys.exit(f"Crashed: {', '.join(failed)}.")
+
+
+def page(found: dict[str, dict[str, Any]], hashes: dict[str, str]) -> str:
+    """The page, in markdown, of the recipes' claims.json by name and of the models' hashes."""
+    overview = ["| recipe | asks | verdicts |", "|---|---|---|"]
+    for name, report in found.items():
+        verdicts = Counter(claim["verdict"] for claim in report["claims"])
+        told = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
+        overview.append(f"| [`{name}`](#{name}) | {question(name)} | {told} |")
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+    models = "\n".join(f"| `{name}` | `{value[:16]}` |" for name, value in hashes.items())
+    return f"""# Recipes
+
+Made by `make recipes` from what the recipes found, at their default settings; nothing is typed. Each recipe states what it
+predicts before it measures, and its docstring what would falsify it. A verdict is by the whole 95 % interval: inside the
+predicted range ("replicates", or "as predicted" of what is not in the paper), outside of it, or neither ("undecided"). The paper:
+Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338), whose models
+are larger and whose data differ (docs/scenes.md).
+
+{chr(10).join(overview)}
+
+Python {platform.python_version()}, {versions}.
+
+| model | weights |
+|---|---|
+{models}
+
+{chr(10).join(section(name, report) for name, report in found.items())}"""
+
+
+def question(name: str) -> str:
+    """What a recipe asks: the first sentence of its docstring, without its command."""
+    return (importlib.import_module(f"recipes.{name}").__doc__ or "").split("`python")[0].strip()
+
+
+def section(name: str, report: dict[str, Any]) -> str:
+    """One recipe's command, figure and table."""
+    rows = [f"| {' | '.join(map(cell, row))} |" for row in map(claim_row, report["claims"])]
+    return f"""## {name}
+
+{question(name)} `python -m recipes.{name}`
+
+![{name}](figures/{name}.png)
+
+| claim | paper | here [95 %] | predicted | control | verdict |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def claim_row(claim: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of one claim."""
+    here = "–" if claim["mean"] is None else "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**claim)
+    predicted = "{:g} … {:g}".format(*claim["predicted"])
+    return claim["claim"], claim["paper"], here, predicted, claim["control"], f"**{claim['verdict']}**"
+
+
+def cell(text: str) -> str:
+    """A text that a table can hold."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def shrink(source: Path, target: Path) -> None:
+    """A copy of a figure at the page's width, in 64 colours."""
+    image = Image.open(source).convert("RGB")
+    if image.width > FIGURE_WIDTH:
+        image = image.resize((FIGURE_WIDTH, round(image.height * FIGURE_WIDTH / image.width)), Image.Resampling.LANCZOS)
+    image.quantize(64).save(target, optimize=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
