@@ -176,24 +176,15 @@ def shares(model: HookedTextToImage, n: int, seed: int) -> pd.DataFrame:
         ]
         whole = caches[1]["steps.0.hook_x0"] - caches[0]["steps.0.hook_x0"]
         cells = {}
-        for layer, name in enumerate(names):
+        for layer in range(model.cfg.n_layers):
             for head in range(model.cfg.n_heads):
-                cells[f"L{layer}H{head}"] = Intervention(SITE.format(layer), [head], None, 0, action=Replace(caches[1][name]))
-        measured = sweep.run(model, texts, [seed], cells, {"share": sweep.Metric(Share(whole), "x0", ("baseline", "prompt"))})
+                cells[f"L{layer}H{head}"] = Intervention(SITE.format(layer), [head], None, 0, action=Replace(caches[1]))
+        measured = sweep.run(
+            model, texts, [seed], cells, {"share": sweep.Metric(sweep.ShareOf(whole), "x0", ("baseline", "prompt"))}
+        )
         table = measured["share"].isel(seed=0).to_series().rename("share").reset_index()
         rows.append(table.rename(columns={"intervention": "head"}).assign(exchange=exchange))
     return pd.concat(rows, ignore_index=True)[["exchange", "head", "prompt", "share"]]
-
-
-@dataclass(frozen=True)
-class Share:
-    """How much of a change of x0 another change is: its projection, in units of the whole."""
-
-    whole: Float[Tensor, "prompt channel rows columns"]
-
-    def __call__(self, x0: Tensor, baseline: Tensor, prompt: np.ndarray) -> Tensor:
-        whole = self.whole[torch.as_tensor(prompt)].flatten(1)
-        return ((x0 - baseline).flatten(1) * whole).sum(1) / whole.square().sum(1)
 
 
 def profiles(carried: pd.DataFrame) -> dict[str, Float[np.ndarray, "prompt head"]]:

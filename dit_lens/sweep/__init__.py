@@ -26,11 +26,11 @@ from hooked_models import HookedTextToImage
 from hooked_models.hooked_module import watched
 from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
-from .metrics import OWN, Metric, Values, displacement, scene_metric
+from .metrics import OWN, Metric, ShareOf, Values, displacement, scene_metric
 from .plan import Plan
 from .treatments import Interventions, grid, resolve
 
-__all__ = ["Metric", "Plan", "displacement", "grid", "plan", "run", "scene_metric"]
+__all__ = ["Metric", "Plan", "ShareOf", "displacement", "grid", "plan", "run", "scene_metric"]
 
 Metrics = Mapping[str, Metric | Callable[..., Values]]
 

@@ -134,6 +134,22 @@ def displacement(tensor: Float[Tensor, "batch ..."], baseline: Float[Tensor, "ba
     return (tensor - baseline).flatten(1).norm(dim=1) / baseline.flatten(1).norm(dim=1)
 
 
+@dataclass(frozen=True)
+class ShareOf:
+    """How much of a whole change an intervention brings about: its own change, projected on the whole and in units of it.
+
+    `Metric(ShareOf(corrupt - clean), on="x0", given=("baseline", "prompt"))`, where each prompt has its own whole change.
+    """
+
+    whole: Float[Tensor, "prompt ..."]
+
+    def __call__(
+        self, tensor: Float[Tensor, "batch ..."], baseline: Float[Tensor, "batch ..."], prompt: Int[np.ndarray, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        whole = self.whole[torch.as_tensor(prompt, device=self.whole.device)].flatten(1)
+        return ((tensor - baseline).flatten(1) * whole).sum(1) / whole.square().sum(1)
+
+
 def fingerprint(value: Any) -> str:
     """A hash of a metric: of a function its code, defaults and closure (not the code of what it calls), of data its values."""
     if isinstance(value, Metric):

@@ -12,7 +12,7 @@ from dit_lens.stats import Interval
 from recipes import run_all
 from recipes.claims import Claim, report
 
-NOT_SHOWN = {"bundle_model", "bundle_text_encoder", "claims", "relation_head", "run_all", "zoo_cards"}
+NOT_SHOWN = {"bundle_model", "bundle_text_encoder", "claims", "pixart_sigma", "relation_head", "run_all", "zoo_cards"}
 
 
 def test_every_recipe_is_on_the_page():

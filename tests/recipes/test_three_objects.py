@@ -10,9 +10,10 @@ import torch
 
 from dit_lens import scenes
 from dit_lens.scenes import DIRECTIONS, RELATIONS
+from dit_lens.sweep import ShareOf
 from hooked_models import HookedTextToImage
 from recipes import three_objects
-from recipes.three_objects import OPPOSITE, Share, agreement, clause_masks, exchanged
+from recipes.three_objects import OPPOSITE, agreement, clause_masks, exchanged
 
 TRIOS = scenes.sample_trios(64, seed=0)
 
@@ -55,7 +56,7 @@ def test_an_exchange_says_one_thing_otherwise_in_as_many_words():
 
 def test_a_share_is_a_projection_in_units_of_the_whole():
     whole = torch.randn(2, 3, 4, 4)
-    share, prompt = Share(whole), np.array([1, 0, 1])
+    share, prompt = ShareOf(whole), np.array([1, 0, 1])
     baseline = torch.randn(3, 3, 4, 4)
     aside = torch.randn(3, 3, 4, 4)
     of_row = whole[prompt]
