@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hooked_models.cache import free_bytes, human
 from hooked_models.names import FINAL
 
-from .forks import Fork
+from .clean import Fork
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .forks import Batch, Clean
+from .clean import Clean
+from .forks import Batch
 from .metrics import OWN, Metric, Read
 from .progress import progress_bar
 from .results import Results

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedTextToImage
 from hooked_models.dit import TextState
@@ -28,186 +26,9 @@ from hooked_models.text_to_image import Denoise
 from hooked_models.trajectory import Inputs
 
 from ..edits import Add, Edit, Replace, RowEdits
+from .clean import Clean, Fork, branches_of, index_of, made_of, reading
 from .metrics import Read
 from .treatments import Treatment
-
-Rows = Int[np.ndarray, " row"]
-"""Pairs of prompt and seed, numbered seed by seed: row = seed index · prompts + prompt."""
-
-
-@dataclass(frozen=True)
-class Fork:
-    """What a treatment makes of some rows, which run together."""
-
-    condition: int
-    rows: Rows
-    first: int
-    """The step before which it is the clean run."""
-    until: int
-    """The step before which nobody looks any more."""
-    starts: tuple[tuple[Branch, int], ...]
-    """At the first step: branch → layer from which on it is not the clean run's."""
-
-
-# The runs without intervention
-
-
-@dataclass
-class Clean:
-    """The runs of some rows without intervention: states before every step, network outputs, and what metrics read."""
-
-    model: HookedTextToImage
-    inputs: Inputs
-    """Of the prompts, one row each."""
-    seeds: Sequence[int]
-    rows: Rows
-    states: list[SamplerState]
-    outs: list[dict[Branch, Float[Tensor, "row channel rows columns"]]]
-    found: dict[Read, Tensor]
-    layers: dict[tuple[int, Branch], list[int]] = field(default_factory=dict)
-    """(step, branch) → the layers that forks begin at there."""
-    residuals: dict[tuple[int, Branch], tuple[Rows, dict[int, Tensor]]] = field(default_factory=dict)
-    """(step, branch) → what enters these layers, of some rows."""
-
-    @classmethod
-    def run(
-        cls,
-        model: HookedTextToImage,
-        inputs: Inputs,
-        seeds: Sequence[int],
-        rows: Rows,
-        reads: Collection[Read],
-        batch: int,
-        done: Callable[[int], None] = lambda rows: None,
-    ) -> Clean:
-        """Sample `rows`, `batch` at a time; `done` is told how many rows each denoising step had."""
-        n, steps = len(inputs.tokens), inputs.sampler.num_steps
-        chain: list[list[SamplerState]] = [[] for _ in range(steps + 1)]
-        outs: list[dict[Branch, list[Tensor]]] = [{branch: [] for branch in _branches(inputs)} for _ in range(steps)]
-        found: dict[Read, list[Tensor]] = {read: [] for read in reads}
-        for start in range(0, len(rows), batch):
-            some = rows[start : start + batch]
-            here = inputs.take(_index(some % n, model))
-            noise = model._noise([seeds[row // n] for row in some.tolist()], len(some))
-            state = inputs.sampler.start(noise.to(model.device, model.dit.dtype))
-            chain[0].append(state)
-            for step in range(steps):
-                kept: dict[str, Tensor] = {}
-                wanted = {f"hook_out_{branch}" for branch in outs[step]}
-                wanted |= {hook for read in reads if read.step == step for hook in read.hooks}
-                with _reading(model, step, wanted, kept):
-                    state = model._step(here, state)
-                chain[step + 1].append(state)
-                for branch, parts in outs[step].items():
-                    parts.append(kept[f"hook_out_{branch}"])
-                for read in reads:
-                    if read.step == step:
-                        found[read].append(made_of(kept, read, inputs))
-                done(len(some))
-            for read in reads:
-                if read.step is None:
-                    found[read].append(state.latent if read.inner == "latent" else model.decode(state.latent))
-        return cls(
-            model,
-            inputs,
-            seeds,
-            rows,
-            [SamplerState.join(parts) for parts in chain],
-            [{branch: torch.cat(parts) for branch, parts in at.items()} for at in outs],
-            {read: torch.cat(parts) for read, parts in found.items()},
-        )
-
-    def expect(self, forks: Sequence[Fork]) -> None:
-        """Say which forks there will be, so that what they begin with is computed for all of them at once."""
-        wanted: dict[tuple[int, Branch], set[int]] = {}
-        for fork in forks:
-            for branch, layer in fork.starts:
-                if layer > 0:
-                    wanted.setdefault((fork.first, branch), set()).add(layer)
-        self.layers = {key: sorted(layers) for key, layers in wanted.items()}
-
-    def index(self, rows: Rows) -> Int[Tensor, " row"]:
-        """Where rows stand here."""
-        return _index(np.searchsorted(self.rows, rows), self.model)
-
-    def prepare(self, forks: Sequence[Fork]) -> None:
-        """Have the residual streams ready that these forks begin with, and no others."""
-        needed: dict[tuple[int, Branch], set[int]] = {}
-        for fork in forks:
-            for branch, layer in fork.starts:
-                if layer > 0:
-                    needed.setdefault((fork.first, branch), set()).update(fork.rows.tolist())
-        kept = {}
-        for key, wanted in needed.items():
-            rows = np.array(sorted(wanted))
-            have, tensors = self.residuals.get(key, (rows[:0], {}))
-            missing = np.setdiff1d(rows, have)
-            if len(missing):
-                new = self._residuals(*key, missing)
-                still = np.flatnonzero(np.isin(have, rows))
-                old = {layer: tensor[_index(still, self.model)] for layer, tensor in tensors.items()}
-                joined = np.concatenate([have[still], missing])
-                order = np.argsort(joined)
-                at = _index(order, self.model)
-                tensors = {layer: (torch.cat([old[layer], x]) if old else x)[at] for layer, x in new.items()}
-                have = joined[order]
-            kept[key] = (have, tensors)
-        self.residuals = kept
-
-    def residual(self, step: int, branch: Branch, layer: int, rows: Rows) -> Float[Tensor, "row pos d_model"]:
-        """What enters a layer, for rows that `prepare` was told of."""
-        have, tensors = self.residuals[step, branch]
-        return tensors[layer][_index(np.searchsorted(have, rows), self.model)]
-
-    def _residuals(self, step: int, branch: Branch, rows: Rows) -> dict[int, Tensor]:
-        model, sampler, n = self.model, self.inputs.sampler, len(self.inputs.tokens)
-        kept: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor, hook: HookPoint, layer: int) -> None:
-            kept[layer] = tensor
-
-        last = model.cfg.n_layers
-        names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in self.layers[step, branch] if layer < last}
-        if last in self.layers[step, branch]:
-            names[last] = f"blocks.{last - 1}.hook_resid_post"
-        state = self.states[step].take(self.index(rows))
-        some = self.inputs.take(_index(rows % n, model))
-        text = some.text.take(torch.arange(len(some.text.text), device=model.device)[some.rows(branch)])
-        x = sampler.network_input(state, state.latent)
-        timestep = sampler.timestep(step).expand(len(x)).to(x.device)
-        with model.dit.hooks([(name, partial(keep, layer=layer)) for layer, name in names.items()]):
-            model._denoise(x, timestep, model._sizes(state.latent, len(x)), text)
-        return kept
-
-
-def made_of(kept: dict[str, Tensor], read: Read, inputs: Inputs) -> Tensor:
-    """A tensor that metrics read, from those that pass the hooks between calls; `eps` as `GenerationCache` derives it."""
-    if read.inner != "eps":
-        return kept[read.inner]
-    assert read.step is not None
-    alpha, sigma = inputs.sampler.noise_level(read.step)
-    return (kept["hook_latent"] - alpha * kept["hook_x0"]) / sigma
-
-
-@contextmanager
-def _reading(model: HookedTextToImage, step: int, inners: Collection[str], kept: dict[str, Tensor]) -> Iterator[None]:
-    def keep(tensor: Tensor, hook: HookPoint, inner: str) -> None:
-        kept[inner] = tensor.clone()
-
-    with model.hooks([(f"steps.{step}.{inner}", partial(keep, inner=inner)) for inner in inners]):
-        yield
-
-
-def _branches(inputs: Inputs) -> tuple[Branch, ...]:
-    """In the order of the denoiser's rows."""
-    return ("uncond", "cond") if inputs.guided else ("cond",)
-
-
-def _index(values: np.ndarray, model: HookedTextToImage) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(model.device)
-
-
-# Forks
 
 
 @dataclass
@@ -250,19 +71,19 @@ class Batch:
             joining = np.flatnonzero((self.first == step) & (self.until > step))
             staying = np.flatnonzero(self.until[active] > step)
             if len(staying) < len(active):
-                state = state.take(_index(staying, model)) if state is not None else None
+                state = state.take(index_of(staying, model)) if state is not None else None
             if len(joining):
-                new = clean.states[step].take(at[_index(joining, model)])
+                new = clean.states[step].take(at[index_of(joining, model)])
                 state = SamplerState.join([state, new]) if state is not None and len(staying) else new
             if len(joining) or len(staying) < len(active):
                 active = np.concatenate([active[staying], joining])
-                here = inputs.take(_index(active, model))
+                here = inputs.take(index_of(active, model))
             if len(active) == 0:
                 continue
             assert state is not None
             state = self._step(here, state, active, found)
             if step + 1 == steps:
-                latent = latent.index_copy(0, _index(active, model), state.latent)
+                latent = latent.index_copy(0, index_of(active, model), state.latent)
             done(len(active))
         for read in reads:
             if read.inner == "latent":
@@ -282,7 +103,7 @@ class Batch:
     def _inputs(self) -> Inputs:
         """Of all rows, with the text as interventions on its encoder leave it."""
         clean, model = self.clean, self.model
-        inputs = clean.inputs.take(_index(self.prompts, model))
+        inputs = clean.inputs.take(index_of(self.prompts, model))
         touched = [i for i, fork in enumerate(self.forks) if self.treatments[fork.condition].before]
         if not touched:
             return inputs
@@ -294,12 +115,12 @@ class Batch:
             own = np.arange(self.offsets[i], self.offsets[i + 1])
             edits += [(k, e, place[own]) for k, e in self._taken(self.treatments[self.forks[i].condition].before, own)]
         with model.hooks([(site.name, hook) for site, hook in _by_site(edits, model).items()]):
-            text = model._encode(inputs.tokens[_index(some, model)], inputs.guidance)
+            text = model._encode(inputs.tokens[index_of(some, model)], inputs.guidance)
         n, m = len(self.rows), len(some)
         order = np.where(place < 0, np.arange(n), place + (2 * n if inputs.guided else n))
         if inputs.guided:  # rows are [uncond; cond], and so are those that were encoded again
             order = np.concatenate([order, np.where(place < 0, np.arange(n) + n, place + 2 * n + m)])
-        return replace(inputs, text=inputs.text.join(text).take(_index(order, model)))
+        return replace(inputs, text=inputs.text.join(text).take(index_of(order, model)))
 
     def _taken(self, edits: Sequence[Edit], own: np.ndarray) -> Iterator[tuple[int, Edit]]:
         """Edits in rows of the batch, each with the number of edits of its site before it."""
@@ -318,12 +139,12 @@ class Batch:
         edits = self._edits(step, active)
         between = [(f"steps.{step}.{inner}", edit) for (part, inner, _), edit in edits.items() if part == "sampler"]
         inners = {hook for read in wanted for hook in read.hooks}
-        with model.hooks(between), _reading(model, step, inners, kept):
+        with model.hooks(between), reading(model, step, inners, kept):
             state = model._step(inputs, state, self._denoise(inputs, step, active, edits))
         for read in wanted:
             rows = np.flatnonzero(own) if read.step == -1 else np.arange(len(active))
-            value = made_of(kept, read.at(step), inputs)[_index(rows, model)]
-            found[read] = found[read].index_copy(0, _index(active[rows], model), value)
+            value = made_of(kept, read.at(step), inputs)[index_of(rows, model)]
+            found[read] = found[read].index_copy(0, index_of(active[rows], model), value)
         return state
 
     def _edits(self, step: int, active: np.ndarray) -> dict[tuple[str, str, Branch | None], RowEdits]:
@@ -352,14 +173,14 @@ class Batch:
         self, inputs: Inputs, step: int, active: np.ndarray, edits: dict[tuple[str, str, Branch | None], RowEdits]
     ) -> Denoise:
         """The denoiser on the rows [uncond; cond] of `active`, each from where it leaves the clean run."""
-        model, branches, n = self.model, _branches(inputs), len(active)
+        model, branches, n = self.model, branches_of(inputs), len(active)
         joins = self.first[active] == step
         start = np.concatenate([np.where(joins, self.starts[branch][active], 0) for branch in branches])
         order = np.argsort(start, kind="stable")
         order = order[np.count_nonzero(start < 0) :]  # the others take the clean run's output
         place = np.full(len(start), -1)
         place[order] = np.arange(len(order))
-        where = {branch: _index(place[i * n : (i + 1) * n], model) for i, branch in enumerate(branches)}
+        where = {branch: index_of(place[i * n : (i + 1) * n], model) for i, branch in enumerate(branches)}
         per_name: dict[str, list[tuple[Edit, Tensor]]] = {}
         for (part, inner, branch), edit in edits.items():
             if part == "dit":
@@ -384,7 +205,7 @@ class Batch:
                     if (start[i * n : (i + 1) * n] == layer).any()
                 ]
                 residuals[layer] = torch.cat(parts)
-            some = _index(order, model)
+            some = index_of(order, model)
             first = some[: np.count_nonzero(start == 0)]
             told = {name: None if size is None else size[some] for name, size in sizes.items()}
             with model.dit.hooks(hooks):
@@ -414,7 +235,7 @@ def _by_site(edits: Sequence[tuple[int, Edit, np.ndarray]], model: HookedTextToI
     return {
         site: RowEdits(
             [
-                (Edit.join([edit for edit, _ in parts]), _index(np.concatenate([rows for _, rows in parts]), model))
+                (Edit.join([edit for edit, _ in parts]), index_of(np.concatenate([rows for _, rows in parts]), model))
                 for parts in by_action.values()
             ]
         )

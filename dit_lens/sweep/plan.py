@@ -18,9 +18,9 @@ from hooked_models.names import FINAL
 from hooked_models.trajectory import Inputs
 
 from ..shards import digest, digest_model
+from .clean import Fork
 from .cost import Cost, batch_size, cost_of
 from .execute import Execution, depends_on_condition
-from .forks import Fork
 from .metrics import Metric, Read, fingerprint
 from .results import Results, dataset
 from .treatments import Treatment
