@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from .hooked_module import HookedModule, HookFunction
-from .names import Branch, GenerationHookPoint, GenerationNames, Site
+from .names import Branch, GenerationHookPoint, Site
 
 Hooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
 
@@ -43,11 +43,11 @@ class Attached:
 @contextmanager
 def attach(
     hooks: Sequence[Attached],
-    names: GenerationNames,
+    module: Callable[[str], HookedModule],
     chosen: Callable[[Site], bool],
     rows: Callable[[Branch], slice] | None = None,
 ) -> Iterator[None]:
-    """Attach the chosen hooks to the modules inside, each restricted to the `rows` of its branch, for the time of the block."""
+    """Attach the chosen hooks inside the `module` of their part, each restricted to the `rows` of its branch, for the block."""
     per_point: dict[tuple[str, str, str], list[HookFunction]] = {}
     for attached in hooks:
         site = attached.site
@@ -61,7 +61,7 @@ def attach(
             for (owner, direction, inner), functions in per_point.items():
                 if owner == part_name:
                     pairs[direction].append((inner, in_turn(functions)))
-            stack.enter_context(names.module(part_name).hooks(pairs["fwd"], pairs["bwd"]))
+            stack.enter_context(module(part_name).hooks(pairs["fwd"], pairs["bwd"]))
         yield
 
 

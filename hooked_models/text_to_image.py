@@ -148,7 +148,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
     def _encode(self, tokens: Int[Tensor, "batch text_pos"], guidance: float) -> TextState:
         """Text features, captions, keys and values: computed once for all steps."""
         mask = (tokens != PAD_ID).long()
-        with attach(self._attached, self.names, lambda site: site.part == "text_encoder"):
+        with attach(self._attached, self.names.module, lambda site: site.part == "text_encoder"):
             cond = self.text_encoder(tokens, attention_mask=mask)[0].to(self.dit.dtype)
         if guidance <= 1:
             return self.dit.encode_text(cond, mask)
@@ -156,7 +156,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
         null_tokens = nn.functional.pad(null_tokens, (0, tokens.shape[1] - null_tokens.shape[1]), value=PAD_ID)
         null_tokens = null_tokens.expand(len(tokens), -1)  # a row a prompt, so that hooks can tell them apart
         null_mask = (null_tokens != PAD_ID).long()
-        with attach(self._attached, self.names, lambda site: site.part == "null_text_encoder"):
+        with attach(self._attached, self.names.module, lambda site: site.part == "null_text_encoder"):
             uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(self.dit.dtype)
         return self.dit.encode_text(torch.cat([uncond, cond]), torch.cat([null_mask, mask]))
 
@@ -218,7 +218,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
     def _step(self, inputs: Inputs, state: SamplerState, denoise: Denoise | None = None) -> SamplerState:
         """The state after `state`. `denoise` stands for the denoiser, where part of its output is known already."""
         sampler, points = inputs.sampler, self.sampler_hooks
-        with attach(self._attached, self.names, lambda site: site.step == state.step, inputs.rows):
+        with attach(self._attached, self.names.module, lambda site: site.step == state.step, inputs.rows):
             latent = points.hook_latent(state.latent)
             x = torch.cat([latent, latent]) if inputs.guided else latent
             x = sampler.network_input(state, x)
@@ -254,7 +254,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
     def decode(self, latent: Float[Tensor, "batch channel rows columns"]) -> Float[Tensor, "batch 3 height width"]:
         """Latents → images in [0, 1], through `hook_image`."""
         image = self.codec.decode(latent.to(self.codec.dtype) / self.codec.config.scaling_factor, return_dict=False)[0]
-        with attach(self._attached, self.names, lambda site: site.inner == FINAL):
+        with attach(self._attached, self.names.module, lambda site: site.inner == FINAL):
             return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
 
     # Hooks
