@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from .cache import CacheTooLargeError, GenerationCache
+from .checks import ModelCheckError
 from .codec import PatchCodec
 from .dit import HookedDiT
 from .dit_cache import DiTCache
@@ -28,6 +29,7 @@ __all__ = [
     "HookedT5Encoder",
     "HookedTextToImage",
     "HookedTokenEncoder",
+    "ModelCheckError",
     "ModelMixin",
     "NotFoldedError",
     "PatchCodec",

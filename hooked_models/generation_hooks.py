@@ -7,11 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from .hooked_module import HookedModule, HookFunction
-from .names import Branch, GenerationHookPoint, Site
+from .names import Branch, GenerationHookPoint, GenerationNames, Site
+from .pipeline_model import PipelineModel
+from .sampling import Sampler
 
 Hooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
 
@@ -97,3 +101,83 @@ def restricted(function: HookFunction, point: GenerationHookPoint, rows: slice |
         return whole
 
     return on_rows
+
+
+class HookedGeneration(PipelineModel, HookedRootModule):
+    """The side of `HookedTextToImage` that attaches hooks: by full name, and only where a run would reach them."""
+
+    names: GenerationNames
+    sampler_hooks: SamplerHooks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._attached: list[Attached] = []
+
+    def _resolve(self, where: str | Callable[[str], bool]) -> list[Site]:
+        if isinstance(where, str):
+            return [self.names.site(where)]
+        return [site for site in self.names.sites() if where(site.name)]
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedGeneration]:
+        """Attach hooks by full name (or by a predicate on full names) for the time of the block.
+
+        `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`.
+        It edits in place or returns what to go on with.
+
+        Raises:
+            UnknownHookError: no such name; the nearest one is suggested.
+            ValueError: the name is held back by a flag.
+        """
+        new = [Attached(site, fn, "fwd") for where, fn in fwd_hooks for site in self._resolve(where)]
+        new += [Attached(site, fn, "bwd") for where, fn in bwd_hooks for site in self._resolve(where)]
+        self._attached = self._attached + new
+        try:
+            yield self
+        finally:
+            if reset_hooks_end:
+                self._attached = [attached for attached in self._attached if not any(attached is ours for ours in new)]
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Attach a hook until `reset_hooks()`."""
+        new = [Attached(site, hook, dir) for site in self._resolve(name)]
+        self._attached = new + self._attached if prepend else self._attached + new
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Remove every hook, here and in the models inside."""
+        self._attached = []
+        for module in (self.dit, self.names.text_encoder, self.sampler_hooks):
+            if module is not None:
+                module.reset_hooks(*args, **kwargs)
+
+    def run_with_hooks(
+        self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, **kwargs: Any
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """`forward` with hooks attached: `fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z", fn)]`."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
+            return self(*args, **kwargs)
+
+    def _check_hooks(self, num_steps: int, guidance: float, first_step: int = 0) -> None:
+        """Refuse hooks that this run would never reach."""
+        for site in {attached.site for attached in self._attached}:
+            self.names.site(site.name)  # raises if its flag has been switched off since it was attached
+            if site.step is not None and not first_step <= site.step < num_steps:
+                raise ValueError(f"{site.name} does not fire: this run goes over steps {first_step} to {num_steps - 1}.")
+            if site.needs_uncond and guidance <= 1:
+                raise ValueError(f"{site.name} does not fire: at guidance {guidance:g} there is no unconditional branch.")
+            if site.inner == "hook_x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:
+                raise ValueError(f"{site.name} does not fire: {type(self.scheduler).__name__} forms no clean-image prediction.")

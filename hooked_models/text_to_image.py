@@ -6,26 +6,23 @@ Source of the arithmetic: `PixArtSigmaPipeline.__call__` (diffusers 0.42), which
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers.utils import is_bs4_available, is_ftfy_available
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformers import T5EncoderModel
 
 from .cache import GenerationCache, activation_dtype, activation_shape, refuse_if_too_large
 from .config import DiTConfig
 from .dit import HookedDiT, TextState
-from .generation_hooks import Attached, Hooks, SamplerHooks, attach
-from .hooked_module import HookedModule, HookFunction, NameFilter, NoLanguageModel, watched
-from .hub import resolve
+from .generation_hooks import HookedGeneration, SamplerHooks, attach
+from .hooked_module import HookedModule, NameFilter, NoLanguageModel, watched
 from .names import FINAL, Branch, GenerationNames, Site
+from .resolution import nearest_resolution
 from .rte import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from .sampling import Sampler, SamplerState, seeded_noise
 from .t5 import HookedT5Encoder
@@ -46,7 +43,7 @@ def hooked_encoder(encoder: nn.Module) -> nn.Module:
     return HookedT5Encoder(encoder) if isinstance(encoder, T5EncoderModel) else encoder
 
 
-class HookedTextToImage(NoLanguageModel, HookedRootModule):
+class HookedTextToImage(NoLanguageModel, HookedGeneration):
     """A PixArt pipeline whose every tensor has a name at every denoising step and guidance branch.
 
     Names are `text_encoder.…`, `null_text_encoder.…`, `steps.{s}.{cond|uncond}.{name in the denoiser}`,
@@ -55,9 +52,6 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
 
     Text is as long as the batch's longest prompt (pads carry exactly no attention), unless tokens of another length are given.
     """
-
-    codec: Any
-    text_encoder: Any
 
     def __init__(self, transformer: nn.Module, text_encoder: nn.Module, tokenizer: Any, codec: nn.Module, scheduler: Any) -> None:
         super().__init__()
@@ -69,33 +63,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
         self.sampler_hooks = SamplerHooks()
         with_hooks = self.text_encoder if isinstance(self.text_encoder, HookedModule) else None
         self.names = GenerationNames(self.dit, self.sampler_hooks, with_hooks, DEFAULT_STEPS)
-        self._attached: list[Attached] = []
         # No setup(): it would rename the hook points of the models inside.
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> HookedTextToImage:
-        """Open a bundled model by name, a pipeline folder, or a hub id; float32 unless `dtype=` says otherwise.
-
-        Raises:
-            FileNotFoundError: there is no such model; the message lists the bundled ones.
-        """
-        return cls.from_pipeline(PixArtSigmaPipeline.from_pretrained(resolve(name), **{"dtype": torch.float32, **kwargs}))
-
-    @classmethod
-    def from_pipeline(cls, pipe: Any) -> HookedTextToImage:
-        """Around a live PixArt-α or PixArt-Σ pipeline; its modules are used, not copied, and put into evaluation mode."""
-        if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
-            raise TypeError(f"HookedTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not {type(pipe).__name__}.")
-        return cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()
-
-    def as_diffusers(self) -> PixArtSigmaPipeline:
-        """A new PixArtSigmaPipeline with the hooked modules inside: hooks on `model.dit` fire at every step of its calls."""
-        return PixArtSigmaPipeline(self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a pipeline folder of the wrapped modules, which `from_pretrained` and plain diffusers open."""
-        encoder = getattr(self.text_encoder, "wrapped", self.text_encoder)
-        PixArtSigmaPipeline(self.tokenizer, encoder, self.codec, self.dit.wrapped, self.scheduler).save_pretrained(folder)
 
     # What the model is
 
@@ -114,26 +82,29 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
         """As `hook_dict`; aliases resolve too."""
         return self.names
 
-    @property
-    def device(self) -> torch.device:
-        return self.dit.device
-
     # Text
 
     def to_tokens(self, prompts: str | Sequence[str], length: int | None = None) -> Int[Tensor, "batch text_pos"]:
         """Token ids with EOS, padded to the longest prompt or to `length`; prompts are lower-cased, as diffusers does.
 
+        With `clean_caption` they are first cleaned as diffusers does (addresses, HTML, quotation marks, brackets, …).
+
         Raises:
             ValueError: a word is not in a whole-word vocabulary (the message lists it), or a prompt is too long.
+            ImportError: `clean_caption` lacks its libraries, where diffusers would go on without cleaning.
         """
         texts = [p.lower().strip() for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        if self.clean_caption:
+            if not (is_bs4_available() and is_ftfy_available()):
+                raise ImportError("clean_caption=True needs two more packages: pip install beautifulsoup4 ftfy")
+            texts = self.as_diffusers()._text_preprocessing(texts, clean_caption=True)
         if not texts:
             raise ValueError("There is no prompt.")
         tokens = self.tokenizer(
             texts, padding="longest" if length is None else "max_length", max_length=length, return_tensors="pt"
         )
         ids = tokens.input_ids
-        limit = length or getattr(self.tokenizer, "model_max_length", ids.shape[1])
+        limit = length or self.max_sequence_length
         if ids.shape[1] > limit:
             raise ValueError(f"A prompt has {ids.shape[1]} tokens, but {limit} is the longest that this model reads: shorten it.")
         if isinstance(self.text_encoder, HookedTokenEncoder):
@@ -147,18 +118,22 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
 
     def _encode(self, tokens: Int[Tensor, "batch text_pos"], guidance: float) -> TextState:
         """Text features, captions, keys and values: computed once for all steps."""
+        self._use("text_encoder")
+        tokens = tokens.to(self.text_encoder.device)
         mask = (tokens != PAD_ID).long()
         with attach(self._attached, self.names.module, lambda site: site.part == "text_encoder"):
-            cond = self.text_encoder(tokens, attention_mask=mask)[0].to(self.dit.dtype)
+            cond = self.text_encoder(tokens, attention_mask=mask)[0].to(self.device, self.dit.dtype)
         if guidance <= 1:
-            return self.dit.encode_text(cond, mask)
+            self._use("dit")
+            return self.dit.encode_text(cond, mask.to(self.device))
         null_tokens = self.tokenizer([""], return_tensors="pt").input_ids.to(tokens.device)
         null_tokens = nn.functional.pad(null_tokens, (0, tokens.shape[1] - null_tokens.shape[1]), value=PAD_ID)
         null_tokens = null_tokens.expand(len(tokens), -1)  # a row a prompt, so that hooks can tell them apart
         null_mask = (null_tokens != PAD_ID).long()
         with attach(self._attached, self.names.module, lambda site: site.part == "null_text_encoder"):
-            uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(self.dit.dtype)
-        return self.dit.encode_text(torch.cat([uncond, cond]), torch.cat([null_mask, mask]))
+            uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(self.device, self.dit.dtype)
+        self._use("dit")
+        return self.dit.encode_text(torch.cat([uncond, cond]), torch.cat([null_mask, mask]).to(self.device))
 
     # Running
 
@@ -202,11 +177,25 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
         steps = None if until is None else until + 1
         return Trajectory(self, inputs, tuple(islice(self._run(inputs, first), steps)))
 
-    def _noise(self, seed: int | Sequence[int], batch: int) -> Tensor:
+    def noise(
+        self, seed: int | Sequence[int] = 0, batch: int = 1, *, height: int, width: int, binning: bool = True
+    ) -> Float[Tensor, "batch channel rows columns"]:
+        """Initial latents for images of another size, in pixels: `model(prompts, latents=model.noise(height=512, width=768))`.
+
+        `binning` takes the trained size with the nearest aspect ratio, as diffusers' pipelines do; `resolution.resize_and_crop`
+        gives the images the size that was asked for.
+        """
+        if binning:
+            height, width = nearest_resolution(height, width, self.cfg.sample_size)
+        pixels = self._image_size((1, 1))[0]
+        return self._noise(seed, batch, (height // pixels, width // pixels))
+
+    def _noise(self, seed: int | Sequence[int], batch: int, grid: tuple[int, int] | None = None) -> Tensor:
         seeds = [seed] * batch if isinstance(seed, int) else list(seed)
         if len(seeds) != batch:
             raise ValueError(f"There are {len(seeds)} seeds for {batch} prompts: give one each, or a single one for all.")
-        return seeded_noise(seeds, (self.cfg.in_channels, self.cfg.sample_size, self.cfg.sample_size))
+        rows, columns = grid or (self.cfg.sample_size,) * 2
+        return seeded_noise(seeds, (self.cfg.in_channels, rows, columns))
 
     def _run(self, inputs: Inputs, state: SamplerState) -> Iterator[SamplerState]:
         """`state` and every state after it."""
@@ -217,6 +206,7 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
 
     def _step(self, inputs: Inputs, state: SamplerState, denoise: Denoise | None = None) -> SamplerState:
         """The state after `state`. `denoise` stands for the denoiser, where part of its output is known already."""
+        self._use("dit")
         sampler, points = inputs.sampler, self.sampler_hooks
         with attach(self._attached, self.names.module, lambda site: site.step == state.step, inputs.rows):
             latent = points.hook_latent(state.latent)
@@ -253,11 +243,13 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
 
     def decode(self, latent: Float[Tensor, "batch channel rows columns"]) -> Float[Tensor, "batch 3 height width"]:
         """Latents → images in [0, 1], through `hook_image`."""
-        image = self.codec.decode(latent.to(self.codec.dtype) / self.codec.config.scaling_factor, return_dict=False)[0]
+        self._use("codec")
+        latent = latent.to(self.codec.device, self.codec.dtype)
+        image = self.codec.decode(latent / self.codec.config.scaling_factor, return_dict=False)[0]
         with attach(self._attached, self.names.module, lambda site: site.inner == FINAL):
             return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
 
-    # Hooks
+    # Views and caches
 
     def at(
         self,
@@ -294,77 +286,6 @@ class HookedTextToImage(NoLanguageModel, HookedRootModule):
             run = self.trajectory(prompts, seed, num_steps, guidance, latents, until=step)
         view = StepView(run, step, branch, pos, returns)
         return view, view.to_tokens()
-
-    def _resolve(self, where: str | Callable[[str], bool]) -> list[Site]:
-        if isinstance(where, str):
-            return [self.names.site(where)]
-        return [site for site in self.names.sites() if where(site.name)]
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator[HookedTextToImage]:
-        """Attach hooks by full name (or by a predicate on full names) for the time of the block.
-
-        `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`.
-        It edits in place or returns what to go on with.
-
-        Raises:
-            UnknownHookError: no such name; the nearest one is suggested.
-            ValueError: the name is held back by a flag.
-        """
-        new = [Attached(site, fn, "fwd") for where, fn in fwd_hooks for site in self._resolve(where)]
-        new += [Attached(site, fn, "bwd") for where, fn in bwd_hooks for site in self._resolve(where)]
-        self._attached = self._attached + new
-        try:
-            yield self
-        finally:
-            if reset_hooks_end:
-                self._attached = [attached for attached in self._attached if not any(attached is ours for ours in new)]
-
-    def add_hook(
-        self,
-        name: str | Callable[[str], bool],
-        hook: HookFunction,
-        dir: Literal["fwd", "bwd"] = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-    ) -> None:
-        """Attach a hook until `reset_hooks()`."""
-        new = [Attached(site, hook, dir) for site in self._resolve(name)]
-        self._attached = new + self._attached if prepend else self._attached + new
-
-    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
-        """Remove every hook, here and in the models inside."""
-        self._attached = []
-        for module in (self.dit, self.names.text_encoder, self.sampler_hooks):
-            if module is not None:
-                module.reset_hooks(*args, **kwargs)
-
-    def run_with_hooks(
-        self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, **kwargs: Any
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """`forward` with hooks attached: `fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z", fn)]`."""
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
-            return self(*args, **kwargs)
-
-    def _check_hooks(self, num_steps: int, guidance: float, first_step: int = 0) -> None:
-        """Refuse hooks that this run would never reach."""
-        for site in {attached.site for attached in self._attached}:
-            self.names.site(site.name)  # raises if its flag has been switched off since it was attached
-            if site.step is not None and not first_step <= site.step < num_steps:
-                raise ValueError(f"{site.name} does not fire: this run goes over steps {first_step} to {num_steps - 1}.")
-            if site.needs_uncond and guidance <= 1:
-                raise ValueError(f"{site.name} does not fire: at guidance {guidance:g} there is no unconditional branch.")
-            if site.inner == "hook_x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:
-                raise ValueError(f"{site.name} does not fire: {type(self.scheduler).__name__} forms no clean-image prediction.")
-
-    # Caching
 
     def run_with_cache(
         self,

@@ -1,0 +1,136 @@
+"""The side of a hooked model that is a diffusers pipeline: opened from a folder or the hub, written back, put on devices."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
+from torch import nn
+
+from .checks import check_model
+from .hub import Source, fetch
+from .loading import empty_pipeline, open_pipeline
+
+Model = TypeVar("Model", bound="PipelineModel")
+
+
+class PipelineModel(nn.Module):
+    """What `HookedTextToImage` can do because its parts are a pipeline's."""
+
+    dit: Any
+    text_encoder: Any
+    tokenizer: Any
+    codec: Any
+    scheduler: Any
+    pipeline_class: Any = PixArtSigmaPipeline
+    source: Source | None = None
+    """Where `from_pretrained` found it."""
+    clean_caption: bool = False
+    _offload: torch.device | None = None
+    _resident: Literal["text_encoder", "dit", "codec"] | None = None
+    """The part that is on the device that parts are moved to."""
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device_map: str | None = None,
+        weights: bool = True,
+        check: bool = True,
+        clean_caption: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **components: Any,
+    ) -> Model:
+        """Open a bundled model by name, a pipeline folder, or a hub id. `model.source` records which, and at which commit.
+
+        Args:
+            revision: a hub model's commit, tag or branch.
+            variant: "fp16" for a repository's `*.fp16.safetensors`.
+            dtype: of the weights; in float16, T5 is loaded in bfloat16, which it was trained in.
+            device_map: a device such as "cuda", or "balanced" for whole parts on several; see also `enable_cpu_offload`.
+            weights: False reads configurations alone: all names and sizes, on the meta device, without a weight file.
+            check: compare the hooked model with what it wraps (`checks.check_model`).
+            clean_caption: clean prompts as diffusers does where beautifulsoup4 and ftfy are installed; see `to_tokens`.
+            token, cache_dir, local_files_only: for the hub, as in diffusers.
+            components: used in place of the folder's (`text_encoder=…`); `transformer` may be a folder or hub id.
+
+        Raises:
+            FileNotFoundError: no such model, revision, component or weight file; or the hub cannot be reached.
+            PermissionError: the model is gated.
+            ValueError: it is a pipeline of another kind.
+            OSError: a weight file is truncated.
+            ModelCheckError: a check failed; the message has the model and the versions.
+        """
+        source = fetch(name, revision, variant, weights, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        if weights:
+            pipe = open_pipeline(source, variant=variant, dtype=dtype, device_map=device_map, **components)
+        else:
+            pipe = empty_pipeline(source, dtype)
+        model = cls.from_pipeline(pipe)
+        model.source, model.clean_caption = source, clean_caption
+        if weights and check:
+            check_model(model, source.name)
+        return model
+
+    @classmethod
+    def from_pipeline(cls: type[Model], pipe: Any) -> Model:
+        """Around a live PixArt-α or PixArt-Σ pipeline; its modules are used, not copied, and put into evaluation mode."""
+        if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
+            raise TypeError(f"HookedTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not {type(pipe).__name__}.")
+        for name, part in (("transformer", pipe.transformer), ("text_encoder", pipe.text_encoder)):
+            if len(devices := {str(p.device) for p in part.parameters()}) > 1:
+                raise ValueError(
+                    f"The {name} is spread over {', '.join(sorted(devices))}; hooked, it must be on one device: load it without "
+                    "offloading or device map, then use enable_cpu_offload()."
+                )
+        model = cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()
+        model.pipeline_class = type(pipe)
+        return model
+
+    def as_diffusers(self) -> Any:
+        """A new pipeline of the kind the model came in, with the hooked modules inside: their hooks fire in its calls."""
+        return self.pipeline_class(self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a pipeline folder of the wrapped modules, which `from_pretrained` and plain diffusers open."""
+        encoder = getattr(self.text_encoder, "wrapped", self.text_encoder)
+        self.pipeline_class(self.tokenizer, encoder, self.codec, self.dit.wrapped, self.scheduler).save_pretrained(folder)
+
+    # Where it runs
+
+    def enable_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep the parts on the CPU, and each on `device` only while it works: text encoder, then denoiser, then codec.
+
+        For a T5 that does not fit beside the denoiser. (diffusers' own offloading acts on modules that are not called here.)
+        """
+        self.to("cpu")
+        self._offload, self._resident = torch.device(device), None
+
+    def _use(self, part: Literal["text_encoder", "dit", "codec"]) -> None:
+        """Have a part where it runs; with offloading, the part before it goes back to the CPU first."""
+        if self._offload is None or self._resident == part:
+            return
+        if self._resident is not None:
+            getattr(self, self._resident).to("cpu")
+        getattr(self, part).to(self._offload)
+        self._resident = part
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser runs."""
+        return self.dit.device if self._offload is None else self._offload
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens that a prompt may have: 300 for PixArt-Σ and 120 for PixArt-α, or fewer where the tokenizer says so."""
+        trained = inspect.signature(self.pipeline_class.__call__).parameters["max_sequence_length"].default
+        return min(trained, getattr(self.tokenizer, "model_max_length", trained))
