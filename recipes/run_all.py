@@ -94,7 +94,7 @@ are larger and whose data differ (docs/scenes.md).
 
 {chr(10).join(overview)}
 
-Two are not here: `relation_head`, the short demonstration (`make demo`), and `pixart_sigma`, which needs the pretrained weights and a
+X
 GPU (`python -m recipes.pixart_sigma --detector google/owlv2-base-patch16-ensemble`).
 
 Python {platform.python_version()}, {versions}.
