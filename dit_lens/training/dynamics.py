@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from hooked_models import HookedTextToImage
 
@@ -63,7 +64,12 @@ def dipole(model: HookedTextToImage, wanted: Sequence[Scene], seed: int = 0) -> 
     has learnt of places.
     """
     view, tokens = model.at(step=0, prompts=[scenes.caption(scene) for scene in wanted], seed=seed, guidance=1.0, returns="x0")
-    moment = color_moment(model.decode(view(tokens)).double().cpu().numpy())
+    return layout(model.decode(view(tokens)), wanted)
+
+
+def layout(images: Float[Tensor, "scene 3 height width"], wanted: Sequence[Scene]) -> Float[np.ndarray, " scene"]:
+    """Cosine between where the caption puts the first object, seen from the second, and where an image does (`color_moment`)."""
+    moment = color_moment(images.double().cpu().numpy())
     moment *= np.array([1 if scene.color1 == "red" else -1 for scene in wanted])[:, None]
     named = np.array([DIRECTIONS[scene.relation] for scene in wanted], float)
     return (moment * named).sum(axis=1) / (np.linalg.norm(moment, axis=1) * np.linalg.norm(named, axis=1) + 1e-12)
