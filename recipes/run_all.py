@@ -94,8 +94,8 @@ are larger and whose data differ (docs/scenes.md).
 
 {chr(10).join(overview)}
 
-X
-GPU (`python -m recipes.pixart_sigma --detector google/owlv2-base-patch16-ensemble`).
+Two are not here: `relation_head`, the short demonstration (`make demo`), and `pixart_sigma`, which needs a GPU and the pretrained
+weights (`python -m recipes.pixart_sigma --detector google/owlv2-base-patch16-ensemble`).
 
 Python {platform.python_version()}, {versions}.
 
