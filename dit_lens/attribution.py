@@ -33,7 +33,7 @@ from torch import Tensor
 from hooked_models import HookedDiT
 
 from .nodes import Node
-from .paired_runs import Metric, Pair, Run, gradients, pair
+from .paired_runs import Metric, Pair, Run, gradients, modulates, pair
 from .verification import Attribution, Edit, Verification, labelled, ranked
 
 __all__ = ["NODES", "EdgeAttribution", "NodeAttribution", "Pair", "Verification", "edges", "nodes", "pair"]
@@ -159,7 +159,7 @@ def nodes(
 
 def _checked(dit: HookedDiT, name: str) -> str:
     canonical = dit.canonical_name(name)
-    if ".adaln." in canonical or canonical in ("hook_t_emb", "hook_t_mod", "hook_pos_embed"):
+    if modulates(canonical):
         raise ValueError(f"{name} does not depend on the prompt: it is the same in both runs, and its score would be 0.")
     return canonical
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -25,12 +26,15 @@ from transformer_lens.tools.analysis.attribution_patching import cache_activatio
 
 from hooked_models import HookedDiT, Trajectory
 from hooked_models.dit import TextState
+from hooked_models.names import FINAL
 from hooked_models.sampling import SamplerState
 from hooked_models.views import DenoiserView
 
 Metric = Callable[[Tensor], Tensor]
 """Differentiable; from the output [batch …] to one number for each prompt [batch] (a scalar will do for a single prompt)."""
 Tensors = tuple[Tensor, ...]
+LATENT = "latent"
+"""What a denoising step ends with, in `chain`; no hook has it."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,11 @@ def gradients(
             yield index, total
 
 
+def modulates(name: str) -> bool:
+    """Whether a denoiser's tensor depends on the timestep or the position alone, so that no gradient is about it."""
+    return ".adaln." in name or name in ("hook_t_emb", "hook_t_mod", "hook_pos_embed")
+
+
 # Runs of a model, as segments
 
 
@@ -251,13 +260,10 @@ def pair(
     if returns == "x0" and not inputs.sampler.predicts_x0:
         raise ValueError(f"{type(model.scheduler).__name__} forms no clean-image prediction: use returns='out'.")
 
-    first, segments = (0, inputs.sampler.num_steps + 1) if returns == "images" else (chosen[0], 1)
+    first, end = (0, inputs.sampler.num_steps) if returns == "images" else (chosen[0], chosen[0])
+    read = FINAL if returns == "images" else f"hook_{returns}"
     length = max(run.inputs.tokens.shape[1] for run in (original, source))
-    one, other = (
-        _run(model, partial(_advance, run, first, returns), segments, start, run.inputs.text)
-        for run in (_padded(original, length), _padded(source, length))
-        for start in [(run.inputs.text.text, *_tensors(run.states[first]))]
-    )
+    one, other = (chain(_padded(run, length), first, end, [read], itemgetter(read)) for run in (original, source))
     branches = ("cond", "uncond") if branch == "both" else (branch,)
     contexts = tuple(Context(s - first, f"steps.{s}.{b}.", {"step": s, "branch": b}) for s in chosen for b in branches)
     return Pair(model.dit, one, other, contexts)
@@ -297,18 +303,44 @@ def _call(view: DenoiserView, _: int, inputs: Sequence[Tensor]) -> Tensors:
     return (here(here.to_tokens()),)
 
 
-def _advance(run: Trajectory, first: int, returns: str, index: int, inputs: Sequence[Tensor]) -> Tensors:
+def chain(
+    run: Trajectory, first: int, last: int, between: Sequence[str], output: Callable[[Mapping[str, Tensor]], Tensor]
+) -> Run:
+    """A generation from the state before step `first` on, as segments; the last is step `last`, or the codec after all steps.
+
+    Args:
+        between: hooks between denoiser calls at step `last` ("hook_x0"); "latent", what the step ends with; or "hook_image".
+        output: what a metric sees, made of these.
+    """
+    start = (run.inputs.text.text, *_tensors(run.states[first]))
+    advance = partial(_advance, run, first, last, tuple(between), output)
+    return _run(run.model, advance, last - first + 1, start, run.inputs.text)
+
+
+def _advance(
+    run: Trajectory,
+    first: int,
+    last: int,
+    between: Sequence[str],
+    output: Callable[[Mapping[str, Tensor]], Tensor],
+    index: int,
+    inputs: Sequence[Tensor],
+) -> Tensors:
     """One segment of a generation: a denoising step, or the codec after the last."""
     text, *rest = inputs
     model, step = run.model, first + index
     if step == run.inputs.sampler.num_steps:
-        return (model.decode(rest[0]),)
+        return (output({FINAL: model.decode(rest[0])}),)
     here = replace(run.inputs, text=model.dit.encode_text(text, run.inputs.text.bias))
-    seen: list[Tensor] = []
-    watched = [] if returns == "images" else [(f"steps.{step}.hook_{returns}", lambda tensor, hook: seen.append(tensor))]
-    with model.hooks(watched):
+    seen: dict[str, Tensor] = {}
+
+    def see(tensor: Tensor, hook: HookPoint, name: str) -> None:
+        seen[name] = tensor
+
+    watched = [name for name in between if step == last and name != LATENT]
+    with model.hooks([(f"steps.{step}.{name}", partial(see, name=name)) for name in watched]):
         state = model._step(here, _with_tensors(run.states[step], rest))
-    return (text, *_tensors(state)) if returns == "images" else (seen[0],)
+    return (output({**seen, LATENT: state.latent}),) if step == last else (text, *_tensors(state))
 
 
 # What a sampler's state is made of. Of its memory, tensors of the latents' shape are earlier predictions and samples; the rest

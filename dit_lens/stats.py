@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import binomtest, bootstrap, norm, spearmanr
+from scipy.stats import binomtest, bootstrap, hypergeom, norm, spearmanr
 
 
 class Interval(NamedTuple):
@@ -82,3 +82,12 @@ def rank_correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> 
     width = norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / (len(x) - 3))
     centre = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))  # finite also for a perfect order
     return Interval(rho, float(np.tanh(centre - width)), float(np.tanh(centre + width))), p
+
+
+def count_bound(hits: int, drawn: int, total: int, level: float = 0.95) -> int:
+    """At most so many of `total` things have a property that `hits` of `drawn` ones, drawn without replacement, had.
+
+    The largest count under which so few hits have a probability above 1 − level (hypergeometric; one-sided and exact).
+    """
+    counts = np.arange(hits, total - drawn + hits + 1)
+    return int(counts[hypergeom.cdf(hits, total, counts, drawn) > 1 - level][-1])

@@ -28,9 +28,22 @@ from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 from .metrics import OWN, Metric, ShareOf, Values, displacement, scene_metric
 from .plan import Plan
+from .search import Missed, Search, two_stage
 from .treatments import Interventions, grid, resolve
 
-__all__ = ["Metric", "Plan", "ShareOf", "displacement", "grid", "plan", "run", "scene_metric"]
+__all__ = [
+    "Metric",
+    "Missed",
+    "Plan",
+    "Search",
+    "ShareOf",
+    "displacement",
+    "grid",
+    "plan",
+    "run",
+    "scene_metric",
+    "two_stage",
+]
 
 Metrics = Mapping[str, Metric | Callable[..., Values]]
 
@@ -91,6 +104,7 @@ def run(
     metrics: Metrics,
     out: str | Path | None = None,
     executor: str = "local",
+    workers: int | None = None,
     *,
     num_steps: int = DEFAULT_STEPS,
     guidance: float = DEFAULT_GUIDANCE,
@@ -101,7 +115,10 @@ def run(
 
     Args:
         out: a folder for results: a call that was stopped, even killed, goes on from there when it is repeated.
-        executor: "local", this process and its device.
+        executor: "local", this process and its device; "ray", the workers of a Ray cluster: of `ray.init`, RAY_ADDRESS, or a new
+            one on this machine. Each loads the model (one that was not loaded from a folder or the hub is sent),
+            onto its own device of the model's kind; a worker that is lost is replaced, and its cells are run again.
+        workers: of "ray"; one for each of its GPUs (of its CPUs, for a model on a CPU) unless given.
         others: as in `plan`.
 
     Returns:
@@ -114,9 +131,8 @@ def run(
     Raises:
         ValueError: as in `plan`; `out` holds results of another model, prompts, plan or metrics; no such executor; or a metric
             fails on every run without intervention.
+        ImportError: executor="ray", and Ray is not installed.
+        RuntimeError: workers are lost again and again.
     """
-    if executor != "local":
-        raise ValueError(f"executor={executor!r} does not exist: choose 'local', and give each GPU its own part of the seeds.")
-    return plan(model, prompts, seeds, interventions, metrics, num_steps=num_steps, guidance=guidance, batch=batch, rng=rng).run(
-        out
-    )
+    found = plan(model, prompts, seeds, interventions, metrics, num_steps=num_steps, guidance=guidance, batch=batch, rng=rng)
+    return found.run(out, executor, workers)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ class Fork:
 class Clean:
     """The runs of some rows without intervention: states before every step, network outputs, and what metrics read."""
 
-    model: HookedTextToImage
+    model: Any
+    """As in a plan."""
     inputs: Inputs
     """Of the prompts, one row each."""
     seeds: Sequence[int]

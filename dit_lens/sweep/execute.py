@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,13 +15,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .clean import Clean
+from .clean import Clean, Fork
 from .forks import Batch
 from .metrics import OWN, Metric, Read
 from .progress import progress_bar
 from .results import Results
 
 if TYPE_CHECKING:
+    from .cluster import Cluster
     from .plan import Plan
 
 LONG = 10
@@ -36,73 +38,31 @@ class Measured(NamedTuple):
     """Text, empty where it did not."""
 
 
-class Execution:
-    """One run of a plan, for the cells that have no result yet."""
+@dataclass(frozen=True)
+class Work:
+    """What a batch of forks needs: the plan, the runs without intervention, and what metrics are in them."""
 
-    def __init__(self, plan: Plan, results: Results, done: Bool[np.ndarray, " cell"]) -> None:
-        self.plan, self.results, self.done = plan, results, done
-        self.pending = [fork for fork in plan.forks if not done[plan.cells_of(fork)].all()]
-        forked = np.zeros(plan.cells, dtype=bool)
-        for fork in plan.forks:
-            forked[plan.cells_of(fork)] = True
-        self.unchanged = np.flatnonzero(~forked & ~done)
-        self.rows = np.unique(np.concatenate([self.unchanged % plan.runs, *(fork.rows for fork in self.pending)]))
-        self.batch = _batch(plan, results.folder)
+    plan: Plan
+    clean: Clean
+    baselines: Mapping[tuple[str, int | None], Measured]
+    """(metric, step that it is taken at) → its values, [prompt · seed]."""
+    batch: int
 
-    def run(self) -> None:
-        """Put every cell's row into the results.
+    def on(self, model: Any) -> Work:
+        """The same with another model, which has to be an equal one; None, to send it elsewhere without."""
+        return replace(self, plan=replace(self.plan, model=model), clean=replace(self.clean, model=model))
 
-        Raises:
-            ValueError: a metric fails on every run without intervention.
-        """
-        plan, reads = self.plan, set(self.plan.reads.values())
-        jobs = list(plan.batches(self.pending, self.batch))
-        work = len(self.rows) * plan.num_steps + sum(len(fork.rows) * (fork.until - fork.first) for fork in self.pending)
-        with progress_bar(int((~self.done).sum()), work, disable=len(jobs) < LONG) as told:
-            self.clean = Clean.run(plan.model, plan.inputs(), plan.seeds, self.rows, self.steps_read, self.batch, told.worked)
-            self.clean.expect(self.pending)
-            _ = self.baselines  # a metric that cannot work is found out now
-            if len(self.unchanged):
-                self.results.add(self.table(self.unchanged, None, {}))
-                told.finished(len(self.unchanged))
-            while jobs:
-                forks = jobs.pop(0)
-                batch = Batch(self.clean, plan.treatments, forks)
-                try:
-                    found = batch.run(reads, told.worked)
-                except torch.OutOfMemoryError:
-                    if len(forks) == 1:
-                        raise
-                    jobs[:0] = [forks[: len(forks) // 2], forks[len(forks) // 2 :]]
-                    continue
-                self.results.add(self.table(np.concatenate([plan.cells_of(fork) for fork in forks]), batch, found))
-                told.finished(len(batch.rows))
-
-    @cached_property
-    def steps_read(self) -> set[Read]:
-        """What metrics read, with the steps at which they do."""
-        firsts = {treatment.first for treatment in self.plan.treatments}
-        return {read.at(first) for read in self.plan.reads.values() for first in firsts}
-
-    @cached_property
-    def baselines(self) -> dict[tuple[str, int | None], Measured]:
-        """(metric, step that it is taken at) → its values in the runs without intervention, [prompt · seed]."""
-        found = {}
-        for name, read in self.plan.reads.items():
-            for at in {read.at(treatment.first) for treatment in self.plan.treatments}:
-                tensor, prompts = self.clean.found[at], self.rows % len(self.plan.prompts)
-                values, errors = measured(name, self.plan.metrics[name], tensor, tensor, prompts, self.batch)
-                if all(errors):
-                    raise ValueError(f"The metric fails on every run without intervention. {errors[0]}")
-                found[name, at.step] = Measured(
-                    {column: self._spread(value, np.nan) for column, value in values.items()}, self._spread(errors, "")
-                )
-        return found
-
-    def _spread(self, values: np.ndarray, empty: Any) -> np.ndarray:
-        whole = np.full(self.plan.runs, empty, dtype=values.dtype)
-        whole[self.rows] = values
-        return whole
+    def rows(self, forks: Sequence[Fork], worked: Callable[[int], None] = lambda rows: None) -> pd.DataFrame:
+        """Run forks together, in halves if memory does not suffice: the rows of their cells."""
+        batch = Batch(self.clean, self.plan.treatments, forks)
+        try:
+            found = batch.run(set(self.plan.reads.values()), worked)
+        except torch.OutOfMemoryError:
+            if len(forks) == 1:
+                raise
+            half = len(forks) // 2
+            return pd.concat([self.rows(forks[:half], worked), self.rows(forks[half:], worked)], ignore_index=True)
+        return self.table(np.concatenate([self.plan.cells_of(fork) for fork in forks]), batch, found)
 
     def table(self, cells: Int[np.ndarray, " cell"], batch: Batch | None, found: Mapping[Read, Tensor]) -> pd.DataFrame:
         """Rows of the results for the cells of a batch; without one, for cells that are those of the clean run."""
@@ -127,6 +87,75 @@ class Execution:
                 columns[f"{full}_baseline"] = value
             errors = np.array(["; ".join(filter(None, pair)) for pair in zip(errors, after.errors, strict=True)], dtype=object)
         return pd.DataFrame({**columns, "error": errors})
+
+
+class Execution:
+    """One run of a plan, for the cells that have no result yet."""
+
+    def __init__(self, plan: Plan, results: Results, done: Bool[np.ndarray, " cell"]) -> None:
+        self.plan, self.results, self.done = plan, results, done
+        self.pending = [fork for fork in plan.forks if not done[plan.cells_of(fork)].all()]
+        forked = np.zeros(plan.cells, dtype=bool)
+        for fork in plan.forks:
+            forked[plan.cells_of(fork)] = True
+        self.unchanged = np.flatnonzero(~forked & ~done)
+        self.rows = np.unique(np.concatenate([self.unchanged % plan.runs, *(fork.rows for fork in self.pending)]))
+        self.batch = _batch(plan, results.folder)
+
+    def run(self, cluster: Cluster | None = None) -> None:
+        """Put every cell's row into the results, with the help of a cluster if there is one.
+
+        Raises:
+            ValueError: a metric fails on every run without intervention.
+        """
+        plan = self.plan
+        batch = self.batch if cluster is None else cluster.batch(sum(len(fork.rows) for fork in self.pending), self.batch)
+        jobs = list(plan.batches(self.pending, batch))
+        steps = np.zeros(plan.cells, dtype=np.int64)
+        for fork in self.pending:
+            steps[plan.cells_of(fork)] = fork.until - fork.first
+        work = len(self.rows) * plan.num_steps + int(steps.sum())
+        with progress_bar(int((~self.done).sum()), work, disable=len(jobs) < LONG) as told:
+            clean = Clean.run(plan.model, plan.inputs(), plan.seeds, self.rows, self.steps_read, self.batch, told.worked)
+            clean.expect(self.pending)
+            shared = Work(plan, clean, self.baselines(clean), self.batch)
+            if len(self.unchanged):
+                self.results.add(shared.table(self.unchanged, None, {}))
+                told.finished(len(self.unchanged))
+            if cluster is None:
+                tables: Iterable[pd.DataFrame] = (shared.rows(forks, told.worked) for forks in jobs)
+            else:
+                tables = cluster.rows(shared, jobs)
+            for table in tables:
+                self.results.add(table)
+                told.finished(len(table))
+                if cluster is not None:
+                    told.worked(int(steps[table["cell"]].sum()))
+
+    @cached_property
+    def steps_read(self) -> set[Read]:
+        """What metrics read, with the steps at which they do."""
+        firsts = {treatment.first for treatment in self.plan.treatments}
+        return {read.at(first) for read in self.plan.reads.values() for first in firsts}
+
+    def baselines(self, clean: Clean) -> dict[tuple[str, int | None], Measured]:
+        """As in `Work`: a metric that cannot work is found out here. Raises ValueError if it fails on every run."""
+        found = {}
+        for name, read in self.plan.reads.items():
+            for at in {read.at(treatment.first) for treatment in self.plan.treatments}:
+                tensor, prompts = clean.found[at], self.rows % len(self.plan.prompts)
+                values, errors = measured(name, self.plan.metrics[name], tensor, tensor, prompts, self.batch)
+                if all(errors):
+                    raise ValueError(f"The metric fails on every run without intervention. {errors[0]}")
+                found[name, at.step] = Measured(
+                    {column: self._spread(value, np.nan) for column, value in values.items()}, self._spread(errors, "")
+                )
+        return found
+
+    def _spread(self, values: np.ndarray, empty: Any) -> np.ndarray:
+        whole = np.full(self.plan.runs, empty, dtype=values.dtype)
+        whole[self.rows] = values
+        return whole
 
 
 def measured(name: str, metric: Metric, tensor: Tensor, baseline: Tensor, prompts: np.ndarray, batch: int) -> Measured:
@@ -160,7 +189,12 @@ def _batch(plan: Plan, folder: Path | None) -> int:
     return int(json.loads(record.read_text())["batch"])
 
 
+def metric_of(plan: Plan, column: str) -> str | None:
+    """The metric that a column of the table belongs to."""
+    return max((name for name in plan.metrics if column == name or column.startswith(f"{name}_")), key=len, default=None)
+
+
 def depends_on_condition(plan: Plan, column: str) -> bool:
     """Whether a column's baseline is taken at another step in another condition."""
-    name = max((name for name in plan.metrics if column == name or column.startswith(f"{name}_")), key=len, default="")
-    return name in plan.reads and plan.reads[name].step == OWN
+    name = metric_of(plan, column)
+    return name is not None and plan.reads[name].step == OWN

@@ -13,12 +13,12 @@ import torch
 import xarray as xr
 from jaxtyping import Int
 
-from hooked_models import HookedTextToImage
 from hooked_models.names import FINAL
 from hooked_models.trajectory import Inputs
 
 from ..shards import digest, digest_model
 from .clean import Fork
+from .cluster import Cluster
 from .cost import Cost, batch_size, cost_of
 from .execute import Execution, depends_on_condition
 from .metrics import Metric, Read, fingerprint
@@ -30,7 +30,8 @@ from .treatments import Treatment
 class Plan:
     """What `sweep.plan` makes of its arguments."""
 
-    model: HookedTextToImage
+    model: Any
+    """A HookedTextToImage; None while a plan travels to a worker that has its own."""
     prompts: Sequence[str]
     seeds: Sequence[int]
     treatments: Sequence[Treatment]
@@ -134,17 +135,28 @@ class Plan:
         return self.model.trajectory(self.model.to_tokens(self.prompts), 0, self.num_steps, self.guidance, until=0).inputs
 
     @torch.no_grad()
-    def run(self, out: str | Path | None = None) -> xr.Dataset:
+    def run(self, out: str | Path | None = None, executor: str = "local", workers: int | None = None) -> xr.Dataset:
         """As `sweep.run`."""
+        cluster = _cluster(executor, workers)
         folder = None if out is None else Path(out)
         results = Results(folder, {} if folder is None else self.settings)
         try:
             done = np.zeros(self.cells, dtype=bool)
             done[results.done] = True
             if not done.all():
-                Execution(self, results, done).run()
+                Execution(self, results, done).run(cluster)
         finally:
             results.close()
         own = {column: depends_on_condition(self, column) for column in results.table.columns}
         attrs = {"num_steps": self.num_steps, "guidance": self.guidance}
         return dataset(results.table, self.treatments, self.prompts, self.seeds, own, self.rng, attrs)
+
+
+def _cluster(executor: str, workers: int | None) -> Cluster | None:
+    if executor == "ray":
+        return Cluster(workers)
+    if executor != "local":
+        raise ValueError(f"executor={executor!r} does not exist: choose 'local' (this process) or 'ray' (a Ray cluster).")
+    if workers is not None:
+        raise ValueError(f"workers={workers} are those of a Ray cluster: choose executor='ray', or leave workers out.")
+    return None

@@ -1,0 +1,128 @@
+"""A plan's batches on the workers of a Ray cluster. Scheduling, transport and replacing lost workers are Ray's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from hooked_models import HookedTextToImage
+from hooked_models.hooked_module import HookedModule
+from hooked_models.hub import Source
+
+from ..shards import digest_model
+from .clean import Fork
+
+if TYPE_CHECKING:
+    from .execute import Work
+
+RESTARTS = 3
+"""How often a worker, and a batch, is tried again after being lost."""
+BATCHES = 4
+"""For each worker, at least: so that one that is done early finds more to do."""
+
+
+class Worker:
+    """A process of the cluster with a model of its own."""
+
+    def __init__(self, work: Work, model: Source | tuple[Any, ...], device: str, dtype: torch.dtype, flags: Flags) -> None:
+        """`model`: where to load it from, or the modules that `parts_of` gives."""
+        if isinstance(model, Source):
+            name = model.folder if model.commit is None else model.name
+            loaded = HookedTextToImage.from_pretrained(name, revision=model.commit, dtype=dtype, check=False)
+        else:
+            loaded = HookedTextToImage(*model).eval()
+        self.model = loaded.to(device)
+        for module, switched in zip(_flagged(self.model), flags, strict=True):
+            for flag, on in switched.items():
+                if getattr(module.cfg, flag) != on:
+                    getattr(module, f"set_{flag}")(on)
+        self.work = work.on(self.model)
+
+    def digest(self) -> str:
+        """Of the model."""
+        return digest_model(self.model)
+
+    @torch.no_grad()
+    def rows(self, forks: Sequence[Fork]) -> pd.DataFrame:
+        """As `Work.rows`."""
+        return self.work.rows(forks)
+
+
+Flags = list[dict[str, bool]]
+
+
+class Cluster:
+    """The Ray cluster that is connected, else the one that RAY_ADDRESS names, else a new one on this machine."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        """Raises ImportError if Ray is not installed."""
+        try:
+            import ray
+        except ImportError:
+            raise ImportError("executor='ray' needs Ray: pip install 'dit_lens[ray]', or choose executor='local'.") from None
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers={workers}: at least one has to do the work.")
+        self.ray, self.workers = ray, workers
+
+    def batch(self, rows: int, most: int) -> int:
+        """Rows that run together, so that there is something to do for everybody."""
+        return min(most, max(1, rows // (BATCHES * (self.workers or BATCHES))))
+
+    def rows(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
+        """The rows of every job's cells, in the order in which they are ready.
+
+        Raises:
+            ValueError: workers load another model than the one given.
+            RuntimeError: a worker was lost more often than `RESTARTS` times.
+        """
+        if not jobs:
+            return
+        from ray.exceptions import RayActorError
+        from ray.util import ActorPool
+
+        model = work.plan.model
+        if not self.ray.is_initialized():
+            self.ray.init()
+        on_gpu = model.device.type == "cuda"
+        count = self.workers or int(self.ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1))
+        remote = self.ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
+        shared = self.ray.put(work.on(None))
+        found = model.source  # the workers' working directory may be another
+        weights = replace(found, folder=found.folder.resolve()) if found else self.ray.put(parts_of(model))
+        arguments = (shared, weights, model.device.type, model.dit.dtype, flags_of(model))
+        actors: list[Any] = [remote.remote(*arguments) for _ in range(min(count, len(jobs)))]
+        try:
+            digest = digest_model(model)
+            if any(other != digest for other in self.ray.get([actor.digest.remote() for actor in actors])):
+                raise ValueError(
+                    f"The model is not the one in {found and found.name} any more: save it and load it again (save_pretrained, "
+                    "from_pretrained), or set model.source = None, so that it is sent to the workers."
+                )
+            yield from ActorPool(actors).map_unordered(lambda actor, forks: actor.rows.remote(forks), list(jobs))
+        except RayActorError as error:
+            raise RuntimeError(
+                f"A worker was lost {RESTARTS + 1} times ({error}). Finished cells are kept if out= names a folder: run again, "
+                "with a smaller batch= if memory was short."
+            ) from error
+        finally:
+            for actor in actors:
+                self.ray.kill(actor)
+
+
+def parts_of(model: HookedTextToImage) -> tuple[Any, ...]:
+    """The modules that a model is made around, to make an equal one."""
+    encoder = getattr(model.text_encoder, "wrapped", model.text_encoder)
+    return model.dit.wrapped, encoder, model.tokenizer, model.codec, model.scheduler
+
+
+def _flagged(model: HookedTextToImage) -> list[HookedModule]:
+    return [module for module in (model.dit, model.text_encoder) if isinstance(module, HookedModule)]
+
+
+def flags_of(model: HookedTextToImage) -> Flags:
+    """Which hooks are switched on."""
+    return [{flag: getattr(module.cfg, flag) for flag in set(module.hook_flags.values())} for module in _flagged(model)]
