@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -15,24 +14,9 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import composition_scores as factored_composition_scores
 
 from hooked_models import HookedDiT, HookedTextToImage, NotFoldedError
+from hooked_models.names import Head, parse_head
 
-Head = str | tuple[int, int]
-"""\"L2H8\" or (2, 8)."""
 Sublayer = Literal["attn", "cross_attn"]
-
-
-def parse_head(head: Head) -> tuple[int, int]:
-    """ "L2H8" or (2, 8) → (layer 2, head 8), both from 0.
-
-    Raises:
-        ValueError: the text has another form.
-    """
-    if isinstance(head, tuple):
-        return head
-    match = re.fullmatch(r"[Ll](\d+)[Hh](\d+)", head)
-    if match is None:
-        raise ValueError(f"{head!r} names no head: write a layer and a head from 0, such as 'L2H8'.")
-    return int(match[1]), int(match[2])
 
 
 def _cross_head(dit: HookedDiT, head: Head) -> tuple[int, int]:

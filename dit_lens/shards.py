@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,24 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.digest import digest
 
-
-def digest(*parts: str | bytes | Tensor) -> str:
-    """A short hash of text and tensors: equal for equal values, types and shapes."""
-    found = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        if isinstance(part, Tensor):
-            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            data = part.encode() if isinstance(part, str) else part
-            found.update(f"{len(data)}:".encode() + data)
-    return found.hexdigest()
+__all__ = ["Shards", "digest", "digest_model"]
 
 
 def digest_model(model: HookedTextToImage) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,8 +13,24 @@ from .hooked_module import HookedModule, NameFilter, UnknownHookError, unknown_h
 
 Branch = Literal["cond", "uncond"]
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
+Head = str | tuple[int, int]
+"""\"L2H8\" or (2, 8)."""
 Part = Literal["dit", "sampler", "text_encoder", "null_text_encoder"]
 FINAL = "hook_image"
+
+
+def parse_head(head: Head) -> tuple[int, int]:
+    """ "L2H8" or (2, 8) → (layer 2, head 8), both from 0.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    if isinstance(head, tuple):
+        return head
+    match = re.fullmatch(r"[Ll](\d+)[Hh](\d+)", head)
+    if match is None:
+        raise ValueError(f"{head!r} names no head: write a layer and a head from 0, such as 'L2H8'.")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)

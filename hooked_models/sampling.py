@@ -93,6 +93,11 @@ class Sampler:
         alpha, sigma = self.scheduler._sigma_to_alpha_sigma_t(self.scheduler.sigmas[step])
         return float(alpha), float(sigma)
 
+    @property
+    def noise_levels(self) -> list[tuple[float, float]]:
+        """(α, σ) of every step."""
+        return [self.noise_level(step) for step in range(self.num_steps)]
+
     def advance(
         self, state: SamplerState, latent: Latents, out: Latents, through: Callable[[Latents], Latents] | None = None
     ) -> SamplerState:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 from transformers import T5EncoderModel
 
-from .cache import GenerationCache, activation_dtype, activation_shape, refuse_if_too_large
+from .cache import GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
+from .cache_folder import record_to_folder
 from .config import DiTConfig
 from .dit import HookedDiT, TextState
 from .generation_hooks import HookedGeneration, SamplerHooks, attach
 from .hooked_module import HookedModule, NameFilter, NoLanguageModel, watched
-from .names import FINAL, Branch, GenerationNames, Site
+from .names import FINAL, Branch, GenerationNames
+from .recording import Heads, Patterns, Recorder, heads_by_layer
 from .resolution import nearest_resolution
 from .rte import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from .sampling import Sampler, SamplerState, seeded_noise
@@ -168,14 +170,20 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
 
         `until` stops before that step: the trajectory then has no images, but can be forked up to there.
         """
+        inputs, first = self._begin(prompts, seed, num_steps, guidance, latents)
+        steps = None if until is None else until + 1
+        return Trajectory(self, inputs, tuple(islice(self._run(inputs, first), steps)))
+
+    def _begin(
+        self, prompts: Prompts, seed: int | Sequence[int], num_steps: int, guidance: float, latents: Tensor | None
+    ) -> tuple[Inputs, SamplerState]:
+        """What a generation is computed from, and its first state."""
         tokens = (prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
         self._check_hooks(num_steps, guidance)
         inputs = Inputs(tokens, guidance, Sampler(self.scheduler, num_steps, self.device), self._encode(tokens, guidance))
         if latents is None:
             latents = self._noise(seed, len(tokens))
-        first = inputs.sampler.start(latents.to(self.device, self.dit.dtype))
-        steps = None if until is None else until + 1
-        return Trajectory(self, inputs, tuple(islice(self._run(inputs, first), steps)))
+        return inputs, inputs.sampler.start(latents.to(self.device, self.dit.dtype))
 
     def noise(
         self, seed: int | Sequence[int] = 0, batch: int = 1, *, height: int, width: int, binning: bool = True
@@ -298,6 +306,9 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         names_filter: NameFilter = None,
         steps: int | Sequence[int] | slice | None = None,
         branch: Branch | Literal["both"] = "cond",
+        heads: Heads | None = None,
+        patterns: Patterns = "whole",
+        out: str | Path | None = None,
         device: str | torch.device | None = None,
         max_bytes: int | None = None,
         remove_batch_dim: bool = False,
@@ -308,6 +319,12 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             names_filter: a full name, a name in the denoiser (then at every chosen step and branch), a list of either, or a
                 predicate on full names; None for everything.
             steps, branch: which denoising steps and guidance branches to keep.
+            heads: of per-head tensors only these, "L2H8", (2, 8), a head of every layer, or several; layers without any are
+                left out. Their patterns are computed for them alone.
+            patterns: what to keep of patterns: all, or, computed in chunks, each query's `entropy` or `largest` entry
+                [batch head query], or the attention that each key has `received` from all queries [batch head key].
+            out: a folder, to which each step is written as it ends; the cache then reads from there. A call that was stopped
+                goes on where it was when it is repeated, and one that had ended is not run again.
             device: where the cache is kept; where it arises unless said.
             max_bytes: refuse, before running, to cache more than this; a quarter of the free memory unless said.
             remove_batch_dim: not for a whole generation; there, so that who asks for it is told what to do.
@@ -325,30 +342,17 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
         predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
         sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, predicts_x0)
-        sizes = self.cache_sizes(sites, tokens, None if latents is None else latents.shape[-2:])
-        refuse_if_too_large(sizes, max_bytes, self.device if device is None else torch.device(device))
-        store: dict[str, Tensor] = {}
-
-        def keep(tensor: Tensor, hook: HookPoint) -> None:
-            # copied: a slice would keep the other branch alive, and a later hook may write in place
-            store[str(hook.name)] = tensor.detach().to(device or tensor.device, copy=True)
-
-        with self.hooks([(site.name, keep) for site in sites]):
-            run = self.trajectory(tokens, seed, num_steps, guidance, latents)
-            images = run.images
-        levels = [run.inputs.sampler.noise_level(step) for step in range(num_steps)] if predicts_x0 else []
-        return images, GenerationCache(store, self, levels)
-
-    def cache_sizes(
-        self, sites: Sequence[Site], tokens: Int[Tensor, "batch text_pos"], grid: Sequence[int] | None = None
-    ) -> dict[str, int]:
-        """Bytes that each site's tensor will take: name → bytes, from arithmetic, before anything is run."""
-        rows, columns = grid or (self.cfg.sample_size,) * 2
-        image = self._image_size((rows, columns))
-        sizes = {}
-        for site in sites:
-            module = self.codec if site.inner == FINAL else self.text_encoder if site.part.endswith("text_encoder") else self.dit
-            cfg = module.cfg if isinstance(module, HookedModule) else self.cfg
-            shape = activation_shape(cfg, site, len(tokens), (rows, columns), tokens.shape[1], image)
-            sizes[site.name] = torch.Size(shape).numel() * activation_dtype(site, module.dtype).itemsize
-        return sizes
+        recorder = Recorder(self, sites, heads_by_layer(heads, self.cfg.n_layers, self.cfg.n_heads), patterns, device)
+        size = estimate_recorded(recorder, len(tokens), tokens.shape[1], None if latents is None else latents.shape[-2:])
+        if out is not None:
+            refuse_if_does_not_fit(size, out)
+            with torch.no_grad():
+                images = record_to_folder(recorder, out, (tokens, seed, num_steps, guidance, latents))
+            return images, GenerationCache.load(out, self)
+        refuse_if_too_large(size, max_bytes, self.device if device is None else torch.device(device))
+        with self.hooks(recorder.hooks()):
+            inputs, first = self._begin(tokens, seed, num_steps, guidance, latents)
+            recorder.inputs = inputs
+            images = Trajectory(self, inputs, tuple(self._run(inputs, first))).images
+        levels = inputs.sampler.noise_levels if predicts_x0 else []
+        return images, GenerationCache(recorder.take(), self, levels)

@@ -18,6 +18,8 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from hooked_models import HookedT5Encoder, HookedTextToImage, HookedTokenEncoder
+from hooked_models.cache import estimate_recorded
+from hooked_models.recording import Recorder
 from hooked_models.t5 import position_buckets
 
 from .pipelines import CALL, PROMPTS, randomise, tiny_pipeline
@@ -523,7 +525,9 @@ def test_the_estimate_is_what_is_used(dtype: torch.dtype, fork: str) -> None:
     sites = [site for site in model.names.select(branch="both", num_steps=1) if site.part.endswith("text_encoder")]
     assert len(sites) == 2 * len(model.text_encoder.names(None))
     _, cache = model.run_with_cache(tokens, num_steps=1, branch="both", names_filter=[site.name for site in sites])
-    assert {name: tensor.nbytes for name, tensor in cache.items()} == model.cache_sizes(sites, tokens)
+    assert {name: tensor.nbytes for name, tensor in cache.items()} == estimate_recorded(
+        Recorder(model, sites), *tokens.shape
+    ).sizes
 
 
 def test_a_prompt_that_is_too_long_is_refused(model: HookedTextToImage) -> None:

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from transformer_lens import ActivationCache
 
 from hooked_models import CacheTooLargeError, HookedTextToImage, UnknownHookError
+from hooked_models.cache import estimate
 
 from .pipelines import CALL, PROMPTS, tiny_pipeline
 
@@ -374,8 +375,9 @@ def test_the_estimate_is_what_is_used(text, learned_sigma):
     model.dit.set_use_split_qkv_input(True)
     tokens = model.to_tokens(PROMPTS, length=9)
     _, cache = model.run_with_cache(tokens, num_steps=2, branch="both")
-    sizes = model.cache_sizes(model.names.select(branch="both", num_steps=2), tokens)
-    assert {name: tensor.nbytes for name, tensor in cache.items()} == sizes
+    expected = estimate(model, tokens, 2, branch="both")
+    assert {name: tensor.nbytes for name, tensor in cache.items()} == expected.sizes
+    assert cache.nbytes == expected.nbytes < sum(expected.sizes.values())  # the text's keys and values are kept once
 
 
 def test_a_cache_that_is_too_large_is_refused_before_running(model, monkeypatch):
