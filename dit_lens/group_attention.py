@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedTextToImage, Trajectory
-from hooked_models.hooked_module import HookFunction, watched
+from hooked_models.hooked_module import HookedModule, HookFunction, watched
 from hooked_models.names import Branch
 
 Sublayer = Literal["cross_attn", "attn"]
@@ -48,7 +49,7 @@ def attention_between(
         weights, bias = weights.to(device, dtype), None
         if sublayer == "cross_attn":
             weights = weights[:, : text.text.shape[1]]
-            bias = None if text.bias is None else text.bias[run.inputs.rows(branch)]
+            bias = None if text.bias is None else text.bias[run.inputs.rows(branch), None]
         for layer in range(cfg.n_layers):
             inner = f"blocks.{layer}.{sublayer}"
             attention: Any = model.dit.get_submodule(inner)
@@ -61,6 +62,46 @@ def attention_between(
                     hooks += [(f"{prefix}.hook_q", reader.read_q), (f"{prefix}.hook_k", reader.read_k)]
     run.fork(0, hooks)
     return found.cpu()
+
+
+def attention_in_call(
+    model: HookedModule,
+    inputs: Mapping[str, Any],
+    queries: Float[Tensor, "batch pos group"],
+    keys: Float[Tensor, "batch key_pos key_group"],
+    sublayer: str = "attn",
+    reduce: Literal["sum", "max"] = "sum",
+) -> Float[xr.DataArray, "row layer head query_group key_group"]:
+    """As `attention_between`, in one call of any hooked transformer (`hooked_models.families`): `model(**inputs)`.
+
+    Positions of attention over both streams are [image, text]. Layers without this attention are NaN.
+    """
+    cfg, device = model.cfg, queries.device
+    shape = (len(queries), cfg.n_layers, cfg.n_heads, queries.shape[-1], keys.shape[-1])
+    found = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+    hooks: list[tuple[str, HookFunction]] = []
+    for layer in range(cfg.n_layers):
+        inner = f"blocks.{layer}.{sublayer}"
+        if f"{inner}.hook_q" not in model.hook_dict:
+            continue
+        found[:, layer] = 0
+        attention: Any = model.get_submodule(inner)
+        reader = _Reader(queries.float(), keys.float(), None, 0.0, reduce, found[:, layer])
+        hooks += [(f"{inner}.hook_q", reader.read_q), (f"{inner}.hook_k", _knowing(reader, attention))]
+    if not hooks:
+        model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, and says why there is none
+    with torch.no_grad(), model.hooks(hooks):
+        model(**inputs)
+    dims = ("row", "layer", "head", "query_group", "key_group")
+    return xr.DataArray(found.cpu().numpy(), dims=dims, name=f"{sublayer} {reduce}")
+
+
+def _knowing(reader: _Reader, attention: Any) -> HookFunction:
+    def read_k(k: Tensor, hook: HookPoint) -> None:
+        reader.bias, reader.scale = attention.bias, attention.scale
+        reader.read_k(k, hook)
+
+    return read_k
 
 
 def _is_explicit(model: HookedTextToImage, step: int, inner: str) -> bool:
@@ -76,7 +117,7 @@ class _Reader:
 
     queries: Float[Tensor, "batch pos group"]
     keys: Float[Tensor, "batch key_pos key_group"]
-    bias: Float[Tensor, "batch 1 key_pos"] | None
+    bias: Float[Tensor, "batch #head _ key_pos"] | None
     scale: float
     reduce: Literal["sum", "max"]
     found: Float[Tensor, "batch head group key_group"]
@@ -88,7 +129,7 @@ class _Reader:
     def read_k(self, k: Float[Tensor, "batch key_pos head d_head"], hook: HookPoint) -> None:
         q, k = self.q, k.transpose(1, 2)
         del self.q
-        bias = None if self.bias is None else self.bias[:, None]
+        bias = self.bias
         if self.reduce == "sum":
             self._add_up(self._group_mass(q, k, bias))
             return

@@ -36,7 +36,49 @@ def per_head(x: Float[Tensor, "batch pos d_in"], n_heads: int) -> Float[Tensor, 
     return x[:, :, None].repeat(1, 1, n_heads, 1)
 
 
-class Attention(nn.Module):
+class Heads(nn.Module):
+    """``softmax(scale · q kᵀ + bias) v`` of every head, fused until somebody looks at scores or pattern."""
+
+    scale: float
+    bias: Tensor | None = None
+    """What is added to the scores, while the attention runs: for hooks that compute something of the pattern."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_q = HookPoint()  # [batch query_pos head d_head]
+        self.hook_k = HookPoint()  # [batch key_pos head d_head]
+        self.hook_v = HookPoint()  # [batch key_pos head d_head]
+        self.hook_attn_scores = HookPoint()  # [batch head query_pos key_pos], bias included
+        self.hook_pattern = HookPoint()  # [batch head query_pos key_pos]
+        self.hook_z = HookPoint()  # [batch query_pos head d_head]
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch query_pos head d_head"],
+        k: Float[Tensor, "batch key_pos head d_head"],
+        v: Float[Tensor, "batch key_pos head d_head"],
+        bias: Float[Tensor, "#batch *#heads _ key_pos"] | None = None,
+    ) -> Float[Tensor, "batch query_pos head d_head"]:
+        """``z``: for each query and head, the values averaged under the pattern.
+
+        ``bias`` is added to the scores: [batch (head) query_pos key_pos], the same for every head if it has no such axis.
+        """
+        self.bias = bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
+        q = self.hook_q(q).transpose(1, 2)  # [batch head pos d_head] from here to z
+        k = self.hook_k(k).transpose(1, 2)
+        v = self.hook_v(v).transpose(1, 2)
+        self.bias = None
+
+        if watched(self.hook_attn_scores) or watched(self.hook_pattern):
+            scores = q @ k.transpose(-1, -2) * self.scale
+            scores = self.hook_attn_scores(scores if bias is None else scores + bias)
+            z = self.hook_pattern(scores.softmax(dim=-1)) @ v
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.hook_z(z.transpose(1, 2))
+
+
+class Attention(Heads):
     """``softmax(scale · q kᵀ + bias) v``, then ``W_O``; one class for image ↔ image, image ← text and text ↔ text.
 
     ``scale`` is 1 / √d_head unless given.
@@ -58,12 +100,6 @@ class Attention(nn.Module):
         self.hook_q_input = HookPoint()  # [batch pos head d_in]; these three only with cfg.use_split_qkv_input
         self.hook_k_input = HookPoint()
         self.hook_v_input = HookPoint()
-        self.hook_q = HookPoint()  # [batch query_pos head d_head]
-        self.hook_k = HookPoint()  # [batch key_pos head d_head]
-        self.hook_v = HookPoint()  # [batch key_pos head d_head]
-        self.hook_attn_scores = HookPoint()  # [batch head query_pos key_pos], bias included
-        self.hook_pattern = HookPoint()  # [batch head query_pos key_pos]
-        self.hook_z = HookPoint()  # [batch query_pos head d_head]
         self.hook_result = HookPoint()  # [batch query_pos head d_model]; only with cfg.use_attn_result
 
     def fork(self, point: HookPoint, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
@@ -102,31 +138,6 @@ class Attention(nn.Module):
             return linear(x).view(*x.shape[:2], self.cfg.n_heads, self.cfg.d_head)
         projected = einsum(x, self._read_weight(linear), "batch pos head d_in, head d_in d_head -> batch pos head d_head")
         return projected + self._read_bias(linear)
-
-    def forward(
-        self,
-        q: Float[Tensor, "batch query_pos head d_head"],
-        k: Float[Tensor, "batch key_pos head d_head"],
-        v: Float[Tensor, "batch key_pos head d_head"],
-        bias: Float[Tensor, "#batch *#heads _ key_pos"] | None = None,
-    ) -> Float[Tensor, "batch query_pos head d_head"]:
-        """``z``: for each query and head, the values averaged under the pattern.
-
-        ``bias`` is added to the scores: [batch (head) query_pos key_pos], the same for every head if it has no such axis.
-        """
-        q = self.hook_q(q).transpose(1, 2)  # [batch head pos d_head] from here to z
-        k = self.hook_k(k).transpose(1, 2)
-        v = self.hook_v(v).transpose(1, 2)
-        if bias is not None and bias.ndim == 3:
-            bias = bias[:, None]
-
-        if watched(self.hook_attn_scores) or watched(self.hook_pattern):
-            scores = q @ k.transpose(-1, -2) * self.scale
-            scores = self.hook_attn_scores(scores if bias is None else scores + bias)
-            z = self.hook_pattern(scores.softmax(dim=-1)) @ v
-        else:
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        return self.hook_z(z.transpose(1, 2))
 
     def write(
         self,

@@ -73,12 +73,11 @@ class Modulation(NamedTuple):
     gate_mlp: Tensor
 
 
-class AdaLN(nn.Module):
-    """adaLN-single: the modulation shared by all blocks, plus this block's own table (PixArt-α, equation 1)."""
+class ModulationHooks(nn.Module):
+    """The six vectors of a block's modulation, each through its hook."""
 
-    def __init__(self, scale_shift_table: nn.Parameter) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.scale_shift_table = scale_shift_table  # [6 d_model]
         self.hook_shift_msa = HookPoint()  # each [batch 1 d_model]
         self.hook_scale_msa = HookPoint()
         self.hook_gate_msa = HookPoint()
@@ -86,13 +85,7 @@ class AdaLN(nn.Module):
         self.hook_scale_mlp = HookPoint()
         self.hook_gate_mlp = HookPoint()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the table anew, as diffusers does."""
-        self.scale_shift_table.normal_().div_(self.scale_shift_table.shape[1] ** 0.5)
-
-    def forward(self, t_mod: Float[Tensor, "batch six_d_model"]) -> Modulation:
-        rows = self.scale_shift_table + t_mod.view(t_mod.shape[0], 6, -1)  # [batch 6 d_model]
+    def split(self, rows: Float[Tensor, "batch 6 d_model"]) -> Modulation:
         # Sliced one by one: autograd forbids a hook to write in place into a view that chunk() made.
         return Modulation(
             shift_msa=self.hook_shift_msa(rows[:, 0:1]),
@@ -102,6 +95,22 @@ class AdaLN(nn.Module):
             scale_mlp=self.hook_scale_mlp(rows[:, 4:5]),
             gate_mlp=self.hook_gate_mlp(rows[:, 5:6]),
         )
+
+
+class AdaLN(ModulationHooks):
+    """adaLN-single: the modulation shared by all blocks, plus this block's own table (PixArt-α, equation 1)."""
+
+    def __init__(self, scale_shift_table: nn.Parameter) -> None:
+        super().__init__()
+        self.scale_shift_table = scale_shift_table  # [6 d_model]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the table anew, as diffusers does."""
+        self.scale_shift_table.normal_().div_(self.scale_shift_table.shape[1] ** 0.5)
+
+    def forward(self, t_mod: Float[Tensor, "batch six_d_model"]) -> Modulation:
+        return self.split(self.scale_shift_table + t_mod.view(t_mod.shape[0], 6, -1))
 
 
 class MLP(nn.Module):
@@ -179,9 +188,12 @@ class Block(nn.Module):
         x = self.hook_resid_pre(x)
         x = self.hook_resid_mid(x + self.hook_attn_out(self._attend_image(x, mod, image_bias)))
         x = self.hook_resid_mid_cross(x + self.hook_cross_attn_out(self._attend_text(x, caption, text_kv, text_bias)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self._think(x, mod)))
+
+    def _think(self, x: Tensor, mod: Modulation) -> Tensor:
         mlp_in = self.hook_mlp_in(x.clone()) if self.cfg.use_hook_mlp_in else x  # a fork: `x` goes on unchanged
         mlp_out = self.hook_mlp_out_pre_gate(self.mlp(modulate(self.ln2(mlp_in), mod.shift_mlp, mod.scale_mlp)))
-        return self.hook_resid_post(x + self.hook_mlp_out(mod.gate_mlp * mlp_out))
+        return mod.gate_mlp * mlp_out
 
     def _attend_image(self, x: Tensor, mod: Modulation, bias: Tensor | None) -> Tensor:
         attn = self.attn

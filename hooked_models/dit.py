@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
@@ -23,13 +21,13 @@ from transformer_lens.hook_points import HookPoint
 from .block import Block, LayerNorm, modulate
 from .config import DiTConfig
 from .dit_cache import DiTCache
-from .hooked_module import HookedModule, NoLanguageModel, NotFoldedError, watched
+from .hooked_module import NotFoldedError, watched
+from .patch_model import PatchModel, writable
 
 if TYPE_CHECKING:
     from .folding import FoldedDiT
     from .views import DenoiserView
 
-PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the channel is the fastest axis
 ONLY_FOLDED = (
     *("unembed", "W_U", "b_U", "tokens_to_residual_directions", "to_single_token"),
     *("accumulated_bias", "tl_parameters", "blocks_with"),
@@ -80,14 +78,7 @@ def additive_bias(mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch
     return (1 - mask.to(dtype))[:, None] * -10000.0
 
 
-def writable(constant: Tensor, hooked: bool) -> Tensor:
-    """A copy of an input or buffer that a hook may write into, and differentiate by although nothing stands before it."""
-    if hooked and torch.is_grad_enabled() and not constant.requires_grad:
-        constant = constant.detach().requires_grad_()
-    return constant.clone()
-
-
-class HookedDiT(NoLanguageModel, HookedModule):
+class HookedDiT(PatchModel):
     """A ``PixArtTransformer2DModel`` with a HookPoint on every tensor, in TransformerLens' vocabulary.
 
     The leaves (Linear, Conv2d, embedders, tables) are the wrapped module's own: weights are shared, never copied, and
@@ -116,12 +107,6 @@ class HookedDiT(NoLanguageModel, HookedModule):
 
     folded_timestep: float | None = None
     """The one timestep at which a folded model is right; see ``fold_timestep``."""
-
-    blocks: Any
-    """ModuleList of `Block`."""
-
-    wrapped: Any
-    """The diffusers module; not registered as a child, because its leaves are, once each."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -161,26 +146,6 @@ class HookedDiT(NoLanguageModel, HookedModule):
         """Draw the output's table anew, as diffusers does; the submodules have their own (TransformerLens' `reinitialized`)."""
         self.scale_shift_table.normal_().div_(self._cfg.d_model**0.5)
 
-    # What a pipeline and TransformerLens ask of a model; read off the live weights, which may move.
-
-    @property
-    def cfg(self) -> DiTConfig:
-        self._cfg.device, self._cfg.dtype = str(self.device), self.dtype
-        return self._cfg
-
-    @property
-    def config(self) -> Any:
-        """The wrapped module's diffusers config."""
-        return self.wrapped.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale_shift_table.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scale_shift_table.dtype
-
     def position_axis(self, name: str, of: Literal["image", "text"] = "image") -> int | None:
         """As in HookedModule; ``of`` says which positions are meant. Patterns have image queries, and text keys if cross."""
         leaf = name.rpartition(".")[2]
@@ -215,11 +180,6 @@ class HookedDiT(NoLanguageModel, HookedModule):
             for block in self.blocks:
                 points += [block.cross_attn.hook_k_input, block.cross_attn.hook_v_input]
         return any(map(watched, points))
-
-    @property
-    def W_pos(self) -> Float[Tensor, "pos d_model"]:
-        """The fixed position code of the training size, rows first; its first half of channels holds x, the second y."""
-        return self.patch_embed.pos_embed[0]
 
     def project_caption(self, text: Float[Tensor, "*batch d_text"]) -> Float[Tensor, "*batch d_caption"]:
         """Text features as cross-attention reads them, through no hook."""
@@ -353,14 +313,7 @@ class HookedDiT(NoLanguageModel, HookedModule):
     def _unembed(self, x: Tensor, t_emb: Tensor, like: Tensor) -> Float[Tensor, "batch out_channels height width"]:
         """The final residual stream as an output of the height and width of `like`."""
         shift, scale = (self.scale_shift_table + t_emb[:, None]).chunk(2, dim=1)  # t_emb, not t_mod
-        patches = self.proj_out(modulate(self.ln_final(x), shift, scale))
-        p = self._cfg.patch_size
-        return rearrange(patches, f"{PATCHES} -> {PIXELS}", h=like.shape[-2] // p, p=p, q=p)
-
-    def patches(self, output: Float[Tensor, "batch out_channels height width"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """An output as its patches, position by position: what ``proj_out`` computed."""
-        p = self._cfg.patch_size
-        return rearrange(output, f"{PIXELS} -> {PATCHES}", p=p, q=p)
+        return self.from_patches(self.proj_out(modulate(self.ln_final(x), shift, scale)), like)
 
     def bind(
         self,
@@ -387,22 +340,6 @@ class HookedDiT(NoLanguageModel, HookedModule):
         sizes = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
         view = DenoiserView(self, latents, times, state, sizes, pos, returns)
         return view, view.to_tokens()
-
-    def _embed(self, latents: Tensor) -> Tensor:
-        """Patches plus position codes [batch pos d_model]; added in the code's precision, as diffusers does."""
-        grid = self.patch_embed.proj(latents)  # [batch d_model rows columns]
-        rows, columns = grid.shape[-2:]
-        # Contiguous, because every residual sum inherits this layout and a Linear is slower on any other.
-        patches = self.hook_embed(grid.flatten(2).transpose(1, 2).contiguous())
-        code = self.patch_embed.pos_embed
-        if (rows, columns) != (self.patch_embed.height, self.patch_embed.width):
-            base, scale = self.patch_embed.base_size, self._cfg.interpolation_scale
-            code = get_2d_sincos_pos_embed(
-                self._cfg.d_model, (rows, columns), base_size=base, interpolation_scale=scale, device=latents.device
-            ).float()[None]
-        # Copied for each row: a hook that edits one row in place must not reach the others, or the buffer.
-        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), watched(self.hook_pos_embed)))
-        return (patches + code).to(patches.dtype)
 
     def embed_timestep(
         self, timestep: Shaped[Tensor, " batch"], sizes: Mapping[str, Tensor | None] | None, dtype: torch.dtype

@@ -1,0 +1,54 @@
+"""Stable Diffusion 3 and 3.5: both streams in one attention, [image, text].
+
+Source: `SD3Transformer2DModel` and `JointAttnProcessor2_0` (diffusers 0.42); Esser et al. (arXiv 2403.03206).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+from .adapter import Family, random
+
+
+def inputs(transformer: Any) -> dict[str, Any]:
+    config = transformer.config
+    side = 2 * config.patch_size
+    return {
+        "hidden_states": random(2, config.in_channels, side, side).to(transformer.device, transformer.dtype),
+        "encoder_hidden_states": random(2, 5, config.joint_attention_dim).to(transformer.device, transformer.dtype),
+        "pooled_projections": random(2, config.pooled_projection_dim).to(transformer.device, transformer.dtype),
+        "timestep": torch.tensor([901, 17], device=transformer.device),
+    }
+
+
+def small() -> Any:
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=6,
+        out_channels=4,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+
+
+FAMILY = Family(
+    name="Stable Diffusion 3",
+    transformer="SD3Transformer2DModel",
+    blocks=("transformer_blocks",),
+    attentions={"attn": "attn", "image_attn": "attn2"},
+    text="after",
+    inputs=inputs,
+    small=small,
+    notes="image_attn is the second, image-only attention that some blocks of 3.5 have; modulation is adaLN-zero, a stream each",
+)
