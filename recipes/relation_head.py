@@ -64,9 +64,8 @@ def main(config: Config) -> None:
     console.print(cache)
 
     with console.status("screening heads in weight space"):
-        ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
+        ranking, found = screened(model)
     show(console, "Heads by alignment of position × word maps with the words' ramps", ranking.head(6).round(3))
-    found = [f"L{row.layer}H{row.head}" for row in relation_heads(ranking).itertuples()]
     console.print(f"relation heads (|cosine| ≥ {FOUND_COSINE}, p ≤ {FOUND_P}): {', '.join(found) or 'none'}")
     if not found:
         return
@@ -96,6 +95,12 @@ def main(config: Config) -> None:
 def relation_heads(ranking: pd.DataFrame) -> pd.DataFrame:
     """The rows of `screening.screen_heads` whose maps are ramps, and more so than random vectors'."""
     return ranking[(ranking["cosine"].abs() >= FOUND_COSINE) & (ranking["p"] <= FOUND_P)]
+
+
+def screened(model: HookedTextToImage) -> tuple[pd.DataFrame, list[str]]:
+    """`screening.screen_heads` with the relation words, and the heads that it names ("L2H2"), strongest first."""
+    ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
+    return ranking, [f"L{row.layer}H{row.head}" for row in relation_heads(ranking).itertuples()]
 
 
 def attention_to_relation(model: HookedTextToImage, cache: object, head: str) -> xr.DataArray:

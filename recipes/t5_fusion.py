@@ -19,7 +19,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from dit_lens import ablation, scenes, steering, variance
 from dit_lens.stats import Interval
@@ -89,13 +91,7 @@ def relation_shares(model: HookedTextToImage) -> pd.DataFrame:
     for role, at in product(("shape1", "shape2"), spaces):
         vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role, at=at)  # type: ignore[arg-type]
         table = variance.partition(vectors, factors[FACTORS], permutations=199)
-        rng = np.random.default_rng(0)
-        resampled: list[float] = []
-        for _ in range(RESAMPLES):
-            picks = rng.integers(len(factors), size=len(factors))
-            again = variance.partition(vectors[picks], factors[FACTORS].iloc[picks].reset_index(drop=True), permutations=0)
-            resampled.append(float(again["r2_partial"]["relation"]))
-        low, high = np.quantile(resampled, [0.025, 0.975])
+        _, low, high = share_interval(vectors, factors[FACTORS], "relation")
         shares = {f"share_{factor}": table.loc[factor, "r2_partial"] for factor in FACTORS}
         rows.append(
             {
@@ -109,6 +105,20 @@ def relation_shares(model: HookedTextToImage) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def share_interval(
+    vectors: Float[Tensor, "prompt d"], factors: pd.DataFrame, factor: str, column: str = "r2_partial"
+) -> Interval:
+    """A factor's share of the vectors' variance (`column` of `variance.partition`), with its bootstrap interval over prompts."""
+
+    def share(picks: np.ndarray) -> float:
+        again = variance.partition(vectors[picks], factors.iloc[picks].reset_index(drop=True), permutations=0)
+        return float(again[column][factor])
+
+    rng, n = np.random.default_rng(0), len(factors)
+    resampled = [share(rng.integers(n, size=n)) for _ in range(RESAMPLES)]
+    return Interval(share(np.arange(n)), *(float(bound) for bound in np.quantile(resampled, [0.025, 0.975])))
 
 
 def knockouts(model: HookedTextToImage, n: int, controls: int, seed: int) -> pd.DataFrame:
