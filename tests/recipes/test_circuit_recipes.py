@@ -1,0 +1,322 @@
+"""The recipes on heads: their computations against planted circuits, made-up tables and independent runs; each whole, slow."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+from dit_lens import ablation, planted, scenes, screening, synopsis
+from dit_lens.circuits import ov_outputs, parse_head
+from dit_lens.planted.recovery import auroc
+from dit_lens.prompts import role_mask
+from dit_lens.scenes import DIRECTIONS
+from dit_lens.scenes.scene import Relation
+from dit_lens.stats import Interval
+from dit_lens.variance import encode
+from hooked_models import HookedTextToImage
+from recipes import attention_synopsis, bottleneck, knockouts, object_heads, relation_heads, t5_fusion
+from recipes.relation_head import screened
+
+
+@functools.cache
+def rte() -> HookedTextToImage:
+    return HookedTextToImage.from_pretrained("rte-micro")
+
+
+def made_up(prompts: int = 8, steps: int = 10) -> xr.DataArray:
+    """One head of four that reads: in object 1 the relation at step 0; one the red object's own shape, most at step 5."""
+    rng = np.random.default_rng(0)
+    roles = [*attention_synopsis.ROLES]
+    dims = ("prompt", "layer", "head", "step", "image_group", "text_group")
+    shape = (prompts, 2, 2, steps, 3, len(roles))
+    seen = xr.DataArray(rng.uniform(0, 0.02, shape), dims=dims)
+    seen = seen.assign_coords({name: range(size) for name, size in zip(dims[:4], shape[:4], strict=True)})
+    colors = ["red", "red", "blue", "blue"] * (prompts // 4)
+    seen = seen.assign_coords(image_group=["object1", "object2", "background"], text_group=roles, color1=("prompt", colors))
+    seen.loc[{"layer": 0, "head": 1, "step": 0, "image_group": "object1", "text_group": "relation"}] = 0.8
+    for prompt in range(prompts):
+        red = "1" if seen["color1"].values[prompt] == "red" else "2"
+        at = {"prompt": prompt, "layer": 1, "head": 0, "image_group": f"object{red}", "text_group": f"shape{red}"}
+        seen.loc[{**at, "step": slice(4, 8)}] = 0.6
+        seen.loc[{**at, "step": 5}] = 0.7
+    return seen
+
+
+def test_a_synopsis_survives_its_table_and_names_words_as_objects_see_them():
+    seen = made_up()
+    table = seen.rename("attention").to_dataframe().reset_index()
+    again = attention_synopsis.labelled([table, table])
+    np.testing.assert_array_equal(again.values[8:], seen.sel(image_group=again["image_group"], text_group=again["text_group"]))
+    assert again["color1"].values.tolist() == seen["color1"].values.tolist() * 2
+    named = attention_synopsis.by_object(seen)
+    for region, own, other in (("object1", "1", "2"), ("object2", "2", "1")):
+        for word in ("shape", "color"):
+            plain = seen.sel(image_group=region)
+            there = named.sel(image_group=region)
+            np.testing.assert_array_equal(there.sel(text_group=f"own {word}"), plain.sel(text_group=f"{word}{own}"))
+            np.testing.assert_array_equal(there.sel(text_group=f"other {word}"), plain.sel(text_group=f"{word}{other}"))
+    np.testing.assert_array_equal(named.sel(image_group="red")[:2], named.sel(image_group="object1")[:2])
+    np.testing.assert_array_equal(named.sel(image_group="red")[2:4], named.sel(image_group="object2")[2:4])
+
+
+def test_questions_pick_the_heads_that_were_made_to_read():
+    seen = attention_synopsis.by_object(made_up())
+    relation = attention_synopsis.pick(seen, attention_synopsis.RELATION)
+    assert relation == ("object1", 0, 1)
+    assert str(attention_synopsis.pick(seen, attention_synopsis.OWN_SHAPE)) == "L1H0"
+    claims = {claim.what: claim for claim in attention_synopsis.shape_claims("m", seen)}
+    step = claims["m: the same head, step of most attention to own shape"].here
+    assert step == (5, 5, 5)
+    assert claims["m: own shape, the head of either colour, its colour minus the other"].control.startswith("red L1H0 +0.6")
+
+
+def test_the_excess_is_attention_minus_what_label_shuffles_give_on_average():
+    seen = made_up()
+    ranked = synopsis.rank_heads(seen.expand_dims(branch=["cond"]), "object1", "relation", step=0, shuffles=2000)
+    top = ranked.iloc[0]
+    beyond = attention_synopsis.excess(seen).sel(image_group="object1", text_group="relation", step=0).mean("prompt")
+    expected = float(beyond.sel(layer=int(top["layer"]), head=int(top["head"])))
+    assert expected == pytest.approx(top["mean"] - top["control"], abs=0.01)
+    assert expected > 0.6
+
+
+def test_knock_outs_are_the_runs_that_they_say():
+    """Against plain generations and hooks, image by image; changes are paired by scene whatever the order of rows."""
+    conditions = {"all": (ablation.knockout_role("relation"), ["tokens"])}
+    rows = knockouts.knocked_out(rte(), conditions, 3, seed=2)
+    assert set(rows["condition"]) == {"none", "all", "all | random tokens"}
+    wanted, noise = knockouts.scenes_of(3, 2)
+    texts = [scenes.caption(scene) for scene in wanted]
+    hooks = [hook for part in conditions["all"][0] for hook in part.hooks(rte(), texts)]
+    with torch.no_grad():
+        images = {
+            "none": rte()(texts, seed=noise.tolist()),
+            "all": rte().run_with_hooks(texts, seed=noise.tolist(), fwd_hooks=hooks),
+        }
+    for name, drawn in images.items():
+        expected = scenes.evaluate(drawn, wanted)
+        for verdict in ("shape", "unique_binding", "relation_loose"):
+            found = rows[rows["condition"] == name].sort_values("scene")[verdict]
+            np.testing.assert_array_equal(found, expected[verdict].values.astype(float))
+    table = pd.DataFrame(
+        [
+            {"condition": name, "seed": seed, "scene": scene, "shape": float(value)}
+            for name, values in (("none", (1, 1, 0, 1)), ("x", (0, 1, 0, 1)))
+            for (seed, scene), value in zip(((0, 0), (0, 1), (1, 0), (1, 1)), values, strict=True)
+        ]
+    )
+    assert knockouts.change(table.iloc[::-1], "x", "shape").mean == -0.25
+    assert np.isnan(knockouts.change(table, "y", "shape").mean)
+
+
+def test_the_slope_of_a_ramp_is_along_its_relation():
+    slopes: tuple[tuple[Relation, int], ...] = (("above", 1), ("left", -3), ("upper_left", 1))
+    maps = np.stack([factor * screening.ramp(DIRECTIONS[name], 8).numpy().reshape(8, 8) for name, factor in slopes])
+    relations = ("phrase", ["above", "left", "left"])
+    found = xr.DataArray(maps, dims=("phrase", "y", "x"), coords={"relation": relations})
+    np.testing.assert_allclose(relation_heads.degrees_off(found), [0, 0, 45], atol=1e-4)
+    turned = found.assign_coords(relation=("phrase", ["right", "above", "upper_right"]))
+    np.testing.assert_allclose(relation_heads.degrees_off(turned), [90, 90, 90], atol=1e-4)
+
+
+def test_ways_name_heads_by_their_thresholds_and_agreement_is_between_them():
+    scores = {"L0H0": (0.5, 0.4, 0.6), "L0H1": (0.04, 0.03, 0.05), "L1H0": (-0.2, 0.9, -0.3), "L1H1": (0.0, 0.0, 0.0)}
+    looks = pd.DataFrame(
+        {"condition": head, "kind": "single", "heads": 1, "seed": 0, "scene": i, "lost": value}
+        for head, values in scores.items()
+        for i, value in enumerate(values)
+    )
+    table = relation_heads.by_layout(looks)
+    assert knockouts.names_of(table.index[table["named"]]) == ["L0H0"]
+    assert relation_heads.agreement(table, {(0, 0)}).mean == 1
+    for positive in ({(1, 1)}, {(0, 1), (1, 0)}):
+        assert relation_heads.agreement(table, positive).mean == pytest.approx(auroc(table["score"], positive))
+    assert np.isnan(relation_heads.agreement(table, set()).mean)
+    ranking = pd.DataFrame({"layer": [0, 0, 1], "head": [0, 1, 0], "cosine": [-0.9, 0.9, 0.2], "projection": [-3.0, 2.0, 9.0]})
+    ranking["p"] = [0.002, 0.2, 0.002]
+    named = relation_heads.by_weights(ranking)
+    assert knockouts.names_of(named.index[named["named"]]) == ["L0H0"]
+
+
+def test_a_first_look_is_the_run_with_the_word_masked():
+    looks = relation_heads.first_look(rte(), ["L2H2", "L2H1"], 0, 2, seed=0)
+    assert set(looks["kind"]) == {"single", "found", "random"}
+    by = looks.set_index(["condition", "scene"])["lost"]
+    np.testing.assert_allclose(by["first 1"], by["L2H2"], atol=1e-6)
+    wanted, _ = knockouts.scenes_of(2, 0)
+    texts = [scenes.caption(scene) for scene in wanted]
+    hide = [h for part in ablation.knockout_role("relation", ["L2H1", "L2H2"], steps=0) for h in part.hooks(rte(), texts)]
+    lost = []
+    for noise in (0, 1):
+        seen: list[torch.Tensor] = []
+        look = ("steps.0.hook_x0", lambda x0, hook, seen=seen: seen.append(x0.clone()))
+        with torch.no_grad():
+            for hooks in ([look], [*hide, look]):
+                rte().trajectory(texts, noise, until=0).fork(0, hooks, until=1)
+            before, after = (relation_heads.layout(rte().decode(x0), wanted) for x0 in seen)
+        lost.append(before - after)
+    np.testing.assert_allclose(by["first 2"], np.mean(lost, axis=0), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_planted_relation_heads_are_what_all_three_ways_name():
+    """The vertical ones: most of `relation_head.WORDS` are vertical, so screening asks for those; decoys pass two ways."""
+    model, truth = planted.planted_circuit("two-stage", seed=0)
+    ranking, found = screened(model)
+    seen = attention_synopsis.by_object(attention_synopsis.labelled([attention_synopsis.reading(model, 16, 0)]))
+    looks = relation_heads.first_look(model, found[:1], 13, 6, 0)  # it draws at the last step
+    ways = (relation_heads.by_weights(ranking), relation_heads.by_attention(seen), relation_heads.by_layout(looks))
+    named = [set(knockouts.names_of(way.index[way["named"]])) for way in ways]
+    vertical = {f"L{head.layer}H{head.head}" for head in truth.relation_heads if any("_y" in name for name in head.writes)}
+    assert set.intersection(*named) == vertical
+    assert named[0] > vertical
+
+
+# Object heads
+
+
+def test_a_receiver_that_reads_what_relation_heads_write_is_flat_before_and_selective_after():
+    """Planted: its query reads only where the relation heads put object 1, its key tells the first shape word from the second."""
+    model, truth = planted.planted_circuit("two-stage", seed=0)
+    senders = [head for head in truth.relation_heads if any(name.startswith("side1") for name in head.writes)]
+    names = [f"L{head.layer}H{head.head}" for head in senders]
+    words = {word: screening.word_vector(model, word) for word in ("above", "left")}
+    wanted, _ = knockouts.scenes_of(16, 0)
+    texts = [scenes.caption(scene) for scene in wanted]
+    with torch.no_grad():
+        read = torch.zeros(model.cfg.d_model)
+        for name in names:
+            written = torch.tensor(ov_outputs(model.dit, name, words).values, dtype=read.dtype)
+            strongest = written[written.norm(dim=1).argmax()]
+            read += strongest / strongest.norm() ** 2
+        caption = encode(model, model.to_tokens(texts), "caption")
+        first, second = (caption[role_mask(model, texts, role)] for role in ("shape1", "shape2"))
+        target = torch.cat([torch.ones(len(first)), -torch.ones(len(second))])
+        key = torch.linalg.lstsq(torch.cat([first, second]), target[:, None], driver="gelsd").solution[:, 0]
+        attn = model.dit.blocks[3].cross_attn
+        attn.W_Q[0].zero_()[:, 0] = read
+        attn.W_K[0].zero_()[:, 0] = key
+        attn.b_Q[0].zero_()
+    maps = object_heads.selectivity(model, names, "L3H0", 16, seed=0)
+    spread, along = (maps.groupby("written")[column].mean() for column in ("spread", "along"))
+    assert spread["nothing"] < 0.02 * spread["relation heads"]
+    assert along["relation heads"] > 0.7
+    claims = object_heads.map_claims(maps, "L3H0")
+    assert claims[1].here.low > 10
+    assert claims[2].verdict == "replicates"
+
+
+def test_what_an_rte_head_writes_from_the_first_shape_word_is_that_shape_alone(monkeypatch):
+    """Its vector is the word's and the place's, and the place is the same in all prompts."""
+    monkeypatch.setattr(t5_fusion, "RESAMPLES", 2)
+    table = object_heads.written_shares(rte(), ["L3H2"]).set_index(["role", "factor"])["mean"]
+    assert table["shape1", "own shape"] == pytest.approx(1, abs=1e-6)
+    assert table["shape1", "relation"] == pytest.approx(0, abs=1e-6)
+    assert table["shape2", "own shape"] > table["shape2", "relation"]
+
+
+def test_the_opposite_relation_in_the_same_wording():
+    wanted = scenes.sample(200, seed=0, color_words="both")
+    found = {scene.phrase: object_heads.opposed(scene) for scene in wanted}
+    assert " above and to the left of " in next(text for p, text in found.items() if p == "below and to the right of")
+    assert " higher than " in found["lower than"]
+    assert all(len(text.split()) == len(scenes.caption(s).split()) for s in wanted for text in [object_heads.opposed(s)])
+
+
+def test_object_heads_are_those_of_either_color_strongest_first():
+    assert object_heads.object_heads(attention_synopsis.by_object(made_up())) == ["L1H0"]
+
+
+def test_a_share_of_the_total_is_of_sums():
+    part = pd.DataFrame({"moved": [1.0, 0.0, 0.5], "total": [2.0, 0.0, 1.0]})
+    assert object_heads.share_of_total(part).mean == 0.5
+
+
+@pytest.mark.slow
+def test_all_of_the_relation_words_readers_carry_the_whole_turn():
+    """Path patching of every head of cross-attention as sender, by way of the image, is the opposite prompt itself."""
+    heads = knockouts.names_of((layer, head) for layer in range(6) for head in range(3))
+    found = object_heads.path_effects(rte(), heads[:-1], heads[-1:], 2, seed=0)
+    whole = found[found["path"] == "relation heads → image"]
+    np.testing.assert_allclose(whole["moved"], whole["total"], atol=0.1)
+
+
+# The bottleneck
+
+
+def test_a_bottleneck_is_where_the_rule_says():
+    def measured(worded: float, binds: float, hidden: float) -> dict[str, Interval]:
+        values = {bottleneck.WORDED: worded, bottleneck.BINDS: binds, bottleneck.HIDDEN: hidden}
+        return {name: Interval(value, value - 0.02, value + 0.02) for name, value in values.items()}
+
+    assert bottleneck.bottleneck(measured(-0.01, 0, -0.7)) == "cross-attention"
+    assert bottleneck.bottleneck(measured(-0.4, 0, 0.01)) == "text encoder"
+    assert bottleneck.bottleneck(measured(-0.4, -0.4, 0.01)) == "undecided"
+    assert bottleneck.bottleneck(measured(-0.09, 0, -0.7)) == "undecided"
+    assert bottleneck.bottleneck(dict.fromkeys(measured(0, 0, 0), bottleneck.UNKNOWN)) == "undecided"
+
+
+def test_wordings_are_compared_on_the_same_scenes():
+    rows = [{"split": "train", "template": "is", "scene": i, "relation_loose": float(i < 6)} for i in range(8)]
+    rows += [{"split": "train", "template": "the both", "scene": i, "relation_loose": 0.0} for i in (3, 1)]
+    rows += [{"split": "train", "template": "navy", "scene": i, "relation_loose": 1.0} for i in (1, 3)]
+    rows += [{"split": "train", "template": "inverted", "scene": i, "relation_loose": 0.0} for i in (1, 3)]
+    found = bottleneck.worded(pd.DataFrame(rows).replace("is", bottleneck.TRAINED), "relation_loose")
+    assert found.mean == -0.5
+    assert np.isnan(bottleneck.worded(pd.DataFrame(rows[:8]).replace("is", bottleneck.TRAINED), "relation_loose").mean)
+
+
+def test_the_difference_of_independent_estimates():
+    found = bottleneck.difference(Interval(0.5, 0.2, 0.8), Interval(0.9, 0.5, 1.3))
+    assert found == pytest.approx((0.4, -0.1, 0.9))
+
+
+# Whole recipes, small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attention_synopsis", "relation_heads", "object_heads"])
+def test_a_recipe_runs_and_goes_on_where_it_was(name, tmp_path, monkeypatch, capsys):
+    small = {
+        "attention_synopsis": lambda: attention_synopsis.Config(scenes=12, comparison="", out=tmp_path),
+        "relation_heads": lambda: relation_heads.Config(looked=12, singles=2, pairs=3, out=tmp_path),
+        "object_heads": lambda: object_heads.Config(scenes=12, patched=2, out=tmp_path),
+    }[name]()
+    recipe = {"attention_synopsis": attention_synopsis, "relation_heads": relation_heads, "object_heads": object_heads}[name]
+    recipe.main(small)  # type: ignore[attr-defined]
+    first = capsys.readouterr().out
+    claims = json.loads((tmp_path / "claims.json").read_text())["claims"]
+    assert len(claims) >= 6
+    assert len(pd.read_parquet(tmp_path / "claims.parquet")) == len(claims)
+    assert len(list(tmp_path.glob("*.png"))) >= 2
+
+    def measured_again(*_: object) -> None:
+        raise AssertionError("what was measured is measured again")
+
+    for module, function in ((attention_synopsis, "reading"), (relation_heads, "first_look"), (object_heads, "path_effects")):
+        monkeypatch.setattr(module, function, measured_again)
+    recipe.main(small)  # type: ignore[attr-defined]
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.slow
+def test_the_bottleneck_measures_what_is_missing_and_no_more(tmp_path, monkeypatch):
+    folders = {name: tmp_path / name for name in ("robustness", "fusion", "heads", "out")}
+    monkeypatch.setattr(t5_fusion, "RESAMPLES", 3)
+    monkeypatch.setattr(t5_fusion.Config, "knockouts", 4)
+    monkeypatch.setattr(relation_heads.Config, "pairs", 2)
+    bottleneck.main(bottleneck.Config(**folders))
+    written = json.loads((folders["out"] / "claims.json").read_text())
+    assert set(written["bottleneck"]) == {"rte-micro", "t5-micro"}
+    assert sum("minus" in row["claim"] for row in written["claims"]) == 3
+    assert len(list((folders["heads"] / "stages").glob("*.parquet"))) == 1
+
+
+def test_heads_are_parsed_as_they_are_named():
+    assert [parse_head(name) for name in knockouts.names_of([(2, 1), (0, 11)])] == [(0, 11), (2, 1)]
