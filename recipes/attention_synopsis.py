@@ -289,10 +289,10 @@ def one_color(name: str, seen: Float[xr.DataArray, "..."]) -> Claim:
 # Figures
 
 COLUMNS = {
-    "object 1 →\nrelation": ("object1", "relation"),
-    "object 2 →\nrelation": ("object2", "relation"),
-    "red → own\nshape": ("red", "own shape"),
-    "blue → own\nshape": ("blue", "own shape"),
+    "obj. 1 →\nrelation": ("object1", "relation"),
+    "obj. 2 →\nrelation": ("object2", "relation"),
+    "red →\nown shape": ("red", "own shape"),
+    "blue →\nown shape": ("blue", "own shape"),
     "other\nshape": ("object1+object2", "other shape"),
     "own\ncolour": ("object1+object2", "own color"),
     "other\ncolour": ("object1+object2", "other color"),
@@ -304,7 +304,7 @@ COLUMNS = {
 
 def heads_figure(seen: Mapping[str, Float[xr.DataArray, "..."]]) -> Figure:
     """Heads × what objects read, beyond the label shuffle, at step 0 and over steps 4–8: a row of panels a model."""
-    drawn, axes = plt.subplots(len(seen), 2, figsize=(12, 0.6 + 4.2 * len(seen)), layout="constrained", squeeze=False)
+    drawn, axes = plt.subplots(len(seen), 2, figsize=(13, 0.6 + 4.2 * len(seen)), layout="constrained", squeeze=False)
     for row, (name, found) in zip(axes, seen.items(), strict=True):
         beyond = excess(found).mean("prompt")
         names = [f"L{layer}H{head}" for layer in found["layer"].values for head in found["head"].values]
@@ -314,16 +314,8 @@ def heads_figure(seen: Mapping[str, Float[xr.DataArray, "..."]]) -> Figure:
             )
             image = ax.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-0.8, vmax=0.8)
             for (y, x), value in np.ndenumerate(values):
-                if abs(value) >= THERE[0]:
-                    ax.text(
-                        x,
-                        y,
-                        f"{value:+.2f}",
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if abs(value) > 0.5 else "black",
-                    )
+                if value >= THERE[0]:
+                    ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.5 else "black")
             ax.set_xticks(range(len(COLUMNS)), list(COLUMNS), fontsize=8)
             ax.set_yticks(range(len(names)), names, fontsize=8)
             ax.set_title(f"{name}, {title}", fontsize=10)

@@ -60,8 +60,6 @@ class Config:
     """Bundled model, pipeline folder or hub id."""
     looked: int = 64
     """Scenes whose first look is measured, with two noises each, and whose attention is."""
-    look: int = 0
-    """Step at which the predicted image is looked at; words are masked up to it. 0 for models that draw at once."""
     singles: int = 24
     """Scenes drawn with each single head's relation words masked."""
     pairs: int = 64
@@ -77,7 +75,7 @@ def main(config: Config) -> None:
     model, out = HookedTextToImage.from_pretrained(config.model), config.out
     ranking, found = screened(model)
     seen = synopses.by_object(synopses.labelled(measured(config, model, "reading", synopses.reading, config.looked)))
-    looks = pd.concat(measured(config, model, "first-look", first_look, found, config.look, config.looked))
+    looks = pd.concat(measured(config, model, "first-look", first_look, found, config.looked))
     singles = pd.concat(measured(config, model, "singles", single_knockouts, config.singles))
     groups = pd.concat(measured(config, model, "groups", group_knockouts, found, config.pairs))
     ways = {"screening": by_weights(ranking), "synopsis": by_attention(seen), "knock-out": by_layout(looks)}
@@ -145,8 +143,8 @@ def named_by(values: Float[xr.DataArray, "at prompt"], threshold: float) -> pd.D
 # Knock-outs
 
 
-def first_look(model: HookedTextToImage, found: Sequence[str], step: int, n: int, seed: int) -> pd.DataFrame:
-    """What relation words masked up to a step take from the layout's cosine predicted there: a row a condition and scene.
+def first_look(model: HookedTextToImage, found: Sequence[str], n: int, seed: int) -> pd.DataFrame:
+    """What relation words masked at step 0 take from the layout's cosine predicted there: a row a condition and scene.
 
     Conditions: every head alone ("single"); the first k heads found ("found"), and as many random heads of the same layers
     ("random"). Two noises a scene, averaged: columns condition, kind, heads, scene, seed, lost.
@@ -154,17 +152,16 @@ def first_look(model: HookedTextToImage, found: Sequence[str], step: int, n: int
     wanted, _ = scenes_of(n, seed)
     texts, rng = [scenes.caption(scene) for scene in wanted], np.random.default_rng(seed)
     cells = {f"L{layer}H{head}": ("single", 1) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)}
-    steps = slice(step + 1)
-    conditions = {head: ablation.knockout_role("relation", head, steps=steps) for head in cells}
+    conditions = {head: ablation.knockout_role("relation", head, steps=0) for head in cells}
     for k in range(1, len(found) + 1):
-        group = ablation.knockout_role("relation", found[:k], steps=steps)
+        group = ablation.knockout_role("relation", found[:k], steps=0)
         conditions |= {f"first {k}": group, f"random {k}": ablation.random_heads(model, group, rng)}
         cells |= {f"first {k}": ("found", k), f"random {k}": ("random", k)}
 
     def placed(latents: Tensor, prompt: np.ndarray) -> np.ndarray:
         return layout(model.decode(latents), [wanted[row] for row in prompt])
 
-    metric = sweep.Metric(placed, on=f"steps.{step}.hook_x0", given=("prompt",))
+    metric = sweep.Metric(placed, on="x0", given=("prompt",))
     seen = sweep.run(model, texts, [2 * seed, 2 * seed + 1], conditions, {"layout": metric})
     lost = (seen["layout_baseline"] - seen["layout"]).transpose("intervention", "prompt", "seed").mean("seed").values
     return pd.DataFrame(
