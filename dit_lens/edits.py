@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models.hooked_module import HookFunction
 from hooked_models.names import Site
 
-MASKED = -10000.0
-"""The score of a masked key: what PixArt adds for a pad. Finite, so that no row can become NaN."""
+from .shipped import edited
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,32 +140,18 @@ class Edit:
     def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
         """The tensor as it goes on. Raises ValueError for a tensor of another shape than the edit was made for."""
         self.check_shape(tensor.shape)
-        return torch.where(self.where, self._changed(tensor), tensor)
+        return edited(tensor, **self.arguments)
 
-    def _changed(self, tensor: Tensor) -> Tensor:
-        match self.action:
-            case "zero":
-                return torch.zeros_like(tensor)
-            case "knockout":
-                return torch.full_like(tensor, MASKED)
-            case "mean":
-                if self.pooled is None:
-                    return tensor.mean(dim=0, keepdim=True)
-                over = (0, self.pooled)
-                return (tensor * self.where).sum(over, keepdim=True) / self.where.sum(over, keepdim=True).clamp(min=1)
-            case "resample":
-                source = tensor[self.sources.to(tensor.device)]
-                return source if self.pooled is None else source.take_along_dim(self._counterparts, self.pooled)
-            case Scale(factor):
-                return factor * tensor
-            case Replace():
-                return self._value_like(tensor)
-            case Add():
-                return tensor + self._value_like(tensor)
-
-    def _value_like(self, tensor: Tensor) -> Tensor:
-        assert self.values is not None
-        return self.values.to(tensor)
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What `dit_lens.shipped.edited` does this edit from."""
+        kind = self.action if isinstance(self.action, str) else type(self.action).__name__.lower()
+        found: dict[str, Any] = {"kind": kind, "where": self.where, "values": self.values, "pooled": self.pooled}
+        if isinstance(self.action, Scale):
+            found["factor"] = self.action.factor
+        if kind == "resample":
+            found |= {"source": self.sources, "counterparts": None if self.pooled is None else self._counterparts}
+        return found
 
     @cached_property
     def _counterparts(self) -> Int[Tensor, "row ..."]:

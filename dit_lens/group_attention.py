@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import xarray as xr
-from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.hooked_module import HookedModule, HookFunction, watched
 from hooked_models.names import Branch
+
+from .shipped import sums_of_attention, sums_of_pattern
 
 Sublayer = Literal["cross_attn", "attn"]
 
@@ -124,40 +124,11 @@ class _Reader:
     """Written to."""
 
     def read_q(self, q: Float[Tensor, "batch pos head d_head"], hook: HookPoint) -> None:
-        self.q = q.transpose(1, 2)
+        self.q = q
 
     def read_k(self, k: Float[Tensor, "batch key_pos head d_head"], hook: HookPoint) -> None:
-        q, k = self.q, k.transpose(1, 2)
+        self.found[:] = sums_of_attention(self.q, k, self.bias, self.scale, self.queries, self.keys, self.reduce)
         del self.q
-        bias = self.bias
-        if self.reduce == "sum":
-            self._add_up(self._group_mass(q, k, bias))
-            return
-        for rows in torch.arange(q.shape[2], device=q.device).split(max(1, q.shape[2] * q.shape[3] // k.shape[2])):
-            scores = q[:, :, rows] @ k.mT * self.scale
-            self._maximise((scores if bias is None else scores + bias).softmax(dim=-1), rows)
 
     def read_pattern(self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint) -> None:
-        if self.reduce == "max":
-            self._maximise(pattern, torch.arange(pattern.shape[2], device=pattern.device))
-        else:
-            self._add_up(pattern @ self.keys.to(pattern.dtype)[:, None])
-
-    def _group_mass(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "batch head pos key_group"]:
-        d_head, n_groups = q.shape[-1], self.keys.shape[-1]
-        # Filled up to a head's width: fused kernels take no other, and without them the whole pattern is computed.
-        values = F.pad(self.keys, (0, -n_groups % d_head)).to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
-        parts = [
-            F.scaled_dot_product_attention(q, k, part, attn_mask=bias, scale=self.scale) for part in values.split(d_head, dim=-1)
-        ]
-        return torch.cat(parts, dim=-1)[..., :n_groups]
-
-    def _add_up(self, mass: Float[Tensor, "batch head pos key_group"]) -> None:
-        self.found[:] = einsum(self.queries, mass.to(self.found.dtype), "batch pos i, batch head pos k -> batch head i k")
-
-    def _maximise(self, pattern: Float[Tensor, "batch head row key_pos"], rows: Int[Tensor, " row"]) -> None:
-        for i, queries in enumerate(self.queries[:, rows].bool().unbind(dim=-1)):
-            for k, keys in enumerate(self.keys.bool().unbind(dim=-1)):
-                outside = ~(queries[:, None, :, None] & keys[:, None, None])
-                largest = pattern.masked_fill(outside, 0).amax(dim=(2, 3))  # no pattern has an entry below 0
-                self.found[:, :, i, k] = torch.maximum(self.found[:, :, i, k], largest)
+        self.found[:] = sums_of_pattern(pattern, self.queries, self.keys, self.reduce)
