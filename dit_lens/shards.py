@@ -15,11 +15,15 @@ from torch import Tensor
 from hooked_models import HookedTextToImage
 from hooked_models.digest import digest
 
+from .remote.model import RemoteTextToImage
+
 __all__ = ["Shards", "digest", "digest_model"]
 
 
 def digest_model(model: HookedTextToImage) -> str:
-    """Of what decides a generation, wherever the model was loaded from."""
+    """Of what decides a generation, wherever the model was loaded from; of weights on another machine, their name and address."""
+    if isinstance(model, RemoteTextToImage) and model.server is not None:
+        return digest(model.model_key, model.server.host)
     parts: list[str | Tensor] = [type(model.scheduler).__name__]
     for config in (model.dit.config, model.scheduler.config, model.codec.config):
         parts.append(f"{sorted((name, str(value)) for name, value in config.items() if not name.startswith('_'))}")

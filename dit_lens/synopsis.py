@@ -50,6 +50,7 @@ from .group_attention import Sublayer, attention_between
 from .image_groups import image_groups_from_images, image_groups_from_scenes
 from .interventions import Intervention
 from .prompts import Role, by_role, token_roles
+from .remote.model import RemoteTextToImage
 from .repeated_runs import Generation
 from .shards import Shards, digest, digest_model
 from .stats import clustered_mean
@@ -131,6 +132,9 @@ def attention_synopsis(
     def measure(start: int) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         rows = slice(start, start + batch_size)
         hooks = [hook for each in interventions for hook in each.hooks(model, texts[rows], num_steps=num_steps)]
+        if isinstance(model, RemoteTextToImage):
+            with model.hooks(hooks):
+                return plan.take(rows).measure_remotely(model, texts[rows], seeds[rows], num_steps, guidance)
         on_text = ["text_encoder." in name for name, _ in hooks]  # these fire before the first step, where a fork begins
         with model.hooks(itertools.compress(hooks, on_text)):
             run = model.trajectory(texts[rows], seeds[rows], num_steps, guidance, until=0)
@@ -216,7 +220,24 @@ class _Plan:
 
     def measure(self, run: Trajectory) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         """What `reduce` asks for, NaN where a group is empty."""
-        found = attention_between(run, self.sublayer, self.image, self.keys, "max" if self.reduce == "max" else "sum")
+        return self._reduced(attention_between(run, self.sublayer, self.image, self.keys, self._kind))
+
+    def measure_remotely(
+        self, model: RemoteTextToImage, texts: Sequence[str], seeds: Sequence[int], num_steps: int, guidance: float
+    ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
+        """The same of one run through nnsight, added up where the model is."""
+        found = model.attention_between(
+            texts, seeds, self.sublayer, self.image, self.keys, self._kind, num_steps=num_steps, guidance=guidance
+        )
+        return self._reduced(found)
+
+    @property
+    def _kind(self) -> Literal["sum", "max"]:
+        return "max" if self.reduce == "max" else "sum"
+
+    def _reduced(
+        self, found: Float[Tensor, "prompt layer head step branch image_group key_group"]
+    ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         image = self.image.sum(dim=1)[:, None, None, None, None, :, None]
         keys = torch.stack([keys.sum(dim=1) for keys in self.keys.values()], dim=1)[:, None, None, None, :, None]
         divisor = {"mass": image, "mean": image * keys}.get(self.reduce, 1)

@@ -1,0 +1,10 @@
+"""Models behind nnsight: the same names, hooks and interventions, in this process or on somebody else's machine."""
+
+from __future__ import annotations
+
+from .caches import RENAME, open_cache
+from .model import RemoteTextToImage
+from .plan import CLEAN
+from .server import ServerError
+
+__all__ = ["CLEAN", "RENAME", "RemoteTextToImage", "ServerError", "open_cache"]

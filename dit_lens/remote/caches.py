@@ -1,0 +1,117 @@
+"""nnsight's names and ours: modules renamed, and what `tracer.cache()` recorded, opened as one of our caches."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from hooked_models import DiTCache, GenerationCache, HookedTextToImage
+from hooked_models.dit import HookedDiT
+
+RENAME = {
+    "transformer": "dit",
+    "transformer_blocks": "blocks",
+    "attn1": "attn",
+    "attn2": "cross_attn",
+    "ff": "mlp",
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "norm_out": "ln_final",
+}
+"""For `nnsight.DiffusionModel(…, rename=RENAME)`, as nnterp does it: a module of diffusers → what it is called here."""
+
+OUTPUTS = {
+    "adaln_single.emb": "hook_t_emb",
+    "adaln_single.linear": "hook_t_mod",
+    "caption_projection": "hook_caption",
+    "norm_out": "ln_final.hook_normalized",
+    "norm1": "ln1.hook_normalized",
+    "attn1": "hook_attn_out_pre_gate",
+    "attn1.to_q": "attn.hook_q",
+    "attn1.to_k": "attn.hook_k",
+    "attn1.to_v": "attn.hook_v",
+    "attn2": "hook_cross_attn_out",
+    "attn2.to_q": "cross_attn.hook_q",
+    "attn2.to_k": "cross_attn.hook_k",
+    "attn2.to_v": "cross_attn.hook_v",
+    "norm2": "ln2.hook_normalized",
+    "ff.net.0.proj": "mlp.hook_pre",
+    "ff": "hook_mlp_out_pre_gate",
+    "": "hook_resid_post",
+}
+"""A module of diffusers' denoiser (within a block, where it is in one) → the tensor that is its output."""
+INPUTS = {
+    "caption_projection": "hook_text",
+    "attn1.to_out.0": "attn.hook_z",
+    "attn2": "hook_resid_mid",
+    "attn2.to_out.0": "cross_attn.hook_z",
+    "norm2": "hook_resid_mid_cross",
+    "ff.net.2": "mlp.hook_post",
+    "": "hook_resid_pre",
+}
+"""And its first input."""
+
+
+def open_cache(view: Any, model: HookedTextToImage | HookedDiT, guided: bool = True) -> GenerationCache | DiTCache:
+    """What `tracer.cache(…)` recorded, as a cache under our names.
+
+    Two kinds are opened. Of a trace of the hooked denoiser itself (`nnsight.NNsight(model.dit).trace(…)`), every HookPoint that
+    was recorded becomes an entry of a DiTCache. Of a generation (`nnsight.DiffusionModel(…).generate(…)`, renamed or not), those
+    modules of the denoiser whose output (and, with `include_inputs=True`, input) is a tensor that has a name here become entries
+    of a GenerationCache, for every step and branch.
+
+    Args:
+        view: what `tracer.cache` returned, after the trace.
+        model: the hooked denoiser that was traced, or the model of the generation (a `RemoteTextToImage` serves).
+        guided: whether the generation's guidance was above 1, so that its rows are those of two branches.
+
+    Raises:
+        ValueError: nothing in it has a name here.
+    """
+    found: dict[str, Tensor] = {}
+    for path in view.keys():  # noqa: SIM118  (a view has no iterator)
+        entries = view[path]
+        if isinstance(model, HookedDiT):
+            name = path.removeprefix("model.")
+            if name in model.hook_dict:
+                found[name] = entries.output
+            continue
+        name, layer = _in_diffusers(path)
+        if name is None:
+            continue
+        for kind, names in (("output", OUTPUTS), ("input", INPUTS)):
+            if name not in names or (layer is None) != (name in _OUTSIDE):
+                continue
+            inner = names[name] if layer is None else f"blocks.{layer}.{names[name]}"
+            for step, tensor in enumerate(_values(entries, kind)):
+                if not isinstance(tensor, Tensor):
+                    continue
+                if inner.rpartition(".")[2] in ("hook_q", "hook_k", "hook_v", "hook_z"):
+                    tensor = rearrange(tensor, "batch pos (head d_head) -> batch pos head d_head", head=model.cfg.n_heads)
+                halves = zip(("uncond", "cond"), tensor.chunk(2), strict=True) if guided else [("cond", tensor)]
+                found |= {f"steps.{step}.{branch}.{inner}": part for branch, part in halves}
+    if not found:
+        raise ValueError("Nothing that was recorded has a name here: cache modules of the denoiser, with include_inputs=True.")
+    return DiTCache(found, model) if isinstance(model, HookedDiT) else GenerationCache(found, model)
+
+
+_OUTSIDE = ("adaln_single.emb", "adaln_single.linear", "caption_projection", "norm_out")
+
+
+def _in_diffusers(path: str) -> tuple[str | None, int | None]:
+    """("attn2.to_q", 3) of "model.transformer.transformer_blocks.3.attn2.to_q", renamed or not; (None, None) elsewhere."""
+    back = {ours: theirs for theirs, ours in RENAME.items()}
+    parts = [back.get(part, part) for part in path.split(".")]
+    if parts[:2] != ["model", "transformer"]:
+        return None, None
+    inside = re.fullmatch(r"transformer_blocks\.(\d+)\.?(.*)", ".".join(parts[2:]))
+    return (inside[2], int(inside[1])) if inside else (".".join(parts[2:]), None)
+
+
+def _values(entries: Any, kind: str) -> list[Any]:
+    """What was recorded, step by step."""
+    value = getattr(entries, kind)
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,357 @@
+"""What runs inside an nnsight trace, on whatever machine the model is: hooks by our names on the modules of a diffusers pipeline.
+
+nnsight sends this file's functions along as source. So: torch alone is imported, nothing is imported inside a function, no
+method calls `super()` without arguments, and nothing may be wrapped around them (`no_type_check`; for classes it is also what
+keeps run-time type checkers away). A trace must ask for tensors in the order in which the model computes them, or, from the
+second step on, it silently gets a later step's: the methods below read and write in that order, whatever the order of hooks.
+
+Only inputs and outputs of modules are touched. What lies between them inside a diffusers block is done again here, and only where
+somebody looks: the pattern (from q and k), what the gate leaves, a norm's scale, and, below a replaced residual, its sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+
+from ..shipped import edited, sums_of_attention, sums_of_pattern
+
+MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
+
+
+@no_type_check
+class Point:
+    """What a hook function gets as `hook`: the full `name`, `step`, `branch` and `layer()`."""
+
+    def __init__(self, name: str, inner: str, step: int | None = None, branch: str | None = None) -> None:
+        self.name, self.inner, self.step, self.branch = name, inner, step, branch
+
+    def layer(self) -> int:
+        """The layer of a name that has one; ValueError for another."""
+        parts = self.inner.split(".")
+        if parts[0] != "blocks":
+            raise ValueError(f"{self.name} belongs to no layer.")
+        return int(parts[1])
+
+    def __repr__(self) -> str:
+        return f"Point({self.name!r})"
+
+
+@no_type_check
+class Walk:
+    """The hooks of one call of a model, and what they leave.
+
+    Args:
+        touches: name within the model → [(point, what)]: a hook function, the arguments of `edited`, which replaces by what the
+            earlier run had there if it has no values, or None to keep the tensor under the point's name.
+        sums: attention ("blocks.2.cross_attn") → [(key, branch, queries, keys, reduce)] of its pattern, to be added up.
+        kept, added: dicts to be filled, by full name and by key.
+        rows: branch → its rows of the batch; the branch None has all.
+        home: whether kept tensors move to the CPU, for the way home.
+        clean: what an earlier run kept, for edits that put it here.
+    """
+
+    def __init__(self, touches: Any, sums: Any, kept: dict, added: dict, rows: dict, home: bool, clean: Any) -> None:
+        self.touches, self.sums = touches, sums
+        self.kept, self.added, self.rows, self.home, self.clean = kept, added, rows, home, clean
+
+    def near(self, prefix: str) -> bool:
+        """Whether anything is touched whose name begins so."""
+        return any(name.startswith(prefix) for name in (*self.touches, *self.sums))
+
+    def hooks(self, *names: str) -> bool:
+        return any(name in self.touches for name in names)
+
+    def visit(self, name: str, tensor: Any) -> Any:
+        """Show a tensor to its hooks, and return it as they leave it, or None where none of them may have changed it."""
+        written = None
+        for point, function in self.touches.get(name, ()):
+            rows = self.rows.get(point.branch, slice(None))
+            seen = (tensor if written is None else written)[rows]
+            if function is None:
+                self.kept[point.name] = seen.detach().to("cpu" if self.home else seen.device, copy=True)
+                continue
+            seen = seen.clone()  # a hook may write in place, and a sandbox would not hear of it
+            if not isinstance(function, dict):
+                new = function(seen, hook=point)
+            elif function["kind"] == "replace" and function["values"] is None:
+                new = edited(seen, **{**function, "values": self.clean[point.name]})
+            else:
+                new = edited(seen, **function)
+            written = tensor.clone() if written is None else written.clone()
+            written[rows] = seen if new is None else new
+        return written
+
+    # A tensor that is some module's output, or its first input.
+
+    def output(self, envoy: Any, name: str) -> None:
+        if self.hooks(name):
+            written = self.visit(name, envoy.output)
+            if written is not None:
+                envoy.output = written
+
+    def input(self, envoy: Any, name: str) -> None:
+        if self.hooks(name):
+            written = self.visit(name, envoy.input)
+            if written is not None:
+                envoy.input = written
+
+    # Parts of a model
+
+    def norm(self, envoy: Any, name: str, eps: float, rms: bool = False) -> None:
+        """A LayerNorm without affine map, or (`rms`) T5's, whose weight comes after `hook_normalized`."""
+        scale_name, normalized_name = f"{name}.hook_scale", f"{name}.hook_normalized"
+        if not self.hooks(scale_name, normalized_name):
+            return
+        x = wide = envoy.input
+        if rms:  # always from float32, as in transformers
+            scale = 1 / torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(torch.promote_types(x.dtype, torch.float32))
+        else:
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            wide = wide - wide.mean(-1, keepdim=True)
+            scale = (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        scaled = self.visit(scale_name, scale)
+        normalized = (wide / (scale if scaled is None else scaled)).to(x.dtype)
+        if not rms and scaled is None:
+            normalized = envoy.output
+        written = self.visit(normalized_name, normalized)
+        if scaled is not None or written is not None:
+            new = normalized if written is None else written
+            envoy.output = envoy.weight * new if rms else new
+
+    def looks(self, attention: str) -> bool:
+        """Whether anybody wants to see the scores or the pattern of an attention, or sums over it."""
+        return attention in self.sums or self.hooks(f"{attention}.hook_attn_scores", f"{attention}.hook_pattern")
+
+    def attention(self, name: str, linears: Any, heads: int, scale: float, bias: Callable) -> None:
+        """From q to z. `linears` are those of q, k, v and the output; `bias()` is what is added to the scores, or None."""
+        read: dict[str, Tensor] = {}
+        z, explicit = None, False
+        for leaf, linear in zip(("q", "k", "v"), linears[:3], strict=True):
+            if self.looks(name) or self.hooks(f"{name}.hook_{leaf}"):
+                read[leaf] = split(linear.output, heads)
+                written = self.visit(f"{name}.hook_{leaf}", read[leaf])
+                if written is not None:
+                    linear.output = written.flatten(2)
+                    read[leaf] = written
+        if self.looks(name):
+            added = bias()
+        if self.hooks(f"{name}.hook_attn_scores", f"{name}.hook_pattern"):
+            q, k, v = (read[leaf].transpose(1, 2) for leaf in ("q", "k", "v"))
+            scores = q @ k.transpose(-1, -2) * scale
+            scores = scores if added is None else scores + added
+            new_scores = self.visit(f"{name}.hook_attn_scores", scores)
+            pattern = (scores if new_scores is None else new_scores).softmax(dim=-1)
+            new_pattern = self.visit(f"{name}.hook_pattern", pattern)
+            pattern = pattern if new_pattern is None else new_pattern
+            explicit = new_scores is not None or new_pattern is not None
+            z = (pattern @ v).transpose(1, 2) if explicit else None
+        for key, branch, queries, keys, reduce in self.sums.get(name, ()):
+            rows, at = self.rows.get(branch, slice(None)), read["q"].device
+            groups = (queries.to(at), keys.to(at), reduce)
+            if explicit:
+                found = sums_of_pattern(pattern[rows], *groups)
+            else:
+                mask = None if added is None else added[rows]
+                found = sums_of_attention(read["q"][rows], read["k"][rows], mask, scale, *groups)
+            self.added[key] = found.detach().cpu()
+        if z is not None or self.hooks(f"{name}.hook_z"):
+            written = self.visit(f"{name}.hook_z", split(linears[3].input, heads) if z is None else z)
+            z = z if written is None else written
+            if z is not None:
+                linears[3].input = z.flatten(2)
+
+    def modulation(self, block: Any, prefix: str) -> Tensor:
+        """[row 6 d_model]: shift, scale and gate of the attention, then of the MLP."""
+        table, t_mod = block.scale_shift_table, block.inputs[1]["timestep"]
+        rows, changed = table[None] + t_mod.reshape(len(t_mod), 6, -1), False
+        for index, name in enumerate(MODULATION):
+            written = self.visit(f"{prefix}adaln.hook_{name}", rows[:, index : index + 1])
+            if written is not None:
+                rows, changed = rows.clone(), True
+                rows[:, index : index + 1] = written
+        if changed:
+            args, kwargs = block.inputs
+            block.inputs = (args, {**kwargs, "timestep": (rows - table).reshape(t_mod.shape)})
+        return rows
+
+    def block(self, block: Any, layer: int, cfg: dict) -> None:
+        """One PixArt block. `x` is its residual stream, `moved` whether that is no longer what the block's own code holds."""
+        p, heads, scale = f"blocks.{layer}.", cfg["heads"], cfg["scale"]
+        if not self.near(p):
+            return
+        mod, x, moved = self.modulation(block, p), block.input, False
+        written = self.visit(p + "hook_resid_pre", x)
+        if written is not None:
+            block.input = x = written
+
+        attn, cross = block.attn1, block.attn2
+        self.norm(block.norm1, p + "ln1", cfg["eps"])
+        self.attention(p + "attn", (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]), heads, scale, lambda: None)
+        self.output(attn, p + "hook_attn_out_pre_gate")
+        if self.hooks(p + "hook_attn_out"):
+            written = self.visit(p + "hook_attn_out", mod[:, 2:3] * attn.output)
+            if written is not None:
+                x, moved = x + written, True
+        if self.hooks(p + "hook_resid_mid"):
+            written = self.visit(p + "hook_resid_mid", x if moved else cross.input)
+            if written is not None:
+                x, moved = written, True
+        if moved:
+            cross.input = x
+
+        mask = cross.inputs[1].get("attention_mask") if self.looks(p + "cross_attn") else None  # read here, in order
+        bias = None if mask is None else mask[:, None]
+        self.attention(p + "cross_attn", (cross.to_q, cross.to_k, cross.to_v, cross.to_out[0]), heads, scale, lambda: bias)
+        self.output(cross, p + "hook_cross_attn_out")
+        if moved:
+            x = x + cross.output
+        if self.hooks(p + "hook_resid_mid_cross"):
+            written = self.visit(p + "hook_resid_mid_cross", x if moved else block.norm2.input)
+            if written is not None:
+                x, moved = written, True
+        if moved:
+            block.norm2.input = x
+        elif self.hooks(p + "hook_mlp_out"):
+            x = block.norm2.input
+
+        self.norm(block.norm2, p + "ln2", cfg["eps"])
+        self.output(block.ff.net[0].proj, p + "mlp.hook_pre")
+        self.input(block.ff.net[2], p + "mlp.hook_post")
+        self.output(block.ff, p + "hook_mlp_out_pre_gate")
+        if moved or self.hooks(p + "hook_mlp_out"):
+            out = mod[:, 5:6] * block.ff.output
+            written = self.visit(p + "hook_mlp_out", out)
+            if moved or written is not None:
+                block.output = x + (out if written is None else written)
+        self.output(block, p + "hook_resid_post")
+
+    def denoiser(self, dit: Any, cfg: dict, a: float, b: float) -> None:
+        """One denoiser call, and what the pipeline makes of its output. A step's x0 is a · latent + b · out."""
+        latent: Any = dit.input[self.rows["cond"]] if self.hooks("hook_latent", "hook_x0") else None
+        self.visit("hook_latent", latent)
+        if self.hooks("hook_embed", "hook_pos_embed"):
+            grid = dit.pos_embed.proj.output
+            patches = grid.flatten(2).transpose(1, 2)
+            written = self.visit("hook_embed", patches)
+            if written is not None:
+                patches = written
+                dit.pos_embed.proj.output = written.transpose(1, 2).reshape(grid.shape)
+            if self.hooks("hook_pos_embed"):
+                written = self.visit("hook_pos_embed", dit.pos_embed.output - patches)
+                if written is not None:
+                    dit.pos_embed.output = patches + written
+        self.output(dit.adaln_single.emb, "hook_t_emb")
+        self.output(dit.adaln_single.linear, "hook_t_mod")
+        self.input(dit.caption_projection, "hook_text")
+        self.output(dit.caption_projection, "hook_caption")
+        for layer in range(cfg["layers"]):
+            self.block(dit.transformer_blocks[layer], layer, cfg)
+        self.norm(dit.norm_out, "ln_final", cfg["eps"])
+
+        if not self.hooks("hook_out_uncond", "hook_out_cond", "hook_out", "hook_x0"):
+            return
+        whole, changed = dit.output[0], False
+        for name in ("hook_out_uncond", "hook_out_cond"):
+            rows = self.rows[name.removeprefix("hook_out_")] if cfg["guided"] else slice(None)
+            written = self.visit(name, whole[rows]) if self.hooks(name) else None
+            if written is not None:
+                whole, changed = whole.clone(), True
+                whole[rows] = written
+        if self.hooks("hook_out", "hook_x0"):
+            out = whole
+            if cfg["guided"]:
+                uncond, cond = whole.chunk(2)
+                out = uncond + cfg["guidance"] * (cond - uncond)
+            out = out[:, : cfg["channels"]]
+            written = self.visit("hook_out", out)
+            now = out if written is None else written
+            x0 = self.visit("hook_x0", a * latent + b * now) if self.hooks("hook_x0") else None
+            written = written if x0 is None else (x0 - a * latent) / b
+            if written is not None:  # both branches say the same, so that guidance changes nothing
+                whole, changed = whole.clone(), True
+                whole[:, : cfg["channels"]] = torch.cat([written, written]) if cfg["guided"] else written
+        if changed:
+            dit.output = (whole,)
+
+    def t5(self, encoder: Any, cfg: dict) -> None:
+        """One call of a T5 encoder."""
+        self.output(encoder.embed_tokens, "hook_embed")
+        for layer in range(cfg["layers"]):
+            p, block = f"blocks.{layer}.", encoder.block[layer]
+            if not (self.near(p) or (layer == 0 and self.hooks("hook_rel_pos_bias"))):
+                continue
+            attn, mlp = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+            self.input(block, p + "hook_resid_pre")
+            self.norm(block.layer[0].layer_norm, p + "ln1", cfg["eps"], rms=True)
+            given = attn.inputs[1] if self.looks(p + "attn") else {}
+            self.attention(p + "attn", (attn.q, attn.k, attn.v, attn.o), cfg["heads"], 1.0, partial(self.t5_bias, attn, given))
+            self.output(attn.o, p + "hook_attn_out")
+            if layer == 0 and self.hooks("hook_rel_pos_bias"):
+                self.visit("hook_rel_pos_bias", attn.output[1].expand(cfg["batch"], -1, -1, -1))
+            self.input(block.layer[1], p + "hook_resid_mid")
+            self.norm(block.layer[1].layer_norm, p + "ln2", cfg["eps"], rms=True)
+            self.output(mlp.wi_0 if cfg["gated"] else mlp.wi, p + "mlp.hook_pre")
+            if cfg["gated"]:
+                self.output(mlp.wi_1, p + "mlp.hook_pre_linear")
+            self.input(mlp.wo, p + "mlp.hook_post")
+            self.output(mlp, p + "hook_mlp_out")
+            self.output(block.layer[1], p + "hook_resid_post")
+        self.norm(encoder.final_layer_norm, "ln_final", cfg["eps"], rms=True)
+        self.output(encoder.final_layer_norm, "hook_out")
+
+    def t5_bias(self, attn: Any, given: dict) -> Tensor:
+        """What a T5 attention adds to its scores: the first layer computes the position bias, the others are given it."""
+        bias, mask = given.get("position_bias"), given.get("mask")
+        if bias is None:
+            bias = attn.relative_attention_bias.output.permute(2, 0, 1)[None]
+        if mask is None:
+            return bias
+        if mask.dtype == torch.bool:
+            return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+        return bias + mask
+
+    def tokens(self, encoder: Any) -> None:
+        """One call of a random-token encoder."""
+        self.output(encoder.embed_tokens, "hook_embed")
+        if self.hooks("hook_pos_embed", "hook_out"):
+            words, out = encoder.embed_tokens.output, encoder.output[0]
+            code = self.visit("hook_pos_embed", out - words)
+            out = out if code is None else words + code
+            written = self.visit("hook_out", out)
+            if code is not None or written is not None:
+                encoder.output = (out if written is None else written,)
+
+
+@no_type_check
+def split(tensor: Tensor, heads: int) -> Tensor:
+    """[batch pos d] as [batch pos head d_head]."""
+    return tensor.reshape(*tensor.shape[:2], heads, -1)
+
+
+@no_type_check
+def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
+    """What a trace of a generation does: `plan` is `dit_lens.remote.plan.make`'s, `clean` the tensors kept by an earlier run.
+
+    Returns a dict: the images [batch 3 height width] as "images", kept tensors by full name as "kept", sums by key as "added".
+    """
+    cfg, kept, added = plan["cfg"], {}, {}
+    n = cfg["batch"]
+    rows = {"uncond": slice(0, n), "cond": slice(n, 2 * n)} if cfg["guided"] else {"cond": slice(0, n)}
+    for call in tracer.iter[sorted(plan["calls"])]:  # the prompts', then the empty prompt's
+        walk = Walk(plan["calls"][call], {}, kept, added, {}, plan["home"], clean)
+        if plan["encoder"]["kind"] == "t5":
+            walk.t5(model.text_encoder.encoder, plan["encoder"])
+        else:
+            walk.tokens(model.text_encoder)
+    for step in tracer.iter[sorted(plan["steps"])]:
+        touches, sums, a, b = plan["steps"][step]
+        Walk(touches, sums, kept, added, rows, plan["home"], clean).denoiser(model.transformer, cfg, a, b)
+    images = model.output[0]
+    written = Walk(plan["images"], {}, kept, added, {}, plan["home"], clean).visit("hook_image", images)
+    images = images if written is None else written
+    return {"images": images.detach().cpu(), "kept": kept, "added": added}

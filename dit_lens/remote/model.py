@@ -1,0 +1,339 @@
+"""A text-to-image model behind nnsight, on this machine or another, under the names of `HookedTextToImage`.
+
+    model = RemoteTextToImage("PixArt-alpha/PixArt-Sigma-XL-2-512-MS", remote="http://gpu-box:8001")
+    hide = Intervention("blocks.2.cross_attn.hook_pattern", heads="L2H2", tokens="relation", action="knockout")
+    images, cache = model.run_with_cache(prompts, seed=0, names_filter="blocks.2.cross_attn.hook_pattern", steps=0)
+    images = model.run_with_hooks(prompts, seed=0, fwd_hooks=hide.hooks(model, prompts))
+
+The weights stay where the server is; here the modules are empty, and serve for names, shapes and configuration. Every call is one
+request, which runs all denoising steps: docs/remote.md says how to host a server, and what was tried.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_models import GenerationCache, HookedTextToImage
+from hooked_models.cache import refuse_if_too_large
+from hooked_models.generation_hooks import Attached
+from hooked_models.hooked_module import NameFilter
+from hooked_models.hub import resolve
+from hooked_models.names import Branch, Site
+from hooked_models.sampling import Sampler
+from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
+
+from ..interventions import Intervention
+from . import kernel, plan
+from .caches import RENAME
+from .server import Server, import_nnsight
+
+NO_RESUMING = (
+    "Through nnsight a generation always runs from noise to image: there is no trajectory to fork, and no gradient. Use "
+    "run_with_hooks, Intervention(…, steps=…) and patch, or HookedTextToImage.from_pretrained where the weights are at hand."
+)
+NO_GRADIENTS = (
+    "No gradients come back through nnsight: the pipeline runs under no_grad, and a server's sandbox copies activations. "
+    "Use patch, or HookedTextToImage.from_pretrained where the weights are at hand."
+)
+
+
+class RemoteTextToImage(HookedTextToImage):
+    """A PixArt pipeline opened by nnsight's `DiffusionModel`; what a `HookedTextToImage` does in one go, it does too.
+
+    That is: calls, `run_with_cache`, `run_with_hooks`, `hooks`, every `Intervention`, `synopsis.attention_synopsis`,
+    `ablation.ablation_effects`, and `patch`. Hook functions are sent along as source, with what they refer to, and run where the
+    model is: they get rows and `hook` as ever, but cannot write to variables here. Tensors between two steps and a few others
+    have limits, which an error explains.
+
+    Args:
+        repo_or_path: a hub id, a pipeline folder or a bundled name. A server opens it under the same name or path.
+        remote: False for a model in this process, True for nnsight's own setting of the server (`NDIF_HOST`), or its address.
+        revision: of a hub id.
+        dtype: of the weights, if they are loaded here.
+        api_key: if the server asks for one; None for nnsight's own setting (`NDIF_API_KEY`). It is never shown.
+        timeout: seconds to wait for one request.
+
+    Attributes:
+        nnsight: the `DiffusionModel`, with modules renamed as here (`model.nnsight.dit.blocks[0].cross_attn.output`).
+
+    Raises:
+        ImportError: nnsight is not installed.
+        FileNotFoundError: there is no such model.
+        TypeError: it is no PixArt pipeline.
+    """
+
+    def __init__(
+        self,
+        repo_or_path: str | Path,
+        remote: bool | str = False,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        nnsight = import_nnsight()
+        nnsight.register("dit_lens")  # the server has no dit_lens: what it needs of it travels as source
+        source = resolve(repo_or_path)
+        # A class of another library exists only as a whole, loaded: nnsight cannot build it empty.
+        own = any(isinstance(spec, list) and spec[0] == "hooked_models" for spec in _index(source, revision).values())
+        opened = nnsight.DiffusionModel(source, rename=RENAME, dispatch=own or not remote, revision=revision, dtype=dtype)
+        pipe: Any = opened.pipeline
+        pipe.set_progress_bar_config(disable=True)
+        if not type(pipe).__name__.startswith("PixArt"):
+            raise TypeError(f"RemoteTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not {type(pipe).__name__}.")
+        super().__init__(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler)
+        self.eval()
+        self.nnsight = opened
+        self.server = Server(remote if isinstance(remote, str) else None, api_key, timeout) if remote else None
+        key = json.dumps({"repo_id": source, "revision": revision})
+        self.model_key = f"nnsight.modeling.diffusion.DiffusionModel:{key}"
+        """Which model a server is asked for."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> RemoteTextToImage:
+        """The same as the class itself."""
+        return cls(name, **kwargs)
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any) -> NoReturn:
+        """Raises TypeError: nnsight opens pipelines by name."""
+        raise TypeError(
+            "nnsight opens pipelines by name: RemoteTextToImage(folder or hub id), or HookedTextToImage for a live one."
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors of this side are: those of a remote model come and go by the CPU."""
+        return torch.device("cpu") if self.dit.device.type == "meta" else self.dit.device
+
+    def __repr__(self) -> str:
+        return f"RemoteTextToImage({self.model_key.partition(':')[2]}, {self.server or 'in this process'})"
+
+    # What cannot be
+
+    def trajectory(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises NotImplementedError: no run can be resumed at a step."""
+        raise NotImplementedError(NO_RESUMING)
+
+    def at(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises NotImplementedError: no run can be resumed at a step."""
+        raise NotImplementedError(NO_RESUMING)
+
+    # Running
+
+    def forward(
+        self,
+        prompts: Prompts,
+        seed: int | Sequence[int] = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """As `HookedTextToImage.forward`, without gradients.
+
+        Raises:
+            ServerError: the server cannot be asked, or the run failed there.
+            ValueError: a hook is attached where no trace reaches, or backwards.
+        """
+        return self._run_once(prompts, seed, num_steps, guidance, latents)["images"]
+
+    def run_with_cache(
+        self,
+        prompts: Prompts,
+        seed: int | Sequence[int] = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        *,
+        names_filter: NameFilter = None,
+        steps: int | Sequence[int] | slice | None = None,
+        branch: Branch | Literal["both"] = "cond",
+        device: str | torch.device | None = None,
+        max_bytes: int | None = None,
+        remove_batch_dim: bool = False,
+    ) -> tuple[Float[Tensor, "batch 3 height width"], GenerationCache]:
+        """As `HookedTextToImage.run_with_cache`; everything that is selected travels, so select.
+
+        `max_bytes` is checked before anything is sent. Raises as there, and as `forward`.
+        """
+        if remove_batch_dim:
+            raise TypeError("A whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim().")
+        tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
+        sampler = Sampler(self.scheduler, num_steps, self.device)
+        sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, sampler.predicts_x0)
+        sizes = self.cache_sizes(sites, tokens, None if latents is None else latents.shape[-2:])
+        refuse_if_too_large(sizes, max_bytes, self.device if device is None else torch.device(device))
+        found = self._run_once(prompts, seed, num_steps, guidance, latents, keep=sites)
+        kept = {site.name: found["kept"][site.name].to(device or self.device) for site in sites}
+        levels = [sampler.noise_level(step) for step in range(num_steps)] if sampler.predicts_x0 else []
+        return found["images"], GenerationCache(kept, self, levels)
+
+    def patch(
+        self,
+        clean: Prompts,
+        corrupt: Prompts,
+        conditions: Mapping[str, Sequence[Intervention]],
+        seed: int | Sequence[int] = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+    ) -> dict[str, Float[Tensor, "batch 3 height width"]]:
+        """Activation patching as one request: the clean run, the corrupt run, and the corrupt run under each condition.
+
+            head = Intervention("blocks.2.cross_attn.hook_z", heads=[2], steps=0, action=Replace(CLEAN))
+            model.patch("red circle is above blue square", "red circle is below blue square", {"L2H2": [head]})["L2H2"]
+
+        What the clean run has at the sites of `Replace(CLEAN)` never leaves the model's machine. Positions correspond by number,
+        so `clean` and `corrupt` are as many prompts, with equally many tokens.
+
+        Args:
+            conditions: name → interventions, all at once; of the corrupt prompts.
+            seed, latents: the same noise for all runs.
+
+        Returns:
+            Images by condition, and as "clean" and "corrupt".
+
+        Raises:
+            ValueError: the prompts do not correspond, a condition has a reserved name, or as `forward`.
+        """
+        if reserved := {"clean", "corrupt"} & set(conditions):
+            raise ValueError(f"A condition cannot be called {reserved.pop()!r}: that is what a run without any is called.")
+        texts, length = self._texts(clean)
+        others, length_2 = self._texts(corrupt)
+        if (len(texts), length) != (len(others), length_2):
+            raise ValueError(
+                f"clean is {len(texts)} prompts of {length} tokens, corrupt {len(others)} of {length_2}: make them equally many, "
+                "and equally long, so that equal positions correspond."
+            )
+        edits = {
+            name: [edit for each in condition for edit in each.resolve(self, others, num_steps=num_steps)]
+            for name, condition in conditions.items()
+        }
+        wanted: dict[str, Site] = {e.site.name: e.site for every in edits.values() for e in every if e.values is plan.UNKNOWN}
+        call, common = self._call(len(texts), length, seed, num_steps, guidance, latents)
+        first = plan.make(self, self._checked_hooks(num_steps, guidance), keep=list(wanted.values()), home=False, **common)
+        plans = {"corrupt": plan.make(self, self._attached, **common)}
+        for name, every in edits.items():
+            hooks = [(edit.site.name, edit) for edit in every]
+            with self.hooks(hooks):
+                attached = self._checked_hooks(num_steps, guidance)
+            plans[name] = plan.make(self, attached, patching=True, **common)
+
+        model, run, nnsight, backend, found = self.nnsight, kernel.run, import_nnsight(), self._backend(), None
+        with self._errors(), model.session(backend=backend):
+            found = nnsight.save({})
+            with model.generate(texts, **call) as tracer:
+                source = run(model, tracer, first)
+            found["clean"] = source["images"]
+            for name in plans:
+                with model.generate(others, **call) as tracer:
+                    result = run(model, tracer, plans[name], source["kept"])
+                found[name] = result["images"]
+        return self._result(backend, found)
+
+    def attention_between(
+        self,
+        prompts: Prompts,
+        seed: int | Sequence[int],
+        sublayer: Literal["attn", "cross_attn"],
+        queries: Float[Tensor, "batch pos group"],
+        keys: Mapping[Branch, Float[Tensor, "batch key_pos key_group"]],
+        reduce: Literal["sum", "max"],
+        *,
+        num_steps: int,
+        guidance: float,
+    ) -> Float[Tensor, "batch layer head step branch group key_group"]:
+        """As `group_attention.attention_between`, of one run: added up where the model is, so that only these sums travel."""
+        dtype = torch.promote_types(self.dit.dtype, torch.float32)
+        length = self._texts(prompts)[1] if sublayer == "cross_attn" else None  # beyond are pads, which get no attention
+        queries, keys = queries.to(dtype), {branch: weights[:, :length].to(dtype) for branch, weights in keys.items()}
+        layers, steps = range(self.cfg.n_layers), range(num_steps)
+        sums = [
+            plan.Sum(layer, step, branch, sublayer, queries, weights, reduce)
+            for layer in layers
+            for step in steps
+            for branch, weights in keys.items()
+        ]
+        found = self._run_once(prompts, seed, num_steps, guidance, None, sums=sums)["added"]
+        stacked = [[[found[layer, step, branch] for branch in keys] for step in steps] for layer in layers]
+        by_layer = [torch.stack([torch.stack(of_step, dim=2) for of_step in of_layer], dim=2) for of_layer in stacked]
+        return torch.stack(by_layer, dim=1)
+
+    def _run_once(
+        self,
+        prompts: Prompts,
+        seed: int | Sequence[int],
+        num_steps: int,
+        guidance: float,
+        latents: Tensor | None,
+        *,
+        keep: Sequence[Site] = (),
+        sums: Sequence[plan.Sum] = (),
+    ) -> dict[str, Any]:
+        texts, length = self._texts(prompts)
+        call, common = self._call(len(texts), length, seed, num_steps, guidance, latents)
+        todo = plan.make(self, self._checked_hooks(num_steps, guidance), keep=keep, sums=sums, **common)
+        model, run, nnsight, backend, found = self.nnsight, kernel.run, import_nnsight(), self._backend(), None
+        with self._errors(), model.generate(texts, backend=backend, **call) as tracer:
+            found = nnsight.save(run(model, tracer, todo))
+        return self._result(backend, found)
+
+    def _call(
+        self, batch: int, length: int, seed: int | Sequence[int], num_steps: int, guidance: float, latents: Tensor | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of the pipeline, and those of a plan."""
+        noise = self._noise(seed, batch) if latents is None else latents.to(self.device)
+        height, width = self._image_size(noise.shape[-2:])
+        call = {
+            **{"num_inference_steps": num_steps, "guidance_scale": guidance, "latents": noise.to(self.dit.dtype)},
+            **{"height": height, "width": width, "max_sequence_length": length, "output_type": "pt", "return_dict": False},
+            **{"clean_caption": False, "use_resolution_binning": False},
+        }
+        grid = (noise.shape[-2], noise.shape[-1])
+        return call, {"batch": batch, "length": length, "num_steps": num_steps, "guidance": guidance, "grid": grid}
+
+    def _texts(self, prompts: Prompts) -> tuple[list[str], int]:
+        """Prompts as the pipeline takes them, and the number of text positions. Raises ValueError for tokens of no text."""
+        if not isinstance(prompts, Tensor):
+            return [prompts] if isinstance(prompts, str) else list(prompts), self.to_tokens(prompts).shape[1]
+        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        if not torch.equal(self.to_tokens(texts, length=prompts.shape[1]), prompts.to(self.device)):
+            raise ValueError("These tokens are not those of a text, and nnsight's pipeline takes text: give prompts.")
+        return texts, prompts.shape[1]
+
+    def _checked_hooks(self, num_steps: int, guidance: float) -> list[Attached]:
+        self._check_hooks(num_steps, guidance)
+        if any(attached.direction == "bwd" for attached in self._attached):
+            raise NotImplementedError(NO_GRADIENTS)
+        return self._attached
+
+    # The server
+
+    def _backend(self) -> Any:
+        return None if self.server is None else self.server.backend(self.model_key)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        if self.server is None:
+            yield
+        else:
+            with self.server.errors():
+                yield
+
+    def _result(self, backend: Any, found: Any) -> Any:
+        return found if self.server is None else self.server.wait(backend)["found"]
+
+
+def _index(source: str, revision: str | None) -> dict[str, Any]:
+    """A pipeline's component classes."""
+    return dict(DiffusionPipeline.load_config(source, revision=revision))

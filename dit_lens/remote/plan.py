@@ -1,0 +1,189 @@
+"""From hooks under our names to the plan that `kernel.run` follows inside a trace: plain dicts, checked before it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_models import HookedDiT, HookedT5Encoder, HookedTextToImage
+from hooked_models.cache import activation_shape
+from hooked_models.generation_hooks import Attached
+from hooked_models.names import FINAL, Branch, Site
+from hooked_models.sampling import Sampler
+
+from ..edits import Edit, RowEdits
+from .kernel import Point
+
+UNKNOWN = torch.tensor(torch.nan)
+
+
+class _CleanRun(Mapping[str, Tensor]):
+    """Has a value for every name, which only `RemoteTextToImage.patch` can tell."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return UNKNOWN
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return "CLEAN"
+
+
+CLEAN = _CleanRun()
+"""`Intervention(…, action=Replace(CLEAN))`: put there what the clean run of `RemoteTextToImage.patch` had."""
+
+
+class Sum(NamedTuple):
+    """Attention between groups, to be added up where the model is: arguments of `dit_lens.shipped.sums_of_pattern`."""
+
+    layer: int
+    step: int
+    branch: Branch
+    sublayer: str
+    queries: Float[Tensor, "batch pos group"]
+    keys: Float[Tensor, "batch key_pos key_group"]
+    reduce: str
+
+    @property
+    def key(self) -> tuple[int, int, Branch]:
+        """Under which the kernel returns it."""
+        return self.layer, self.step, self.branch
+
+
+def make(
+    model: HookedTextToImage,
+    attached: Sequence[Attached],
+    *,
+    batch: int,
+    length: int,
+    num_steps: int,
+    guidance: float,
+    grid: tuple[int, int],
+    keep: Sequence[Site] = (),
+    sums: Sequence[Sum] = (),
+    home: bool = True,
+    patching: bool = False,
+) -> dict[str, Any]:
+    """The plan of one generation.
+
+    Args:
+        attached: hooks, in the order in which they act.
+        length, grid: text positions, and rows and columns of the latents.
+        keep: sites whose tensors, as hooks leave them, are returned.
+        home: whether what is kept comes home, or stays with the model, for the next run of a session.
+        patching: whether there is an earlier run for `CLEAN` to mean.
+
+    Raises:
+        ValueError: a tensor that no trace reaches, or an edit made for other prompts.
+    """
+    cfg, encoder, sampler = model.cfg, model.names.text_encoder, Sampler(model.scheduler, num_steps, model.device)
+    touches: dict[tuple[str, int], dict[str, list[tuple[Point, Any]]]] = {}
+    wanted: list[tuple[Site, Any]] = [(each.site, each.function) for each in attached]
+    for site, what in [*wanted, *((site, None) for site in keep)]:
+        if (reason := _unreachable(model, site, sampler, writes=what is not None)) is not None:
+            raise ValueError(f"{site.name} is not within nnsight's reach: {reason}")
+        if isinstance(what, Edit):
+            module: Any = encoder if site.part.endswith("text_encoder") else model
+            image = model._image_size(grid)
+            what.check_shape(activation_shape(module.cfg, site, batch, grid, length, image))
+            what = _arguments(what, patching)
+        elif isinstance(what, RowEdits):
+            raise ValueError(f"{site.name}: edits of some rows of a batch stay in sweeps, which need a model at hand.")
+        call = {"text_encoder": ("call", 0), "null_text_encoder": ("call", 1)}.get(site.part, ("step", site.step or 0))
+        call = ("image", 0) if site.inner == FINAL else call
+        point = Point(site.name, site.inner, site.step, site.branch)
+        touches.setdefault(call, {}).setdefault(site.inner, []).append((point, what))
+    added: dict[int, dict[str, list[Any]]] = {}
+    for each in sums:
+        there = added.setdefault(each.step, {}).setdefault(f"blocks.{each.layer}.{each.sublayer}", [])
+        there.append((each.key, each.branch, each.queries, each.keys, each.reduce))
+
+    steps = {}
+    for step in {step for kind, step in touches if kind == "step"} | set(added):
+        here = touches.get(("step", step), {})
+        x0 = _x0_coefficients(sampler, step, cfg.in_channels) if "hook_x0" in here else (0.0, 1.0)
+        steps[step] = (here, added.get(step, {}), *x0)
+    return {
+        "cfg": {
+            **{"batch": batch, "guided": guidance > 1, "guidance": guidance, "eps": cfg.eps, "layers": cfg.n_layers},
+            # the other half of the channels, where there is one, is a learned variance
+            **{"heads": cfg.n_heads, "scale": cfg.d_head**-0.5, "channels": cfg.in_channels},
+        },
+        "encoder": {} if encoder is None else _encoder(encoder, batch),
+        "calls": {call: here for (kind, call), here in touches.items() if kind == "call"},
+        "steps": steps,
+        "images": touches.get(("image", 0), {}),
+        "home": home,
+    }
+
+
+def _arguments(edit: Edit, patching: bool) -> dict[str, Any]:
+    if edit.values is not UNKNOWN:
+        return edit.arguments
+    if not patching:
+        raise ValueError(f"{edit.site.name}: Replace(CLEAN) has a meaning in RemoteTextToImage.patch alone.")
+    return {**edit.arguments, "values": None}
+
+
+def _encoder(encoder: Any, batch: int) -> dict[str, Any]:
+    cfg = encoder.cfg
+    if not isinstance(encoder, HookedT5Encoder):
+        return {"kind": "tokens"}
+    return {
+        **{"kind": "t5", "layers": cfg.n_layers, "heads": cfg.n_heads, "eps": cfg.eps, "gated": cfg.gated_mlp, "batch": batch},
+    }
+
+
+def _unreachable(model: HookedTextToImage, site: Site, sampler: Sampler, writes: bool) -> str | None:
+    """Why a tensor cannot be read, or written, through a trace of the diffusers pipeline."""
+    leaf = site.inner.rpartition(".")[2]
+    if leaf in HookedDiT.hook_flags:
+        return "no module of diffusers computes it; take hook_z, or a HookedTextToImage at hand."
+    if site.inner == "hook_latent" and writes:
+        return "the pipeline's own variable goes on to the scheduler; give latents=…, or write hook_out, hook_x0 or hook_embed."
+    if site.inner == "hook_latent" and _input_scale(sampler, site.step or 0) != 1:
+        return f"{type(sampler.scheduler).__name__} scales what the denoiser gets."
+    if site.part.endswith("text_encoder") and leaf == "hook_rel_pos_bias" and writes:
+        return "all prompts share one; write blocks.{l}.attn.hook_attn_scores or hook_pattern."
+    if leaf in ("hook_text", "hook_caption") and model.dit.caption_projection is None:
+        return "this model has no caption projection, whose input and output they are; write text_encoder.hook_out."
+    return None
+
+
+def _input_scale(sampler: Sampler, step: int) -> float:
+    one = torch.ones(1, 1, 1, 1)
+    state = sampler.start(one)
+    for _ in range(step):
+        state = sampler.advance(state, one, one)
+    return float(sampler.network_input(state, one))
+
+
+def _x0_coefficients(sampler: Sampler, step: int, channels: int) -> tuple[float, float]:
+    """(a, b) of a step, where the scheduler forms x0 = a · latent + b · out: asked of the scheduler itself."""
+
+    def x0(latent: float, out: float) -> float:
+        at, says = (torch.full((1, channels, 1, 1), value, dtype=torch.float64) for value in (latent, out))
+        found: list[Tensor] = []
+
+        def look(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        state = sampler.start(at)
+        for _ in range(step):
+            state = sampler.advance(state, at, says)
+        sampler.advance(state, at, says, look)
+        return float(found[0].flatten()[0])
+
+    return x0(1.0, 0.0), x0(0.0, 1.0)

@@ -1,0 +1,85 @@
+"""One tiny pipeline and one server for all tests here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from dit_lens.remote import RemoteTextToImage
+from hooked_models import HookedTextToImage
+
+from ..hooked_models.pipelines import randomise, tiny_pipeline
+
+nnsight = pytest.importorskip("nnsight")
+SERVER = Path(__file__).with_name("ndif_server.py")
+
+
+class Served:
+    """A server process."""
+
+    def __init__(self, *options: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+        command = [sys.executable, "-I", str(SERVER), *options]
+        self.process = subprocess.Popen(command, cwd="/", env=environment, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        said = json.loads(self.process.stdout.readline())
+        self.url, self.child_url = (f"http://127.0.0.1:{said[port]}" for port in ("port", "child_port"))
+        self.child: int | None = said["child"]
+
+    def log(self) -> list[dict[str, int]]:
+        """Bytes in and out of every run so far."""
+        return httpx.get(f"{self.url}/log").json()
+
+    def kill_child(self) -> None:
+        if self.child is not None:
+            os.kill(self.child, signal.SIGKILL)
+            self.child = None
+
+    def stop(self) -> None:
+        self.kill_child()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of public classes alone: T5, PixArt with a learned variance, AutoencoderKL."""
+    pipe = tiny_pipeline("t5", learned_sigma=True)
+    torch.manual_seed(3)
+    pipe.vae = AutoencoderKL(
+        **{"latent_channels": 4, "block_out_channels": (4, 4), "norm_num_groups": 2, "layers_per_block": 1},
+        **{"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 8},
+    ).eval()
+    randomise(pipe.text_encoder, 0.1)
+    path = tmp_path_factory.mktemp("pipeline")
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Served]:
+    nnsight.CONFIG.APP.REMOTE_LOGGING = False
+    served = Served()
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="session")
+def hooked(folder: Path) -> HookedTextToImage:
+    """The oracle."""
+    return HookedTextToImage.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def remote(folder: Path, server: Served) -> RemoteTextToImage:
+    return RemoteTextToImage(folder, remote=server.url)
