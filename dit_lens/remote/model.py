@@ -12,8 +12,7 @@ request, which runs all denoising steps: docs/remote.md says how to host a serve
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -229,17 +228,22 @@ class RemoteTextToImage(HookedTextToImage):
                 attached = self._checked_hooks(num_steps, guidance)
             plans[name] = plan.make(self, attached, patching=True, **common)
 
-        model, run, nnsight, backend, found = self.nnsight, kernel.run, import_nnsight(), self._backend(), None
-        with self._errors(), model.session(backend=backend):
-            found = nnsight.save({})
-            with model.generate(texts, **call) as tracer:
-                source = run(model, tracer, first)
-            found["clean"] = source["images"]
-            for name in plans:
-                with model.generate(others, **call) as tracer:
-                    result = run(model, tracer, plans[name], source["kept"])
-                found[name] = result["images"]
-        return self._result(backend, found)
+        model, run, nnsight, backend = self.nnsight, kernel.run, import_nnsight(), self._backend()
+
+        def ask() -> Any:
+            found = None  # on a server, where it has a value later
+            with model.session(backend=backend):
+                found = nnsight.save({})
+                with model.generate(texts, **call) as tracer:
+                    source = run(model, tracer, first)
+                found["clean"] = source["images"]
+                for name in plans:
+                    with model.generate(others, **call) as tracer:
+                        result = run(model, tracer, plans[name], source["kept"])
+                    found[name] = result["images"]
+            return found
+
+        return self._answer(ask, backend)
 
     def attention_between(
         self,
@@ -283,10 +287,15 @@ class RemoteTextToImage(HookedTextToImage):
         texts, length = self._texts(prompts)
         call, common = self._call(len(texts), length, seed, num_steps, guidance, latents)
         todo = plan.make(self, self._checked_hooks(num_steps, guidance), keep=keep, sums=sums, **common)
-        model, run, nnsight, backend, found = self.nnsight, kernel.run, import_nnsight(), self._backend(), None
-        with self._errors(), model.generate(texts, backend=backend, **call) as tracer:
-            found = nnsight.save(run(model, tracer, todo))
-        return self._result(backend, found)
+        model, run, nnsight, backend = self.nnsight, kernel.run, import_nnsight(), self._backend()
+
+        def ask() -> Any:
+            found = None  # on a server, where it has a value later
+            with model.generate(texts, backend=backend, **call) as tracer:
+                found = nnsight.save(run(model, tracer, todo))
+            return found
+
+        return self._answer(ask, backend)
 
     def _call(
         self, batch: int, length: int, seed: int | Sequence[int], num_steps: int, guidance: float, latents: Tensor | None
@@ -322,16 +331,12 @@ class RemoteTextToImage(HookedTextToImage):
     def _backend(self) -> Any:
         return None if self.server is None else self.server.backend(self.model_key)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _answer(self, ask: Callable[[], Any], backend: Any) -> Any:
+        """What was saved as `found` in a trace: at once, or when the server has run it."""
         if self.server is None:
-            yield
-        else:
-            with self.server.errors():
-                yield
-
-    def _result(self, backend: Any, found: Any) -> Any:
-        return found if self.server is None else self.server.wait(backend)["found"]
+            return ask()
+        self.server.asked(ask)
+        return self.server.wait(backend)["found"]
 
 
 def _index(source: str, revision: str | None) -> dict[str, Any]:

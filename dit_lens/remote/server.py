@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 POLL, PATIENCE = 0.05, 3.0
 """Seconds before the first look at a run's status (later ones are rarer), and for which a server may be silent."""
@@ -40,6 +41,8 @@ class Server:
     def __init__(self, host: str | None, api_key: str | None, timeout: float) -> None:
         nnsight = import_nnsight()
         self.host: str = (host or nnsight.CONFIG.API.HOST).rstrip("/")
+        if not self.host.startswith(("http://", "https://")):
+            raise ValueError(f"remote={self.host!r}: write the address with its scheme, as in 'http://{self.host}'.")
         self.timeout = timeout
         self._api_key = api_key
         self._compared = False
@@ -70,9 +73,7 @@ class Server:
         pause, sent, lost_at = POLL, time.monotonic(), None
         while True:
             try:
-                with self.errors():
-                    result = backend()
-                lost_at = None
+                result, lost_at = self.asked(backend), None
             except ServerError as error:
                 if not error.lost:
                     raise
@@ -93,20 +94,17 @@ class Server:
             time.sleep(pause)
             pause = min(1.0, 1.3 * pause)
 
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Errors of nnsight and httpx as ServerErrors; none keeps the request, whose headers hold the key."""
+    def asked(self, ask: Callable[[], Result]) -> Result:
+        """What `ask` returns; its errors of nnsight and httpx as ServerErrors."""
         import httpx
         from nnsight.intervention.backends.remote import RemoteError
 
-        explained = None
         try:
-            yield
+            return ask()
         except (RemoteError, httpx.HTTPError) as error:
             cause: Any = error.__cause__ if isinstance(error, RemoteError) else error
             explained = self._explained(error, getattr(cause, "response", None), cause)
-        if explained is not None:
-            raise explained  # out here, where it has no context: that would be the request, with its headers
+        raise explained  # out here, where it has no context: that would be the request, whose headers hold the key
 
     def _explained(self, error: Exception, response: Any, cause: Any) -> ServerError:
         import httpx
@@ -127,12 +125,13 @@ class Server:
     def _compare_versions(self) -> None:
         import httpx
 
-        with self.errors():
+        def ask() -> dict[str, Any]:
             response = httpx.get(f"{self.host}/env", timeout=httpx.Timeout(10.0, read=60.0))
             if response.status_code == 404:
-                return  # a server that does not tell
-            response.raise_for_status()
-        theirs = response.json().get("packages", {})
+                return {}  # a server that does not tell
+            return response.raise_for_status().json().get("packages", {})
+
+        theirs = self.asked(ask)
         for package, numbers in COMPARED.items():
             ours, found = version(package), str(theirs.get(package, ""))
             if found and found.split(".")[:numbers] != ours.split(".")[:numbers]:

@@ -50,7 +50,7 @@ def exact(folder) -> tuple[RemoteTextToImage, HookedTextToImage]:
 
 
 def test_every_name_is_read(exact) -> None:
-    same_caches(*exact, tolerance=1e-6, branch="both")  # T5's norms are float32 in any model
+    same_caches(*exact, tolerance=1e-6, branch="both", steps=[0, 2])  # T5's norms are float32 in any model
     same_caches(*exact, tolerance=1e-6, names_filter=lambda name: name.endswith(("hook_z", "hook_mlp_out")), guidance=1.0)
 
 
