@@ -36,8 +36,9 @@ from .caches import RENAME
 from .server import Server, import_nnsight
 
 NO_RESUMING = (
-    "Through nnsight a generation always runs from noise to image: there is no trajectory to fork, and no gradient. Use "
-    "run_with_hooks, Intervention(…, steps=…) and patch, or HookedTextToImage.from_pretrained where the weights are at hand."
+    "Through nnsight a generation always runs whole, from prompt and noise to image: it cannot be resumed at a step, and no part "
+    "of it runs by itself. Use run_with_hooks, Intervention(…, steps=…) and patch, or HookedTextToImage.from_pretrained where "
+    "the weights are at hand."
 )
 NO_GRADIENTS = (
     "No gradients come back through nnsight: the pipeline runs under no_grad, and a server's sandbox copies activations. "
@@ -127,6 +128,12 @@ class RemoteTextToImage(HookedTextToImage):
     def at(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises NotImplementedError: no run can be resumed at a step."""
         raise NotImplementedError(NO_RESUMING)
+
+    def decode(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises NotImplementedError: no part of a run can be had by itself."""
+        raise NotImplementedError(NO_RESUMING)
+
+    _encode = decode
 
     # Running
 

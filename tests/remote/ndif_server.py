@@ -1,9 +1,10 @@
 """A server that speaks NDIF's protocol, for tests: it runs whatever it is sent, so it listens on the loopback alone.
 
-    python -I tests/remote/ndif_server.py [--hooked-models FOLDER]
+    python -I tests/remote/ndif_server.py [--port PORT] [--hooked-models FOLDER]
 
-Without that option this process has none of the packages of ABSENT, as a stranger's server. It prints one line of JSON:
-`port`, and `child` and `child_port` of a second server, forked off, which a test may kill.
+Without a folder to import `hooked_models` from, this process has none of the packages of ABSENT, as a stranger's server. It
+prints one line of JSON: `port`, and, unless a port was given, `child` and `child_port` of a second server, forked off, which a
+test may kill.
 
 The first part of a path is the face it shows: "locked" wants the API key SECRET; "old" says that it runs another nnsight; "gated"
 does not say, and refuses the client's; "stuck" takes runs and never begins them. "open" has no quirk, and neither has an address
@@ -16,6 +17,7 @@ GET /log tells the test what has passed: bytes in and out of every run.
 
 from __future__ import annotations
 
+import argparse
 import email
 import email.policy
 import http.server
@@ -152,10 +154,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--hooked-models")
+    options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore")
-    if "--hooked-models" in sys.argv:
-        sys.path.insert(0, sys.argv[-1])
+    if options.hooked_models:
+        sys.path.insert(0, options.hooked_models)
         import hooked_models  # noqa: F401
     else:
         sys.modules.update(dict.fromkeys(ABSENT))  # type: ignore[arg-type]  # None: their import fails
@@ -165,15 +171,18 @@ def main() -> None:
     torch.set_num_threads(1)
     from diffusers import PixArtSigmaPipeline  # noqa: F401
 
-    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
-    child = os.fork()
-    if child:
-        ports = [server.server_address[1] for server in servers]
-        sys.stdout.write(json.dumps({"port": ports[0], "child": child, "child_port": ports[1]}) + "\n")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
+    said = {"port": server.server_address[1]}
+    if not options.port:
+        second = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        said["child_port"] = second.server_address[1]
+        said["child"] = os.fork()
+        server, other = (server, second) if said["child"] else (second, server)
+        other.socket.close()
+    if said.get("child", 1):
+        sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()
-    mine, other = servers if child else servers[::-1]
-    other.socket.close()
-    mine.serve_forever()
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def test_what_no_trace_reaches_is_said_before_anything_is_sent(remote, hooked, s
     with pytest.raises(NotImplementedError, match="No gradients"):
         remote.run_with_hooks(PROMPTS, bwd_hooks=[("steps.1.cond.blocks.1.hook_resid_post", nudge)])
     for resume in (remote.trajectory, remote.at):
-        with pytest.raises(NotImplementedError, match="always runs from noise"):
+        with pytest.raises(NotImplementedError, match="always runs whole"):
             resume(PROMPTS)
     with pytest.raises(UnknownHookError, match="did you mean"):
         remote.run_with_hooks(PROMPTS, fwd_hooks=[("steps.1.cond.blocks.1.hook_resid_pots", nudge)])
@@ -279,3 +279,16 @@ def test_what_no_trace_reaches_is_said_before_anything_is_sent(remote, hooked, s
     with pytest.raises(ValueError, match="equally long"):
         remote.patch("red circle", PROMPTS[0], {})
     assert len(server.log()) == before
+
+
+@pytest.mark.slow
+def test_ablation_effects_are_those_of_the_local_model(tmp_path) -> None:
+    from dit_lens import ablation, scenes
+
+    wanted = scenes.sample(2, seed=0, color_words="both")
+    conditions = {"relation": ablation.knockout_role("relation", heads="L2H2")}
+    ours, oracle = (
+        ablation.ablation_effects(model, wanted, conditions, [0], controls=1, num_steps=4)
+        for model in (RemoteTextToImage("rte-micro"), HookedTextToImage.from_pretrained("rte-micro"))
+    )
+    assert ours.identical(oracle)
