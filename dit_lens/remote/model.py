@@ -22,11 +22,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import GenerationCache, HookedTextToImage
-from hooked_models.cache import refuse_if_too_large
+from hooked_models.cache import estimate_recorded, refuse_if_too_large
 from hooked_models.generation_hooks import Attached
 from hooked_models.hooked_module import NameFilter
 from hooked_models.hub import resolve
 from hooked_models.names import Branch, Site
+from hooked_models.recording import Heads, Patterns, Recorder
 from hooked_models.sampling import Sampler
 from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
 
@@ -164,6 +165,9 @@ class RemoteTextToImage(HookedTextToImage):
         names_filter: NameFilter = None,
         steps: int | Sequence[int] | slice | None = None,
         branch: Branch | Literal["both"] = "cond",
+        heads: Heads | None = None,
+        patterns: Patterns = "whole",
+        out: str | Path | None = None,
         device: str | torch.device | None = None,
         max_bytes: int | None = None,
         remove_batch_dim: bool = False,
@@ -171,17 +175,26 @@ class RemoteTextToImage(HookedTextToImage):
         """As `HookedTextToImage.run_with_cache`; everything that is selected travels, so select.
 
         `max_bytes` is checked before anything is sent. Raises as there, and as `forward`.
+
+        Raises:
+            ValueError: heads, patterns or out are given: a run behind nnsight keeps whole tensors, and in memory.
         """
+        if heads is not None or patterns != "whole" or out is not None:
+            raise ValueError(
+                "A run behind nnsight keeps whole tensors, in memory: leave heads=, patterns= and out= away, and narrow "
+                "names_filter=, steps= and branch= instead."
+            )
         if remove_batch_dim:
             raise TypeError("A whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim().")
         tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
         sampler = Sampler(self.scheduler, num_steps, self.device)
         sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, sampler.predicts_x0)
-        sizes = self.cache_sizes(sites, tokens, None if latents is None else latents.shape[-2:])
-        refuse_if_too_large(sizes, max_bytes, self.device if device is None else torch.device(device))
+        recorder = Recorder(self, sites, device=device)
+        size = estimate_recorded(recorder, len(tokens), tokens.shape[1], None if latents is None else latents.shape[-2:])
+        refuse_if_too_large(size, max_bytes, self.device if device is None else torch.device(device))
         found = self._run_once(prompts, seed, num_steps, guidance, latents, keep=sites)
         kept = {site.name: found["kept"][site.name].to(device or self.device) for site in sites}
-        levels = [sampler.noise_level(step) for step in range(num_steps)] if sampler.predicts_x0 else []
+        levels = sampler.noise_levels if sampler.predicts_x0 else []
         return found["images"], GenerationCache(kept, self, levels)
 
     def patch(
