@@ -148,18 +148,14 @@ class FamilyModel(NoLanguageModel, HookedModule):
         self.wrapped = live  # after setup(), which gives every module a name
         self.train(transformer.training)
 
-    @property
-    def config(self) -> Any:
-        """The wrapped module's diffusers config."""
-        return self.wrapped.config
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.wrapped.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.wrapped.parameters()).dtype
+    def __getattr__(self, name: str) -> Any:
+        """What a pipeline asks of its transformer (`config`, `dtype`, `cache_context`, …) is the wrapped module's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "wrapped" not in self._modules:
+                raise
+            return getattr(self._modules["wrapped"], name)
 
     def canonical_name(self, name: str) -> str:
         """As in HookedModule; says why an attention without a pattern has no hooks."""

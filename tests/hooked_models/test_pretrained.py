@@ -54,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"load": {"dtype": BF16}, "tolerance": 0.05},
     "onto a device": {"load": {"device_map": "cpu"}},
 }
+SLOW = ("Σ 1024", "α 256", "variant in shards")
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def diffusers_pipeline(folder: Path, **load: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_trajectories_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
     settings = {"load": {}, "tolerance": 1e-4, **CASES[case]}
     load, tolerance = settings.pop("load"), settings.pop("tolerance")
@@ -97,7 +98,7 @@ def test_trajectories_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
     assert (theirs - latents).abs().max() > 0.1  # the network has said something
 
 
-@pytest.mark.parametrize("size", [(200, 330), (256, 256), (400, 100)])
+@pytest.mark.parametrize("size", [(200, 330), pytest.param((400, 100), marks=pytest.mark.slow)])
 def test_images_of_other_sizes_are_those_of_diffusers(size: tuple[int, int], tmp_path: Path) -> None:
     write_folder(tmp_path / "model", vae_levels=4, sample_size=32, patch_size=8)
     model = HookedTextToImage.from_pretrained(tmp_path / "model")

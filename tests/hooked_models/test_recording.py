@@ -22,10 +22,10 @@ from .pipelines import PROMPTS, tiny_pipeline
 
 SCHEDULERS = [
     DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True),
-    DPMSolverMultistepScheduler(solver_order=3),
+    pytest.param(DPMSolverMultistepScheduler(solver_order=3), marks=pytest.mark.slow),
     UniPCMultistepScheduler(),
-    DDIMScheduler(),
-    EulerDiscreteScheduler(),
+    pytest.param(DDIMScheduler(), marks=pytest.mark.slow),
+    pytest.param(EulerDiscreteScheduler(), marks=pytest.mark.slow),
 ]
 STEPS = 2
 SUBLAYERS = ("attn", "cross_attn")
@@ -91,8 +91,9 @@ def test_ways_to_name_heads(model) -> None:
         run(model, heads="L1H0", names_filter="blocks.0.attn.hook_z")
 
 
-@pytest.mark.parametrize("heads", [None, "L1H1"])
-@pytest.mark.parametrize("patterns", ["entropy", "largest", "received"])
+@pytest.mark.parametrize(
+    ("patterns", "heads"), [("entropy", None), ("largest", "L1H1"), ("received", None), ("received", "L1H1")]
+)
 def test_summaries_are_those_of_whole_patterns(model, whole, patterns, heads) -> None:
     cache = run(model, names_filter=is_pattern, branch="both", patterns=patterns, heads=heads)
     assert len(cache) == (2 if heads is None else 1) * len(SUBLAYERS) * 2 * STEPS
