@@ -183,7 +183,7 @@ def score_rows(
     scale: float,
     bias: Float[Tensor, "batch 1 _ key"] | None,
 ) -> Iterator[Float[Tensor, "batch head row key"]]:
-    """Attention scores in chunks of queries, none of them larger than `q`."""
-    for rows in q.split(max(1, q.shape[2] * q.shape[3] // k.shape[2]), dim=2):
+    """Attention scores in chunks of queries, a quarter as large as `q`: scores, softmax and summary are no more than it."""
+    for rows in q.split(max(1, q.shape[2] * q.shape[3] // (4 * k.shape[2])), dim=2):
         scores = rows @ k.mT * scale
         yield scores if bias is None else scores + bias
