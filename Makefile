@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint recipes setup clean
+.PHONY: demo test lint notebooks recipes setup clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.relation_head
@@ -18,6 +18,13 @@ lint: $(READY)
 
 recipes: $(READY)
 	$(BIN)/python -m recipes.run_all
+
+notebooks: export TQDM_DISABLE = 1
+notebooks: export HF_HUB_DISABLE_PROGRESS_BARS = 1
+notebooks: export DIFFUSERS_VERBOSITY = error
+notebooks: export PYTHONWARNINGS = ignore
+notebooks: $(READY)
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
 setup: $(READY)
 

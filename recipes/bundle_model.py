@@ -14,21 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 import tyro
 from rich.console import Console
+from rich.progress import track
 from safetensors import safe_open
 from transformers import T5EncoderModel
 
 from dit_lens import evaluation, scenes
-from dit_lens.scenes import Scene
+from dit_lens.scenes import Scene, Trio
 from dit_lens.training import dynamics, load_pipeline
 from dit_lens.viz import bare, learning_curves
 from hooked_models import HookedTextToImage
 from hooked_models.hub import ZOO
 
 MAX_SHARD = "15MB"
+TRIO_METRICS = ("color", "shape", "unique_binding", "relation1_loose", "relation2_loose", "relation_loose", "relation_strict")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def main(config: Config) -> None:
     rows = evaluation.evaluate_model(model, config.scenes, out=config.run / "evaluation")
     compact(rows).to_parquet(folder / "evaluation.parquet", index=False, compression="zstd")
     console.print(evaluation.to_markdown(rows))
+    if training_facts(config).get("trios"):
+        trio_verdicts(model, config.scenes).to_parquet(folder / "trios.parquet", index=False, compression="zstd")
     course = config.run / "dynamics.parquet"
     if course.exists():
         shutil.copy(course, folder / course.name)
@@ -72,7 +77,10 @@ def main(config: Config) -> None:
         learning_curves(table, {source: found for source, found in heads.items() if found}).savefig(
             folder / "learning.png", dpi=80
         )
-    draw_samples(model, folder / "samples.png", scenes.sample(16, seed=7, split="held_out", color_words="both"))
+    shown: list[Scene | Trio] = [*scenes.sample(16, seed=7, split="held_out", color_words="both")]
+    if training_facts(config).get("trios"):
+        shown = [*shown[:8], *scenes.sample_trios(8, seed=7, split="held_out")]
+    draw_samples(model, folder / "samples.png", shown)
     console.print(f"bundled: {folder}; now python -m recipes.zoo_cards")
 
 
@@ -89,21 +97,34 @@ def training_facts(config: Config) -> dict[str, object]:
     return facts | {"steps": int(metadata["step"]), "samples": samples, "samples_per_second": speeds.median()} | told
 
 
+def trio_verdicts(model: HookedTextToImage, n: int) -> pd.DataFrame:
+    """Verdicts on `n` held-out and `n` trained scenes of three objects: a row an image, scene i from noise i."""
+    tables = []
+    for split in evaluation.SPLITS:
+        wanted = scenes.sample_trios(n, seed=100, split=split)
+        for start in track(range(0, n, evaluation.BATCH), f"three objects, {split}", transient=True):
+            batch = wanted[start : start + evaluation.BATCH]
+            images = model([scenes.caption(trio) for trio in batch], seed=list(range(start, start + len(batch))))
+            verdict = scenes.evaluate(images, batch)
+            found = {name: verdict[name].values.astype("float32") for name in TRIO_METRICS}
+            tables.append(pd.DataFrame({"split": split, "scene": np.arange(start, start + len(batch)), **found}))
+    return pd.concat(tables, ignore_index=True)
+
+
 def compact(rows: pd.DataFrame) -> pd.DataFrame:
     """The same rows in fewer bytes: text as categories, numbers in single precision (0, 1, pixels: exact)."""
     kinds = {name: "category" if rows[name].dtype == "str" else "float32" for name in rows.columns}
     return rows.astype(kinds | {"scene": "int16", "seed": "int16"})
 
 
-def draw_samples(model: HookedTextToImage, path: Path, wanted: Sequence[Scene]) -> None:
+def draw_samples(model: HookedTextToImage, path: Path, wanted: Sequence[Scene | Trio]) -> None:
     """Images of captions, one seed each, in a grid."""
     captions = [scenes.caption(scene) for scene in wanted]
     images = model(captions, seed=list(range(len(captions))))
     figure, axes = plt.subplots(2, len(captions) // 2, figsize=(len(captions), 4.4), layout="constrained")
     for ax, caption, image in zip(axes.ravel(), captions, images, strict=True):
         bare(ax).imshow(image.permute(1, 2, 0).cpu().numpy())
-        first, second = caption.split(" is ")
-        ax.set_title(f"{first} is\n{second}", fontsize=6.5)
+        ax.set_title(caption.replace(" is ", " is\n").replace(" and to", "\nand to"), fontsize=6.5)
     figure.savefig(path, dpi=80)
 
 

@@ -30,21 +30,15 @@ from dit_lens import Intervention, ablation, prompts, scenes, screening, sweep
 from dit_lens.edits import Replace
 from dit_lens.evaluation import score
 from dit_lens.scenes import TRIO_PHRASES, Scene, Trio
-from dit_lens.scenes.scene import Relation, other_color
+from dit_lens.scenes.scene import other_color
 from dit_lens.stats import Interval, clustered_mean, paired_difference, proportion
+from dit_lens.steering import OPPOSITE
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, report, stage
 from .relation_head import WORDS, relation_heads
 
 CLAUSES = {"relation1": "red circle is {} blue square", "relation2": "red circle is above blue square and {} red triangle"}
-OPPOSITE: dict[Relation, Relation] = {
-    "above": "below",
-    "left": "right",
-    "upper_left": "lower_right",
-    "upper_right": "lower_left",
-}
-OPPOSITE |= {after: before for before, after in OPPOSITE.items()}
 LOST, KEPT = (-1.0, -0.15), (-0.1, 0.1)
 SITE = "blocks.{}.cross_attn.hook_z"
 

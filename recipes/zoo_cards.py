@@ -78,7 +78,7 @@ tags: [dit_lens, interpretability, PixArt]
 ---
 # {folder.name}
 
-A small PixArt diffusion transformer that draws two coloured shapes in a named relation, trained by `dit-lens train` for
+A small PixArt diffusion transformer that draws coloured shapes in a named relation, trained by `dit-lens train` for
 interpretability research. It opens with `HookedTextToImage.from_pretrained("{folder.name}")`, or, after `import hooked_models`,
 with plain `PixArtSigmaPipeline.from_pretrained`.
 
@@ -90,6 +90,7 @@ with plain `PixArtSigmaPipeline.from_pretrained`.
 steps, guidance 4.5; mean [95 % Wilson interval]. Perfect images score 1 in every column (docs/scenes.md).
 
 {evaluation.to_markdown(rows)}""",
+        *three_objects(folder),
         *([f"Aims, on held-out combinations:\n{aims(folder, facts['targets'])}"] if facts["targets"] else []),
         *([f"{LEARNING}\n\n{learning(folder, 'learning.png')}"] if (folder / "dynamics.parquet").exists() else []),
         f"## Training\n\n{how_trained(facts)}",
@@ -100,6 +101,18 @@ steps, guidance 4.5; mean [95 % Wilson interval]. Perfect images score 1 in ever
 """,
     ]
     return "\n\n".join(parts)
+
+
+def three_objects(folder: Path) -> list[str]:
+    """Accuracies on scenes of three objects, of a model that was trained on some."""
+    if not (folder / "trios.parquet").exists():
+        return []
+    rows = pd.read_parquet(folder / "trios.parquet")
+    table = evaluation.wide(evaluation.accuracies(rows, ["split"], list(rows.columns[2:])), "split")
+    return [
+        "Three objects and two relations (`scenes.sample_trios`, seed 100; a verdict holds if it does for both pairs of objects, "
+        f"`relation1` and `relation2` are those of each pair):\n\n{table}"
+    ]
 
 
 def aims(folder: Path, targets: list[str]) -> str:
@@ -165,6 +178,12 @@ def how_trained(facts: dict[str, Any]) -> str:
         "- Data: `dit_lens.scenes` (procedural, balanced relations, no overlap, 10 of 96 combinations held out); no image is",
         "  seen twice.",
     ]
+    if facts.get("init_from"):
+        lines.append(
+            f"- From the weights of [`{facts['init_from']}`](../{facts['init_from']}/README.md), with a fresh optimiser."
+        )
+    if facts.get("trios"):
+        lines.append(f"- {facts['trios']:.0%} of the scenes hold three objects and two relations (`scenes.Trio`).")
     if any(curriculum) and not facts["history"]:
         biased, anchored, spreading = curriculum
         lines += [
