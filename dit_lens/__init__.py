@@ -1,44 +1,10 @@
-"""Questions to ask of a hooked text-to-image model. See `hooked_models` for the models."""
+"""Questions to ask of a hooked text-to-image model. See `hooked_models` for the models.
+
+What is here stands in `__init__.pyi`, and is imported when it is first used: `dit-lens --help` need not wait for torch.
+"""
 
 from __future__ import annotations
 
-from . import (
-    ablation,
-    attribution,
-    circuits,
-    evaluation,
-    patching,
-    planted,
-    prompts,
-    remote,
-    scenes,
-    screening,
-    stats,
-    steering,
-    sweep,
-    synopsis,
-    variance,
-)
-from .interventions import Add, Intervention, Replace, Scale
+import lazy_loader
 
-__all__ = [
-    "Add",
-    "Intervention",
-    "Replace",
-    "Scale",
-    "ablation",
-    "attribution",
-    "circuits",
-    "evaluation",
-    "patching",
-    "planted",
-    "prompts",
-    "remote",
-    "scenes",
-    "screening",
-    "stats",
-    "steering",
-    "sweep",
-    "synopsis",
-    "variance",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,7 @@
-"""The command line `dit-lens`: the library's own functions, nothing more."""
+"""The command line `dit-lens`: the library's own functions, nothing more.
+
+Each command imports what it needs, so that `--help` need not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,20 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
-from PIL import Image
 from rich.console import Console
 
-from hooked_models import HookedTextToImage, list_models
-
-from . import evaluation, scenes, screening, synopsis
-from .training import TrainConfig, train
-from .training.text_encoder import PretrainConfig, pretrain
+from .training.config import PretrainConfig, TrainConfig
 
 Name = Annotated[str, tyro.conf.Positional]
 
 
 def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     """Train a model, or go on with a run that was stopped. Several GPUs or nodes: `accelerate launch -m dit_lens.cli train …`."""
+    import torch
+
+    from .training import train
+
     folder = train(config)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
@@ -30,6 +31,8 @@ def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> Non
 
 def pretrain_command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
     """Pre-train a small T5 encoder on a caption grammar, or go on with a run that was stopped; `train --encoder` reads it."""
+    from .training.text_encoder import pretrain
+
     Console().print(f"Pre-trained: {pretrain(config)}")
 
 
@@ -37,6 +40,11 @@ def generate(
     model: Name, prompt: Name, seed: int = 0, num_steps: int = 14, guidance: float = 4.5, out: Path = Path("image.png")
 ) -> None:
     """Draw one prompt and save it as a picture."""
+    import torch
+    from PIL import Image
+
+    from hooked_models import HookedTextToImage
+
     with torch.no_grad():
         image = HookedTextToImage.from_pretrained(model)(prompt, seed, num_steps, guidance)[0]
     Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()).save(out)
@@ -48,6 +56,10 @@ def evaluate(model: Name, n: int = 512, out: Path | None = None) -> None:
 
     `n`: scenes a split. `out`: a folder for evaluation.parquet and evaluation.md, in which a stopped evaluation goes on.
     """
+    from hooked_models import HookedTextToImage
+
+    from . import evaluation
+
     rows = evaluation.evaluate_model(HookedTextToImage.from_pretrained(model), n, out=out and out / "batches")
     table = evaluation.to_markdown(rows)
     if out is not None:
@@ -58,6 +70,10 @@ def evaluate(model: Name, n: int = 512, out: Path | None = None) -> None:
 
 def screen(model: Name, words: tuple[str, ...] = ("above", "below", "left", "right", "upper", "lower", "higher")) -> None:
     """Rank cross-attention heads by how well their position-by-word maps match the words' directions."""
+    from hooked_models import HookedTextToImage
+
+    from . import screening
+
     hooked = HookedTextToImage.from_pretrained(model)
     vectors = {word: screening.word_vector(hooked, word) for word in words}
     Console().print(screening.screen_heads(hooked.dit, vectors).round(3).to_string(index=False))
@@ -82,6 +98,12 @@ def synopsis_command(
     `step`: one denoising step, else their mean. `threshold`: tokens covered by an object at least so much are its own; without it
     they count by their share. `out`: a folder in which a stopped run goes on.
     """
+    import torch
+
+    from hooked_models import HookedTextToImage
+
+    from . import scenes, synopsis
+
     hooked = HookedTextToImage.from_pretrained(model)
     wanted = scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
     prompts, seeds = [scenes.caption(scene) for scene in wanted], range(num_scenes)
@@ -96,8 +118,89 @@ def synopsis_command(
     Console().print(f"{model}: {image_group} → {key_group}, {reduce}, {when}, {branch}\n{table.round(4).to_string(index=False)}")
 
 
+def sweep_command(
+    model: Name,
+    prompts: tuple[str, ...] = (),
+    site: str = "blocks.*.cross_attn.hook_z",
+    each: tuple[Literal["layer", "head", "step"], ...] = ("layer", "head"),
+    layers: tuple[int, ...] | None = None,
+    heads: tuple[int, ...] | None = None,
+    steps: tuple[int, ...] | None = None,
+    tokens: str | None = None,
+    action: Literal["zero", "mean", "resample", "knockout"] = "zero",
+    branch: Literal["cond", "uncond", "both"] = "cond",
+    metric: Literal["displacement", "relation", "scene"] = "displacement",
+    on: str = "image",
+    seeds: tuple[int, ...] = (0,),
+    num_scenes: int = 8,
+    scene_seed: int = 100,
+    num_steps: int = 14,
+    guidance: float = 4.5,
+    top: int | None = None,
+    sample: int = 40,
+    show: int = 20,
+    explain: bool = False,
+    executor: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """What changes when heads, layers or words are switched off: cell by cell, the strongest first, with 95 % intervals.
+
+    `prompts`: what is drawn; without any, `num_scenes` scenes. `each`: what is gone over one by one; what is not is taken
+    together. `layers`, `heads`, `steps`: those gone over, all unless given (`site` has a * for the layer). `tokens`: a role of
+    the prompt, such as "relation". `metric`: "displacement" from the run without, of the tensor `on` (image, latent, x0, out,
+    eps); "relation", how far objects lie apart along their relation, or "scene", the judge's verdicts: both of scenes. `top`:
+    score all cells by attribution, and run so many and a random `sample` exactly (not with distances and verdicts, which have
+    no slope). `explain`: only say what it would take. `out`: a folder in which a stopped sweep goes on.
+    """
+    from hooked_models import HookedTextToImage
+
+    from . import scenes, sweep
+    from .interventions import Intervention
+
+    hooked = HookedTextToImage.from_pretrained(model)
+    wanted = [] if prompts else scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
+    if prompts and metric != "displacement":
+        raise ValueError(f"--metric {metric} judges scenes: leave --prompts out, or measure the displacement.")
+    measures = {
+        "displacement": sweep.Metric(sweep.displacement, on=on, given=("baseline",)),
+        "relation": sweep.relation_metric(wanted),
+        "scene": sweep.scene_metric(wanted),
+    }
+    several = Intervention(site, None if "head" in each else heads, tokens, None if "step" in each else steps, branch, action)
+    cells = sweep.grid(
+        several,
+        layers=(layers or range(hooked.cfg.n_layers)) if "layer" in each and "*" in site else None,
+        heads=(heads or range(hooked.cfg.n_heads)) if "head" in each else None,
+        steps=(steps or range(num_steps)) if "step" in each else None,
+    )
+    texts = list(prompts) or [scenes.caption(scene) for scene in wanted]
+    chosen = {metric: measures[metric]}
+    plan = sweep.plan(hooked, texts, seeds, cells, chosen, num_steps=num_steps, guidance=guidance)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    if explain:
+        console.print(plan.explain())
+        return
+    column = "scene_relation_loose" if metric == "scene" else metric
+    if top is not None:
+        search = sweep.two_stage(plan, column, top, sample, out=out, executor=executor, workers=workers)
+        console.print(search.table[search.table["drawn"] != ""].head(show).round(4).to_string(index=False))
+        console.print(f"scores against exact effects, rank correlation {search.spearman}\n{search.missed()}")
+        return
+    found = plan.run(out, executor, workers)
+    names = [name for name in found if str(name).endswith("_effect")]
+    table = found[names].reset_coords(drop=True).to_dataframe().unstack("interval")
+    strongest = table[f"{column}_effect", "mean"].abs().sort_values(ascending=False).index[:show]
+    console.print(f"{model}, {len(texts)} prompts × {len(seeds)} seeds: effect on {metric}, after − before")
+    console.print(table.loc[strongest].round(4).to_string())
+    if failed := int((found["error"] != "").sum()):
+        console.print(f"{failed} cells failed; the first: {next(filter(None, found['error'].values.flatten().tolist()))}")
+
+
 def models() -> None:
     """List the bundled models."""
+    from hooked_models import list_models
+
     Console().print("\n".join(list_models()) or "No model is bundled.")
 
 
@@ -110,6 +213,7 @@ def main() -> None:
         "evaluate": evaluate,
         "screen": screen,
         "synopsis": synopsis_command,
+        "sweep": sweep_command,
         "models": models,
     }
     try:

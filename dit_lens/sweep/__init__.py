@@ -26,7 +26,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.hooked_module import watched
 from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
-from .metrics import OWN, Metric, ShareOf, Values, displacement, scene_metric
+from .metrics import OWN, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
 from .plan import Plan
 from .search import Missed, Search, two_stage
 from .treatments import Interventions, grid, resolve
@@ -40,6 +40,7 @@ __all__ = [
     "displacement",
     "grid",
     "plan",
+    "relation_metric",
     "run",
     "scene_metric",
     "two_stage",

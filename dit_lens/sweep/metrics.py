@@ -19,6 +19,7 @@ from hooked_models.names import FINAL
 from hooked_models.sampling import Sampler
 
 from .. import scenes
+from ..screening import ramp
 from ..shards import digest
 
 Values = Tensor | np.ndarray | Mapping[str, Any]
@@ -124,6 +125,21 @@ def scene_metric(
         return {verdict: found[verdict].values.astype(float) for verdict in verdicts}
 
     return Metric(judge, given=("prompt",))
+
+
+def relation_metric(wanted: Sequence[scenes.Scene]) -> Metric:
+    """How far the first object stands from the second in the direction of their relation; `wanted` as in `scene_metric`.
+
+    The mean of (its colour's channel − the other's) · a plane that rises along the relation: smooth, so that it can be
+    attributed, where verdicts cannot.
+    """
+
+    def offset(images: Tensor, prompt: np.ndarray) -> Tensor:
+        planes = torch.stack([ramp(scenes.DIRECTIONS[wanted[row].relation], images.shape[-1]) for row in prompt])
+        red = torch.tensor([1.0 if wanted[row].color1 == "red" else -1.0 for row in prompt]).to(images)
+        return red * ((images[:, 0] - images[:, 2]).flatten(1) * planes.to(images)).mean(dim=1)
+
+    return Metric(offset, given=("prompt",))
 
 
 def displacement(tensor: Float[Tensor, "batch ..."], baseline: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:

@@ -99,6 +99,7 @@ def two_stage(
     by: Callable[[Tensor], Tensor] | None = None,
     out: str | Path | None = None,
     executor: str = "local",
+    workers: int | None = None,
     rng: int = 0,
 ) -> Search:
     """Score all conditions of a plan by attribution, and run the `k` largest and a random `sample` of all, exactly.
@@ -108,7 +109,7 @@ def two_stage(
         by: what is differentiated in its place: a function of the same tensor [batch …] → [batch]. For metrics that have no
             slope: counts, verdicts, and distances from the run without intervention, which are smallest there.
         out: a folder, in which a search that was stopped goes on.
-        executor: of the exact runs, as in `sweep.run`.
+        executor, workers: of the exact runs, as in `sweep.run`.
         rng: seed of the sample.
 
     Conditions that attribution has no score for (on the text encoder, the image, or the timestep's modulation, which depends
@@ -136,7 +137,7 @@ def two_stage(
 
     run = np.flatnonzero(drawn != "")
     exact = replace(plan, treatments=[plan.treatments[i] for i in run.tolist()])
-    found = exact.run(folder and folder / f"top {k}, sample {sample}, seed {rng}", executor)
+    found = exact.run(folder and folder / f"top {k}, sample {sample}, seed {rng}", executor, workers)
     effects = np.full((len(scores), 3), np.nan)
     effects[run] = found[f"{metric}_effect"].values
     rho = rank_correlation(scores[in_sample], effects[in_sample, 0])

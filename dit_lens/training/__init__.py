@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from .config import TrainConfig
-from .loop import train
-from .pipelines import PRESETS, build_pipeline, load_pipeline
+import lazy_loader
 
-__all__ = ["PRESETS", "TrainConfig", "build_pipeline", "load_pipeline", "train"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

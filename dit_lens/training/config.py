@@ -1,4 +1,4 @@
-"""Every choice of a training run, in one place; the command line is made from it."""
+"""Every choice of a training run, in one place; the command line is made from it, so nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -73,3 +73,30 @@ class TrainConfig:
         warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
         decayed = (step / self.steps - self.decay_from) / (1 - self.decay_from)
         return warm * (1 - 0.98 * min(max(decayed, 0.0), 1.0))
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pre-training run. The same configuration in the same `out` folder resumes where it was stopped."""
+
+    out: Path
+    """Folder for the checkpoint, metrics.jsonl and the finished `text_encoder/` and `tokenizer/`."""
+    steps: int = 1000
+    batch_size: int = 64
+    """Texts a step."""
+    muon_lr: float = 3e-3
+    """Muon's learning rate for the matrices of the blocks (update scaled to AdamW's root mean square; W_Q: see
+    `text_encoder.build_optimizers`)."""
+    adam_lr: float = 4e-3
+    """AdamW's learning rate, for embeddings, position biases and norms."""
+    warmup_steps: int = 30
+    """Linear warm-up; then the learning rate falls linearly to 2 %."""
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "bf16"
+    checkpoint_every: int = 100
+    evaluate_every: int = 50
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, then linear decay to 2 %."""
+        decay = max(0.0, (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1))
+        return min((step + 1) / max(self.warmup_steps, 1), 1 - 0.98 * decay)

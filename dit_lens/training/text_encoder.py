@@ -11,9 +11,8 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from hooked_models.rte import DEFAULT_LENGTH, SPECIAL_TOKENS
 
 from .caption_grammar import PUNCTUATION, VOCABULARY, Writer
 from .checkpoint import load_checkpoint, save_checkpoint
+from .config import PretrainConfig
 from .text_probes import place_score, probe_table
 
 SENTINELS = 10
@@ -42,33 +42,6 @@ ARCHITECTURE = {"d_model": 256, "num_heads": 4, "d_kv": 64, "d_ff": 640, "num_la
 LOG_EVERY = 25
 IGNORED = -100
 """Label of a padded target position (torch's cross-entropy skips it)."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """A pre-training run. The same configuration in the same `out` folder resumes where it was stopped."""
-
-    out: Path
-    """Folder for the checkpoint, metrics.jsonl and the finished `text_encoder/` and `tokenizer/`."""
-    steps: int = 1000
-    batch_size: int = 64
-    """Texts a step."""
-    muon_lr: float = 3e-3
-    """Muon's learning rate for the matrices of the blocks (update scaled to AdamW's root mean square; W_Q: see
-    `build_optimizers`)."""
-    adam_lr: float = 4e-3
-    """AdamW's learning rate, for embeddings, position biases and norms."""
-    warmup_steps: int = 30
-    """Linear warm-up; then the learning rate falls linearly to 2 %."""
-    seed: int = 0
-    precision: Literal["no", "bf16"] = "bf16"
-    checkpoint_every: int = 100
-    evaluate_every: int = 50
-
-    def learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up, then linear decay to 2 %."""
-        decay = max(0.0, (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1))
-        return min((step + 1) / max(self.warmup_steps, 1), 1 - 0.98 * decay)
 
 
 def scenes_tokenizer(max_length: int = DEFAULT_LENGTH) -> T5Tokenizer:
