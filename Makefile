@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint notebooks recipes setup clean
+.PHONY: demo test lint bench notebooks recipes setup clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.relation_head
 
 test: lint
 	$(BIN)/python -m pytest -q -n auto
+
+# on one core and, at the end, two; results/bench/*.json. GPU rows: benchmarks/gpu.sh
+BENCHMARKS := imports forward generation caching synopsis sweep scaling
+bench: $(READY)
+	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --out results/bench/training.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
