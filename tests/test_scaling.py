@@ -1,0 +1,49 @@
+"""docs/scaling.md counts as a plan does, and as torch does."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import xl_cost
+from dit_lens import sweep
+from dit_lens.interventions import Intervention
+from hooked_models import HookedTextToImage
+
+from .hooked_models.pipelines import PROMPTS, tiny_pipeline
+
+
+def test_row_layers_are_those_of_a_plan():
+    model = HookedTextToImage.from_pipeline(tiny_pipeline())
+    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(3))
+    work = xl_cost.count(layers=2, heads=2, steps=3)
+    for on, later in (("latent", work.later), ("x0", 0)):
+        metric = sweep.Metric(lambda tensor: tensor.flatten(1)[:, 0], on=on)
+        cost = sweep.plan(model, PROMPTS[0], 0, cells, {"m": metric}, num_steps=3).cost
+        assert cost.clean_layers == work.clean
+        assert cost.fork_layers == work.forked_step + later
+        assert cost.naive_layers == work.naive
+
+
+def test_a_block_is_counted_as_torch_counts_it():
+    """The real width and numbers of tokens, on no device; the difference of two depths is one block."""
+    counted = {}
+    for layers in (1, 2):
+        with torch.device("meta"):
+            model = PixArtTransformer2DModel(
+                num_layers=layers, sample_size=64, caption_channels=4096, use_additional_conditions=False
+            )
+            model.set_attn_processor(AttnProcessor())  # torch does not see into fused attention
+            text, latents = torch.zeros(1, 300, 4096), torch.zeros(1, 4, 64, 64)
+            with FlopCounterMode(display=False) as counter:
+                model(latents, text, torch.zeros(1), {"resolution": None, "aspect_ratio": None})
+        counted[layers] = counter.get_total_flops()
+    config = xl_cost.Config()
+    text_once = 2 * 2 * config.text_tokens * config.width**2
+    assert counted[2] - counted[1] == xl_cost.block_flops(config.width, config.image_tokens, config.text_tokens) + text_once
+
+
+def test_the_document_holds_what_is_counted():
+    assert xl_cost.table(xl_cost.Config()) in xl_cost.DOCUMENT.read_text()
