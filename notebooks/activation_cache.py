@@ -52,6 +52,7 @@ for step, ax in enumerate(axes):
     ax.imshow(picture[0].permute(1, 2, 0))
     ax.set_title("image" if step == STEPS else f"x0, {step}", fontsize=7)
     ax.axis("off")
+plt.show()
 
 # %% [markdown]
 # ## Which word each head reads, and where
@@ -67,6 +68,7 @@ for head, row in enumerate(axes):
     for position, ax in enumerate(row):
         ax.imshow(pattern[head, :, :, position], vmin=0, vmax=1, cmap="magma")
         ax.set(xticks=[], yticks=[], title=tokens[position] if head == 0 else "", ylabel=f"L2H{head}" if position == 0 else "")
+plt.show()
 
 # %% [markdown]
 # ## The residual stream is a sum
@@ -81,7 +83,8 @@ print("largest error of the sum:", (parts.sum(0) - of_step["resid_post", -1]).ab
 figure, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
 ax.bar(labels, parts.norm(dim=-1).mean(dim=(1, 2)))
 ax.tick_params(axis="x", rotation=90, labelsize=7)
-ax.set_ylabel("mean norm")
+ax.set(ylabel="mean norm", yscale="log")
+plt.show()
 
 # %% [markdown]
 # ## Change something

@@ -52,6 +52,7 @@ for head, row in zip(heads[:2], axes, strict=True):
     for word, values, ax in zip(shown, maps, row, strict=True):
         viz.bare(ax).imshow(values - values.mean(), cmap="RdBu_r")
         ax.set_title(f"{head} × {word}", fontsize=8)
+plt.show()
 
 # %% [markdown]
 # ## 2. They are at work at the first step
@@ -72,6 +73,7 @@ for head, row in zip(heads[:2], axes, strict=True):
         seen = cache["pattern", layer, "cross_attn", step][0, number, :, at].unflatten(0, (8, 8))
         viz.bare(ax).imshow(seen, vmin=0, vmax=1, cmap="magma")
         ax.set_title(f"{head}, step {step}", fontsize=8)
+plt.show()
 
 # %% [markdown]
 # ## 3. Take them away
@@ -120,6 +122,7 @@ for column, position in enumerate((1, 5)):  # "circle", "square"
         ax = viz.bare(axes[row][column])
         ax.imshow(maps[which][position], vmin=-reach, vmax=reach, cmap="RdBu_r")
         ax.set_title(f"L{receiver[0]}H{receiver[1]} × {maps.token.values[position]}, {which}", fontsize=8)
+plt.show()
 
 # %% [markdown]
 # ## 5. Does the object head carry shapes?

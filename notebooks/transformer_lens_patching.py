@@ -70,6 +70,7 @@ figure, ax = plt.subplots(figsize=(2.6, 3), layout="constrained")
 drawn = ax.imshow(share, cmap="RdBu_r", vmin=-1, vmax=1)
 ax.set(xlabel="head", ylabel="layer", xticks=heads, yticks=layers, title="share of the effect restored")
 figure.colorbar(drawn)
+plt.show()
 
 # %% [markdown]
 # ## The residual stream, by position
@@ -85,6 +86,7 @@ reach = restored.abs().max().item()
 for layer, ax in zip(layers, axes, strict=True):
     ax.imshow(restored[layer].unflatten(0, (8, 8)), cmap="RdBu_r", vmin=-reach, vmax=reach)
     ax.set(xticks=[], yticks=[], title=f"before {layer}")
+plt.show()
 
 # %% [markdown]
 # ## The same as one plan
