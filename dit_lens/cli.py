@@ -162,7 +162,7 @@ def sweep_command(
     wanted = [] if prompts else scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
     if prompts and metric != "displacement":
         raise ValueError(f"--metric {metric} judges scenes: leave --prompts out, or measure the displacement.")
-    measures = {
+    measures: dict[str, sweep.Metric] = {
         "displacement": sweep.Metric(sweep.displacement, on=on, given=("baseline",)),
         "relation": sweep.relation_metric(wanted),
         "scene": sweep.scene_metric(wanted),
@@ -175,7 +175,7 @@ def sweep_command(
         steps=(steps or range(num_steps)) if "step" in each else None,
     )
     texts = list(prompts) or [scenes.caption(scene) for scene in wanted]
-    chosen = {metric: measures[metric]}
+    chosen: dict[str, Any] = {metric: measures[metric]}
     plan = sweep.plan(hooked, texts, seeds, cells, chosen, num_steps=num_steps, guidance=guidance)
     console = Console(soft_wrap=True, markup=False, highlight=False)
     if explain:
