@@ -37,6 +37,8 @@ class Config:
     d_head: int = 72
     steps: int = 2
     threads: int = 1
+    only: str = ""
+    """Conditions whose name has this in it, beside plain sampling."""
 
 
 def build(config: Config) -> HookedTextToImage:
@@ -112,6 +114,8 @@ def peak(config: Config, condition: str) -> tuple[float, float]:
 def main(config: Config) -> None:
     rows = []
     for name in conditions(build(config), config.steps):
+        if config.only not in name and rows:
+            continue
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             before, highest = pool.apply(peak, (config, name))
         rows.append((name, highest, highest - before))

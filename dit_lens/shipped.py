@@ -80,17 +80,29 @@ def sums_of_attention(
     """The same of the pattern that q and k [batch pos head d_head] make, which is never whole; `bias` broadcasts to it."""
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if reduce == "sum":
-        d_head, n_groups = q.shape[-1], keys.shape[-1]
-        # Filled up to a head's width: fused kernels take no other, and without them the whole pattern is computed.
-        values = F.pad(keys, (0, -n_groups % d_head)).to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
-        parts = [F.scaled_dot_product_attention(q, k, part, attn_mask=bias, scale=scale) for part in values.split(d_head, dim=-1)]
-        return _add_up(torch.cat(parts, dim=-1)[..., :n_groups], queries)
+        # at 1024 px a few heads at a time, on small images all
+        size = max(1, 2**20 // (q.shape[0] * q.shape[2] * q.shape[3]))
+        found = []
+        for start in range(0, q.shape[1], size):
+            own = bias if bias is None or bias.shape[1] == 1 else bias[:, start : start + size]
+            mass = _group_mass(q[:, start : start + size], k[:, start : start + size], own, scale, keys)
+            found.append(_add_up(mass, queries))
+        return torch.cat(found, dim=1)
     found = None
     for rows in torch.arange(q.shape[2], device=q.device).split(max(1, q.shape[2] * q.shape[3] // k.shape[2])):
         scores = q[:, :, rows] @ k.mT * scale
         part = _largest((scores if bias is None else scores + bias).softmax(dim=-1), queries[:, rows], keys)
         found = part if found is None else torch.maximum(found, part)
     return found
+
+
+@no_type_check
+def _group_mass(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, keys: Tensor) -> Tensor:
+    d_head, n_groups = q.shape[-1], keys.shape[-1]
+    # Filled up to a head's width: fused kernels take no other, and without them the whole pattern is computed.
+    values = F.pad(keys, (0, -n_groups % d_head)).to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
+    parts = [F.scaled_dot_product_attention(q, k, part, attn_mask=bias, scale=scale) for part in values.split(d_head, dim=-1)]
+    return torch.cat(parts, dim=-1)[..., :n_groups]
 
 
 @no_type_check
