@@ -164,6 +164,7 @@ def test_a_first_look_is_the_run_with_the_word_masked():
     np.testing.assert_allclose(by["first 2"], np.mean(lost, axis=0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_and_patterns_name_the_planted_relation_heads():
     """The vertical ones: most of `relation_head.WORDS` are vertical, so screening asks for those. Decoys that share their ramps
     pass both ways, so a knock-out has to be the third."""
