@@ -10,7 +10,8 @@ heads; or no effect of the relation heads on the layout by way of the object hea
 What differs: object heads are found by the synopsis, relation heads by screening (`recipes.relation_head`), all of them; a head
 that is both is an object head, because it is seen to read shapes. Path patching, which is not in the paper, replaces what the
 relation heads write by what they write under the opposite relation (same scene, same noise), as far as the object heads' queries
-see it. Controls: random heads of the same layers as senders, receivers and knock-outs, and random words.
+see it. Controls: random heads of the same layers as senders, receivers and knock-outs, and random words. The layout (where
+either colour is) was predicted to turn by this path and did not; whether the shapes change places was asked after that.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from hooked_models import HookedTextToImage
 from . import attention_synopsis as synopses
 from .circuit_figures import dependence_figure, effects_figure, maps_figure
 from .claims import Claim, report, stage
-from .knockouts import SHAPE_WORDS, Conditions, accuracy, change, knocked_out, scenes_of
+from .knockouts import SHAPE_WORDS, Conditions, accuracy, change, knocked_out, names_of, scenes_of
 from .relation_head import screened
 from .t5_fusion import FACTORS, share_interval
 
@@ -47,6 +48,7 @@ READS = 0.1
 HALF_OF_PAPER = (-1.0, -0.07)
 """At least half of the paper's .90 → .76."""
 STEPS = slice(4, 9)
+TO_OBJECTS = "relation heads → object heads' queries"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def main(config: Config) -> None:
     maps = measured("maps", selectivity, relation_heads, objects[0], config.scenes)
     shares = stage(out, f"{name}-writes", model, written_shares, objects[:3])
     paths = measured("paths", path_effects, relation_heads, objects, config.patched)
+    swaps = measured("swaps", swap_effects, relation_heads, objects, config.patched)
     drawn = measured("knockouts", shape_knockouts, objects, config.scenes)
     claims = [
         *synopses.shape_claims(name, seen),
@@ -90,10 +93,11 @@ def main(config: Config) -> None:
         *written_claims(shares, objects[0]),
         *knockout_claims(drawn, objects),
         *path_claims(paths),
+        swap_claim(swaps),
     ]
     facts = {"model": config.model, "object_heads": objects, "relation_heads": relation_heads, "full": config.full}
     report(f"Object heads of {name}", claims, out, **facts)
-    for table, values in {"maps": maps, "written": shares, "knockouts": drawn, "paths": paths}.items():
+    for table, values in {"maps": maps, "written": shares, "knockouts": drawn, "paths": paths, "swaps": swaps}.items():
         values.to_parquet(out / f"{table}.parquet", index=False)
     verdicts = {"shape": "shapes", "unique_binding": "binding", "relation_given_both": "relation, both drawn"}
     effects_figure(drawn, list(conditions_of(objects)), verdicts).savefig(out / "knockouts.png", dpi=150)
@@ -202,22 +206,43 @@ def path_effects(model: HookedTextToImage, senders: Sequence[str], objects: Sequ
 
     A row a path and scene; moved: cosine of the layout lost (2 if it turns round); total: what the whole opposite prompt does.
     """
-    wanted, noise = scenes_of(n, seed)
+    wanted, _ = scenes_of(n, seed)
+    paths = matched_paths(model, senders, objects, seed)
+    paths = {"relation heads → image": (nodes(senders), ["image"]), **paths}
+    paths[f"{senders[0]} → {objects[0]}'s queries"] = (nodes(senders[:1]), nodes(objects[:1], ".q"))
+    found = patched_paths(model, paths, n, seed, lambda images: torch.from_numpy(layout(images, wanted)))
+    return found.assign(moved=found["original"] - found["patched"], total=found["original"] - found["source"])
+
+
+def swap_effects(model: HookedTextToImage, senders: Sequence[str], objects: Sequence[str], n: int, seed: int) -> pd.DataFrame:
+    """Whether the shapes change places, colours staying where they are, when object heads see the opposite relation's tags.
+
+    A row a path and scene: 1 where each colour has the other's shape, in the runs original, source and patched.
+    """
+    swapped = [replace(scene, shape1=scene.shape2, shape2=scene.shape1) for scene in scenes_of(n, seed)[0]]
+
+    def judge(images: Tensor) -> Tensor:
+        return torch.from_numpy(scenes.evaluate(images, swapped)["unique_binding"].values.astype(float))
+
+    return patched_paths(model, matched_paths(model, senders, objects, seed), n, seed, judge)
+
+
+Paths = dict[str, tuple[list[str], list[str]]]
+"""Name → nodes that send and that receive."""
+
+
+def nodes(heads: Sequence[str], part: str = "") -> list[str]:
+    """Heads as nodes of `patching`."""
+    return [f"cross_attn.{head}{part}" for head in heads]
+
+
+def matched_paths(model: HookedTextToImage, senders: Sequence[str], objects: Sequence[str], seed: int) -> Paths:
+    """From relation heads to object heads' queries; and the same from, and to, random heads of the nearest layers."""
     rng, used = np.random.default_rng(seed), {*senders, *objects}
-    original = model.trajectory([scenes.caption(scene) for scene in wanted], noise.tolist())
-    source = model.trajectory([opposed(scene) for scene in wanted], noise.tolist())
-
-    def placed(images: Tensor) -> Tensor:
-        return torch.from_numpy(layout(images, wanted))
-
-    def nodes(heads: Sequence[str], part: str = "") -> list[str]:
-        return [f"cross_attn.{head}{part}" for head in heads]
-
-    everyone = [f"L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    everyone = names_of((layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads))
     free = [head for head in everyone if head not in used]
 
     def matched(heads: Sequence[str]) -> list[str]:
-        """As many free heads, each of a layer as near as there is."""
         left, found = list(rng.permutation(free)), []
         for head in heads[: len(free)]:
             layer = circuits.parse_head(head)[0]
@@ -226,22 +251,24 @@ def path_effects(model: HookedTextToImage, senders: Sequence[str], objects: Sequ
             found.append(str(near))
         return found
 
-    paths: dict[str, tuple[list[str], list[str]]] = {
-        "relation heads → image": (nodes(senders), ["image"]),
-        "relation heads → object heads' queries": (nodes(senders), nodes(objects, ".q")),
+    return {
+        TO_OBJECTS: (nodes(senders), nodes(objects, ".q")),
         "relation heads → random heads' queries": (nodes(senders), nodes(matched(objects), ".q")),
         "random heads → object heads' queries": (nodes(matched(senders)), nodes(objects, ".q")),
-        f"{senders[0]} → {objects[0]}'s queries": (nodes(senders[:1]), nodes(objects[:1], ".q")),
     }
-    rows = []
+
+
+def patched_paths(model: HookedTextToImage, paths: Paths, n: int, seed: int, metric: Callable[[Tensor], Tensor]) -> pd.DataFrame:
+    """A metric of each prompt's image (original), of its opposite's (source), and with the latter on each path (patched)."""
+    wanted, noise = scenes_of(n, seed)
+    original = model.trajectory([scenes.caption(scene) for scene in wanted], noise.tolist())
+    source = model.trajectory([opposed(scene) for scene in wanted], noise.tolist())
+    parts = []
     for path, (from_, to) in paths.items():
-        found = patching.path_patch(original, source, from_, to, placed, "exact")
-        moved, total = (found["original"] - found[which] for which in ("patched", "source"))
-        rows += [
-            {"path": path, "seed": seed, "scene": scene, "moved": one, "total": whole}
-            for scene, (one, whole) in enumerate(zip(moved.values, total.values, strict=True))
-        ]
-    return pd.DataFrame(rows)
+        found = patching.path_patch(original, source, from_, to, metric, "exact")
+        values = {which: found[which].values for which in ("original", "source", "patched")}
+        parts.append(pd.DataFrame({"path": path, "seed": seed, "scene": np.arange(n), **values}))
+    return pd.concat(parts, ignore_index=True)
 
 
 # Claims
@@ -327,7 +354,7 @@ def knockout_claims(drawn: pd.DataFrame, objects: Sequence[str]) -> list[Claim]:
 def path_claims(paths: pd.DataFrame) -> list[Claim]:
     """The share of what the opposite prompt does to the layout that goes through each path."""
     found = shares_of_paths(paths)
-    predicted = {"relation heads → image": (0.3, 1.2), "relation heads → object heads' queries": (0.1, 1.2)}
+    predicted = {"relation heads → image": (0.3, 1.2), TO_OBJECTS: (0.1, 1.2)}
     rows = [
         Claim(
             f"{path}: share of the layout's turn",
@@ -340,6 +367,16 @@ def path_claims(paths: pd.DataFrame) -> list[Claim]:
     ]
     others = {path: str(value) for path, value in found.items() if path not in predicted}
     return [rows[0], replace(rows[1], control="; ".join(f"{path} {value}" for path, value in others.items()))]
+
+
+def swap_claim(swaps: pd.DataFrame) -> Claim:
+    """Shapes change places in at least one image of ten."""
+    rows = swaps.assign(change=swaps["patched"] - swaps["original"])
+    found = {
+        str(path): clustered_mean(part["change"].to_numpy(float)[:, None]) for path, part in rows.groupby("path", sort=False)
+    }
+    others = "; ".join(f"{path} {value}" for path, value in found.items() if path != TO_OBJECTS)
+    return Claim(f"{TO_OBJECTS}: share of images whose shapes change places", "–", found[TO_OBJECTS], (0.1, 1.0), others)
 
 
 def shares_of_paths(paths: pd.DataFrame) -> dict[str, Interval]:

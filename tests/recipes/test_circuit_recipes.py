@@ -233,6 +233,19 @@ def test_object_heads_are_those_of_either_color_strongest_first():
     assert object_heads.object_heads(attention_synopsis.by_object(made_up())) == ["L1H0"]
 
 
+def test_swaps_are_counted_against_the_original():
+    rows = [
+        (object_heads.TO_OBJECTS, 0.0, 1.0),
+        (object_heads.TO_OBJECTS, 0.0, 0.0),
+        ("another", 1.0, 1.0),
+        ("another", 0.0, 0.0),
+    ]
+    swaps = pd.DataFrame(rows, columns=["path", "original", "patched"])
+    claim = object_heads.swap_claim(swaps)
+    assert claim.here.mean == 0.5
+    assert claim.control == "another 0.000 [0.000, 0.000]"
+
+
 def test_a_share_of_the_total_is_of_sums():
     part = pd.DataFrame({"moved": [1.0, 0.0, 0.5], "total": [2.0, 0.0, 1.0]})
     assert object_heads.share_of_total(part).mean == 0.5
@@ -308,9 +321,10 @@ def test_a_recipe_runs_and_goes_on_where_it_was(name, tmp_path, monkeypatch, cap
 @pytest.mark.slow
 def test_the_bottleneck_measures_what_is_missing_and_no_more(tmp_path, monkeypatch):
     folders = {name: tmp_path / name for name in ("robustness", "fusion", "heads", "out")}
-    monkeypatch.setattr(t5_fusion, "RESAMPLES", 3)
-    monkeypatch.setattr(t5_fusion.Config, "knockouts", 4)
-    monkeypatch.setattr(relation_heads.Config, "pairs", 2)
+    hide, mask = t5_fusion.knockouts, relation_heads.group_knockouts
+    monkeypatch.setattr(t5_fusion, "RESAMPLES", 2)
+    monkeypatch.setattr(t5_fusion, "knockouts", lambda model, n, controls, seed: hide(model, 2, controls, seed))
+    monkeypatch.setattr(relation_heads, "group_knockouts", lambda model, found, n, seed: mask(model, found, 2, seed))
     bottleneck.main(bottleneck.Config(**folders))
     written = json.loads((folders["out"] / "claims.json").read_text())
     assert set(written["bottleneck"]) == {"rte-micro", "t5-micro"}
