@@ -80,7 +80,7 @@ def main(config: Config) -> None:
     groups = pd.concat(measured(config, model, "groups", group_knockouts, found, config.pairs))
     ways = {"screening": by_weights(ranking), "synopsis": by_attention(seen), "knock-out": by_layout(looks)}
     maps, others = phrase_maps(model, "relation"), phrase_maps(model, "shape2")
-    claims = agreement_claims(ways)
+    claims = [unanimous(ways), *agreement_claims(ways)]
     if found:
         claims += [*ramp_claims(maps, others, found[0]), first_step_claim(seen, found[0])]
     claims += knockout_claims(groups, singles, found)
@@ -249,10 +249,25 @@ def agreement_claims(ways: dict[str, pd.DataFrame]) -> list[Claim]:
                 "the same head, L2H8",
                 agreement(ways[way], set(theirs)),
                 (0.8, 1.0),
-                f"chance .5; {way} names {', '.join(names_of(ours)) or 'none'}; both {', '.join(both) or 'none'}",
+                f"chance .5; both name {', '.join(both) or 'none'}",
             )
         )
     return claims
+
+
+def unanimous(ways: dict[str, pd.DataFrame]) -> Claim:
+    """How many heads all ways name; the interval resamples the scenes of those that see some."""
+    rng = np.random.default_rng(0)
+    named = np.logical_and.reduce([table["named"] for table in ways.values()])
+    draws = np.tile(ways["screening"]["named"].to_numpy(), (RESAMPLES, 1))
+    for way, threshold in (("synopsis", READS), ("knock-out", MOVES)):
+        by_scene = ways[way].filter(like="scene ").to_numpy()
+        for draw in draws:
+            draw &= np.nanmean(by_scene[:, rng.integers(by_scene.shape[1], size=by_scene.shape[1])], axis=1) >= threshold
+    low, high = np.quantile(draws.sum(axis=1), [0.025, 0.975])
+    said = [f"{way}: {', '.join(names_of(table.index[table['named']])) or 'none'}" for way, table in ways.items()]
+    found = Interval(float(named.sum()), float(low), float(high))
+    return Claim("heads that all three ways name", "one, L2H8", found, (1, len(named)), "; ".join(said))
 
 
 def agreement(table: pd.DataFrame, positive: set[tuple[int, int]]) -> Interval:

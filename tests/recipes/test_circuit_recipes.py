@@ -142,6 +142,9 @@ def test_ways_name_heads_by_their_thresholds_and_agreement_is_between_them():
     ranking["p"] = [0.002, 0.2, 0.002]
     named = relation_heads.by_weights(ranking)
     assert knockouts.names_of(named.index[named["named"]]) == ["L0H0"]
+    all_ways = {"screening": table[["score", "named"]], "synopsis": table, "knock-out": table}
+    assert relation_heads.unanimous(all_ways).here == (1, 1, 1)
+    assert relation_heads.unanimous({**all_ways, "screening": all_ways["screening"].assign(named=False)}).here == (0, 0, 0)
 
 
 def test_a_first_look_is_the_run_with_the_word_masked():
@@ -247,7 +250,7 @@ def test_swaps_are_counted_against_the_original():
 
 
 def test_a_share_of_the_total_is_of_sums():
-    part = pd.DataFrame({"moved": [1.0, 0.0, 0.5], "total": [2.0, 0.0, 1.0]})
+    part = pd.DataFrame({"moved": [1.0, 0.5, 0.5], "total": [2.0, 1.0, 1.0]})
     assert object_heads.share_of_total(part).mean == 0.5
 
 
