@@ -42,10 +42,12 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def open_model(key: str) -> Any:
+    import torch
     from nnsight.modeling.huggingface import HuggingFaceModel
 
     if key not in MODELS:
-        MODELS[key] = model = HuggingFaceModel.from_model_key(key, dispatch=True)
+        # without a dtype every component has that of its files, and a pipeline's may differ
+        MODELS[key] = model = HuggingFaceModel.from_model_key(key, dispatch=True, dtype=torch.float32)
         model._module.requires_grad_(False)
         model.pipeline.set_progress_bar_config(disable=True)
     return MODELS[key]
