@@ -271,6 +271,8 @@ def test_what_no_trace_reaches_is_said_before_anything_is_sent(remote, hooked, s
             remote.run_with_cache(PROMPTS, names_filter="blocks.1.attn.hook_result", steps=0)
     finally:
         remote.dit.set_use_attn_result(False)
+    with pytest.raises(ValueError, match="keeps whole tensors, in memory"):
+        remote.run_with_cache(PROMPTS, names_filter="blocks.1.attn.hook_z", heads="L1H0")
     clean = Intervention("blocks.1.attn.hook_z", action=Replace(CLEAN))
     with pytest.raises(ValueError, match="has a meaning in"):
         remote.run_with_hooks(PROMPTS, fwd_hooks=clean.hooks(remote, PROMPTS))
