@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from hooked_models import HookedDiT
 
+from .edge_graph import all_receivers, all_senders, edge_flags, read_at, share, written_at
 from .nodes import Node
 from .paired_runs import Metric, Pair, Run, gradients, modulates, pair
 from .verification import Attribution, Edit, Verification, labelled, ranked
@@ -207,46 +208,6 @@ def _in_contexts(pair: Pair, names: Sequence[str]) -> dict[int, list[str]]:
 # Edges
 
 
-def _senders(dit: HookedDiT, words: int) -> list[Node]:
-    """What is written: to the residual stream, in order, and then the words."""
-    heads = range(dit.cfg.n_heads)
-    written = [Node("embed")]
-    for layer in range(dit.cfg.n_layers):
-        written += [Node("attn", layer, head) for head in heads] + [Node("cross_attn", layer, head) for head in heads]
-        written.append(Node("mlp", layer))
-    return written + [Node("text", tokens=(word,)) for word in range(words)]
-
-
-def _receivers(dit: HookedDiT) -> list[Node]:
-    """What is read, in order."""
-    read = []
-    for layer in range(dit.cfg.n_layers):
-        for kind in ("attn", "cross_attn"):
-            read += [Node(kind, layer, head, part) for part in "qkv" for head in range(dit.cfg.n_heads)]  # type: ignore[arg-type]
-        read.append(Node("mlp", layer))
-    return [*read, Node("output")]
-
-
-def _written(dit: HookedDiT, node: Node) -> str:
-    """The hook of a sender's contribution to what its readers read."""
-    if node.kind in ("attn", "cross_attn"):
-        return f"blocks.{node.layer}.{node.kind}.hook_result"
-    return "hook_caption" if node.kind == "text" else node.written(dit.cfg)
-
-
-def _read(dit: HookedDiT, node: Node) -> str:
-    """The hook of a receiver's own copy of its input."""
-    if node.kind == "output":
-        return node.written(dit.cfg)
-    return f"blocks.{node.layer}." + ("hook_mlp_in" if node.kind == "mlp" else f"{node.kind}.hook_{node.part}_input")
-
-
-def _own(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[Any, ...]:
-    """A node's share, or what of it concerns some words, of a tensor [batch pos (head) d_model]."""
-    everywhere = slice(None) if words is None else words[0]
-    return (slice(None), everywhere) if node.head is None else (slice(None), everywhere, node.head)
-
-
 @dataclass(frozen=True)
 class EdgeAttribution(Attribution):
     """Scores of edges: a DataArray with dims (step, branch, prompt, sender, receiver), NaN where no edge can be.
@@ -263,10 +224,10 @@ class EdgeAttribution(Attribution):
 
     def _edit(self, row: Any) -> Edit:
         sender, receiver, dit = Node.parse(row.sender), Node.parse(row.receiver), self.pair.dit
-        return Edit(_read(dit, receiver), _own(receiver, sender.tokens), _written(dit, sender), _own(sender, sender.tokens))
+        return Edit(read_at(dit, receiver), share(receiver, sender.tokens), written_at(dit, sender), share(sender, sender.tokens))
 
     def _flags(self) -> AbstractContextManager[None]:
-        return _edge_flags(self.pair.dit)
+        return edge_flags(self.pair.dit)
 
 
 def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
@@ -282,14 +243,14 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
         TypeError, ValueError: as in `nodes`; or cfg.use_attn_in is on, which excludes separate q, k and v inputs.
     """
     dit, path, found = pair.dit, _path(pair, ig_steps), {}
-    senders, receivers = _senders(dit, pair.original.inputs[0][0].shape[1]), _receivers(dit)
+    senders, receivers = all_senders(dit, pair.original.inputs[0][0].shape[1]), all_receivers(dit)
     columns: dict[str, list[int]] = {}
     for j, node in enumerate(receivers):
-        columns.setdefault(_read(dit, node), []).append(j)
-    written = list(dict.fromkeys(_written(dit, node) for node in senders))
+        columns.setdefault(read_at(dit, node), []).append(j)
+    written = list(dict.fromkeys(written_at(dit, node) for node in senders))
 
     def scores(change: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Float[Tensor, "batch sender receiver"]:
-        sent = torch.stack([change[_written(dit, node)][_own(node)] for node in senders if node.kind != "text"], dim=1)
+        sent = torch.stack([change[written_at(dit, node)][share(node)] for node in senders if node.kind != "text"], dim=1)
         depths = [node.depth(dit.cfg) for node in senders if node.kind != "text"]  # ascending
         table = sent.new_full((len(sent), len(senders), len(receivers)), torch.nan)
         for name, where in columns.items():
@@ -302,7 +263,7 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
                 table[:, :earlier, where] = torch.einsum("bspd,bphd->bsh", sent[:, :earlier], at)
         return table
 
-    with _edge_flags(dit):
+    with edge_flags(dit):
         for segment, gradient in gradients(path, _in_contexts(pair, list(columns)), metric):
             change = pair.differences(segment, _in_contexts(pair, written)[segment])
             for i, prefix in _contexts_of(pair, segment):
@@ -310,16 +271,3 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
                 found[i] = ("prompt", "sender", "receiver"), scores(*here).double().cpu().numpy()
     labels = {"sender": list(map(str, senders)), "receiver": list(map(str, receivers))}
     return EdgeAttribution(labelled(pair, found, labels), pair, metric)
-
-
-@contextmanager
-def _edge_flags(dit: HookedDiT) -> Iterator[None]:
-    flags = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
-    before = {flag: getattr(dit.cfg, flag) for flag in flags}
-    try:
-        for flag in flags:
-            getattr(dit, f"set_{flag}")(True)
-        yield
-    finally:
-        for flag, value in before.items():
-            getattr(dit, f"set_{flag}")(value)

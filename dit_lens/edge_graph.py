@@ -1,0 +1,69 @@
+"""The edges of one denoiser call: which components send, which receive, and at which hooks that can be read and edited.
+
+Everything that is written to the residual stream reaches everything that reads it later; the words reach cross-attention's keys
+and values. Source: the graphs of EAP (arXiv 2310.10348) and of TransformerLens' attribution patching, with cross-attention added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hooked_models import HookedDiT
+
+from .nodes import Node
+
+
+def all_senders(dit: HookedDiT, words: int) -> list[Node]:
+    """What is written: to the residual stream, in order, and then the words."""
+    heads = range(dit.cfg.n_heads)
+    written = [Node("embed")]
+    for layer in range(dit.cfg.n_layers):
+        written += [Node("attn", layer, head) for head in heads] + [Node("cross_attn", layer, head) for head in heads]
+        written.append(Node("mlp", layer))
+    return written + [Node("text", tokens=(word,)) for word in range(words)]
+
+
+def all_receivers(dit: HookedDiT) -> list[Node]:
+    """What is read, in order."""
+    read = []
+    for layer in range(dit.cfg.n_layers):
+        for kind in ("attn", "cross_attn"):
+            read += [Node(kind, layer, head, part) for part in "qkv" for head in range(dit.cfg.n_heads)]  # type: ignore[arg-type]
+        read.append(Node("mlp", layer))
+    return [*read, Node("output")]
+
+
+def written_at(dit: HookedDiT, node: Node) -> str:
+    """The hook of a sender's contribution to what its readers read."""
+    if node.kind in ("attn", "cross_attn"):
+        return f"blocks.{node.layer}.{node.kind}.hook_result"
+    return "hook_caption" if node.kind == "text" else node.written(dit.cfg)
+
+
+def read_at(dit: HookedDiT, node: Node) -> str:
+    """The hook of a receiver's own copy of its input."""
+    if node.kind == "output":
+        return node.written(dit.cfg)
+    return f"blocks.{node.layer}." + ("hook_mlp_in" if node.kind == "mlp" else f"{node.kind}.hook_{node.part}_input")
+
+
+def share(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[Any, ...]:
+    """A node's share, or what of it concerns some words, of a tensor [batch pos (head) d_model]."""
+    everywhere = slice(None) if words is None else words[0]
+    return (slice(None), everywhere) if node.head is None else (slice(None), everywhere, node.head)
+
+
+@contextmanager
+def edge_flags(dit: HookedDiT) -> Iterator[None]:
+    """The denoiser with a hook for every sender's contribution and every receiver's own input, for the time of the block."""
+    flags = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
+    before = {flag: getattr(dit.cfg, flag) for flag in flags}
+    try:
+        for flag in flags:
+            getattr(dit, f"set_{flag}")(True)
+        yield
+    finally:
+        for flag, value in before.items():
+            getattr(dit, f"set_{flag}")(value)
