@@ -1,0 +1,388 @@
+"""The smallest circuit of edges that still draws the relation. `python -m recipes.edge_circuit`
+
+Beyond the paper, which names a relation head and an object head and knocks them out: here a circuit is a set of edges (sender,
+receiver, denoising step) over the whole generation, found by EAP-IG and then run exactly, everything else being as for the
+prompt of the opposite relation. What would falsify a small circuit: the edges that EAP-IG ranks first keep no more of the
+relation than random ones, or the model without them still has it (another route).
+
+Faithfulness is the share kept of the difference between a prompt and its opposite ("above" for "below", word for word, on the
+same noise), read from the final image: how far red stands from blue in the caption's direction (`layout_readout`). CPR and CMD
+are MIB's (arXiv 2504.13151), over the share of edges kept, edges ranked by |score|. Sizes are chosen on one set of prompts, one a
+relation, and reported on another. Controls: random circuits of equal size, and random ones with as many edges at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dit_lens import attribution, scenes
+from dit_lens.faithfulness import areas, candidate_edges, faithfulness, random_circuits, resampled, run_circuits
+from dit_lens.nodes import Node
+from dit_lens.scenes import DIRECTIONS, PHRASES, RELATIONS, Scene
+from dit_lens.scenes.scene import RADIUS
+from dit_lens.steering import OPPOSITE
+from dit_lens.training import dynamics
+from hooked_models import HookedT5Encoder, HookedTextToImage
+
+from .claims import Claim, report, stage
+from .relation_head import relation_heads
+
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Of edges kept; MIB's, from .5 % on."""
+KEEPS = 0.9
+HALVINGS = 2
+"""Of the gap, in the logarithm, between the largest share that keeps less and the smallest that keeps enough."""
+EARLY = 4
+"""Denoising steps in which the paper's relation head works."""
+KINDS = {
+    "circuit": "EAP-IG circuit",
+    "without": "the model without it",
+    "random": "random edges",
+    "random, same steps": "random edges, as many at every step",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the recipe."""
+
+    model: str = "rte-micro"
+    repeats: int = 1
+    """Prompts a relation, in each of the two sets."""
+    ig_steps: int = 3
+    """Points of integrated gradients between the two prompts."""
+    full: bool = False
+    """Four prompts a relation, five points and three draws of random circuits."""
+    seed: int = 0
+    out: Path = Path("results/edge_circuit")
+
+
+def main(config: Config) -> None:
+    repeats, ig_steps, draws = (4, 5, 3) if config.full else (config.repeats, config.ig_steps, 1)
+    model, out = HookedTextToImage.from_pretrained(config.model), config.out
+    found, chosen = (pairs(repeats, config.seed + part) for part in (1, 2))
+    edges = stage(out, "edges", model, lambda m, *_: scored(m, found, ig_steps), repeats, ig_steps, config.seed)
+    settings = (repeats, ig_steps, config.seed)
+    search = stage(out, "search", model, lambda m, *_: searched(m, found, edges), *settings)
+    smallest = int(smallest_size(search))
+    sizes = sorted({*(round(share * len(edges)) for share in SHARES), smallest})
+    ends = stage(out, "ends", model, lambda m, *_: clean_and_corrupt(m, chosen), *settings)
+    parts = []
+    for kind, kept in circuits(edges, sizes, smallest, draws, config.seed).items():
+
+        def run(model: HookedTextToImage, *_: object, kept: np.ndarray = kept) -> pd.DataFrame:
+            return exact(model, chosen, edges, kept, ends)
+
+        parts.append(stage(out, f"exact-{kind}", model, run, *settings, draws, smallest).assign(kind=kind))
+    values = pd.concat(parts, ignore_index=True)
+    values.to_parquet(out / "values.parquet", index=False)
+    edges.assign(kept=np.arange(len(edges)) < smallest).to_parquet(out / "edges.parquet", index=False)
+    drawn = curves_figure(values, len(edges), smallest)
+    claims = curve_claims(values, search, len(edges), smallest) + content_claims(model, edges, smallest)
+    facts = {"model": config.model, "edges": len(edges), "smallest": smallest, "full": config.full}
+    report(f"The relation's circuit of edges: {config.model}", claims, out, **facts)
+    drawn.savefig(out / "faithfulness.png", dpi=150)
+    content_figure(edges[:smallest]).savefig(out / "circuit.png", dpi=150)
+
+
+# Prompts and what is read from images
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Scenes whose captions have an opposite, word for word."""
+
+    clean: Sequence[Scene]
+    seeds: Sequence[int]
+
+    @property
+    def corrupt(self) -> list[Scene]:
+        """The same with the opposite relation, said in the same way."""
+        return [replace(scene, relation=OPPOSITE[scene.relation], phrase=opposite_phrase(scene)) for scene in self.clean]
+
+    @property
+    def texts(self) -> tuple[list[str], list[str]]:
+        clean, corrupt = ([scenes.caption(scene) for scene in wanted] for wanted in (self.clean, self.corrupt))
+        return clean, corrupt
+
+    @property
+    def readout(self) -> Callable[[Tensor], Tensor]:
+        return layout_readout(self.clean)
+
+
+def pairs(repeats: int, seed: int) -> Pairs:
+    """`repeats` scenes of every relation, each with its own noise."""
+    pool = scenes.sample(64 * repeats, seed=seed, split="all", color_words="both")
+    wanted = [scene for relation in RELATIONS for scene in [s for s in pool if s.relation == relation][:repeats]]
+    return Pairs(wanted, [1000 * seed + i for i in range(len(wanted))])
+
+
+def opposite_phrase(scene: Scene) -> str:
+    return PHRASES[OPPOSITE[scene.relation]][PHRASES[scene.relation].index(scene.phrase)]
+
+
+def layout_readout(wanted: Sequence[Scene]) -> Callable[[Float[Tensor, "scene 3 height width"]], Float[Tensor, " scene"]]:
+    """How far object 1 stands from object 2 in its caption's direction, in px: red minus blue's moment over a square's area.
+
+    Differentiable; the projection of `dynamics.color_moment`, whose sign is object 1's colour.
+    """
+    direction = torch.tensor([DIRECTIONS[scene.relation] for scene in wanted], dtype=torch.float32)
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    direction = direction * torch.tensor([1.0 if scene.color1 == "red" else -1.0 for scene in wanted])[:, None]
+
+    def readout(images: Tensor) -> Tensor:
+        redness = images[:, 0] - images[:, 2]
+        x, y = (torch.arange(size, dtype=images.dtype) - (size - 1) / 2 for size in (redness.shape[2], redness.shape[1]))
+        moment = torch.stack([(redness * x).sum(dim=(1, 2)), (redness * y[:, None]).sum(dim=(1, 2))], dim=1)
+        return (moment * direction.to(moment)).sum(dim=1) / (2 * RADIUS) ** 2
+
+    return readout
+
+
+# Finding and running circuits
+
+
+def scored(model: HookedTextToImage, of: Pairs, ig_steps: int) -> pd.DataFrame:
+    """Every edge with its EAP-IG score, the largest first."""
+    with torch.no_grad():
+        clean, corrupt = (model.trajectory(texts, of.seeds) for texts in of.texts)
+    scores = attribution.edges(attribution.pair(clean, corrupt), of.readout, ig_steps=ig_steps).scores
+    return candidate_edges(model, of.texts[0], scores)
+
+
+@torch.no_grad()
+def clean_and_corrupt(model: HookedTextToImage, of: Pairs) -> pd.DataFrame:
+    """Read-outs of the two runs that circuits lie between: columns prompt, clean, corrupt."""
+    clean, corrupt = (of.readout(model(texts, list(of.seeds))).double().numpy() for texts in of.texts)
+    return pd.DataFrame({"prompt": np.arange(len(clean)), "clean": clean, "corrupt": corrupt})
+
+
+def exact(
+    model: HookedTextToImage, of: Pairs, edges: pd.DataFrame, kept: Bool[np.ndarray, "circuit edge"], ends: pd.DataFrame
+) -> pd.DataFrame:
+    """What circuits draw: columns circuit, edges, prompt, value, clean and corrupt (read-outs), relation_loose (as prompted)."""
+    rows = []
+    for circuit, images in enumerate(run_circuits(model, *of.texts, of.seeds, edges, kept)):
+        verdict = scenes.evaluate(images, of.clean)["relation_loose"].values.astype(float)
+        value = of.readout(images).double().numpy()
+        rows.append(ends.assign(circuit=circuit, edges=int(kept[circuit].sum()), value=value, relation_loose=verdict))
+    return pd.concat(rows, ignore_index=True)
+
+
+def searched(model: HookedTextToImage, of: Pairs, edges: pd.DataFrame) -> pd.DataFrame:
+    """`exact` of growing circuits on the prompts that scored the edges, finer where `KEEPS` is first reached."""
+    ends = clean_and_corrupt(model, of)
+
+    def run(sizes: Sequence[int]) -> pd.DataFrame:
+        return exact(model, of, edges, np.stack([np.arange(len(edges)) < size for size in sizes]), ends)
+
+    table = run([round(share * len(edges)) for share in SHARES])
+    for _ in range(HALVINGS):
+        high = smallest_size(table, otherwise=len(edges))
+        low = max((size for size in table["edges"] if size < high), default=1)
+        if high - low > 1:
+            table = pd.concat([table, run([round(np.sqrt(low * high))])], ignore_index=True)
+    return table
+
+
+def smallest_size(table: pd.DataFrame, otherwise: int | None = None) -> int:
+    """The fewest edges that keep `KEEPS`, as all larger circuits do; `otherwise`, or the largest, if none does."""
+    sizes, kept = by_size(table)
+    return enough(sizes, kept(np.arange(table["prompt"].nunique())), otherwise)
+
+
+def by_size(table: pd.DataFrame) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Of a table of circuits: their numbers of edges, and their faithfulness on some of its prompts."""
+    wide = table.pivot_table(index="edges", columns="prompt", values="value")
+    values, (clean, corrupt) = wide.to_numpy(), table.groupby("prompt")[["clean", "corrupt"]].first().to_numpy().T
+    return wide.index.to_numpy(), lambda rows: faithfulness(values[:, rows], clean[rows], corrupt[rows])
+
+
+def enough(sizes: np.ndarray, kept: np.ndarray, otherwise: int | None = None) -> int:
+    """The smallest of ascending sizes that keeps `KEEPS`, as all larger ones do."""
+    holds = np.logical_and.accumulate(kept[::-1] >= KEEPS)[::-1]
+    return int(sizes[holds.argmax()]) if holds.any() else int(sizes[-1]) if otherwise is None else otherwise
+
+
+def circuits(
+    edges: pd.DataFrame, sizes: Sequence[int], smallest: int, draws: int, seed: int
+) -> dict[str, Bool[np.ndarray, "circuit edge"]]:
+    """By kind; draws of random circuits one after the other."""
+    first = np.stack([np.arange(len(edges)) < size for size in sizes])
+    rng = np.random.default_rng(seed)
+    random = [random_circuits(edges, sizes, rng) for _ in range(draws)]
+    alike = [random_circuits(edges, sizes, rng, like=first) for _ in range(draws)]
+    lost = [random_circuits(edges, [smallest], rng, like=first[[sizes.index(smallest)]]) for _ in range(draws)]
+    return {
+        "circuit": first,
+        "without": ~first,
+        "random": np.concatenate(random),
+        "random, same steps": np.concatenate(alike),
+        "without random": ~np.concatenate(lost),
+    }
+
+
+# What is claimed
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Faithfulness of one kind of circuits over their sizes, draws averaged."""
+
+    sizes: np.ndarray
+    """Edges of the circuit, or those left out."""
+    kept: Callable[[np.ndarray], np.ndarray]
+    """Of some prompts, by their numbers."""
+
+    @classmethod
+    def of(cls, values: pd.DataFrame, kind: str, total: int) -> Curve:
+        rows = values[values["kind"] == kind]
+        return cls(*by_size(rows.assign(edges=total - rows["edges"]) if kind.startswith("without") else rows))
+
+    def at(self, size: int) -> Callable[[np.ndarray], float]:
+        place = int(np.flatnonzero(self.sizes == size)[0])
+        return lambda rows: float(self.kept(rows)[place])
+
+
+def curve_claims(values: pd.DataFrame, search: pd.DataFrame, total: int, smallest: int) -> list[Claim]:
+    """The predictions: a circuit of at most a tenth of the edges, faithful on new prompts, complete, and far from random."""
+    curves = {kind: Curve.of(values, kind, total) for kind in (*KINDS, "without random")}
+    prompts = values["prompt"].nunique()
+    tried, kept_of = by_size(search)
+
+    def area(kind: str, which: int) -> Callable[[np.ndarray], float]:
+        return lambda rows: areas(curves[kind].sizes / total, curves[kind].kept(rows))[which]
+
+    def better(which: int, control: str) -> Callable[[np.ndarray], float]:
+        sign = 1 if which == 0 else -1
+        return lambda rows: sign * (area("circuit", which)(rows) - area(control, which)(rows))
+
+    at_size = {kind: resampled(curve.at(smallest), prompts) for kind, curve in curves.items()}
+    accuracy = values[values["edges"] == smallest].groupby("kind")["relation_loose"].mean()
+    randoms = "; ".join(f"{kind} {at_size[kind]}" for kind in ("random", "random, same steps"))
+    claims = [
+        Claim(
+            f"Share of the {total} edges in the smallest circuit that keeps {KEEPS:.0%} of the relation",
+            "–",
+            resampled(lambda rows: enough(tried, kept_of(rows)) / total, search["prompt"].nunique()),
+            (0.0, 0.1),
+            f"{smallest} edges, found on its own prompts",
+        ),
+        Claim(
+            "Faithfulness of that circuit on new prompts",
+            "–",
+            at_size["circuit"],
+            (0.75, 1.25),
+            f"{randoms}; relation accuracy {accuracy['circuit']:.2f}, random {accuracy['random']:.2f}",
+        ),
+        Claim(
+            "Completeness: faithfulness of the model without that circuit",
+            "–",
+            at_size["without"],
+            (-0.25, 0.25),
+            f"without as many random edges of the same steps {at_size['without random']}",
+        ),
+    ]
+    for which, name, predicted in ((0, "CPR, circuit minus random", (0.05, 2.0)), (1, "CMD, random minus circuit", (0.05, 2.0))):
+        for control in ("random", "random, same steps"):
+            own = {kind: resampled(area(kind, which), prompts) for kind in ("circuit", control)}
+            claims.append(
+                Claim(
+                    f"{name}" + (" of the same steps" if "same" in control else ""),
+                    "–",
+                    resampled(better(which, control), prompts),
+                    predicted,
+                    f"circuit {own['circuit']}; {control} {own[control]}",
+                )
+            )
+    return claims
+
+
+def content_claims(model: HookedTextToImage, edges: pd.DataFrame, smallest: int) -> list[Claim]:
+    """The circuit is early, and its words go to the heads whose weights are ramps (intervals over edges, and over heads)."""
+    circuit = edges[:smallest]
+    early = (circuit["step"] < EARLY).to_numpy().astype(float)
+    all_early = edges["step"] < EARLY
+    mass = edges.loc[all_early, "score"].abs().sum() / edges["score"].abs().sum()
+    words = edges[edges["sender"].str.startswith("text[")].copy()
+    words["head"] = words["receiver"].str.removesuffix(".k").str.removesuffix(".v")
+    by_head = words.assign(score=words["score"].abs()).groupby("head")["score"].sum()
+    screened = dynamics.screen(model)["shape2" if isinstance(model.text_encoder, HookedT5Encoder) else "words"]
+    ramps = [f"cross_attn.L{row.layer}H{row.head}" for row in relation_heads(screened).itertuples()]
+    is_ramp = by_head.index.isin(ramps)
+    share = resampled(lambda rows: float(early[rows].mean()), len(early))
+    strength = by_head.to_numpy()
+    return [
+        Claim(
+            f"Share of the circuit's edges at steps 0 to {EARLY - 1}",
+            "–",
+            share,
+            (0.5, 1.0),
+            f"of all edges {all_early.mean():.3f}; of their |score| {mass:.3f}",
+        ),
+        Claim(
+            "Share of the words' |score| that goes to heads with ramps in their weights",
+            "–",
+            resampled(lambda rows: float(strength[rows][is_ramp[rows]].sum() / strength[rows].sum()), len(strength)),
+            (0.5, 1.0),
+            f"{int(is_ramp.sum())} of {len(is_ramp)} heads: {', '.join(name.partition('.')[2] for name in ramps)}",
+        ),
+    ]
+
+
+# Figures
+
+
+def curves_figure(values: pd.DataFrame, total: int, smallest: int) -> Figure:
+    """Faithfulness over the share of edges, by kind, with intervals over prompts."""
+    figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for (kind, label), color in zip(KINDS.items(), ("C0", "C3", "0.45", "0.7"), strict=True):
+        curve = Curve.of(values, kind, total)
+        found = np.array([resampled(curve.at(size), values["prompt"].nunique()) for size in curve.sizes])
+        mean, low, high = found.T
+        ax.plot(100 * curve.sizes / total, mean, "o-", color=color, markersize=4, label=label)
+        ax.fill_between(100 * curve.sizes / total, low, high, color=color, alpha=0.15, linewidth=0)
+    ax.axvline(100 * smallest / total, color="C0", linewidth=0.8, linestyle=":")
+    for level in (0, KEEPS, 1):
+        ax.axhline(level, color="grey", linewidth=0.6, linestyle="--" if level == KEEPS else "-")
+    ax.set(xscale="log", xlabel="edges in the circuit, % of all", ylabel="relation kept (faithfulness)")
+    ax.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
+    ax.minorticks_off()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def content_figure(circuit: pd.DataFrame) -> Figure:
+    """How many of the circuit's edges each component sends, by step."""
+
+    def place(name: str) -> tuple[int, str]:
+        node = Node.parse(name)
+        if node.kind == "text":
+            return -2, name
+        return (-1, name) if node.layer is None else (node.layer, name)
+
+    table = circuit.groupby(["sender", "step"]).size().unstack(fill_value=0)
+    table = table.reindex(columns=range(int(circuit["step"].max()) + 1), fill_value=0)
+    table = table.loc[sorted(table.index, key=place)]
+    figure, ax = plt.subplots(figsize=(6, 0.6 + 0.17 * len(table)), layout="constrained")
+    mesh = ax.imshow(np.where(table > 0, table, np.nan), aspect="auto", cmap="viridis_r")
+    ax.set_yticks(range(len(table)), table.index, fontsize=7)
+    ax.set(xlabel="denoising step", ylabel="sender")
+    figure.colorbar(mesh, label="edges in the circuit")
+    return figure
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

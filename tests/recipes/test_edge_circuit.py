@@ -1,0 +1,69 @@
+"""Opposites word for word, the read-out against the detector's centres, the smallest size, and one small run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dit_lens import scenes
+from dit_lens.scenes import DIRECTIONS
+from recipes import edge_circuit
+from recipes.edge_circuit import Config, enough, layout_readout, pairs, smallest_size
+
+
+def test_pairs_are_opposites_of_as_many_words():
+    of = pairs(1, seed=0)
+    assert [scene.relation for scene in of.clean] == list(scenes.RELATIONS)
+    assert len(set(of.seeds)) == len(of.seeds)
+    for clean, corrupt, text, other in zip(of.clean, of.corrupt, *of.texts, strict=True):
+        assert DIRECTIONS[corrupt.relation] == tuple(-part for part in DIRECTIONS[clean.relation])
+        assert len(text.split()) == len(other.split())
+        assert text != other
+
+
+def test_the_readout_is_how_far_objects_stand_along_the_relation():
+    """Two squares: their moment over a square's area is exactly the offset of their centres."""
+    apart = [s for s in scenes.sample(64, seed=0, split="all") if abs(s.x1 - s.x2) > 34 or abs(s.y1 - s.y2) > 34]
+    made = [s for s in apart if s.relation in ("above", "lower_right")][:8]
+    squares = [scenes.Scene("square", s.color1, s.x1, s.y1, "square", s.color2, s.x2, s.y2, s.relation, s.phrase) for s in made]
+    found = layout_readout(squares)(scenes.render(squares))
+    offset = np.array([[s.x1 - s.x2, s.y1 - s.y2] for s in squares], float)
+    direction = np.array([DIRECTIONS[s.relation] for s in squares], float)
+    expected = (offset * direction).sum(axis=1) / np.linalg.norm(direction, axis=1)
+    ratio = found.numpy() / expected
+    assert np.ptp(ratio) < 0.01  # one scale, the drawn square's area over the nominal one
+    assert ratio == pytest.approx(1, abs=0.07)
+    images = scenes.render(squares).requires_grad_()
+    layout_readout(squares)(images).sum().backward()
+    assert bool(torch.isfinite(images.grad).all())
+
+
+def test_the_smallest_size_keeps_enough_at_every_larger_size():
+    sizes = np.array([1, 2, 3, 4])
+    assert enough(sizes, np.array([0.95, 0.5, 0.9, 1.0])) == 3  # a smaller one that does by chance does not count
+    assert enough(sizes, np.array([0.1, 0.2, 0.3, 0.4])) == 4
+    assert enough(sizes, np.array([0.1, 0.2, 0.3, 0.4]), otherwise=9) == 9
+    table = pd.DataFrame({"edges": [4, 2, 2, 4], "prompt": [0, 0, 1, 1], "value": [9.5, 9, 4, 9.5]}).assign(
+        clean=10.0, corrupt=0.0
+    )
+    assert smallest_size(table) == 4
+
+
+@pytest.mark.slow
+def test_it_runs_from_end_to_end_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(edge_circuit, "SHARES", (0.05, 0.5))
+    monkeypatch.setattr(edge_circuit, "HALVINGS", 1)
+    config = Config(model="rte-nano", ig_steps=1, out=tmp_path)
+    edge_circuit.main(config)
+    told = json.loads((tmp_path / "claims.json").read_text())
+    assert len(told["claims"]) == 9
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()}
+    edge_circuit.main(config)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()} == before
+    assert json.loads((tmp_path / "claims.json").read_text()) == told
+    assert (tmp_path / "faithfulness.png").exists()
+    assert (tmp_path / "circuit.png").exists()
