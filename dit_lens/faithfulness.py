@@ -145,10 +145,12 @@ class _Run:
         for j, node in enumerate(receivers):
             read.setdefault(read_at(dit, node), []).append(j)
         found: list[tuple[str, HookFunction]] = []
-        for step in range(len(self.outside)):
+        for step, cut_here in enumerate(self.outside):
             prefix = f"steps.{step}.cond."
-            found.append((prefix + "hook_caption", self.note_words))
-            found += [(prefix + name, self.note) for name in written]
+            if bool(cut_here[:, len(residual) :].any()):
+                found.append((prefix + "hook_caption", self.note_words))
+            if bool(cut_here[:, : len(residual)].any()):
+                found += [(prefix + name, self.note) for name in written]
             for name, columns in read.items():
                 cut = self.outside[step][:, :, columns]
                 if name.endswith(("cross_attn.hook_k_input", "cross_attn.hook_v_input")):

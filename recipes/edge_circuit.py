@@ -5,15 +5,18 @@ receiver, denoising step) over the whole generation, found by EAP-IG and then ru
 prompt of the opposite relation. What would falsify a small circuit: the edges that EAP-IG ranks first keep no more of the
 relation than random ones, or the model without them still has it (another route).
 
+Two graphs: all edges; and, added once the first had shown that no small set of all edges suffices, those alone that lead from
+words to heads' keys and values, the rest of the model being free: by which doors does the relation come in?
+
 Faithfulness is the share kept of the difference between a prompt and its opposite ("above" for "below", word for word, on the
 same noise), read from the final image: how far red stands from blue in the caption's direction (`layout_readout`). CPR and CMD
 are MIB's (arXiv 2504.13151), over the share of edges kept, edges ranked by |score|. Sizes are chosen on one set of prompts, one a
-relation, and reported on another. Controls: random circuits of equal size, and random ones with as many edges at every step.
+relation, and reported on another. Controls: random circuits of equal size; of words, also with as many edges at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import pandas as pd
 import torch
 import tyro
 from jaxtyping import Bool, Float
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -49,8 +53,10 @@ KINDS = {
     "circuit": "EAP-IG circuit",
     "without": "the model without it",
     "random": "random edges",
-    "random, same steps": "random edges, as many at every step",
+    "random, same steps": "random, as many at every step",
+    "without random": "the model without random edges",
 }
+GRAPHS = {"all": "edges", "words": "edges from words"}
 
 
 @dataclass(frozen=True)
@@ -70,30 +76,47 @@ class Config:
 
 def main(config: Config) -> None:
     repeats, ig_steps, draws = (4, 5, 3) if config.full else (config.repeats, config.ig_steps, 1)
+    settings = (repeats, ig_steps, config.seed)
     model, out = HookedTextToImage.from_pretrained(config.model), config.out
     found, chosen = (pairs(repeats, config.seed + part) for part in (1, 2))
-    edges = stage(out, "edges", model, lambda m, *_: scored(m, found, ig_steps), repeats, ig_steps, config.seed)
-    settings = (repeats, ig_steps, config.seed)
-    search = stage(out, "search", model, lambda m, *_: searched(m, found, edges), *settings)
-    smallest = int(smallest_size(search))
-    sizes = sorted({*(round(share * len(edges)) for share in SHARES), smallest})
+    edges = stage(out, "edges", model, lambda m, *_: scored(m, found, ig_steps), *settings)
     ends = stage(out, "ends", model, lambda m, *_: clean_and_corrupt(m, chosen), *settings)
-    parts = []
-    for kind, kept in circuits(edges, sizes, smallest, draws, config.seed).items():
+    claims, results = [], {}
+    for graph in GRAPHS:
+        one = Graph(graph, of_graph(edges, graph))
+        search = stage(out, f"search-{graph}", model, lambda m, *_, one=one: searched(m, found, one.edges), *settings)
+        smallest = smallest_size(search)
+        sizes = sorted({*(round(share * len(one.edges)) for share in SHARES), smallest})
+        parts = []
+        for kind, kept in circuits(one, sizes, smallest, draws, config.seed).items():
 
-        def run(model: HookedTextToImage, *_: object, kept: np.ndarray = kept) -> pd.DataFrame:
-            return exact(model, chosen, edges, kept, ends)
+            def run(model: HookedTextToImage, *_: object, one: Graph = one, kept: np.ndarray = kept) -> pd.DataFrame:
+                return exact(model, chosen, one.edges, kept, ends)
 
-        parts.append(stage(out, f"exact-{kind}", model, run, *settings, draws, smallest).assign(kind=kind))
-    values = pd.concat(parts, ignore_index=True)
-    values.to_parquet(out / "values.parquet", index=False)
-    edges.assign(kept=np.arange(len(edges)) < smallest).to_parquet(out / "edges.parquet", index=False)
-    drawn = curves_figure(values, len(edges), smallest)
-    claims = curve_claims(values, search, len(edges), smallest) + content_claims(model, edges, smallest)
-    facts = {"model": config.model, "edges": len(edges), "smallest": smallest, "full": config.full}
-    report(f"The relation's circuit of edges: {config.model}", claims, out, **facts)
-    drawn.savefig(out / "faithfulness.png", dpi=150)
-    content_figure(edges[:smallest]).savefig(out / "circuit.png", dpi=150)
+            parts.append(stage(out, f"{graph}-{kind}", model, run, *settings, draws, smallest).assign(kind=kind))
+        results[graph] = (pd.concat(parts, ignore_index=True), len(one.edges), smallest)
+        claims += curve_claims(*results[graph], search, GRAPHS[graph])
+    circuit = of_graph(edges, "words")[: results["words"][2]]
+    claims += content_claims(model, edges, circuit)
+    pd.concat({graph: values for graph, (values, *_) in results.items()}, names=["graph"]).to_parquet(out / "values.parquet")
+    edges.to_parquet(out / "edges.parquet", index=False)
+    sizes_of = {graph: {"edges": total, "smallest": smallest} for graph, (_, total, smallest) in results.items()}
+    report(f"The relation's circuit: {config.model}", claims, out, model=config.model, **sizes_of, full=config.full)
+    curves_figure(results).savefig(out / "faithfulness.png", dpi=150)
+    content_figure(edges, circuit).savefig(out / "circuit.png", dpi=150)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Edges that may be cut; all others stay as they are."""
+
+    name: str
+    edges: pd.DataFrame
+
+
+def of_graph(edges: pd.DataFrame, graph: str) -> pd.DataFrame:
+    """The edges of one of `GRAPHS`, the largest first."""
+    return edges if graph == "all" else edges[edges["sender"].str.startswith("text[")].reset_index(drop=True)
 
 
 # Prompts and what is read from images
@@ -216,21 +239,17 @@ def enough(sizes: np.ndarray, kept: np.ndarray, otherwise: int | None = None) ->
 
 
 def circuits(
-    edges: pd.DataFrame, sizes: Sequence[int], smallest: int, draws: int, seed: int
+    graph: Graph, sizes: Sequence[int], smallest: int, draws: int, seed: int
 ) -> dict[str, Bool[np.ndarray, "circuit edge"]]:
     """By kind; draws of random circuits one after the other."""
+    edges, rng = graph.edges, np.random.default_rng(seed)
     first = np.stack([np.arange(len(edges)) < size for size in sizes])
-    rng = np.random.default_rng(seed)
-    random = [random_circuits(edges, sizes, rng) for _ in range(draws)]
-    alike = [random_circuits(edges, sizes, rng, like=first) for _ in range(draws)]
-    lost = [random_circuits(edges, [smallest], rng, like=first[[sizes.index(smallest)]]) for _ in range(draws)]
-    return {
-        "circuit": first,
-        "without": ~first,
-        "random": np.concatenate(random),
-        "random, same steps": np.concatenate(alike),
-        "without random": ~np.concatenate(lost),
-    }
+    random = np.concatenate([random_circuits(edges, sizes, rng) for _ in range(draws)])
+    found = {"circuit": first, "without": ~first, "random": random}
+    if graph.name == "words":
+        found["random, same steps"] = np.concatenate([random_circuits(edges, sizes, rng, like=first) for _ in range(draws)])
+    found["without random"] = ~np.concatenate([random_circuits(edges, [smallest], rng) for _ in range(draws)])
+    return found
 
 
 # What is claimed
@@ -255,81 +274,76 @@ class Curve:
         return lambda rows: float(self.kept(rows)[place])
 
 
-def curve_claims(values: pd.DataFrame, search: pd.DataFrame, total: int, smallest: int) -> list[Claim]:
+def curve_claims(values: pd.DataFrame, total: int, smallest: int, search: pd.DataFrame, what: str) -> list[Claim]:
     """The predictions: a circuit of at most a tenth of the edges, faithful on new prompts, complete, and far from random."""
-    curves = {kind: Curve.of(values, kind, total) for kind in (*KINDS, "without random")}
-    prompts = values["prompt"].nunique()
+    curves = {kind: Curve.of(values, kind, total) for kind in values["kind"].unique()}
+    prompts, randoms = values["prompt"].nunique(), [kind for kind in curves if kind.startswith("random")]
     tried, kept_of = by_size(search)
 
     def area(kind: str, which: int) -> Callable[[np.ndarray], float]:
         return lambda rows: areas(curves[kind].sizes / total, curves[kind].kept(rows))[which]
 
-    def better(which: int, control: str) -> Callable[[np.ndarray], float]:
+    def gained(which: int, control: str) -> Callable[[np.ndarray], float]:
         sign = 1 if which == 0 else -1
         return lambda rows: sign * (area("circuit", which)(rows) - area(control, which)(rows))
 
     at_size = {kind: resampled(curve.at(smallest), prompts) for kind, curve in curves.items()}
     accuracy = values[values["edges"] == smallest].groupby("kind")["relation_loose"].mean()
-    randoms = "; ".join(f"{kind} {at_size[kind]}" for kind in ("random", "random, same steps"))
     claims = [
         Claim(
-            f"Share of the {total} edges in the smallest circuit that keeps {KEEPS:.0%} of the relation",
+            f"Share of {total} {what} in the smallest circuit that keeps {KEEPS:.0%} of the relation",
             "–",
-            resampled(lambda rows: enough(tried, kept_of(rows)) / total, search["prompt"].nunique()),
+            resampled(lambda rows: enough(tried, kept_of(rows), total) / total, search["prompt"].nunique()),
             (0.0, 0.1),
-            f"{smallest} edges, found on its own prompts",
+            f"{smallest} edges; chosen, and its interval, on the prompts that ranked them",
         ),
         Claim(
-            "Faithfulness of that circuit on new prompts",
+            f"Faithfulness of the smallest circuit of {what} on new prompts",
             "–",
             at_size["circuit"],
             (0.75, 1.25),
-            f"{randoms}; relation accuracy {accuracy['circuit']:.2f}, random {accuracy['random']:.2f}",
+            "; ".join([f"{kind} {at_size[kind]}" for kind in randoms])
+            + f"; relation accuracy {accuracy['circuit']:.2f}, random {accuracy['random']:.2f}",
         ),
         Claim(
-            "Completeness: faithfulness of the model without that circuit",
+            f"Completeness: faithfulness of the model without that circuit of {what}",
             "–",
             at_size["without"],
             (-0.25, 0.25),
-            f"without as many random edges of the same steps {at_size['without random']}",
+            f"without as many random ones {at_size['without random']}",
         ),
     ]
-    for which, name, predicted in ((0, "CPR, circuit minus random", (0.05, 2.0)), (1, "CMD, random minus circuit", (0.05, 2.0))):
-        for control in ("random", "random, same steps"):
-            own = {kind: resampled(area(kind, which), prompts) for kind in ("circuit", control)}
+    for which, name in enumerate(("CPR, circuit minus random", "CMD, random minus circuit")):
+        for control in randoms:
+            own, others = (resampled(area(kind, which), prompts) for kind in ("circuit", control))
             claims.append(
                 Claim(
-                    f"{name}" + (" of the same steps" if "same" in control else ""),
+                    f"{name} {what}{control.removeprefix('random')}",
                     "–",
-                    resampled(better(which, control), prompts),
-                    predicted,
-                    f"circuit {own['circuit']}; {control} {own[control]}",
+                    resampled(gained(which, control), prompts),
+                    (0.05, 2.0),
+                    f"circuit {own}; random {others}",
                 )
             )
     return claims
 
 
-def content_claims(model: HookedTextToImage, edges: pd.DataFrame, smallest: int) -> list[Claim]:
-    """The circuit is early, and its words go to the heads whose weights are ramps (intervals over edges, and over heads)."""
-    circuit = edges[:smallest]
-    early = (circuit["step"] < EARLY).to_numpy().astype(float)
-    all_early = edges["step"] < EARLY
-    mass = edges.loc[all_early, "score"].abs().sum() / edges["score"].abs().sum()
-    words = edges[edges["sender"].str.startswith("text[")].copy()
-    words["head"] = words["receiver"].str.removesuffix(".k").str.removesuffix(".v")
-    by_head = words.assign(score=words["score"].abs()).groupby("head")["score"].sum()
+def content_claims(model: HookedTextToImage, edges: pd.DataFrame, circuit: pd.DataFrame) -> list[Claim]:
+    """Words are read early, and by the heads whose weights are ramps (intervals over edges, and over heads)."""
+    words = of_graph(edges, "words")
+    early, before = ((table["step"] < EARLY).to_numpy(float) for table in (circuit, words))
+    by_head = words.assign(head=words["receiver"].str[:-2], score=words["score"].abs()).groupby("head")["score"].sum()
     screened = dynamics.screen(model)["shape2" if isinstance(model.text_encoder, HookedT5Encoder) else "words"]
     ramps = [f"cross_attn.L{row.layer}H{row.head}" for row in relation_heads(screened).itertuples()]
-    is_ramp = by_head.index.isin(ramps)
-    share = resampled(lambda rows: float(early[rows].mean()), len(early))
-    strength = by_head.to_numpy()
+    strength, is_ramp = by_head.to_numpy(), by_head.index.isin(ramps)
+    mass = words.loc[words["step"] < EARLY, "score"].abs().sum() / words["score"].abs().sum()
     return [
         Claim(
-            f"Share of the circuit's edges at steps 0 to {EARLY - 1}",
+            f"Share of the words' circuit at steps 0 to {EARLY - 1}",
             "–",
-            share,
+            resampled(lambda rows: float(early[rows].mean()), len(early)),
             (0.5, 1.0),
-            f"of all edges {all_early.mean():.3f}; of their |score| {mass:.3f}",
+            f"of all edges from words {before.mean():.3f}; of their |score| {mass:.3f}",
         ),
         Claim(
             "Share of the words' |score| that goes to heads with ramps in their weights",
@@ -344,44 +358,56 @@ def content_claims(model: HookedTextToImage, edges: pd.DataFrame, smallest: int)
 # Figures
 
 
-def curves_figure(values: pd.DataFrame, total: int, smallest: int) -> Figure:
-    """Faithfulness over the share of edges, by kind, with intervals over prompts."""
-    figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for (kind, label), color in zip(KINDS.items(), ("C0", "C3", "0.45", "0.7"), strict=True):
-        curve = Curve.of(values, kind, total)
-        found = np.array([resampled(curve.at(size), values["prompt"].nunique()) for size in curve.sizes])
-        mean, low, high = found.T
-        ax.plot(100 * curve.sizes / total, mean, "o-", color=color, markersize=4, label=label)
-        ax.fill_between(100 * curve.sizes / total, low, high, color=color, alpha=0.15, linewidth=0)
-    ax.axvline(100 * smallest / total, color="C0", linewidth=0.8, linestyle=":")
-    for level in (0, KEEPS, 1):
-        ax.axhline(level, color="grey", linewidth=0.6, linestyle="--" if level == KEEPS else "-")
-    ax.set(xscale="log", xlabel="edges in the circuit, % of all", ylabel="relation kept (faithfulness)")
-    ax.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
-    ax.minorticks_off()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+def curves_figure(results: Mapping[str, tuple[pd.DataFrame, int, int]]) -> Figure:
+    """Faithfulness over the share of edges, a panel a graph, by kind of circuit, with intervals over prompts."""
+    figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.8), sharey=True, layout="constrained")
+    colors = dict(zip(KINDS, ("C0", "C3", "0.35", "0.65", "none"), strict=True))
+    for ax, (graph, (values, total, smallest)) in zip(np.atleast_1d(axes), results.items(), strict=True):
+        for kind in values["kind"].unique():
+            curve = Curve.of(values, kind, total)
+            if len(curve.sizes) == 1:
+                continue
+            found = np.array([resampled(curve.at(size), values["prompt"].nunique()) for size in curve.sizes])
+            mean, low, high = found.T
+            ax.plot(100 * curve.sizes / total, mean, "o-", color=colors[kind], markersize=4, label=KINDS[kind])
+            ax.fill_between(100 * curve.sizes / total, low, high, color=colors[kind], alpha=0.15, linewidth=0)
+        ax.axvline(100 * smallest / total, color="C0", linewidth=0.8, linestyle=":")
+        for level in (0, KEEPS, 1):
+            ax.axhline(level, color="grey", linewidth=0.6, linestyle="--" if level == KEEPS else "-")
+        ax.set(xscale="log", title=f"{total} {GRAPHS[graph]}", xlabel="edges kept, or left out, % (dotted: smallest circuit)")
+        ax.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("relation kept (faithfulness)")
+    axes[-1].legend(frameon=False, fontsize=8)
     return figure
 
 
-def content_figure(circuit: pd.DataFrame) -> Figure:
-    """How many of the circuit's edges each component sends, by step."""
-
-    def place(name: str) -> tuple[int, str]:
-        node = Node.parse(name)
-        if node.kind == "text":
-            return -2, name
-        return (-1, name) if node.layer is None else (node.layer, name)
-
-    table = circuit.groupby(["sender", "step"]).size().unstack(fill_value=0)
-    table = table.reindex(columns=range(int(circuit["step"].max()) + 1), fill_value=0)
-    table = table.loc[sorted(table.index, key=place)]
-    figure, ax = plt.subplots(figsize=(6, 0.6 + 0.17 * len(table)), layout="constrained")
-    mesh = ax.imshow(np.where(table > 0, table, np.nan), aspect="auto", cmap="viridis_r")
-    ax.set_yticks(range(len(table)), table.index, fontsize=7)
-    ax.set(xlabel="denoising step", ylabel="sender")
-    figure.colorbar(mesh, label="edges in the circuit")
+def content_figure(edges: pd.DataFrame, circuit: pd.DataFrame) -> Figure:
+    """By step: the share of |score| that each component sends, and the words' edges with the circuit's framed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.2), layout="constrained")
+    sent = edges.assign(score=edges["score"].abs()).pivot_table(index="sender", columns="step", values="score", aggfunc="sum")
+    sent = sent.loc[sorted(sent.index, key=_order)]
+    mesh = left.imshow(100 * sent / np.nansum(sent), aspect="auto", cmap="magma_r", norm="log")
+    left.set_yticks(range(len(sent)), sent.index, fontsize=7)
+    left.set(xlabel="denoising step", title="all edges, by sender")
+    figure.colorbar(mesh, ax=left, label="% of |score|")
+    words = of_graph(edges, "words").pivot_table(index="receiver", columns="step", values="score")
+    words = words.loc[sorted(words.index, key=_order)]
+    reach = float(np.nanmax(np.abs(words)))
+    mesh = right.imshow(words, aspect="auto", cmap="RdBu", norm=SymLogNorm(reach / 1000, vmin=-reach, vmax=reach))
+    right.set_yticks(range(len(words)), words.index.str.removeprefix("cross_attn."), fontsize=7)
+    right.set(xlabel="denoising step", title=f"edges from words, by reader; dots: the {len(circuit)} of the circuit")
+    row, column = words.index.get_indexer(circuit["receiver"]), words.columns.get_indexer(circuit["step"])
+    right.plot(column, row, "o", color="black", markersize=3)
+    figure.colorbar(mesh, ax=right, label="score: px gained where this edge carries the opposite word")
     return figure
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Words and the embedding first, then layer by layer."""
+    node = Node.parse(name)
+    return (-1 if node.layer is None else node.layer, name)
 
 
 if __name__ == "__main__":
