@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dit_lens import attribution
+from dit_lens import attribution, planted
 from dit_lens.faithfulness import Areas, areas, candidate_edges, cut_edges, faithfulness, random_circuits, resampled, run_circuits
 from hooked_models import HookedTextToImage
 
@@ -71,6 +71,32 @@ def test_circuits_do_not_disturb_each_other(model, edges):
     together = run_circuits(model, CLEAN, CORRUPT, SEEDS, edges, kept, STEPS)
     alone = run_circuits(model, CLEAN, CORRUPT, SEEDS, edges, kept[1:], STEPS)
     torch.testing.assert_close(together[1], alone[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_planted_circuits_doors_suffice_and_are_necessary():
+    """Of all edges from the relation word, those that were planted keep the whole relation, and nothing is left without them."""
+    model, truth = planted.planted_circuit("two-stage", seed=0)
+    clean, corrupt = (f"red circle is {phrase} blue square" for phrase in ("directly above", "directly below"))
+    heads = [f"cross_attn.L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    rows = [(step, "text[relation]", f"{head}.{part}") for step in range(14) for head in heads for part in "kv"]
+    edges = pd.DataFrame(rows, columns=["step", "sender", "receiver"])
+    relation = {str(head) for head in truth.relation_heads}
+    doors = {
+        (step, edge.receiver)
+        for edge in truth.edges
+        for step in edge.steps
+        if edge.sender == "text[relation]" and edge.receiver[:-2] in relation
+    }
+    true = np.array([(step, receiver) in doors for step, _, receiver in rows])
+    random = random_circuits(edges, [int(true.sum())], np.random.default_rng(0))[0]
+    images = run_circuits(model, [clean], [corrupt], [0], edges, np.stack([true, ~true, random]))[:, 0]
+    with torch.no_grad():
+        whole, opposite = model([clean, corrupt], 0)
+    assert 0 < true.sum() < len(edges) / 5
+    torch.testing.assert_close(images[0], whole, atol=0.01, rtol=0)  # planted steps are steep, not infinitely
+    torch.testing.assert_close(images[1], opposite, atol=0.01, rtol=0)
+    assert float((images[2] - whole).abs().max()) > 0.5
 
 
 def test_prompts_of_unequal_length_are_refused(model, edges):
