@@ -30,6 +30,7 @@ FIGURE_WIDTH = 900
 PACKAGES = ("torch", "diffusers", "transformers", "transformer-lens")
 FIGURES = {
     "accuracy_table": "accuracies.png",
+    "improve_relations": "dose_response.png",
     "learning_dynamics": "t5-micro.png",
     "positions_needed": "positions_needed.png",
     "robustness": "robustness.png",
