@@ -168,6 +168,7 @@ def heads_and_others(model: HookedTextToImage, carrier: Role, seed: int) -> pd.D
     return pd.DataFrame({"head": found, "other": others})
 
 
+@torch.no_grad()
 def layout_loss(model: HookedTextToImage, carrier: Role, seed: int, n: int = 32) -> dict[str, float]:
     """How far each head's loss of the carrier's words turns the layout at step 0 away from the caption's, most harmful first.
 
@@ -263,6 +264,7 @@ def guided(
     return torch.where(chosen, pattern + weight * (pattern - without), pattern)
 
 
+@torch.no_grad()
 def judged(
     model: HookedTextToImage,
     task: Task,
@@ -344,8 +346,15 @@ def change(effects: pd.DataFrame, method: str, kind: str, verdict: str) -> Inter
 
 
 def relation_claims(name: str, told: pd.DataFrame, chosen: Mapping[Method, float]) -> list[Claim]:
-    """What each method at its chosen dose does to relations, and what it costs."""
-    none = told[(told["method"] == "none") & (told["verdict"] == "relation_loose")]["accuracy"].item()
+    """What each method at its chosen dose does to relations, and what it costs.
+
+    A relation is only judged right where both objects are bound, so what the circuit could still win is what is bound and wrong.
+    """
+    right, bound = (
+        told[(told["method"] == "none") & (told["verdict"] == verdict)]["accuracy"].item()
+        for verdict in ("relation_loose", "unique_binding")
+    )
+    before = f"{right:.3f} without, of {bound:.3f} bound"
     claims = []
     for method, dose in chosen.items():
         what = f"{name}, {method} {dose:g}"
@@ -353,7 +362,7 @@ def relation_claims(name: str, told: pd.DataFrame, chosen: Mapping[Method, float
         of = {kind: change(told, method, kind, "relation_loose") for kind in ("circuit", "control", "difference")}
         claims.append(
             Claim(
-                f"{what}: change of relation (loose), {none:.3f} without",
+                f"{what}: change of relation (loose), {before}",
                 "–",
                 of["circuit"],
                 RAISED if method in TASKS[name].raised else NO_USE,
