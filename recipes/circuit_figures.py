@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -138,7 +139,7 @@ def maps_figure(model: HookedTextToImage, senders: Sequence[str], receiver: str,
         maps = circuits.two_head_maps(model, text, before, receiver)
         places = [token_roles(model, text).index(role) for role in SHAPE_WORDS]
         bare(row[0]).imshow(image.permute(1, 2, 0).numpy())
-        row[0].set_title(text, fontsize=7, loc="left")
+        row[0].set_title(textwrap.fill(text, 22), fontsize=7)
         reach = float(abs(maps["composed"][places]).max())
         for column, (which, place) in enumerate(product(("alone", "composed"), places), start=1):
             picture = bare(row[column]).imshow(maps[which][place], cmap="RdBu_r", vmin=-reach, vmax=reach)
@@ -149,9 +150,11 @@ def maps_figure(model: HookedTextToImage, senders: Sequence[str], receiver: str,
     return drawn
 
 
-def dependence_figure(maps: pd.DataFrame, shares: pd.DataFrame, paths: Mapping[str, Interval]) -> Figure:
-    """Spread and direction of the maps by what was added; what heads write; what goes through which path."""
-    drawn, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained", width_ratios=[1, 1, 1.3, 1])
+def dependence_figure(
+    maps: pd.DataFrame, shares: pd.DataFrame, paths: Mapping[str, Interval], swaps: Mapping[str, Interval]
+) -> Figure:
+    """Spread and direction of the maps by what was added; what heads write; what either path patching finds by path."""
+    drawn, axes = plt.subplots(1, 5, figsize=(18, 3.4), layout="constrained", width_ratios=[1, 1, 1.3, 1, 1])
     for ax, column, label in (
         (axes[0], "spread", "spread over positions, logits"),
         (axes[1], "along", "cosine with the relation's ramp"),
@@ -168,14 +171,17 @@ def dependence_figure(maps: pd.DataFrame, shares: pd.DataFrame, paths: Mapping[s
             range(len(rows)), [f"{head}\n{role}" for head, role in zip(rows["head"], rows["role"], strict=True)], fontsize=7
         )
     axes[2].set_title("what object heads write: R²", fontsize=9)
-    axes[2].legend(frameon=False, fontsize=8)
-    found = list(paths.values())
-    reach = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-    axes[3].errorbar([one.mean for one in found], range(len(found)), xerr=reach, fmt="o", color="black")
-    axes[3].set_yticks(range(len(found)), [path.replace(" → ", " →\n") for path in paths], fontsize=7)
-    axes[3].axvline(0, color="grey", linewidth=0.6)
-    axes[3].invert_yaxis()
-    axes[3].set_title("share of the layout's turn by path", fontsize=9)
+    axes[2].legend(fontsize=8, loc="center right")
+    for ax, found, label in (
+        (axes[3], paths, "share of the layout's turn, by path"),
+        (axes[4], swaps, "images whose shapes change places, by path"),
+    ):
+        for place, one in enumerate(found.values()):
+            ax.errorbar(one.mean, place, xerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o", color="black")
+        ax.set_yticks(range(len(found)), [path.replace(" → ", " →\n") for path in found], fontsize=7)
+        ax.axvline(0, color="grey", linewidth=0.6)
+        ax.invert_yaxis()
+        ax.set_title(label, fontsize=9)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     return drawn

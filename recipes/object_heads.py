@@ -102,7 +102,7 @@ def main(config: Config) -> None:
     verdicts = {"shape": "shapes", "unique_binding": "binding", "relation_given_both": "relation, both drawn"}
     effects_figure(drawn, list(conditions_of(objects)), verdicts).savefig(out / "knockouts.png", dpi=150)
     maps_figure(model, relation_heads, objects[0], config.seed).savefig(out / "maps.png", dpi=150)
-    dependence_figure(maps, shares, shares_of_paths(paths)).savefig(out / "dependence.png", dpi=150)
+    dependence_figure(maps, shares, shares_of_paths(paths), swapped(swaps)).savefig(out / "dependence.png", dpi=150)
 
 
 def object_heads(seen: Float[xr.DataArray, "..."]) -> list[str]:
@@ -219,10 +219,10 @@ def swap_effects(model: HookedTextToImage, senders: Sequence[str], objects: Sequ
 
     A row a path and scene: 1 where each colour has the other's shape, in the runs original, source and patched.
     """
-    swapped = [replace(scene, shape1=scene.shape2, shape2=scene.shape1) for scene in scenes_of(n, seed)[0]]
+    exchanged = [replace(scene, shape1=scene.shape2, shape2=scene.shape1) for scene in scenes_of(n, seed)[0]]
 
     def judge(images: Tensor) -> Tensor:
-        return torch.from_numpy(scenes.evaluate(images, swapped)["unique_binding"].values.astype(float))
+        return torch.from_numpy(scenes.evaluate(images, exchanged)["unique_binding"].values.astype(float))
 
     return patched_paths(model, matched_paths(model, senders, objects, seed), n, seed, judge)
 
@@ -371,12 +371,15 @@ def path_claims(paths: pd.DataFrame) -> list[Claim]:
 
 def swap_claim(swaps: pd.DataFrame) -> Claim:
     """Shapes change places in at least one image of ten."""
-    rows = swaps.assign(change=swaps["patched"] - swaps["original"])
-    found = {
-        str(path): clustered_mean(part["change"].to_numpy(float)[:, None]) for path, part in rows.groupby("path", sort=False)
-    }
+    found = swapped(swaps)
     others = "; ".join(f"{path} {value}" for path, value in found.items() if path != TO_OBJECTS)
     return Claim(f"{TO_OBJECTS}: share of images whose shapes change places", "–", found[TO_OBJECTS], (0.1, 1.0), others)
+
+
+def swapped(swaps: pd.DataFrame) -> dict[str, Interval]:
+    """By path the share of images whose shapes change places, beyond those that have them so anyway."""
+    by_path = swaps.assign(change=swaps["patched"] - swaps["original"]).groupby("path", sort=False)["change"]
+    return {str(path): clustered_mean(change.to_numpy(float)[:, None]) for path, change in by_path}
 
 
 def shares_of_paths(paths: pd.DataFrame) -> dict[str, Interval]:

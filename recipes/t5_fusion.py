@@ -114,7 +114,7 @@ def share_interval(
 
     def share(picks: np.ndarray) -> float:
         again = variance.partition(vectors[picks], factors.iloc[picks].reset_index(drop=True), permutations=0)
-        return float(again[column][factor])
+        return float(np.clip(again[column][factor], 0, 1))  # rounding
 
     rng, n = np.random.default_rng(0), len(factors)
     resampled = [share(rng.integers(n, size=n)) for _ in range(RESAMPLES)]

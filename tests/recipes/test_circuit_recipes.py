@@ -255,12 +255,15 @@ def test_a_share_of_the_total_is_of_sums():
 
 
 @pytest.mark.slow
-def test_all_of_the_relation_words_readers_carry_the_whole_turn():
-    """Path patching of every head of cross-attention as sender, by way of the image, is the opposite prompt itself."""
-    heads = knockouts.names_of((layer, head) for layer in range(6) for head in range(3))
-    found = object_heads.path_effects(rte(), heads[:-1], heads[-1:], 2, seed=0)
-    whole = found[found["path"] == "relation heads → image"]
-    np.testing.assert_allclose(whole["moved"], whole["total"], atol=0.1)
+def test_a_path_from_the_whole_text_to_the_image_is_the_opposite_prompt():
+    wanted, _ = knockouts.scenes_of(2, 0)
+    paths = {"all": (["text"], ["image"]), "none": (["cross_attn.L5H2"], ["image"])}
+    found = object_heads.patched_paths(
+        rte(), paths, 2, 0, lambda images: torch.from_numpy(relation_heads.layout(images, wanted))
+    ).set_index("path")
+    np.testing.assert_allclose(found.loc["all", "patched"], found.loc["all", "source"], atol=1e-3)
+    assert (found.loc["all", "source"] < 0).all()
+    assert (found.loc["none", "patched"] > 0.5).all()
 
 
 # The bottleneck
