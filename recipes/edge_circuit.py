@@ -398,7 +398,9 @@ def content_figure(edges: pd.DataFrame, circuit: pd.DataFrame) -> Figure:
     mesh = right.imshow(words, aspect="auto", cmap="RdBu", norm=SymLogNorm(reach / 1000, vmin=-reach, vmax=reach))
     right.set_yticks(range(len(words)), words.index.str.removeprefix("cross_attn."), fontsize=7)
     right.set(xlabel="denoising step", title=f"edges from words, by reader; dots: the {len(circuit)} of the circuit")
-    row, column = words.index.get_indexer(circuit["receiver"]), words.columns.get_indexer(circuit["step"])
+    row, column = (
+        index.get_indexer(pd.Index(circuit[name])) for index, name in ((words.index, "receiver"), (words.columns, "step"))
+    )
     right.plot(column, row, "o", color="black", markersize=3)
     figure.colorbar(mesh, ax=right, label="score: px gained where this edge carries the opposite word")
     return figure

@@ -30,11 +30,16 @@ FIGURE_WIDTH = 900
 PACKAGES = ("torch", "diffusers", "transformers", "transformer-lens")
 FIGURES = {
     "accuracy_table": "accuracies.png",
-    "improve_relations": "dose_response.png",
-    "learning_dynamics": "t5-micro.png",
-    "positions_needed": "positions_needed.png",
-    "robustness": "robustness.png",
+    "attention_synopsis": "heads.png",
+    "relation_heads": "three_ways.png",
+    "object_heads": "dependence.png",
     "t5_fusion": "variance.png",
+    "robustness": "robustness.png",
+    "bottleneck": "bottleneck.png",
+    "positions_needed": "positions_needed.png",
+    "learning_dynamics": "t5-micro.png",
+    "edge_circuit": "faithfulness.png",
+    "improve_relations": "dose_response.png",
     "three_objects": "shares.png",
 }
 """Every recipe that states claims, in the order of the page → the figure of its that is shown there."""
