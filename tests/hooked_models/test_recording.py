@@ -175,7 +175,10 @@ def test_keys_and_values_of_the_text_are_kept_once(model, whole) -> None:
     ("grid", "prompts", "dtype", "settings"),
     [
         (8, 2, torch.float32, {"steps": 0, "num_steps": 1}),
-        (16, 1, torch.bfloat16, {"steps": 0, "num_steps": 1, "branch": "both", "heads": ["L0H1", "L1H0"]}),
+        pytest.param(
+            *(16, 1, torch.bfloat16, {"steps": 0, "num_steps": 1, "branch": "both", "heads": ["L0H1", "L1H0"]}),
+            marks=pytest.mark.slow,
+        ),
         (32, 2, torch.bfloat16, {"names_filter": lambda name: name.endswith(("pattern", "_v")), "patterns": "received"}),
         (32, 1, torch.float32, {"names_filter": is_pattern, "patterns": "entropy", "branch": "uncond"}),
         (32, 1, torch.float32, {"names_filter": ["blocks.1.hook_resid_post", "hook_image"]}),
