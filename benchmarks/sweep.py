@@ -157,6 +157,7 @@ def searched(model: HookedTextToImage, cells: Cells, config: Config) -> list[dic
                 "times faster": exhaustive / spent,
                 **{f"of the true top {n}": len(set(sizes.index[:n]) & set(ran)) / n for n in (3, config.best)},
                 "rank correlation": str(found.spearman),
+                "of magnitudes": str(found.of_sizes),
                 f"missed above rank {rank}, at most": found.missed(rank).most,
             }
         )

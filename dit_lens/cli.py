@@ -185,7 +185,8 @@ def sweep_command(
     if top is not None:
         search = sweep.two_stage(plan, column, top, sample, out=out, executor=executor, workers=workers)
         console.print(search.table[search.table["drawn"] != ""].head(show).round(4).to_string(index=False))
-        console.print(f"scores against exact effects, rank correlation {search.spearman}\n{search.missed()}")
+        console.print(f"scores against exact effects: rank correlation {search.spearman}, of sizes {search.of_sizes}")
+        console.print(str(search.missed()))
         return
     found = plan.run(out, executor, workers)
     names = [name for name in found if str(name).endswith("_effect")]

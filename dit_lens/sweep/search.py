@@ -67,6 +67,8 @@ class Search:
     spearman: Interval
     """Rank correlation of scores and exact effects over the random sample of all scored conditions."""
     p: float
+    of_sizes: Interval
+    """The same of magnitudes, by which the top is chosen: an effect's size can be foreseen where its sign cannot."""
     in_sample: Sequence[bool]
     """Row by row of the table: those in the top can be in the sample too."""
 
@@ -140,7 +142,8 @@ def two_stage(
     found = exact.run(folder and folder / f"top {k}, sample {sample}, seed {rng}", executor, workers)
     effects = np.full((len(scores), 3), np.nan)
     effects[run] = found[f"{metric}_effect"].values
-    rho = rank_correlation(scores[in_sample], effects[in_sample, 0])
+    pairs = scores[in_sample], effects[in_sample, 0]
+    rho, (of_sizes, _) = rank_correlation(*pairs), rank_correlation(*map(np.abs, pairs))
     table = pd.DataFrame(
         {
             "intervention": [one.label for one in plan.treatments],
@@ -151,7 +154,7 @@ def two_stage(
         }
     )
     order = np.concatenate([order, np.flatnonzero(np.isnan(scores))])
-    return Search(found, table.iloc[order].reset_index(drop=True), *rho, in_sample[order].tolist())
+    return Search(found, table.iloc[order].reset_index(drop=True), *rho, of_sizes, in_sample[order].tolist())
 
 
 def _scores(

@@ -98,6 +98,7 @@ def test_the_search_runs_what_it_says_and_no_more(model, tmp_path):
     sample = table[found.in_sample]
     assert len(sample) == 5
     assert found.spearman == rank_correlation(sample["score"].to_numpy(), sample["exact"].to_numpy())[0]
+    assert found.of_sizes == rank_correlation(sample["score"].abs().to_numpy(), sample["exact"].abs().to_numpy())[0]
 
     scored = []
     handle = model.dit.register_forward_pre_hook(lambda *args: scored.append(1))
