@@ -286,7 +286,7 @@ def knockout_figure(lost: pd.DataFrame) -> Figure:
         ax.set_yticks(range(len(conditions)), [label for *_, label in conditions])
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    axes[0].legend(frameon=False, fontsize=8, title="accuracy of")
+    axes[1].legend(frameon=False, fontsize=8, title="accuracy of", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
