@@ -174,7 +174,7 @@ def dependence_figure(
     axes[2].legend(fontsize=8, loc="center right")
     for ax, found, label in (
         (axes[3], paths, "share of the layout's turn, by path"),
-        (axes[4], swaps, "images whose shapes change places, by path"),
+        (axes[4], swaps, "shapes change places, by path"),
     ):
         for place, one in enumerate(found.values()):
             ax.errorbar(one.mean, place, xerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o", color="black")
