@@ -409,15 +409,15 @@ def dose_figure(table: pd.DataFrame) -> Figure:
 
 def draw_curves(ax: Axes, rows: pd.DataFrame, neutral: float) -> None:
     """The doses tried: every verdict of the circuit, and the relation of the controls where they were run."""
-    for verdict, color in COLORS.items():
-        of_verdict = rows[rows["verdict"] == verdict]
+    widths = {"color": 6.0, "shape": 4.5, "unique_binding": 3.0, "relation_loose": 1.5}  # nested, as curves often coincide
+    for verdict, width in widths.items():
         for kind, style in (("circuit", "-"), ("control", ":")):
-            curve = of_verdict[of_verdict["kind"] == kind].sort_values("dose")
-            main_one = verdict == "relation_loose"
-            if len(curve) and (main_one or kind == "circuit"):
+            curve = rows[(rows["verdict"] == verdict) & (rows["kind"] == kind)].sort_values("dose")
+            if len(curve) and (verdict == "relation_loose" or kind == "circuit"):
                 label = f"{verdict.replace('_loose', '').replace('_', ' ')}, {kind}, training prompts"
                 x, y = [neutral, *curve["dose"]], [0.0, *curve["mean"]]
-                ax.plot(x, y, style, marker=".", color=color, linewidth=2 if main_one else 1, alpha=0.7, label=label)
+                pale = 1.0 if verdict == "relation_loose" else 0.45
+                ax.plot(x, y, style, color=COLORS[verdict], linewidth=width, alpha=pale, label=label)
 
 
 def draw_reported(ax: Axes, rows: pd.DataFrame, apart: float) -> None:
