@@ -379,7 +379,7 @@ def curves_figure(results: Mapping[str, tuple[pd.DataFrame, int, int]]) -> Figur
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("relation kept (faithfulness)")
-    axes[-1].legend(frameon=False, fontsize=8)
+    axes[0].legend(*axes[-1].get_legend_handles_labels(), loc="center left", frameon=False, fontsize=8)
     return figure
 
 
@@ -398,9 +398,7 @@ def content_figure(edges: pd.DataFrame, circuit: pd.DataFrame) -> Figure:
     mesh = right.imshow(words, aspect="auto", cmap="RdBu", norm=SymLogNorm(reach / 1000, vmin=-reach, vmax=reach))
     right.set_yticks(range(len(words)), words.index.str.removeprefix("cross_attn."), fontsize=7)
     right.set(xlabel="denoising step", title=f"edges from words, by reader; dots: the {len(circuit)} of the circuit")
-    row, column = (
-        index.get_indexer(pd.Index(circuit[name])) for index, name in ((words.index, "receiver"), (words.columns, "step"))
-    )
+    row, column = words.index.get_indexer(pd.Index(circuit["receiver"])), words.columns.get_indexer(pd.Index(circuit["step"]))
     right.plot(column, row, "o", color="black", markersize=3)
     figure.colorbar(mesh, ax=right, label="score: px gained where this edge carries the opposite word")
     return figure
