@@ -209,7 +209,7 @@ def figure(found: dict[str, dict[str, Interval]], where: dict[str, str]) -> Figu
     ax.set_yticks(range(len(measures_)), [measure.replace(": ", ":\n") for measure in measures_], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("change of accuracy, paired (share of variance in the third row), 95 %")
-    ax.legend(frameon=False, fontsize=9, title="bottleneck", loc="lower left")
+    ax.legend(frameon=False, fontsize=9, title="bottleneck", loc="upper left", bbox_to_anchor=(1, 1))
     ax.spines[["top", "right"]].set_visible(False)
     return drawn
 

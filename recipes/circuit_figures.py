@@ -171,7 +171,8 @@ def dependence_figure(
             range(len(rows)), [f"{head}\n{role}" for head, role in zip(rows["head"], rows["role"], strict=True)], fontsize=7
         )
     axes[2].set_title("what object heads write: R²", fontsize=9)
-    axes[2].legend(fontsize=8, loc="center right")
+    axes[2].legend(fontsize=8, loc="upper right", ncols=2, frameon=False)
+    axes[2].set_ylim(0, 1.25)
     for ax, found, label in (
         (axes[3], paths, "share of the layout's turn, by path"),
         (axes[4], swaps, "shapes change places, by path"),
