@@ -81,7 +81,7 @@ class PatchModel(NoLanguageModel, HookedModule):
         return (patches + code).to(patches.dtype)
 
     def from_patches(
-        self, patches: Float[Tensor, "batch pos d_vocab"], like: Float[Tensor, "batch _ height width"]
+        self, patches: Float[Tensor, "batch pos d_vocab"], like: Float[Tensor, "_ _ height width"]
     ) -> Float[Tensor, "batch out_channels height width"]:
         """What ``proj_out`` computed, as an output of the height and width of ``like``."""
         p = self._cfg.patch_size
