@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Int
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -252,7 +253,8 @@ def ablation_effects(
     chunks = [np.arange(start, min(start + batch, len(row_scene))) for start in range(0, len(row_scene), batch)]
     jobs = [(name, chunk) for name in edits for chunk in chunks]
     judged: dict[str, list[xr.Dataset]] = {name: [] for name in edits}
-    for name, chunk in track(jobs, "generating ablated scenes", transient=True, disable=len(jobs) < LONG):
+    console = Console(stderr=True)
+    for name, chunk in track(jobs, "generating ablated scenes", transient=True, disable=len(jobs) < LONG, console=console):
         rows = torch.from_numpy(row_scene[chunk])
         hooks = [(part.site.name, part) for edit in edits[name] if bool((part := edit.take(rows)).where.any())]
         images = model.run_with_hooks(
