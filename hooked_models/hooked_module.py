@@ -167,11 +167,23 @@ class HookedModule(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[HookedModule]:
-        """TransformerLens' ``hooks``, with every name checked before the first hook is attached."""
+        """TransformerLens' ``hooks``, with every name checked before the first hook is attached.
+
+        At the end only the hook points that were given hooks are looked at: TransformerLens goes over all, for every call.
+        """
         fwd: list[Any] = [(name, hook) for where, hook in fwd_hooks for name in self.names(where)]
         bwd: list[Any] = [(name, hook) for where, hook in bwd_hooks for name in self.names(where)]
-        with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            yield self
+        level = self.context_level + 1
+        try:
+            with super().hooks(fwd, bwd, reset_hooks_end=False):
+                yield self
+        finally:
+            if reset_hooks_end:
+                if clear_contexts:
+                    self.clear_contexts()
+                for name in {name for name, _ in (*fwd, *bwd)}:
+                    self.hook_dict[name].remove_hooks("both", level=level)
+                self.is_caching = False
 
     def add_hook(
         self,

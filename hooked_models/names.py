@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -125,16 +125,18 @@ class GenerationNames(Mapping[str, HookPoint]):
         assert found is not None  # no site leads to an encoder without hooks
         return found
 
-    def sites(self, num_steps: int | None = None) -> Iterator[Site]:
-        """Every site that fires, in the order of a run. Hooks held back by a flag are left out."""
+    def sites(
+        self, num_steps: int | None = None, steps: Iterable[int] | None = None, branches: Sequence[Branch] = BRANCHES
+    ) -> Iterator[Site]:
+        """Every site that fires, in the order of a run (of the given steps). Hooks held back by a flag are left out."""
         parts: tuple[Part, ...] = ("text_encoder", "null_text_encoder") if self.text_encoder is not None else ()
         for part in parts:
             assert self.text_encoder is not None
             yield from (Site(part, inner) for inner in self.text_encoder.names(None))
         inners = self.dit.names(None)
-        for step in range(self.num_steps if num_steps is None else num_steps):
+        for step in range(self.num_steps if num_steps is None else num_steps) if steps is None else steps:
             yield Site("sampler", "hook_latent", step)
-            for branch in BRANCHES:
+            for branch in branches:
                 yield from (Site("dit", inner, step, branch) for inner in inners)
             yield from (Site("sampler", inner, step) for inner in self.sampler.hook_dict if inner not in ("hook_latent", FINAL))
         yield Site("sampler", FINAL)
@@ -168,7 +170,11 @@ class GenerationNames(Mapping[str, HookPoint]):
             return at_step and in_branch and fires
 
         if names_filter is None or callable(names_filter):
-            sites = [s for s in self.sites(len(every)) if wanted(s) and (names_filter is None or names_filter(s.name))]
+            branches = BRANCHES if branch == "both" else (branch,)
+            at = sorted(set(chosen))
+            sites = [
+                s for s in self.sites(steps=at, branches=branches) if wanted(s) and (not names_filter or names_filter(s.name))
+            ]
         else:
             sites = []
             for name in [names_filter] if isinstance(names_filter, str) else names_filter:
