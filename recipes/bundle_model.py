@@ -63,11 +63,12 @@ def main(config: Config) -> None:
         pipe.save_pretrained(folder, max_shard_size=MAX_SHARD)
     model = HookedTextToImage.from_pipeline(pipe.to(dtype=torch.float32))  # as it will be loaded
 
-    (folder / "training.json").write_text(json.dumps(training_facts(config), indent=1, ensure_ascii=False) + "\n")
+    facts = training_facts(config)
+    (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     rows = evaluation.evaluate_model(model, config.scenes, out=config.run / "evaluation")
     compact(rows).to_parquet(folder / "evaluation.parquet", index=False, compression="zstd")
     console.print(evaluation.to_markdown(rows))
-    if training_facts(config).get("trios"):
+    if facts.get("trios"):
         trio_verdicts(model, config.scenes).to_parquet(folder / "trios.parquet", index=False, compression="zstd")
     course = config.run / "dynamics.parquet"
     if course.exists():
@@ -78,7 +79,7 @@ def main(config: Config) -> None:
             folder / "learning.png", dpi=80
         )
     shown: list[Scene | Trio] = [*scenes.sample(16, seed=7, split="held_out", color_words="both")]
-    if training_facts(config).get("trios"):
+    if facts.get("trios"):
         shown = [*shown[:8], *scenes.sample_trios(8, seed=7, split="held_out")]
     draw_samples(model, folder / "samples.png", shown)
     console.print(f"bundled: {folder}; now python -m recipes.zoo_cards")
