@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,24 +56,29 @@ class Plan:
     @cached_property
     def forks(self) -> list[Fork]:
         """What has to run, in an order in which neighbours share most; all other cells are those of the clean run."""
-        n, layers = len(self.prompts), self.model.cfg.n_layers
-        found = []
+        found: list[Fork] = []
         for condition, treatment in enumerate(self.treatments):
-            until = self._until(treatment)
-            if until is None:
-                continue
-            starts = treatment.starts(layers)
-            branches = tuple(starts.items()) if self.guidance > 1 else tuple((b, s) for b, s in starts.items() if b == "cond")
-            touched = np.flatnonzero(treatment.prompts)
-            for seed in range(len(self.seeds)):
-                groups = [np.arange(n)] if treatment.joint else touched[:, None]
-                found += [Fork(condition, seed * n + group, treatment.first, until, branches) for group in groups]
+            if (until := self._until(treatment)) is not None:
+                found += self.forks_of(condition, treatment.first, until, range(len(self.seeds)))
 
         def place(fork: Fork) -> tuple[int, ...]:
-            row, layer = int(fork.rows[0]), min(dict(fork.starts).values(), default=layers)
-            return (fork.first, row // n, len(fork.rows), row, layer)
+            row, layer = int(fork.rows[0]), min(dict(fork.starts).values(), default=self.model.cfg.n_layers)
+            return (fork.first, row // len(self.prompts), len(fork.rows), row, layer)
 
         return sorted(found, key=place)
+
+    def forks_of(self, condition: int, first: int, until: int, seeds: Iterable[int]) -> Iterator[Fork]:
+        """A condition's forks, clean up to step `first`: one a prompt, unless prompts look at each other."""
+        n, treatment = len(self.prompts), self.treatments[condition]
+        branches = tuple(
+            (branch, layer)
+            for branch, layer in treatment.starts(self.model.cfg.n_layers, first).items()
+            if branch == "cond" or self.guidance > 1
+        )
+        groups = [np.arange(n)] if treatment.joint else np.flatnonzero(treatment.prompts)[:, None]
+        for seed in seeds:
+            for group in groups:
+                yield Fork(condition, seed * n + group, first, until, branches)
 
     def _until(self, treatment: Treatment) -> int | None:
         """The step before which nobody looks any more; None where nobody would see a difference."""

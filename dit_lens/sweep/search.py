@@ -1,43 +1,34 @@
-"""Two stages: every condition is scored by attribution, and the promising ones, with a random sample, are run exactly.
+"""Two stages: every condition is scored by an estimate, and the promising ones, with a random sample, are run exactly.
 
     found = sweep.two_stage(plan, "height", k=20, sample=40)
     found.table                # one row a condition: score, exact effect where there is one, and why it was run
     found.spearman             # how far the scores are true, over the random sample
     found.missed()             # how many conditions may have been passed over, at 95 % confidence
 
-A score is, to first order, what the intervention changes: Σ (edited − clean) · ∂metric/∂activation, summed over all that it
-touches, at the runs without intervention. This is attribution patching (see `dit_lens.attribution`) with the sweep's own edits in
-the place of a second run. A knocked-out key is scored by what becomes of the pattern, for a masked score is no small change.
+How scores are made: `dit_lens.sweep.scores`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models.names import FINAL
-from hooked_models.trajectory import Inputs, Trajectory
-
-from ..edits import Edit
-from ..paired_runs import LATENT, chain, gradients, modulates
 from ..shards import Shards
 from ..stats import Interval, count_bound, rank_correlation
-from .clean import made_of
 from .execute import metric_of
-from .metrics import OWN, Metric, Read, fingerprint
+from .metrics import OWN, Metric, fingerprint
 from .plan import Plan
 from .progress import progress_bar
-from .treatments import Treatment
+from .scores import By, scores_of_seed
 
 
 class Missed(NamedTuple):
@@ -103,8 +94,9 @@ def two_stage(
     executor: str = "local",
     workers: int | None = None,
     rng: int = 0,
+    score: By | None = None,
 ) -> Search:
-    """Score all conditions of a plan by attribution, and run the `k` largest and a random `sample` of all, exactly.
+    """Score all conditions of a plan by an estimate, and run the `k` largest and a random `sample` of all, exactly.
 
     Args:
         metric: whose effect is looked for; of a metric with several values, one of them ("scene_relation_loose").
@@ -113,9 +105,13 @@ def two_stage(
         out: a folder, in which a search that was stopped goes on.
         executor, workers: of the exact runs, as in `sweep.run`.
         rng: seed of the sample.
+        score: "step", each touched step exactly and first order from there on, which finds what attention's saturation hides
+            from gradients; or "attribution", first order throughout, whose cost does not grow with the number of conditions.
+            Unless given, "step", but for a metric that is taken at the touched step itself, where it would save nothing.
 
-    Conditions that attribution has no score for (on the text encoder, the image, or the timestep's modulation, which depends
-    on no prompt; on the latent that an ε is taken of) are run exactly too.
+    Conditions that have no score (on the text encoder or the image; by attribution, on the timestep's modulation, which depends
+    on no prompt, and on the latent that an ε is taken of) are run exactly too. Those on tensors between denoiser calls are scored
+    by attribution.
 
     Raises:
         TypeError: the metric cannot be differentiated.
@@ -127,7 +123,8 @@ def two_stage(
     if k < 1 or sample < 1:
         raise ValueError(f"k={k}, sample={sample}: both have to be at least 1.")
     folder = None if out is None else Path(out)
-    scores = _scores(plan, name, metric.removeprefix(name).removeprefix("_"), by, folder)
+    way = score or ("attribution" if plan.reads[name].step == OWN else "step")
+    scores = _scores(plan, name, metric.removeprefix(name).removeprefix("_"), by, way, folder)
     scored = np.flatnonzero(~np.isnan(scores))
     order = scored[np.argsort(-np.abs(scores[scored]), kind="stable")]
     drawn = np.full(len(scores), "unscored", dtype=object)
@@ -158,17 +155,20 @@ def two_stage(
 
 
 def _scores(
-    plan: Plan, name: str, column: str, by: Callable[[Tensor], Tensor] | None, folder: Path | None
+    plan: Plan, name: str, column: str, by: Callable[[Tensor], Tensor] | None, way: By, folder: Path | None
 ) -> Float[np.ndarray, " condition"]:
-    """Means over prompts and seeds; NaN where attribution has none."""
+    """Means over prompts and seeds; NaN where there is none."""
     metric = plan.metrics[name] if by is None else Metric(by)
-    settings = {} if folder is None else {**plan.settings, "attribution": fingerprint([metric, plan.reads[name], column])}
+    settings = {} if folder is None else {**plan.settings, "scores": fingerprint([metric, plan.reads[name], column, way])}
     shards = None if folder is None else Shards(folder, settings)
     of_seeds = []
     with progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as told:
-        for i, seed in enumerate(plan.seeds):
-            make = partial(_of_seed, plan, plan.reads[name], metric, column, seed, told.worked)
-            of_seeds.append(make(i) if shards is None else shards.load_or(i, make))
+        for seed in range(len(plan.seeds)):
+
+            def make(seed: int) -> Float[np.ndarray, "condition prompt"]:
+                return scores_of_seed(plan, name, metric, column, way, seed, told.worked)
+
+            of_seeds.append(make(seed) if shards is None else shards.load_or(seed, make))
     values = np.stack(of_seeds)  # [seed condition prompt]
     scored = ~np.isnan(values).any(axis=(0, 2))
     if scored.any() and not np.any(values[:, scored]):
@@ -177,99 +177,3 @@ def _scores(
             "by=, a function of the same tensor that goes up or down with what you look for."
         )
     return np.where(scored, values.mean(axis=(0, 2)), np.nan)
-
-
-def _of_seed(
-    plan: Plan, read: Read, metric: Metric, column: str, seed: int, done: Callable[[int], None], _: int = 0
-) -> Float[np.ndarray, "condition prompt"]:
-    n, tokens = len(plan.prompts), plan.model.to_tokens(plan.prompts)
-    unscored = np.array([not _scorable(treatment, read) for treatment in plan.treatments])
-    found = np.zeros((len(plan.treatments), n))
-    found[unscored] = np.nan
-    together = any(one.joint for one in plan.treatments)  # "mean" and "resample" look at all prompts
-    for rows in [np.arange(n)] if together else np.array_split(np.arange(n), -(-n // plan.batch)):
-        run = plan.model.trajectory(tokens[rows], seed, plan.num_steps, plan.guidance)
-        for first, some in _questions(plan, read, np.flatnonzero(~unscored)):
-            found[np.ix_(some, rows)] = _first_order(plan, run, first, read, metric, column, rows, some)
-        done(len(rows))
-    return found
-
-
-def _scorable(treatment: Treatment, read: Read) -> bool:
-    """Whether all that it touches lies on the way from a run's inputs to its result, step by step."""
-    own = read.at(treatment.first).step if read.inner == "eps" else None  # made of the latent twice, once beside the network
-    sites = [edit.site for edit in treatment.edits]
-    return all(
-        site.step is not None and not modulates(site.inner) and (site.inner, site.step) != ("hook_latent", own) for site in sites
-    )
-
-
-def _questions(plan: Plan, read: Read, which: Int[np.ndarray, " _"]) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
-    """(first step of a chain, conditions that it is about); where a metric is taken at the first touched step, one each."""
-    firsts = np.array([plan.treatments[i].first for i in which.tolist()], dtype=np.int64)
-    if read.step == OWN:
-        for first in np.unique(firsts):
-            yield int(first), which[firsts == first]
-    else:
-        seen = which[firsts <= plan.num_steps if read.step is None else firsts <= read.step]
-        if len(seen):
-            yield int(firsts.min()), seen
-
-
-def _first_order(
-    plan: Plan,
-    run: Trajectory,
-    first: int,
-    read: Read,
-    metric: Metric,
-    column: str,
-    rows: Int[np.ndarray, " prompt"],
-    some: Int[np.ndarray, " condition"],
-) -> Float[np.ndarray, "condition prompt"]:
-    """Σ (edited − clean) · gradient, of the conditions `some`."""
-    last = plan.num_steps - (read.inner == LATENT) if read.step is None else read.at(first).step
-    assert last is not None
-    one = chain(run, first, last, (LATENT,) if read.inner == LATENT else read.hooks, partial(_read, read.at(first), run.inputs))
-    baseline = one.output.detach()
-
-    def differentiable(tensor: Tensor) -> Tensor:
-        found = metric.function(tensor, **{key: value for key, value in offered.items() if key in metric.given})
-        return found[column] if isinstance(found, Mapping) else found  # type: ignore[return-value]
-
-    offered: dict[str, Any] = {"baseline": baseline, "prompt": rows}
-    edits: dict[int, list[tuple[int, str, list[Edit]]]] = {}  # segment → (place in `some`, hook, what is done there in turn)
-    for place, condition in enumerate(some.tolist()):
-        for step, here in plan.treatments[condition].at.items():
-            if step > last:
-                continue
-            by_hook: dict[str, list[Edit]] = {}
-            for edit in here:
-                by_hook.setdefault(_hook(edit), []).append(edit)
-            edits.setdefault(step - first, []).extend((place, name, several) for name, several in by_hook.items())
-    names = {segment: list(dict.fromkeys(name for _, name, _ in parts)) for segment, parts in edits.items()}
-    scores, index = np.zeros((len(some), len(rows))), torch.from_numpy(rows)
-    for segment, gradient in gradients([(one, 1.0)], names, differentiable):
-        clean = one.activations(segment, names[segment])
-        for place, name, several in edits[segment]:
-            edited = clean[name]
-            for edit in several:
-                edited = _edited(edit if len(rows) == len(plan.prompts) else edit.take(index), edited)
-            change = (edited - clean[name]) * gradient[name]
-            scores[place] += change.flatten(1).sum(dim=1, dtype=torch.float64).cpu().numpy()
-    return scores
-
-
-def _read(read: Read, inputs: Inputs, kept: Mapping[str, Tensor]) -> Tensor:
-    return kept[read.inner] if read.inner in (FINAL, LATENT) else made_of(dict(kept), read, inputs)
-
-
-def _hook(edit: Edit) -> str:
-    """Where an edit is scored: a masked attention score by the pattern that comes of it."""
-    return edit.site.name.replace("hook_attn_scores", "hook_pattern") if edit.action == "knockout" else edit.site.name
-
-
-def _edited(edit: Edit, clean: Tensor) -> Tensor:
-    if edit.action != "knockout":
-        return edit(clean)
-    kept = clean.masked_fill(edit.where, 0.0)
-    return kept / kept.sum(dim=-1, keepdim=True)

@@ -105,12 +105,12 @@ class Treatment:
         """The first step that is not the clean run's; the number of steps where only the image is touched."""
         return 0 if self.before else min(self.at, default=self.steps)
 
-    def starts(self, layers: int) -> dict[Branch, int]:
-        """At the first step: branch → the layer from which on it differs from the clean run's; others do not differ."""
+    def starts(self, layers: int, step: int) -> dict[Branch, int]:
+        """Of a run that is the clean one up to `step`: branch → the layer from which on it differs there; others do not."""
         found: dict[Branch, int] = {}
         for edit in self.before:
             found["uncond" if edit.site.part == "null_text_encoder" else "cond"] = 0
-        for edit in self.at.get(self.first, ()):
+        for edit in self.at.get(step, ()):
             site = edit.site
             if site.part == "dit":
                 assert site.branch is not None

@@ -40,15 +40,39 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("on", ["latent", "x0", "eps", "steps.1.hook_x0"])
-def test_a_score_is_the_effect_of_a_small_change(model, on):
+@pytest.mark.parametrize("score", ["step", "attribution"])
+@pytest.mark.parametrize("on", ["latent", "x0", "eps", "steps.1.hook_x0", "steps.1.hook_out_cond"])
+def test_a_score_is_the_effect_of_a_small_change(model, on, score):
     """In every branch, at one step and at several, on words and between denoiser calls."""
-    plan = sweep.plan(model, PROMPTS, SEEDS, SITES, {"m": sweep.Metric(energy, on=on)}, num_steps=STEPS)
-    found = sweep.two_stage(plan, "m", k=len(SITES), sample=1).table
+    sites = {name: one for name, one in SITES.items() if not (name == "latent" and on.endswith("cond"))}
+    plan = sweep.plan(model, PROMPTS, SEEDS, sites, {"m": sweep.Metric(energy, on=on)}, num_steps=STEPS, batch=3)
+    found = sweep.two_stage(plan, "m", k=len(sites), sample=1, score=score).table
     assert found.loc[found["drawn"] == "unscored", "intervention"].tolist() == (["latent"] if on == "eps" else [])
     found = found[found["drawn"] == "top"]
     np.testing.assert_allclose(found["score"], found["exact"], rtol=2e-3, atol=1e-9)
     assert (found["score"].abs() > 1e-7).all()
+
+
+def test_a_step_is_taken_exactly(model):
+    """At the last step and for a linear metric nothing is approximated: the score is the effect, where attribution is far off."""
+    last = STEPS - 1
+    cells = {
+        "zero": Intervention("blocks.0.cross_attn.hook_z", [1], steps=last, branch="both"),
+        "mean": Intervention("blocks.1.attn.hook_pattern", [0], None, last, "cond", "mean"),
+        "hidden": Intervention("blocks.0.cross_attn.hook_attn_scores", None, "relation", last, action="knockout"),
+        "modulation": Intervention("blocks.1.adaln.hook_scale_msa", steps=last),
+        "tripled": Intervention("blocks.0.hook_mlp_out", None, [0, 3], last, "uncond", Scale(3.0)),
+    }
+    linear = sweep.Metric(lambda latent: (latent.flatten(1) * torch.linspace(-1, 2, latent[0].numel())).sum(1), on="latent")
+    plan = sweep.plan(model, PROMPTS, SEEDS, cells, {"m": linear}, num_steps=STEPS, batch=4)
+    errors = {}
+    for score in ("step", "attribution"):
+        table = sweep.two_stage(plan, "m", k=len(cells), sample=1, score=score).table.set_index("intervention")
+        assert (table["exact"].abs() > 1e-4).all()
+        errors[score] = ((table["score"] - table["exact"]) / table["exact"]).abs()
+    assert errors["step"].max() < 1e-5
+    assert np.isnan(errors["attribution"]["modulation"])
+    assert errors["attribution"].max() > 0.05
 
 
 def test_several_edits_of_one_tensor_are_scored_in_their_order(model):
@@ -71,7 +95,7 @@ def test_a_masked_key_is_scored_by_the_pattern_that_comes_of_it(model):
         _, cache = model.run_with_cache(PROMPTS, 0, STEPS, names_filter=name, steps=1)
     cells = {"hide": hide, "put": Intervention(name, [0], None, 1, action=Replace(cache[f"steps.1.cond.{name}"]))}
     plan = sweep.plan(model, PROMPTS, 0, cells, {"m": sweep.Metric(energy, on="x0")}, num_steps=STEPS)
-    found = sweep.two_stage(plan, "m", k=2, sample=1).table
+    found = sweep.two_stage(plan, "m", k=2, sample=1, score="attribution").table
     assert found["score"].iloc[0] == pytest.approx(found["score"].iloc[1], rel=1e-9)
     assert abs(found["score"].iloc[0]) > 1e-6
 
@@ -106,7 +130,7 @@ def test_the_search_runs_what_it_says_and_no_more(model, tmp_path):
     handle.remove()
     assert not scored  # scores and effects are on disk
     xr.testing.assert_identical(again.found, found.found)
-    with pytest.raises(ValueError, match="other attribution"):
+    with pytest.raises(ValueError, match="other scores"):
         sweep.two_stage(plan, "m_energy", k=3, sample=5, by=energy, out=tmp_path)
 
 
@@ -159,7 +183,7 @@ def test_what_has_no_score_is_refused(model, arguments, error, message):
 
 @pytest.mark.slow
 def test_the_planted_circuit_stands_at_the_top():
-    """Exhaustively; a score to first order passes over a saturated head of it (measured: L1H4), which the bound allows for."""
+    """Exhaustively, and in the scores by step; attribution passes over a saturated head (measured: L1H4), as its bound allows."""
     model, truth = planted.planted_circuit("two-stage", seed=0)
     needed = [head for head in truth.relation_heads if head.what.startswith("vertical")]
     needed += [head for head in truth.helper_heads if head.role == "presence"]
@@ -172,9 +196,12 @@ def test_the_planted_circuit_stands_at_the_top():
     cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=[layer], heads=range(model.cfg.n_heads))
     metrics = {"height": sweep.Metric(height, on="latent")}
     plan = sweep.plan(model, "red circle is directly above blue square", 0, cells, metrics)
-    found = sweep.two_stage(plan, "height", k=4, sample=2)
     whole = abs(plan.run()["height_effect"].sel(interval="mean")).to_series().sort_values(ascending=False)
     assert set(whole.index[: len(needed)]) == {f"L{head.layer}H{head.head}" for head in needed}
-    missed, left = found.missed(), found.table.loc[found.table["drawn"] == "", "intervention"]
-    assert (whole[left] > missed.beyond).sum() <= missed.most
-    assert (whole[left] > missed.largest).sum() <= missed.most_larger
+    for score in ("step", "attribution"):
+        found = sweep.two_stage(plan, "height", k=4, sample=2, score=score)
+        missed, left = found.missed(), found.table.loc[found.table["drawn"] == "", "intervention"]
+        assert (whole[left] > missed.beyond).sum() <= missed.most
+        assert (whole[left] > missed.largest).sum() <= missed.most_larger
+        if score == "step":
+            assert set(whole.index[: len(needed)]) <= set(found.table["intervention"][:4])

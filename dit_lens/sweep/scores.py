@@ -1,0 +1,213 @@
+"""What every condition may change, estimated for all of a plan's at once: the scores by which `two_stage` chooses.
+
+Both ways take the metric's gradients at the runs without intervention, and multiply them with what a condition changes:
+
+- `"step"`: every touched step is run exactly, up to the guided output of the network. What that changes · ∂metric/∂output: no
+  approximation within a step (saturated attention, masked keys, several layers), first order from it to the metric.
+- `"attribution"`: what the edits change of the tensors that they touch · ∂metric/∂activation. First order throughout, and no
+  run for any condition: the cost does not grow with their number. This is attribution patching (see `dit_lens.attribution`)
+  with the sweep's own edits in the place of a second run. A knocked-out key is scored by what becomes of the pattern, for a
+  masked score is no small change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_models.names import FINAL
+from hooked_models.trajectory import Inputs, Trajectory
+
+from ..edits import Edit
+from ..paired_runs import LATENT, chain, gradients, modulates
+from .clean import Clean, Fork, index_of, made_of
+from .forks import Batch
+from .metrics import OWN, Metric, Read
+from .plan import Plan
+from .treatments import Treatment
+
+By = Literal["step", "attribution"]
+OUT = Read("hook_out", OWN)
+
+
+def scores_of_seed(
+    plan: Plan, name: str, metric: Metric, column: str, by: By, seed: int, done: Callable[[int], None]
+) -> Float[np.ndarray, "condition prompt"]:
+    """NaN for conditions that have none.
+
+    Args:
+        name: of the plan's metric, whose tensor `metric` is given.
+        column: of a metric with several values, one of them.
+        seed: its place among the plan's.
+        done: is told how many prompts were done.
+    """
+    read, n = plan.reads[name], len(plan.prompts)
+    ways = [_way(treatment, read, by) for treatment in plan.treatments]
+    found = np.where(np.array([way is None for way in ways])[:, None], np.nan, np.zeros((len(ways), n)))
+    together = any(one.joint for one in plan.treatments)  # "mean" and "resample" look at all prompts
+    for prompts in [np.arange(n)] if together else np.array_split(np.arange(n), -(-n // plan.batch)):
+        rows = seed * n + prompts
+        reads = {OUT.at(step) for step in range(plan.num_steps)} if "step" in ways else set()
+        clean = Clean.run(plan.model, plan.inputs(), plan.seeds, rows, reads, plan.batch)
+        for first, some in _questions(plan, read, np.flatnonzero([way is not None for way in ways])):
+            part = _Part(plan, read, metric, column, clean, first, some, [ways[i] for i in some.tolist()])
+            found[np.ix_(some, prompts)] = part.scores()
+        done(len(rows))
+    return found
+
+
+def _way(treatment: Treatment, read: Read, by: By) -> By | None:
+    """How a condition is scored: not at all where what it touches does not lie on the way from the inputs to the result."""
+    sites = [edit.site for edit in treatment.edits]
+    own = read.at(treatment.first).step
+    past = read.inner in ("hook_out_cond", "hook_out_uncond") and own in treatment.at  # these lie before the guided output
+    if by == "step" and not past and all(site.part == "dit" for site in sites):
+        return "step"
+    twice = own if read.inner == "eps" else None  # made of the latent twice, once beside the network
+    ways = all(
+        site.step is not None and not modulates(site.inner) and (site.inner, site.step) != ("hook_latent", twice)
+        for site in sites
+    )
+    return "attribution" if ways else None
+
+
+def _questions(plan: Plan, read: Read, which: Int[np.ndarray, " _"]) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
+    """(first step of a chain, conditions that it is about); where a metric is taken at the first touched step, one each."""
+    firsts = np.array([plan.treatments[i].first for i in which.tolist()], dtype=np.int64)
+    if read.step == OWN:
+        for first in np.unique(firsts):
+            yield int(first), which[firsts == first]
+    else:
+        seen = which[firsts <= plan.num_steps if read.step is None else firsts <= read.step]
+        if len(seen):
+            yield int(firsts.min()), seen
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Conditions that are scored with the gradients of one chain, from the state before step `first` to the metric."""
+
+    plan: Plan
+    read: Read
+    metric: Metric
+    column: str
+    clean: Clean
+    first: int
+    conditions: Int[np.ndarray, " condition"]
+    ways: Sequence[By | None]
+
+    @cached_property
+    def last(self) -> int:
+        """The step (or the codec, after all of them) whose tensor the metric is given."""
+        at = self.read.at(self.first).step
+        return self.plan.num_steps - (self.read.inner == LATENT) if at is None else at
+
+    def scores(self) -> Float[np.ndarray, "condition prompt"]:
+        """Σ over steps of change · gradient."""
+        clean, read, n = self.clean, self.read, len(self.plan.prompts)
+        run = Trajectory(clean.model, clean.inputs.take(index_of(clean.rows % n, clean.model)), tuple(clean.states))
+        between = (LATENT,) if read.inner == LATENT else read.hooks
+        one = chain(run, self.first, self.last, between, partial(_read, read.at(self.first), run.inputs))
+        baseline = one.output.detach()
+        edits, stepped = self._edits(), self._stepped()
+        names = {segment: list(dict.fromkeys(name for _, name, _ in parts)) for segment, parts in edits.items()}
+        for segment in stepped:
+            names.setdefault(segment, []).append(_out(self.first + segment))
+        found = np.zeros((len(self.conditions), len(clean.rows)))
+        for segment, gradient in gradients([(one, 1.0)], names, partial(self._measured, baseline)):
+            if segment in stepped:
+                step = self.first + segment
+                for place, rows, changes in self._changes(step, stepped[segment]):
+                    found[place, rows] += _product(changes, gradient[_out(step)][index_of(rows, clean.model)])
+            if segment in edits:
+                here = one.activations(segment, names[segment])
+                for place, name, several in edits[segment]:
+                    found[place] += _product(self._edited(several, here[name]) - here[name], gradient[name])
+        return found
+
+    def _measured(self, baseline: Tensor, tensor: Tensor) -> Tensor:
+        offered: dict[str, Any] = {"baseline": baseline, "prompt": self.clean.rows % len(self.plan.prompts)}
+        found = self.metric.function(tensor, **{key: value for key, value in offered.items() if key in self.metric.given})
+        return found[self.column] if isinstance(found, Mapping) else found  # type: ignore[return-value]
+
+    # "step"
+
+    def _stepped(self) -> dict[int, list[int]]:
+        """Segment → places among the conditions that touch it."""
+        found: dict[int, list[int]] = {}
+        for place, condition in enumerate(self.conditions.tolist()):
+            if self.ways[place] == "step":
+                for step in self.plan.treatments[condition].at:
+                    if step <= self.last:
+                        found.setdefault(step - self.first, []).append(place)
+        return found
+
+    def _changes(self, step: int, places: Sequence[int]) -> Iterator[tuple[int, Int[np.ndarray, " row"], Tensor]]:
+        """(place, rows of the clean run, what its edits at this step alone change of the guided output there)."""
+        plan, clean = self.plan, self.clean
+        forks: list[tuple[int, Fork]] = []
+        for place in places:
+            for fork in plan.forks_of(int(self.conditions[place]), step, step + 1, range(len(plan.seeds))):
+                if np.isin(fork.rows, clean.rows).all():
+                    forks.append((place, fork))
+        place_of = {id(fork): place for place, fork in forks}
+        order = sorted((fork for _, fork in forks), key=lambda fork: min(layer for _, layer in fork.starts))
+        clean.expect(order)
+        for some in plan.batches(order, plan.batch):
+            batch = Batch(clean, plan.treatments, some)
+            changes = batch.run({OUT})[OUT] - batch.clean_tensor(OUT)
+            for fork, start in zip(some, batch.offsets, strict=False):
+                rows = np.searchsorted(clean.rows, fork.rows)
+                yield place_of[id(fork)], rows, changes[start : start + len(rows)]
+
+    # "attribution"
+
+    def _edits(self) -> dict[int, list[tuple[int, str, list[Edit]]]]:
+        """Segment → (place among the conditions, hook, what is done there in turn)."""
+        found: dict[int, list[tuple[int, str, list[Edit]]]] = {}
+        for place, condition in enumerate(self.conditions.tolist()):
+            if self.ways[place] == "step":
+                continue
+            for step, here in self.plan.treatments[condition].at.items():
+                if step > self.last:
+                    continue
+                by_hook: dict[str, list[Edit]] = {}
+                for edit in here:
+                    by_hook.setdefault(_hook(edit), []).append(edit)
+                found.setdefault(step - self.first, []).extend((place, name, several) for name, several in by_hook.items())
+        return found
+
+    def _edited(self, edits: Sequence[Edit], clean: Tensor) -> Tensor:
+        prompts = self.clean.rows % len(self.plan.prompts)
+        for edit in edits:
+            edit = edit if len(prompts) == len(self.plan.prompts) else edit.take(torch.from_numpy(prompts))
+            if edit.action == "knockout":
+                kept = clean.masked_fill(edit.where, 0.0)
+                clean = kept / kept.sum(dim=-1, keepdim=True)
+            else:
+                clean = edit(clean)
+        return clean
+
+
+def _product(changes: Tensor, gradient: Tensor) -> Float[np.ndarray, " row"]:
+    return (changes * gradient).flatten(1).sum(dim=1, dtype=torch.float64).cpu().numpy()
+
+
+def _read(read: Read, inputs: Inputs, kept: Mapping[str, Tensor]) -> Tensor:
+    return kept[read.inner] if read.inner in (FINAL, LATENT) else made_of(dict(kept), read, inputs)
+
+
+def _out(step: int) -> str:
+    return f"steps.{step}.{OUT.inner}"
+
+
+def _hook(edit: Edit) -> str:
+    """Where an edit is scored: a masked attention score by the pattern that comes of it."""
+    return edit.site.name.replace("hook_attn_scores", "hook_pattern") if edit.action == "knockout" else edit.site.name
