@@ -8,7 +8,8 @@ leaves a head out. All sides zero the same heads on the same prompts and noise, 
 The bound is arithmetic: what sharing prefixes can save (row-layers of the peer over ours), times what batching can: a row's
 time in the peer's batch over that in a full batch, measured here on the denoiser alone.
 
-A second table compares a search (attribution first, then the top and a random sample exactly) with the exhaustive sweep.
+A second table compares searches (scores first, then the top and a random sample exactly) with the exhaustive sweep: by which head
+and step the relation of several scenes is moved most, and what changes an image most.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ import torch
 import tyro
 from diffusers import PixArtSigmaPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformer_lens import patching as tl_patching
 
-from dit_lens import Intervention, sweep
+from dit_lens import Intervention, scenes, sweep
 from dit_lens.sweep.cost import seconds_of_step
+from dit_lens.sweep.scores import By
 from hooked_models import HookedTextToImage
 from hooked_models.hub import resolve
 
@@ -56,8 +60,9 @@ class Config:
     """Of a step and spread over heads, that nnsight and diffusers, which generate anew for every cell, are timed on."""
     search_steps: int = 14
     """Steps of the search, from the first; 0 leaves it out."""
-    top: int = 15
-    sample: int = 15
+    search_scenes: int = 8
+    top: int = 20
+    sample: int = 10
     best: int = 10
     """The true largest effects, which the search should have among those that it runs."""
     threads: int = 1
@@ -132,32 +137,32 @@ def ours(plan: sweep.Plan) -> Tensor:
     return torch.from_numpy(plan.run()["m"].isel(seed=0).values)
 
 
-def height(images: Tensor) -> Tensor:
-    """How far red things lie above blue ones."""
-    rising = torch.linspace(1, -1, images.shape[-2], device=images.device)[:, None]
-    return ((images[:, 0] - images[:, 2]) * rising).mean(dim=(1, 2))
-
-
 def searched(model: HookedTextToImage, cells: Cells, config: Config) -> list[dict[str, Any]]:
     """Two-stage searches beside the exhaustive sweep, by two metrics: time, and how many of the true largest were run."""
-    metrics = {"height": sweep.Metric(height), "strength": sweep.Metric(strength)}
-    plan = sweep.plan(model, PROMPTS, config.seed, cells, metrics)
+    wanted = scenes.sample(config.search_scenes, seed=3, color_words="both")
+    metrics = {"relation": sweep.relation_metric(wanted), "strength": sweep.Metric(strength)}
+    plan = sweep.plan(model, [scenes.caption(scene) for scene in wanted], config.seed, cells, metrics)
     exhaustive, whole = seconds(plan.run, config.device)
+    ways: tuple[By, ...] = ("step", "attribution")
     rows = []
-    for metric in metrics:
-        spent, found = seconds(partial(sweep.two_stage, plan, metric, config.top, config.sample), config.device)
+    for metric, score in product(metrics, ways):
+        search = partial(sweep.two_stage, plan, metric, config.top, config.sample, score=score)
+        spent, found = seconds(search, config.device)
         sizes = abs(whole[f"{metric}_effect"].sel(interval="mean")).to_series().sort_values(ascending=False)
         ran, rank = found.table.loc[found.table["drawn"] != "", "intervention"], min(config.best, config.top)
+        of_all = found.table.set_index("intervention").loc[sizes.index, "score"]
         rows.append(
             {
                 "metric": metric,
+                "score": score,
                 "cells": len(cells),
                 "run exactly": len(ran),
                 "seconds": spent,
                 "times faster": exhaustive / spent,
                 **{f"of the true top {n}": len(set(sizes.index[:n]) & set(ran)) / n for n in (3, config.best)},
-                "rank correlation": str(found.spearman),
-                "of magnitudes": str(found.of_sizes),
+                "effect size of those run": float(sizes[ran].sum() / sizes.sum()),
+                "rank correlation of sizes, all cells": float(spearmanr(of_all.abs(), sizes).statistic),
+                "in the sample": str(found.of_sizes),
                 f"missed above rank {rank}, at most": found.missed(rank).most,
             }
         )

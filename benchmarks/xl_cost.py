@@ -75,15 +75,22 @@ def table(config: Config) -> str:
     c, work = config, count(config.layers, config.heads, config.steps)
     cells, block = c.layers * c.heads * c.steps, block_flops(c.width, c.image_tokens, c.text_tokens, c.mlp_ratio)
     share = (c.top + c.sample) / cells
-    scoring = 2 * c.layers * c.steps * (1 + 1 + 1 + 3)  # sample, replay, keep activations, forward again and backward
+    gradients = 2 * c.layers * c.steps * (1 + 1 + 3)  # sample, replay, forward again and backward
+    scoring = {
+        "attribution": gradients + 2 * c.layers * c.steps,  # activations are kept once more
+        "one step exactly": gradients + c.layers * c.steps + work.forked_step,
+    }
     rows = {
         "every cell a whole generation (the peers)": (work.naive, cells),
         "image at the end, every cell exactly": (work.clean + work.forked_step + work.later, cells),
         "latent at the end, every cell exactly": (work.clean + work.forked_step + work.later, 0),
-        f"image at the end, searched: {c.top} + {c.sample} cells of each prompt exactly": (
-            round(scoring + work.clean + share * (work.forked_step + work.later)),
-            c.top + c.sample,
-        ),
+        **{
+            f"image at the end, searched by {way}: {c.top} + {c.sample} cells of each prompt exactly": (
+                round(scored + work.clean + share * (work.forked_step + work.later)),
+                c.top + c.sample,
+            )
+            for way, scored in scoring.items()
+        },
         "one-step effect (x0, ε), every cell exactly": (work.clean + work.forked_step, 0),
     }
     speed = c.peak * c.reached

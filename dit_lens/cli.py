@@ -138,6 +138,7 @@ def sweep_command(
     guidance: float = 4.5,
     top: int | None = None,
     sample: int = 40,
+    score: Literal["step", "attribution"] | None = None,
     show: int = 20,
     explain: bool = False,
     executor: Literal["local", "ray"] = "local",
@@ -150,8 +151,8 @@ def sweep_command(
     together. `layers`, `heads`, `steps`: those gone over, all unless given (`site` has a * for the layer). `tokens`: a role of
     the prompt, such as "relation". `metric`: "displacement" from the run without, of the tensor `on` (image, latent, x0, out,
     eps); "relation", how far objects lie apart along their relation, or "scene", the judge's verdicts: both of scenes. `top`:
-    score all cells by attribution, and run so many and a random `sample` exactly (not with distances and verdicts, which have
-    no slope). `explain`: only say what it would take. `out`: a folder in which a stopped sweep goes on.
+    score all cells, and run so many and a random `sample` exactly (not with distances and verdicts, which have no slope); `score`:
+    by "attribution", or by "step", each cell's own step exactly, which is dearer and better. `explain`: only say what it would take. `out`: a folder in which a stopped sweep goes on.
     """
     from hooked_models import HookedTextToImage
 
@@ -183,7 +184,7 @@ def sweep_command(
         return
     column = "scene_relation_loose" if metric == "scene" else metric
     if top is not None:
-        search = sweep.two_stage(plan, column, top, sample, out=out, executor=executor, workers=workers)
+        search = sweep.two_stage(plan, column, top, sample, out=out, executor=executor, workers=workers, score=score)
         console.print(search.table[search.table["drawn"] != ""].head(show).round(4).to_string(index=False))
         console.print(f"scores against exact effects: rank correlation {search.spearman}, of sizes {search.of_sizes}")
         console.print(str(search.missed()))
