@@ -151,8 +151,9 @@ def sweep_command(
     together. `layers`, `heads`, `steps`: those gone over, all unless given (`site` has a * for the layer). `tokens`: a role of
     the prompt, such as "relation". `metric`: "displacement" from the run without, of the tensor `on` (image, latent, x0, out,
     eps); "relation", how far objects lie apart along their relation, or "scene", the judge's verdicts: both of scenes. `top`:
-    score all cells, and run so many and a random `sample` exactly (not with distances and verdicts, which have no slope); `score`:
-    by "attribution", or by "step", each cell's own step exactly, which is dearer and better. `explain`: only say what it would take. `out`: a folder in which a stopped sweep goes on.
+    score all cells, and run so many and a random `sample` exactly (not with distances and verdicts, which have no slope).
+    `score`: by "attribution", or by "step", each cell's own step exactly, which is dearer and better. `explain`: only say
+    what it would take. `out`: a folder in which a stopped sweep goes on.
     """
     from hooked_models import HookedTextToImage
 

@@ -52,7 +52,7 @@ class Add:
 Action = Literal["zero", "mean", "resample", "knockout"] | Replace | Scale | Add
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """What an intervention does to one tensor of a generation, for rows 0, 1, …: a hook function.
 
@@ -72,6 +72,10 @@ class Edit:
     seed: int = 0
     values: Tensor | None = None
     """Of `Replace` and `Add`: one row each if it has all axes and as many rows, else the same for all."""
+
+    def __repr__(self) -> str:  # TransformerLens asks every hook for it, and printing tensors takes longer than a step
+        action = self.action if isinstance(self.action, str) else type(self.action).__name__
+        return f"Edit({self.site.name}, {action}, {len(self.where)} rows)"
 
     def take(self, rows: Int[Tensor, " taken"]) -> Edit:
         """The same edit for a batch made of these rows; "mean" and "resample" then look at these rows."""
@@ -163,11 +167,14 @@ class Edit:
         return along(in_order[self.sources.to(k.device)].gather(1, k), self.where.ndim, 0, self.pooled)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RowEdits:
     """Edits of one site, each in its own rows of a larger batch and in the order given, as one hook function."""
 
     parts: Sequence[tuple[Edit, Int[Tensor, " _"]]]
+
+    def __repr__(self) -> str:
+        return f"RowEdits({', '.join(repr(edit) for edit, _ in self.parts)})"
 
     def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
         """The tensor as it goes on; rows that no edit is about keep their values exactly."""

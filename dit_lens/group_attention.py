@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models import HookedTextToImage, Trajectory
+from hooked_models import Trajectory
+from hooked_models.dit import TextState
 from hooked_models.hooked_module import HookedModule, HookFunction, watched
 from hooked_models.names import Branch
 
@@ -39,29 +41,36 @@ def attention_between(
         On the CPU, at least in float32. Branches as in `keys`.
     """
     model, text, cfg = run.model, run.inputs.text, run.model.cfg
-    steps, device = run.inputs.sampler.num_steps, model.device
+    steps, device, n = run.inputs.sampler.num_steps, model.device, len(queries)
     dtype = torch.promote_types(model.dit.dtype, torch.float32)
-    groups = (queries.shape[-1], next(iter(keys.values())).shape[-1])
-    found = torch.zeros(len(queries), cfg.n_layers, cfg.n_heads, steps, len(keys), *groups, dtype=dtype, device=device)
-    queries = queries.to(device, dtype)
-    hooks: list[tuple[str, HookFunction]] = []
-    for b, (branch, weights) in enumerate(keys.items()):
-        weights, bias = weights.to(device, dtype), None
-        if sublayer == "cross_attn":
-            weights = weights[:, : text.text.shape[1]]
-            bias = None if text.bias is None else text.bias[run.inputs.rows(branch), None]
+    order = sorted(keys, key=lambda branch: run.inputs.rows(branch).start)  # as in the denoiser's rows
+    rows = slice(run.inputs.rows(order[0]).start, run.inputs.rows(order[-1]).stop)
+    weights, bias = torch.cat([keys[branch] for branch in order]).to(device, dtype), None
+    if sublayer == "cross_attn":
+        weights = weights[:, : text.text.shape[1]]
+        bias = None if text.bias is None else text.bias[rows, None]
+    groups = (queries.shape[-1], weights.shape[-1])
+    queries = queries.to(device, dtype).repeat(len(order), 1, 1)
+    found = torch.zeros(len(queries), cfg.n_layers, cfg.n_heads, steps, *groups, dtype=dtype, device=device)
+
+    def denoise(x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState, step: int) -> Tensor:
+        hooks: list[tuple[str, HookFunction]] = []
         for layer in range(cfg.n_layers):
-            inner = f"blocks.{layer}.{sublayer}"
-            attention: Any = model.dit.get_submodule(inner)
-            for step in range(steps):
-                reader = _Reader(queries, weights, bias, attention.scale, reduce, found[:, layer, :, step, b])
-                prefix = f"steps.{step}.{branch}.{inner}"
-                if _is_explicit(model, step, inner):
-                    hooks.append((f"{prefix}.hook_pattern", reader.read_pattern))
-                else:
-                    hooks += [(f"{prefix}.hook_q", reader.read_q), (f"{prefix}.hook_k", reader.read_k)]
-    run.fork(0, hooks)
-    return found.cpu()
+            attention: Any = model.dit.get_submodule(inner := f"blocks.{layer}.{sublayer}")
+            reader = _Reader(queries, weights, bias, attention.scale, reduce, found[:, layer, :, step], rows)
+            if watched(attention.hook_attn_scores) or watched(attention.hook_pattern):
+                hooks.append((f"{inner}.hook_pattern", reader.read_pattern))
+            else:
+                hooks += [(f"{inner}.hook_q", reader.read_q), (f"{inner}.hook_k", reader.read_k)]
+        with model.dit.hooks(hooks):  # within a step, so that they see what hooks that are attached to the model leave
+            return model._denoise(x, timestep, sizes, text)
+
+    run.check_fork(0, steps)
+    state = run.states[0]
+    for step in range(steps):
+        state = model._step(run.inputs, state, partial(denoise, step=step))
+    by_branch = dict(zip(order, found.split(n), strict=True))
+    return torch.stack([by_branch[branch] for branch in keys], dim=4).cpu()
 
 
 def attention_in_call(
@@ -86,7 +95,7 @@ def attention_in_call(
             continue
         found[:, layer] = 0
         attention: Any = model.get_submodule(inner)
-        reader = _Reader(queries.float(), keys.float(), None, 0.0, reduce, found[:, layer])
+        reader = _Reader(queries.float(), keys.float(), None, 0.0, reduce, found[:, layer], slice(None))
         hooks += [(f"{inner}.hook_q", reader.read_q), (f"{inner}.hook_k", _knowing(reader, attention))]
     if not hooks:
         model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, and says why there is none
@@ -104,16 +113,9 @@ def _knowing(reader: _Reader, attention: Any) -> HookFunction:
     return read_k
 
 
-def _is_explicit(model: HookedTextToImage, step: int, inner: str) -> bool:
-    """Whether somebody looks at, and may change, the scores or the pattern, which are then computed for all rows of a step."""
-    names = {f"{inner}.hook_attn_scores", f"{inner}.hook_pattern"}
-    during_run = any(hook.site.step == step and hook.site.inner in names for hook in model._attached)
-    return during_run or any(watched(model.dit.hook_dict[name]) for name in names)
-
-
-@dataclass
+@dataclass(repr=False)  # TransformerLens asks every hook for it, and it would print the tensors
 class _Reader:
-    """Hooks on one attention in one step and branch: each adds what it sees up and keeps nothing else."""
+    """Hooks on one attention in one call: each adds what it sees up and keeps nothing else."""
 
     queries: Float[Tensor, "batch pos group"]
     keys: Float[Tensor, "batch key_pos key_group"]
@@ -122,13 +124,15 @@ class _Reader:
     reduce: Literal["sum", "max"]
     found: Float[Tensor, "batch head group key_group"]
     """Written to."""
+    rows: slice
+    """Of the call, that are read."""
 
-    def read_q(self, q: Float[Tensor, "batch pos head d_head"], hook: HookPoint) -> None:
-        self.q = q
+    def read_q(self, q: Float[Tensor, "row pos head d_head"], hook: HookPoint) -> None:
+        self.q = q[self.rows]
 
-    def read_k(self, k: Float[Tensor, "batch key_pos head d_head"], hook: HookPoint) -> None:
-        self.found[:] = sums_of_attention(self.q, k, self.bias, self.scale, self.queries, self.keys, self.reduce)
+    def read_k(self, k: Float[Tensor, "row key_pos head d_head"], hook: HookPoint) -> None:
+        self.found[:] = sums_of_attention(self.q, k[self.rows], self.bias, self.scale, self.queries, self.keys, self.reduce)
         del self.q
 
-    def read_pattern(self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint) -> None:
-        self.found[:] = sums_of_pattern(pattern, self.queries, self.keys, self.reduce)
+    def read_pattern(self, pattern: Float[Tensor, "row head pos key_pos"], hook: HookPoint) -> None:
+        self.found[:] = sums_of_pattern(pattern[self.rows], self.queries, self.keys, self.reduce)

@@ -6,7 +6,8 @@
     rank_heads(seen, "object2", "relation", step=0)  # which heads' second object reads the relation word?
 
 No pattern is ever kept. The queries attend once more through the fused kernel, with the groups' indicators in place of values:
-that is each query's attention to each group, exactly, and the image regions average it. ``reduce`` says how:
+that is each query's attention to each group, exactly, and the image regions average it. Of a text of no more tokens than a head
+has channels the pattern is smaller than the queries, and is made and dropped. ``reduce`` says how:
 
 ========  ======================================================================================================================
 ``sum``   Over the image group's tokens (queries) and the other group's (keys). Grows with the sizes of both.

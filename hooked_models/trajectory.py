@@ -76,15 +76,17 @@ class Trajectory:
         Raises:
             ValueError: a hook lies before `step`, on the text encoder, or beyond the last step.
         """
+        until = self.inputs.sampler.num_steps if until is None else until
+        with self.model.hooks(fwd_hooks, bwd_hooks):
+            self.check_fork(step, until)
+            later = tuple(islice(self.model._run(self.inputs, self.states[step]), until - step + 1))
+        return replace(self, states=self.states[:step] + later)
+
+    def check_fork(self, step: int, until: int) -> None:
+        """Refuse a fork from `step` on that the hooks attached to the model would not all be reached by (raises as `fork`)."""
         steps = self.inputs.sampler.num_steps
         if not 0 <= step < steps:
             raise ValueError(f"Cannot fork at step {step}: this trajectory has steps 0 to {steps - 1}.")
-        until = steps if until is None else until
-        with self.model.hooks(fwd_hooks, bwd_hooks):
-            if early := [a.site.name for a in self.model._attached if a.site.part.endswith("text_encoder")]:
-                raise ValueError(
-                    f"{early[0]} does not fire: a fork keeps the text as it was encoded; run the model again instead."
-                )
-            self.model._check_hooks(until, self.inputs.guidance, step)
-            later = tuple(islice(self.model._run(self.inputs, self.states[step]), until - step + 1))
-        return replace(self, states=self.states[:step] + later)
+        if early := [a.site.name for a in self.model._attached if a.site.part.endswith("text_encoder")]:
+            raise ValueError(f"{early[0]} does not fire: a fork keeps the text as it was encoded; run the model again instead.")
+        self.model._check_hooks(until, self.inputs.guidance, step)

@@ -129,15 +129,18 @@ class PatternsMade(TorchDispatchMode):
 
 @pytest.mark.parametrize("sublayer", ["cross_attn", "attn"])
 def test_no_pattern_is_ever_made(sublayer):
+    """Of more keys than a head has channels (8): a smaller one is smaller than the queries."""
     model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=12))  # 36 positions, which nothing else is
-    shape = (36, 36) if sublayer == "attn" else (36, model.to_tokens(PROMPTS).shape[1])
+    prompts = ["red circle is above left of above left of blue square"] * 3
+    pattern = (36, 36) if sublayer == "attn" else (36, model.to_tokens(prompts).shape[1])
+    shapes = (pattern, pattern[::-1])
     groups = {"some": torch.arange(36) % 3 == 0, "rest": torch.arange(36) % 3 > 0}
-    with PatternsMade(shape) as fused:
-        synopsis.attention_synopsis(model, PROMPTS, **RUN, sublayer=sublayer, image_groups=groups)
-    with PatternsMade(shape) as whole, torch.no_grad():
-        model.run_with_cache(PROMPTS, **RUN, names_filter=lambda name: name.endswith(f".{sublayer}.hook_pattern"))
-    with PatternsMade(shape) as rows:
-        synopsis.attention_synopsis(model, PROMPTS, **RUN, sublayer="attn", image_groups=groups, reduce="max")
+    with PatternsMade(*shapes) as fused:
+        synopsis.attention_synopsis(model, prompts, **RUN, sublayer=sublayer, image_groups=groups)
+    with PatternsMade(*shapes) as whole, torch.no_grad():
+        model.run_with_cache(prompts, **RUN, names_filter=lambda name: name.endswith(f".{sublayer}.hook_pattern"))
+    with PatternsMade(*shapes) as rows:
+        synopsis.attention_synopsis(model, prompts, **RUN, sublayer="attn", image_groups=groups, reduce="max")
     assert whole.made > 0
     assert fused.made == 0
     assert sublayer == "cross_attn" or rows.made == 0  # chunks of rows, no larger than the queries: 16 wide heads, 36 keys

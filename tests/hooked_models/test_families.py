@@ -173,7 +173,7 @@ def test_a_synopsis_is_the_patterns_group_sums_and_makes_no_pattern(case, reduce
         generator = torch.Generator().manual_seed(0)
         queries, keys = ((torch.rand(2, n, 3, generator=generator) > 0.5).float() for n in (n_q, n_k))
         with pytest.MonkeyPatch.context() as patch:
-            if reduce == "sum":
+            if reduce == "sum" and n_k > model.cfg.d_head:  # a smaller pattern is smaller than the queries
                 patch.setattr(Tensor, "softmax", lambda *args, **kwargs: pytest.fail("a pattern was made"))
             found = attention_in_call(model, inputs, queries, keys, kind, reduce)
         for layer in range(model.cfg.n_layers):
