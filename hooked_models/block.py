@@ -19,6 +19,9 @@ from transformer_lens.hook_points import HookPoint
 from .attention import Attention, bias_of, per_head, weight_of
 from .hooked_module import watched
 
+USUAL_ROWS = 4
+"""A product of fewer rows with a matrix takes another kernel on CPUs, which rounds differently."""
+
 
 class LayerNorm(nn.Module):
     """``(x - mean) / √(var + eps)``, no affine map; fused until one of its hooks is looked at.
@@ -182,12 +185,16 @@ class Block(nn.Module):
         text_kv: tuple[Tensor, Tensor] | None = None,
         image_bias: Float[Tensor, "batch _ pos"] | None = None,
         text_bias: Float[Tensor, "batch _ text_pos"] | None = None,
+        textless: int = 0,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """``text_kv`` are ``keys_values(caption)`` computed earlier; biases are added to the attention scores."""
+        """``text_kv`` are ``keys_values(caption)`` computed earlier; biases are added to the attention scores.
+
+        ``textless`` says of how many rows, the first ones, the text is no more than its first token (``TextState.textless``).
+        """
         mod = self.adaln(t_mod)
         x = self.hook_resid_pre(x)
         x = self.hook_resid_mid(x + self.hook_attn_out(self._attend_image(x, mod, image_bias)))
-        x = self.hook_resid_mid_cross(x + self.hook_cross_attn_out(self._attend_text(x, caption, text_kv, text_bias)))
+        x = self.hook_resid_mid_cross(x + self.hook_cross_attn_out(self._attend_text(x, caption, text_kv, text_bias, textless)))
         return self.hook_resid_post(x + self.hook_mlp_out(self._think(x, mod)))
 
     def _think(self, x: Tensor, mod: Modulation) -> Tensor:
@@ -205,8 +212,15 @@ class Block(nn.Module):
         z = attn(attn.queries(q_in), attn.keys(k_in), attn.values(v_in), bias)
         return attn.write(z, mod.gate_msa, self.hook_attn_out_pre_gate)
 
-    def _attend_text(self, x: Tensor, caption: Tensor, text_kv: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
+    def _attend_text(
+        self, x: Tensor, caption: Tensor, text_kv: tuple[Tensor, Tensor] | None, bias: Tensor | None, textless: int
+    ) -> Tensor:
         attn = self.cross_attn
+        if textless and text_kv is not None and attn.unobserved:
+            # Whatever is asked of a single token, its pattern is 1: what it writes is the same at all positions.
+            with_text = self._attend_text(x[textless:], caption, *_rows(text_kv, bias, textless), 0)
+            some = text_kv[1][:textless, :1].expand(-1, min(x.shape[1], USUAL_ROWS), -1, -1)
+            return torch.cat([attn.write(some)[:, :1].expand(-1, x.shape[1], -1), with_text])
         q_in = self.hook_cross_attn_in(per_head(x, self.cfg.n_heads)) if self.cfg.use_attn_in else attn.fork(attn.hook_q_input, x)
         q = attn.queries(q_in)
         if text_kv is None:
@@ -217,3 +231,8 @@ class Block(nn.Module):
             k = text_kv[0].clone() if watched(attn.hook_k) else text_kv[0]
             v = text_kv[1].clone() if watched(attn.hook_v) else text_kv[1]
         return attn.write(attn(q, k, v, bias))
+
+
+def _rows(text_kv: tuple[Tensor, Tensor], bias: Tensor | None, first: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Keys, values and bias from a row on."""
+    return (text_kv[0][first:], text_kv[1][first:]), None if bias is None else bias[first:]

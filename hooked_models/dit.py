@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -35,6 +36,8 @@ ONLY_FOLDED = (
 FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
 
 
+CLOSED = -9000.0
+"""A bias of at most this leaves nothing of a key; PixArt's is -10000, or what bfloat16 makes of it."""
 KeysValues = tuple[Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]]
 
 
@@ -51,6 +54,15 @@ class TextState:
     """Added to the cross-attention scores."""
     keys_values: tuple[KeysValues, ...]
     """Of the cross-attentions, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
+
+    @cached_property
+    def textless(self) -> int:
+        """How many rows, counted from the first, attend to their first token and to no other: those of empty prompts."""
+        if self.bias is None:
+            return 0
+        others = (self.bias[..., 1:] <= CLOSED).flatten(1).all(dim=1)
+        alone = others & (self.bias[..., 0] == 0).flatten(1).all(dim=1)
+        return int(alone.long().cumprod(dim=0).sum())
 
     def take(self, rows: Int[Tensor, " row"]) -> TextState:
         """Some rows of the batch."""
@@ -272,9 +284,10 @@ class HookedDiT(PatchModel):
         t_mod = self.hook_t_mod(self.t_block(F.silu(t_emb)))
         caption, text_kvs, text_bias = self._read_text(encoder_hidden_states, encoder_attention_mask, text_state, x)
         image_bias = additive_bias(attention_mask, x.dtype)
+        textless = 0 if text_state is None else text_state.textless
 
         for block, text_kv in zip(self.blocks, text_kvs, strict=True):
-            x = block(x, t_mod, caption, text_kv, image_bias, text_bias)
+            x = block(x, t_mod, caption, text_kv, image_bias, text_bias, textless)
 
         output = self._unembed(x, t_emb, hidden_states)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

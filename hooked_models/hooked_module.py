@@ -64,7 +64,8 @@ def watched(point: HookPoint) -> bool:
     By a TransformerLens hook, by torch's `register_forward_hook`, or by a `forward` of its own, which nnsight gives each module
     that it wraps.
     """
-    return point.has_hooks() or bool(point._forward_hooks) or "forward" in vars(point)
+    own = vars(point)
+    return bool(own["fwd_hooks"] or own["bwd_hooks"] or own["_forward_hooks"] or own["_backward_hooks"]) or "forward" in own
 
 
 def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:

@@ -117,12 +117,15 @@ class Sampler:
         return SamplerState(state.step + 1, latent, self._memory())
 
     def _resume(self, state: SamplerState) -> None:
-        for name, value in state.memory.items():
-            setattr(self.scheduler, name, copy.copy(value))
+        vars(self.scheduler).update({name: _own(value) for name, value in state.memory.items()})
 
     def _memory(self) -> dict[str, Any]:
-        # Whatever a solver writes to itself: lists are edited in place and so copied, tensors only ever replaced.
-        return {name: copy.copy(value) for name, value in vars(self.scheduler).items() if name != "_internal_dict"}
+        return {name: _own(value) for name, value in vars(self.scheduler).items() if name != "_internal_dict"}
+
+
+def _own(value: Any) -> Any:
+    """Of what a solver writes to itself, lists are edited in place and so copied; all else is only ever replaced."""
+    return copy.copy(value) if isinstance(value, (list, dict)) else value
 
 
 def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Float[Tensor, "batch channel rows columns"]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch.utils.flop_counter import FlopCounterMode
 
 from hooked_models.cache import free_bytes, human
-from hooked_models.names import FINAL
+from hooked_models.names import FINAL, Branch
 
 from .clean import Fork
 
@@ -77,9 +78,10 @@ def batch_size(plan: Plan) -> int:
 
 def cost_of(plan: Plan) -> Cost:
     """Count the work, and time a step of one row and of a full batch: what lies between is interpolated."""
-    branches, layers, steps = (2 if plan.guidance > 1 else 1), plan.model.cfg.n_layers, plan.num_steps
+    branches: list[Branch] = ["cond", "uncond"] if plan.guidance > 1 else ["cond"]
+    layers, steps = plan.model.cfg.n_layers, plan.num_steps
     batches = list(plan.batches(plan.forks, plan.batch))
-    forked = [rows for forks in batches for rows in _rows_at(forks, branches, layers)]
+    forked = np.array([rows for forks in batches for rows in _rows_at(forks, branches, layers)]).reshape(-1, len(branches))
     begun = {
         (fork.first, branch, row)
         for fork in plan.forks
@@ -87,27 +89,29 @@ def cost_of(plan: Plan) -> Cost:
         if start > 0
         for row in fork.rows.tolist()
     }
-    clean = plan.runs * steps * branches
+    clean = plan.runs * steps * len(branches)
     rows_of_all = plan.runs + sum(len(fork.rows) for fork in plan.forks)
     images = rows_of_all if any(read.inner == FINAL for read in plan.reads.values()) else 0
 
     most = min(plan.batch, max([plan.runs, *(sum(len(fork.rows) for fork in forks) for forks in batches)]))
     sizes = np.array(sorted({1, most}))
     timed = np.array([seconds_of_step(plan, size) for size in sizes.tolist()])
-    calls = [*_full_batches(plan.runs, plan.batch) * steps, *_full_batches(len(begun) // branches, plan.batch)]
-    needed = np.array([*calls, *(rows / branches for rows in forked)])  # in rows of both branches
+    calls = [*_full_batches(plan.runs, plan.batch) * steps, *_full_batches(len(begun) // len(branches), plan.batch)]
+    needed = np.array([*calls, *forked.sum(axis=1) / len(branches)])  # in rows of both branches
     slope = (timed[-1] - timed[0]) / max(sizes[-1] - 1, 1)
     seconds = float((timed[0] + slope * (needed - 1).clip(min=0)).sum())
+    begun_in = [sum(branch == own for _, branch, _ in begun) for own in branches]
+    rows = plan.runs * steps + np.array(begun_in) + forked.sum(axis=0)
     decoding, decoded = _decoding(plan, min(plan.batch, images)) if images else (0.0, 0.0)
     return Cost(
         cells=plan.cells,
         forks=len(plan.forks),
         batch=plan.batch,
         clean_layers=(clean + len(begun)) * layers,
-        fork_layers=round(sum(forked) * layers),
-        naive_layers=plan.cells * steps * branches * layers,
+        fork_layers=round(forked.sum() * layers),
+        naive_layers=plan.cells * steps * len(branches) * layers,
         images=images,
-        flops=_flops_of_row(plan) * (clean + len(begun) + sum(forked)) + images * decoded,
+        flops=float(_flops_of_rows(plan) @ rows) + images * decoded,
         bytes=plan.batch * _bytes_of_row(plan) + plan.runs * _bytes_of_run(plan),
         seconds=seconds + images * decoding,
     )
@@ -118,16 +122,17 @@ def _full_batches(rows: int, batch: int) -> list[int]:
     return [batch] * (rows // batch) + [rows % batch] * (rows % batch > 0)
 
 
-def _rows_at(forks: Sequence[Fork], branches: int, layers: int) -> list[float]:
+def _rows_at(forks: Sequence[Fork], branches: Sequence[Branch], layers: int) -> list[Float[np.ndarray, " branch"]]:
     """Rows of the denoiser in each step of a batch of forks; one that begins in the middle counts in part."""
     found = []
     for step in range(min(fork.first for fork in forks), max(fork.until for fork in forks)):
-        rows = 0.0
+        rows = np.zeros(len(branches))
         for fork in forks:
             if fork.first == step:
-                rows += len(fork.rows) * sum((layers - start) / layers for _, start in fork.starts)
+                starts = dict(fork.starts)
+                rows += len(fork.rows) * np.array([(layers - starts.get(branch, layers)) / layers for branch in branches])
             elif fork.first < step < fork.until:
-                rows += len(fork.rows) * branches
+                rows += len(fork.rows)
         found.append(rows)
     return found
 
@@ -163,14 +168,18 @@ def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _flops_of_row(plan: Plan) -> float:
-    """Operations of one row's denoiser call, counted by torch, which on a CPU does not see into fused attention."""
-    model = plan.model
-    one = plan.inputs().take(torch.zeros(1, dtype=torch.long, device=model.device))
-    state = one.sampler.start(model._noise([0], 1).to(model.device, model.dit.dtype))
-    with FlopCounterMode(display=False) as counter:
-        model._step(one, state)
-    return counter.get_total_flops() / (2 if plan.guidance > 1 else 1)
+def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
+    """Operations of one row's denoiser call in "cond", and in "uncond" if there is guidance: an empty text is less work.
+
+    Counted by torch, which on a CPU does not see into fused attention.
+    """
+    model, counted = plan.model, []
+    for guidance in (1.0, plan.guidance) if plan.guidance > 1 else (1.0,):
+        one = model.trajectory(model.to_tokens(plan.prompts[0]), 0, plan.num_steps, guidance, until=0)
+        with FlopCounterMode(display=False) as counter:
+            model._step(one.inputs, one.states[0])
+        counted.append(counter.get_total_flops())
+    return np.diff(np.array(counted, dtype=np.float64), prepend=0.0)
 
 
 def _bytes_of_row(plan: Plan) -> int:

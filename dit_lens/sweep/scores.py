@@ -115,13 +115,12 @@ class _Part:
         run = Trajectory(clean.model, clean.inputs.take(index_of(clean.rows % n, clean.model)), tuple(clean.states))
         between = (LATENT,) if read.inner == LATENT else read.hooks
         one = chain(run, self.first, self.last, between, partial(_read, read.at(self.first), run.inputs))
-        baseline = one.output.detach()
         edits, stepped = self._edits(), self._stepped()
         names = {segment: list(dict.fromkeys(name for _, name, _ in parts)) for segment, parts in edits.items()}
         for segment in stepped:
             names.setdefault(segment, []).append(_out(self.first + segment))
         found = np.zeros((len(self.conditions), len(clean.rows)))
-        for segment, gradient in gradients([(one, 1.0)], names, partial(self._measured, baseline)):
+        for segment, gradient in gradients([(one, 1.0)], names, self._measured):
             if segment in stepped:
                 step = self.first + segment
                 for place, rows, changes in self._changes(step, stepped[segment]):
@@ -132,8 +131,8 @@ class _Part:
                     found[place] += _product(self._edited(several, here[name]) - here[name], gradient[name])
         return found
 
-    def _measured(self, baseline: Tensor, tensor: Tensor) -> Tensor:
-        offered: dict[str, Any] = {"baseline": baseline, "prompt": self.clean.rows % len(self.plan.prompts)}
+    def _measured(self, tensor: Tensor) -> Tensor:
+        offered: dict[str, Any] = {"baseline": tensor.detach(), "prompt": self.clean.rows % len(self.plan.prompts)}
         found = self.metric.function(tensor, **{key: value for key, value in offered.items() if key in self.metric.given})
         return found[self.column] if isinstance(found, Mapping) else found  # type: ignore[return-value]
 
