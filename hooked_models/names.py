@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from transformer_lens.hook_points import HookPoint
@@ -43,7 +44,7 @@ class Site:
     step: int | None = None
     branch: Branch | None = None
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The full name, as caches use it."""
         prefix = "" if self.step is None else f"steps.{self.step}."
@@ -56,15 +57,20 @@ class Site:
         return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
 
 
+BLANK = HookPoint()
+
+
 class GenerationHookPoint(HookPoint):
     """What a hook function receives during a generation: the full `name`, plus `step`, `branch` and a correct `layer()`."""
 
+    step: int | None
+    branch: Branch | None
+    _inner: str
+
     def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.name = site.name
-        self.step = site.step
-        self.branch = site.branch
-        self._inner = site.inner
+        # Thousands are made where all names are hooked: without nn.Module's checks of every attribute that is set.
+        self.__dict__.update(vars(BLANK), fwd_hooks=[], bwd_hooks=[], ctx={})
+        self.__dict__.update(name=site.name, step=site.step, branch=site.branch, _inner=site.inner)
 
     def layer(self) -> int:
         """The layer of a name that has one.
@@ -83,6 +89,7 @@ class GenerationNames(Mapping[str, HookPoint]):
 
     def __init__(self, dit: HookedModule, sampler: HookedModule, text_encoder: HookedModule | None, num_steps: int) -> None:
         self.dit, self.sampler, self.text_encoder, self.num_steps = dit, sampler, text_encoder, num_steps
+        self._known: tuple[object, Sequence[Site]] = None, ()
 
     def site(self, name: str) -> Site:
         """Where a full name leads; aliases are resolved.
@@ -141,6 +148,13 @@ class GenerationNames(Mapping[str, HookPoint]):
             yield from (Site("sampler", inner, step) for inner in self.sampler.hook_dict if inner not in ("hook_latent", FINAL))
         yield Site("sampler", FINAL)
 
+    def _sites(self, steps: tuple[int, ...], branches: tuple[Branch, ...]) -> Sequence[Site]:
+        """Kept for the next time, for as long as no flag lets other hooks fire."""
+        firing = tuple(self.dit.names(None)), steps, branches
+        if self._known[0] != firing:
+            self._known = firing, list(self.sites(steps=steps, branches=branches))
+        return self._known[1]
+
     def select(
         self,
         names_filter: NameFilter = None,
@@ -170,11 +184,8 @@ class GenerationNames(Mapping[str, HookPoint]):
             return at_step and in_branch and fires
 
         if names_filter is None or callable(names_filter):
-            branches = BRANCHES if branch == "both" else (branch,)
-            at = sorted(set(chosen))
-            sites = [
-                s for s in self.sites(steps=at, branches=branches) if wanted(s) and (not names_filter or names_filter(s.name))
-            ]
+            every_site = self._sites(tuple(sorted(set(chosen))), BRANCHES if branch == "both" else (branch,))
+            sites = [s for s in every_site if wanted(s) and (not names_filter or names_filter(s.name))]
         else:
             sites = []
             for name in [names_filter] if isinstance(names_filter, str) else names_filter:
