@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -25,6 +26,7 @@ from .scene import (
     relation_between,
 )
 
+T = TypeVar("T")
 Split = Literal["train", "held_out", "all"]
 Distribution = Literal["balanced", "natural"]
 ColorWords = Literal["optional", "both"]
@@ -57,14 +59,21 @@ def sample(
     """
     if not (0 <= spread <= 1 and 0 <= red_first <= 1):
         raise ValueError(f"spread and red_first must lie in [0, 1], not {spread} and {red_first}.")
-    scenes: list[Scene] = []
-    for chunk in range(start // CHUNK, -(-(start + n) // CHUNK)):
+
+    def draw(chunk: int) -> list[Scene]:
         rng = np.random.default_rng((seed, chunk))
         pool = _natural(rng, split) if distribution == "natural" else _balanced(rng, split, spread, red_first)
-        whole = [_describe(rng, combination, row, color_words) for combination, row in pool]
-        low, high = max(start - chunk * CHUNK, 0), min(start + n - chunk * CHUNK, CHUNK)
-        scenes += whole[low:high]
-    return scenes
+        return [_describe(rng, combination, row, color_words) for combination, row in pool]
+
+    return window(n, start, draw)
+
+
+def window(n: int, start: int, draw: Callable[[int], Sequence[T]]) -> list[T]:
+    """Number `start` … `start + n − 1` of an endless sequence of which `draw` makes chunk after chunk of `CHUNK`."""
+    found: list[T] = []
+    for chunk in range(start // CHUNK, -(-(start + n) // CHUNK)):
+        found += draw(chunk)[max(start - chunk * CHUNK, 0) : start + n - chunk * CHUNK]
+    return found
 
 
 def _describe(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .rendering import half_size
-from .sampling import CHUNK, Split
+from .sampling import CHUNK, Split, window
 from .scene import (
     BAND,
     CENTRE_RANGE,
@@ -37,12 +37,12 @@ def sample_trios(n: int, seed: int, *, start: int = 0, split: Split = "train") -
     The two relations are different ones; centres realise both, and no two objects overlap or touch. In split "train" neither
     relation makes a combination of `HELD_OUT`, in "held_out" the first does.
     """
-    trios: list[Trio] = []
-    for chunk in range(start // CHUNK, -(-(start + n) // CHUNK)):
+
+    def draw(chunk: int) -> list[Trio]:
         rng = np.random.default_rng((seed, chunk, 3))
-        whole = [_draw(rng, split) for _ in range(CHUNK)]
-        trios += whole[max(start - chunk * CHUNK, 0) : start + n - chunk * CHUNK]
-    return trios
+        return [_draw(rng, split) for _ in range(CHUNK)]
+
+    return window(n, start, draw)
 
 
 def _draw(rng: np.random.Generator, split: Split) -> Trio:

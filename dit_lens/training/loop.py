@@ -95,7 +95,8 @@ def train(config: TrainConfig) -> Path:
         ema.copy_to(pipe.transformer.parameters())
         with accelerator.autocast() if config.precision != "no" else nullcontext():
             means = summarise(score(ema_model, held_out))["mean"]
-        accuracy = {str(name): float(mean) for name, mean in means.items()}
+            early = dynamics.dipole(ema_model, held_out).mean()
+        accuracy = {str(name): float(mean) for name, mean in means.items()} | {"dipole": float(early)}
         if held_out_trios:
             accuracy |= {f"trio_{name}": mean for name, mean in summarise(score(ema_model, held_out_trios))["mean"].items()}
         return {name: round(mean, 4) for name, mean in accuracy.items()}
@@ -144,7 +145,7 @@ def train(config: TrainConfig) -> Path:
             if (done % config.evaluate_every == 0 or done == config.steps) and accelerator.is_main_process:
                 accuracy = evaluate()
                 record({"step": done, "samples": done * config.batch_size * accelerator.num_processes, **accuracy})
-                summary = f"binding {accuracy['unique_binding']:.2f} relation {accuracy['relation_loose']:.2f}"
+                summary = " ".join(f"{name} {accuracy[name]:.2f}" for name in ("dipole", "unique_binding", "relation_loose"))
                 progress.update(bar, accuracy=summary)
                 replace_folder(pipe, config.out / "pipeline")
                 clock = time.perf_counter()

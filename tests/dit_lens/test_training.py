@@ -82,9 +82,12 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
     train(broken)
 
     assert_equal_states(final_state(config.out), final_state(broken.out))
-    steps = [json.loads(line)["step"] for line in (broken.out / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (broken.out / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry["step"] for entry in logged]
     assert steps == sorted(set(steps))
     courses = [pd.read_parquet(c.out / "dynamics.parquet") for c in (config, broken)]
+    last = courses[0][courses[0]["step"] == 8].set_index("quantity")["value"]
+    assert logged[-1]["dipole"] == pytest.approx(last["dipole"], abs=1e-3) != 0
     assert sorted(courses[0]["step"].unique()) == dynamics.record_points(8, 2) == [1, 8]
     pd.testing.assert_frame_equal(*courses)
     weights = [load_file(c.out / "pipeline/transformer/diffusion_pytorch_model.safetensors") for c in (config, broken)]
