@@ -27,7 +27,7 @@ from hooked_models.trajectory import Inputs, Trajectory
 
 from ..edits import Edit
 from ..paired_runs import LATENT, chain, gradients, modulates
-from .clean import Clean, Fork, index_of, made_of
+from .clean import Clean, index_of, made_of
 from .forks import Batch
 from .metrics import OWN, Metric, Read
 from .plan import Plan
@@ -151,20 +151,21 @@ class _Part:
     def _changes(self, step: int, places: Sequence[int]) -> Iterator[tuple[int, Int[np.ndarray, " row"], Tensor]]:
         """(place, rows of the clean run, what its edits at this step alone change of the guided output there)."""
         plan, clean = self.plan, self.clean
-        forks: list[tuple[int, Fork]] = []
-        for place in places:
-            for fork in plan.forks_of(int(self.conditions[place]), step, step + 1, range(len(plan.seeds))):
-                if np.isin(fork.rows, clean.rows).all():
-                    forks.append((place, fork))
-        place_of = {id(fork): place for place, fork in forks}
-        order = sorted((fork for _, fork in forks), key=lambda fork: min(layer for _, layer in fork.starts))
-        clean.expect(order)
-        for some in plan.batches(order, plan.batch):
+        place_of = {int(self.conditions[place]): place for place in places}
+        forks = [
+            fork
+            for condition in place_of
+            for fork in plan.forks_of(condition, step, step + 1, range(len(plan.seeds)))
+            if np.isin(fork.rows, clean.rows).all()
+        ]
+        forks.sort(key=lambda fork: min(layer for _, layer in fork.starts))
+        clean.expect(forks)
+        for some in plan.batches(forks, plan.batch):
             batch = Batch(clean, plan.treatments, some)
             changes = batch.run({OUT})[OUT] - batch.clean_tensor(OUT)
             for fork, start in zip(some, batch.offsets, strict=False):
                 rows = np.searchsorted(clean.rows, fork.rows)
-                yield place_of[id(fork)], rows, changes[start : start + len(rows)]
+                yield place_of[fork.condition], rows, changes[start : start + len(rows)]
 
     # "attribution"
 
