@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
 from hooked_models.dit import TextState
-from hooked_models.hooked_module import HookedModule, HookFunction, watched
+from hooked_models.hooked_module import HookedModule, watched
 from hooked_models.names import Branch
 
 from .shipped import sums_of_attention, sums_of_pattern
@@ -44,25 +45,16 @@ def attention_between(
     steps, device, n = run.inputs.sampler.num_steps, model.device, len(queries)
     dtype = torch.promote_types(model.dit.dtype, torch.float32)
     order = sorted(keys, key=lambda branch: run.inputs.rows(branch).start)  # as in the denoiser's rows
-    rows = slice(run.inputs.rows(order[0]).start, run.inputs.rows(order[-1]).stop)
-    weights, bias = torch.cat([keys[branch] for branch in order]).to(device, dtype), None
-    if sublayer == "cross_attn":
-        weights = weights[:, : text.text.shape[1]]
-        bias = None if text.bias is None else text.bias[rows, None]
+    weights = torch.cat([keys[branch] for branch in order]).to(device, dtype)
+    weights = weights[:, : text.text.shape[1]] if sublayer == "cross_attn" else weights
     groups = (queries.shape[-1], weights.shape[-1])
     queries = queries.to(device, dtype).repeat(len(order), 1, 1)
     found = torch.zeros(len(queries), cfg.n_layers, cfg.n_heads, steps, *groups, dtype=dtype, device=device)
+    attentions = [model.dit.get_submodule(f"blocks.{layer}.{sublayer}") for layer in range(cfg.n_layers)]
 
     def denoise(x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState, step: int) -> Tensor:
-        hooks: list[tuple[str, HookFunction]] = []
-        for layer in range(cfg.n_layers):
-            attention: Any = model.dit.get_submodule(inner := f"blocks.{layer}.{sublayer}")
-            reader = _Reader(queries, weights, bias, attention.scale, reduce, found[:, layer, :, step], rows)
-            if watched(attention.hook_attn_scores) or watched(attention.hook_pattern):
-                hooks.append((f"{inner}.hook_pattern", reader.read_pattern))
-            else:
-                hooks += [(f"{inner}.hook_q", reader.read_q), (f"{inner}.hook_k", reader.read_k)]
-        with model.dit.hooks(hooks):  # within a step, so that they see what hooks that are attached to the model leave
+        readers = [_Reader(queries, weights, one.scale, reduce, found[:, i, :, step]) for i, one in enumerate(attentions)]
+        with reading(model.dit, dict(zip(attentions, readers, strict=True))):  # by now hooks that are attached are in place
             return model._denoise(x, timestep, sizes, text)
 
     run.check_fork(0, steps)
@@ -88,51 +80,58 @@ def attention_in_call(
     cfg, device = model.cfg, queries.device
     shape = (len(queries), cfg.n_layers, cfg.n_heads, queries.shape[-1], keys.shape[-1])
     found = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
-    hooks: list[tuple[str, HookFunction]] = []
+    readers: dict[Any, _Reader] = {}
     for layer in range(cfg.n_layers):
-        inner = f"blocks.{layer}.{sublayer}"
-        if f"{inner}.hook_q" not in model.hook_dict:
-            continue
-        found[:, layer] = 0
-        attention: Any = model.get_submodule(inner)
-        reader = _Reader(queries.float(), keys.float(), None, 0.0, reduce, found[:, layer], slice(None))
-        hooks += [(f"{inner}.hook_q", reader.read_q), (f"{inner}.hook_k", _knowing(reader, attention))]
-    if not hooks:
+        if f"blocks.{layer}.{sublayer}.hook_q" in model.hook_dict:
+            found[:, layer] = 0
+            attention: Any = model.get_submodule(f"blocks.{layer}.{sublayer}")
+            readers[attention] = _Reader(queries.float(), keys.float(), attention.scale, reduce, found[:, layer])
+    if not readers:
         model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, and says why there is none
-    with torch.no_grad(), model.hooks(hooks):
+    with torch.no_grad(), reading(model, readers):
         model(**inputs)
     dims = ("row", "layer", "head", "query_group", "key_group")
     return xr.DataArray(found.cpu().numpy(), dims=dims, name=f"{sublayer} {reduce}")
 
 
-def _knowing(reader: _Reader, attention: Any) -> HookFunction:
-    def read_k(k: Tensor, hook: HookPoint) -> None:
-        reader.bias, reader.scale = attention.bias, attention.scale
-        reader.read_k(k, hook)
-
-    return read_k
+@contextmanager
+def reading(model: HookedModule, readers: Mapping[Any, _Reader]) -> Iterator[None]:
+    """Have each attention read: what a pattern is made of or, where somebody looks at the pattern and may change it, that."""
+    explicit = [one for one in readers if watched(one.hook_attn_scores) or watched(one.hook_pattern)]
+    fused = [one for one in readers if one not in explicit]
+    for one in fused:
+        one.observer = readers[one].read
+    try:
+        with model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
+            yield
+    finally:
+        for one in fused:
+            one.observer = None
 
 
 @dataclass(repr=False)  # TransformerLens asks every hook for it, and it would print the tensors
 class _Reader:
-    """Hooks on one attention in one call: each adds what it sees up and keeps nothing else."""
+    """Adds up what it sees of one attention in one call, and keeps nothing else."""
 
     queries: Float[Tensor, "batch pos group"]
     keys: Float[Tensor, "batch key_pos key_group"]
-    bias: Float[Tensor, "batch #head _ key_pos"] | None
     scale: float
     reduce: Literal["sum", "max"]
     found: Float[Tensor, "batch head group key_group"]
     """Written to."""
-    rows: slice
-    """Of the call, that are read."""
 
-    def read_q(self, q: Float[Tensor, "row pos head d_head"], hook: HookPoint) -> None:
-        self.q = q[self.rows]
+    def read(
+        self,
+        q: Float[Tensor, "row pos head d_head"],
+        k: Float[Tensor, "row key_pos head d_head"],
+        bias: Float[Tensor, "row #head _ key_pos"] | None,
+    ) -> None:
+        """The last rows of the batch; in those before, all of the attention is the first key's (`TextState.textless`)."""
+        n = len(self.found) - len(q)
+        queries, first = self.queries[:n, :, :, None], self.keys[:n, :1, None]  # [row pos group 1], [row 1 1 key_group]
+        alone = (queries * first).sum(1) if self.reduce == "sum" else ((queries != 0) & (first != 0)).any(1)
+        self.found[:n] = alone[:, None]
+        self.found[n:] = sums_of_attention(q, k, bias, self.scale, self.queries[n:], self.keys[n:], self.reduce)
 
-    def read_k(self, k: Float[Tensor, "row key_pos head d_head"], hook: HookPoint) -> None:
-        self.found[:] = sums_of_attention(self.q, k[self.rows], self.bias, self.scale, self.queries, self.keys, self.reduce)
-        del self.q
-
-    def read_pattern(self, pattern: Float[Tensor, "row head pos key_pos"], hook: HookPoint) -> None:
-        self.found[:] = sums_of_pattern(pattern[self.rows], self.queries, self.keys, self.reduce)
+    def read_pattern(self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint) -> None:
+        self.found[:] = sums_of_pattern(pattern, self.queries, self.keys, self.reduce)

@@ -40,8 +40,9 @@ class Heads(nn.Module):
     """``softmax(scale · q kᵀ + bias) v`` of every head, fused until somebody looks at scores or pattern."""
 
     scale: float
-    bias: Tensor | None = None
-    """What is added to the scores, while the attention runs: for hooks that compute something of the pattern."""
+    observer: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
+    """Is shown what a pattern would be made of (q, k [batch pos head d_head] as hooks leave them, and bias) for the rows that are
+    computed, by who sums it up without anybody making it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,11 +64,11 @@ class Heads(nn.Module):
 
         ``bias`` is added to the scores: [batch (head) query_pos key_pos], the same for every head if it has no such axis.
         """
-        self.bias = bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
-        q = self.hook_q(q).transpose(1, 2)  # [batch head pos d_head] from here to z
-        k = self.hook_k(k).transpose(1, 2)
-        v = self.hook_v(v).transpose(1, 2)
-        self.bias = None
+        bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        if self.observer is not None:
+            self.observer(q, k, bias)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch head pos d_head] from here to z
 
         if watched(self.hook_attn_scores) or watched(self.hook_pattern):
             scores = q @ k.transpose(-1, -2) * self.scale
