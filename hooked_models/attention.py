@@ -169,7 +169,8 @@ class Attention(Heads):
         """Whether nobody looks at anything in here, so that what has no influence need not be computed."""
         points = (self.hook_q, self.hook_k, self.hook_v, self.hook_attn_scores, self.hook_pattern, self.hook_z)
         flags = self.cfg.use_attn_in or self.cfg.use_split_qkv_input or self.cfg.use_attn_result
-        return not (flags or any(map(watched, points)) or self.to_q._forward_hooks or self.to_out._forward_hooks)
+        hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in (self.to_q, self.to_out))
+        return not (flags or hooked or any(map(watched, points)))
 
     # Views of the Linears in TransformerLens' layout: writing to one writes to the wrapped model.
 

@@ -150,7 +150,8 @@ class GenerationNames(Mapping[str, HookPoint]):
 
     def _sites(self, steps: tuple[int, ...], branches: tuple[Branch, ...]) -> Sequence[Site]:
         """Kept for the next time, for as long as no flag lets other hooks fire."""
-        firing = tuple(self.dit.names(None)), steps, branches
+        modules = [self.dit] if self.text_encoder is None else [self.dit, self.text_encoder]
+        firing = [module.names(None) for module in modules], steps, branches
         if self._known[0] != firing:
             self._known = firing, list(self.sites(steps=steps, branches=branches))
         return self._known[1]
