@@ -61,6 +61,8 @@ class Config:
     search_steps: int = 14
     """Steps of the search, from the first; 0 leaves it out."""
     search_scenes: int = 8
+    search_sublayers: tuple[str, ...] = ("cross_attn",)
+    """Whose heads are searched: "cross_attn", "attn"."""
     top: int = 20
     sample: int = 10
     best: int = 10
@@ -126,7 +128,7 @@ def main(config: Config) -> None:
         f"a row in a batch of {full} is faster by": round(batching, 2),
     }
     if config.search_steps:
-        found = searched(model, sweep.grid(every, layers=layers, heads=heads, steps=range(config.search_steps)), config)
+        found = searched(model, config)
         print(pd.DataFrame(found).round(3).to_string(index=False))
         facts["search"] = found
     record("sweep", config, pd.DataFrame(rows), config.out, **facts)
@@ -137,8 +139,17 @@ def ours(plan: sweep.Plan) -> Tensor:
     return torch.from_numpy(plan.run()["m"].isel(seed=0).values)
 
 
-def searched(model: HookedTextToImage, cells: Cells, config: Config) -> list[dict[str, Any]]:
-    """Two-stage searches beside the exhaustive sweep, by two metrics: time, and how many of the true largest were run."""
+def searched(model: HookedTextToImage, config: Config) -> list[dict[str, Any]]:
+    """Two-stage searches beside the exhaustive sweep, by two metrics: time, and how many of the true largest were run.
+
+    Over all heads at every step.
+    """
+    along = {"layers": range(model.cfg.n_layers), "heads": range(model.cfg.n_heads), "steps": range(config.search_steps)}
+    cells = {
+        f"{kind} {name}": one
+        for kind in config.search_sublayers
+        for name, one in sweep.grid(Intervention(f"blocks.*.{kind}.hook_z"), **along).items()
+    }
     wanted = scenes.sample(config.search_scenes, seed=3, color_words="both")
     metrics = {"relation": sweep.relation_metric(wanted), "strength": sweep.Metric(strength)}
     plan = sweep.plan(model, [scenes.caption(scene) for scene in wanted], config.seed, cells, metrics)

@@ -24,8 +24,8 @@ from .clean import Fork
 if TYPE_CHECKING:
     from .plan import Plan
 
-LARGEST_BATCH = {"cpu": 64}
-"""Rows beyond which a batch gains nothing (measured: a CPU's caches are full before)."""
+LARGEST_BATCH = {"cpu": 32}
+"""Rows beyond which a batch gains nothing: a CPU's caches are full (`benchmarks.scaling`: 32 rows 11.5 ms each, 64 13.4)."""
 OTHERWISE_LARGEST = 512
 REPEATS = 3
 
