@@ -588,7 +588,7 @@ def test_a_batch_is_as_large_as_half_of_the_memory_allows(model, monkeypatch):
         return sweep.plan(model, PROMPTS, SEEDS, {"a": Intervention("blocks.0.attn.hook_z")}, METRICS, num_steps=STEPS).batch
 
     assert batch_with(0) == 1
-    assert batch_with(2**40) == 64
-    small = batch_with(2**21)
-    assert 1 < small < 64
-    assert batch_with(2**22) in (2 * small, 2 * small + 1)
+    assert batch_with(2**40) == 32
+    small = batch_with(2**20)
+    assert 1 < small < 32
+    assert batch_with(2**21) in (2 * small, 2 * small + 1)
