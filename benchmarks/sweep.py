@@ -42,7 +42,6 @@ from hooked_models.hub import resolve
 from .measuring import agree, ratio, record, seconds, turns
 
 PROMPTS = ["red circle is above blue square", "blue triangle is to the left of red circle"]
-FULL_BATCH = {"cpu": 32, "cuda": 256}
 Cells = Mapping[str, Intervention]
 
 
@@ -96,7 +95,7 @@ def main(config: Config) -> None:
     }
     sides = {**{key: run for key, (run, _, _) in peers.items()}, **{(on, "sweep"): partial(ours, plans[on]) for on in plans}}
     times, values = turns(sides, config.repeats, config.device)
-    full = FULL_BATCH[torch.device(config.device).type]
+    full = plans["image"].batch
     of_row = {n: seconds_of_step(plans["image"], n) / n for n in {full, *(n for _, _, n in peers.values())}}
     rows = []
     for (on, peer), (_, run_on, together) in peers.items():

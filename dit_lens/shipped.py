@@ -77,7 +77,10 @@ def sums_of_pattern(pattern: Tensor, queries: Tensor, keys: Tensor, reduce: str)
 def sums_of_attention(
     q: Tensor, k: Tensor, bias: Tensor | None, scale: float, queries: Tensor, keys: Tensor, reduce: str
 ) -> Tensor:
-    """The same of the pattern that q and k [batch pos head d_head] make, which is never whole; `bias` broadcasts to it."""
+    """The same of the pattern that q and k [batch pos head d_head] make, of which there is never more than `q` is large.
+
+    `bias` broadcasts to it.
+    """
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if reduce == "sum" and k.shape[2] <= k.shape[3] and q.dtype in (torch.float32, torch.float64):
         # A short text: the whole pattern is no larger than the queries, and faster made with keys before queries.

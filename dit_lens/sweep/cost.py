@@ -175,7 +175,7 @@ def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
     """
     model, counted = plan.model, []
     for guidance in (1.0, plan.guidance) if plan.guidance > 1 else (1.0,):
-        one = model.trajectory(model.to_tokens(plan.prompts[0]), 0, plan.num_steps, guidance, until=0)
+        one = model.trajectory(model.to_tokens(plan.prompts)[:1], 0, plan.num_steps, guidance, until=0)
         with FlopCounterMode(display=False) as counter:
             model._step(one.inputs, one.states[0])
         counted.append(counter.get_total_flops())

@@ -38,24 +38,24 @@ OUT = Read("hook_out", OWN)
 
 
 def scores_of_seed(
-    plan: Plan, name: str, metric: Metric, column: str, by: By, seed: int, done: Callable[[int], None]
+    plan: Plan, name: str, metric: Metric, column: str, by: By, done: Callable[[int], None], seed: int
 ) -> Float[np.ndarray, "condition prompt"]:
     """NaN for conditions that have none.
 
     Args:
         name: of the plan's metric, whose tensor `metric` is given.
         column: of a metric with several values, one of them.
-        seed: its place among the plan's.
         done: is told how many prompts were done.
+        seed: its place among the plan's.
     """
     read, n = plan.reads[name], len(plan.prompts)
     ways = [_way(treatment, read, by) for treatment in plan.treatments]
     found = np.where(np.array([way is None for way in ways])[:, None], np.nan, np.zeros((len(ways), n)))
+    inputs, reads = plan.inputs(), {OUT.at(step) for step in range(plan.num_steps)} if "step" in ways else set()
     together = any(one.joint for one in plan.treatments)  # "mean" and "resample" look at all prompts
     for prompts in [np.arange(n)] if together else np.array_split(np.arange(n), -(-n // plan.batch)):
         rows = seed * n + prompts
-        reads = {OUT.at(step) for step in range(plan.num_steps)} if "step" in ways else set()
-        clean = Clean.run(plan.model, plan.inputs(), plan.seeds, rows, reads, plan.batch)
+        clean = Clean.run(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
         for first, some in _questions(plan, read, np.flatnonzero([way is not None for way in ways])):
             part = _Part(plan, read, metric, column, clean, first, some, [ways[i] for i in some.tolist()])
             found[np.ix_(some, prompts)] = part.scores()
@@ -152,10 +152,11 @@ class _Part:
         """(place, rows of the clean run, what its edits at this step alone change of the guided output there)."""
         plan, clean = self.plan, self.clean
         place_of = {int(self.conditions[place]): place for place in places}
+        seeds = np.unique(clean.rows // len(plan.prompts)).tolist()
         forks = [
             fork
             for condition in place_of
-            for fork in plan.forks_of(condition, step, step + 1, range(len(plan.seeds)))
+            for fork in plan.forks_of(condition, step, step + 1, seeds)
             if np.isin(fork.rows, clean.rows).all()
         ]
         forks.sort(key=lambda fork: min(layer for _, layer in fork.starts))

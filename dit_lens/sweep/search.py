@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,14 +162,9 @@ def _scores(
     metric = plan.metrics[name] if by is None else Metric(by)
     settings = {} if folder is None else {**plan.settings, "scores": fingerprint([metric, plan.reads[name], column, way])}
     shards = None if folder is None else Shards(folder, settings)
-    of_seeds = []
     with progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as told:
-        for seed in range(len(plan.seeds)):
-
-            def make(seed: int) -> Float[np.ndarray, "condition prompt"]:
-                return scores_of_seed(plan, name, metric, column, way, seed, told.worked)
-
-            of_seeds.append(make(seed) if shards is None else shards.load_or(seed, make))
+        make = partial(scores_of_seed, plan, name, metric, column, way, told.worked)
+        of_seeds = [make(seed) if shards is None else shards.load_or(seed, make) for seed in range(len(plan.seeds))]
     values = np.stack(of_seeds)  # [seed condition prompt]
     scored = ~np.isnan(values).any(axis=(0, 2))
     if scored.any() and not np.any(values[:, scored]):
