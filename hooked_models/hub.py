@@ -19,6 +19,8 @@ from huggingface_hub.errors import (
 )
 
 ZOO = Path(__file__).parent / "zoo"
+NOT_IN_THE_WHEEL = ("-nano", "-mini")
+"""Sizes of bundled models that only a checkout of the repository has (pyproject.toml)."""
 WITHOUT_WEIGHTS = ("*.json", "tokenizer/*", "scheduler/*")
 
 
@@ -55,6 +57,8 @@ def resolve(name: str | Path) -> str:
         return text
     near = get_close_matches(text, list_models(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if text.endswith(NOT_IN_THE_WHEEL):
+        hint = f" The wheel carries the micro models only; others come with a checkout of the repository.{hint}"
     raise FileNotFoundError(
         f"There is no model {text!r}: give a bundled name ({', '.join(list_models()) or 'none'}), "
         f"a pipeline folder, or a hub id such as 'PixArt-alpha/PixArt-Sigma-XL-2-512-MS'.{hint}"

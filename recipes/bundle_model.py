@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     shown: list[Scene | Trio] = [*scenes.sample(16, seed=7, split="held_out", color_words="both")]
     if facts.get("trios"):
         shown = [*shown[:8], *scenes.sample_trios(8, seed=7, split="held_out")]
-    draw_samples(model, folder / "samples.png", shown)
+    draw_samples(model, folder / "samples.webp", shown)
     console.print(f"bundled: {folder}; now python -m recipes.zoo_cards")
 
 
@@ -126,7 +126,7 @@ def draw_samples(model: HookedTextToImage, path: Path, wanted: Sequence[Scene | 
     for ax, caption, image in zip(axes.ravel(), captions, images, strict=True):
         bare(ax).imshow(image.permute(1, 2, 0).cpu().numpy())
         ax.set_title(caption.replace(" is ", " is\n").replace(" and to", "\nand to"), fontsize=6.5)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 90})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ TIE = 1e-9
 class Config:
     """Settings of the recipe."""
 
-    runs: tuple[str, ...] = ("rte-micro/seed-1", "t5-micro", "rte-nano", "rte-nopos-micro")
+    runs: tuple[str, ...] = ("rte-micro/seed-1", "rte-mini", "t5-micro", "t5-mini", "rte-nano", "rte-nopos-micro")
     """Bundled models that bring their course, or folders of training runs."""
     level: float = 0.5
     """From which on a thing counts as there."""

@@ -1,7 +1,8 @@
 """Run every recipe at its default settings, and write recipes/README.md from what they found. `python -m recipes.run_all`
 
 A recipe that crashes makes the run fail, after the others have run; a verdict, whatever it is, does not. Recipes resume, so a run
-that was stopped goes on where it was.
+that was stopped goes on where it was. What the page says of recipes that have left no results here stays on it, as long as no
+model's weights have changed: `--only` brings one recipe up to date.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ FIGURES = {
     "accuracy_table": "accuracies.png",
     "attention_synopsis": "heads.png",
     "relation_heads": "three_ways.png",
+    "recurrence": "recurrence.png",
     "object_heads": "dependence.png",
     "t5_fusion": "variance.png",
     "robustness": "robustness.png",
@@ -50,7 +53,7 @@ class Config:
     """Settings of the run."""
 
     only: tuple[str, ...] = ()
-    """Recipes to run; all unless given. The page has all that have left results."""
+    """Recipes to run; all unless given."""
     run: bool = True
     """Off: only write the page."""
     results: Path = Path("results")
@@ -74,20 +77,34 @@ def main(config: Config) -> None:
     for name, folder in found.items():
         shrink(folder / FIGURES[name], pictures / f"{name}.png")
     hashes = {name: digest_model(HookedTextToImage.from_pretrained(name)) for name in list_models()}
-    (HERE / "README.md").write_text(
-        page({name: json.loads((at / "claims.json").read_text()) for name, at in found.items()}, hashes)
-    )
+    readme = HERE / "README.md"
+    reports = {name: json.loads((at / "claims.json").read_text()) for name, at in found.items()}
+    readme.write_text(page(reports, hashes, older := kept(readme.read_text(), hashes)))
+    if gone := [name for name in FIGURES if name not in {*reports, *older}]:
+        console.print(f"Not on the page, since they have left no results here and models have changed: {', '.join(gone)}.")
     if failed:
         sys.exit(f"Crashed: {', '.join(failed)}.")
 
 
-def page(found: dict[str, dict[str, Any]], hashes: dict[str, str]) -> str:
-    """The page, in markdown, of the recipes' claims.json by name and of the models' hashes."""
-    overview = ["| recipe | asks | verdicts |", "|---|---|---|"]
+def kept(text: str, hashes: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Recipe → its row and its section on an older page; nothing if a model's weights are no longer those of the page."""
+    listed = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|$", text, flags=re.M)
+    if any(not hashes.get(name, "").startswith(value) for name, value in listed):
+        return {}
+    rows = {name: row for row, name in re.findall(r"^(\| \[`(\w+)`\].*)$", text, flags=re.M)}
+    sections = re.findall(r"^(## (\w+)\n.*?\n)(?=\n## |\Z)", text, flags=re.M | re.S)
+    return {name: (rows[name], section) for section, name in sections}
+
+
+def page(found: dict[str, dict[str, Any]], hashes: dict[str, str], older: dict[str, tuple[str, str]] | None = None) -> str:
+    """The page, in markdown, of the recipes' claims.json by name and of the models' hashes; other recipes as `kept`."""
+    parts = dict(older or {})
     for name, report in found.items():
         verdicts = Counter(claim["verdict"] for claim in report["claims"])
         told = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
-        overview.append(f"| [`{name}`](#{name}) | {question(name)} | {told} |")
+        parts[name] = f"| [`{name}`](#{name}) | {question(name)} | {told} |", section(name, report)
+    shown = [parts[name] for name in FIGURES if name in parts]
+    overview = ["| recipe | asks | verdicts |", "|---|---|---|", *(row for row, _ in shown)]
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
     models = "\n".join(f"| `{name}` | `{value[:16]}` |" for name, value in hashes.items())
     return f"""# Recipes
@@ -109,7 +126,7 @@ Python {platform.python_version()}, {versions}.
 |---|---|
 {models}
 
-{chr(10).join(section(name, report) for name, report in found.items())}"""
+{chr(10).join(whole for _, whole in shown)}"""
 
 
 def question(name: str) -> str:

@@ -82,7 +82,7 @@ A small PixArt diffusion transformer that draws coloured shapes in a named relat
 interpretability research. It opens with `HookedTextToImage.from_pretrained("{folder.name}")`, or, after `import hooked_models`,
 with plain `PixArtSigmaPipeline.from_pretrained`.
 
-![16 held-out captions, one seed each, not selected](samples.png)
+![16 held-out captions, one seed each, not selected](samples.webp)
 
 ## Measured
 

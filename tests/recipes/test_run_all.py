@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
 
 import pytest
 
 import recipes
 from dit_lens.stats import Interval
+from hooked_models import list_models
 from recipes import run_all
 from recipes.claims import Claim, report
 
@@ -38,6 +40,26 @@ def test_a_page_has_verdicts_numbers_and_escaped_bars(tmp_path, capsys):
     assert "| c | – | – | 0 … 1 |  | **not run here** |" in page
     assert "| `m` | `0123456789abcdef` |" in page
     assert "replicates 1, not run here 1" in page
+
+
+def test_recipes_that_were_not_run_again_stay_on_the_page_while_weights_are_the_same():
+    text, weights = (run_all.HERE / "README.md").read_text(), "0123456789abcdef" * 4
+    text = re.sub(r"^\| `([\w-]+)` \| `\w+` \|$", rf"| `\1` | `{weights[:16]}` |", text, flags=re.M)
+    hashes = dict.fromkeys(list_models(), weights)
+    older = run_all.kept(text, hashes)
+    assert list(older) == list(run_all.FIGURES)
+    again = run_all.page({}, hashes, older)
+    assert again.split("Python ")[0] == text.split("Python ")[0]
+    assert again.split("|---|---|\n")[2] == text.split("|---|---|\n")[2]
+    new = run_all.page({"t5_fusion": {"claims": []}}, hashes, older)
+    assert set(again.splitlines()) - set(new.splitlines()) == set(section_rows(older["t5_fusion"]))
+    assert run_all.kept(text, {**hashes, "rte-micro": "f" * 64}) == {}
+
+
+def section_rows(part: tuple[str, str]) -> list[str]:
+    """A recipe's row of the overview and those of its table."""
+    row, section = part
+    return [row, *[line for line in section.splitlines() if line.endswith("** |")]]
 
 
 def test_an_unknown_recipe_is_named(tmp_path):
