@@ -142,19 +142,19 @@ def train(config: TrainConfig) -> Path:
                 record({"step": done, "loss": round(mean, 5), "samples_per_second": round(speed, 1)})
                 progress.update(bar, completed=done, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} samples/s")
                 losses, clock = [], time.perf_counter()
+            paused = time.perf_counter()  # what is measured here does not count as training time
             if (done % config.evaluate_every == 0 or done == config.steps) and accelerator.is_main_process:
                 accuracy = evaluate()
                 record({"step": done, "samples": done * config.batch_size * accelerator.num_processes, **accuracy})
                 summary = " ".join(f"{name} {accuracy[name]:.2f}" for name in ("dipole", "unique_binding", "relation_loose"))
                 progress.update(bar, accuracy=summary)
                 replace_folder(pipe, config.out / "pipeline")
-                clock = time.perf_counter()
             if done in record_at and accelerator.is_main_process:
                 ema.copy_to(pipe.transformer.parameters())
                 with accelerator.autocast() if config.precision != "no" else nullcontext():
                     rows = dynamics.measure(ema_model, held_out, done, done * config.batch_size * accelerator.num_processes)
                 dynamics.append(config.out / "dynamics.parquet", rows)
-                clock = time.perf_counter()
+            clock += time.perf_counter() - paused
             # last, so that a run killed before this line repeats what came after the checkpoint before
             if done % config.checkpoint_every == 0 or done == config.steps:
                 save(done)

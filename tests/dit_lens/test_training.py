@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
 from dit_lens import scenes
-from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, train
+from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, loop, train
 from dit_lens.training.loop import all_captions, encode_captions
 from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
 from dit_lens.training.pipelines import Size
@@ -110,6 +111,28 @@ def test_starting_from_a_model_takes_its_weights_and_codec(tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
     a, b = (load_file(p / "vae/diffusion_pytorch_model.safetensors") for p in (first, tmp_path / "second/pipeline"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_speed_is_of_training_alone(tmp_path, monkeypatch):
+    now = 0.0
+
+    def takes(seconds, function):
+        def slow(*args):
+            nonlocal now
+            now += seconds
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(loop.StepData, "__call__", takes(0.5, loop.StepData.__call__))
+    monkeypatch.setattr(dynamics, "measure", takes(1000, dynamics.measure))
+    monkeypatch.setattr(loop, "score", takes(100, loop.score))
+    settings = {**TINY, "dynamics_points": 3, "evaluate_every": 30}
+    train(TrainConfig(out=tmp_path, steps=50, **settings))
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["samples_per_second"] for entry in log if "samples_per_second" in entry] == [4 / 0.5] * 2
+    assert now == 25 + 3000 + 200
 
 
 @pytest.mark.parametrize("encoder", ["rte", "rte-nopos"])

@@ -423,6 +423,8 @@ def test_loading_by_folder_and_friendly_failure(tmp_path):
     assert torch.equal(images, HookedTextToImage.from_pipeline(pipe)(PROMPTS))
     with pytest.raises(FileNotFoundError, match="bundled name"):
         HookedTextToImage.from_pretrained("no-such-model")
+    with pytest.raises(FileNotFoundError, match=r"wheel carries the micro models only.*Did you mean 'rte-m"):
+        HookedTextToImage.from_pretrained("rte-mikro-mini")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="model_index"):
         HookedTextToImage.from_pretrained(tmp_path / "empty")
