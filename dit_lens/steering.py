@@ -33,14 +33,12 @@ from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 from .interventions import Add, Intervention
 from .prompts import RELATION_WORDS, Role, role_mask
-from .scenes import DIRECTIONS, PHRASES, Scene, caption, evaluate
+from .scenes import DIRECTIONS, OPPOSITE, PHRASES, Scene, caption, evaluate
 from .scenes.scene import Relation
 from .stats import clustered_mean
 from .variance import Space, effect_vectors, encode, factorial_prompts, factors_of, phrase_span, word_vectors
 
 SITES: dict[Space, str] = {"text": "hook_text", "caption": "hook_caption"}
-OPPOSITE = {relation: next(r for r, d in DIRECTIONS.items() if d == (-x, -y)) for relation, (x, y) in DIRECTIONS.items()}
-"""above ↔ below, upper_left ↔ lower_right, …: every phrase has a counterpart word by word."""
 JUDGED = {f"{goal}_{how}": (goal, f"relation_{how}") for goal in ("target", "original") for how in ("strict", "loose")}
 METRICS = (*JUDGED, "offset", "color", "shape", "unique_binding")
 QUIET_BATCHES = 4

@@ -17,7 +17,7 @@ relation, and reported on another. Controls: random circuits of equal size; of w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,9 +33,8 @@ from torch import Tensor
 from dit_lens import attribution, scenes
 from dit_lens.faithfulness import areas, candidate_edges, faithfulness, random_circuits, resampled, run_circuits
 from dit_lens.nodes import Node
-from dit_lens.scenes import DIRECTIONS, PHRASES, RELATIONS, Scene
+from dit_lens.scenes import DIRECTIONS, RELATIONS, Scene
 from dit_lens.scenes.scene import RADIUS
-from dit_lens.steering import OPPOSITE
 from dit_lens.training import dynamics
 from hooked_models import HookedT5Encoder, HookedTextToImage
 
@@ -132,7 +131,7 @@ class Pairs:
     @property
     def corrupt(self) -> list[Scene]:
         """The same with the opposite relation, said in the same way."""
-        return [replace(scene, relation=OPPOSITE[scene.relation], phrase=opposite_phrase(scene)) for scene in self.clean]
+        return [scenes.opposite(scene) for scene in self.clean]
 
     @property
     def texts(self) -> tuple[list[str], list[str]]:
@@ -149,10 +148,6 @@ def pairs(repeats: int, seed: int) -> Pairs:
     pool = scenes.sample(64 * repeats, seed=seed, split="all", color_words="both")
     wanted = [scene for relation in RELATIONS for scene in [s for s in pool if s.relation == relation][:repeats]]
     return Pairs(wanted, [1000 * seed + i for i in range(len(wanted))])
-
-
-def opposite_phrase(scene: Scene) -> str:
-    return PHRASES[OPPOSITE[scene.relation]][PHRASES[scene.relation].index(scene.phrase)]
 
 
 def layout_readout(wanted: Sequence[Scene]) -> Callable[[Float[Tensor, "scene 3 height width"]], Float[Tensor, " scene"]]:

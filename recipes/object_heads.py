@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dit_lens import ablation, circuits, patching, scenes, screening, variance
 from dit_lens.prompts import token_roles
-from dit_lens.scenes import DIRECTIONS, PHRASES, RELATIONS, Scene
+from dit_lens.scenes import DIRECTIONS
 from dit_lens.stats import Interval, clustered_mean
 from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
@@ -191,16 +191,6 @@ def shape_knockouts(model: HookedTextToImage, objects: Sequence[str], n: int, se
     return knocked_out(model, conditions_of(objects), n, seed)
 
 
-OPPOSITE = {
-    relation: next(o for o in RELATIONS if DIRECTIONS[o] == tuple(-d for d in DIRECTIONS[relation])) for relation in RELATIONS
-}
-
-
-def opposed(scene: Scene) -> str:
-    """A scene's caption with the opposite relation, in the same wording."""
-    return scenes.caption(scene, PHRASES[OPPOSITE[scene.relation]][PHRASES[scene.relation].index(scene.phrase)])
-
-
 def path_effects(model: HookedTextToImage, senders: Sequence[str], objects: Sequence[str], n: int, seed: int) -> pd.DataFrame:
     """What the opposite relation does to the layout by way of relation heads and object heads, at all steps.
 
@@ -262,7 +252,7 @@ def patched_paths(model: HookedTextToImage, paths: Paths, n: int, seed: int, met
     """A metric of each prompt's image (original), of its opposite's (source), and with the latter on each path (patched)."""
     wanted, noise = scenes_of(n, seed)
     original = model.trajectory([scenes.caption(scene) for scene in wanted], noise.tolist())
-    source = model.trajectory([opposed(scene) for scene in wanted], noise.tolist())
+    source = model.trajectory([scenes.caption(scenes.opposite(scene)) for scene in wanted], noise.tolist())
     parts = []
     for path, (from_, to) in paths.items():
         found = patching.path_patch(original, source, from_, to, metric, "exact")

@@ -32,7 +32,6 @@ from dit_lens.evaluation import score
 from dit_lens.scenes import TRIO_PHRASES, Scene, Trio
 from dit_lens.scenes.scene import other_color
 from dit_lens.stats import Interval, clustered_mean, paired_difference, proportion
-from dit_lens.steering import OPPOSITE
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, report, stage
@@ -150,7 +149,7 @@ def exchanged(trio: Trio) -> dict[str, Trio]:
 
 def opposite(scene: Scene) -> str:
     """The phrase that says the opposite relation in the same way."""
-    return TRIO_PHRASES[OPPOSITE[scene.relation]][TRIO_PHRASES[scene.relation].index(scene.phrase)]
+    return TRIO_PHRASES[scenes.OPPOSITE[scene.relation]][TRIO_PHRASES[scene.relation].index(scene.phrase)]
 
 
 def shares(model: HookedTextToImage, n: int, seed: int) -> pd.DataFrame:

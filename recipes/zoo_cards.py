@@ -145,11 +145,13 @@ def learning(folder: Path, figure: str) -> str:
         + ("" if pd.isna(stays) or stays == samples else f", to stay by {stays:,}")
         for what, samples, before, stays in dynamics.emergence(table).itertuples(index=False)
     ]
+    missing = [source for source in dynamics.SOURCES if source not in set(table["source"])]
     return "\n".join(
         [
+            *([f"In this run heads were not screened with {' and '.join(missing)}.", ""] if missing else []),
             f"![Accuracies, the layout dipole and screening of heads against samples seen]({figure})",
             "",
-            "First at least one half (heads: |cosine|, of either screening the four strongest at the end with p ≤ .05):",
+            "First at least one half (heads: |cosine|, of each screening the four strongest at the end with p ≤ .05):",
             *came,
             "",
             *lines,
@@ -162,8 +164,8 @@ LEARNING = """## Learning
 EMA weights at log-spaced points of one run, on 96 held-out scenes, one image each, all from the same noise at every
 point: the course is comparable, the level is that of one noise (*Measured* has many). *Dipole*: cosine between where the caption
 puts the first object and where one look at pure noise puts it (`dit_lens.training.dynamics`). Heads: mean cosine of their
-position maps with the ramps, screened with the relation words ("words"), or with the relation's effect on the second shape word
-("shape2"). `dynamics.parquet` has all heads and all intervals."""
+position maps with the ramps, screened with the relation words ("words"), or with the relation's effect on a shape word
+("shape1", "shape2"). `dynamics.parquet` has all heads and all intervals."""
 
 
 def how_trained(facts: dict[str, Any]) -> str:

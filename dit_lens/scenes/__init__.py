@@ -10,6 +10,7 @@ from .scene import (
     COMBINATIONS,
     DIRECTIONS,
     HELD_OUT,
+    OPPOSITE,
     PHRASES,
     RELATIONS,
     SHAPES,
@@ -18,6 +19,7 @@ from .scene import (
     Scene,
     Trio,
     caption,
+    opposite,
     other_color,
 )
 from .templates import TEMPLATES, word
@@ -28,6 +30,7 @@ __all__ = [
     "COMBINATIONS",
     "DIRECTIONS",
     "HELD_OUT",
+    "OPPOSITE",
     "PHRASES",
     "RELATIONS",
     "SHAPES",
@@ -40,6 +43,7 @@ __all__ = [
     "Trio",
     "caption",
     "evaluate",
+    "opposite",
     "other_color",
     "render",
     "sample",

@@ -8,7 +8,7 @@ the bounding box that is drawn (the original's triangles sit 4.6 px low, which c
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Shape = Literal["triangle", "circle", "square"]
@@ -49,6 +49,9 @@ PHRASES: dict[Relation, tuple[str, ...]] = {
     "lower_right": ("to the lower right of", "below and to the right of", "diagonally down and right from"),
 }
 """The 22 phrases of the training set."""
+
+OPPOSITE = {relation: next(r for r, d in DIRECTIONS.items() if d == (-x, -y)) for relation, (x, y) in DIRECTIONS.items()}
+"""above ↔ below, upper_left ↔ lower_right, …: every phrase has a counterpart word by word."""
 
 WORDS: tuple[str, ...] = tuple(
     sorted({*SHAPES, *COLORS, "is", *itertools.chain(*(p.split() for ps in PHRASES.values() for p in ps))})
@@ -152,6 +155,12 @@ def relation_between(x1: int, y1: int, x2: int, y2: int) -> Relation:
     if dy < 0:
         return "upper_left" if dx < 0 else "upper_right"
     return "lower_left" if dx < 0 else "lower_right"
+
+
+def opposite(scene: Scene) -> Scene:
+    """What a caption asks for that says the opposite relation in as many words, of the same objects (which are not moved)."""
+    relation = OPPOSITE[scene.relation]
+    return replace(scene, relation=relation, phrase=PHRASES[relation][PHRASES[scene.relation].index(scene.phrase)])
 
 
 def caption(scene: Scene | Trio, phrase: str | None = None) -> str:

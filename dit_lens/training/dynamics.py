@@ -23,7 +23,7 @@ from ..scenes import DIRECTIONS, Scene
 from ..stats import clustered_mean
 
 SCREENED_WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
-SOURCES = ("words", "shape2")
+SOURCES = ("words", "shape1", "shape2")
 """What heads are screened with; see `measure`."""
 NULL_DRAWS, SIGNIFICANT = 200, 0.05
 COLUMNS = ("step", "samples", "quantity", "source", "layer", "head", "value", "low", "high")
@@ -40,7 +40,7 @@ def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, sample
 
     Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes; for every head `cosine`,
     `projection`, `energy` and `p` of `screening.screen_heads`, by what it was screened with (`source`): "words", the relation
-    words' own vectors; "shape2", the effect vectors of the relation on the second shape word, after the caption projection.
+    words' own vectors; "shape1" and "shape2", the effect vectors of the relation on a shape word, after the caption projection.
     """
     rows: list[dict[Any, Any]] = []
     for metric, (mean, low, high) in summarise(score(model, wanted)).iterrows():
@@ -83,15 +83,15 @@ def color_moment(images: Float[np.ndarray, "image 3 height width"]) -> Float[np.
 
 
 def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
-    """Screening of every head with the relation words' vectors and with the relation's effect on the second shape word."""
+    """Screening of every head with the relation words' vectors and with the relation's effect on either shape word."""
     words = {word: screening.word_vector(model, word) for word in SCREENED_WORDS}
-    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), "shape2", at="caption")
-    effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
-    relations = {str(r): torch.tensor(effects.sel(relation=r).values) for r in effects.relation.values}
-    return {
-        "words": screening.screen_heads(model.dit, words, null_draws=NULL_DRAWS),
-        "shape2": screening.screen_heads(model.dit, relations, at="caption", null_draws=NULL_DRAWS),
-    }
+    found = {"words": screening.screen_heads(model.dit, words, null_draws=NULL_DRAWS)}
+    for role in ("shape1", "shape2"):
+        vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role, at="caption")  # type: ignore[arg-type]
+        effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
+        relations = {str(r): torch.tensor(effects.sel(relation=r).values) for r in effects.relation.values}
+        found[role] = screening.screen_heads(model.dit, relations, at="caption", null_draws=NULL_DRAWS)
+    return found
 
 
 def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[int, int]]:

@@ -185,7 +185,7 @@ def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int,
     """A run's `dynamics.parquet`: accuracies and the layout dipole above, screening of some heads below, by samples seen.
 
     Args:
-        heads: source of the screening ("words", "shape2") → (layer, head) of those to draw; a panel each.
+        heads: source of the screening ("words", "shape1", "shape2") → (layer, head) of those to draw; a panel each.
     """
     figure, axes = plt.subplots(1 + len(heads), 1, figsize=(7, 2.6 * (1 + len(heads))), sharex=True, layout="constrained")
     axes = np.atleast_1d(axes)

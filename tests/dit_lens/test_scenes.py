@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dit_lens.scenes import HELD_OUT, PHRASES, RELATIONS, Scene, caption, render, sample
+from dit_lens.scenes import HELD_OUT, PHRASES, RELATIONS, Scene, caption, opposite, render, sample
 from dit_lens.scenes.rendering import shape_mask
 from dit_lens.scenes.scene import CENTRE_RANGE, COLORS, COMBINATIONS, DIRECTIONS, SHAPES, WORDS, relation_between
 
@@ -239,6 +239,20 @@ def test_color_words_are_fair_coins_unless_both_are_asked_for():
     assert chisquare(list(counts.values())).pvalue > 0.01
     named = sample(100, 0, color_words="both")
     assert all(s.names_color1 and s.names_color2 for s in named)
+
+
+def test_the_opposite_of_a_scene_is_said_in_as_many_words_of_the_same_objects():
+    wanted = sample(300, seed=0, color_words="optional")
+    assert {scene.relation for scene in wanted} == set(RELATIONS)
+    for scene in wanted:
+        other = opposite(scene)
+        assert DIRECTIONS[other.relation] == tuple(-step for step in DIRECTIONS[scene.relation])
+        assert caption(other) != caption(scene)
+        assert len(caption(other).split()) == len(caption(scene).split())
+        assert opposite(other) == scene
+    found = {scene.phrase: opposite(scene).phrase for scene in wanted}
+    assert found["lower than"] == "higher than"
+    assert found["below and to the right of"] == "above and to the left of"
 
 
 def test_words_are_exactly_those_of_captions():

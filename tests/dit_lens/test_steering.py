@@ -191,7 +191,7 @@ def test_what_cannot_be_swapped_says_so(micro):
 
 
 def test_opposites_are_opposite():
-    for relation, opposite in steering.OPPOSITE.items():
+    for relation, opposite in scenes.OPPOSITE.items():
         assert DIRECTIONS[opposite] == tuple(-step for step in DIRECTIONS[relation])
 
 
@@ -203,14 +203,14 @@ WANTED = [  # every relation's phrase has a word-for-word counterpart; colours a
 
 def mirrored(scene: Scene) -> Scene:
     """The scene with its objects in each other's place, as the opposite relation has it."""
-    relation = steering.OPPOSITE[scene.relation]
+    relation = scenes.OPPOSITE[scene.relation]
     return replace(scene, x1=scene.x2, y1=scene.y2, x2=scene.x1, y2=scene.y1, relation=relation)
 
 
 def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monkeypatch):
     calls = []
     by_caption = {scenes.caption(scene): scene for scene in WANTED}
-    swaps = {t: steering.swap_vectors(micro, [t], [steering.OPPOSITE[s.relation]])[0] for t, s in by_caption.items()}
+    swaps = {t: steering.swap_vectors(micro, [t], [scenes.OPPOSITE[s.relation]])[0] for t, s in by_caption.items()}
 
     def draw(model, texts, added, at, seeds, num_steps, guidance):
         """Draws the opposite of what is said if all of V_to − V_from is there, in odd seeds; else what is said."""
@@ -235,7 +235,7 @@ def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monk
         xr.testing.assert_equal(found[f"original_{how}"], ~moved)
     assert found[["color", "shape", "unique_binding"]].all().to_array().all()
     for i, scene in enumerate(WANTED):
-        dx, dy = DIRECTIONS[steering.OPPOSITE[scene.relation]]
+        dx, dy = DIRECTIONS[scenes.OPPOSITE[scene.relation]]
         offset = ((scene.x1 - scene.x2) * dx + (scene.y1 - scene.y2) * dy) / np.hypot(dx, dy)
         expected = xr.where(moved.isel(scene=i), -offset, offset)
         np.testing.assert_allclose(found.offset.isel(scene=i), expected, atol=2.01)  # centres are measured to a pixel each
@@ -256,7 +256,7 @@ def test_controls_have_the_same_norms_at_the_same_or_at_other_tokens(micro, monk
         text = scenes.caption(scene)
         own, *random, wrong_0, wrong_1 = (row.norm(dim=1) for row in given[text])
         steered, random_0, random_1 = given[text][:3]
-        exact = 2 * steering.swap_vectors(micro, [text], [steering.OPPOSITE[scene.relation]])[0]
+        exact = 2 * steering.swap_vectors(micro, [text], [scenes.OPPOSITE[scene.relation]])[0]
         torch.testing.assert_close(steered[: len(exact)], exact)
         for norms in random:
             torch.testing.assert_close(norms, own)
