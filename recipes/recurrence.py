@@ -275,8 +275,8 @@ def figure(
     for (maps, first, costs), ((name, source), ranking) in zip(axes.T, rankings.items(), strict=True):
         grid = ranking.pivot_table(index="layer", columns="head", values="cosine")
         shown = maps.imshow(grid.to_numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-        for row in relation_heads(ranking).itertuples():
-            maps.add_patch(plt.Rectangle((row.head - 0.45, row.layer - 0.45), 0.9, 0.9, fill=False, linewidth=1.5))
+        for layer, head in relation_heads(ranking)[["layer", "head"]].to_numpy(int):
+            maps.add_patch(plt.Rectangle((head - 0.45, layer - 0.45), 0.9, 0.9, fill=False, linewidth=1.5))
         maps.set(xlabel="head", ylabel="layer", xticks=range(grid.shape[1]), yticks=range(grid.shape[0]))
         maps.set_title(f"{name}\n{NAMES[roles[source]]}", fontsize=8)
         if name in looks:

@@ -87,7 +87,7 @@ def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
     words = {word: screening.word_vector(model, word) for word in SCREENED_WORDS}
     found = {"words": screening.screen_heads(model.dit, words, null_draws=NULL_DRAWS)}
     for role in ("shape1", "shape2"):
-        vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role, at="caption")  # type: ignore[arg-type]
+        vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role, at="caption")
         effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
         relations = {str(r): torch.tensor(effects.sel(relation=r).values) for r in effects.relation.values}
         found[role] = screening.screen_heads(model.dit, relations, at="caption", null_draws=NULL_DRAWS)
