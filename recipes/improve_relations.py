@@ -9,9 +9,10 @@ branch and in the first five of 14 steps, in which places are decided:
 - guide: guidance through the heads alone, z + w (z − z without those words), which is P + w (P − P without) on their patterns.
 
 `rte-nano` draws relations worst of the models that can know them; its heads are the ramps of `relation_head`, its carriers the
-relation words. `t5-micro` loses a quarter of its relations where a "the" precedes the second object; it has no ramps, so its
-heads are those whose loss of the second shape word harms the layout of the first clean-image prediction most, and that word is
-the carrier. With `--full` also `rte-nopos-micro`, a bag of words, which cannot know what is meant.
+relation words. `t5-micro` loses a quarter of its relations where a "the" precedes the second object; it has no ramps
+for relation words or the second shape word, so its heads are those whose loss of the second shape word harms the layout of the
+first clean-image prediction most, and that word is the carrier (that some have ramps for the first shape word was found later, by
+`recurrence`, and is not used here). With `--full` also `rte-nopos-micro`, a bag of words, which cannot know what is meant.
 
 Doses are chosen by the relation accuracy (loose) of prompts of the training split, and reported on held-out prompts and fresh
 noise, paired with no intervention; the control has the same dose on as many random heads of nearby layers (steer: on random

@@ -95,8 +95,13 @@ def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
 
 
 def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[int, int]]:
-    """(layer, head) of at most `n` heads whose maps project most on the ramps at the end of the run, those with p ≤ .05 only."""
+    """(layer, head) of at most `n` heads whose maps project most on the ramps at the end of the run, those with p ≤ .05 only.
+
+    None of a run that was not screened so.
+    """
     last = table[(table["step"] == table["step"].max()) & (table["source"] == source)]
+    if last.empty:
+        return []
     wide = last.pivot_table(index=["layer", "head"], columns="quantity", values="value")
     found = wide[wide["p"] <= SIGNIFICANT]["projection"].abs().sort_values(ascending=False)
     return [(int(layer), int(head)) for layer, head in found.index[:n]]

@@ -93,6 +93,7 @@ def test_emergence_is_when_a_thing_comes_and_when_it_comes_to_stay(course):
     assert found.loc["L1H0 (words)"].tolist() == [40, 4, 40]
     assert found.loc["L0H1 (words)"].isna().all()
     assert not any("shape2" in what for what in found.index)  # its head's p says chance
+    assert dynamics.strongest_heads(course, "shape1") == []  # the run was not screened so
 
 
 def test_what_a_resumed_run_will_repeat_is_forgotten(course, tmp_path):
