@@ -290,7 +290,8 @@ def figure(
                 values = drawn[name][drawn[name]["condition"] == condition][["opposite"]].to_numpy()
                 if len(values):
                     point(costs, place, clustered_mean(values))
-            costs.set(ylim=(-0.05, 1.05), xlim=(-0.5, 2.5), xticks=range(3), xticklabels=conditions)
+            costs.set(ylim=(-0.05, 1.05), xlim=(-0.5, 2.5), xticks=range(3))
+            costs.set_xticklabels(conditions, fontsize=7)
         for ax in (first, costs):
             ax.axhline(0, color="black", linewidth=0.6)
             ax.spines[["top", "right"]].set_visible(False)
