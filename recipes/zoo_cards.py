@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dit_lens import evaluation, scenes
@@ -138,17 +139,22 @@ def learning(folder: Path, figure: str) -> str:
         values = [of_metric[metric] for metric in metrics]
         for source, layer, head in heads:
             of_head = (part["source"] == source) & (part["layer"] == layer) & (part["head"] == head)
-            values.append(part[of_head & (part["quantity"] == "cosine")]["value"].item())
-        lines.append(f"| {samples:,} | {' | '.join(f'{value:.2f}' for value in values)} |")
+            values.append(part[of_head & (part["quantity"] == "cosine")]["value"].sum(min_count=1))  # NaN if not screened then
+        lines.append(f"| {samples:,} | {' | '.join('–' if np.isnan(value) else f'{value:.2f}' for value in values)} |")
     came = [
         f"- {what}: {'never' if pd.isna(samples) else f'between {before:,} and {samples:,} samples'}"
         + ("" if pd.isna(stays) or stays == samples else f", to stay by {stays:,}")
         for what, samples, before, stays in dynamics.emergence(table).itertuples(index=False)
     ]
-    missing = [source for source in dynamics.SOURCES if source not in set(table["source"])]
+    first = {source: table.loc[table["source"] == source, "samples"].min() for source in dynamics.SOURCES}
+    late = [
+        f"{source} ({'not in this run' if np.isnan(since) else f'in this run from {since:,.0f} samples on'})"
+        for source, since in first.items()
+        if since != table["samples"].min()
+    ]
     return "\n".join(
         [
-            *([f"In this run heads were not screened with {' and '.join(missing)}.", ""] if missing else []),
+            *([f"Added to the screening later: {', '.join(late)}.", ""] if late else []),
             f"![Accuracies, the layout dipole and screening of heads against samples seen]({figure})",
             "",
             "First at least one half (heads: |cosine|, of each screening the four strongest at the end with p ≤ .05):",
