@@ -39,7 +39,7 @@ from dit_lens.training import dynamics
 from hooked_models import HookedT5Encoder, HookedTextToImage
 
 from .claims import Claim, report, stage
-from .relation_head import relation_heads
+from .relation_head import found_heads
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Of edges kept; MIB's, from .5 % on."""
@@ -329,7 +329,7 @@ def content_claims(model: HookedTextToImage, edges: pd.DataFrame, circuit: pd.Da
     early, before = ((table["step"] < EARLY).to_numpy(float) for table in (circuit, words))
     by_head = words.assign(head=words["receiver"].str[:-2], score=words["score"].abs()).groupby("head")["score"].sum()
     screened = dynamics.screen(model)["shape2" if isinstance(model.text_encoder, HookedT5Encoder) else "words"]
-    ramps = [f"cross_attn.L{row.layer}H{row.head}" for row in relation_heads(screened).itertuples()]
+    ramps = [f"cross_attn.{head}" for head in found_heads(screened)]
     strength, is_ramp = by_head.to_numpy(), by_head.index.isin(ramps)
     mass = words.loc[words["step"] < EARLY, "score"].abs().sum() / words["score"].abs().sum()
     return [

@@ -53,7 +53,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.hooked_module import HookFunction
 
 from .claims import Claim, report, stage
-from .relation_head import WORDS, relation_heads
+from .relation_head import WORDS, found_heads
 
 Method = Literal["scale", "sharpen", "steer", "guide"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -162,7 +162,7 @@ def heads_and_others(model: HookedTextToImage, carrier: Role, seed: int) -> pd.D
     """
     most = min(MOST_HEADS, (model.cfg.n_layers * model.cfg.n_heads - 1) // 2)
     vectors = {word: screening.word_vector(model, word) for word in WORDS}
-    ramps = [f"L{row.layer}H{row.head}" for row in relation_heads(screening.screen_heads(model.dit, vectors)).itertuples()]
+    ramps = found_heads(screening.screen_heads(model.dit, vectors))
     found = (ramps or list(layout_loss(model, carrier, seed)))[:most]
     drawn = ablation.random_heads(model, ablation.ablate_heads(found), np.random.default_rng(seed))
     others = [f"L{one.site.split('.')[1]}H{head}" for one in drawn for head in one.heads or ()]

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
-from dit_lens import Intervention, ablation, scenes
+from dit_lens import Intervention, ablation, scenes, sweep
 from dit_lens.prompts import Role
 from dit_lens.stats import Interval, paired_difference
+from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
 
 SHAPE_WORDS: list[Role] = ["shape1", "shape2"]
@@ -47,6 +49,15 @@ def knocked_out(model: HookedTextToImage, conditions: Conditions, n: int, seed: 
     rows = effects[list(ablation.VERDICTS)].isel(seed=0, drop=True).astype(float)
     kept = rows.to_dataframe().reset_index()[["condition", "scene", *ablation.VERDICTS]]
     return kept.assign(seed=seed)
+
+
+def layout_metric(model: HookedTextToImage, wanted: Sequence[scenes.Scene]) -> sweep.Metric:
+    """Of a sweep over the scenes' captions: the layout's cosine that is predicted at the first step touched (`layout`)."""
+
+    def placed(latents: Tensor, prompt: np.ndarray) -> np.ndarray:
+        return layout(model.decode(latents), [wanted[row] for row in prompt])
+
+    return sweep.Metric(placed, on="x0", given=("prompt",))
 
 
 def names_of(cells: Iterable[Any]) -> list[str]:

@@ -28,11 +28,10 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from jaxtyping import Float
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from dit_lens import Intervention, ablation, scenes, sweep
+from dit_lens.circuits import parse_head
 from dit_lens.edits import Replace
 from dit_lens.prompts import Role
 from dit_lens.stats import Interval, clustered_mean, paired_difference
@@ -41,7 +40,8 @@ from hooked_models import HookedTextToImage
 from hooked_models.hub import ZOO
 
 from .claims import Claim, report, stage
-from .relation_head import relation_heads
+from .knockouts import layout_metric
+from .relation_head import found_heads, relation_heads
 
 READ: dict[str, dict[str, Role]] = {"rte": {"words": "relation"}, "t5": {"shape2": "shape2", "shape1": "shape1"}}
 """By text encoder: what heads are screened with (`dynamics.SOURCES`) → the word whose keys and values they are given."""
@@ -88,11 +88,11 @@ def main(config: Config) -> None:
                 rankings[name, source] = screened[name].query("source == @source").reset_index(drop=True)
                 claims += head_claims(name, source, rankings[name, source])
             if model is not None:
-                found = {role: found_heads(rankings[name, source]) for source, role in READ[encoder].items()}
+                found = {
+                    role: heads for source, role in READ[encoder].items() if (heads := strongest_half(rankings[name, source]))
+                }
                 looks[name] = stage(config.out, f"{label}-looks", model, first_looks, looked)
-                drawn[name] = stage(
-                    config.out, f"{label}-images", model, drawn_images, {k: v for k, v in found.items() if v}, images
-                )
+                drawn[name] = stage(config.out, f"{label}-images", model, drawn_images, found, images)
                 claims += [*carrier_claims(name, encoder, looks[name]), *turned_claims(name, encoder, drawn[name])]
     report("Relation heads over sizes, seeds and text encoders", claims, config.out, full=config.full)
     for what, parts in {"screening": screened, "looks": looks, "images": drawn}.items():
@@ -115,14 +115,13 @@ def screening(model: HookedTextToImage) -> pd.DataFrame:
 
 def last_screening(course: pd.DataFrame) -> pd.DataFrame:
     """The same of a run's last step, from its course."""
-    last = course[(course["step"] == course["step"].max()) & course["layer"].notna()]
-    wide = last.pivot_table(index=["source", "layer", "head"], columns="quantity", values="value").reset_index()
-    return wide.sort_values("projection", key=np.abs, ascending=False, ignore_index=True)
+    found = {source: dynamics.last_screening(course, source) for source in dynamics.SOURCES}
+    return pd.concat(found, names=["source"]).reset_index("source")
 
 
-def found_heads(ranking: pd.DataFrame) -> list[str]:
-    """Names of the heads found, strongest first, at most half of all."""
-    return [f"L{row.layer}H{row.head}" for row in relation_heads(ranking).itertuples()][: len(ranking) // 2]
+def strongest_half(ranking: pd.DataFrame) -> list[str]:
+    """`relation_head.found_heads`, at most half of all."""
+    return found_heads(ranking)[: len(ranking) // 2]
 
 
 # Exchanges
@@ -132,7 +131,6 @@ class Exchange:
     """Scenes, and interventions that give heads a word's keys and values from the captions of the opposite relations."""
 
     def __init__(self, model: HookedTextToImage, n: int, seed: int) -> None:
-        self.model = model
         self.wanted = scenes.sample(n, seed=seed, split="all", color_words="both")
         self.opposite = [scenes.opposite(scene) for scene in self.wanted]
         self.texts, others = ([scenes.caption(scene) for scene in each] for each in (self.wanted, self.opposite))
@@ -147,7 +145,7 @@ class Exchange:
         if heads is None:
             return [Intervention(site, None, role, steps, action=action) for site in self.values]
         return [
-            Intervention(f"blocks.{head[1 : head.index('H')]}.cross_attn.hook_{part}", head, role, steps, action=action)
+            Intervention(f"blocks.{parse_head(head)[0]}.cross_attn.hook_{part}", head, role, steps, action=action)
             for head in heads
             for part in "kv"
         ]
@@ -158,11 +156,8 @@ def first_looks(model: HookedTextToImage, n: int) -> pd.DataFrame:
     """By word, exchanged in all heads at the first step: the layout's cosine predicted there, and without; mean of two noises."""
     exchange = Exchange(model, n, seed=5)
 
-    def placed(latents: Tensor, prompt: np.ndarray) -> Float[np.ndarray, " row"]:
-        return dynamics.layout(model.decode(latents), [exchange.wanted[row] for row in prompt])
-
     conditions = {role: exchange.of(role, steps=0) for role in NAMES}  # type: ignore[arg-type]
-    seen = sweep.run(model, exchange.texts, [0, 1], conditions, {"layout": sweep.Metric(placed, on="x0", given=("prompt",))})
+    seen = sweep.run(model, exchange.texts, [0, 1], conditions, {"layout": layout_metric(model, exchange.wanted)})
     return seen[["layout", "layout_baseline"]].mean("seed").to_dataframe().reset_index()
 
 

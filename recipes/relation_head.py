@@ -97,10 +97,15 @@ def relation_heads(ranking: pd.DataFrame) -> pd.DataFrame:
     return ranking[(ranking["cosine"].abs() >= FOUND_COSINE) & (ranking["p"] <= FOUND_P)]
 
 
+def found_heads(ranking: pd.DataFrame) -> list[str]:
+    """Their names ("L2H2"), strongest first."""
+    return [f"L{row.layer}H{row.head}" for row in relation_heads(ranking).itertuples()]
+
+
 def screened(model: HookedTextToImage) -> tuple[pd.DataFrame, list[str]]:
     """`screening.screen_heads` with the relation words, and the heads that it names ("L2H2"), strongest first."""
     ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
-    return ranking, [f"L{row.layer}H{row.head}" for row in relation_heads(ranking).itertuples()]
+    return ranking, found_heads(ranking)
 
 
 def attention_to_relation(model: HookedTextToImage, cache: object, head: str) -> xr.DataArray:

@@ -25,19 +25,17 @@ import tyro
 import xarray as xr
 from jaxtyping import Float
 from scipy.stats import mannwhitneyu
-from torch import Tensor
 
 from dit_lens import ablation, circuits, scenes, screening, sweep, variance
 from dit_lens.prompts import Role, token_roles
 from dit_lens.scenes import DIRECTIONS, PHRASES
 from dit_lens.stats import Interval, clustered_mean, clustered_means
-from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
 
 from . import attention_synopsis as synopses
 from .circuit_figures import effects_figure, ramps_figure, steps_figure, ways_figure
 from .claims import Claim, report, stage
-from .knockouts import Conditions, accuracy, change, knocked_out, names_of, scenes_of
+from .knockouts import Conditions, accuracy, change, knocked_out, layout_metric, names_of, scenes_of
 from .relation_head import FOUND_COSINE, FOUND_P, screened
 
 READS = 0.1
@@ -158,11 +156,7 @@ def first_look(model: HookedTextToImage, found: Sequence[str], n: int, seed: int
         conditions |= {f"first {k}": group, f"random {k}": ablation.random_heads(model, group, rng)}
         cells |= {f"first {k}": ("found", k), f"random {k}": ("random", k)}
 
-    def placed(latents: Tensor, prompt: np.ndarray) -> np.ndarray:
-        return layout(model.decode(latents), [wanted[row] for row in prompt])
-
-    metric = sweep.Metric(placed, on="x0", given=("prompt",))
-    seen = sweep.run(model, texts, [2 * seed, 2 * seed + 1], conditions, {"layout": metric})
+    seen = sweep.run(model, texts, [2 * seed, 2 * seed + 1], conditions, {"layout": layout_metric(model, wanted)})
     lost = (seen["layout_baseline"] - seen["layout"]).transpose("intervention", "prompt", "seed").mean("seed").values
     return pd.DataFrame(
         {"condition": name, "kind": kind, "heads": k, "scene": scene, "seed": seed, "lost": value}

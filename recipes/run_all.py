@@ -79,7 +79,8 @@ def main(config: Config) -> None:
     hashes = {name: digest_model(HookedTextToImage.from_pretrained(name)) for name in list_models()}
     readme = HERE / "README.md"
     reports = {name: json.loads((at / "claims.json").read_text()) for name, at in found.items()}
-    readme.write_text(page(reports, hashes, older := kept(readme.read_text(), hashes)))
+    older = kept(readme.read_text(), hashes)
+    readme.write_text(page(reports, hashes, older))
     if gone := [name for name in FIGURES if name not in {*reports, *older}]:
         console.print(f"Not on the page, since they have left no results here and models have changed: {', '.join(gone)}.")
     if failed:

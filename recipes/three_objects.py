@@ -29,7 +29,7 @@ from torch import Tensor
 from dit_lens import Intervention, ablation, prompts, scenes, screening, sweep
 from dit_lens.edits import Replace
 from dit_lens.evaluation import score
-from dit_lens.scenes import TRIO_PHRASES, Scene, Trio
+from dit_lens.scenes import Scene, Trio
 from dit_lens.scenes.scene import other_color
 from dit_lens.stats import Interval, clustered_mean, paired_difference, proportion
 from hooked_models import HookedTextToImage
@@ -141,15 +141,10 @@ def exchanged(trio: Trio) -> dict[str, Trio]:
     """The same trio with one thing said otherwise, in as many words: either relation's opposite, or object 3's other colour."""
     first, second = trio.first, trio.second
     return {
-        "relation1": Trio(replace(first, phrase=opposite(first)), second),
-        "relation2": Trio(first, replace(second, phrase=opposite(second))),
+        "relation1": Trio(replace(first, phrase=scenes.opposite(first).phrase), second),
+        "relation2": Trio(first, replace(second, phrase=scenes.opposite(second).phrase)),
         "color3": Trio(first, replace(second, color2=other_color(second.color2))),
     }
-
-
-def opposite(scene: Scene) -> str:
-    """The phrase that says the opposite relation in the same way."""
-    return TRIO_PHRASES[scenes.OPPOSITE[scene.relation]][TRIO_PHRASES[scene.relation].index(scene.phrase)]
 
 
 def shares(model: HookedTextToImage, n: int, seed: int) -> pd.DataFrame:

@@ -94,17 +94,22 @@ def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
     return found
 
 
+def last_screening(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Of a run's `dynamics.parquet`, what `screen` found at its last step with one source, by |projection|; or no rows."""
+    last = table[(table["step"] == table["step"].max()) & (table["source"] == source)]
+    wide = last.pivot_table(index=["layer", "head"], columns="quantity", values="value").reset_index()
+    columns = ["layer", "head", "cosine", "projection", "energy", "p"]
+    return wide.reindex(columns=columns).sort_values("projection", key=abs, ascending=False, ignore_index=True)
+
+
 def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[int, int]]:
     """(layer, head) of at most `n` heads whose maps project most on the ramps at the end of the run, those with p ≤ .05 only.
 
     None of a run that was not screened so.
     """
-    last = table[(table["step"] == table["step"].max()) & (table["source"] == source)]
-    if last.empty:
-        return []
-    wide = last.pivot_table(index=["layer", "head"], columns="quantity", values="value")
-    found = wide[wide["p"] <= SIGNIFICANT]["projection"].abs().sort_values(ascending=False)
-    return [(int(layer), int(head)) for layer, head in found.index[:n]]
+    last = last_screening(table, source)
+    found = last[last["p"] <= SIGNIFICANT].head(n)
+    return [(int(layer), int(head)) for layer, head in zip(found["layer"], found["head"], strict=True)]
 
 
 def emergence(table: pd.DataFrame, level: float = 0.5) -> pd.DataFrame:

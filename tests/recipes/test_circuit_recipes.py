@@ -18,6 +18,7 @@ from dit_lens.prompts import role_mask
 from dit_lens.scenes import DIRECTIONS
 from dit_lens.scenes.scene import Relation
 from dit_lens.stats import Interval
+from dit_lens.training.dynamics import layout
 from dit_lens.variance import encode
 from hooked_models import HookedTextToImage
 from recipes import attention_synopsis, bottleneck, knockouts, object_heads, relation_heads, t5_fusion
@@ -162,7 +163,7 @@ def test_a_first_look_is_the_run_with_the_word_masked():
         with torch.no_grad():
             for hooks in ([look], [*hide, look]):
                 rte().trajectory(texts, noise, until=0).fork(0, hooks, until=1)
-            before, after = (relation_heads.layout(rte().decode(x0), wanted) for x0 in seen)
+            before, after = (layout(rte().decode(x0), wanted) for x0 in seen)
         lost.append(before - after)
     np.testing.assert_allclose(by["first 2"], np.mean(lost, axis=0), atol=1e-4)
 
@@ -250,9 +251,9 @@ def test_a_share_of_the_total_is_of_sums():
 def test_a_path_from_the_whole_text_to_the_image_is_the_opposite_prompt():
     wanted, _ = knockouts.scenes_of(2, 0)
     paths = {"all": (["text"], ["image"]), "none": (["cross_attn.L5H2"], ["image"])}
-    found = object_heads.patched_paths(
-        rte(), paths, 2, 0, lambda images: torch.from_numpy(relation_heads.layout(images, wanted))
-    ).set_index("path")
+    found = object_heads.patched_paths(rte(), paths, 2, 0, lambda images: torch.from_numpy(layout(images, wanted))).set_index(
+        "path"
+    )
     np.testing.assert_allclose(found.loc["all", "patched"], found.loc["all", "source"], atol=1e-3)
     assert (found.loc["all", "source"] < 0).all()
     assert (found.loc["none", "patched"] > 0.5).all()

@@ -50,10 +50,10 @@ def test_the_screening_of_a_run_without_weights_is_that_of_its_last_step():
 
 
 def test_at_most_half_of_the_heads_are_taken():
-    assert recurrence.found_heads(ranking([0.9, -0.8, 0.1, 0.2])) == ["L0H0", "L0H1"]
-    assert recurrence.found_heads(ranking([0.9, -0.8, 0.7, 0.6])) == ["L0H0", "L0H1"]
-    assert recurrence.found_heads(ranking([0.9] * 4, p=FOUND_P * 2)) == []
-    assert recurrence.found_heads(ranking([FOUND_COSINE - 0.01] * 4)) == []
+    assert recurrence.strongest_half(ranking([0.9, -0.8, 0.1, 0.2])) == ["L0H0", "L0H1"]
+    assert recurrence.strongest_half(ranking([0.9, -0.8, 0.7, 0.6])) == ["L0H0", "L0H1"]
+    assert recurrence.strongest_half(ranking([0.9] * 4, p=FOUND_P * 2)) == []
+    assert recurrence.strongest_half(ranking([FOUND_COSINE - 0.01] * 4)) == []
 
 
 def test_heads_are_counted_and_their_depth_is_between_the_first_and_the_last_layer():
