@@ -4,7 +4,8 @@
 machine's measured rate of matrix products each reaches; JSON with --out.
 
 The plain loop is what diffusers' own example scripts do: accelerate, AdamW, EMA, images and captions encoded in every step, no
-compilation; once in float32 and once under bfloat16 autocast. Ours is the command's own `train()`, timed by its own log.
+compilation; once in float32 and, where the machine multiplies in bfloat16, once under bfloat16 autocast. Ours is the command's
+own `train()` at its own choice of precision, timed by its own log.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dit_lens import scenes
 from dit_lens.training import PRESETS, TrainConfig, build_pipeline, train
 from dit_lens.training.loop import StepData
 from dit_lens.training.objectives import OBJECTIVES
+from dit_lens.training.precision import resolve_precision
 
 NO_CONDITIONS = {"resolution": None, "aspect_ratio": None}
 
@@ -57,18 +59,20 @@ def main(config: Config) -> None:
     pipe = build_pipeline(PRESETS[config.size], config.encoder)
     device = Accelerator().device
     flops = flops_per_sample(pipe, config)
-    rates = {dtype: matmul_rate(dtype, device) for dtype in ("float32", "bfloat16")}
+    chosen = resolve_precision("auto", device)
+    dtypes = {"no": "float32"} | ({"bf16": "bfloat16"} if chosen == "bf16" else {})
+    rates = {dtype: matmul_rate(dtype, device) for dtype in dtypes.values()}
 
-    seconds: dict[str, list[float]] = {"plain, float32": [], "plain, bfloat16": []}
+    seconds: dict[str, list[float]] = {f"plain, {dtype}": [] for dtype in dtypes.values()}
     losses: dict[str, float] = {}
 
     def plain() -> None:
-        for name, precision in (("plain, float32", "no"), ("plain, bfloat16", "bf16")):
-            times, losses[name] = plain_loop(config, precision, 2 + config.plain_steps)
-            seconds[name] += times
+        for precision, dtype in dtypes.items():
+            times, losses[f"plain, {dtype}"] = plain_loop(config, precision, 2 + config.plain_steps)
+            seconds[f"plain, {dtype}"] += times
 
     plain()
-    losses["dit-lens train"] = plain_loop(config, "bf16", 1, as_ours=True)[1]
+    losses["dit-lens train"] = plain_loop(config, chosen, 1, as_ours=True)[1]
     AcceleratorState._reset_state(reset_partial_state=True)
     with tempfile.TemporaryDirectory() as folder:
         ours = TrainConfig(
@@ -90,12 +94,12 @@ def main(config: Config) -> None:
 
     rows = []
     for name, times in seconds.items():
-        dtype = "float32" if name.endswith("float32") else "bfloat16"
+        dtype = name.removeprefix("plain, ") if name.startswith("plain") else dtypes[chosen]
         speed = config.batch_size / statistics.median(times)
         rows.append((name, dtype, config.batch_size, speed, flops * speed / 1e9, flops * speed / rates[dtype]))
     columns = ["loop", "dtype", "batch", "samples/s", "GFLOP/s", "of matmul rate"]
     table = pd.DataFrame(rows, columns=columns)
-    for reference in ("plain, float32", "plain, bfloat16"):
+    for reference in (f"plain, {dtype}" for dtype in dtypes.values()):
         table[f"× {reference}"] = table["samples/s"] / table.loc[table["loop"] == reference, "samples/s"].item()
     machine = (
         f"{platform.processor() or platform.machine()}, {config.threads} thread(s), {device.type}, torch {torch.__version__}"

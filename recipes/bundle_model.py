@@ -2,7 +2,9 @@
 
 `python -m recipes.bundle_model --run runs/t5-micro --name t5-micro --targets "unique_binding .92" "relation_loose .90"`
 
-Cards and README are then made from those files by `python -m recipes.zoo_cards`. A run that was stopped goes on.
+Cards and README are then made from those files by `python -m recipes.zoo_cards`. A run that was stopped goes on. A run started
+from the bundled model of the same name (`dit-lens train --init-from t5-micro`) replaces it: the card then tells of both runs, and
+keeps the first one's course.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ def main(config: Config) -> None:
     model = HookedTextToImage.from_pipeline(pipe.to(dtype=torch.float32))  # as it will be loaded
 
     facts = training_facts(config)
+    if facts["init_from"] == config.name:
+        facts["earlier"] = earlier_runs(config)
     (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     rows = evaluation.evaluate_model(model, config.scenes, out=config.run / "evaluation")
     compact(rows).to_parquet(folder / "evaluation.parquet", index=False, compression="zstd")
@@ -71,7 +75,7 @@ def main(config: Config) -> None:
     if facts.get("trios"):
         trio_verdicts(model, config.scenes).to_parquet(folder / "trios.parquet", index=False, compression="zstd")
     course = config.run / "dynamics.parquet"
-    if course.exists():
+    if course.exists() and "earlier" not in facts:
         shutil.copy(course, folder / course.name)
         table = pd.read_parquet(course)
         heads = {source: dynamics.strongest_heads(table, source) for source in dynamics.SOURCES}
@@ -96,6 +100,15 @@ def training_facts(config: Config) -> dict[str, object]:
     samples = int(metadata["step"]) * facts["batch_size"] * facts["processes"]
     told = {"history": list(config.history), "targets": list(config.targets)}
     return facts | {"steps": int(metadata["step"]), "samples": samples, "samples_per_second": speeds.median()} | told
+
+
+def earlier_runs(config: Config) -> list[dict[str, object]]:
+    """What training_facts() said of the runs before one that went on from the bundled model it replaces, the first run first."""
+    kept = config.run / "before.json"
+    if not kept.exists():  # a second call must not find the facts that the first has written
+        shutil.copy(ZOO / config.name / "training.json", kept)
+    before = json.loads(kept.read_text())
+    return [*before.pop("earlier", []), before]
 
 
 def trio_verdicts(model: HookedTextToImage, n: int) -> pd.DataFrame:

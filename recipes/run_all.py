@@ -1,8 +1,8 @@
 """Run every recipe at its default settings, and write recipes/README.md from what they found. `python -m recipes.run_all`
 
 A recipe that crashes makes the run fail, after the others have run; a verdict, whatever it is, does not. Recipes resume, so a run
-that was stopped goes on where it was. What the page says of recipes that have left no results here stays on it, as long as no
-model's weights have changed: `--only` brings one recipe up to date.
+that was stopped goes on where it was. What the page says of recipes that have left no results here stays on it, as long as the
+weights of the models that a recipe asks have not changed: `--only` brings one recipe up to date.
 """
 
 from __future__ import annotations
@@ -82,19 +82,26 @@ def main(config: Config) -> None:
     older = kept(readme.read_text(), hashes)
     readme.write_text(page(reports, hashes, older))
     if gone := [name for name in FIGURES if name not in {*reports, *older}]:
-        console.print(f"Not on the page, since they have left no results here and models have changed: {', '.join(gone)}.")
+        console.print(f"Not on the page, since they have left no results here and their models have changed: {', '.join(gone)}.")
     if failed:
         sys.exit(f"Crashed: {', '.join(failed)}.")
 
 
 def kept(text: str, hashes: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Recipe → its row and its section on an older page; nothing if a model's weights are no longer those of the page."""
-    listed = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|$", text, flags=re.M)
-    if any(not hashes.get(name, "").startswith(value) for name, value in listed):
-        return {}
+    """Recipe → its row and its section on an older page, of those whose models' weights are still those of the page."""
+    listed = dict(re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|$", text, flags=re.M))
+    same = {name for name, value in listed.items() if hashes.get(name, "").startswith(value)}
     rows = {name: row for row, name in re.findall(r"^(\| \[`(\w+)`\].*)$", text, flags=re.M)}
     sections = re.findall(r"^(## (\w+)\n.*?\n)(?=\n## |\Z)", text, flags=re.M | re.S)
-    return {name: (rows[name], section) for section, name in sections}
+    return {name: (rows[name], section) for section, name in sections if models_of(name) <= same}
+
+
+def models_of(recipe: str) -> set[str]:
+    """The bundled models that a recipe asks unless told otherwise: those named in the defaults of its settings."""
+    named: set[str] = set()
+    for value in vars(importlib.import_module(f"recipes.{recipe}").Config()).values():
+        named |= {text.split("/")[0] for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)}
+    return named & set(list_models())
 
 
 def page(found: dict[str, dict[str, Any]], hashes: dict[str, str], older: dict[str, tuple[str, str]] | None = None) -> str:

@@ -93,7 +93,11 @@ steps, guidance 4.5; mean [95 % Wilson interval]. Perfect images score 1 in ever
 {evaluation.to_markdown(rows)}""",
         *three_objects(folder),
         *([f"Aims, on held-out combinations:\n{aims(folder, facts['targets'])}"] if facts["targets"] else []),
-        *([f"{LEARNING}\n\n{learning(folder, 'learning.png')}"] if (folder / "dynamics.parquet").exists() else []),
+        *(
+            [f"{LEARNING}{of_first_run(facts)}\n\n{learning(folder, 'learning.png')}"]
+            if (folder / "dynamics.parquet").exists()
+            else []
+        ),
         f"## Training\n\n{how_trained(facts)}",
         *other_seeds(folder),
         f"""## Limits
@@ -174,17 +178,39 @@ position maps with the ramps, screened with the relation words ("words"), or wit
 ("shape1", "shape2"). `dynamics.parquet` has all heads and all intervals."""
 
 
+def of_first_run(facts: dict[str, Any]) -> str:
+    """Which run the course is of, if there were several."""
+    return " The course is that of run 1; see *Training*." if facts.get("earlier") else ""
+
+
 def how_trained(facts: dict[str, Any]) -> str:
-    """Settings and history."""
-    curriculum = [facts.get(name, 0) for name in ("biased_steps", "anchored_steps", "spreading_steps")]
-    lines = [
+    """Architecture, data, and settings and history of every run."""
+    runs = [*facts.get("earlier", []), facts]
+    common = [
         f"- Architecture: size `{facts['size']}`, text encoder {ENCODERS[facts['encoder']]} (frozen),",
         f"  objective `{facts['objective']}`.",
-        f"- {facts['samples']:,} samples in {facts['steps']:,} steps; Muon {facts['muon_lr']} on the blocks' matrices, AdamW "
-        f"{facts['adam_lr']} on the rest,",
-        f"  caption dropout {facts['caption_dropout']}, EMA, precision {facts['precision']}, seed {facts['seed']}.",
+    ]
+    data = [
         "- Data: `dit_lens.scenes` (procedural, balanced relations, no overlap, 10 of 96 combinations held out); no image is",
         "  seen twice.",
+    ]
+    if len(runs) == 1:
+        return "\n".join([*common, *one_run(facts, data)])
+    total = f"- {sum(run['samples'] for run in runs):,} samples in {len(runs)} runs, each from the weights of the one before."
+    parts = ["\n".join([*common, total, *data])]
+    parts += ["\n".join([f"### Run {i}", "", *one_run(run | {"init_from": None}, [])]) for i, run in enumerate(runs, start=1)]
+    return "\n\n".join(parts)
+
+
+def one_run(facts: dict[str, Any], data: list[str]) -> list[str]:
+    """Settings and history of a run, and `data`, the lines on its data."""
+    curriculum = [facts.get(name, 0) for name in ("biased_steps", "anchored_steps", "spreading_steps")]
+    precision = {"no": "float32"}.get(facts["precision"], facts["precision"])
+    lines = [
+        f"- {facts['samples']:,} samples in {facts['steps']:,} steps; Muon {facts['muon_lr']} on the blocks' matrices, AdamW "
+        f"{facts['adam_lr']} on the rest,",
+        f"  caption dropout {facts['caption_dropout']}, EMA, precision {precision}, seed {facts['seed']}.",
+        *data,
     ]
     if facts.get("init_from"):
         lines.append(
@@ -199,8 +225,10 @@ def how_trained(facts: dict[str, Any]) -> str:
             f"  distribution over {spreading:,}; red named first with probability .9, falling to one half over {biased:,} steps;",
             f"  learning rate falling linearly from {facts['decay_from']:.0%} of the run on.",
         ]
+    elif not facts["history"]:
+        lines.append(f"- Learning rate falling linearly from {facts['decay_from']:.0%} of the run on.")
     history = [f"{i}. {phase}" for i, phase in enumerate(facts["history"], start=1)]
-    return "\n".join([*lines, *(["", *history] if history else [])])
+    return [*lines, *(["", *history] if history else [])]
 
 
 def other_seeds(folder: Path) -> list[str]:

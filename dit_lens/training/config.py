@@ -47,7 +47,8 @@ class TrainConfig:
     """Share of scenes that hold three objects and two relations (`scenes.Trio`); no curriculum acts on them."""
 
     seed: int = 0
-    precision: Literal["no", "bf16"] = "bf16"
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    """"auto": bf16 where the machine multiplies in bfloat16, else "no", which is float32; see `precision.resolve_precision`."""
     compile: bool = False
     init_from: str | None = None
     """Bundled model or pipeline folder whose weights to start from, with a fresh optimiser."""
@@ -92,7 +93,8 @@ class PretrainConfig:
     warmup_steps: int = 30
     """Linear warm-up; then the learning rate falls linearly to 2 %."""
     seed: int = 0
-    precision: Literal["no", "bf16"] = "bf16"
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    """As in `TrainConfig`."""
     checkpoint_every: int = 100
     evaluate_every: int = 50
 

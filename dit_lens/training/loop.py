@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
@@ -33,10 +33,11 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .objectives import OBJECTIVES
 from .pipelines import PRESETS, build_pipeline, load_pipeline
+from .precision import muon, resolve_precision
 
 LOG_EVERY = 25
 MAY_CHANGE = (
-    *("out", "steps", "decay_from", "biased_steps", "anchored_steps", "spreading_steps", "compile"),
+    *("out", "steps", "decay_from", "biased_steps", "anchored_steps", "spreading_steps", "compile", "precision"),
     *("checkpoint_every", "evaluate_every", "evaluation_scenes", "dynamics_points"),
 )
 """Settings of a run that may differ when it is resumed."""
@@ -51,6 +52,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: `out` holds a run with other settings.
     """
+    config = replace(config, precision=resolve_precision(config.precision, PartialState().device))
     accelerator = Accelerator(mixed_precision=config.precision)
     config.out.mkdir(parents=True, exist_ok=True)
     saved = config.out / "checkpoint.safetensors"
@@ -274,7 +276,7 @@ def build_optimizers(model: PixArtTransformer2DModel, config: TrainConfig) -> di
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     optimizers: dict[str, torch.optim.Optimizer] = {
-        "muon": torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        "muon": muon(matrices, config.muon_lr, config.precision),
         "adamw": torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     }
     for optimizer in optimizers.values():

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from hooked_models.rte import DEFAULT_LENGTH, SPECIAL_TOKENS
 from .caption_grammar import PUNCTUATION, VOCABULARY, Writer
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import PretrainConfig
+from .precision import muon, resolve_precision
 from .text_probes import place_score, probe_table
 
 SENTINELS = 10
@@ -136,7 +137,7 @@ def build_optimizers(model: T5ForConditionalGeneration, config: PretrainConfig) 
     groups = [{"params": others}, {"params": queries, "lr": config.muon_lr / model.config.d_kv**0.5}]
     rest = [p for p in model.parameters() if id(p) not in taken]
     optimizers: dict[str, torch.optim.Optimizer] = {
-        "muon": torch.optim.Muon(groups, lr=config.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        "muon": muon(groups, config.muon_lr, config.precision),
         "adamw": torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     }
     for optimizer in optimizers.values():
@@ -151,6 +152,7 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         ValueError: `out` holds a run with other settings.
     """
+    config = replace(config, precision=resolve_precision(config.precision, torch.device("cpu")))
     config.out.mkdir(parents=True, exist_ok=True)
     tokenizer = scenes_tokenizer()
     reader = scenes_tokenizer(TEXT_LENGTH)
@@ -159,7 +161,7 @@ def pretrain(config: PretrainConfig) -> Path:
     optimizers = build_optimizers(model, config)
     saved, metrics = config.out / "checkpoint.safetensors", config.out / "metrics.jsonl"
     facts = {k: v for k, v in asdict(config).items() if k != "out"}
-    may_change = ("checkpoint_every", "evaluate_every")
+    may_change = ("checkpoint_every", "evaluate_every", "precision")
     first = load_checkpoint(saved, model, {}, optimizers, facts, may_change) if saved.exists() else 0
     keep = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first] if first else []
     metrics.write_text("".join(line + "\n" for line in keep))

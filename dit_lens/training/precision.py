@@ -1,0 +1,49 @@
+"""bfloat16 where the machine multiplies in it; a CPU that has to emulate it takes fifty times as long as in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Precision = Literal["auto", "no", "bf16"]
+
+
+def resolve_precision(asked: Precision, device: torch.device) -> Literal["no", "bf16"]:
+    """`asked`, or, for "auto", "bf16" on a GPU that has it and on a CPU with AMX or AVX-512 BF16, else "no"."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "cpu":
+        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+        return "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "no"
+    return "no"
+
+
+def muon(parameters: Sequence[Tensor] | Sequence[dict[str, Any]], lr: float, precision: Precision) -> torch.optim.Muon:
+    """torch's Muon without weight decay, its update scaled to AdamW's root mean square."""
+    kind = torch.optim.Muon if precision == "bf16" else Float32Muon
+    return kind(parameters, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+
+class Float32Muon(torch.optim.Muon):
+    """Muon that orthogonalises in float32; torch's casts to bfloat16 whatever the weights are."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """As `torch.optim.Muon.step`."""
+        with _NoBfloat16():
+            return super().step(closure)
+
+
+class _NoBfloat16(TorchFunctionMode):
+    """`tensor.bfloat16()` copies, and casts to nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.bfloat16:
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
