@@ -100,15 +100,11 @@ def screen_heads(
     queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()  # [layer head d_model d_head]
     keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu()
 
-    def projections(ramps: Float[Tensor, "word pos"], caption: Float[Tensor, "word d_caption"]) -> Heads:
-        """Of the words' maps onto their ramps; no map is ever formed."""
-        return torch.einsum("wd,lhde,wc,lhce->lhw", ramps @ position, queries, caption, keys)
-
     words = torch.stack(list(vectors.values())).to(dit.device, dit.dtype)
     caption = (dit.project_caption(words) if at == "text" else words).double().cpu()
     ramps = F.normalize(torch.stack([ramp(directions[word], side) for word in vectors]), dim=1)
-    projection = projections(ramps, caption)
     given = torch.einsum("wc,lhce->lhwe", caption, keys)
+    projection: Heads = torch.einsum("wp,pd,lhde,lhwe->lhw", ramps, position, queries, given)  # no map is ever formed
     covariance = torch.einsum("pd,pf->df", position, position)
     energy: Heads = torch.einsum("lhwe,lhde,df,lhfg,lhwg->lhw", given, queries, covariance, queries, given).clamp(min=0).sqrt()
 
@@ -117,18 +113,22 @@ def screen_heads(
     if len(pointing) > 1:
         of_direction = of_direction - of_direction.mean(0)
     ramps = F.normalize(torch.stack([ramp(d, side) for d in pointing]), dim=1)
-    size = projections(ramps, of_direction).mean(-1).abs()
+    looking = torch.einsum("wp,pd,lhde->lhwe", ramps, position, queries)
+    read = torch.einsum("wc,lhce->lhwe", of_direction, keys)
+    size = (looking * read).sum((-1, -2)).abs()
     frame = torch.linalg.qr(of_direction.T).R  # the words in an orthonormal frame of their span
-    exceeds = {name: torch.zeros_like(size) for name in ("p_words", "p_positions")}
     generator = torch.Generator().manual_seed(seed)
+    turned, permuted = [], []
     for _ in range(null_draws):
-        turned = torch.linalg.qr(torch.randn(of_direction.T.shape, generator=generator, dtype=torch.float64)).Q @ frame
-        places = torch.randperm(len(position), generator=generator)
-        for name, null in (
-            ("p_words", projections(ramps, turned.T)),
-            ("p_positions", projections(ramps[:, places], of_direction)),
-        ):
-            exceeds[name] += null.mean(-1).abs() >= size * (1 - 1e-9)
+        turned.append((torch.linalg.qr(torch.randn(of_direction.T.shape, generator=generator, dtype=torch.float64)).Q @ frame).T)
+        permuted.append(ramps[:, torch.randperm(len(position), generator=generator)])
+    exceeds = {}
+    for name, maps, draws in (
+        ("p_words", torch.einsum("lhwe,lhce->lhwc", looking, keys), turned),
+        ("p_positions", torch.einsum("lhwe,lhde,pd->lhwp", read, queries, position), permuted),
+    ):
+        nulls = maps.flatten(2) @ torch.stack(draws).flatten(1).T  # [layer head draw]
+        exceeds[name] = (nulls.abs() >= size[..., None] * (1 - 1e-9)).sum(-1, dtype=torch.float64)
     p = {name: ((1 + count) / (1 + null_draws)).flatten().numpy() for name, count in exceeds.items()}
 
     layers, heads = np.meshgrid(np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij")
