@@ -39,34 +39,25 @@ BATCH = 64
 def score(
     model: HookedTextToImage,
     wanted: Sequence[Scene | Trio],
-    seeds: Sequence[int] = (0,),
     num_steps: int = 14,
     guidance: float = 4.5,
     batch_size: int = BATCH,
 ) -> xr.Dataset:
-    """Judge one image for each scene and seed: `scenes.evaluate`'s variables over dims (scene, seed).
+    """Judge one image for each scene: `scenes.evaluate`'s variables over dim scene.
 
-    A seed gives every prompt the same noise (one fresh CPU generator an image), so that conditions can be compared in pairs.
+    Scene i is drawn from noise i at every call, so two models, or two states of one, are compared in pairs, and a mean over
+    scenes is one over noises, too.
     """
-    jobs = [(scene, seed) for scene in wanted for seed in seeds]
     images = []
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        prompts, noise = [scenes.caption(scene) for scene, _ in batch], [seed for _, seed in batch]
-        images.append(model(prompts, noise, num_steps, guidance).float().cpu())
-    verdict = scenes.evaluate(torch.cat(images), [scene for scene, _ in jobs])
-    shape = (len(wanted), len(seeds))
-    variables = {
-        name: (("scene", "seed"), variable.values.reshape(shape))
-        for name, variable in verdict.data_vars.items()
-        if variable.dims == ("image",)
-    }
-    return xr.Dataset(variables, coords={"seed": list(seeds), "relation": ("scene", verdict["relation"].values[:: len(seeds)])})
+    for start in range(0, len(wanted), batch_size):
+        prompts = [scenes.caption(scene) for scene in wanted[start : start + batch_size]]
+        images.append(model(prompts, list(range(start, start + len(prompts))), num_steps, guidance).float().cpu())
+    return scenes.evaluate(torch.cat(images), wanted).rename(image="scene")
 
 
 def summarise(verdict: xr.Dataset) -> pd.DataFrame:
-    """One row a metric: mean, low and high end of the 95 % interval. Scenes are resampled whole."""
-    rows = {name: clustered_mean(verdict[name].transpose("scene", "seed").values.astype(float)) for name in METRICS}
+    """One row a metric: mean, low and high end of the 95 % interval over scenes."""
+    rows = {name: clustered_mean(verdict[name].values.astype(float)[:, None]) for name in METRICS}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(Interval._fields)).rename_axis("metric")
 
 

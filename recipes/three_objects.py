@@ -85,10 +85,10 @@ def accuracies(model: HookedTextToImage, n: int) -> pd.DataFrame:
     }
     rows = []
     for objects, of_kind in wanted.items():
-        verdicts = score(model, of_kind, seeds=range(1))
+        verdicts = score(model, of_kind)
         for verdict in ("color", "shape", "unique_binding", "relation1_loose", "relation2_loose", "relation_loose"):
             if verdict in verdicts:
-                hits = proportion(verdicts[verdict].values.astype(float).ravel())
+                hits = proportion(verdicts[verdict].values.astype(float))
                 rows.append({"objects": objects, "verdict": verdict, **hits._asdict()})
     return pd.DataFrame(rows)
 

@@ -93,11 +93,7 @@ steps, guidance 4.5; mean [95 % Wilson interval]. Perfect images score 1 in ever
 {evaluation.to_markdown(rows)}""",
         *three_objects(folder),
         *([f"Aims, on held-out combinations:\n{aims(folder, facts['targets'])}"] if facts["targets"] else []),
-        *(
-            [f"{LEARNING}{of_first_run(facts)}\n\n{learning(folder, 'learning.png')}"]
-            if (folder / "dynamics.parquet").exists()
-            else []
-        ),
+        *([f"{about_the_course(facts)}\n\n{learning(folder, 'learning.png')}"] if (folder / "dynamics.parquet").exists() else []),
         f"## Training\n\n{how_trained(facts)}",
         *other_seeds(folder),
         f"""## Limits
@@ -169,18 +165,20 @@ def learning(folder: Path, figure: str) -> str:
     )
 
 
-LEARNING = """## Learning
+def about_the_course(facts: dict[str, Any]) -> str:
+    """What is measured while a model is trained; of its first run, if there were several."""
+    noises = "scene i from noise i"
+    if not facts.get("earlier", [facts])[0].get("noises"):
+        noises = """all from the same noise at every
+point: the course is comparable, the level is that of one noise (*Measured* has many)"""
+    first = " The course is that of run 1; see *Training*." if facts.get("earlier") else ""
+    return f"""## Learning
 
-EMA weights at log-spaced points of one run, on 96 held-out scenes, one image each, all from the same noise at every
-point: the course is comparable, the level is that of one noise (*Measured* has many). *Dipole*: cosine between where the caption
+EMA weights at log-spaced points of one run, on 96 held-out scenes, one image each, {noises}.
+*Dipole*: cosine between where the caption
 puts the first object and where one look at pure noise puts it (`dit_lens.training.dynamics`). Heads: mean cosine of their
 position maps with the ramps, screened with the relation words ("words"), or with the relation's effect on a shape word
-("shape1", "shape2"). `dynamics.parquet` has all heads and all intervals."""
-
-
-def of_first_run(facts: dict[str, Any]) -> str:
-    """Which run the course is of, if there were several."""
-    return " The course is that of run 1; see *Training*." if facts.get("earlier") else ""
+("shape1", "shape2"). `dynamics.parquet` has all heads and all intervals.{first}"""
 
 
 def how_trained(facts: dict[str, Any]) -> str:
@@ -239,7 +237,7 @@ def other_seeds(folder: Path) -> list[str]:
         by_split = evaluation.wide(evaluation.accuracies(rows[rows["template"] == TRAINED], ["split"]), "split")
         found.append(
             f"## Seed {facts['seed']}\n\nAnother run, whose weights are not bundled.\n\n{how_trained(facts)}\n\n{by_split}\n\n"
-            + (f"{LEARNING.replace('## Learning', '### Learning')}\n\n" if not (folder / "dynamics.parquet").exists() else "")
+            + (f"#{about_the_course(facts)}\n\n" if not (folder / "dynamics.parquet").exists() else "")
             + learning(run, f"{run.name}/learning.png")
         )
     return found

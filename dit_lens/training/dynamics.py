@@ -38,9 +38,10 @@ def record_points(steps: int, points: int) -> list[int]:
 def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, samples: int) -> pd.DataFrame:
     """One row a number, columns `COLUMNS`.
 
-    Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes; for every head `cosine`,
-    `projection`, `energy` and `p` of `screening.screen_heads`, by what it was screened with (`source`): "words", the relation
-    words' own vectors; "shape1" and "shape2", the effect vectors of the relation on a shape word, after the caption projection.
+    Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes, each with a noise of its own that
+    is the same at every call; for every head `cosine`, `projection`, `energy` and `p` of `screening.screen_heads`, by what it was
+    screened with (`source`): "words", the relation words' own vectors; "shape1" and "shape2", the effect vectors of the relation
+    on a shape word, after the caption projection.
     """
     rows: list[dict[Any, Any]] = []
     for metric, (mean, low, high) in summarise(score(model, wanted)).iterrows():
@@ -56,14 +57,15 @@ def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, sample
 
 
 @torch.no_grad()
-def dipole(model: HookedTextToImage, wanted: Sequence[Scene], seed: int = 0) -> Float[np.ndarray, " scene"]:
+def dipole(model: HookedTextToImage, wanted: Sequence[Scene]) -> Float[np.ndarray, " scene"]:
     """Cosine between where the caption puts the first object, seen from the second, and where one look at pure noise puts it.
 
     The latter is `color_moment` of the clean image predicted at step 0, without guidance. It costs one forward pass and moves
     long before any accuracy does: it is 0 until word order, relation and colours are put together, however much the network
-    has learnt of places.
+    has learnt of places. Scene i is looked at in noise i.
     """
-    view, tokens = model.at(step=0, prompts=[scenes.caption(scene) for scene in wanted], seed=seed, guidance=1.0, returns="x0")
+    prompts, noises = [scenes.caption(scene) for scene in wanted], list(range(len(wanted)))
+    view, tokens = model.at(step=0, prompts=prompts, seed=noises, guidance=1.0, returns="x0")
     return layout(model.decode(view(tokens)), wanted)
 
 

@@ -38,7 +38,7 @@ from .precision import muon, resolve_precision
 LOG_EVERY = 25
 MAY_CHANGE = (
     *("out", "steps", "decay_from", "biased_steps", "anchored_steps", "spreading_steps", "compile", "precision"),
-    *("checkpoint_every", "evaluate_every", "evaluation_scenes", "dynamics_points"),
+    *("checkpoint_every", "evaluate_every", "evaluation_scenes", "dynamics_points", "noises"),
 )
 """Settings of a run that may differ when it is resumed."""
 
@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> Path:
     optimizers = build_optimizers(model, config)
 
     facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    facts["processes"] = accelerator.num_processes
+    facts |= {"processes": accelerator.num_processes, "noises": "one a scene"}
     first = load_checkpoint(saved, model, shadow, optimizers, facts, MAY_CHANGE) if saved.exists() else 0
     ema.optimization_step = first
     metrics = config.out / "metrics.jsonl"

@@ -99,6 +99,18 @@ def test_a_template_s_effect_is_that_of_pairs():
     assert table.loc["drift_y", "mean"] == pytest.approx(3)
 
 
+def test_every_scene_has_its_own_noise_whatever_the_batches(model):
+    wanted = scenes.sample(5, seed=3, color_words="both")
+    found = evaluation.score(model, wanted, batch_size=2)
+    for i, scene in enumerate(wanted):
+        alone = scenes.evaluate(model([scenes.caption(scene)], seed=i), [scene])
+        for name in ("relation_loose", "x1", "y1", "x2", "y2"):
+            np.testing.assert_allclose(found[name].values[i], alone[name].values[0], err_msg=f"{name} of scene {i}")
+    assert len({tuple(place) for place in zip(found.x1.values, found.y1.values, strict=True)}) == len(wanted)
+    table = evaluation.summarise(found)
+    assert table["mean"].to_dict() == {name: pytest.approx(float(found[name].mean())) for name in evaluation.METRICS}
+
+
 def test_a_stopped_evaluation_goes_on_and_refuses_another_model(model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH", 8)
     judge, drawn = scenes.evaluate, itertools.count()

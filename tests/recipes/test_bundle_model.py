@@ -48,5 +48,13 @@ def test_a_card_tells_of_every_run():
     assert "Curriculum" not in runs[1]
     assert text.count("Architecture") == text.count("Data: ") == 1
     assert "](../rte-nano/README.md)" not in text  # the model does not come from itself
-    assert zoo_cards.of_first_run(later)
-    assert not zoo_cards.of_first_run(first)
+    assert "run 1" in zoo_cards.about_the_course(later)
+    assert "run 1" not in zoo_cards.about_the_course(first)
+
+
+def test_a_card_says_which_noises_a_course_has():
+    old = zoo_cards.training(ZOO / "rte-nano")
+    assert "the level is that of one noise" in zoo_cards.about_the_course(old)
+    new = zoo_cards.about_the_course(old | {"noises": "one a scene"})
+    assert "scene i from noise i" in new
+    assert "one noise" not in new
