@@ -30,15 +30,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
 from jaxtyping import Bool, Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -54,6 +51,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.hooked_module import HookFunction
 
 from .claims import Claim, report, stage
+from .dose_figure import dose_figure
 from .relation_head import WORDS, found_heads
 
 Method = Literal["scale", "sharpen", "steer", "guide"]
@@ -64,7 +62,6 @@ EARLY = range(5)
 MOST_HEADS = 4
 BATCH = 32
 RAISED, NO_USE, NO_COST = (0.02, 1.0), (-1.0, 0.05), (-0.1, 1.0)
-COLORS = dict(zip(VERDICTS, ("C3", "C0", "C2", "C1"), strict=True))
 NEUTRAL: dict[Method, float] = {"scale": 1.0, "sharpen": 1.0, "steer": 0.0, "guide": 0.0}
 DOSES: dict[Method, tuple[float, ...]] = {
     "scale": (1.5, 2.0, 3.0),
@@ -131,7 +128,8 @@ def main(config: Config) -> None:
     table = pd.concat(effects, ignore_index=True)
     report("Relations, with the circuit strengthened", claims, config.out, full=config.full, heads=heads)
     table.to_parquet(config.out / "effects.parquet", index=False)
-    dose_figure(table).savefig(config.out / "dose_response.png", dpi=150)
+    templates = {name: TASKS[name].template for name in names}
+    dose_figure(table, templates, NEUTRAL).savefig(config.out / "dose_response.png", dpi=150)
 
 
 def effects_of(
@@ -389,62 +387,6 @@ def relation_claims(name: str, told: pd.DataFrame, chosen: Mapping[Method, float
             )
         )
     return claims
-
-
-def dose_figure(table: pd.DataFrame) -> Figure:
-    """Change of every verdict by dose, a row a model and a column a method; the chosen dose on held-out prompts beside it."""
-    names = list(dict.fromkeys(table["model"]))
-    size = (11, 2.7 * len(names) + 0.6)
-    figure, axes = plt.subplots(
-        len(names), len(METHODS), figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained"
-    )
-    for row, name in zip(axes, names, strict=True):
-        for ax, method in zip(row, METHODS, strict=True):
-            rows = table[(table["model"] == name) & (table["method"] == method)]
-            draw_curves(ax, rows[rows["phase"] == "choosing"], NEUTRAL[method])
-            draw_reported(ax, rows[rows["phase"] == "reporting"], 0.03 * (max(DOSES[method]) - NEUTRAL[method]))
-            ax.axhline(0, color="grey", linewidth=0.6)
-            ax.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(f"{name}, “{TASKS[name].template}”\nchange of accuracy (paired)")
-    for ax, method in zip(axes[0], METHODS, strict=True):
-        ax.set_title(method)
-    for ax, label in zip(axes[-1], ("× heads' output", "× heads' scores", "× effect vector", "guidance weight"), strict=True):
-        ax.set_xlabel(label)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return figure
-
-
-def draw_curves(ax: Axes, rows: pd.DataFrame, neutral: float) -> None:
-    """The doses tried: every verdict of the circuit, and the relation of the controls where they were run."""
-    widths = {"color": 6.0, "shape": 4.5, "unique_binding": 3.0, "relation_loose": 1.5}  # nested, as curves often coincide
-    for verdict, width in widths.items():
-        for kind, style in (("circuit", "-"), ("control", ":")):
-            curve = rows[(rows["verdict"] == verdict) & (rows["kind"] == kind)].sort_values("dose")
-            if len(curve) and (verdict == "relation_loose" or kind == "circuit"):
-                label = f"{verdict.replace('_loose', '').replace('_', ' ')}, {kind}, training prompts"
-                x, y = [neutral, *curve["dose"]], [0.0, *curve["mean"]]
-                pale = 1.0 if verdict == "relation_loose" else 0.45
-                ax.plot(x, y, style, color=COLORS[verdict], linewidth=width, alpha=pale, label=label)
-
-
-def draw_reported(ax: Axes, rows: pd.DataFrame, apart: float) -> None:
-    """The chosen dose on held-out prompts, with intervals: relation and binding of circuit and control, side by side."""
-    shown = (("relation_loose", "circuit", -1.5), ("relation_loose", "control", -0.5), ("unique_binding", "circuit", 0.5))
-    for verdict, kind, places in (*shown, ("unique_binding", "control", 1.5)):
-        found = rows[(rows["verdict"] == verdict) & (rows["kind"] == kind)].iloc[0]
-        ax.errorbar(
-            found["dose"] + places * apart,
-            found["mean"],
-            yerr=[[found["mean"] - found["low"]], [found["high"] - found["mean"]]],
-            fmt="D" if kind == "circuit" else "o",
-            color=COLORS[verdict],
-            markerfacecolor=COLORS[verdict] if kind == "circuit" else "white",
-            markersize=5,
-            linewidth=1,
-            zorder=5,
-            label=f"{verdict.replace('_loose', '').replace('_', ' ')}, {kind}, held-out prompts",
-        )
 
 
 if __name__ == "__main__":

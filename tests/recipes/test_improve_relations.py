@@ -159,7 +159,7 @@ def test_it_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
     config = improve_relations.Config(choosing=2, reporting=3, out=tmp_path)
     improve_relations.main(config)
     first = json.loads((tmp_path / "claims.json").read_text())
-    assert {name: len(set(heads)) for name, heads in first["heads"].items()} == dict.fromkeys(config.models, 4)
+    assert {name: len(set(heads)) for name, heads in first["heads"].items()} == dict.fromkeys(config.tasks, 4)
     assert set(first["heads"]) < set(TASKS)
     stages = {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()}
     improve_relations.main(config)
