@@ -62,7 +62,7 @@ EARLY = range(5)
 MOST_HEADS = 4
 BATCH = 32
 RAISED, NO_USE, NO_COST = (0.02, 1.0), (-1.0, 0.05), (-0.1, 1.0)
-NEUTRAL: dict[Method, float] = {"scale": 1.0, "sharpen": 1.0, "steer": 0.0, "guide": 0.0}
+NEUTRAL: dict[str, float] = {"scale": 1.0, "sharpen": 1.0, "steer": 0.0, "guide": 0.0}
 DOSES: dict[Method, tuple[float, ...]] = {
     "scale": (1.5, 2.0, 3.0),
     "sharpen": (1.5, 2.0, 3.0),
