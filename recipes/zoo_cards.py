@@ -196,7 +196,8 @@ def how_trained(facts: dict[str, Any]) -> str:
         return "\n".join([*common, *one_run(facts, data)])
     total = f"- {sum(run['samples'] for run in runs):,} samples in {len(runs)} runs, each from the weights of the one before."
     parts = ["\n".join([*common, total, *data])]
-    parts += ["\n".join([f"### Run {i}", "", *one_run(run | {"init_from": None}, [])]) for i, run in enumerate(runs, start=1)]
+    for number, run in enumerate(runs, start=1):
+        parts.append("\n".join([f"### Run {number}", "", *one_run(run if number == 1 else run | {"init_from": None}, [])]))
     return "\n\n".join(parts)
 
 

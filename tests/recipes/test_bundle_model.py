@@ -48,6 +48,8 @@ def test_a_card_tells_of_every_run():
     assert "Curriculum" not in runs[1]
     assert text.count("Architecture") == text.count("Data: ") == 1
     assert "](../rte-nano/README.md)" not in text  # the model does not come from itself
+    from_another = later | {"earlier": [first | {"init_from": "rte-micro"}]}
+    assert zoo_cards.how_trained(from_another).count("](../rte-micro/README.md)") == 1
     assert "run 1" in zoo_cards.about_the_course(later)
     assert "run 1" not in zoo_cards.about_the_course(first)
 
