@@ -39,14 +39,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from dit_lens import Intervention, ablation, prompts, scenes, screening, variance
+from dit_lens import Intervention, ablation, prompts, scenes, screening
 from dit_lens.circuits import parse_head
 from dit_lens.edits import Add, Scale, along
 from dit_lens.prompts import Role
 from dit_lens.scenes import Scene, Split, word
 from dit_lens.scenes.templates import TRAINED
 from dit_lens.stats import Interval, paired_difference
-from dit_lens.training.dynamics import layout
+from dit_lens.training.dynamics import layout, relation_vectors
 from hooked_models import HookedTextToImage
 from hooked_models.hooked_module import HookFunction
 
@@ -193,13 +193,6 @@ def layout_loss(model: HookedTextToImage, carrier: Role, seed: int, n: int = 32)
             hidden = view.run_with_hooks(tokens, fwd_hooks=hide.hooks(view, texts))
             lost[f"L{layer}H{number}"] = float(whole - layout(model.decode(hidden), wanted).mean())
     return dict(sorted(lost.items(), key=lambda item: -item[1]))
-
-
-def relation_vectors(model: HookedTextToImage, carrier: Role) -> dict[str, Float[Tensor, " d_model"]]:
-    """What each relation adds to the mean caption vector of the words that carry it, over the paper's 264 prompts."""
-    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), carrier, at="caption", pool="mean")
-    effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
-    return {str(of.relation.item()): torch.from_numpy(of.values).float() for of in effects}
 
 
 def random_vectors(like: Mapping[str, Float[Tensor, " d"]], seed: int) -> dict[str, Float[Tensor, " d"]]:

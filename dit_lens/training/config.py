@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Precision = Literal["auto", "no", "bf16"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -47,7 +49,7 @@ class TrainConfig:
     """Share of scenes that hold three objects and two relations (`scenes.Trio`); no curriculum acts on them."""
 
     seed: int = 0
-    precision: Literal["auto", "no", "bf16"] = "auto"
+    precision: Precision = "auto"
     """"auto": bf16 where the machine multiplies in bfloat16, else "no", which is float32; see `precision.resolve_precision`."""
     compile: bool = False
     init_from: str | None = None
@@ -93,7 +95,7 @@ class PretrainConfig:
     warmup_steps: int = 30
     """Linear warm-up; then the learning rate falls linearly to 2 %."""
     seed: int = 0
-    precision: Literal["auto", "no", "bf16"] = "auto"
+    precision: Precision = "auto"
     """As in `TrainConfig`."""
     checkpoint_every: int = 100
     evaluate_every: int = 50

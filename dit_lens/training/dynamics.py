@@ -19,6 +19,7 @@ from hooked_models import HookedTextToImage
 
 from .. import scenes, screening, variance
 from ..evaluation import score, summarise
+from ..prompts import Role
 from ..scenes import DIRECTIONS, Scene
 from ..stats import clustered_mean
 
@@ -89,11 +90,15 @@ def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
     words = {word: screening.word_vector(model, word) for word in SCREENED_WORDS}
     found = {"words": screening.screen_heads(model.dit, words, null_draws=NULL_DRAWS)}
     for role in ("shape1", "shape2"):
-        vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role, at="caption")
-        effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
-        relations = {str(r): torch.tensor(effects.sel(relation=r).values) for r in effects.relation.values}
-        found[role] = screening.screen_heads(model.dit, relations, at="caption", null_draws=NULL_DRAWS)
+        found[role] = screening.screen_heads(model.dit, relation_vectors(model, role), at="caption", null_draws=NULL_DRAWS)
     return found
+
+
+def relation_vectors(model: HookedTextToImage, carrier: Role) -> dict[str, Float[Tensor, " d_model"]]:
+    """What each relation adds to the mean caption vector of the words that carry it, over the paper's 264 prompts."""
+    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), carrier, at="caption", pool="mean")
+    effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
+    return {str(of.relation.item()): torch.from_numpy(of.values).float() for of in effects}
 
 
 def last_screening(table: pd.DataFrame, source: str) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-Precision = Literal["auto", "no", "bf16"]
+from .config import Precision
 
 
 def resolve_precision(asked: Precision, device: torch.device) -> Literal["no", "bf16"]:
