@@ -6,6 +6,7 @@ indicator is the layout dipole (`dit_lens.training.dynamics.dipole`): relations 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from diffusers import PixArtTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_lens.training import TrainConfig, dynamics, loop, train
+from dit_lens.training import TrainConfig, loop, train
 from dit_lens.training.objectives import OBJECTIVES, CleanImageObjective
 
 
@@ -68,7 +69,15 @@ def variants(base: TrainConfig) -> dict[str, TrainConfig]:
             steps=base.steps // 2,
             biased_steps=base.biased_steps // 2,
             anchored_steps=base.steps,
+            evaluate_every=base.evaluate_every // 2,
         ),
+        "weights not averaged (no EMA)": replace(base, ema_decay=0.0),
+        "no warm-up": replace(base, warmup_steps=0),
+        "warm-up five times as long": replace(base, warmup_steps=5 * base.warmup_steps),
+        "Muon's rate halved": replace(base, muon_lr=base.muon_lr / 2),
+        "Muon's rate doubled": replace(base, muon_lr=2 * base.muon_lr),
+        "AdamW's rate halved": replace(base, adam_lr=base.adam_lr / 2),
+        "AdamW's rate doubled": replace(base, adam_lr=2 * base.adam_lr),
     }
 
 
@@ -99,8 +108,8 @@ def main(config: Config) -> None:
         biased_steps=3000,
         anchored_steps=steps,
         compile=True,
-        dynamics_points=12,
-        evaluate_every=steps,
+        dynamics_points=2,
+        evaluate_every=steps // 8,
     )
     rows = []
     for seed in config.seeds:
@@ -110,14 +119,16 @@ def main(config: Config) -> None:
             folder = config.out / f"{name} {seed}"
             with exchanged(name):
                 train(replace(settings, out=folder, seed=seed))
-            rows.append({"variant": name, "seed": seed, **ends(pd.read_parquet(folder / "dynamics.parquet"))})
+            rows.append({"variant": name, "seed": seed, **ends(folder)})
             print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
 
 
-def ends(table: pd.DataFrame) -> dict[str, object]:
-    """What a run could do at its end, and the samples it had seen when its dipole first reached one half."""
+def ends(run: Path) -> dict[str, object]:
+    """What a run could do at its end, and the samples it had seen when its dipole was first found to be at least one half."""
+    table = pd.read_parquet(run / "dynamics.parquet")
     last = table[(table["step"] == table["step"].max()) & table["layer"].isna()].set_index("quantity")
-    came = dynamics.emergence(table).set_index("what").loc["dipole", "samples"]
+    course = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    came = next((entry["samples"] for entry in course if entry.get("dipole", 0) >= 0.5), None)
     shown = ("dipole", "unique_binding", "relation_loose")
     cells = {name: "{:.2f} [{:.2f}, {:.2f}]".format(*last.loc[name, ["value", "low", "high"]]) for name in shown}
     return {"samples": int(last["samples"].iloc[0]), **cells, "dipole ≥ .5 from": came}

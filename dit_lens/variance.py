@@ -79,12 +79,13 @@ def word_vectors(
     tokens = model.to_tokens(texts)
     vectors, rows = [], []
     for text, encoded in zip(texts, encode(model, tokens, at), strict=True):
-        roles = token_roles(model, text)
+        sentence = _Sentence(model, text)
+        roles = sentence.roles
         positions = [position for position, found in enumerate(roles) if found == role]
         if not positions:
             raise ValueError(f"{text!r} has no {role} token: leave the prompt out, or choose among {', '.join(roles)}.")
         vectors.append(encoded[positions[-1]] if pool == "last" else encoded[positions].mean(dim=0))
-        rows.append(factors_of(model, text) | {"position": positions[-1]})
+        rows.append(sentence.factors() | {"position": positions[-1]})
     return torch.stack(vectors), pd.DataFrame(rows)
 
 
@@ -107,13 +108,7 @@ def phrase_span(model: HookedTextToImage, prompt: str) -> slice:
     Raises:
         ValueError: the prompt does not name two objects.
     """
-    strings, roles = model.to_str_tokens(prompt), token_roles(model, prompt)
-    if "shape1" not in roles or "shape2" not in roles:
-        raise ValueError(f"{prompt!r} does not name two objects, as 'red circle is above blue square' does.")
-    start = len(roles) - roles[::-1].index("shape1")
-    start += strings[start] == "▁is"
-    stop = next(position for position in range(start, len(roles)) if roles[position] in ("color2", "shape2"))
-    return slice(start, stop)
+    return _Sentence(model, prompt).phrase_span()
 
 
 def factors_of(model: HookedTextToImage, prompt: str) -> dict[str, str]:
@@ -122,11 +117,31 @@ def factors_of(model: HookedTextToImage, prompt: str) -> dict[str, str]:
     Raises:
         ValueError: the prompt does not name two objects.
     """
-    strings, roles = model.to_str_tokens(prompt), token_roles(model, prompt)
-    parts: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2")
-    said = {str(part): _words([string for string, role in zip(strings, roles, strict=True) if role == part]) for part in parts}
-    phrase = _words(strings[phrase_span(model, prompt)])
-    return said | {"relation": RELATION_OF.get(phrase, said["relation"].replace(" ", "_")), "phrase": phrase}
+    return _Sentence(model, prompt).factors()
+
+
+class _Sentence:
+    """A prompt's tokens and their roles, found once."""
+
+    def __init__(self, model: HookedTextToImage, prompt: str) -> None:
+        self.prompt = prompt
+        self.strings, self.roles = model.to_str_tokens(prompt), token_roles(model, prompt)
+
+    def phrase_span(self) -> slice:
+        roles = self.roles
+        if "shape1" not in roles or "shape2" not in roles:
+            raise ValueError(f"{self.prompt!r} does not name two objects, as 'red circle is above blue square' does.")
+        start = len(roles) - roles[::-1].index("shape1")
+        start += self.strings[start] == "▁is"
+        stop = next(position for position in range(start, len(roles)) if roles[position] in ("color2", "shape2"))
+        return slice(start, stop)
+
+    def factors(self) -> dict[str, str]:
+        parts: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2")
+        tokens = list(zip(self.strings, self.roles, strict=True))
+        said = {str(part): _words([string for string, role in tokens if role == part]) for part in parts}
+        phrase = _words(self.strings[self.phrase_span()])
+        return said | {"relation": RELATION_OF.get(phrase, said["relation"].replace(" ", "_")), "phrase": phrase}
 
 
 def _words(strings: Sequence[str]) -> str:

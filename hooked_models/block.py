@@ -204,11 +204,9 @@ class Block(nn.Module):
 
     def _attend_image(self, x: Tensor, mod: Modulation, bias: Tensor | None) -> Tensor:
         attn = self.attn
-
-        def read(residual: Tensor) -> Tensor:
-            return modulate(self.ln1(residual), mod.shift_msa, mod.scale_msa)
-
-        q_in, k_in, v_in = attn.fork_or_share(x, self.hook_attn_in, read)
+        q_in, k_in, v_in = attn.fork_or_share(
+            x, self.hook_attn_in, lambda residual: modulate(self.ln1(residual), mod.shift_msa, mod.scale_msa)
+        )
         z = attn(attn.queries(q_in), attn.keys(k_in), attn.values(v_in), bias)
         return attn.write(z, mod.gate_msa, self.hook_attn_out_pre_gate)
 

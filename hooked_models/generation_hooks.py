@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -57,50 +58,44 @@ def attach(
         site = attached.site
         if chosen(site):
             part = rows(site.branch) if rows is not None and site.branch is not None else None
-            function = restricted(attached.function, GenerationHookPoint(site), part)
+            function = partial(on_rows, attached.function, GenerationHookPoint(site), part)
             per_point.setdefault((site.part, attached.direction, site.inner), []).append(function)
     with ExitStack() as stack:
         for part_name in {part for part, _, _ in per_point}:
             pairs: dict[str, list[Any]] = {"fwd": [], "bwd": []}
             for (owner, direction, inner), functions in per_point.items():
                 if owner == part_name:
-                    pairs[direction].append((inner, in_turn(functions)))
+                    pairs[direction].append((inner, partial(in_turn, functions)))
             stack.enter_context(module(part_name).hooks(pairs["fwd"], pairs["bwd"]))
         yield
 
 
-def in_turn(functions: Sequence[HookFunction]) -> HookFunction:
+def in_turn(functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint) -> Tensor | None:
     """Several hooks as one, each given what the one before left (torch would hand every backward hook the first gradient)."""
-
-    def all_of_them(tensor: Tensor, hook: HookPoint) -> Tensor | None:
-        changed = None
-        for function in functions:
-            replaced = function(tensor if changed is None else changed, hook=hook)
-            changed = changed if replaced is None else replaced
-        return changed
-
-    return all_of_them
+    changed = None
+    for function in functions:
+        replaced = function(tensor if changed is None else changed, hook=hook)
+        changed = changed if replaced is None else replaced
+    return changed
 
 
-def restricted(function: HookFunction, point: GenerationHookPoint, rows: slice | None) -> HookFunction:
+def on_rows(
+    function: HookFunction, point: GenerationHookPoint, rows: slice | None, tensor: Tensor, hook: HookPoint
+) -> Tensor | None:
     """`function` on some rows of a tensor, with `point` as its hook; works on activations and on gradients."""
-
-    def on_rows(tensor: Tensor, hook: HookPoint) -> Tensor | None:
-        seen = tensor if rows is None else tensor[rows]
-        replaced: Any = function(seen, hook=point)
-        if replaced is None:
-            if rows is None or not seen.requires_grad:
-                return None  # an edit in place has reached `tensor` through the view
-            replaced = seen  # now part of the computation, so that a tool can differentiate by what its hook saw
-        if isinstance(replaced, tuple):  # TransformerLens lets a backward hook return (gradient,)
-            (replaced,) = replaced
-        if rows is None:
-            return replaced
-        whole = tensor.clone()
-        whole[rows] = replaced
-        return whole
-
-    return on_rows
+    seen = tensor if rows is None else tensor[rows]
+    replaced: Any = function(seen, hook=point)
+    if replaced is None:
+        if rows is None or not seen.requires_grad:
+            return None  # an edit in place has reached `tensor` through the view
+        replaced = seen  # now part of the computation, so that a tool can differentiate by what its hook saw
+    if isinstance(replaced, tuple):  # TransformerLens lets a backward hook return (gradient,)
+        (replaced,) = replaced
+    if rows is None:
+        return replaced
+    whole = tensor.clone()
+    whole[rows] = replaced
+    return whole
 
 
 class HookedGeneration(PipelineModel, HookedRootModule):

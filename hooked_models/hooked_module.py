@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -212,14 +213,11 @@ class HookedModule(HookedRootModule):
         if positions.mode == "identity":
             return cache, fwd, bwd
 
-        def sliced(save: HookFunction) -> HookFunction:
-            def save_slice(tensor: Tensor, hook: HookPoint) -> None:
-                axis = self.position_axis(str(hook.name))
-                save(tensor if axis is None else positions.apply(tensor, dim=axis), hook=hook)
+        def sliced(save: HookFunction, tensor: Tensor, hook: HookPoint) -> None:
+            axis = self.position_axis(str(hook.name))
+            save(tensor if axis is None else positions.apply(tensor, dim=axis), hook=hook)
 
-            return save_slice
-
-        return cache, [(name, sliced(save)) for name, save in fwd], [(name, sliced(save)) for name, save in bwd]
+        return cache, *([(name, partial(sliced, save)) for name, save in hooks] for hooks in (fwd, bwd))
 
     def position_axis(self, name: str) -> int | None:
         """The axis that ``pos_slice`` slices in a hook's tensor, counted from the end; None: it has no positions, stays whole.

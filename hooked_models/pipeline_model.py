@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,12 @@ from .hub import Source, fetch
 from .loading import empty_pipeline, open_pipeline
 
 Model = TypeVar("Model", bound="PipelineModel")
+
+
+@cache
+def _trained_length(pipeline_class: Any) -> int:
+    """The default of the pipeline's own call; looking a signature up takes longer than tokenising a prompt."""
+    return int(inspect.signature(pipeline_class.__call__).parameters["max_sequence_length"].default)
 
 
 class PipelineModel(nn.Module):
@@ -132,5 +139,5 @@ class PipelineModel(nn.Module):
     @property
     def max_sequence_length(self) -> int:
         """Tokens that a prompt may have: 300 for PixArt-Σ and 120 for PixArt-α, or fewer where the tokenizer says so."""
-        trained = inspect.signature(self.pipeline_class.__call__).parameters["max_sequence_length"].default
+        trained = _trained_length(self.pipeline_class)
         return min(trained, getattr(self.tokenizer, "model_max_length", trained))

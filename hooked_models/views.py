@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -115,17 +116,14 @@ class View(NoLanguageModel):
         store: dict[str, Tensor] = {}
         positions = Slice.unwrap(pos_slice)
 
-        def keep(suffix: str) -> HookFunction:
-            def save(tensor: Tensor, hook: HookPoint) -> None:
-                axis = self.dit.position_axis(str(hook.name), self.pos)
-                part = tensor.detach() if axis is None else positions.apply(tensor.detach(), dim=axis)
-                store[str(hook.name) + suffix] = part.to(device or part.device, copy=True)  # a later hook may write in place
-
-            return save
+        def keep(suffix: str, tensor: Tensor, hook: HookPoint) -> None:
+            axis = self.dit.position_axis(str(hook.name), self.pos)
+            part = tensor.detach() if axis is None else positions.apply(tensor.detach(), dim=axis)
+            store[str(hook.name) + suffix] = part.to(device or part.device, copy=True)  # a later hook may write in place
 
         names = self.dit.names(names_filter)
-        backward = [(name, keep("_grad")) for name in names] if incl_bwd else []
-        with self.hooks([(name, keep("")) for name in names], backward, **kwargs):
+        backward = [(name, partial(keep, "_grad")) for name in names] if incl_bwd else []
+        with self.hooks([(name, partial(keep, "")) for name in names], backward, **kwargs):
             out = self(tokens)
             if incl_bwd:
                 out.backward()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
+import hypothesis
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; threads of their own would only wait for one another
-    torch.set_num_threads(1)
+# Workers share the cores, and threads of their own would only wait for one another; and a child that is forked has only one.
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")

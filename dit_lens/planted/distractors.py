@@ -21,10 +21,9 @@ def random_head(build: Assembly, sublayer: Sublayer, norms: Sequence[float], gen
     everything = torch.eye(build.residual.d, dtype=torch.float64)
     source = build.residual.frame[:, 1:] if sublayer == "attn" else build.caption.frame
 
-    def rows(basis: torch.Tensor) -> torch.Tensor:
-        return torch.randn(2, basis.shape[1], generator=generator, dtype=torch.float64) @ basis.T
-
-    return Head(rows(everything), rows(source), rows(source), rows(build.residual.spare)).scaled_to(norms)
+    bases = (everything, source, source, build.residual.spare)
+    rows = [torch.randn(2, basis.shape[1], generator=generator, dtype=torch.float64) @ basis.T for basis in bases]
+    return Head(*rows).scaled_to(norms)
 
 
 def plant_decoys(build: Assembly, generator: torch.Generator) -> dict[Placed, str]:

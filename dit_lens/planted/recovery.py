@@ -90,10 +90,10 @@ def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3)
     return pd.DataFrame(rows).set_index(["layer", "head"])
 
 
-def by_knockout(model: HookedTextToImage, truth: PlantedTruth, layers: Sequence[int] | None = None) -> pd.DataFrame:
+def by_knockout(model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None) -> pd.DataFrame:
     """Causal knock-out: the word masked in one head at a time, at the early steps; how many images lose their relation?"""
     wanted = [scene for scene, _ in cardinal_scenes(1)]
-    names = {f"L{layer}H{head}": (layer, head) for layer, head in _heads(model, layers)}
+    names = {f"L{layer}H{head}": (layer, head) for layer, head in heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads)}
     conditions = {name: ablation.knockout_role(relation_role(truth), name, steps=list(EARLY)) for name in names}
     effects = ablation.ablation_effects(model, wanted, conditions, range(1), controls=0)
     base = effects["relation_loose"].sel(condition="none").astype(float)
@@ -101,13 +101,11 @@ def by_knockout(model: HookedTextToImage, truth: PlantedTruth, layers: Sequence[
     return pd.DataFrame({"score": drops}).rename_axis(["layer", "head"])
 
 
-def _heads(model: HookedTextToImage, layers: Sequence[int] | None) -> list[tuple[int, int]]:
-    return [(layer, head) for layer in layers or range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
-
-
-def by_path_patching(model: HookedTextToImage, truth: PlantedTruth, layers: Sequence[int] | None = None) -> pd.DataFrame:
+def by_path_patching(
+    model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
+) -> pd.DataFrame:
     """Path patching word → head: only one head reads the word of the opposite relation; how far do the objects move?"""
-    heads = _heads(model, layers)
+    heads = list(heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads))
     total = dict.fromkeys(heads, 0.0)
     for words, relation in ((PHRASES[:2], "above"), (PHRASES[2:], "left")):
         ramp = screening.ramp(DIRECTIONS[relation], IMAGE_SIZE).reshape(IMAGE_SIZE, -1).float()  # type: ignore[index]

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from dit_lens import planted, scenes, viz
+from dit_lens.scenes import OPPOSITE
 from dit_lens.scenes.rendering import shape_mask
 from dit_lens.training import dynamics
 from hooked_models import HookedTextToImage
@@ -68,9 +69,7 @@ def test_the_dipole_points_where_the_caption_says():
     model = HookedTextToImage.from_pretrained("rte-micro")
     found = dynamics.dipole(model, WANTED)
     assert found.min() > 0.7
-    turned = {"above": "below", "left": "right", "upper_left": "lower_right", "upper_right": "lower_left"}
-    turned |= {after: before for before, after in turned.items()}
-    opposite = [replace(scene, relation=turned[scene.relation]) for scene in WANTED]  # the captions stay
+    opposite = [replace(scene, relation=OPPOSITE[scene.relation]) for scene in WANTED]  # the captions stay
     np.testing.assert_allclose(dynamics.dipole(model, opposite), -found, atol=1e-6)
     recolored = [replace(scene, color1=scene.color2, color2=scene.color1) for scene in WANTED]
     assert dynamics.dipole(model, recolored).min() > 0.7  # other captions

@@ -262,7 +262,7 @@ def test_no_picture_is_an_error(image):
     expect(image, n_objects=0, color=False, shape=False, unique_binding=False, relation_strict=False, relation_loose=False)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     hnp.arrays(np.float32, (2, 3, 16, 16), elements=LEVELS | st.floats(width=32), fill=LEVELS),
     st.integers(0, 50),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from dit_lens.sweep import results
 from hooked_models import HookedTextToImage, UnknownHookError
 
 from ..hooked_models.pipelines import tiny_pipeline
+from ..killing import killed
 
 PROMPTS = ["red circle is above blue square", "blue square is above circle red", "circle is left of red square"]
 SEEDS = [3, 4]
@@ -433,48 +433,29 @@ def shards(folder: Path) -> pd.DataFrame:
     return pd.concat([pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))], ignore_index=True)
 
 
-def killed(model: HookedTextToImage, folder: Path, when: str, after: int) -> int:
-    """Run the durable sweep in a process of its own that kills itself; its exit signal."""
-    if (child := os.fork()) == 0:
-        try:
-            torch.set_num_threads(1)
-            results.FLUSH_SECONDS = 0.0
-            count = itertools.count(1)
-
-            def kill(*args: object) -> None:
-                if next(count) == after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            if when == "measuring":
-                decode = model.decode
-                model.__dict__["decode"] = lambda latent: (kill(), decode(latent))[1]
-            else:
-                original = getattr(os, when)
-                setattr(os, when, lambda *args: (kill(), original(*args))[1])
-            sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, folder, num_steps=STEPS, batch=5)
-        finally:
-            os._exit(0)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.parametrize(("when", "after"), [("measuring", 2), ("measuring", 5), ("replace", 1), ("replace", 4), ("fsync", 2)])
-def test_a_killed_sweep_goes_on(model, tmp_path, when, after):
+@pytest.mark.parametrize(("when", "after"), [("decode", 2), ("decode", 5), ("replace", 1), ("replace", 4), ("fsync", 2)])
+def test_a_killed_sweep_goes_on(model, tmp_path, when, after, monkeypatch):
     """Every cell stands exactly once, as in a sweep that was left alone."""
     whole = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS, batch=5)
-    assert killed(model, tmp_path, when, after) == signal.SIGKILL
+    monkeypatch.setattr(results, "FLUSH_SECONDS", 0.0)
+
+    def run() -> xr.Dataset:
+        return sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS, batch=5)
+
+    killed(run, model if when == "decode" else os, when, after)
     before = list(tmp_path.glob("*.parquet"))
     on_disk = len(shards(tmp_path)) if before else 0
     assert on_disk < whole["error"].size
     ran = []
     handle = model.dit.register_forward_pre_hook(lambda *args: ran.append(1))
-    again = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS, batch=5)
+    again = run()
     xr.testing.assert_allclose(again, whole, rtol=0, atol=1e-10)
     table = shards(tmp_path)
     assert sorted(table["cell"]) == list(range(whole["error"].size))
 
     assert ran
     ran.clear()
-    third = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS, batch=5)
+    third = run()
     handle.remove()
     assert not ran  # nothing is left to do
     xr.testing.assert_identical(third, again)

@@ -6,10 +6,6 @@ import itertools
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +33,8 @@ from dit_lens.training.text_encoder import (
 )
 from dit_lens.training.text_probes import cosines, place_score, probe, probe_captions, probe_table, word_vectors
 from hooked_models import HookedT5Encoder, HookedTextToImage, list_models
+
+from ..killing import killed
 
 TINY = {"d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 1}
 RUN = {"batch_size": 4, "precision": "no", "checkpoint_every": 2, "evaluate_every": 100}
@@ -105,7 +103,7 @@ def test_worlds_that_are_scenes_cover_the_trained_combinations():
 # Span corruption
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ids=st.lists(st.integers(3, 90), min_size=2, max_size=47), seed=st.integers(0, 2**31))
 def test_spans_put_back_in_place_of_sentinels_give_the_text(ids, seed):
     sentinels = list(range(100, 110))
@@ -137,15 +135,6 @@ def test_every_place_of_a_text_is_lost_equally_often():
 
 # Pre-training
 
-KILLED = """
-import json, sys
-from pathlib import Path
-from dit_lens.training import text_encoder
-text_encoder.ARCHITECTURE.update(json.loads(sys.argv[2]))
-settings = json.loads(sys.argv[1])
-text_encoder.pretrain(text_encoder.PretrainConfig(**{**settings, "out": Path(settings["out"])}))
-"""
-
 
 def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path, monkeypatch):
     for key, value in TINY.items():
@@ -153,19 +142,11 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path, monkeypatch):
     config = PretrainConfig(out=tmp_path / "whole", steps=6, **RUN)
     pretrain(config)
     broken = replace(config, out=tmp_path / "killed")
-    arguments = [json.dumps({**RUN, "steps": 6, "out": str(broken.out)}), json.dumps(TINY)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (broken.out / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (broken.out / "checkpoint.safetensors").exists()
+    killed(lambda: pretrain(broken), os, "fsync", 2)  # the second checkpoint is on disk, and not yet in the first one's place
     pretrain(broken)
-    whole, killed = (load_file(c.out / "checkpoint.safetensors") for c in (config, broken))
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    whole, resumed = (load_file(c.out / "checkpoint.safetensors") for c in (config, broken))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     trained, untrained = whole["model.shared.weight"], T5EncoderModel.from_pretrained(config.out / "text_encoder").shared.weight
     assert torch.equal(trained, untrained)
     steps = [json.loads(line)["step"] for line in (broken.out / "metrics.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ from dit_lens.training.loop import all_trio_captions
 TRIOS = sample_trios(512, seed=3)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(n=st.integers(0, 100), more=st.integers(0, 70), start=st.integers(0, 100), seed=st.integers(0, 2**32))
 def test_a_sample_is_a_window_of_one_endless_sequence(n, more, start, seed):
     window = sample_trios(n, seed, start=start)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from hooked_models import CacheTooLargeError, GenerationCache, HookedTextToImage
 from hooked_models.cache import estimate
 from hooked_models.recording import heads_by_layer
 
+from ..killing import killed
 from .pipelines import PROMPTS, tiny_pipeline
 
 SCHEDULERS = [
@@ -250,19 +249,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, scheduler, monkeypatc
     images, whole = model.run_with_cache(PROMPTS, **settings)
     step, ran = model._step, []
 
-    def fatal(inputs: Any, state: Any, *args: Any) -> Any:
-        if state.step == killed_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(inputs, state, *args)
-
-    child = os.fork()
-    if child == 0:
-        model._step = fatal
-        try:
-            model.run_with_cache(PROMPTS, out=tmp_path / "run", **settings)
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    killed(lambda: model.run_with_cache(PROMPTS, out=tmp_path / "run", **settings), model, "_step", killed_at + 1)
     with pytest.raises(FileNotFoundError, match="no finished cache"):
         GenerationCache.load(tmp_path / "run", model)
 
