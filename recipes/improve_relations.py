@@ -145,12 +145,13 @@ def effects_of(
 ) -> pd.DataFrame:
     """`paired` of every method at its doses, with or without controls; a stage each, so that a stopped run goes on."""
     task = TASKS[name]
-    parts = [stage(config.out, f"{name}-none", model, judged, task, split, n, config.seed, "none", (0.0,), ())]
+    drawn_of = (task.template, split, n, config.seed)
+    parts = [stage(config.out, f"{task.model}, {task.template}-none", model, judged, *drawn_of)]
     for method, of_method in doses.items():
         for kind in ("circuit", "control") if controls else ("circuit",):
             heads = tuple(acting["head" if kind == "circuit" else "other"])
-            settings = (task, split, n, config.seed, method, tuple(of_method), heads, kind)
-            parts.append(stage(config.out, f"{name}-{method}-{kind}", model, judged, *settings))
+            how = (method, tuple(of_method), task.carrier, heads, kind)
+            parts.append(stage(config.out, f"{name}-{method}-{kind}", model, judged, *drawn_of, *how))
     return paired(pd.concat(parts, ignore_index=True))
 
 
@@ -266,13 +267,14 @@ def guided(
 @torch.no_grad()
 def judged(
     model: HookedTextToImage,
-    task: Task,
+    template: str,
     split: Split,
     n: int,
     seed: int,
-    method: Method | Literal["none"],
-    doses: Sequence[float],
-    heads: Sequence[str],
+    method: Method | Literal["none"] = "none",
+    doses: Sequence[float] = (0.0,),
+    carrier: Role = "relation",
+    heads: Sequence[str] = (),
     kind: str = "none",
 ) -> pd.DataFrame:
     """Verdicts of scenes drawn with one method, a row an image: method, dose, kind, scene, then `VERDICTS`.
@@ -280,18 +282,16 @@ def judged(
     The same `n` scenes of a split, and the same noise, at every dose. `kind` "control" steers along random vectors.
     """
     wanted, noise = drawn(split, n, seed)
-    vectors = relation_vectors(model, task.carrier)
+    vectors = relation_vectors(model, carrier) if method == "steer" else {}
     if kind == "control":
         vectors = random_vectors(vectors, seed)
     rows = []
     for dose in doses:
         for start in range(0, n, BATCH):
             part = wanted[start : start + BATCH]
-            texts = [word(scene, task.template) for scene in part]
-            hooks = []
-            if method != "none":
-                of_scenes = torch.stack([vectors[scene.relation] for scene in part])
-                hooks = strengthened(model, texts, method, dose, task.carrier, heads, of_scenes)
+            texts = [word(scene, template) for scene in part]
+            of_scenes = torch.stack([vectors[scene.relation] for scene in part]) if vectors else None
+            hooks = [] if method == "none" else strengthened(model, texts, method, dose, carrier, heads, of_scenes)
             found = scenes.evaluate(model.run_with_hooks(texts, noise[start : start + BATCH], fwd_hooks=hooks), part)
             rows.append(
                 pd.DataFrame({verdict: found[verdict].values.astype(float) for verdict in VERDICTS}).assign(

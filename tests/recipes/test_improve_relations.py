@@ -109,7 +109,7 @@ def test_the_dose_is_chosen_on_the_training_split_and_reported_on_the_other(tmp_
     """Planted: the middle dose is best on the training split and harmful on the other, where the others would do better."""
     asked = []
 
-    def judged(model, task, split, n, seed, method, doses, heads, kind="none"):
+    def judged(model, template, split, n, seed, method="none", doses=(0.0,), carrier="relation", heads=(), kind="none"):
         asked.append((split, method, tuple(doses), kind))
         rows = []
         for dose in doses:
@@ -162,6 +162,7 @@ def test_it_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
     assert {name: len(set(heads)) for name, heads in first["heads"].items()} == dict.fromkeys(config.tasks, 4)
     assert set(first["heads"]) < set(TASKS)
     stages = {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()}
+    assert sum("-none-" in path.name for path in stages) == 2 * 2  # two models and two splits: tasks of one model share theirs
     improve_relations.main(config)
     assert json.loads((tmp_path / "claims.json").read_text()) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()} == stages
