@@ -10,6 +10,7 @@ zeroed, averaged or resampled, and every condition has the same noise, an interv
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -98,10 +99,14 @@ def _by_layer(heads: str | Sequence[str]) -> dict[int, list[int]]:
 # Controls
 
 
-def random_heads(model: HookedTextToImage, interventions: Sequence[Intervention], rng: np.random.Generator) -> list[Intervention]:
+def random_heads(
+    model: HookedTextToImage, interventions: Sequence[Intervention], rng: np.random.Generator, exclude: Sequence[str] = ()
+) -> list[Intervention]:
     """The same on other heads: as many, drawn from the same sublayer within the same range of layers.
 
     The range is widened by a layer on each side while it has too few other heads. Interventions on all heads stay as they are.
+    `exclude`: heads ("L2H1") that are no control, such as others that were found with those acted on; only a model that has too
+    few besides them lends these, too.
 
     Raises:
         ValueError: the model has too few other heads.
@@ -111,7 +116,8 @@ def random_heads(model: HookedTextToImage, interventions: Sequence[Intervention]
         if intervention.heads is not None:
             cells = {(layer, int(head)) for layer in _layers(model, intervention) for head in intervention.heads}
             used.setdefault(_family(intervention), set()).update(cells)
-    drawn = {family: _other_heads(model, family, heads, rng) for family, heads in used.items()}
+    excluded = set(map(parse_head, exclude))
+    drawn = {family: _other_heads(model, family, heads, excluded, rng) for family, heads in used.items()}
     controls = []
     for intervention in interventions:
         if intervention.heads is None:
@@ -142,13 +148,17 @@ def _layers(model: HookedTextToImage, intervention: Intervention) -> list[int]:
 
 
 def _other_heads(
-    model: HookedTextToImage, family: str, used: set[tuple[int, int]], rng: np.random.Generator
+    model: HookedTextToImage,
+    family: str,
+    used: set[tuple[int, int]],
+    excluded: set[tuple[int, int]],
+    rng: np.random.Generator,
 ) -> dict[tuple[int, int], tuple[int, int]]:
     cfg = _cfg(model, family)
     low, high = min(layer for layer, _ in used), max(layer for layer, _ in used)
-    for margin in range(cfg.n_layers):
+    for left_out, margin in itertools.product((used | excluded, used), range(cfg.n_layers)):
         layers = range(max(low - margin, 0), min(high + margin + 1, cfg.n_layers))
-        others = [(layer, head) for layer in layers for head in range(cfg.n_heads) if (layer, head) not in used]
+        others = [(layer, head) for layer in layers for head in range(cfg.n_heads) if (layer, head) not in left_out]
         if len(others) >= len(used):
             picks = rng.choice(len(others), len(used), replace=False)
             return {head: others[pick] for head, pick in zip(sorted(used), picks, strict=True)}
@@ -165,17 +175,23 @@ def random_tokens(
     Raises:
         ValueError: a prompt has too few other tokens.
     """
-    masks = {i.tokens: i.token_masks(model, prompts) for i in interventions if i.tokens is not None}
+    masks = [None if i.tokens is None else i.token_masks(model, prompts) for i in interventions]
+    chosen = [mask[0] for mask in masks if mask is not None]
     drawn: dict[Any, Tensor] = {}
-    for tokens, (selected, exist) in masks.items():
-        taken = torch.stack([other for other, _ in masks.values() if other.shape == selected.shape]).any(dim=0)
-        drawn[tokens] = _other_tokens(selected, exist, taken, rng)
     controls = []
-    for intervention in interventions:
+    for intervention, mask in zip(interventions, masks, strict=True):
+        if mask is None:
+            controls.append(intervention)
+            continue
+        selected, exist = mask
+        what = intervention.tokens, selected.shape  # equal numbers may be places of an image and of a sentence
+        if what not in drawn:
+            taken = torch.stack([other for other in chosen if other.shape == selected.shape]).any(dim=0)
+            drawn[what] = _other_tokens(selected, exist, taken, rng)
         of_role = intervention.tokens is not None and isinstance(intervention.tokens[0], str)
         # the empty prompt has no role's tokens, so neither has its control
         branch = "cond" if of_role and intervention.branch == "both" else intervention.branch
-        controls.append(replace(intervention, tokens=drawn.get(intervention.tokens), branch=branch))
+        controls.append(replace(intervention, tokens=drawn[what], branch=branch))
     return controls
 
 
@@ -204,7 +220,7 @@ def _other_tokens(
 def ablation_effects(
     model: HookedTextToImage,
     wanted: Sequence[scenes.Scene | scenes.Trio],
-    conditions: Mapping[str, Sequence[Intervention]],
+    conditions: Mapping[str, Intervention | Sequence[Intervention]],
     seeds: Sequence[int] | Int[np.ndarray, "scene seed"],
     *,
     controls: int = 2,
@@ -290,13 +306,14 @@ def ablation_effects(
 def _plans(
     model: HookedTextToImage,
     texts: Sequence[str],
-    conditions: Mapping[str, Sequence[Intervention]],
+    conditions: Mapping[str, Intervention | Sequence[Intervention]],
     controls: int,
     rng: np.random.Generator,
 ) -> list[tuple[str, str, str, list[Intervention]]]:
     """(name, kind, control_for, interventions) of everything that is run."""
     plans: list[tuple[str, str, str, list[Intervention]]] = [("none", "none", "", [])]
-    for name, interventions in conditions.items():
+    for name, several in conditions.items():
+        interventions = [several] if isinstance(several, Intervention) else several
         plans.append((name, "condition", "", list(interventions)))
         for draw in range(1, controls + 1):
             if any(i.heads is not None for i in interventions):

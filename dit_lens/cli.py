@@ -47,6 +47,7 @@ def generate(
 
     with torch.no_grad():
         image = HookedTextToImage.from_pretrained(model)(prompt, seed, num_steps, guidance)[0]
+    out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()).save(out)
     Console().print(f"Saved {out}")
 
@@ -223,6 +224,8 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, prog="dit-lens", description="Ask questions of diffusion transformers.")
     except (ValueError, FileNotFoundError) as error:  # bad input: one sentence, which says what to do
         sys.exit(f"dit-lens: {error}")
+    except KeyError as error:  # an unknown hook; str(error) would quote its sentence
+        sys.exit(f"dit-lens: {error.args[0]}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ class Edit:
     seed: int = 0
     values: Tensor | None = None
     """Of `Replace` and `Add`: one row each if it has all axes and as many rows, else the same for all."""
+    num_steps: int | None = None
+    """Of the run whose steps these are, where the intervention did not count them one by one."""
 
     def __repr__(self) -> str:  # TransformerLens asks every hook for it, and printing tensors takes longer than a step
         action = self.action if isinstance(self.action, str) else type(self.action).__name__

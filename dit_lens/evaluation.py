@@ -89,7 +89,8 @@ def evaluate_model(
         (`METRICS` as 0 or 1, `relation_given_both` NaN without both objects) and centres in pixels (NaN likewise).
 
     Raises:
-        ValueError: there is no such template, the model lacks its words, or `out` holds an evaluation of something else.
+        ValueError: there is no such template, the model lacks its words, `out` holds an evaluation of something else, or
+            hooks are attached, of which a folder could not tell.
     """
     others = [name for name in (known_templates(model) if templates is None else templates) if name != TRAINED]
     jobs: list[tuple[Split, str, int, Scene]] = []
@@ -101,6 +102,7 @@ def evaluate_model(
     columns = [*METRICS, *GEOMETRY, "n_objects"]
     shards = None
     if out is not None:
+        model.refuse_hooks("A folder keeps the evaluation of the model as it is")
         shards = Shards(Path(out), {"model": digest_model(model), "prompts": digest(*prompts), "batch_size": BATCH})
 
     @torch.no_grad()

@@ -84,6 +84,9 @@ class Intervention:
 
     def __post_init__(self) -> None:
         """Bring every field into one hashable form, so that equal interventions compare equal."""
+        for name in ("heads", "tokens"):
+            if isinstance(number := getattr(self, name), int):
+                raise ValueError(f"{name}={number}: give a sequence of numbers, {name}=[{number}].")
         if isinstance(self.heads, str):
             layer, head = parse_head(self.heads)
             if (found := re.search(r"blocks\.(\d+)\.", self.site)) is None or int(found[1]) != layer:
@@ -93,6 +96,10 @@ class Intervention:
             self._set("heads", (head,))
         elif self.heads is not None:
             self._set("heads", tuple(self.heads))
+            if named := [head for head in self.heads if isinstance(head, str)]:
+                raise ValueError(
+                    f"heads={list(self.heads)}: give numbers, the layer is the site's; or one head, heads={named[0]!r}."
+                )
         if self.tokens is not None:
             tokens = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
             tokens = [tokens] if isinstance(tokens, str) else tokens
@@ -111,6 +118,9 @@ class Intervention:
             raise ValueError(
                 f"action={self.action!r}: choose 'zero', 'mean', 'resample', 'knockout', Replace(value), Scale(a) or Add(vector)."
             )
+
+        if isinstance(self.action, Replace) and not (isinstance(self.action.value, Tensor) or hasattr(self.action.value, "keys")):
+            raise ValueError(f"Replace({self.action.value!r}): give a tensor (torch.tensor(…)), or tensors by hook name.")
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
@@ -161,6 +171,8 @@ class Intervention:
         for uncond in (False, True):
             if here := [site for site in sites if (site.branch == "uncond" or site.part == "null_text_encoder") == uncond]:
                 edits += self._edits(model, here, texts, uncond, seed)
+        if self.steps is None or isinstance(self.steps, slice):  # all, or all from or up to one
+            edits = [replace(edit, num_steps=num_steps) if edit.site.step is not None else edit for edit in edits]
         if not edits:
             raise ValueError(f"{self} selects nothing: none of the prompts has such a token in this branch.")
         return edits
@@ -249,7 +261,8 @@ class Intervention:
         prompt = torch.tensor([texts.index(text) for text in texts])
         shared = Edit(site, self.action, where.to(model.device), prompt, alike, pooled, seed)
         shared.check()
-        return [replace(shared, site=one, values=self._values(one, axes.ndim, n)) for one in sites]
+        n_heads = None if axes.head is None else model.names.module(site.part).cfg.n_heads
+        return [replace(shared, site=one, values=self._values(one, axes, n, n_heads)) for one in sites]
 
     def _selected(
         self, model: HookedTextToImage, axes: _Axes, site: Site, texts: Sequence[str], length: int
@@ -290,7 +303,8 @@ class Intervention:
             counts = torch.tensor([[found.count(role) for role in self._tokens] for found in roles])
         return counts.unique(dim=0, return_inverse=True)[1]
 
-    def _values(self, site: Site, ndim: int, n: int) -> Tensor | None:
+    def _values(self, site: Site, axes: _Axes, n: int, n_heads: int | None) -> Tensor | None:
+        ndim = axes.ndim
         if isinstance(self.action, Add):
             values: Any = self.action.vector
         elif isinstance(self.action, Replace):
@@ -302,6 +316,11 @@ class Intervention:
                         f"Replace has no value for {site.name}: cache it (names_filter, steps, branch), or name the site."
                     )
                 values = values[key]
+                if axes.head is not None and values.ndim >= ndim - axes.head and values.shape[axes.head - ndim] != n_heads:
+                    raise ValueError(
+                        f"The cache has {values.shape[axes.head - ndim]} of the {n_heads} heads of {site.name}, and does not say "
+                        "which: cache all (without heads=…)."
+                    )
         else:
             return None
         if values.ndim > ndim or (values.ndim == ndim and len(values) not in (1, n)):

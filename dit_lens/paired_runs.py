@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
 from typing import Any, Literal
@@ -122,9 +122,9 @@ class Context:
 class Pair:
     """An original run and a source run, and the denoiser calls that a question is about."""
 
-    dit: HookedDiT
-    original: Run
-    source: Run
+    dit: HookedDiT = field(repr=False)
+    original: Run = field(repr=False)
+    source: Run = field(repr=False)
     contexts: tuple[Context, ...]
 
     def interpolated(self, alpha: float) -> Run:

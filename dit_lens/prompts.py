@@ -64,8 +64,9 @@ def _word_roles(words: Sequence[str]) -> list[Role]:
     return roles
 
 
-def role_mask(model: HookedTextToImage, prompts: Sequence[str], role: Role) -> Bool[Tensor, "prompt text_pos"]:
+def role_mask(model: HookedTextToImage, prompts: str | Sequence[str], role: Role) -> Bool[Tensor, "prompt text_pos"]:
     """Which tokens of `model.to_tokens(prompts)` play a role."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     length = model.to_tokens(prompts).shape[1]
     return by_role([token_roles(model, prompt, length) for prompt in prompts])[role]
 
@@ -75,12 +76,13 @@ def by_role(roles: Sequence[Sequence[Role]]) -> dict[Role, Bool[Tensor, "prompt 
     return {role: tensor([[found == role for found in row] for row in roles]) for role in get_args(Role)}
 
 
-def phrase_mask(model: HookedTextToImage, prompts: Sequence[str], phrase: str) -> Bool[Tensor, "prompt text_pos"]:
+def phrase_mask(model: HookedTextToImage, prompts: str | Sequence[str], phrase: str) -> Bool[Tensor, "prompt text_pos"]:
     """Which tokens of `model.to_tokens(prompts)` spell a word or phrase, wherever it stands as whole words.
 
     Raises:
         ValueError: a prompt does not contain it.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     length, wanted, rows = model.to_tokens(prompts).shape[1], phrase.lower().split(), []
     for prompt in prompts:
         words = prompt.lower().split()

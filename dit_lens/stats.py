@@ -37,12 +37,14 @@ def clustered_means(
     total = counts.sum(axis=1)
     mean = np.divide(sums.sum(axis=1), total, out=np.full(len(values), np.nan), where=total > 0)
     found = np.stack([mean] * 3, axis=1)
-    varies = (total > 0) & ((np.ptp(sums, axis=1) > 0) | (np.ptp(counts, axis=1) > 0))
-    if values.shape[1] < 2 or not varies.any():  # scipy's bootstrap refuses the one, and the other needs none
+    if values.shape[1] < 2:  # which scipy's bootstrap refuses
         return found
-    interval = bootstrap(
+    varies = (total > 0) & ((np.ptp(sums, axis=1) > 0) | (np.ptp(counts, axis=1) > 0))
+    if not varies.any():
+        return found
+    found_again = bootstrap(
         (sums[varies], counts[varies]),
-        lambda s, c, axis=-1: s.sum(axis) / np.maximum(c.sum(axis), 1),
+        lambda s, c, axis=-1: s.sum(axis) / np.where(c.sum(axis), c.sum(axis), np.nan),  # a resample may have drawn NaN alone
         axis=-1,
         paired=True,
         vectorized=True,
@@ -50,8 +52,8 @@ def clustered_means(
         n_resamples=resamples,
         batch=max(1, 2**24 // sums[varies].size),  # a resample of all conditions at a time is what memory has to hold
         rng=rng,
-    ).confidence_interval
-    found[varies, 1], found[varies, 2] = interval.low, interval.high
+    ).bootstrap_distribution
+    found[varies, 1], found[varies, 2] = np.nanpercentile(found_again, [2.5, 97.5], axis=-1)
     return found
 
 

@@ -29,6 +29,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.sampling import Seeds, seed_of_each
 from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 from .interventions import Add, Intervention
@@ -55,7 +56,7 @@ def steer(
     tokens: Role | Sequence[Role] | Sequence[int] | None = None,
     at: Space = "text",
     k: int | float = 1.0,
-    seed: int | Sequence[int] = 0,
+    seed: Seeds = 0,
     num_steps: int = DEFAULT_STEPS,
     guidance: float = DEFAULT_GUIDANCE,
     batch_size: int = 32,
@@ -80,7 +81,7 @@ def steer(
         raise ValueError("Say which tokens the vector is added to: a role such as tokens='shape2', or positions.")
     else:
         added = _chosen(model, texts, tokens).to(vector)[..., None] * vector
-    seeds = [seed] * len(texts) if isinstance(seed, int) else list(seed)
+    seeds = seed_of_each(seed, len(texts))
     images = []
     for start in _batches(len(texts), batch_size, "steering"):
         rows = slice(start, start + batch_size)
@@ -132,7 +133,7 @@ def swap_relation(
     from_: str = "left",
     to: str = "above",
     k: int | float = 1.0,
-    seed: int | Sequence[int] = 0,
+    seed: Seeds = 0,
     tokens: Target = "phrase",
     at: Space = "text",
     num_steps: int = DEFAULT_STEPS,

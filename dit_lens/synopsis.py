@@ -45,6 +45,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.names import BRANCHES, Branch
+from hooked_models.sampling import Seeds, seed_of_each
 from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 from .group_attention import Sublayer, attention_between
@@ -67,7 +68,7 @@ Groups = Mapping[str, Shaped[Tensor, "*prompt pos"]]
 def attention_synopsis(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
-    seed: int | Sequence[int] = 0,
+    seed: Seeds = 0,
     sublayer: Sublayer = "cross_attn",
     image_groups: Groups | None = None,
     reduce: Reduce = "sum",
@@ -102,9 +103,7 @@ def attention_synopsis(
             other prompts or other settings, which the message names.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = [seed] * len(texts) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(texts):
-        raise ValueError(f"There are {len(seeds)} seeds for {len(texts)} prompts: give one each, or a single one for all.")
+    seeds = seed_of_each(seed, len(texts))
     tokens = model.to_tokens(texts)
     length = tokens.shape[1]
 
@@ -118,8 +117,7 @@ def attention_synopsis(
 
     shards = None
     if out is not None:
-        if model._attached:
-            raise ValueError("A folder cannot record which hooks are attached to the model: pass interventions=… instead.")
+        model.refuse_hooks("A folder can record interventions=… only")
         identity = {
             "model": digest_model(model),
             "prompts": digest(*texts, tokens),

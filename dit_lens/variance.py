@@ -55,7 +55,7 @@ def factorial_prompts(phrases: Sequence[str] | None = None) -> list[str]:
 @torch.no_grad()
 def word_vectors(
     model: HookedTextToImage,
-    prompts: Sequence[str | Scene],
+    prompts: str | Sequence[str | Scene],
     role: Role,
     at: Space = "text",
     pool: Literal["last", "mean"] = "last",
@@ -75,6 +75,7 @@ def word_vectors(
     Raises:
         ValueError: a prompt has no such token.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     texts = [caption(prompt) if isinstance(prompt, Scene) else prompt for prompt in prompts]
     tokens = model.to_tokens(texts)
     vectors, rows = [], []

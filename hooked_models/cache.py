@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from .text_to_image import HookedTextToImage
 
 
+KEEPS_BATCH = (
+    "a whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim() (TransformerLens' "
+    "head_detector, which asks for this, looks for heads of causal language models)"
+)
+
+
 class GenerationCache(ActivationCache):
     """The cache of a whole generation, under full names (`steps.{s}.{cond|uncond}.…`).
 
@@ -73,9 +79,8 @@ class GenerationCache(ActivationCache):
             raise KeyError(f"Say which step: cache[name, layer, sublayer, step], or cache.at(step=…)[{key!r}].")
         name, layer, sublayer, step, branch = (*key, "cond")[:5]
         inner = expand_shorthand(name, layer, sublayer, self.model.cfg.n_layers)
-        if inner in self.model.names.sampler.hook_dict:
-            return look_up(self.cache_dict, f"steps.{step}.{inner}")
-        return look_up(self.cache_dict, f"steps.{step}.{branch}.{inner}")
+        middle = "" if inner in self.model.names.sampler.hook_dict else f"{branch}."
+        return self[f"steps.{step}.{middle}{inner}"]
 
     def _noise(self, step: int) -> Tensor:
         alpha, sigma = self.noise_levels[step]
@@ -113,6 +118,16 @@ class GenerationCache(ActivationCache):
         if not names:
             return look_up(self.cache_dict, f"steps.*.{middle}{inner}")  # raises
         return torch.stack([self.cache_dict[full] for full in names])
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> GenerationCache:
+        """Some prompts of the batch. Raises TypeError for a single number: the batch axis stays."""
+        if isinstance(batch_slice, int):
+            raise TypeError(f"A whole generation's cache keeps its batch axis: take slice({batch_slice}, {batch_slice + 1}).")
+        return GenerationCache(super().apply_slice_to_batch_dim(batch_slice).cache_dict, self.model, self.noise_levels)
+
+    def remove_batch_dim(self) -> GenerationCache:
+        """Raises TypeError: `run_with_cache` says why."""
+        raise TypeError(KEEPS_BATCH)
 
     def __repr__(self) -> str:
         return f"GenerationCache({len(self)} tensors at steps {self.steps}, {human(self.nbytes)})"

@@ -75,7 +75,10 @@ def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, 
     Returns the images. Raises ValueError if the folder holds another generation.
     """
     model = recorder.model
-    attached = sorted({hook.site.name for hook in model._attached})
+    if model.hooked_inside:
+        raise ValueError("A folder cannot record hooks inside the denoiser or the text encoder: attach them to the model itself.")
+    _, _, num_steps, guidance, _ = arguments
+    attached = sorted({hook.site.name for hook in model.firing_in_run(num_steps, guidance)})
     with model.hooks(recorder.hooks()):
         inputs, state = model._begin(*arguments)
         recorder.inputs, sampler = inputs, inputs.sampler

@@ -36,6 +36,8 @@ def expand_shorthand(name: str, layer: int | None, sublayer: str | None, n_layer
         sublayer = "mlp"
     if sublayer is not None and sublayer not in SUBLAYERS:
         raise KeyError(f"There is no sublayer {sublayer!r}: choose from {', '.join(dict.fromkeys(SUBLAYERS.values()))}.")
+    if not -n_layers <= layer < n_layers:
+        raise KeyError(f"There is no layer {layer}: this model has {n_layers}, from 0.")
     name = {"resid_mid2": "resid_mid_cross"}.get(name, name)
     middle = f".{SUBLAYERS[sublayer]}" if sublayer else ""
     return f"blocks.{layer % n_layers}{middle}.hook_{name}"

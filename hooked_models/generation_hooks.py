@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from .hooked_module import HookedModule, HookFunction
+from .hooked_module import HookedModule, HookFunction, watched
 from .names import Branch, GenerationHookPoint, GenerationNames, Site
 from .pipeline_model import PipelineModel
 from .sampling import Sampler
@@ -40,26 +40,32 @@ class SamplerHooks(HookedModule):
 class Attached:
     """One hook of a generation: where, what, and in which direction."""
 
-    site: Site
+    where: Site | Callable[[str], bool]
+    """A predicate on full names is asked when a run is there: only the run knows its steps and branches."""
     function: HookFunction
     direction: Literal["fwd", "bwd"] = "fwd"
+    is_permanent: bool = False
+
+    @property
+    def site(self) -> Site:
+        """Of a hook that is no predicate's, as all are that `HookedGeneration.firing` gives."""
+        assert isinstance(self.where, Site)
+        return self.where
 
 
 @contextmanager
 def attach(
-    hooks: Sequence[Attached],
+    hooks: Iterable[Attached],
     module: Callable[[str], HookedModule],
-    chosen: Callable[[Site], bool],
     rows: Callable[[Branch], slice] | None = None,
 ) -> Iterator[None]:
-    """Attach the chosen hooks inside the `module` of their part, each restricted to the `rows` of its branch, for the block."""
+    """Attach hooks inside the `module` of their part, each restricted to the `rows` of its branch, for the block."""
     per_point: dict[tuple[str, str, str], list[HookFunction]] = {}
     for attached in hooks:
         site = attached.site
-        if chosen(site):
-            part = rows(site.branch) if rows is not None and site.branch is not None else None
-            function = partial(on_rows, attached.function, GenerationHookPoint(site), part)
-            per_point.setdefault((site.part, attached.direction, site.inner), []).append(function)
+        part = rows(site.branch) if rows is not None and site.branch is not None else None
+        function = partial(on_rows, attached.function, GenerationHookPoint(site), part)
+        per_point.setdefault((site.part, attached.direction, site.inner), []).append(function)
     with ExitStack() as stack:
         for part_name in {part for part, _, _ in per_point}:
             pairs: dict[str, list[Any]] = {"fwd": [], "bwd": []}
@@ -91,6 +97,9 @@ def on_rows(
         replaced = seen  # now part of the computation, so that a tool can differentiate by what its hook saw
     if isinstance(replaced, tuple):  # TransformerLens lets a backward hook return (gradient,)
         (replaced,) = replaced
+    if not isinstance(replaced, Tensor) or replaced.shape != seen.shape:
+        got = f"a tensor of {list(replaced.shape)}" if isinstance(replaced, Tensor) else repr(replaced)
+        raise ValueError(f"A hook at {point.name} got {list(seen.shape)} and returned {got}: return the whole tensor, or None.")
     if rows is None:
         return replaced
     whole = tensor.clone()
@@ -108,10 +117,33 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         super().__init__()
         self._attached: list[Attached] = []
 
-    def _resolve(self, where: str | Callable[[str], bool]) -> list[Site]:
-        if isinstance(where, str):
-            return [self.names.site(where)]
-        return [site for site in self.names.sites() if where(site.name)]
+    def _resolve(self, where: str | Callable[[str], bool]) -> Site | Callable[[str], bool]:
+        return self.names.site(where) if isinstance(where, str) else where
+
+    def firing(self, chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]) -> Iterator[Attached]:
+        """The attached hooks whose site is `chosen`, in the order of attachment; predicates are asked of `sites`."""
+        for attached in self._attached:
+            if isinstance(attached.where, Site):
+                if chosen(attached.where):
+                    yield attached
+            else:
+                yield from (replace(attached, where=s) for s in sites() if chosen(s) and attached.where(s.name))
+
+    def firing_in_run(self, num_steps: int, guidance: float) -> list[Attached]:
+        """Every attached hook, at every site of a whole generation."""
+        predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
+        return list(self.firing(lambda s: s.fires(guidance > 1, predicts_x0), lambda: self.names.sites(num_steps)))
+
+    @property
+    def hooked_inside(self) -> bool:
+        """Whether a hook was attached to a module inside, past the names of a generation."""
+        modules = (self.dit, self.names.text_encoder, self.sampler_hooks)
+        return any(watched(point) for module in modules if module is not None for point in module.hook_dict.values())
+
+    def refuse_hooks(self, why: str) -> None:
+        """Raise ValueError if anything is attached, here or to a module inside; `why` begins the message."""
+        if self._attached or self.hooked_inside:
+            raise ValueError(f"{why}, and hooks are attached to the model: reset_hooks() first.")
 
     @contextmanager
     def hooks(
@@ -126,12 +158,14 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`.
         It edits in place or returns what to go on with.
 
+        A predicate is asked of the names that a run fires, at the steps and in the branches that it has.
+
         Raises:
             UnknownHookError: no such name; the nearest one is suggested.
             ValueError: the name is held back by a flag.
         """
-        new = [Attached(site, fn, "fwd") for where, fn in fwd_hooks for site in self._resolve(where)]
-        new += [Attached(site, fn, "bwd") for where, fn in bwd_hooks for site in self._resolve(where)]
+        new = [Attached(self._resolve(where), fn, "fwd") for where, fn in fwd_hooks]
+        new += [Attached(self._resolve(where), fn, "bwd") for where, fn in bwd_hooks]
         self._attached = self._attached + new
         try:
             yield self
@@ -148,16 +182,24 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         level: int | None = None,
         prepend: bool = False,
     ) -> None:
-        """Attach a hook until `reset_hooks()`."""
-        new = [Attached(site, hook, dir) for site in self._resolve(name)]
+        """Attach a hook until `reset_hooks()`, a permanent one until `reset_hooks(including_permanent=True)`."""
+        new = [Attached(self._resolve(name), hook, dir, is_permanent)]
         self._attached = new + self._attached if prepend else self._attached + new
 
-    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
-        """Remove every hook, here and in the models inside."""
-        self._attached = []
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove hooks, here and in the models inside. Arguments as in TransformerLens."""
+        self._attached = [
+            a for a in self._attached if direction not in ("both", a.direction) or (a.is_permanent and not including_permanent)
+        ]
         for module in (self.dit, self.names.text_encoder, self.sampler_hooks):
             if module is not None:
-                module.reset_hooks(*args, **kwargs)
+                module.reset_hooks(clear_contexts, direction, including_permanent, level)
 
     def run_with_hooks(
         self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, **kwargs: Any
@@ -166,12 +208,28 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
             return self(*args, **kwargs)
 
-    def _check_hooks(self, num_steps: int, guidance: float, first_step: int = 0) -> None:
-        """Refuse hooks that this run would never reach."""
-        for site in {attached.site for attached in self._attached}:
+    def _check_hooks(self, num_steps: int, guidance: float, part: range | None = None) -> None:
+        """Refuse hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
+        steps = range(num_steps) if part is None else part
+        run = f"this run goes over steps {steps.start} to {steps.stop - 1}"
+        predicates = [attached.where for attached in self._attached if not isinstance(attached.where, Site)]
+        predicts_x0 = not predicates or Sampler(self.scheduler, num_steps, self.device).predicts_x0
+        for where in predicates:
+            sites = (s for s in self.names.sites(steps=steps) if s.fires(guidance > 1, predicts_x0))
+            if not any(where(s.name) for s in sites if part is None or not s.part.endswith("text_encoder")):
+                raise ValueError(
+                    f"A predicate ({where!r}) selects no hook: {run}, with names such as {next(iter(self.names))!r}."
+                )
+        for attached in self._attached:
+            if (made_for := getattr(attached.function, "num_steps", None)) not in (None, num_steps):
+                raise ValueError(
+                    f"{attached.function!r} was made for a run of {made_for} steps, and this one has {num_steps}: "
+                    f"Intervention.hooks(…, num_steps={num_steps})."
+                )
+        for site in {attached.where for attached in self._attached if isinstance(attached.where, Site)}:
             self.names.site(site.name)  # raises if its flag has been switched off since it was attached
-            if site.step is not None and not first_step <= site.step < num_steps:
-                raise ValueError(f"{site.name} does not fire: this run goes over steps {first_step} to {num_steps - 1}.")
+            if site.step is not None and site.step not in steps:
+                raise ValueError(f"{site.name} does not fire: {run}.")
             if site.needs_uncond and guidance <= 1:
                 raise ValueError(f"{site.name} does not fire: at guidance {guidance:g} there is no unconditional branch.")
             if site.inner == "hook_x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:

@@ -120,6 +120,13 @@ class HookedModule(HookedRootModule):
             self.canonical_name(selected[0])
         return firing
 
+    def _hooked(self, where: str | Callable[[str], bool]) -> list[str]:
+        """As `names`; raises ValueError for a predicate that selects none, which would be a hook that never fires."""
+        names = self.names(where)
+        if not names:
+            raise ValueError(f"A predicate ({where!r}) selects no hook of {type(self).__name__}: its names are in hook_dict.")
+        return names
+
     def _missing_flag(self, name: str) -> str | None:
         canonical = str(self.mod_dict[name].name)  # an alias is gated as what it stands for
         flag = self.hook_flags.get(canonical.rpartition(".")[2])
@@ -173,8 +180,8 @@ class HookedModule(HookedRootModule):
 
         At the end only the hook points that were given hooks are looked at: TransformerLens goes over all, for every call.
         """
-        fwd: list[Any] = [(name, hook) for where, hook in fwd_hooks for name in self.names(where)]
-        bwd: list[Any] = [(name, hook) for where, hook in bwd_hooks for name in self.names(where)]
+        fwd: list[Any] = [(name, hook) for where, hook in fwd_hooks for name in self._hooked(where)]
+        bwd: list[Any] = [(name, hook) for where, hook in bwd_hooks for name in self._hooked(where)]
         level = self.context_level + 1
         try:
             with super().hooks(fwd, bwd, reset_hooks_end=False):
@@ -197,7 +204,7 @@ class HookedModule(HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """TransformerLens' ``add_hook``, with the name checked."""
-        for canonical in self.names(name):
+        for canonical in self._hooked(name):
             super().add_hook(canonical, hook, dir, is_permanent, level, prepend)
 
     def add_caching_hooks(self, names_filter: NameFilter = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

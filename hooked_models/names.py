@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from transformer_lens.hook_points import HookPoint
 
@@ -56,6 +56,10 @@ class Site:
         """Whether the tensor exists only where guidance runs a second branch."""
         return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
 
+    def fires(self, guided: bool, predicts_x0: bool) -> bool:
+        """Whether a run with or without guidance, by a solver that forms a clean-image prediction or none, computes it."""
+        return (guided or not self.needs_uncond) and (predicts_x0 or self.inner != "hook_x0")
+
 
 BLANK = HookPoint()
 
@@ -82,6 +86,10 @@ class GenerationHookPoint(HookPoint):
         if parts[0] != "blocks":
             raise ValueError(f"{self.name} belongs to no layer.")
         return int(parts[1])
+
+    def add_hook(self, *args: Any, **kwargs: Any) -> None:
+        """Raises TypeError: what a `hook_dict` of a generation holds are names, of tensors that only a run has."""
+        raise TypeError(f"Attach it to the model, where runs find it: model.add_hook({self.name!r}, hook), or run_with_hooks.")
 
 
 class GenerationNames(Mapping[str, HookPoint]):
@@ -181,8 +189,7 @@ class GenerationNames(Mapping[str, HookPoint]):
         def wanted(site: Site) -> bool:
             at_step = steps is None if site.step is None else site.step in chosen
             in_branch = branch in ("both", site.branch or ("uncond" if site.needs_uncond else branch))
-            fires = (guided or not site.needs_uncond) and (predicts_x0 or site.inner != "hook_x0")
-            return at_step and in_branch and fires
+            return at_step and in_branch and site.fires(guided, predicts_x0)
 
         if names_filter is None or callable(names_filter):
             every_site = self._sites(tuple(sorted(set(chosen))), BRANCHES if branch == "both" else (branch,))
@@ -194,7 +201,10 @@ class GenerationNames(Mapping[str, HookPoint]):
                     inner = self.dit.canonical_name(name)
                     sites += [s for step in chosen for b in BRANCHES if wanted(s := Site("dit", inner, step, b))]
                 else:
-                    sites.append(self.site(name))
+                    site = self.site(name)
+                    if site.step is not None and site.step not in chosen:
+                        raise ValueError(f"{name!r} lies outside of the steps that are to be cached, {list(chosen)}.")
+                    sites.append(site)
         if not sites:
             raise ValueError("Nothing would be cached: names_filter, steps and branch select no tensor that this run computes.")
         return sites

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from .hooked_module import PER_HEAD, HookFunction, watched
-from .names import Site, parse_head
+from .names import BRANCHES, Site, parse_head
 from .trajectory import Inputs
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ class Recorder:
         if site.part != "dit" or not site.inner.endswith(PATTERN) or (self.heads is None and self.patterns == "whole"):
             return False
         pair = [f"{site.inner.rpartition('.')[0]}.{leaf}" for leaf in PATTERN]
-        attached = any(a.site.step == site.step and a.site.inner in pair for a in self.model._attached)
+        sites = [Site("dit", inner, site.step, branch) for inner in pair for branch in BRANCHES]
+        attached = any(True for _ in self.model.firing(lambda one: one in sites, lambda: sites))
         return not attached and not any(watched(self.model.dit.hook_dict[name]) for name in pair)
 
     def _pattern_hooks(self, site: Site) -> Iterator[tuple[str, HookFunction]]:

@@ -8,15 +8,18 @@ arithmetic stays diffusers' own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 Latents = Float[Tensor, "batch channel rows columns"]
+Seeds = SupportsIndex | Iterable[SupportsIndex]
+"""Of noise: one integer for every prompt, or one for each."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,24 @@ class Sampler:
 def _own(value: Any) -> Any:
     """Of what a solver writes to itself, lists are edited in place and so copied; all else is only ever replaced."""
     return copy.copy(value) if isinstance(value, (list, dict)) else value
+
+
+def seed_of_each(seed: Seeds, batch: int) -> list[int]:
+    """One seed for each of `batch` prompts, from one for all or a sequence; numpy's and torch's integers are integers, too.
+
+    Raises:
+        ValueError: another number of seeds, or something that is no integer.
+    """
+    try:
+        try:
+            seeds = [index(seed)] * batch  # type: ignore[arg-type]
+        except TypeError:
+            seeds = [index(one) for one in seed]  # type: ignore[union-attr]
+    except TypeError:
+        raise ValueError(f"seed={seed!r}: give an integer for all prompts, or one for each.") from None
+    if len(seeds) != batch:
+        raise ValueError(f"There are {len(seeds)} seeds for {batch} prompts: give one each, or a single one for all.")
+    return seeds
 
 
 def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Float[Tensor, "batch channel rows columns"]:

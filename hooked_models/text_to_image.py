@@ -16,17 +16,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from .cache import GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
+from .cache import KEEPS_BATCH, GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
 from .cache_folder import record_to_folder
 from .config import DiTConfig
 from .dit import HookedDiT, TextState
-from .generation_hooks import HookedGeneration, SamplerHooks, attach
+from .generation_hooks import Attached, HookedGeneration, SamplerHooks, attach
 from .hooked_module import HookedModule, NameFilter, NoLanguageModel, watched
-from .names import FINAL, Branch, GenerationNames
+from .names import FINAL, Branch, GenerationNames, Part, Site
 from .recording import Heads, Patterns, Recorder, heads_by_layer
 from .resolution import nearest_resolution
 from .rte import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
-from .sampling import Sampler, SamplerState, seeded_noise
+from .sampling import Sampler, SamplerState, Seeds, seed_of_each, seeded_noise
 from .t5 import HookedT5Encoder
 from .trajectory import Inputs, Trajectory
 from .views import StepView
@@ -123,7 +123,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         self._use("text_encoder")
         tokens = tokens.to(self.text_encoder.device)
         mask = (tokens != PAD_ID).long()
-        with attach(self._attached, self.names.module, lambda site: site.part == "text_encoder"):
+        with attach(self._firing_in("text_encoder"), self.names.module):
             cond = self.text_encoder(tokens, attention_mask=mask)[0].to(self.device, self.dit.dtype)
         if guidance <= 1:
             self._use("dit")
@@ -132,17 +132,20 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         null_tokens = nn.functional.pad(null_tokens, (0, tokens.shape[1] - null_tokens.shape[1]), value=PAD_ID)
         null_tokens = null_tokens.expand(len(tokens), -1)  # a row a prompt, so that hooks can tell them apart
         null_mask = (null_tokens != PAD_ID).long()
-        with attach(self._attached, self.names.module, lambda site: site.part == "null_text_encoder"):
+        with attach(self._firing_in("null_text_encoder"), self.names.module):
             uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(self.device, self.dit.dtype)
         self._use("dit")
         return self.dit.encode_text(torch.cat([uncond, cond]), torch.cat([null_mask, mask]).to(self.device))
+
+    def _firing_in(self, part: Part) -> Iterator[Attached]:
+        return self.firing(lambda site: site.part == part, lambda: self.names.sites(steps=[]))
 
     # Running
 
     def forward(
         self,
         prompts: Prompts,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
@@ -160,7 +163,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
     def trajectory(
         self,
         prompts: Prompts,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
@@ -175,10 +178,12 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         return Trajectory(self, inputs, tuple(islice(self._run(inputs, first), steps)))
 
     def _begin(
-        self, prompts: Prompts, seed: int | Sequence[int], num_steps: int, guidance: float, latents: Tensor | None
+        self, prompts: Prompts, seed: Seeds, num_steps: int, guidance: float, latents: Tensor | None
     ) -> tuple[Inputs, SamplerState]:
         """What a generation is computed from, and its first state."""
         tokens = (prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}: an image takes at least one step.")
         self._check_hooks(num_steps, guidance)
         inputs = Inputs(tokens, guidance, Sampler(self.scheduler, num_steps, self.device), self._encode(tokens, guidance))
         if latents is None:
@@ -186,7 +191,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         return inputs, inputs.sampler.start(latents.to(self.device, self.dit.dtype))
 
     def noise(
-        self, seed: int | Sequence[int] = 0, batch: int = 1, *, height: int, width: int, binning: bool = True
+        self, seed: Seeds = 0, batch: int = 1, *, height: int, width: int, binning: bool = True
     ) -> Float[Tensor, "batch channel rows columns"]:
         """Initial latents for images of another size, in pixels: `model(prompts, latents=model.noise(height=512, width=768))`.
 
@@ -198,12 +203,9 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         pixels = self._image_size((1, 1))[0]
         return self._noise(seed, batch, (height // pixels, width // pixels))
 
-    def _noise(self, seed: int | Sequence[int], batch: int, grid: tuple[int, int] | None = None) -> Tensor:
-        seeds = [seed] * batch if isinstance(seed, int) else list(seed)
-        if len(seeds) != batch:
-            raise ValueError(f"There are {len(seeds)} seeds for {batch} prompts: give one each, or a single one for all.")
+    def _noise(self, seed: Seeds, batch: int, grid: tuple[int, int] | None = None) -> Tensor:
         rows, columns = grid or (self.cfg.sample_size,) * 2
-        return seeded_noise(seeds, (self.cfg.in_channels, rows, columns))
+        return seeded_noise(seed_of_each(seed, batch), (self.cfg.in_channels, rows, columns))
 
     def _run(self, inputs: Inputs, state: SamplerState) -> Iterator[SamplerState]:
         """`state` and every state after it."""
@@ -216,7 +218,11 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         """The state after `state`. `denoise` stands for the denoiser, where part of its output is known already."""
         self._use("dit")
         sampler, points = inputs.sampler, self.sampler_hooks
-        with attach(self._attached, self.names.module, lambda site: site.step == state.step, inputs.rows):
+        hooks = self.firing(
+            lambda site: site.step == state.step and site.fires(inputs.guided, sampler.predicts_x0),
+            lambda: self.names.sites(steps=[state.step]),
+        )
+        with attach(hooks, self.names.module, inputs.rows):
             latent = points.hook_latent(state.latent)
             x = torch.cat([latent, latent]) if inputs.guided else latent
             x = sampler.network_input(state, x)
@@ -254,7 +260,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         self._use("codec")
         latent = latent.to(self.codec.device, self.codec.dtype)
         image = self.codec.decode(latent / self.codec.config.scaling_factor, return_dict=False)[0]
-        with attach(self._attached, self.names.module, lambda site: site.inner == FINAL):
+        with attach(self.firing(lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)]), self.names.module):
             return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
 
     # Views and caches
@@ -263,7 +269,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         self,
         step: int,
         prompts: Prompts,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
@@ -298,7 +304,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
     def run_with_cache(
         self,
         prompts: Prompts,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
@@ -335,10 +341,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             ValueError: nothing is selected, or a step lies outside of the run.
         """
         if remove_batch_dim:
-            raise TypeError(
-                "a whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim() (TransformerLens' "
-                "head_detector, which asks for this, looks for heads of causal language models)"
-            )
+            raise TypeError(KEEPS_BATCH)
         tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
         predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
         sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, predicts_x0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dit import TextState
 from .generation_hooks import Hooks
-from .names import Branch
+from .names import Branch, Site
 from .sampling import Sampler, SamplerState
 
 if TYPE_CHECKING:
@@ -44,13 +44,17 @@ class Inputs:
         return slice(0, batch) if branch == "uncond" or not self.guided else slice(batch, 2 * batch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """`states[s]` is the sampler before step s, `states[-1]` after the last."""
 
     model: HookedTextToImage
     inputs: Inputs
     states: tuple[SamplerState, ...]
+
+    def __repr__(self) -> str:
+        steps = self.inputs.sampler.num_steps
+        return f"Trajectory({len(self.inputs.tokens)} prompts, before steps 0 to {len(self.states) - 1} of {steps})"
 
     def take(self, rows: Int[Tensor, " row"]) -> Trajectory:
         """The same generation for some rows of its batch; rows may repeat."""
@@ -87,6 +91,8 @@ class Trajectory:
         steps = self.inputs.sampler.num_steps
         if not 0 <= step < steps:
             raise ValueError(f"Cannot fork at step {step}: this trajectory has steps 0 to {steps - 1}.")
-        if early := [a.site.name for a in self.model._attached if a.site.part.endswith("text_encoder")]:
+        if early := [
+            a.site.name for a in self.model._attached if isinstance(a.where, Site) and a.site.part.endswith("text_encoder")
+        ]:
             raise ValueError(f"{early[0]} does not fire: a fork keeps the text as it was encoded; run the model again instead.")
-        self.model._check_hooks(until, self.inputs.guidance, step)
+        self.model._check_hooks(steps, self.inputs.guidance, range(step, until))

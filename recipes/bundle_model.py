@@ -3,14 +3,15 @@
 `python -m recipes.bundle_model --run runs/t5-micro --name t5-micro --targets "unique_binding .92" "relation_loose .90"`
 
 Cards and README are then made from those files by `python -m recipes.zoo_cards`. A run that was stopped goes on. A run started
-from the bundled model of the same name (`dit-lens train --init-from t5-micro`) replaces it: the card then tells of both runs, and
-keeps the first one's course.
+from the bundled model of the same name (`dit-lens train --init-from t5-micro --encoder t5-scenes …`) replaces it: the card then
+tells of both runs, and keeps the first one's course.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,9 @@ def main(config: Config) -> None:
     model = HookedTextToImage.from_pipeline(pipe.to(dtype=torch.float32))  # as it will be loaded
 
     facts = training_facts(config)
+    gone = ["trios.parquet"] if facts["init_from"] == config.name else ["trios.parquet", "dynamics.parquet", "learning.png"]
+    for name in gone:  # of the model that was there before, which the card would tell of
+        (folder / name).unlink(missing_ok=True)
     if facts["init_from"] == config.name:
         facts["earlier"] = earlier_runs(config)
     (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
@@ -94,6 +98,10 @@ def training_facts(config: Config) -> dict[str, object]:
     with safe_open(config.run / "checkpoint.safetensors", "pt") as file:
         metadata = file.metadata()
     facts = json.loads(metadata["facts"])
+    if int(metadata["step"]) < facts["steps"]:
+        sys.exit(
+            f"{config.run} has come to step {metadata['step']} of {facts['steps']}: its pipeline/ is from before. Let it end."
+        )
     del facts["out"]
     log = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
     speeds = pd.Series([entry["samples_per_second"] for entry in log if "samples_per_second" in entry])

@@ -19,6 +19,7 @@ from rich.table import Table
 from dit_lens import evaluation
 from dit_lens.shards import digest, digest_model
 from dit_lens.stats import Interval
+from dit_lens.sweep.metrics import fingerprint
 from hooked_models import HookedTextToImage, list_models
 from hooked_models.hub import ZOO
 
@@ -77,8 +78,12 @@ def evaluation_of(model: str, n: int, out: Path) -> pd.DataFrame:
 
 
 def stage(out: Path, name: str, model: HookedTextToImage, make: Callable[..., pd.DataFrame], *settings: object) -> pd.DataFrame:
-    """`make(model, *settings)`, or the Parquet file in `out` that a call with equal weights and settings has left."""
-    path = out / "stages" / f"{name}-{digest(digest_model(model), *map(str, settings))}.parquet"
+    """`make(model, *settings)`, or the Parquet file in `out` that a call with equal weights, settings and code has left.
+
+    The code is that of `make` and of what it calls in its own module.
+    """
+    key = digest(digest_model(model), fingerprint(make), *map(str, settings))
+    path = out / "stages" / f"{name}-{key}.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         made = make(model, *settings)

@@ -169,8 +169,9 @@ def heads_and_others(model: HookedTextToImage, carrier: Role, seed: int) -> pd.D
         ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
     else:
         ranking = screening.screen_heads(model.dit, relation_vectors(model, carrier), at="caption")
-    found = (found_heads(ranking) or list(layout_loss(model, carrier, seed)))[:most]
-    drawn = ablation.random_heads(model, ablation.ablate_heads(found), np.random.default_rng(seed))
+    ramps = found_heads(ranking)
+    found = (ramps or list(layout_loss(model, carrier, seed)))[:most]
+    drawn = ablation.random_heads(model, ablation.ablate_heads(found), np.random.default_rng(seed), exclude=ramps)
     others = [f"L{one.site.split('.')[1]}H{head}" for one in drawn for head in one.heads or ()]
     return pd.DataFrame({"head": found, "other": others})
 

@@ -31,9 +31,10 @@ def scenes_of(n: int, seed: int) -> tuple[list[scenes.Scene], np.ndarray]:
     return scenes.sample(n, seed=seed + 1, split="all", color_words="both"), 1000 * seed + np.arange(n)
 
 
-def knocked_out(model: HookedTextToImage, conditions: Conditions, n: int, seed: int) -> pd.DataFrame:
+def knocked_out(model: HookedTextToImage, conditions: Conditions, n: int, seed: int, exclude: Sequence[str] = ()) -> pd.DataFrame:
     """Verdicts of every condition, of its controls ("{name} | random heads"), and of none, on the same scenes and noise.
 
+    `exclude`: heads that are no control, as in `ablation.random_heads`.
     Columns condition, seed, scene, and `ablation.VERDICTS` as numbers (NaN where one does not apply).
     """
     wanted, noise = scenes_of(n, seed)
@@ -42,7 +43,7 @@ def knocked_out(model: HookedTextToImage, conditions: Conditions, n: int, seed: 
     for name, (interventions, controls) in conditions.items():
         whole[name] = interventions
         if "heads" in controls:
-            whole[f"{name} | random heads"] = ablation.random_heads(model, interventions, rng)
+            whole[f"{name} | random heads"] = ablation.random_heads(model, interventions, rng, exclude)
         if "tokens" in controls:
             whole[f"{name} | random tokens"] = ablation.random_tokens(model, texts, interventions, rng)
     effects = ablation.ablation_effects(model, wanted, whole, noise[:, None], controls=0, rng=seed)

@@ -92,7 +92,8 @@ def main(config: Config) -> None:
                     role: heads for source, role in READ[encoder].items() if (heads := strongest_half(rankings[name, source]))
                 }
                 looks[name] = stage(config.out, f"{label}-looks", model, first_looks, looked)
-                drawn[name] = stage(config.out, f"{label}-images", model, drawn_images, found, images)
+                ramps = {role: found_heads(rankings[name, source]) for source, role in READ[encoder].items()}
+                drawn[name] = stage(config.out, f"{label}-images", model, drawn_images, found, ramps, images)
                 claims += [*carrier_claims(name, encoder, looks[name]), *turned_claims(name, encoder, drawn[name])]
     report("Relation heads over sizes, seeds and text encoders", claims, config.out, full=config.full)
     for what, parts in {"screening": screened, "looks": looks, "images": drawn}.items():
@@ -162,14 +163,14 @@ def first_looks(model: HookedTextToImage, n: int) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def drawn_images(model: HookedTextToImage, found: dict[Role, list[str]], n: int) -> pd.DataFrame:
+def drawn_images(model: HookedTextToImage, found: dict[Role, list[str]], ramps: dict[Role, list[str]], n: int) -> pd.DataFrame:
     """By word and heads, exchanged at all steps: whether the image shows the opposite relation (loose), the caption's, and both
-    objects as named; condition "none" without. Every scene has its own noise."""
+    objects as named; condition "none" without. Every scene has its own noise. `ramps` are all heads found: no controls."""
     exchange, rng = Exchange(model, n, seed=6), np.random.default_rng(0)
     conditions = {"none": list[Intervention]()}
     for role, heads in found.items():
         conditions[role] = exchange.of(role, heads)
-        conditions[f"{role} | random heads"] = ablation.random_heads(model, conditions[role], rng)
+        conditions[f"{role} | random heads"] = ablation.random_heads(model, conditions[role], rng, exclude=ramps[role])
     rows = []
     for condition, interventions in conditions.items():
         hooks = [hook for one in interventions for hook in one.hooks(model, exchange.texts)]

@@ -153,7 +153,7 @@ def first_look(model: HookedTextToImage, found: Sequence[str], n: int, seed: int
     conditions = {head: ablation.knockout_role("relation", head, steps=0) for head in cells}
     for k in range(1, len(found) + 1):
         group = ablation.knockout_role("relation", found[:k], steps=0)
-        conditions |= {f"first {k}": group, f"random {k}": ablation.random_heads(model, group, rng)}
+        conditions |= {f"first {k}": group, f"random {k}": ablation.random_heads(model, group, rng, exclude=found)}
         cells |= {f"first {k}": ("found", k), f"random {k}": ("random", k)}
 
     seen = sweep.run(model, texts, [2 * seed, 2 * seed + 1], conditions, {"layout": layout_metric(model, wanted)})
@@ -192,7 +192,7 @@ def conditions_of(found: Sequence[str]) -> Conditions:
 
 def group_knockouts(model: HookedTextToImage, found: Sequence[str], n: int, seed: int) -> pd.DataFrame:
     """`knocked_out` of `conditions_of`; nothing but the plain images where no head was found."""
-    return knocked_out(model, conditions_of(found) if found else {}, n, seed)
+    return knocked_out(model, conditions_of(found) if found else {}, n, seed, found)
 
 
 # Maps

@@ -71,7 +71,8 @@ def main(config: Config) -> None:
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
         console.print(f"{name}: {time.perf_counter() - start:.0f} s")
-    found = {name: config.results / name for name in FIGURES if (config.results / name / "claims.json").exists()}
+    found = {name: config.results / name for name in FIGURES if name not in failed}
+    found = {name: folder for name, folder in found.items() if (folder / "claims.json").exists()}
     pictures = HERE / "figures"
     pictures.mkdir(exist_ok=True)
     for name, folder in found.items():

@@ -28,7 +28,7 @@ from hooked_models.hooked_module import NameFilter
 from hooked_models.hub import resolve
 from hooked_models.names import Branch, Site
 from hooked_models.recording import Heads, Patterns, Recorder
-from hooked_models.sampling import Sampler
+from hooked_models.sampling import Sampler, Seeds
 from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
 
 from ..interventions import Intervention
@@ -141,7 +141,7 @@ class RemoteTextToImage(HookedTextToImage):
     def forward(
         self,
         prompts: Prompts,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
@@ -157,7 +157,7 @@ class RemoteTextToImage(HookedTextToImage):
     def run_with_cache(
         self,
         prompts: Prompts,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
@@ -202,7 +202,7 @@ class RemoteTextToImage(HookedTextToImage):
         clean: Prompts,
         corrupt: Prompts,
         conditions: Mapping[str, Sequence[Intervention]],
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
@@ -241,7 +241,7 @@ class RemoteTextToImage(HookedTextToImage):
         wanted: dict[str, Site] = {e.site.name: e.site for every in edits.values() for e in every if e.values is plan.UNKNOWN}
         call, common = self._call(len(texts), length, seed, num_steps, guidance, latents)
         first = plan.make(self, self._checked_hooks(num_steps, guidance), keep=list(wanted.values()), home=False, **common)
-        plans = {"corrupt": plan.make(self, self._attached, **common)}
+        plans = {"corrupt": plan.make(self, self._checked_hooks(num_steps, guidance), **common)}
         for name, every in edits.items():
             hooks = [(edit.site.name, edit) for edit in every]
             with self.hooks(hooks):
@@ -268,7 +268,7 @@ class RemoteTextToImage(HookedTextToImage):
     def attention_between(
         self,
         prompts: Prompts,
-        seed: int | Sequence[int],
+        seed: Seeds,
         sublayer: Literal["attn", "cross_attn"],
         queries: Float[Tensor, "batch pos group"],
         keys: Mapping[Branch, Float[Tensor, "batch key_pos key_group"]],
@@ -296,7 +296,7 @@ class RemoteTextToImage(HookedTextToImage):
     def _run_once(
         self,
         prompts: Prompts,
-        seed: int | Sequence[int],
+        seed: Seeds,
         num_steps: int,
         guidance: float,
         latents: Tensor | None,
@@ -318,7 +318,7 @@ class RemoteTextToImage(HookedTextToImage):
         return self._answer(ask, backend)
 
     def _call(
-        self, batch: int, length: int, seed: int | Sequence[int], num_steps: int, guidance: float, latents: Tensor | None
+        self, batch: int, length: int, seed: Seeds, num_steps: int, guidance: float, latents: Tensor | None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments of the pipeline, and those of a plan."""
         noise = self._noise(seed, batch) if latents is None else latents.to(self.device)
@@ -344,7 +344,7 @@ class RemoteTextToImage(HookedTextToImage):
         self._check_hooks(num_steps, guidance)
         if any(attached.direction == "bwd" for attached in self._attached):
             raise NotImplementedError(NO_GRADIENTS)
-        return self._attached
+        return self.firing_in_run(num_steps, guidance)
 
     # The server
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -59,6 +59,8 @@ def sample(
     """
     if not (0 <= spread <= 1 and 0 <= red_first <= 1):
         raise ValueError(f"spread and red_first must lie in [0, 1], not {spread} and {red_first}.")
+    for value, choices in ((split, Split), (distribution, Distribution), (color_words, ColorWords)):
+        refuse_unknown(value, choices)
 
     def draw(chunk: int) -> list[Scene]:
         rng = np.random.default_rng((seed, chunk))
@@ -66,6 +68,12 @@ def sample(
         return [_describe(rng, combination, row, color_words) for combination, row in pool]
 
     return window(n, start, draw)
+
+
+def refuse_unknown(value: str, choices: Any) -> None:
+    """Raise ValueError unless `value` is one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"There is no {value!r} to choose: take {' or '.join(map(repr, get_args(choices)))}.")
 
 
 def window(n: int, start: int, draw: Callable[[int], Sequence[T]]) -> list[T]:

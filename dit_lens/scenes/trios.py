@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .rendering import half_size
-from .sampling import CHUNK, Split, window
+from .sampling import CHUNK, Split, refuse_unknown, window
 from .scene import (
     BAND,
     CENTRE_RANGE,
@@ -37,6 +37,7 @@ def sample_trios(n: int, seed: int, *, start: int = 0, split: Split = "train") -
     The two relations are different ones; centres realise both, and no two objects overlap or touch. In split "train" neither
     relation makes a combination of `HELD_OUT`, in "held_out" the first does.
     """
+    refuse_unknown(split, Split)
 
     def draw(chunk: int) -> list[Trio]:
         rng = np.random.default_rng((seed, chunk, 3))

@@ -23,7 +23,6 @@ from pathlib import Path
 import xarray as xr
 
 from hooked_models import HookedTextToImage
-from hooked_models.hooked_module import watched
 from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 from .metrics import OWN, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
@@ -81,8 +80,10 @@ def plan(
         raise ValueError(f"seeds={numbers}: give at least one, and each once.")
     if not metrics:
         raise ValueError("There is nothing to measure: give metrics={name: function of images}.")
-    if model._attached or any(map(watched, model.dit.hook_dict.values())):
-        raise ValueError("Hooks are attached to the model, and a sweep would run with them: reset_hooks() first.")
+    taken = {"intervention", "prompt", "seed", "layer", "head", "step", "interval", "cell", "error"}
+    if clash := [name for name in metrics if name in taken or name.endswith(("_baseline", "_effect"))]:
+        raise ValueError(f"A metric cannot be called {clash[0]!r}, which has a meaning in the results: give it another name.")
+    model.refuse_hooks("A sweep compares with the model as it is")
     if batch is not None and batch < 1:
         raise ValueError(f"batch={batch}: at least one row runs at a time.")
     wrapped = {name: metric if isinstance(metric, Metric) else Metric(metric) for name, metric in metrics.items()}

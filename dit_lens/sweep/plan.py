@@ -26,9 +26,12 @@ from .results import Results, dataset
 from .treatments import Treatment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What `sweep.plan` makes of its arguments."""
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.treatments)} interventions, {len(self.prompts)} prompts, {len(self.seeds)} seeds: explain())"
 
     model: Any
     """A HookedTextToImage; None while a plan travels to a worker that has its own."""

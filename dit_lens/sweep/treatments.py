@@ -21,7 +21,9 @@ from ..edits import Edit, Scale
 from ..interventions import Intervention
 from ..shards import digest
 
-Interventions = Sequence[Intervention | Sequence[Intervention]] | Mapping[str, Intervention | Sequence[Intervention]]
+Interventions = (
+    Intervention | Sequence[Intervention | Sequence[Intervention]] | Mapping[str, Intervention | Sequence[Intervention]]
+)
 """One entry a condition: an intervention, or several that are made together; a mapping names them."""
 
 
@@ -150,6 +152,7 @@ def resolve(
     Raises:
         UnknownHookError, ValueError: as `Intervention.hooks` and a run with these hooks; or a name stands twice.
     """
+    interventions = [interventions] if isinstance(interventions, Intervention) else interventions
     named = list(interventions.items()) if isinstance(interventions, Mapping) else [("", one) for one in interventions]
     if not named:
         raise ValueError("There is no intervention to sweep over.")

@@ -52,6 +52,16 @@ def save_checkpoint(
     temporary.replace(path)
 
 
+def refuse_other_settings(
+    out: Path, before: Mapping[str, object], facts: Mapping[str, object], may_change: Sequence[str] = ()
+) -> None:
+    """Raise ValueError if the run in `out` was started with other settings, apart from those in `may_change`."""
+    changed = [k for k, v in json.loads(json.dumps(dict(facts))).items() if before.get(k) != v and k not in may_change]
+    if changed:
+        listing = ", ".join(f"{k} was {before.get(k)!r} and is now {facts[k]!r}" for k in changed)
+        raise ValueError(f"The run in {out} has other settings ({listing}): restore them, or choose another folder.")
+
+
 def load_checkpoint(
     path: Path,
     model: nn.Module,
@@ -68,11 +78,7 @@ def load_checkpoint(
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (a safe_open handle is no dict)
-    before = json.loads(metadata["facts"])
-    changed = [k for k, v in json.loads(json.dumps(dict(facts))).items() if before.get(k) != v and k not in may_change]
-    if changed:
-        listing = ", ".join(f"{k} was {before.get(k)!r} and is now {facts[k]!r}" for k in changed)
-        raise ValueError(f"The run in {path.parent} has other settings ({listing}): restore them, or choose another folder.")
+    refuse_other_settings(path.parent, json.loads(metadata["facts"]), facts, may_change)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for key, value in ema.items():
         value.copy_(tensors[f"ema.{key}"])

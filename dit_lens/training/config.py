@@ -74,7 +74,7 @@ class TrainConfig:
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, constant, then linear decay to 2 %."""
         warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
-        decayed = (step / self.steps - self.decay_from) / (1 - self.decay_from)
+        decayed = (step / self.steps - self.decay_from) / max(1 - self.decay_from, 1e-9)
         return warm * (1 - 0.98 * min(max(decayed, 0.0), 1.0))
 
 

@@ -27,12 +27,14 @@ SCREENED_WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
 SOURCES = ("words", "shape1", "shape2")
 """What heads are screened with; see `measure`."""
 NULL_DRAWS, SIGNIFICANT = 200, 0.05
+ROUNDING = 1e-6
+"""Relative size below which an effect, or a head's map, is rounding."""
 COLUMNS = ("step", "samples", "quantity", "source", "layer", "head", "value", "low", "high")
 
 
 def record_points(steps: int, points: int) -> list[int]:
     """At most `points` numbers of finished steps, log-spaced from `steps` // 160 to `steps`, the last included."""
-    return sorted({round(step) for step in np.geomspace(max(1, steps // 160), steps, points)}) if points else []
+    return sorted({round(step) for step in np.geomspace(steps, max(1, steps // 160), points)}) if points else []
 
 
 @torch.no_grad()
@@ -95,10 +97,15 @@ def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
 
 
 def relation_vectors(model: HookedTextToImage, carrier: Role) -> dict[str, Float[Tensor, " d_model"]]:
-    """What each relation adds to the mean caption vector of the words that carry it, over the paper's 264 prompts."""
+    """What each relation adds to the mean caption vector of the words that carry it, over the paper's 264 prompts.
+
+    Exactly zero where it is rounding, as of words that an encoder does not mix: screening knows no scale, and would find heads.
+    """
     vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), carrier, at="caption", pool="mean")
     effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
-    return {str(of.relation.item()): torch.from_numpy(of.values).float() for of in effects}
+    smallest = ROUNDING * float(vectors.norm(dim=1).mean())
+    found = {str(of.relation.item()): torch.from_numpy(of.values).float() for of in effects}
+    return {name: vector if vector.norm() > smallest else torch.zeros_like(vector) for name, vector in found.items()}
 
 
 def last_screening(table: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -114,8 +121,8 @@ def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[
 
     None of a run that was not screened so.
     """
-    last = last_screening(table, source)
-    found = last[last["p"] <= SIGNIFICANT].head(n)
+    last, of_words = last_screening(table, source), last_screening(table, "words")
+    found = last[(last["p"] <= SIGNIFICANT) & ~(last["energy"] < ROUNDING * of_words["energy"].max())].head(n)
     return [(int(layer), int(head)) for layer, head in zip(found["layer"], found["head"], strict=True)]
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
@@ -23,13 +24,13 @@ from jaxtyping import Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from hooked_models import HookedTextToImage
+from hooked_models import HookedTextToImage, RandomTokenEncoder
 
 from .. import scenes
 from ..evaluation import score, summarise
 from ..scenes.scene import COLORS, PHRASES, RELATIONS, SHAPES, Scene, Trio, caption, other_color
 from . import dynamics
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, refuse_other_settings, save_checkpoint
 from .config import TrainConfig
 from .objectives import OBJECTIVES
 from .pipelines import PRESETS, build_pipeline, load_pipeline
@@ -52,12 +53,17 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: `out` holds a run with other settings.
     """
-    config = replace(config, precision=resolve_precision(config.precision, PartialState().device))
+    if config.evaluation_scenes < 1:
+        raise ValueError(f"evaluation_scenes={config.evaluation_scenes}: a run looks at one scene at least.")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # which only Accelerator would read, when the state is there already
+    config = replace(config, precision=resolve_precision(config.precision, PartialState(cpu=on_cpu).device))
     accelerator = Accelerator(mixed_precision=config.precision)
     config.out.mkdir(parents=True, exist_ok=True)
     saved = config.out / "checkpoint.safetensors"
+    facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    facts |= {"processes": accelerator.num_processes, "noises": "one a scene"}
     with accelerator.main_process_first():
-        pipe = start_pipeline(config)
+        pipe = start_pipeline(config, facts)
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     disable_progress_bar()
@@ -66,8 +72,6 @@ def train(config: TrainConfig) -> Path:
     shadow = dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))
     optimizers = build_optimizers(model, config)
 
-    facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    facts |= {"processes": accelerator.num_processes, "noises": "one a scene"}
     first = load_checkpoint(saved, model, shadow, optimizers, facts, MAY_CHANGE) if saved.exists() else 0
     ema.optimization_step = first
     metrics = config.out / "metrics.jsonl"
@@ -164,20 +168,47 @@ def train(config: TrainConfig) -> Path:
     return config.out / "pipeline"
 
 
-def start_pipeline(config: TrainConfig) -> PixArtSigmaPipeline:
-    """The untrained pipeline of a run, made once and kept in `out/start/`.
+def start_pipeline(config: TrainConfig, facts: Mapping[str, object]) -> PixArtSigmaPipeline:
+    """The untrained pipeline of a run, made once and kept in `out/start/`, with the settings (`facts`) in settings.json.
 
     A resumed run so keeps its own codec and text encoder, even if the code that makes them has changed since.
+
+    Raises:
+        ValueError: the folder was started with other settings, or `init_from` is a model of another kind than they say.
     """
-    start = config.out / "start"
+    start, settings = config.out / "start", config.out / "settings.json"
+    if settings.exists():
+        refuse_other_settings(config.out, json.loads(settings.read_text()), facts, MAY_CHANGE)
     if not start.is_dir():
-        new = (
-            load_pipeline(config.init_from)
-            if config.init_from
-            else build_pipeline(PRESETS[config.size], config.encoder, config.objective, config.seed)
-        )
+        if config.init_from:
+            new = load_pipeline(config.init_from)
+            refuse_other_kind(config, new)
+        else:
+            new = build_pipeline(PRESETS[config.size], config.encoder, config.objective, config.seed)
+        settings.write_text(json.dumps(dict(facts), indent=1))
         replace_folder(new, start)
     return load_pipeline(str(start))
+
+
+def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
+    """Raise ValueError unless the model to start from has the size, encoder and objective that the card of the run will tell."""
+    its, size = pipe.transformer.config, PRESETS[config.size]
+    width = its.num_attention_heads * its.attention_head_dim
+    encoder, own = pipe.text_encoder, "rte"
+    if isinstance(encoder, RandomTokenEncoder):
+        own = "rte" if encoder.config.positions else "rte-nopos"
+    fits = {
+        "size": (its.num_layers, width, its.num_attention_heads) == (size.layers, size.width, size.heads),
+        "objective": (pipe.scheduler.config.prediction_type == "sample") == (config.objective == "x0"),
+        "encoder": config.encoder == own if isinstance(encoder, RandomTokenEncoder) else not config.encoder.startswith("rte"),
+    }
+    if wrong := [name for name, right in fits.items() if not right]:
+        was = {"size": f"{its.num_layers} layers of width {width}", "objective": pipe.scheduler.config.prediction_type}
+        was["encoder"] = own if isinstance(encoder, RandomTokenEncoder) else type(encoder).__name__
+        raise ValueError(
+            f"{config.init_from} has {' and '.join(was[name] for name in wrong)}, not what "
+            f"{' '.join(f'--{name} {getattr(config, name)}' for name in wrong)} says: say what it is."
+        )
 
 
 def replace_folder(pipe: PixArtSigmaPipeline, folder: Path) -> None:

@@ -80,7 +80,7 @@ def word_maps(
     )
     figure.suptitle(title, fontsize=11)
     axes = [bare(ax) for ax in grid.ravel()]
-    picture = image.permute(1, 2, 0).float().cpu().numpy()
+    picture = image.detach().permute(1, 2, 0).float().cpu().numpy()
     axes[0].imshow(picture)
     axes[0].set_title("image", fontsize=9)
     height, width = picture.shape[:2]

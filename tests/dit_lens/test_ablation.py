@@ -101,6 +101,22 @@ def test_random_heads_match(trained, heads):
     assert drawn == {f"L{layer}H{head}" for layer in allowed for head in range(3)} - set(heads)
 
 
+def test_heads_that_were_found_too_are_no_control(trained):
+    found = ["L2H1", "L2H2", "L1H0"]
+    for seed in range(30):
+        (control,) = random_heads(trained, ablate_heads("L2H1"), np.random.default_rng(seed), exclude=found)
+        assert f"L{control.site.split('.')[1]}H{control.heads[0]}" not in found
+    every = [f"L{layer}H{head}" for layer in range(6) for head in range(3)]
+    assert random_heads(trained, ablate_heads("L2H1"), np.random.default_rng(0), exclude=every)  # rather those than none
+
+
+def test_places_of_an_image_and_of_a_sentence_are_drawn_apart(model):
+    both = [Intervention("blocks.0.hook_resid_pre", tokens=[1, 2]), Intervention("hook_text", tokens=[1, 2])]
+    image, text = random_tokens(model, PROMPTS[:1], both, np.random.default_rng(0))
+    assert len(image.tokens[0]) != len(text.tokens[0])
+    assert sum(image.tokens[0]) == sum(text.tokens[0]) == 2
+
+
 def test_random_tokens_match(model):
     """As many in each prompt, none of those selected, no pads, EOS only if nothing else is left; equal roles get equal draws."""
     condition = [*knockout_role("relation", layers=[0, 1], branch="both"), Intervention("hook_text", tokens="shape1")]

@@ -13,6 +13,7 @@ from dit_lens.scenes import OPPOSITE
 from dit_lens.scenes.rendering import shape_mask
 from dit_lens.training import dynamics
 from hooked_models import HookedTextToImage
+from hooked_models.hub import ZOO
 
 WANTED = scenes.sample(12, seed=1, split="held_out", color_words="both")
 
@@ -83,6 +84,21 @@ def test_points_are_log_spaced_and_end_at_the_end():
     assert ratios.max() / ratios.min() < 1.2
     assert dynamics.record_points(4, 24) == [1, 2, 3, 4]
     assert dynamics.record_points(100, 0) == []
+    assert dynamics.record_points(100, 1) == [100]
+
+
+def test_words_that_an_encoder_does_not_mix_carry_no_relation():
+    """Their effects are rounding, to which screening, which knows no scale, would give cosines and a small p."""
+    for name, roles in (("rte-nano", ["shape1"]), ("rte-nopos-micro", ["shape1", "shape2"])):  # a phrase's length moves shape2
+        model = HookedTextToImage.from_pretrained(name)
+        for role in roles:
+            assert all(vector.norm() == 0 for vector in dynamics.relation_vectors(model, role).values())
+        found = dynamics.screen(model)
+        assert found["words"]["p"].min() < 0.05
+        assert all(found[role]["p"].min() == 1 for role in roles)
+    kept = pd.read_parquet(ZOO / "rte-nopos-micro" / "dynamics.parquet")
+    assert dynamics.last_screening(kept, "shape2")["p"].min() < 0.05  # of before: rounding
+    assert dynamics.strongest_heads(kept, "shape2") == []
 
 
 def test_emergence_is_when_a_thing_comes_and_when_it_comes_to_stay(course):

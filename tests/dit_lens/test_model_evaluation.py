@@ -130,6 +130,20 @@ def test_a_stopped_evaluation_goes_on_and_refuses_another_model(model, rows, tmp
         evaluation.evaluate_model(planted.planted_circuit("two-stage", seed=1)[0], N, templates=[TEMPLATE], out=tmp_path)
 
 
+def test_hooks_and_a_folder_exclude_each_other(model, tmp_path):
+    hook = ("steps.0.cond.blocks.1.cross_attn.hook_z", lambda z, hook: z * 0)
+    with model.hooks([hook]), pytest.raises(ValueError, match="reset_hooks"):
+        evaluation.evaluate_model(model, 2, templates=[], out=tmp_path)
+
+
+def test_a_template_that_never_shows_both_objects_has_a_table():
+    nothing = pd.DataFrame({"split": "train", "template": ["is", "is", "the both", "the both"], "scene": [0, 1, 0, 1]})
+    nothing = nothing.assign(**dict.fromkeys(evaluation.GEOMETRY, np.nan), color=0.0)
+    table = evaluation.template_effects(nothing, ["color"]).set_index("metric")
+    assert table.loc["drift_x", ["mean", "low", "high"]].isna().all()
+    assert table.loc["color", "mean"] == 0
+
+
 def test_only_templates_whose_words_are_known():
     model = HookedTextToImage.from_pretrained("rte-micro")
     assert set(TEMPLATES) - set(evaluation.known_templates(model)) == {"crimson", "navy"}

@@ -257,3 +257,9 @@ def test_the_opposite_of_a_scene_is_said_in_as_many_words_of_the_same_objects():
 
 def test_words_are_exactly_those_of_captions():
     assert {word for s in sample(2000, 0, color_words="both") for word in caption(s).split()} == set(WORDS)
+
+
+def test_options_that_do_not_exist_are_refused():
+    for options in ({"split": "heldout"}, {"distribution": "uniform"}, {"color_words": "all"}):
+        with pytest.raises(ValueError, match=f"There is no '{next(iter(options.values()))}'"):
+            getattr(sample, "__wrapped__", sample)(2, seed=0, **options)  # past the type checker, as a user calls it

@@ -496,6 +496,33 @@ def test_metrics_are_known_by_what_they_compute():
     assert len({known(function) for function in functions}) == len(functions)
 
 
+@pytest.mark.parametrize("name", ["error", "prompt", "size_baseline"])
+def test_names_that_results_need_are_no_metrics(model, name):
+    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+        sweep.plan(model, PROMPTS, SEEDS, durable(), {name: pixels}, num_steps=STEPS)
+
+
+class Along:
+    def __init__(self, direction: float) -> None:
+        self.direction = direction
+
+    def measure(self, images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3)) * self.direction
+
+
+def test_a_metric_is_another_when_what_it_reads_changes():
+    """The loop of a notebook: a threshold, or a helper, is edited in a cell of its own."""
+    module: dict[str, object] = {"__name__": "notebook"}
+    exec("THRESHOLD = 0.5\ndef helper(x): return x > THRESHOLD\ndef metric(x): return [helper(y) for y in x]", module)
+    known, before = sweep.metrics.fingerprint, sweep.metrics.fingerprint(module["metric"])
+    assert known(module["metric"]) == before
+    module["THRESHOLD"] = 0.6
+    assert (after := known(module["metric"])) != before
+    exec("def helper(x): return metric and x < THRESHOLD", module)  # which names its caller: no endless recursion
+    assert known(module["metric"]) not in (before, after)
+    assert known(Along(1.0).measure) == known(Along(1.0).measure) != known(Along(2.0).measure)
+
+
 def test_a_full_disk_costs_no_results(model, tmp_path, monkeypatch):
     """What cannot be written is kept, tried again, reported at last, and computed by the next call."""
     write, calls = pd.DataFrame.to_parquet, itertools.count(1)

@@ -84,6 +84,35 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     train(replace(config, steps=3))  # going on for longer is no other run
 
 
+def test_other_settings_are_refused_before_the_first_checkpoint(tmp_path):
+    config = TrainConfig(out=tmp_path, steps=2, **TINY)
+    loop.start_pipeline(config, {"size": "nano", "seed": 0})
+    with pytest.raises(ValueError, match="seed was 0 and is now 7"):
+        loop.start_pipeline(config, {"size": "nano", "seed": 7})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"size": "micro"}, "1 layers of width 32, not what --size micro says"),
+        ({"objective": "epsilon"}, "sample, not what --objective epsilon says"),
+        ({"encoder": "rte-nopos"}, "rte, not what --encoder rte-nopos says"),
+        ({"encoder": "t5-scenes"}, "rte, not what --encoder t5-scenes says"),
+    ],
+)
+def test_a_model_of_another_kind_is_no_start(tmp_path, settings, says):
+    build_pipeline(PRESETS["nano"], "rte").save_pretrained(tmp_path / "source")
+    config = TrainConfig(out=tmp_path / "run", steps=1, init_from=str(tmp_path / "source"), **{**TINY, **settings})
+    with pytest.raises(ValueError, match=says):
+        train(config)
+
+
+def test_settings_at_their_ends(tmp_path):
+    assert TrainConfig(tmp_path, steps=10, decay_from=1.0, warmup_steps=0).learning_rate_factor(9) == 1
+    with pytest.raises(ValueError, match="one scene at least"):
+        train(TrainConfig(tmp_path, steps=1, **{**TINY, "evaluation_scenes": 0}))
+
+
 def test_starting_from_a_model_takes_its_weights_and_codec(tmp_path):
     first = train(TrainConfig(out=tmp_path / "first", steps=2, **TINY))
     train(TrainConfig(out=tmp_path / "second", steps=1, muon_lr=0.0, adam_lr=0.0, init_from=str(first), **TINY))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
 from hooked_models.hub import ZOO
 from recipes import bundle_model, zoo_cards
 
@@ -22,6 +26,12 @@ def test_earlier_runs_are_told_once(tmp_path, monkeypatch):
             assert [phase["samples"] for phase in earlier] == expected
             assert not any("earlier" in phase for phase in earlier)
             facts.write_text(json.dumps({"samples": number, "earlier": earlier}))
+
+
+def test_a_run_that_has_not_ended_is_not_bundled(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "checkpoint.safetensors", {"step": "3", "facts": json.dumps({"steps": 6})})
+    with pytest.raises(SystemExit, match="step 3 of 6"):
+        bundle_model.training_facts(bundle_model.Config(tmp_path, "m"))
 
 
 def test_a_card_tells_of_every_run():

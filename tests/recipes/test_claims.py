@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from dit_lens.stats import Interval
+from hooked_models import HookedTextToImage
 from recipes import learning_dynamics, positions_needed, robustness
-from recipes.claims import Claim, report
+from recipes.claims import Claim, report, stage
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,15 @@ def test_a_report_is_written_whole(tmp_path, capsys):
     assert [row["verdict"] for row in written["claims"]] == ["replicates", "not run here"]
     assert written["claims"][1]["mean"] is None
     assert pd.read_parquet(tmp_path / "claims.parquet")["verdict"].tolist() == ["replicates", "not run here"]
+
+
+def test_a_stage_is_made_again_when_its_code_has_changed(tmp_path):
+    model = HookedTextToImage.from_pretrained("rte-nano")
+    module: dict[str, object] = {"__name__": "recipe", "pd": pd}
+    for helper, expected in (("1", 1), ("1", 1), ("2", 2)):
+        exec(f"def value(): return {helper}\ndef make(model, n): return pd.DataFrame({{'x': [value()] * n}})", module)
+        assert stage(tmp_path, "s", model, module["make"], 2)["x"].tolist() == [expected] * 2
+    assert len(list((tmp_path / "stages").iterdir())) == 2
 
 
 def test_what_a_bag_of_words_cannot_tell_apart():

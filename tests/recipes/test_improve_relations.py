@@ -56,7 +56,7 @@ def test_guidance_through_a_head_is_an_extrapolation_of_two_runs(model):
             return model.run_with_cache(TEXTS, [0, 1], num_steps=1, names_filter=[name])[1][name]
 
     (hide,) = ablation.knockout_role("relation", "L1H2")
-    whole, without = z([]), z(hide.hooks(model, TEXTS))
+    whole, without = z([]), z(hide.hooks(model, TEXTS, num_steps=1))
     found = z(strengthened(model, TEXTS, "guide", weight, "relation", ["L1H2"]))
     by_hand = whole + weight * (whole - without)
     assert (by_hand - whole).abs().amax() > 0.1
