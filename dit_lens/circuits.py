@@ -67,7 +67,7 @@ def content_word_scores(
 ) -> xr.DataArray:
     """How much a residual-stream direction asks for a word in one cross-attention head: dims (content, word).
 
-    Before the division by √d_head, without biases. `content` may be what another head writes (`ov_outputs`).
+    Before the division by √d_head, without biases. `content` may be rows of what another head writes (`ov_outputs`), as tensors.
 
     Raises:
         ValueError: the model has no such head.

@@ -46,7 +46,9 @@ def open_pipeline(
         TypeError: there is no such component.
     """
     if unknown := [name for name in components if name not in COMPONENTS]:
-        raise TypeError(f"from_pretrained has no argument {unknown[0]!r}; components are {', '.join(COMPONENTS)}.")
+        raise TypeError(
+            f"from_pretrained has no argument {unknown[0]!r}: choose dtype, device_map, or a component ({', '.join(COMPONENTS)})."
+        )
     if isinstance(components.get("transformer"), (str, Path)):
         components["transformer"] = PixArtTransformer2DModel.from_pretrained(
             components["transformer"], subfolder="transformer", dtype=dtype, use_safetensors=True

@@ -120,6 +120,10 @@ class GenerationNames(Mapping[str, HookPoint]):
                     return Site("sampler", rest, int(step))
         if name == FINAL:
             return Site("sampler", FINAL)
+        if name in self.dit.mod_dict and name.rpartition(".")[2].startswith("hook_"):
+            raise UnknownHookError(f"{name!r} is computed at every step and in each branch: name one, 'steps.0.cond.{name}'")
+        if name in self.sampler.hook_dict:
+            raise UnknownHookError(f"{name!r} is computed at every step: name one, 'steps.0.{name}'")
         raise unknown_hook(name, list(self))
 
     def _inside(self, site: Site, module: HookedModule, prefix: str) -> Site:

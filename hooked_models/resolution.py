@@ -28,7 +28,7 @@ def nearest_resolution(height: int, width: int, sample_size: int) -> tuple[int, 
     if sample_size not in TABLES:
         raise ValueError(
             f"A model with sample_size={sample_size} has no table of aspect ratios (those of "
-            f"{', '.join(map(str, TABLES))} have): pass latents of the wanted size instead."
+            f"{', '.join(map(str, TABLES))} have): binning=False takes the size as it is."
         )
     return PixArtImageProcessor.classify_height_width_bin(height, width, TABLES[sample_size])
 

@@ -282,7 +282,7 @@ def test_a_missing_component_can_be_passed(copy: Path, folder: Path, how: str) -
     encoder = diffusers_pipeline(folder).text_encoder
     whole, mended = HookedTextToImage.from_pretrained(folder), HookedTextToImage.from_pretrained(copy, text_encoder=encoder)
     assert torch.equal(whole(PROMPTS, num_steps=1), mended(PROMPTS, num_steps=1))
-    with pytest.raises(TypeError, match="no argument 'torch_dtype'; components are"):
+    with pytest.raises(TypeError, match="no argument 'torch_dtype': choose dtype"):
         HookedTextToImage.from_pretrained(copy, torch_dtype=F16)
 
 
