@@ -64,20 +64,22 @@ def main(config: Config) -> None:
     if unknown := [name for name in config.only if name not in FIGURES]:
         sys.exit(f"There is no recipe {unknown[0]!r}: choose {', '.join(FIGURES)}.")
     failed = []
+    hashes = {name: digest_model(HookedTextToImage.from_pretrained(name)) for name in list_models()}
     for name in config.only or FIGURES if config.run else ():
         console.rule(name)
         start = time.perf_counter()
         command = [sys.executable, "-m", f"recipes.{name}", "--out", str(config.results / name)]
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
+        else:
+            asked = {model: hashes[model] for model in models_of(name)}
+            (config.results / name / "models.json").write_text(json.dumps(asked))
         console.print(f"{name}: {time.perf_counter() - start:.0f} s")
-    found = {name: config.results / name for name in FIGURES if name not in failed}
-    found = {name: folder for name, folder in found.items() if (folder / "claims.json").exists()}
+    found = {name: folder for name, folder in current(config.results, hashes).items() if name not in failed}
     pictures = HERE / "figures"
     pictures.mkdir(exist_ok=True)
     for name, folder in found.items():
         shrink(folder / FIGURES[name], pictures / f"{name}.png")
-    hashes = {name: digest_model(HookedTextToImage.from_pretrained(name)) for name in list_models()}
     readme = HERE / "README.md"
     reports = {name: json.loads((at / "claims.json").read_text()) for name, at in found.items()}
     older = kept(readme.read_text(), hashes)
@@ -86,6 +88,17 @@ def main(config: Config) -> None:
         console.print(f"Not on the page, since they have left no results here and their models have changed: {', '.join(gone)}.")
     if failed:
         sys.exit(f"Crashed: {', '.join(failed)}.")
+
+
+def current(results: Path, hashes: dict[str, str]) -> dict[str, Path]:
+    """Recipe → its folder, of those that have left claims, unless models.json says that it was of other weights."""
+    found = {}
+    for name in FIGURES:
+        folder, asked = results / name, results / name / "models.json"
+        same = not asked.exists() or json.loads(asked.read_text()).items() <= hashes.items()
+        if (folder / "claims.json").exists() and same:
+            found[name] = folder
+    return found
 
 
 def kept(text: str, hashes: dict[str, str]) -> dict[str, tuple[str, str]]:

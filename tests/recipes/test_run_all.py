@@ -68,6 +68,17 @@ def test_a_recipe_leaves_the_page_with_the_weights_it_was_run_on():
         assert left, f"no recipe asks {name}"
 
 
+def test_results_of_other_weights_are_not_shown(tmp_path):
+    folder = tmp_path / "t5_fusion"
+    folder.mkdir()
+    assert run_all.current(tmp_path, {"m": "new"}) == {}
+    (folder / "claims.json").write_text("{}")
+    assert run_all.current(tmp_path, {"m": "new"}) == {"t5_fusion": folder}  # run by hand, who knows on what
+    for asked, shown in ({"m": "new"}, 1), ({"m": "old"}, 0), ({"gone": "old"}, 0):
+        (folder / "models.json").write_text(json.dumps(asked))
+        assert len(run_all.current(tmp_path, {"m": "new", "other": "x"})) == shown
+
+
 def section_rows(part: tuple[str, str]) -> list[str]:
     """A recipe's row of the overview and those of its table."""
     row, section = part
