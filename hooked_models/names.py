@@ -131,6 +131,8 @@ class GenerationNames(Mapping[str, HookPoint]):
             return replace(site, inner=module.canonical_name(site.inner))
         except UnknownHookError:
             raise unknown_hook(prefix + site.inner, [prefix + known for known in module.mod_dict if "hook_" in known]) from None
+        except ValueError as error:  # held back by a flag, which is set on the part
+            raise ValueError(str(error).replace("call set_", "call model.dit.set_")) from None
 
     def module(self, part: str) -> HookedModule:
         """The hooked module of a part."""

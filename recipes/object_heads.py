@@ -188,7 +188,7 @@ def conditions_of(objects: Sequence[str]) -> Conditions:
 
 def shape_knockouts(model: HookedTextToImage, objects: Sequence[str], n: int, seed: int) -> pd.DataFrame:
     """`knocked_out` of `conditions_of`."""
-    return knocked_out(model, conditions_of(objects), n, seed)
+    return knocked_out(model, conditions_of(objects), n, seed, objects)
 
 
 def path_effects(model: HookedTextToImage, senders: Sequence[str], objects: Sequence[str], n: int, seed: int) -> pd.DataFrame:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +76,19 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
     weights = [load_file(c.out / "pipeline/transformer/diffusion_pytorch_model.safetensors") for c in (config, broken)]
     for key in weights[0]:
         assert torch.equal(weights[0][key], weights[1][key])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path):
+    launch = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "-m", "dit_lens.cli", "train"]
+    options = ["--size=nano", "--batch-size=2", "--precision=no", "--evaluation-scenes=2", "--dynamics-points=1"]
+    options += ["--checkpoint-every=1"]
+    for steps, logged in ((2, [8]), (3, [8, 12])):  # the second goes on where the first ended
+        command = [*launch, "--out", str(tmp_path), "--steps", str(steps), *options]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["samples"] for entry in log] == logged
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
