@@ -71,12 +71,15 @@ class PipelineModel(nn.Module):
             components: used in place of the folder's (`text_encoder=…`); `transformer` may be a folder or hub id.
 
         Raises:
+            TypeError: there is no such component, or `dtype` is no torch dtype.
             FileNotFoundError: no such model, revision, component or weight file; or the hub cannot be reached.
             PermissionError: the model is gated.
             ValueError: it is a pipeline of another kind.
             OSError: a weight file is truncated.
             ModelCheckError: a check failed; the message has the model and the versions.
         """
+        if not isinstance(dtype, torch.dtype):  # which diffusers would load as float32
+            raise TypeError(f"dtype={dtype!r}: give one of torch's, such as torch.bfloat16.")
         source = fetch(name, revision, variant, weights, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         if weights:
             pipe = open_pipeline(source, variant=variant, dtype=dtype, device_map=device_map, **components)
