@@ -224,6 +224,7 @@ def ablation_effects(
     seeds: Sequence[int] | Int[np.ndarray, "scene seed"],
     *,
     controls: int = 2,
+    exclude: Sequence[str] = (),
     num_steps: int = DEFAULT_STEPS,
     guidance: float = DEFAULT_GUIDANCE,
     batch: int = 64,
@@ -240,6 +241,7 @@ def ablation_effects(
         conditions: name → what is done, all at once.
         seeds: of the noise; the same for all scenes, or for each its own.
         controls: draws of each kind; every one costs as much as a condition.
+        exclude: heads that are no control, see `random_heads`.
         batch: images generated at once; "mean" and "resample" look at these.
         rng: seed of controls, "resample" and intervals.
 
@@ -260,7 +262,7 @@ def ablation_effects(
         )
     noise = np.broadcast_to(np.asarray(seeds), (len(wanted), np.shape(seeds)[-1]))
     texts = [scenes.caption(scene) for scene in wanted]
-    plans = _plans(model, texts, conditions, controls, np.random.default_rng(rng))
+    plans = _plans(model, texts, conditions, controls, exclude, np.random.default_rng(rng))
     edits = {
         name: [e for i in plan for e in i.resolve(model, texts, num_steps=num_steps, seed=rng)] for name, _, _, plan in plans
     }
@@ -308,6 +310,7 @@ def _plans(
     texts: Sequence[str],
     conditions: Mapping[str, Intervention | Sequence[Intervention]],
     controls: int,
+    exclude: Sequence[str],
     rng: np.random.Generator,
 ) -> list[tuple[str, str, str, list[Intervention]]]:
     """(name, kind, control_for, interventions) of everything that is run."""
@@ -317,7 +320,8 @@ def _plans(
         plans.append((name, "condition", "", list(interventions)))
         for draw in range(1, controls + 1):
             if any(i.heads is not None for i in interventions):
-                plans.append((f"{name} | random heads {draw}", "random heads", name, random_heads(model, interventions, rng)))
+                control = random_heads(model, interventions, rng, exclude)
+                plans.append((f"{name} | random heads {draw}", "random heads", name, control))
             if any(i.tokens is not None for i in interventions):
                 control = random_tokens(model, texts, interventions, rng)
                 plans.append((f"{name} | random tokens {draw}", "random tokens", name, control))

@@ -74,7 +74,9 @@ def main(config: Config) -> None:
     conditions[f"all {len(found)}"] = ablation.knockout_role("relation", found)
     wanted = scenes.sample(config.pairs, seed=config.seed + 1, split="all", color_words="both")
     noise = config.seed + np.arange(config.pairs)[:, None]
-    effects = ablation.ablation_effects(model, wanted, conditions, noise, controls=config.controls, rng=config.seed)
+    effects = ablation.ablation_effects(
+        model, wanted, conditions, noise, controls=config.controls, exclude=found, rng=config.seed
+    )
     table = compare(effects)
     title = f"Relation words masked in some heads ({config.pairs} images, same prompts and noise), mean [95 % interval]"
     show(console, title, table)
