@@ -175,20 +175,19 @@ def random_tokens(
     Raises:
         ValueError: a prompt has too few other tokens.
     """
-    masks = [None if i.tokens is None else i.token_masks(model, prompts) for i in interventions]
-    chosen = [mask[0] for mask in masks if mask is not None]
+    masks = {i: i.token_masks(model, prompts) for i in interventions if i.tokens is not None}
     drawn: dict[Any, Tensor] = {}
     controls = []
-    for intervention, mask in zip(interventions, masks, strict=True):
-        if mask is None:
+    for intervention in interventions:
+        if intervention.tokens is None:
             controls.append(intervention)
             continue
-        selected, exist = mask
+        selected, exist = masks[intervention]
         what = intervention.tokens, selected.shape  # equal numbers may be places of an image and of a sentence
         if what not in drawn:
-            taken = torch.stack([other for other in chosen if other.shape == selected.shape]).any(dim=0)
+            taken = torch.stack([other for other, _ in masks.values() if other.shape == selected.shape]).any(dim=0)
             drawn[what] = _other_tokens(selected, exist, taken, rng)
-        of_role = intervention.tokens is not None and isinstance(intervention.tokens[0], str)
+        of_role = isinstance(intervention.tokens[0], str)
         # the empty prompt has no role's tokens, so neither has its control
         branch = "cond" if of_role and intervention.branch == "both" else intervention.branch
         controls.append(replace(intervention, tokens=drawn[what], branch=branch))

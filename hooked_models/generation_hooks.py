@@ -227,6 +227,10 @@ class HookedGeneration(PipelineModel, HookedRootModule):
                     f"Intervention.hooks(…, num_steps={num_steps})."
                 )
         for site in {attached.where for attached in self._attached if isinstance(attached.where, Site)}:
+            if part is not None and site.part.endswith("text_encoder"):
+                raise ValueError(
+                    f"{site.name} does not fire: a fork keeps the text as it was encoded; run the model again instead."
+                )
             self.names.site(site.name)  # raises if its flag has been switched off since it was attached
             if site.step is not None and site.step not in steps:
                 raise ValueError(f"{site.name} does not fire: {run}.")

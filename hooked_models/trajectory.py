@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dit import TextState
 from .generation_hooks import Hooks
-from .names import Branch, Site
+from .names import Branch
 from .sampling import Sampler, SamplerState
 
 if TYPE_CHECKING:
@@ -91,8 +91,4 @@ class Trajectory:
         steps = self.inputs.sampler.num_steps
         if not 0 <= step < steps:
             raise ValueError(f"Cannot fork at step {step}: this trajectory has steps 0 to {steps - 1}.")
-        if early := [
-            a.site.name for a in self.model._attached if isinstance(a.where, Site) and a.site.part.endswith("text_encoder")
-        ]:
-            raise ValueError(f"{early[0]} does not fire: a fork keeps the text as it was encoded; run the model again instead.")
         self.model._check_hooks(steps, self.inputs.guidance, range(step, until))

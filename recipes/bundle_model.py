@@ -67,11 +67,13 @@ def main(config: Config) -> None:
     model = HookedTextToImage.from_pipeline(pipe.to(dtype=torch.float32))  # as it will be loaded
 
     facts = training_facts(config)
-    gone = ["trios.parquet"] if facts["init_from"] == config.name else ["trios.parquet", "dynamics.parquet", "learning.png"]
-    for name in gone:  # of the model that was there before, which the card would tell of
-        (folder / name).unlink(missing_ok=True)
+    replaced = ["trios.parquet"]
     if facts["init_from"] == config.name:
         facts["earlier"] = earlier_runs(config)
+    else:
+        replaced += ["dynamics.parquet", "learning.png"]
+    for name in replaced:  # of the model that was there before, which the card would tell of
+        (folder / name).unlink(missing_ok=True)
     (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     rows = evaluation.evaluate_model(model, config.scenes, out=config.run / "evaluation")
     compact(rows).to_parquet(folder / "evaluation.parquet", index=False, compression="zstd")

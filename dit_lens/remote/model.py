@@ -240,8 +240,9 @@ class RemoteTextToImage(HookedTextToImage):
         }
         wanted: dict[str, Site] = {e.site.name: e.site for every in edits.values() for e in every if e.values is plan.UNKNOWN}
         call, common = self._call(len(texts), length, seed, num_steps, guidance, latents)
-        first = plan.make(self, self._checked_hooks(num_steps, guidance), keep=list(wanted.values()), home=False, **common)
-        plans = {"corrupt": plan.make(self, self._checked_hooks(num_steps, guidance), **common)}
+        attached = self._checked_hooks(num_steps, guidance)
+        first = plan.make(self, attached, keep=list(wanted.values()), home=False, **common)
+        plans = {"corrupt": plan.make(self, attached, **common)}
         for name, every in edits.items():
             hooks = [(edit.site.name, edit) for edit in every]
             with self.hooks(hooks):

@@ -30,9 +30,6 @@ from .treatments import Treatment
 class Plan:
     """What `sweep.plan` makes of its arguments."""
 
-    def __repr__(self) -> str:
-        return f"Plan({len(self.treatments)} interventions, {len(self.prompts)} prompts, {len(self.seeds)} seeds: explain())"
-
     model: Any
     """A HookedTextToImage; None while a plan travels to a worker that has its own."""
     prompts: Sequence[str]
@@ -45,6 +42,9 @@ class Plan:
     guidance: float
     rng: int
     chosen_batch: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.treatments)} interventions, {len(self.prompts)} prompts, {len(self.seeds)} seeds: explain())"
 
     @property
     def runs(self) -> int:

@@ -194,19 +194,22 @@ def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
     """Raise ValueError unless the model to start from has the size, encoder and objective that the card of the run will tell."""
     its, size = pipe.transformer.config, PRESETS[config.size]
     width = its.num_attention_heads * its.attention_head_dim
-    encoder, own = pipe.text_encoder, "rte"
+    predicts, encoder = pipe.scheduler.config.prediction_type, pipe.text_encoder
     if isinstance(encoder, RandomTokenEncoder):
         own = "rte" if encoder.config.positions else "rte-nopos"
-    fits = {
-        "size": (its.num_layers, width, its.num_attention_heads) == (size.layers, size.width, size.heads),
-        "objective": (pipe.scheduler.config.prediction_type == "sample") == (config.objective == "x0"),
-        "encoder": config.encoder == own if isinstance(encoder, RandomTokenEncoder) else not config.encoder.startswith("rte"),
+        same_encoder = config.encoder == own
+    else:
+        own = type(encoder).__name__
+        same_encoder = not config.encoder.startswith("rte")
+    same_size = (its.num_layers, width, its.num_attention_heads) == (size.layers, size.width, size.heads)
+    kind = {
+        "size": (f"{its.num_layers} layers of width {width}", same_size),
+        "objective": (predicts, (predicts == "sample") == (config.objective == "x0")),
+        "encoder": (own, same_encoder),
     }
-    if wrong := [name for name, right in fits.items() if not right]:
-        was = {"size": f"{its.num_layers} layers of width {width}", "objective": pipe.scheduler.config.prediction_type}
-        was["encoder"] = own if isinstance(encoder, RandomTokenEncoder) else type(encoder).__name__
+    if wrong := {name: found for name, (found, same) in kind.items() if not same}:
         raise ValueError(
-            f"{config.init_from} has {' and '.join(was[name] for name in wrong)}, not what "
+            f"{config.init_from} has {' and '.join(wrong.values())}, not what "
             f"{' '.join(f'--{name} {getattr(config, name)}' for name in wrong)} says: say what it is."
         )
 
