@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -78,7 +78,8 @@ class Intervention:
     site: str
     heads: Sequence[int] | str | None = None
     tokens: str | Sequence[str] | Sequence[int] | Sequence[Sequence[bool]] | Bool[Tensor, "prompt pos"] | None = None
-    steps: int | Sequence[int] | slice | None = None
+    # slices are unhashable before Python 3.12; equal interventions still have equal hashes
+    steps: int | Sequence[int] | slice | None = field(default=None, hash=False)
     branch: Literal["cond", "uncond", "both"] = "cond"
     action: Action = "zero"
 

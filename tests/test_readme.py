@@ -11,7 +11,6 @@ import torch
 README = Path(__file__).parents[1] / "README.md"
 
 
-@pytest.mark.slow
 def test_the_examples_run_and_print_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     text = README.read_text()
     names: dict[str, object] = {}

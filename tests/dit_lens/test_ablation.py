@@ -140,6 +140,16 @@ def test_random_tokens_match(model):
     assert eos.tokens == ((False, True),)
 
 
+@pytest.mark.parametrize("steps", [None, 0, [0, 2], slice(1), slice(None, None, 2)])
+def test_controls_keep_the_steps(model, steps):
+    """For every form of `steps`, slices among them: they are unhashable before Python 3.12."""
+    condition = knockout_role("relation", "L1H1", steps=steps)
+    rng = np.random.default_rng(0)
+    for control in (random_heads(model, condition, rng), random_tokens(model, PROMPTS, condition, rng)):
+        assert [one.steps for one in control] == [condition[0].steps]
+        assert (control[0].heads, control[0].tokens) != (condition[0].heads, condition[0].tokens)
+
+
 # Effects
 
 

@@ -342,6 +342,8 @@ def test_it_is_data():
     one = Intervention("blocks.2.cross_attn.hook_z", "L2H8", steps=[0, 1], tokens=torch.tensor([[True, False]]))
     assert one == Intervention("blocks.2.cross_attn.hook_z", [8], steps=(0, 1), tokens=[[True, False]])
     assert hash(one) == hash(dataclasses.replace(one))
+    for steps in (None, 2, [0, 2], slice(4)):
+        assert {Intervention("hook_latent", steps=steps): "found"}[Intervention("hook_latent", steps=steps)] == "found"
     assert one != dataclasses.replace(one, heads=(7,))
 
 
