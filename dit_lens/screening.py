@@ -56,6 +56,55 @@ def word_vector(model: HookedTextToImage, word: str, sentence: str = "red circle
     return model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0][0, position]
 
 
+AXES: dict[str, tuple[str, str, Direction]] = {"vertical": ("below", "above", (0, 1)), "horizontal": ("right", "left", (1, 0))}
+"""Axis → (relation at its positive end, at its negative end, direction), y down."""
+
+
+@torch.no_grad()
+def axis_gains(dit: HookedDiT, vectors: Mapping[str, Float[Tensor, " d_model"]]) -> pd.DataFrame:
+    """How steeply each cross-attention head's scores rise along an axis when its word turns from one end to the other.
+
+    The gain is the projection of the map Ẽ_pos W_Q · W_Kᵀ (c₊ − c₋)/2 / √d_head on the axis' unit ramp, in units of attention
+    scores. The centred difference holds neither the key bias nor anything that both words share.
+
+    Args:
+        dit: the denoiser.
+        vectors: relation → vector in caption space, as cross-attention reads it; the four names in `AXES`.
+
+    Returns:
+        One row a head and axis: layer, head, axis, gain (positive: the head looks where the word points), share (of the sum of
+        gain² over all heads, by axis), cosine (of map and ramp).
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-micro")
+        >>> words = {w: model.dit.project_caption(word_vector(model, w)[None])[0] for w in ("above", "below", "left", "right")}
+        >>> gains = axis_gains(model.dit, words)
+        >>> first = gains[gains["axis"] == "horizontal"].nlargest(1, "share").iloc[0]
+        >>> (int(first["layer"]), int(first["head"])), round(float(first["share"]), 1)
+        ((2, 2), 0.9)
+    """
+    side = dit.cfg.sample_size // dit.cfg.patch_size
+    position = dit.W_pos.double().cpu()
+    position = position - position.mean(0)
+    tables = []
+    for axis, (plus, minus, direction) in AXES.items():
+        contrast = (vectors[plus] - vectors[minus]).double().cpu() / 2
+        unit = F.normalize(ramp(direction, side), dim=0)
+        for layer, block in enumerate(dit.blocks):
+            queries, keys = block.cross_attn.W_Q.double().cpu(), block.cross_attn.W_K.double().cpu()  # [head d_model d_head]
+            read = torch.einsum("c,hce->he", contrast, keys) / dit.cfg.d_head**0.5
+            maps = torch.einsum("pd,hde,he->hp", position, queries, read)
+            gain = maps @ unit
+            cosine = gain / maps.norm(dim=1).clamp(min=1e-12)
+            of_head = {"layer": layer, "head": range(len(gain)), "axis": axis, "gain": gain.numpy(), "cosine": cosine.numpy()}
+            tables.append(pd.DataFrame(of_head))
+    table = pd.concat(tables, ignore_index=True)
+    squares = table["gain"] ** 2
+    table["share"] = squares / squares.groupby(table["axis"]).transform("sum")
+    return table[["layer", "head", "axis", "gain", "share", "cosine"]]
+
+
 @torch.no_grad()
 def screen_heads(
     dit: HookedDiT,

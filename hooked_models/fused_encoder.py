@@ -18,17 +18,31 @@ from .rte import PAD_ID, SPECIAL_TOKENS, RandomTokenEncoder, RandomTokenEncoderC
 
 
 class FusedTokenEncoderConfig(RandomTokenEncoderConfig):
-    """As `RandomTokenEncoderConfig`; `moved` are the words that end up in the last word."""
+    """As `RandomTokenEncoderConfig`; `share` in [0, 1] of the vectors of the `moved` words is found in the last word."""
 
     model_type = "fused_token_encoder"
 
-    def __init__(self, words: Sequence[str] = (), moved: Sequence[str] = (), **kwargs: object) -> None:
+    def __init__(self, words: Sequence[str] = (), moved: Sequence[str] = (), share: float = 1.0, **kwargs: object) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"share={share}: the moved share of a word's vector lies in [0, 1].")
         self.moved = list(moved)
+        self.share = share
         super().__init__(words=words, **kwargs)  # type: ignore[arg-type]
 
 
 class FusedTokenEncoder(PreTrainedModel):
-    """A `RandomTokenEncoder` in which the vectors of `config.moved` words are added to the last word's and leave their place."""
+    """A `RandomTokenEncoder` in which a share of the vectors of `config.moved` words leaves their place for the last word's.
+
+    With `config.share` 1 a moved word keeps only its position code; with 0 this is the `RandomTokenEncoder` itself.
+
+    Example:
+        >>> config = FusedTokenEncoderConfig(["circle", "above", "square"], moved=["above"], share=0.5, d_model=8)
+        >>> encoder, plain = FusedTokenEncoder(config), RandomTokenEncoder(config)
+        >>> ids = torch.tensor([[3, 4, 5, 1]])
+        >>> change = encoder(ids).last_hidden_state - plain(ids).last_hidden_state
+        >>> torch.allclose(change[0, 2], 0.5 * plain.embed_tokens.weight[4], atol=1e-6)
+        True
+    """
 
     config_class = FusedTokenEncoderConfig
     base_model_prefix = "fused"
@@ -59,7 +73,7 @@ class FusedTokenEncoder(PreTrainedModel):
         moved_ids = [len(SPECIAL_TOKENS) + self.config.words.index(word) for word in self.config.moved]
         hidden = self.table(input_ids, return_dict=False)[0]
         moved = torch.isin(input_ids, torch.tensor(moved_ids, device=input_ids.device))
-        words = self.table.embed_tokens(input_ids) * moved[..., None]
+        words = self.config.share * self.table.embed_tokens(input_ids) * moved[..., None]
         last = ((input_ids != PAD_ID).sum(dim=1) - 2).clamp(min=0)  # EOS is the last token that is no pad
         receives = torch.arange(input_ids.shape[1], device=input_ids.device) == last[:, None]
         hidden = hidden - words + receives[..., None] * words.sum(dim=1, keepdim=True)

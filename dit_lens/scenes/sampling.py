@@ -47,6 +47,7 @@ def sample(
     color_words: ColorWords = "optional",
     spread: float = 1.0,
     red_first: float = 0.5,
+    without: Relation | None = None,
 ) -> list[Scene]:
     """Draw scenes number `start` … `start + n − 1` of the endless sequence that `seed` names.
 
@@ -55,7 +56,8 @@ def sample(
     "natural" is the original's (paper, data set `objectRel_pilot2`): both centres uniform, relation derived, overlap allowed.
     `color_words`: "optional" names each colour with probability one half, as in the original training set.
     `spread` and `red_first` are curricula ("balanced" only). `spread` in [0, 1]: 0 keeps both objects within 2 px of eight fixed
-    layouts, 1 is the whole distribution. `red_first`: how often the red object is named first.
+    layouts, 1 is the whole distribution. `red_first`: how often the red object is named first. `without`: a relation that no
+    scene has ("balanced" only).
     """
     if not (0 <= spread <= 1 and 0 <= red_first <= 1):
         raise ValueError(f"spread and red_first must lie in [0, 1], not {spread} and {red_first}.")
@@ -64,7 +66,7 @@ def sample(
 
     def draw(chunk: int) -> list[Scene]:
         rng = np.random.default_rng((seed, chunk))
-        pool = _natural(rng, split) if distribution == "natural" else _balanced(rng, split, spread, red_first)
+        pool = _natural(rng, split) if distribution == "natural" else _balanced(rng, split, spread, red_first, without)
         return [_describe(rng, combination, row, color_words) for combination, row in pool]
 
     return window(n, start, draw)
@@ -121,11 +123,12 @@ def _candidates(split: Split, relation: Relation, color1: Color) -> tuple[Combin
 
 
 def _balanced(
-    rng: np.random.Generator, split: Split, spread: float, red_first: float
+    rng: np.random.Generator, split: Split, spread: float, red_first: float, without: Relation | None
 ) -> list[tuple[Combination, tuple[int, int, int, int]]]:
     pool = []
-    for r in rng.integers(len(RELATIONS), size=CHUNK):
-        relation = RELATIONS[r]
+    relations = [relation for relation in RELATIONS if relation != without]
+    for r in rng.integers(len(relations), size=CHUNK):
+        relation = relations[r]
         candidates = _candidates(split, relation, "red" if rng.random() < red_first else "blue")
         combination = candidates[rng.integers(len(candidates))]
         # rounding keeps the number of cached tables small while a curriculum moves

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 Precision = Literal["auto", "no", "bf16"]
+Relation = Literal["above", "below", "left", "right", "upper_left", "upper_right", "lower_left", "lower_right"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,11 @@ class TrainConfig:
     size: Literal["nano", "micro", "mini", "B"] = "micro"
     """Depth, width and heads; see `pipelines.PRESETS`."""
     encoder: str = "rte"
-    """"rte", "rte-nopos", "t5-scenes", or a folder or hub id that holds a T5 encoder and its tokenizer."""
+    """"rte", "rte-nopos", "fused", "t5-scenes", or a folder or hub id that holds a T5 encoder and its tokenizer."""
+    moved_share: float = 1.0
+    """With "fused": share of the relation words' vectors that is found in the second shape word instead of in their place."""
+    heads: int | None = None
+    """Attention heads of a block, of the size's width together; by default the size's own number."""
     objective: Literal["x0", "epsilon"] = "x0"
     """"x0": the clean image on the straight path (learns about twice as fast); "epsilon": the paper's."""
 
@@ -29,6 +34,8 @@ class TrainConfig:
     """Muon's learning rate, for the matrices of the blocks (update scaled to AdamW's root mean square)."""
     adam_lr: float = 1e-3
     """AdamW's learning rate, for everything else."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the blocks' matrices."""
     warmup_steps: int = 100
     decay_from: float = 0.0
     """Fraction of the run after which the learning rate falls linearly to 2 %."""
@@ -45,6 +52,8 @@ class TrainConfig:
     """Curriculum: scenes keep to eight fixed layouts, and captions name both colours, for this many steps …"""
     spreading_steps: int = 0
     """… then spread linearly to the whole distribution over this many."""
+    hold_out: Relation | None = None
+    """A relation that is left out of training with all its phrases, beside the ten combinations that always are."""
     trios: float = 0.0
     """Share of scenes that hold three objects and two relations (`scenes.Trio`); no curriculum acts on them."""
 
@@ -92,6 +101,8 @@ class PretrainConfig:
     `text_encoder.build_optimizers`)."""
     adam_lr: float = 4e-3
     """AdamW's learning rate, for embeddings, position biases and norms."""
+    causal: bool = False
+    """No token attends to a later one, so a word's vector knows what stands before it only, as in CLIP's text encoder."""
     warmup_steps: int = 30
     """Linear warm-up; then the learning rate falls linearly to 2 %."""
     seed: int = 0

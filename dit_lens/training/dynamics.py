@@ -44,7 +44,7 @@ def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, sample
     Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes, each with a noise of its own that
     is the same at every call; for every head `cosine`, `projection`, `energy` and `p` of `screening.screen_heads`, by what it was
     screened with (`source`): "words", the relation words' own vectors; "shape1" and "shape2", the effect vectors of the relation
-    on a shape word, after the caption projection.
+    on a shape word, after the caption projection; and its `gain_vertical` and `gain_horizontal` of `screening.axis_gains`.
     """
     rows: list[dict[Any, Any]] = []
     for metric, (mean, low, high) in summarise(score(model, wanted)).iterrows():
@@ -54,6 +54,10 @@ def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, sample
     for source, table in screen(model).items():
         long = table.melt(id_vars=["layer", "head"], value_vars=["cosine", "projection", "energy", "p"], var_name="quantity")
         rows += long.assign(source=source).to_dict("records")
+    for source, vectors in axis_vectors(model).items():
+        gains = screening.axis_gains(model.dit, vectors)
+        gains = gains.assign(source=source, quantity="gain_" + gains["axis"], value=gains["gain"])
+        rows += gains[["layer", "head", "source", "quantity", "value"]].to_dict("records")
     return pd.DataFrame([{"step": step, "samples": samples, **row} for row in rows], columns=list(COLUMNS)).astype(
         {"layer": "Int64", "head": "Int64", "value": float, "low": float, "high": float}
     )
@@ -94,6 +98,13 @@ def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
     for role in ("shape1", "shape2"):
         found[role] = screening.screen_heads(model.dit, relation_vectors(model, role), at="caption", null_draws=NULL_DRAWS)
     return found
+
+
+def axis_vectors(model: HookedTextToImage) -> dict[str, dict[str, Float[Tensor, " d_model"]]]:
+    """By source (`SOURCES`): the caption vectors of above, below, left and right, for `screening.axis_gains`."""
+    ends = [name for plus, minus, _ in screening.AXES.values() for name in (plus, minus)]
+    words = {name: model.dit.project_caption(screening.word_vector(model, name)[None])[0] for name in ends}
+    return {"words": words, **{role: relation_vectors(model, role) for role in ("shape1", "shape2")}}
 
 
 def relation_vectors(model: HookedTextToImage, carrier: Role) -> dict[str, Float[Tensor, " d_model"]]:

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from hooked_models import HookedTextToImage, RandomTokenEncoder
+from hooked_models import FusedTokenEncoder, HookedTextToImage, RandomTokenEncoder
 
 from .. import scenes
 from ..evaluation import score, summarise
@@ -184,7 +184,9 @@ def start_pipeline(config: TrainConfig, facts: Mapping[str, object]) -> PixArtSi
             new = load_pipeline(config.init_from)
             refuse_other_kind(config, new)
         else:
-            new = build_pipeline(PRESETS[config.size], config.encoder, config.objective, config.seed)
+            size = PRESETS[config.size]
+            size = replace(size, heads=config.heads or size.heads)
+            new = build_pipeline(size, config.encoder, config.objective, config.seed, config.moved_share)
         settings.write_text(json.dumps(dict(facts), indent=1))
         replace_folder(new, start)
     return load_pipeline(str(start))
@@ -195,13 +197,16 @@ def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
     its, size = pipe.transformer.config, PRESETS[config.size]
     width = its.num_attention_heads * its.attention_head_dim
     predicts, encoder = pipe.scheduler.config.prediction_type, pipe.text_encoder
-    if isinstance(encoder, RandomTokenEncoder):
+    heads = config.heads or size.heads
+    if isinstance(encoder, FusedTokenEncoder):
+        own, same_encoder = "fused", config.encoder == "fused" and encoder.config.share == config.moved_share
+    elif isinstance(encoder, RandomTokenEncoder):
         own = "rte" if encoder.config.positions else "rte-nopos"
         same_encoder = config.encoder == own
     else:
         own = type(encoder).__name__
-        same_encoder = not config.encoder.startswith("rte")
-    same_size = (its.num_layers, width, its.num_attention_heads) == (size.layers, size.width, size.heads)
+        same_encoder = not config.encoder.startswith(("rte", "fused"))
+    same_size = (its.num_layers, width, its.num_attention_heads) == (size.layers, size.width, heads)
     kind = {
         "size": (f"{its.num_layers} layers of width {width}", same_size),
         "objective": (predicts, (predicts == "sample") == (config.objective == "x0")),
@@ -257,6 +262,7 @@ class StepData:
             color_words="both" if step < config.anchored_steps else "optional",
             spread=config.spread(step),
             red_first=config.red_first(step),
+            without=config.hold_out,
         )
         state = np.random.SeedSequence((config.seed, step, self.process)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(self.device).manual_seed(int(state >> np.uint64(1)))
@@ -310,7 +316,7 @@ def build_optimizers(model: PixArtTransformer2DModel, config: TrainConfig) -> di
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     optimizers: dict[str, torch.optim.Optimizer] = {
-        "muon": muon(matrices, config.muon_lr, config.precision),
+        "muon": muon(matrices, config.muon_lr, config.precision, config.weight_decay),
         "adamw": torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     }
     for optimizer in optimizers.values():

@@ -10,7 +10,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from hooked_models import PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
+from hooked_models import (
+    FusedTokenEncoder,
+    FusedTokenEncoderConfig,
+    PatchCodec,
+    RandomTokenEncoder,
+    RandomTokenEncoderConfig,
+    word_tokenizer,
+)
 from hooked_models.hub import ZOO, resolve
 
 from .. import scenes
@@ -29,13 +36,23 @@ PRESETS = {"nano": Size(3, 192, 3), "micro": Size(6, 192, 3), "mini": Size(6, 38
 
 LATENT_CHANNELS = 24
 CODEC_SCENES = 4000
+RELATION_WORDS = tuple(sorted({word for phrases in scenes.PHRASES.values() for phrase in phrases for word in phrase.split()}))
+"""Every word of the 22 phrases, "to", "the" and "of" included: what "fused" moves."""
 
 
 def build_pipeline(
-    size: Size, encoder: str = "rte", objective: Literal["x0", "epsilon"] = "x0", seed: int = 0
+    size: Size,
+    encoder: str = "rte",
+    objective: Literal["x0", "epsilon"] = "x0",
+    seed: int = 0,
+    moved_share: float = 1.0,
 ) -> PixArtSigmaPipeline:
-    """An untrained pipeline for 128 × 128 scenes: 16 × 16 latents, patches of 2, so 64 image tokens."""
-    text_encoder, tokenizer = build_text_encoder(encoder)
+    """An untrained pipeline for 128 × 128 scenes: 16 × 16 latents, patches of 2, so 64 image tokens.
+
+    Args:
+        moved_share: see `build_text_encoder`.
+    """
+    text_encoder, tokenizer = build_text_encoder(encoder, moved_share)
     codec = PatchCodec.fit(scenes.render(scenes.sample(CODEC_SCENES, seed=0)) * 2 - 1, LATENT_CHANNELS)
     torch.manual_seed(seed)
     transformer = PixArtTransformer2DModel(
@@ -64,9 +81,11 @@ def build_pipeline(
     return PixArtSigmaPipeline(tokenizer, text_encoder, codec, transformer, scheduler)
 
 
-def build_text_encoder(encoder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """ "rte", "rte-nopos", "t5-scenes", or the folder or hub id of a T5 encoder with its tokenizer.
+def build_text_encoder(encoder: str, moved_share: float = 1.0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """ "rte", "rte-nopos", "fused", "t5-scenes", or the folder or hub id of a T5 encoder with its tokenizer.
 
+    "fused" is "rte" with the share `moved_share` of every relation word's vector in the second shape word instead of in its
+    place (`FusedTokenEncoder`): at 1 the relation words hold nothing but their places, at 0 it is "rte".
     A folder may hold both side by side, the tokenizer in `tokenizer/`, or be a pipeline's (`text_encoder/`, `tokenizer/`).
     Folders are read in float32, hub ids (T5-XXL: "google/t5-v1_1-xxl", 9 GB) in bfloat16: float16 gives T5 wrong embeddings.
 
@@ -77,17 +96,22 @@ def build_text_encoder(encoder: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if encoder in ("rte", "rte-nopos"):
         config = RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256, positions=encoder == "rte")
         return RandomTokenEncoder(config).eval(), word_tokenizer(scenes.WORDS)
+    if encoder == "fused":
+        fused = FusedTokenEncoderConfig(words=scenes.WORDS, moved=RELATION_WORDS, share=moved_share, d_model=256)
+        return FusedTokenEncoder(fused).eval(), word_tokenizer(scenes.WORDS)
     folder = ZOO / encoder if (ZOO / encoder).is_dir() else Path(encoder)
     if not folder.is_dir() and (encoder.count("/") != 1 or encoder.startswith((".", "/", "~"))):
         raise FileNotFoundError(
-            f"There is no text encoder {encoder!r}: give 'rte', 'rte-nopos', 't5-scenes', a folder with a T5 encoder and its "
-            "tokenizer, or a hub id such as 'google/t5-v1_1-xxl'."
+            f"There is no text encoder {encoder!r}: give 'rte', 'rte-nopos', 'fused', 't5-scenes', a folder with a T5 encoder "
+            "and its tokenizer, or a hub id such as 'google/t5-v1_1-xxl'."
         )
     model_at = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder if folder.is_dir() else encoder
     tokenizer_at = folder / "tokenizer" if (folder / "tokenizer").is_dir() else model_at
     model_type = PreTrainedConfig.get_config_dict(model_at)[0].get("model_type")
     if model_type != "t5":
-        raise ValueError(f"The text encoder in {encoder} is a {model_type!r}; training reads a T5 encoder, 'rte' or 'rte-nopos'.")
+        raise ValueError(
+            f"The text encoder in {encoder} is a {model_type!r}; training reads a T5 encoder, 'rte', 'rte-nopos' or 'fused'."
+        )
     precision = torch.float32 if folder.is_dir() else torch.bfloat16
     return T5EncoderModel.from_pretrained(model_at, dtype=precision).eval(), AutoTokenizer.from_pretrained(tokenizer_at)
 

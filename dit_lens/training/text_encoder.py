@@ -38,6 +38,8 @@ MEAN_SPAN = 1.5
 POSITION_BIAS = 2.0
 """Standard deviation of half of the heads' relative position biases at the start: these heads look at certain places from the
 first step, so that word order is there to be used. The other half start with T5's own (0.06 at this width)."""
+NEVER = -1e9
+"""Score that softmax turns to exactly zero, in bfloat16 too."""
 ARCHITECTURE = {"d_model": 256, "num_heads": 4, "d_kv": 64, "d_ff": 640, "num_layers": 4, "num_decoder_layers": 1}
 """One decoder layer: what a missing word depends on has to be worked out by the encoder, which is what is kept."""
 LOG_EVERY = 25
@@ -102,8 +104,12 @@ def _padded(rows: Sequence[list[int]], fill: int) -> Int[Tensor, "batch text_pos
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
 
-def untrained_model(vocabulary_size: int, seed: int) -> T5ForConditionalGeneration:
-    """The encoder that is kept and the decoder that is not, as transformers initialises them, position biases excepted."""
+def untrained_model(vocabulary_size: int, seed: int, causal: bool = False) -> T5ForConditionalGeneration:
+    """The encoder that is kept and the decoder that is not, as transformers initialises them, position biases excepted.
+
+    A causal encoder is a T5 whose relative position biases of later tokens are `NEVER`: the softmax gives these exactly zero, so
+    no gradient reaches the biases, and any T5 code reads the result as it is.
+    """
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=vocabulary_size,
@@ -116,6 +122,10 @@ def untrained_model(vocabulary_size: int, seed: int) -> T5ForConditionalGenerati
     for stack in (model.encoder, model.decoder):
         bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [bucket head]
         torch.nn.init.normal_(bias[:, ::2], std=POSITION_BIAS)
+    if causal:
+        bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        with torch.no_grad():
+            bias[len(bias) // 2 :] = NEVER  # the upper half of the buckets is of tokens to the right
     return model
 
 
@@ -156,7 +166,7 @@ def pretrain(config: PretrainConfig) -> Path:
     config.out.mkdir(parents=True, exist_ok=True)
     tokenizer = scenes_tokenizer()
     reader = scenes_tokenizer(TEXT_LENGTH)
-    model = untrained_model(len(tokenizer), config.seed)
+    model = untrained_model(len(tokenizer), config.seed, config.causal)
     model.set_attn_implementation("eager")  # texts this short: plain products are quicker on a CPU than fused attention
     optimizers = build_optimizers(model, config)
     saved, metrics = config.out / "checkpoint.safetensors", config.out / "metrics.jsonl"

@@ -49,6 +49,9 @@ def test_a_planted_circuit_is_measured_as_what_it_is():
     assert len(heads) == model.cfg.n_layers * model.cfg.n_heads
     ramps = {(head.layer, head.head) for head in truth.heads if head.role in ("relation", "decoy")}
     assert {*dynamics.strongest_heads(table, "words", 2)} <= ramps
+    gains = table[(table["source"] == "words") & table["quantity"].isin(["gain_vertical", "gain_horizontal"])]
+    assert len(gains) == 2 * len(heads)
+    assert gains.groupby("quantity")["value"].apply(lambda values: values.abs().max()).min() > 1
 
 
 def test_the_color_moment_is_that_of_the_objects_areas_and_places():

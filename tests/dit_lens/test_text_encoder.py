@@ -305,3 +305,23 @@ def test_the_bundled_files_are_small_and_have_no_pickles():
     assert sum(path.stat().st_size for path in files) < 15e6
     weights = load_file(folder / "text_encoder/model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+# Causal
+
+
+def test_a_causal_encoder_sees_no_later_word_and_stays_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("dit_lens.training.text_encoder.ARCHITECTURE", TINY)
+    folder = pretrain(PretrainConfig(out=tmp_path, steps=3, causal=True, **RUN))
+    encoder, tokenizer = build_text_encoder(str(folder))
+    pair = ["red circle is above blue square", "red circle is below green square and red circle"]
+    tokens = tokenizer(pair, padding=True, return_tensors="pt")
+    for reads in (encoder, HookedT5Encoder(encoder)):
+        a, b = reads(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        assert torch.equal(a[:3], b[:3])
+        assert (a[4] - b[4]).abs().max() > 1e-3  # "blue" and "green"
+    hooked = HookedT5Encoder(encoder)
+    _, cache = hooked.run_with_cache(tokens.input_ids, attention_mask=tokens.attention_mask)
+    pattern = cache["blocks.1.attn.hook_pattern"]
+    assert pattern.triu(1).abs().max() == 0
+    torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern.sum(-1)))

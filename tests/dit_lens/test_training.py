@@ -21,7 +21,7 @@ from dit_lens import scenes
 from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, loop, train
 from dit_lens.training.loop import all_captions, encode_captions
 from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
-from dit_lens.training.pipelines import Size
+from dit_lens.training.pipelines import Size, build_text_encoder, load_pipeline
 
 from ..killing import killed
 
@@ -113,6 +113,8 @@ def test_other_settings_are_refused_before_the_first_checkpoint(tmp_path):
         ({"objective": "epsilon"}, "sample, not what --objective epsilon says"),
         ({"encoder": "rte-nopos"}, "rte, not what --encoder rte-nopos says"),
         ({"encoder": "t5-scenes"}, "rte, not what --encoder t5-scenes says"),
+        ({"encoder": "fused"}, "rte, not what --encoder fused says"),
+        ({"heads": 4}, "1 layers of width 32, not what --size nano says"),
     ],
 )
 def test_a_model_of_another_kind_is_no_start(tmp_path, settings, says):
@@ -120,6 +122,55 @@ def test_a_model_of_another_kind_is_no_start(tmp_path, settings, says):
     config = TrainConfig(out=tmp_path / "run", steps=1, init_from=str(tmp_path / "source"), **{**TINY, **settings})
     with pytest.raises(ValueError, match=says):
         train(config)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_fused_encoder_moves_a_share_of_the_relation_words_into_the_second_shape(share):
+    captions = ["red circle is to the left of square", "circle is above blue square"]
+    moved, plain = (
+        encode_captions(build_pipeline(PRESETS["nano"], encoder, moved_share=share), captions)[0] for encoder in ("fused", "rte")
+    )
+    change = moved - plain
+    bare = build_text_encoder("rte")[0]
+    ids = build_text_encoder("rte")[1](captions, padding=True, return_tensors="pt").input_ids
+    for row, (relation, last) in enumerate(((slice(3, 7), 7), (slice(2, 3), 4))):
+        words = bare.embed_tokens(ids[row, relation])
+        expected = torch.zeros_like(change[row])
+        expected[relation] = -share * words
+        expected[last] = share * words.sum(0)
+        torch.testing.assert_close(change[row], expected, rtol=0, atol=1e-4)
+
+
+def test_the_fused_encoder_trains_resumes_and_goes_on(tmp_path):
+    config = TrainConfig(out=tmp_path / "a", steps=1, encoder="fused", moved_share=0.5, **TINY)
+    train(config)
+    folder = train(replace(config, steps=2))
+    assert load_pipeline(str(folder)).text_encoder.config.share == 0.5
+    train(TrainConfig(out=tmp_path / "b", steps=1, encoder="fused", moved_share=0.5, init_from=str(folder), **TINY))
+    with pytest.raises(ValueError, match="fused, not what --encoder fused says"):
+        train(TrainConfig(out=tmp_path / "c", steps=1, encoder="fused", init_from=str(folder), **TINY))
+
+
+def test_heads_and_weight_decay_are_what_they_say(tmp_path):
+    folder = train(TrainConfig(out=tmp_path / "run", steps=1, heads=4, **TINY))
+    assert load_pipeline(str(folder)).transformer.config.num_attention_heads == 4
+    # one step of Muon without gradient: only the decay acts
+    model = build_pipeline(PRESETS["nano"]).transformer
+    config = TrainConfig(out=tmp_path, weight_decay=0.5, muon_lr=0.1, precision="no")
+    muon = loop.build_optimizers(model, config)["muon"]
+    weight = model.transformer_blocks[0].attn1.to_q.weight
+    before = weight.detach().clone()
+    for group in muon.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    muon.step()
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.1 * 0.5))
+
+
+def test_a_held_out_relation_is_never_drawn():
+    seen = scenes.sample(640, seed=0, without="upper_left")
+    assert {scene.relation for scene in seen} == set(scenes.RELATIONS) - {"upper_left"}
+    assert scenes.sample(64, seed=0, without=None) == scenes.sample(64, seed=0)
 
 
 def test_settings_at_their_ends(tmp_path):
