@@ -25,7 +25,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.hub import resolve
+from hooked_models.pipelines.hub import resolve
 
 from .measuring import agree, ratio, record, turns
 

@@ -17,7 +17,7 @@ import tyro
 from diffusers import PixArtSigmaPipeline
 
 from hooked_models import HookedTextToImage
-from hooked_models.hub import resolve
+from hooked_models.pipelines.hub import resolve
 
 from .measuring import agree, ratio, record, turns
 from .pipelines import xl_blocks

@@ -21,7 +21,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
 from dit_lens import synopsis
 from hooked_models import HookedTextToImage, PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
-from hooked_models.cache import estimate
+from hooked_models.generation.cache import estimate
 
 PROMPT = "red circle is above blue square"
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dit_lens.scenes import DIRECTIONS, Scene, evaluate, render, sample
-from dit_lens.scenes.rendering import BACKGROUND, PIXELS, half_size
-from dit_lens.scenes.scene import BAND, IMAGE_SIZE, RADIUS, Shape, relation_between
+from dit_lens.task import DIRECTIONS, Scene, evaluate, render, sample
+from dit_lens.task.rendering import BACKGROUND, PIXELS, half_size
+from dit_lens.task.scene import BAND, IMAGE_SIZE, RADIUS, Shape, relation_between
 
 Draw = Callable[[Sequence[Scene]], np.ndarray]
 Judge = Callable[[np.ndarray, Sequence[Scene]], np.ndarray]

@@ -37,7 +37,7 @@ from dit_lens import Intervention, scenes, sweep
 from dit_lens.sweep.cost import seconds_of_step
 from dit_lens.sweep.scores import By
 from hooked_models import HookedTextToImage
-from hooked_models.hub import resolve
+from hooked_models.pipelines.hub import resolve
 
 from .measuring import agree, ratio, record, seconds, turns
 

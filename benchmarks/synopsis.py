@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from dit_lens import scenes, synopsis
-from dit_lens.prompts import role_mask
+from dit_lens.text.prompts import role_mask
 from hooked_models import HookedTextToImage
 
 from .measuring import agree, ratio, record, turns

@@ -31,7 +31,7 @@ def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> Non
 
 def pretrain_command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
     """Pre-train a small T5 encoder on a caption grammar, or go on with a run that was stopped; `train --encoder` reads it."""
-    from .training.text_encoder import pretrain
+    from .training.t5.pretrain import pretrain
 
     Console().print(f"Pre-trained: {pretrain(config)}")
 
@@ -59,7 +59,7 @@ def evaluate(model: Name, n: int = 512, out: Path | None = None) -> None:
     """
     from hooked_models import HookedTextToImage
 
-    from . import evaluation
+    from .task import evaluation
 
     rows = evaluation.evaluate_model(HookedTextToImage.from_pretrained(model), n, out=out and out / "batches")
     table = evaluation.to_markdown(rows)
@@ -73,7 +73,7 @@ def screen(model: Name, words: tuple[str, ...] = ("above", "below", "left", "rig
     """Rank cross-attention heads by how well their position-by-word maps match the words' directions."""
     from hooked_models import HookedTextToImage
 
-    from . import screening
+    from .readout import screening
 
     hooked = HookedTextToImage.from_pretrained(model)
     vectors = {word: screening.word_vector(hooked, word) for word in words}
@@ -103,7 +103,8 @@ def synopsis_command(
 
     from hooked_models import HookedTextToImage
 
-    from . import scenes, synopsis
+    from . import task as scenes
+    from .readout import synopsis
 
     hooked = HookedTextToImage.from_pretrained(model)
     wanted = scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
@@ -158,8 +159,9 @@ def sweep_command(
     """
     from hooked_models import HookedTextToImage
 
-    from . import scenes, sweep
-    from .interventions import Intervention
+    from . import sweep
+    from . import task as scenes
+    from .intervene.interventions import Intervention
 
     hooked = HookedTextToImage.from_pretrained(model)
     wanted = [] if prompts else scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-# diffusers looks a third-party pipeline component's base class up on its package (pipeline_loading_utils.get_class_obj…)
-from diffusers import ModelMixin
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
-from .cache import CacheTooLargeError, GenerationCache
-from .checks import ModelCheckError
-from .codec import PatchCodec
-from .dit import HookedDiT
-from .dit_cache import DiTCache
-from .fused_encoder import FusedTokenEncoder, FusedTokenEncoderConfig
-from .hooked_module import NotFoldedError, UnknownHookError
-from .hub import list_models
-from .rte import HookedTokenEncoder, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
-from .t5 import HookedT5Encoder
-from .text_to_image import HookedTextToImage
-from .trajectory import Trajectory
+from .lazy_imports import attach, redirect
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+    from .codec import PatchCodec
+    from .generation.cache import CacheTooLargeError, GenerationCache
+    from .generation.model import HookedTextToImage
+    from .generation.trajectory import Trajectory
+    from .hooks import NotFoldedError, UnknownHookError
+    from .pipelines.checks import ModelCheckError
+    from .pipelines.hub import list_models
+    from .pixart.cache import DiTCache
+    from .pixart.dit import HookedDiT
+    from .text_encoders.fused_tokens import FusedTokenEncoder, FusedTokenEncoderConfig
+    from .text_encoders.random_tokens import (
+        HookedTokenEncoder,
+        RandomTokenEncoder,
+        RandomTokenEncoderConfig,
+        word_tokenizer,
+    )
+    from .text_encoders.t5 import HookedT5Encoder
 
 __all__ = [
     "CacheTooLargeError",
@@ -41,3 +50,61 @@ __all__ = [
     "list_models",
     "word_tokenizer",
 ]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        # diffusers gets a third-party component's base class from its package (pipeline_loading_utils.get_class_obj…)
+        "ModelMixin": "/diffusers:ModelMixin",
+        "PreTrainedModel": "/transformers:PreTrainedModel",
+        "PatchCodec": "codec:PatchCodec",
+        "CacheTooLargeError": "generation.cache:CacheTooLargeError",
+        "GenerationCache": "generation.cache:GenerationCache",
+        "HookedTextToImage": "generation.model:HookedTextToImage",
+        "Trajectory": "generation.trajectory:Trajectory",
+        "NotFoldedError": "hooks:NotFoldedError",
+        "UnknownHookError": "hooks:UnknownHookError",
+        "ModelCheckError": "pipelines.checks:ModelCheckError",
+        "list_models": "pipelines.hub:list_models",
+        "DiTCache": "pixart.cache:DiTCache",
+        "HookedDiT": "pixart.dit:HookedDiT",
+        "FusedTokenEncoder": "text_encoders.fused_tokens:FusedTokenEncoder",
+        "FusedTokenEncoderConfig": "text_encoders.fused_tokens:FusedTokenEncoderConfig",
+        "HookedTokenEncoder": "text_encoders.random_tokens:HookedTokenEncoder",
+        "RandomTokenEncoder": "text_encoders.random_tokens:RandomTokenEncoder",
+        "RandomTokenEncoderConfig": "text_encoders.random_tokens:RandomTokenEncoderConfig",
+        "word_tokenizer": "text_encoders.random_tokens:word_tokenizer",
+        "HookedT5Encoder": "text_encoders.t5:HookedT5Encoder",
+    },
+)
+
+redirect(
+    __name__,
+    {
+        "attention": "pixart.attention",
+        "block": "pixart.block",
+        "cache": "generation.cache",
+        "cache_folder": "generation.cache_store",
+        "checks": "pipelines.checks",
+        "config": "pixart.config",
+        "dit": "pixart.dit",
+        "dit_cache": "pixart.cache",
+        "folding": "pixart.folding",
+        "fused_encoder": "text_encoders.fused_tokens",
+        "generation_hooks": "generation.hooks",
+        "hooked_module": "hooks",
+        "hub": "pipelines.hub",
+        "loading": "pipelines.loading",
+        "names": "generation.names",
+        "patch_model": "pixart.patch_model",
+        "pipeline_model": "pipelines.pipeline_model",
+        "recording": "generation.capture",
+        "resolution": "pipelines.resolution",
+        "rte": "text_encoders.random_tokens",
+        "sampling": "generation.sampling",
+        "t5": "text_encoders.t5",
+        "text_to_image": "generation.model",
+        "trajectory": "generation.trajectory",
+        "views": "generation.views",
+    },
+)

@@ -21,7 +21,7 @@ import torch
 from transformer_lens import patching
 
 from dit_lens import Intervention, sweep
-from dit_lens.interventions import Replace
+from dit_lens.intervene.interventions import Replace
 from hooked_models import HookedTextToImage
 
 SMALL = bool(os.environ.get("DIT_LENS_SMALL"))  # the test suite runs small settings

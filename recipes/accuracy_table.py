@@ -20,8 +20,8 @@ import tyro
 from matplotlib.figure import Figure
 
 from dit_lens import evaluation
-from dit_lens.scenes.templates import TRAINED
 from dit_lens.stats import Interval
+from dit_lens.task.captions import TRAINED
 from hooked_models import list_models
 
 from .claims import Claim, evaluation_of, report

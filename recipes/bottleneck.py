@@ -27,8 +27,8 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from dit_lens.scenes.templates import TRAINED
 from dit_lens.stats import Interval, clustered_mean
+from dit_lens.task.captions import TRAINED
 from hooked_models import HookedTextToImage
 
 from . import relation_heads, t5_fusion

@@ -27,11 +27,11 @@ from safetensors import safe_open
 from transformers import T5EncoderModel
 
 from dit_lens import evaluation, scenes
-from dit_lens.scenes import Scene, Trio
+from dit_lens.task import Scene, Trio
 from dit_lens.training import dynamics, load_pipeline
 from dit_lens.viz import bare, learning_curves
 from hooked_models import HookedTextToImage
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 
 MAX_SHARD = "15MB"
 TRIO_METRICS = ("color", "shape", "unique_binding", "relation1_loose", "relation2_loose", "relation_loose", "relation_strict")

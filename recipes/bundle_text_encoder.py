@@ -19,10 +19,10 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from dit_lens.training import text_encoder as recipe
+from dit_lens.text.probes import SPLITS, TARGETS, Word, cosines, place_score, probe_captions, probe_table, word_vectors
 from dit_lens.training.pipelines import build_text_encoder
-from dit_lens.training.text_probes import SPLITS, TARGETS, Word, cosines, place_score, probe_captions, probe_table, word_vectors
-from hooked_models.hub import ZOO
+from dit_lens.training.t5 import pretrain as recipe
+from hooked_models.pipelines.hub import ZOO
 
 WORDS: tuple[Word, ...] = get_args(Word)
 
@@ -136,7 +136,7 @@ Root mean square of the output's coordinates, and the mean cosine between the ve
 repeated on purpose); {minutes:.0f} minutes on a shared CPU core. Muon {facts["muon_lr"]} on the blocks' matrices, AdamW
 {facts["adam_lr"]} on the rest, warm-up and linear decay, precision {facts["precision"]}, seed {facts["seed"]}.
 
-Texts: `dit_lens.training.caption_grammar`, one to four true sentences about one to three objects; combinations in
+Texts: `dit_lens.training.t5.grammar`, one to four true sentences about one to three objects; combinations in
 `scenes.HELD_OUT` are never stated. Span corruption with density {recipe.NOISE_DENSITY} and mean span {recipe.MEAN_SPAN:g}
 (T5: 0.15 and 3; a caption has eight words). The decoder, thrown away, has {recipe.ARCHITECTURE["num_decoder_layers"]} layer.
 Half of the heads' relative position biases start with a standard deviation of {recipe.POSITION_BIAS:g}; the rest is T5's own

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dit_lens import circuits, scenes, viz
-from dit_lens.prompts import token_roles
-from dit_lens.scenes import DIRECTIONS
 from dit_lens.stats import Interval, clustered_means
+from dit_lens.task import DIRECTIONS
+from dit_lens.text.prompts import token_roles
 from dit_lens.viz import bare
 from hooked_models import HookedTextToImage
 

@@ -21,7 +21,7 @@ from dit_lens.shards import digest, digest_model
 from dit_lens.stats import Interval
 from dit_lens.sweep.metrics import fingerprint
 from hooked_models import HookedTextToImage, list_models
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dit_lens import attribution, scenes
-from dit_lens.faithfulness import areas, candidate_edges, faithfulness, random_circuits, resampled, run_circuits
-from dit_lens.nodes import Node
-from dit_lens.scenes import DIRECTIONS, RELATIONS, Scene
-from dit_lens.scenes.scene import RADIUS
+from dit_lens.graph.faithfulness import areas, candidate_edges, faithfulness, random_circuits, resampled, run_circuits
+from dit_lens.graph.nodes import Node
+from dit_lens.task import DIRECTIONS, RELATIONS, Scene
+from dit_lens.task.scene import RADIUS
 from dit_lens.training import dynamics
 from hooked_models import HookedT5Encoder, HookedTextToImage
 

@@ -40,15 +40,15 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from dit_lens import Intervention, ablation, prompts, scenes, screening
-from dit_lens.circuits import parse_head
-from dit_lens.edits import Add, Scale, along
-from dit_lens.prompts import Role
-from dit_lens.scenes import Scene, Split, word
-from dit_lens.scenes.templates import TRAINED
+from dit_lens.intervene.edits import Add, Scale, along
+from dit_lens.readout.circuits import parse_head
 from dit_lens.stats import Interval, paired_difference
+from dit_lens.task import Scene, Split, word
+from dit_lens.task.captions import TRAINED
+from dit_lens.text.prompts import Role
 from dit_lens.training.dynamics import layout, relation_vectors
 from hooked_models import HookedTextToImage
-from hooked_models.hooked_module import HookFunction
+from hooked_models.hooks import HookFunction
 
 from .claims import Claim, report, stage
 from .dose_figure import dose_figure

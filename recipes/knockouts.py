@@ -14,8 +14,8 @@ import pandas as pd
 from torch import Tensor
 
 from dit_lens import Intervention, ablation, scenes, sweep
-from dit_lens.prompts import Role
 from dit_lens.stats import Interval, paired_difference
+from dit_lens.text.prompts import Role
 from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
 

@@ -23,7 +23,7 @@ import tyro
 from dit_lens.stats import Interval
 from dit_lens.training import dynamics
 from dit_lens.viz import learning_curves
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 
 from .claims import Claim, report
 

@@ -30,9 +30,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_lens import ablation, circuits, patching, scenes, screening, variance
-from dit_lens.prompts import token_roles
-from dit_lens.scenes import DIRECTIONS
 from dit_lens.stats import Interval, clustered_mean
+from dit_lens.task import DIRECTIONS
+from dit_lens.text.prompts import token_roles
 from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
 

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dit_lens import Intervention, ablation, detection, prompts, screening, sweep, variance
-from dit_lens.edits import Replace
+from dit_lens.intervene.edits import Replace
 from dit_lens.shards import digest
 from dit_lens.stats import Interval, clustered_mean, paired_difference
 from hooked_models import HookedTextToImage

@@ -19,10 +19,10 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
-from dit_lens.scenes import DIRECTIONS
-from dit_lens.scenes.scene import BAND
-from dit_lens.scenes.templates import TRAINED
 from dit_lens.stats import Interval, proportion
+from dit_lens.task import DIRECTIONS
+from dit_lens.task.captions import TRAINED
+from dit_lens.task.scene import BAND
 
 from .claims import Claim, evaluation_of, report
 

@@ -31,13 +31,13 @@ import tyro
 from matplotlib.figure import Figure
 
 from dit_lens import Intervention, ablation, scenes, sweep
-from dit_lens.circuits import parse_head
-from dit_lens.edits import Replace
-from dit_lens.prompts import Role
+from dit_lens.intervene.edits import Replace
+from dit_lens.readout.circuits import parse_head
 from dit_lens.stats import Interval, clustered_mean, paired_difference
+from dit_lens.text.prompts import Role
 from dit_lens.training import dynamics
 from hooked_models import HookedTextToImage
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 
 from .claims import Claim, report, stage
 from .knockouts import layout_metric

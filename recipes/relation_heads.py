@@ -27,9 +27,9 @@ from jaxtyping import Float
 from scipy.stats import mannwhitneyu
 
 from dit_lens import ablation, circuits, scenes, screening, sweep, variance
-from dit_lens.prompts import Role, token_roles
-from dit_lens.scenes import DIRECTIONS, PHRASES
 from dit_lens.stats import Interval, clustered_mean, clustered_means
+from dit_lens.task import DIRECTIONS, PHRASES
+from dit_lens.text.prompts import Role, token_roles
 from hooked_models import HookedTextToImage
 
 from . import attention_synopsis as synopses

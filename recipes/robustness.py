@@ -22,10 +22,10 @@ import tyro
 from matplotlib.figure import Figure
 
 from dit_lens import evaluation, scenes, variance
-from dit_lens.scenes import DIRECTIONS
-from dit_lens.scenes.scene import Relation
-from dit_lens.scenes.templates import TRAINED
 from dit_lens.stats import Interval, clustered_mean
+from dit_lens.task import DIRECTIONS
+from dit_lens.task.captions import TRAINED
+from dit_lens.task.scene import Relation
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, evaluation_of, report

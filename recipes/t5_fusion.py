@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dit_lens import ablation, scenes, steering, variance
 from dit_lens.stats import Interval
-from dit_lens.variance import Space
+from dit_lens.text.variance import Space
 from dit_lens.viz import dose_response_curves
 from hooked_models import HookedTextToImage
 

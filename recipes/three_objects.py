@@ -27,11 +27,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dit_lens import Intervention, ablation, prompts, scenes, screening, sweep
-from dit_lens.edits import Replace
-from dit_lens.evaluation import score
-from dit_lens.scenes import Scene, Trio
-from dit_lens.scenes.scene import other_color
+from dit_lens.intervene.edits import Replace
 from dit_lens.stats import Interval, clustered_mean, paired_difference, proportion
+from dit_lens.task import Scene, Trio
+from dit_lens.task.evaluation import score
+from dit_lens.task.scene import other_color
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, report, stage

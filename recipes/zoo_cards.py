@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from dit_lens import evaluation, scenes
-from dit_lens.scenes.templates import TRAINED
 from dit_lens.stats import Interval
+from dit_lens.task.captions import TRAINED
 from dit_lens.training import PRESETS, dynamics
 from hooked_models import list_models
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- models: recipes.zoo_cards -->\n).*?(<!-- end -->)", flags=re.S)

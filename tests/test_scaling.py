@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import xl_cost
 from dit_lens import sweep
-from dit_lens.interventions import Intervention
+from dit_lens.intervene.interventions import Intervention
 from hooked_models import HookedTextToImage
 
 from .hooked_models.pipelines import PROMPTS, tiny_pipeline

@@ -8,7 +8,7 @@ import torch
 
 from dit_lens import evaluation, scenes
 from hooked_models import HookedTextToImage, list_models
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 from recipes import zoo_cards
 
 

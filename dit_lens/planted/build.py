@@ -17,11 +17,11 @@ from hooked_models import (
     RandomTokenEncoderConfig,
     word_tokenizer,
 )
-from hooked_models.rte import DEFAULT_LENGTH, SPECIAL_TOKENS
-from hooked_models.text_to_image import DEFAULT_STEPS
+from hooked_models.generation.model import DEFAULT_STEPS
+from hooked_models.text_encoders.random_tokens import DEFAULT_LENGTH, SPECIAL_TOKENS
 
-from .. import scenes
-from ..prompts import Role
+from .. import task as scenes
+from ..text.prompts import Role
 from .assembly import Assembly, Sublayer, When, install_heads, install_units, well_conditioned
 from .circuit import AXES, CAPTION_FEATURES, DRAWN, N_LAYERS, OBJECTS, RESIDUAL_FEATURES, SEEN, WORD_AXIS, plant
 from .disguise import LEAK, modulate_at_random, perturb

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Literal
 
-from ..scenes import COLORS, SHAPES
+from ..task import COLORS, SHAPES
 from .assembly import Assembly, When, Wire
 from .geometry import Terms
 

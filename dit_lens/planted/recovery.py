@@ -14,10 +14,14 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 
-from .. import ablation, patching, scenes, screening, steering, synopsis, variance
-from ..prompts import Role
-from ..scenes import DIRECTIONS, Scene
-from ..scenes.scene import IMAGE_SIZE
+from .. import task as scenes
+from ..graph import path_patching as patching
+from ..intervene import ablation, steering
+from ..readout import screening, synopsis
+from ..task import DIRECTIONS, Scene
+from ..task.scene import IMAGE_SIZE
+from ..text import variance
+from ..text.prompts import Role
 from .truth import PlantedTruth
 
 CARDINALS = ("above", "below", "left", "right")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hooked_models import PatchCodec
 
-from ..scenes import COLORS, SHAPES
-from ..scenes.rendering import BACKGROUND, PIXELS, shape_mask
-from ..scenes.scene import IMAGE_SIZE, RADIUS
+from ..task import COLORS, SHAPES
+from ..task.rendering import BACKGROUND, PIXELS, shape_mask
+from ..task.scene import IMAGE_SIZE, RADIUS
 from .assembly import HALF_STEP
 from .circuit import QUADRANTS
 from .geometry import ResidualSpace, Space, Terms, orthonormal

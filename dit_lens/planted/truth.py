@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..prompts import Role
+from ..text.prompts import Role
 from .assembly import Sublayer, When, Wire
 
 Kind = Literal["two-stage", "fused", "rotated", "no-relation"]

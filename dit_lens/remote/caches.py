@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hooked_models import DiTCache, GenerationCache, HookedTextToImage
-from hooked_models.dit import HookedDiT
+from hooked_models.pixart.dit import HookedDiT
 
 RENAME = {
     "transformer": "dit",

@@ -18,7 +18,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
-from ..shipped import edited, sums_of_attention, sums_of_pattern
+from ..intervene.portable_ops import edited, sums_of_attention, sums_of_pattern
 
 MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
 

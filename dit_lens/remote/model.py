@@ -22,16 +22,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import GenerationCache, HookedTextToImage
-from hooked_models.cache import estimate_recorded, refuse_if_too_large
-from hooked_models.generation_hooks import Attached
-from hooked_models.hooked_module import NameFilter
-from hooked_models.hub import resolve
-from hooked_models.names import Branch, Site
-from hooked_models.recording import Heads, Patterns, Recorder
-from hooked_models.sampling import Sampler, Seeds
-from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
+from hooked_models.generation.cache import estimate_recorded, refuse_if_too_large
+from hooked_models.generation.capture import Heads, Patterns, Recorder
+from hooked_models.generation.hooks import Attached
+from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
+from hooked_models.generation.names import Branch, Site
+from hooked_models.generation.sampling import Sampler, Seeds
+from hooked_models.hooks import NameFilter
+from hooked_models.pipelines.hub import resolve
 
-from ..interventions import Intervention
+from ..intervene.interventions import Intervention
 from . import kernel, plan
 from .caches import RENAME
 from .server import Server, import_nnsight

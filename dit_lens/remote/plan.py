@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import HookedDiT, HookedT5Encoder, HookedTextToImage
-from hooked_models.cache import activation_shape
-from hooked_models.generation_hooks import Attached
-from hooked_models.names import FINAL, Branch, Site
-from hooked_models.sampling import Sampler
+from hooked_models.generation.cache import activation_shape
+from hooked_models.generation.hooks import Attached
+from hooked_models.generation.names import FINAL, Branch, Site
+from hooked_models.generation.sampling import Sampler
 
-from ..edits import Edit, RowEdits
+from ..intervene.edits import Edit, RowEdits
 from .kernel import Point
 
 UNKNOWN = torch.tensor(torch.nan)
@@ -45,7 +45,7 @@ CLEAN = _CleanRun()
 
 
 class Sum(NamedTuple):
-    """Attention between groups, to be added up where the model is: arguments of `dit_lens.shipped.sums_of_pattern`."""
+    """Attention between groups, summed where the model is: arguments of `intervene.portable_ops.sums_of_pattern`."""
 
     layer: int
     step: int

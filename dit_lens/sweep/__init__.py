@@ -23,7 +23,7 @@ from pathlib import Path
 import xarray as xr
 
 from hooked_models import HookedTextToImage
-from hooked_models.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 from .metrics import OWN, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
 from .plan import Plan

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedTextToImage
-from hooked_models.names import Branch
-from hooked_models.sampling import SamplerState
-from hooked_models.trajectory import Inputs
+from hooked_models.generation.names import Branch
+from hooked_models.generation.sampling import SamplerState
+from hooked_models.generation.trajectory import Inputs
 
 from .metrics import Read
 

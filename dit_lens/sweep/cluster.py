@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 
 from hooked_models import HookedTextToImage
-from hooked_models.hooked_module import HookedModule
-from hooked_models.hub import Source
+from hooked_models.hooks import HookedModule
+from hooked_models.pipelines.hub import Source
 
 from ..shards import digest_model
 from .clean import Fork

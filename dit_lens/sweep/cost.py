@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch.utils.flop_counter import FlopCounterMode
 
-from hooked_models.cache import free_bytes, human
-from hooked_models.names import FINAL, Branch
+from hooked_models.generation.cache import free_bytes, human
+from hooked_models.generation.names import FINAL, Branch
 
 from .clean import Fork
 

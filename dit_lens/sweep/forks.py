@@ -19,13 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.dit import TextState
-from hooked_models.names import BRANCHES, FINAL, Branch, Site
-from hooked_models.sampling import SamplerState
-from hooked_models.text_to_image import Denoise
-from hooked_models.trajectory import Inputs
+from hooked_models.generation.model import Denoise
+from hooked_models.generation.names import BRANCHES, FINAL, Branch, Site
+from hooked_models.generation.sampling import SamplerState
+from hooked_models.generation.trajectory import Inputs
+from hooked_models.pixart.dit import TextState
 
-from ..edits import Add, Edit, Replace, RowEdits
+from ..intervene.edits import Add, Edit, Replace, RowEdits
 from .clean import Clean, Fork, branches_of, index_of, made_of, reading
 from .metrics import Read
 from .treatments import Treatment

@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_models import HookedTextToImage
-from hooked_models.names import FINAL
-from hooked_models.sampling import Sampler
+from hooked_models.generation.names import FINAL
+from hooked_models.generation.sampling import Sampler
 
-from .. import scenes
-from ..screening import ramp
+from .. import task as scenes
+from ..readout.screening import ramp
 from ..shards import digest
 
 Values = Tensor | np.ndarray | Mapping[str, Any]

@@ -13,8 +13,8 @@ import torch
 import xarray as xr
 from jaxtyping import Int
 
-from hooked_models.names import FINAL
-from hooked_models.trajectory import Inputs
+from hooked_models.generation.names import FINAL
+from hooked_models.generation.trajectory import Inputs
 
 from ..shards import digest, digest_model
 from .clean import Fork

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_models.names import FINAL
-from hooked_models.trajectory import Inputs, Trajectory
+from hooked_models.generation.names import FINAL
+from hooked_models.generation.trajectory import Inputs, Trajectory
 
-from ..edits import Edit
-from ..paired_runs import LATENT, chain, gradients, modulates
+from ..intervene.edits import Edit
+from ..runs.gradients import LATENT, chain, gradients, modulates
 from .clean import Clean, index_of, made_of
 from .forks import Batch
 from .metrics import OWN, Metric, Read

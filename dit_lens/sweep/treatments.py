@@ -14,11 +14,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.cache import activation_shape
-from hooked_models.names import FINAL, Branch, Site
+from hooked_models.generation.cache import activation_shape
+from hooked_models.generation.names import FINAL, Branch, Site
 
-from ..edits import Edit, Scale
-from ..interventions import Intervention
+from ..intervene.edits import Edit, Scale
+from ..intervene.interventions import Intervention
 from ..shards import digest
 
 Interventions = (

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-import lazy_loader
+from typing import TYPE_CHECKING
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from hooked_models.lazy_imports import attach
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .loop import train
+    from .pipelines import PRESETS, build_pipeline, load_pipeline
+
+__all__ = ["PRESETS", "TrainConfig", "build_pipeline", "load_pipeline", "train"]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "TrainConfig": "config:TrainConfig",
+        "train": "loop:train",
+        "PRESETS": "pipelines:PRESETS",
+        "build_pipeline": "pipelines:build_pipeline",
+        "load_pipeline": "pipelines:load_pipeline",
+    },
+)

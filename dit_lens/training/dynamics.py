@@ -17,11 +17,13 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 
-from .. import scenes, screening, variance
-from ..evaluation import score, summarise
-from ..prompts import Role
-from ..scenes import DIRECTIONS, Scene
+from .. import task as scenes
+from ..readout import screening
 from ..stats import clustered_mean
+from ..task import DIRECTIONS, Scene
+from ..task.evaluation import score, summarise
+from ..text import variance
+from ..text.prompts import Role
 
 SCREENED_WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
 SOURCES = ("words", "shape1", "shape2")

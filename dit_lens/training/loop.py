@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from hooked_models import FusedTokenEncoder, HookedTextToImage, RandomTokenEncoder
 
-from .. import scenes
-from ..evaluation import score, summarise
-from ..scenes.scene import COLORS, PHRASES, RELATIONS, SHAPES, Scene, Trio, caption, other_color
+from .. import task as scenes
+from ..task.evaluation import score, summarise
+from ..task.scene import COLORS, PHRASES, RELATIONS, SHAPES, Scene, Trio, caption, other_color
 from . import dynamics
 from .checkpoint import load_checkpoint, refuse_other_settings, save_checkpoint
 from .config import TrainConfig

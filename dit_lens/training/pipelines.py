@@ -18,9 +18,9 @@ from hooked_models import (
     RandomTokenEncoderConfig,
     word_tokenizer,
 )
-from hooked_models.hub import ZOO, resolve
+from hooked_models.pipelines.hub import ZOO, resolve
 
-from .. import scenes
+from .. import task as scenes
 
 
 @dataclass(frozen=True)

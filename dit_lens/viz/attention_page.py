@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from hooked_models.cache import GenerationCache
+from hooked_models.generation.cache import GenerationCache
 
 
 def attention_page(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import check_denoiser, failures_of, refuse
-from ..dit import HookedDiT
-from ..hooked_module import HookedModule
+from ..hooks import HookedModule
+from ..pipelines.checks import check_denoiser, failures_of, refuse
+from ..pixart.dit import HookedDiT
 from . import class_dit, flux, sana, sd3
 from .adapter import Family, FamilyModel
 from .class_dit import HookedClassDiT

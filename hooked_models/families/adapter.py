@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..attention import Heads
-from ..config import HookedConfig
-from ..dit_cache import DiTCache
-from ..hooked_module import HookedModule, NoLanguageModel, UnknownHookError
+from ..hooks import HookedModule, NoLanguageModel, UnknownHookError
+from ..pixart.attention import Heads
+from ..pixart.cache import DiTCache
+from ..pixart.config import HookedConfig
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from ..attention import Attention
-from ..block import MLP, Block, LayerNorm, Modulation, ModulationHooks, modulate
-from ..config import DiTConfig
-from ..dit import HookedDiT
-from ..dit_cache import DiTCache
-from ..patch_model import PatchModel
+from ..pixart.attention import Attention
+from ..pixart.block import MLP, Block, LayerNorm, Modulation, ModulationHooks, modulate
+from ..pixart.cache import DiTCache
+from ..pixart.config import DiTConfig
+from ..pixart.dit import HookedDiT
+from ..pixart.patch_model import PatchModel
 from .adapter import random
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_models import HookedDiT
-from hooked_models.dit_cache import DiTCache
+from hooked_models.pixart.cache import DiTCache
 
 TIMESTEP = 437.0
 ROWS = 6

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens import patching
 
 from hooked_models import HookedTextToImage, NotFoldedError
-from hooked_models.block import modulate
+from hooked_models.pixart.block import modulate
 
 from .oracles import Bound, equal, metric, per_example, tool, writes
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dit_lens import scenes, stats
-from dit_lens.ablation import VERDICTS, ablate_heads, ablation_effects, knockout_role, random_heads, random_tokens
-from dit_lens.interventions import Intervention, Scale
-from dit_lens.prompts import role_mask, token_roles
+from dit_lens.intervene.ablation import VERDICTS, ablate_heads, ablation_effects, knockout_role, random_heads, random_tokens
+from dit_lens.intervene.interventions import Intervention, Scale
+from dit_lens.text.prompts import role_mask, token_roles
 from hooked_models import HookedTextToImage
 
 from ..hooked_models.pipelines import tiny_pipeline

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dit_lens import cli, scenes, sweep
-from dit_lens.interventions import Intervention
+from dit_lens.intervene.interventions import Intervention
 from hooked_models import HookedTextToImage
 
 from ..hooked_models.pipelines import PROMPTS, tiny_pipeline

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from dit_lens import planted, scenes, viz
-from dit_lens.scenes import OPPOSITE
-from dit_lens.scenes.rendering import shape_mask
+from dit_lens.task import OPPOSITE
+from dit_lens.task.rendering import shape_mask
 from dit_lens.training import dynamics
 from hooked_models import HookedTextToImage
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 
 WANTED = scenes.sample(12, seed=1, split="held_out", color_words="both")
 

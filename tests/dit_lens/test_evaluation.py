@@ -13,9 +13,9 @@ from hypothesis.extra import numpy as hnp
 from scipy.fft import dctn, idctn
 from scipy.ndimage import gaussian_filter
 
-from dit_lens.scenes import RELATIONS, SHAPES, Scene, evaluate, render, sample
-from dit_lens.scenes.rendering import PIXELS, shape_mask
-from dit_lens.scenes.scene import relation_between
+from dit_lens.task import RELATIONS, SHAPES, Scene, evaluate, render, sample
+from dit_lens.task.rendering import PIXELS, shape_mask
+from dit_lens.task.scene import relation_between
 
 BOOLEANS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose")
 CENTRES = ("x1", "y1", "x2", "y2")

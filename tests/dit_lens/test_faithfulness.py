@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from dit_lens import attribution, planted
-from dit_lens.faithfulness import Areas, areas, candidate_edges, cut_edges, faithfulness, random_circuits, resampled, run_circuits
+from dit_lens.graph.faithfulness import (
+    Areas,
+    areas,
+    candidate_edges,
+    cut_edges,
+    faithfulness,
+    random_circuits,
+    resampled,
+    run_circuits,
+)
 from hooked_models import HookedTextToImage
 
 CLEAN = ["red circle is above blue square", "blue triangle is to the left of red circle"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_lens.edits import another_prompt
-from dit_lens.interventions import Add, Intervention, Replace, Scale
-from dit_lens.prompts import role_mask
+from dit_lens.intervene.edits import another_prompt
+from dit_lens.intervene.interventions import Add, Intervention, Replace, Scale
+from dit_lens.text.prompts import role_mask
 from hooked_models import HookedTextToImage, Trajectory, UnknownHookError
 
 from ..hooked_models.pipelines import tiny_pipeline

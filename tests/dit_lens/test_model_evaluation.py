@@ -11,8 +11,8 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 
 from dit_lens import evaluation, planted, scenes
-from dit_lens.scenes import Scene
-from dit_lens.scenes.templates import TEMPLATES, word
+from dit_lens.task import Scene
+from dit_lens.task.captions import TEMPLATES, word
 from hooked_models import HookedTextToImage
 
 SCENE = Scene("triangle", "red", 30, 40, "square", "blue", 90, 42, "left", "left of")

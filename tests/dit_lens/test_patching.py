@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from transformer_lens.patching import get_act_patch_direct_path
 
-from dit_lens.patching import VARIANTS, Node, Nodes, head_matrix, path_patch, path_patch_matrix
+from dit_lens.graph.path_patching import VARIANTS, Node, Nodes, head_matrix, path_patch, path_patch_matrix
 from hooked_models import HookedDiT, HookedTextToImage
 
 from ..hooked_models.pipelines import tiny_pipeline

@@ -12,10 +12,10 @@ import xarray as xr
 from diffusers import PixArtSigmaPipeline
 
 from dit_lens import planted, scenes
-from dit_lens.nodes import Node
+from dit_lens.graph.nodes import Node
 from dit_lens.planted import Kind, PlantedHead, PlantedTruth
 from dit_lens.planted.build import D_HEAD
-from dit_lens.prompts import token_roles
+from dit_lens.text.prompts import token_roles
 from hooked_models import FusedTokenEncoder, FusedTokenEncoderConfig, HookedTextToImage, RandomTokenEncoder
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

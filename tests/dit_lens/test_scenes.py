@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dit_lens.scenes import HELD_OUT, PHRASES, RELATIONS, Scene, caption, opposite, render, sample
-from dit_lens.scenes.rendering import shape_mask
-from dit_lens.scenes.scene import CENTRE_RANGE, COLORS, COMBINATIONS, DIRECTIONS, SHAPES, WORDS, relation_between
+from dit_lens.task import HELD_OUT, PHRASES, RELATIONS, Scene, caption, opposite, render, sample
+from dit_lens.task.rendering import shape_mask
+from dit_lens.task.scene import CENTRE_RANGE, COLORS, COMBINATIONS, DIRECTIONS, SHAPES, WORDS, relation_between
 
 DISTRIBUTIONS = ("balanced", "natural")
 RED_CIRCLE_LEFT = Scene("circle", "red", 30, 64, "square", "blue", 90, 64, "left", "left of")

@@ -12,7 +12,7 @@ import xarray as xr
 from transformers import T5Config, T5EncoderModel
 
 from dit_lens import scenes, steering, variance
-from dit_lens.scenes import DIRECTIONS, Scene
+from dit_lens.task import DIRECTIONS, Scene
 from hooked_models import HookedTextToImage, word_tokenizer
 
 from ..hooked_models.pipelines import PROMPTS, tiny_pipeline

@@ -19,7 +19,7 @@ import xarray as xr
 from torch import Tensor
 
 from dit_lens import sweep
-from dit_lens.interventions import Intervention
+from dit_lens.intervene.interventions import Intervention
 from dit_lens.sweep import cluster
 from dit_lens.sweep.execute import Execution
 from dit_lens.sweep.results import Results

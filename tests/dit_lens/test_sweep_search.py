@@ -10,7 +10,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from dit_lens import planted, sweep
-from dit_lens.interventions import Intervention, Replace, Scale
+from dit_lens.intervene.interventions import Intervention, Replace, Scale
 from dit_lens.stats import count_bound, rank_correlation
 from hooked_models import HookedTextToImage
 

@@ -14,7 +14,7 @@ from transformers import T5Tokenizer
 
 from dit_lens import prompts as words
 from dit_lens import scenes, synopsis
-from dit_lens.interventions import Intervention
+from dit_lens.intervene.interventions import Intervention
 from dit_lens.shards import digest
 from hooked_models import HookedTextToImage
 

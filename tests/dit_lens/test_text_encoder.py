@@ -18,20 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 
-from dit_lens.scenes import DIRECTIONS, HELD_OUT, PHRASES
+from dit_lens.task import DIRECTIONS, HELD_OUT, PHRASES
+from dit_lens.text.probes import cosines, place_score, probe, probe_captions, probe_table, word_vectors
 from dit_lens.training import PRESETS, TrainConfig, train
-from dit_lens.training.caption_grammar import PARAPHRASES, SYNONYMS, TRAINED, VOCABULARY, Thing, Writer, count_tokens, relation_of
 from dit_lens.training.loop import encode_captions
 from dit_lens.training.pipelines import Size, build_pipeline, build_text_encoder
-from dit_lens.training.text_encoder import (
-    ARCHITECTURE,
-    NOISE_DENSITY,
-    PretrainConfig,
-    corrupt_spans,
-    pretrain,
-    scenes_tokenizer,
-)
-from dit_lens.training.text_probes import cosines, place_score, probe, probe_captions, probe_table, word_vectors
+from dit_lens.training.t5.grammar import PARAPHRASES, SYNONYMS, TRAINED, VOCABULARY, Thing, Writer, count_tokens, relation_of
+from dit_lens.training.t5.pretrain import ARCHITECTURE, NOISE_DENSITY, PretrainConfig, corrupt_spans, pretrain, scenes_tokenizer
 from hooked_models import HookedT5Encoder, HookedTextToImage, list_models
 
 from ..killing import killed

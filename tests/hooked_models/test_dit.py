@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPip
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 
-from hooked_models.dit import DiTConfig, HookedDiT, TextState
-from hooked_models.hooked_module import UnknownHookError
+from hooked_models.hooks import UnknownHookError
+from hooked_models.pixart.dit import DiTConfig, HookedDiT, TextState
 
 from .tiny import tiny_inputs, tiny_transformer
 

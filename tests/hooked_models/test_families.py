@@ -19,7 +19,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from dit_lens.group_attention import attention_in_call
+from dit_lens.readout.group_attention import attention_in_call
 from hooked_models import ModelCheckError, UnknownHookError, families
 from hooked_models.families import class_dit
 from hooked_models.families.adapter import FamilyModel

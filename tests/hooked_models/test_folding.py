@@ -9,8 +9,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from hooked_models import HookedDiT, NotFoldedError
-from hooked_models.config import DiTConfig
-from hooked_models.folding import FoldedDiT
+from hooked_models.pixart.config import DiTConfig
+from hooked_models.pixart.folding import FoldedDiT
 
 from .tiny import tiny_inputs, tiny_transformer
 

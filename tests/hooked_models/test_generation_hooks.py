@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dit_lens import Intervention
-from dit_lens.edits import Replace
+from dit_lens.intervene.edits import Replace
 from hooked_models import GenerationCache, HookedTextToImage
-from hooked_models.sampling import seed_of_each
+from hooked_models.generation.sampling import seed_of_each
 
 from .pipelines import PROMPTS, tiny_pipeline
 

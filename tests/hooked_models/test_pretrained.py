@@ -20,10 +20,10 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from transformers import T5Config
 
 from hooked_models import HookedDiT, HookedTextToImage, ModelCheckError
-from hooked_models.attention import Attention
-from hooked_models.block import MLP
-from hooked_models.checks import check_denoiser
-from hooked_models.resolution import resize_and_crop
+from hooked_models.pipelines.checks import check_denoiser
+from hooked_models.pipelines.resolution import resize_and_crop
+from hooked_models.pixart.attention import Attention
+from hooked_models.pixart.block import MLP
 
 from .folders import XL, edit_json, write_folder
 from .pipelines import PROMPTS

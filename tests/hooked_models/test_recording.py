@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_models import CacheTooLargeError, GenerationCache, HookedTextToImage
-from hooked_models.cache import estimate
-from hooked_models.recording import heads_by_layer
+from hooked_models.generation.cache import estimate
+from hooked_models.generation.capture import heads_by_layer
 
 from ..killing import killed
 from .pipelines import PROMPTS, tiny_pipeline

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from transformer_lens import ActivationCache
 
 from hooked_models import CacheTooLargeError, HookedTextToImage, UnknownHookError
-from hooked_models.cache import estimate
+from hooked_models.generation.cache import estimate
 
 from .pipelines import CALL, PROMPTS, tiny_pipeline
 
@@ -384,7 +384,7 @@ def test_a_cache_that_is_too_large_is_refused_before_running(model, monkeypatch)
     monkeypatch.setattr(model, "trajectory", lambda *args, **kwargs: pytest.fail("it ran"))
     with pytest.raises(CacheTooLargeError, match=r"names_filter=.*steps=.*branch="):
         model.run_with_cache(PROMPTS, max_bytes=1000)
-    monkeypatch.setattr("hooked_models.cache.free_bytes", lambda device: 4000)
+    monkeypatch.setattr("hooked_models.generation.cache.free_bytes", lambda device: 4000)
     with pytest.raises(CacheTooLargeError, match="a quarter of free memory"):
         model.run_with_cache(PROMPTS)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 from recipes import bundle_model, zoo_cards
 
 

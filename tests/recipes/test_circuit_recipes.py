@@ -12,14 +12,14 @@ import torch
 import xarray as xr
 
 from dit_lens import ablation, planted, scenes, screening, synopsis
-from dit_lens.circuits import ov_outputs, parse_head
 from dit_lens.planted.recovery import auroc, ramp_heads
-from dit_lens.prompts import role_mask
-from dit_lens.scenes import DIRECTIONS
-from dit_lens.scenes.scene import Relation
+from dit_lens.readout.circuits import ov_outputs, parse_head
 from dit_lens.stats import Interval
+from dit_lens.task import DIRECTIONS
+from dit_lens.task.scene import Relation
+from dit_lens.text.prompts import role_mask
+from dit_lens.text.variance import encode
 from dit_lens.training.dynamics import layout
-from dit_lens.variance import encode
 from hooked_models import HookedTextToImage
 from recipes import attention_synopsis, bottleneck, knockouts, object_heads, relation_heads, t5_fusion
 from recipes.relation_head import screened

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dit_lens import scenes
-from dit_lens.scenes import DIRECTIONS
+from dit_lens.task import DIRECTIONS
 from recipes import edge_circuit
 from recipes.edge_circuit import Config, enough, layout_readout, pairs, smallest_size
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dit_lens import ablation, scenes
-from dit_lens.prompts import token_roles
+from dit_lens.text.prompts import token_roles
 from dit_lens.training import dynamics
 from hooked_models import HookedTextToImage
-from hooked_models.hub import ZOO
+from hooked_models.pipelines.hub import ZOO
 from recipes import recurrence
 from recipes.relation_head import FOUND_COSINE, FOUND_P
 

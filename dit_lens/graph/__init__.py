@@ -1,0 +1,1 @@
+"""Paths through the model: nodes, path patching, attribution, faithfulness of circuits."""

@@ -1,0 +1,183 @@
+"""The vocabulary of path patching: what can send, what can receive, and which of them a path joins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from hooked_models.generation.names import Branch
+
+FORMS = (
+    "'cross_attn.L2H1' or 'attn.L2H1' (a head; as a receiver also with '.q', '.k' or '.v'), 'cross_attn.L2' (its layer's heads), "
+    "'mlp.L3', 'embed', 'text', 'text[4,5]', 'text[relation]', 'output', 'image'"
+)
+_FORM = re.compile(
+    r"(?P<sublayer>attn|cross_attn)\.L(?P<layer>\d+)(H(?P<head>\d+))?(\.(?P<part>[qkv]))?|mlp\.L(?P<mlp>\d+)"
+    r"|text(\[(?P<tokens>\d+(,\d+)*|[a-z]+\d?)\])?|embed|output|image"
+)
+
+Index = Any
+"""What stands between [ and ] when the part of a tensor [batch …] that a node owns is read or written."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A component of the denoiser, as one end of a path.
+
+    ========================= ============================================ ===============================================
+    form                      sends (its contribution to its readers)      receives (its input)
+    ========================= ============================================ ===============================================
+    ``attn.L2H1[.q|.k|.v]``   ``attn.hook_z`` of the head: its post-gate   the residual before ln1, as Q, K or V read it
+                              result, because the gate is the same         (all three unless said)
+    ``cross_attn.L2H1[.…]``   ``cross_attn.hook_z`` of the head            Q: the raw residual; K, V: the caption
+    ``mlp.L3``                ``hook_mlp_out``                             the residual before ln2
+    ``text[…]``               rows of ``hook_text``: positions or a role   –
+    ``embed``                 ``hook_embed``                               the same: all that the latents tell the network
+    ``output``                the final residual                           the same
+    ``image``                 –                                            the final latents, as the last solver step left them
+    ========================= ============================================ ===============================================
+
+    A head's q is a function of its input alone, so the input is patched at ``hook_q`` (k, v and ``mlp.hook_pre`` likewise):
+    the intervention is that on ``hook_q_input``, without a copy of the residual stream for every head, and LayerNorm is
+    recomputed.
+    """
+
+    kind: Literal["attn", "cross_attn", "mlp", "text", "embed", "output", "image"]
+    layer: int | None = None
+    head: int | None = None
+    """None: every head of the layer."""
+    part: Literal["q", "k", "v"] | None = None
+    tokens: tuple[int, ...] | str | None = None
+    """Positions, or a role of `dit_lens.prompts`; None: the whole text."""
+
+    def __post_init__(self) -> None:
+        if _FORM.fullmatch(str(self)) is None:
+            raise ValueError(f"{str(self)!r} is no node: write {FORMS}.")
+
+    @classmethod
+    def parse(cls, text: str | Node) -> Node:
+        """Raises ValueError, with the forms allowed, for any other."""
+        if isinstance(text, Node):
+            return text
+        found = _FORM.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no node: write {FORMS}.")
+        layer, head, tokens = found["layer"] or found["mlp"], found["head"], found["tokens"]
+        return cls(
+            kind=re.split(r"[.\[]", text)[0],  # type: ignore[arg-type]
+            layer=None if layer is None else int(layer),
+            head=None if head is None else int(head),
+            part=found["part"],  # type: ignore[arg-type]
+            tokens=tuple(map(int, tokens.split(","))) if tokens and tokens[0].isdigit() else tokens,
+        )
+
+    def __str__(self) -> str:
+        tokens = self.tokens if self.tokens is None or isinstance(self.tokens, str) else ",".join(map(str, self.tokens))
+        return (
+            self.kind
+            + ("" if self.layer is None else f".L{self.layer}")
+            + ("" if self.head is None else f"H{self.head}")
+            + ("" if self.part is None else f".{self.part}")
+            + ("" if tokens is None else f"[{tokens}]")
+        )
+
+    def check(self, cfg: Any, sends: bool) -> None:
+        """Raise ValueError unless the model has this node and the node can send, or else receive."""
+        layers, heads = cfg.n_layers, cfg.n_heads
+        if (self.layer or 0) >= layers or (self.head or 0) >= heads:
+            raise ValueError(f"There is no {self}: the model has {layers} layers of {heads} heads, counted from 0.")
+        if sends and self.kind == "image":
+            raise ValueError("image can only receive: it is where all paths end.")
+        if sends and self.part is not None:
+            raise ValueError(f"{self} can only receive: a head sends its result, so write {str(self)[:-2]!r}.")
+        if not sends and self.kind == "text":
+            raise ValueError("text can only send: nothing in the denoiser writes to it.")
+
+    def written(self, cfg: Any) -> str:
+        """The name in the denoiser of the tensor by which this node sends."""
+        names = {
+            "mlp": f"blocks.{self.layer}.hook_mlp_out",
+            "text": "hook_text",
+            "embed": "hook_embed",
+            "output": f"blocks.{cfg.n_layers - 1}.hook_resid_post",
+        }
+        return names.get(self.kind, f"blocks.{self.layer}.{self.kind}.hook_z")
+
+    def read(self, cfg: Any) -> list[str]:
+        """The names in the denoiser of the tensors that stand for this node's input."""
+        if self.kind == "mlp":
+            return [f"blocks.{self.layer}.mlp.hook_pre"]
+        if self.kind in ("embed", "output"):
+            return [self.written(cfg)]
+        return [f"blocks.{self.layer}.{self.kind}.hook_{part}" for part in self.part or "qkv"]
+
+    @property
+    def index(self) -> Index:
+        """This node's share of a tensor that it reads or writes; text apart, whose positions depend on the prompt."""
+        return ... if self.head is None else (..., self.head, slice(None))
+
+    def depth(self, cfg: Any) -> int:
+        """Where the node stands along the residual stream of one denoiser call."""
+        if self.layer is not None:
+            return 3 * self.layer + ("attn", "cross_attn", "mlp").index(self.kind)
+        return 3 * cfg.n_layers if self.kind == "output" else -1
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A set of nodes with the denoising steps and guidance branch that are meant; a single denoiser call has neither.
+
+    `Nodes("cross_attn.L2H1", steps=3)`, `Nodes(["mlp.L0", "mlp.L1"], steps=[0, 1], branch="both")`.
+    """
+
+    names: str | Node | Sequence[str | Node]
+    steps: int | Sequence[int] | None = None
+    """None: every step."""
+    branch: Branch | Literal["both"] = "cond"
+
+    def __post_init__(self) -> None:
+        if not self.nodes or (self.steps is not None and not isinstance(self.steps, int) and not self.steps):
+            raise ValueError("This set is empty: give at least one node, and one step (or None for all).")
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        names = [self.names] if isinstance(self.names, (str, Node)) else self.names
+        return tuple(map(Node.parse, names))
+
+    def __str__(self) -> str:
+        steps = [self.steps] if isinstance(self.steps, int) else self.steps
+        at = "" if steps is None else "@" + ",".join(map(str, steps))
+        return "+".join(map(str, self.nodes)) + at + ("" if self.branch == "cond" else f"/{self.branch}")
+
+
+class Place(NamedTuple):
+    """One denoiser call of a generation."""
+
+    step: int
+    branch: Branch
+
+
+def obstacle(from_: tuple[Node, Place], to: tuple[Node, Place], frozen: Collection[str], cfg: Any) -> str | None:
+    """Why no path leads from a sender to a receiver; None where one does."""
+    (sender, sent), (receiver, received) = from_, to
+    if receiver.kind == "cross_attn" and receiver.part != "q":
+        if sender.kind == "text" and sent == received:
+            return None
+        if receiver.part is not None:
+            return f"{receiver} reads the text alone: of all senders, only text at the same step and branch reaches it."
+    depth = sender.depth(cfg)
+    if sender.kind == "text":
+        if "cross_attn" in frozen:
+            return f"No path leads from {sender} to {receiver}: the text acts through cross-attention, which is frozen."
+        depth = Node("cross_attn", layer=0).depth(cfg)  # the first to write the text into the residual stream
+    if receiver.kind == "image" or sent.step < received.step:
+        return None  # by the sampler
+    if sent.step > received.step:
+        return f"No path leads from {sender} to {receiver}: step {received.step} comes before step {sent.step}."
+    if sent.branch != received.branch:
+        return f"No path leads from {sender} to {receiver}: within a step, {sent.branch} and {received.branch} do not meet."
+    if depth < receiver.depth(cfg):
+        return None
+    return f"No path leads from {sender} to {receiver}: within a denoiser call, {receiver} reads before {sender} writes."

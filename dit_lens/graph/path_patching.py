@@ -1,0 +1,356 @@
+"""Path patching: what a set of senders does to a result *by way of* a set of receivers, within a step and across steps.
+
+    original = model.trajectory("red circle is above blue square", seed=0)
+    source = model.trajectory("red circle is below blue square", seed=0)
+    path_patch(original, source, "cross_attn.L2H1", "cross_attn.L4H0.q", metric)          # at every step
+    path_patch(original, source, Nodes("text[relation]", steps=0), Nodes("mlp.L3", steps=2), metric, "exact")
+
+The graph is the whole generation: text, embedding, heads and MLPs of every denoising step and guidance branch, joined by
+the residual stream; the sampler joins a step's network output to all steps after it (latents and multistep history). Let P
+be the set of paths that start at a sender, reach a receiver's input by way of components that are not frozen, and go on in
+any way. The result is computed with the senders' source values along P, and with original values along all other paths:
+path patching on a set of paths as in Goldowsky-Dill et al. (arXiv 2304.05969).
+
+A variant says what is frozen, that is, which paths from sender to receiver count:
+
+``direct``        Everything: a receiver's input is x_r + Σ_s (source_s − original_s), summed over the senders that write to it.
+                  Into a later step, only what the solver carries of the network output at the sender's own step; the steps
+                  between add nothing. In one call, for two heads, it is TransformerLens' ``get_act_patch_direct_path``.
+``through_mlps``  Heads, but not MLPs: Wang et al. (arXiv 2211.00593), appendix B, where a receiver's recorded input replaces
+                  its original one, so that P has no paths from one receiver to another. Else it is the same.
+``exact``         Nothing: all paths from senders to receivers.
+
+Or freeze any of ``attn``, ``cross_attn``, ``mlp`` and ``steps`` (no path enters a denoiser call by its latents and leaves it
+by its output, unless it passes a receiver there).
+
+How it is computed: copies of the batch go through the model together. In SENT, senders have their source values and frozen
+components say what they say in REFERENCE. In REFERENCE, receivers' inputs are those of SENT; its result counts. That is exact
+for any set of receivers: a path that has passed a receiver is in REFERENCE, on which frozen components depend like all others.
+While steps are frozen, CARRIED is SENT with the latents of REFERENCE, and says what SENT passes on to later steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models import Trajectory
+from hooked_models.generation.names import BRANCHES, FINAL, Branch
+from hooked_models.generation.views import DenoiserView
+
+from ..runs.repeated_runs import Call, Generation
+from ..text.prompts import Role
+from .nodes import Index, Node, Nodes, Place, obstacle
+
+__all__ = ["VARIANTS", "Node", "Nodes", "head_matrix", "path_patch", "path_patch_matrix"]
+
+VARIANTS: Mapping[str, frozenset[str]] = {
+    "direct": frozenset({"attn", "cross_attn", "mlp", "steps"}),
+    "through_mlps": frozenset({"attn", "cross_attn"}),
+    "exact": frozenset(),
+}
+"""Variant → what is frozen."""
+
+Metric = Callable[[Tensor], Tensor]
+"""A tensor [batch …] → one number for each row [batch]."""
+
+Run = Trajectory | DenoiserView
+
+
+NodesLike = str | Node | Sequence[str | Node] | Nodes
+
+REFERENCE, SENT, CARRIED = 0, 1, 2
+"""Copies of the batch; the module says what happens in them."""
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """Two runs, a metric and what is frozen: all but senders and receivers."""
+
+    original: Call | Generation
+    source: Call | Generation
+    metric: Metric
+    metric_on: str
+    frozen: frozenset[str]
+
+    @classmethod
+    def of(cls, original: Run, source: Run, metric: Metric, variant: str | Collection[str], metric_on: str | None) -> _Experiment:
+        kinds = sorted(VARIANTS["direct"])
+        known = variant in VARIANTS if isinstance(variant, str) else set(kinds).issuperset(variant)
+        if not known:
+            raise ValueError(
+                f"variant={variant!r} is unknown: choose {', '.join(VARIANTS)}, or some of {', '.join(kinds)} to freeze."
+            )
+        frozen = VARIANTS[variant] if isinstance(variant, str) else frozenset(variant)
+        one, other = (Generation(run) if isinstance(run, Trajectory) else Call(run) for run in (original, source))
+        if type(one) is not type(other) or one.dit is not other.dit:
+            raise ValueError("original and source must be of one model, and either both trajectories or both denoiser calls.")
+        if len(one) != len(other):
+            raise ValueError(f"original has {len(one)} rows and source {len(other)}: pair each prompt with its counterfactual.")
+        for name, value in one.conditions.items():
+            if not _equal(value, other.conditions.get(name)):
+                raise ValueError(
+                    f"original and source differ in {name}, so that the contributions of one mean nothing in the other."
+                )
+        return cls(one, other, metric, one.result if metric_on is None else metric_on, frozen)
+
+    @cached_property
+    def baselines(self) -> dict[str, Float[np.ndarray, " prompt"]]:
+        """The metric of the two runs as they are."""
+        runs = {"original": self.original, "source": self.source}
+        return {name: self.measure(run.run([self.metric_on])[self.metric_on]) for name, run in runs.items()}
+
+    def measure(self, tensor: Tensor) -> Float[np.ndarray, " prompt"]:
+        values = self.metric(tensor)
+        if values.shape != (len(self.original),):
+            raise ValueError(f"metric gave {tuple(values.shape)} for {len(self.original)} rows: return one number for each row.")
+        return values.detach().double().cpu().numpy()
+
+    def places(self, nodes: Nodes, sends: bool) -> list[Place]:
+        """The denoiser calls that a set means, up to the one that the metric is taken at; checks the set on the way."""
+        for node in nodes.nodes:
+            node.check(self.original.dit.cfg, sends)
+            if node.kind == "image" and self.metric_on != FINAL:
+                raise ValueError(f"image receives after the last step, but the metric is taken on {self.metric_on}.")
+        last = self.original.step_of(self.metric_on)
+        steps = range(last + 1) if nodes.steps is None else [nodes.steps] if isinstance(nodes.steps, int) else nodes.steps
+        if outside := [step for step in steps if not 0 <= step <= last]:
+            raise ValueError(f"{nodes}: step {outside[0]} is not among the steps 0 to {last} on which {self.metric_on} depends.")
+        branches = BRANCHES if nodes.branch == "both" else (nodes.branch,)
+        if missing := [branch for branch in branches if branch not in self.original.branches]:
+            raise ValueError(f"{nodes}: this run has no {missing[0]} branch.")
+        return [Place(step, branch) for step in steps for branch in branches]
+
+    def obstacle(self, senders: Nodes, receivers: Nodes) -> str | None:
+        """Why some sender reaches no receiver, or some receiver is not reached; None if all is joined."""
+        cfg = self.original.dit.cfg
+        sent = list(product(senders.nodes, self.places(senders, sends=True)))
+        received = list(product(receivers.nodes, self.places(receivers, sends=False)))
+
+        def first_reason(senders: Any, receivers: Any) -> str | None:
+            reasons = (obstacle(s, r, self.frozen, cfg) for s, r in product(senders, receivers))
+            first = next(reasons)
+            return None if first is None or None in reasons else first
+
+        for node in senders.nodes:
+            if reason := first_reason([pair for pair in sent if pair[0] == node], received):
+                return reason
+        for node in receivers.nodes:
+            if reason := first_reason(sent, [pair for pair in received if pair[0] == node]):
+                return reason
+        return None
+
+    @property
+    def fresh(self) -> int:
+        """The first copy that has no part in the computation."""
+        return CARRIED + 1 if "steps" in self.frozen and isinstance(self.original, Generation) else SENT + 1
+
+    def patched(self, senders: Nodes, receivers: Mapping[int, Nodes]) -> dict[int, Float[np.ndarray, " prompt"]]:
+        """copy → metric of that copy, in which its receivers' inputs are those of SENT.
+
+        Receivers of fresh copies are independent experiments. In those, frozen components are frozen at the original run: a
+        set of receivers that paths join belongs into REFERENCE, alone.
+        """
+        run, copies = self.original, max(self.fresh - 1, *receivers) + 1
+        sent_from = self.places(senders, sends=True)
+        first, last = min(place.step for place in sent_from), max(self.last_step(nodes) for nodes in receivers.values())
+        transfer = partial(_transfer, copies=copies)
+        hooks = [(name, partial(transfer, source=a, target=b)) for name, a, b in self.freeze(range(first, last + 1))]
+        for name, index, value in self.send(senders, sent_from):
+            hooks += [(name, partial(_give, copies=copies, index=index, value=value, target=b)) for b in range(SENT, self.fresh)]
+        for copy, nodes in receivers.items():
+            targets = (copy, *range(CARRIED, self.fresh)) if copy == REFERENCE else (copy,)
+            for place, node in product(self.places(nodes, sends=False), nodes.nodes):
+                names = [] if node.kind == "image" else [run.name(place, inner) for inner in node.read(run.dit.cfg)]
+                take = partial(transfer, source=SENT, index=node.index)
+                hooks += [(name, partial(take, target=target)) for name in names for target in targets]
+        result = run.run([self.metric_on], hooks, copies, first)[self.metric_on].unflatten(0, (copies, -1))
+        # Whoever receives the final latents of SENT has its image.
+        shown = {copy: SENT if any(n.kind == "image" for n in nodes.nodes) else copy for copy, nodes in receivers.items()}
+        return {copy: self.measure(result[row]) for copy, row in shown.items()}
+
+    def last_step(self, receivers: Nodes) -> int:
+        if any(node.kind == "image" for node in receivers.nodes):
+            return self.original.num_steps - 1
+        return max(place.step for place in self.places(receivers, sends=False))
+
+    def freeze(self, steps: Iterable[int]) -> Iterator[tuple[str, int, int]]:
+        """(hook, copy to take from, copy to hold)."""
+        run, cfg = self.original, self.original.dit.cfg
+        for step in steps:
+            for kind, layer, branch in product(self.frozen - {"steps"}, range(cfg.n_layers), run.branches):
+                name = run.name(Place(step, branch), Node.parse(f"{kind}.L{layer}").written(cfg))
+                yield from ((name, REFERENCE, copy) for copy in range(SENT, self.fresh))
+            if self.fresh > CARRIED:
+                yield f"steps.{step}.hook_latent", REFERENCE, CARRIED
+                yield f"steps.{step}.hook_out", CARRIED, SENT
+
+    def send(self, senders: Nodes, places: Sequence[Place]) -> Iterator[tuple[str, Index, Tensor]]:
+        """(hook, part of its tensor, value in the source run)."""
+        cfg = self.original.dit.cfg
+        sites = [(self.source.name(place, node.written(cfg)), node, place) for place in places for node in senders.nodes]
+        values = self.source.run({name for name, *_ in sites})
+        for name, node, place in sites:
+            index = self.text_positions(node, place.branch) if node.kind == "text" else node.index
+            yield name, index, values[name][index]
+
+    def text_positions(self, node: Node, branch: Branch) -> Bool[Tensor, "batch text_pos"]:
+        ours, theirs = self.original.text_bias(branch), self.source.text_bias(branch)
+        if ours.shape != theirs.shape:
+            lengths = f"{ours.shape[1]} and {theirs.shape[1]}"
+            raise ValueError(f"The texts have {lengths} tokens: tokenise both to one length, model.to_tokens(prompts, length=…).")
+        chosen = torch.ones_like(ours, dtype=torch.bool)
+        if isinstance(node.tokens, str):
+            if node.tokens not in get_args(Role):
+                raise ValueError(f"{node.tokens!r} is no role: choose from {', '.join(get_args(Role))}, or give positions.")
+            chosen = torch.tensor([[role == node.tokens for role in row] for row in self.original.roles()], device=ours.device)
+            if not chosen.any(dim=1).all():
+                raise ValueError(f"Row {chosen.any(dim=1).int().argmin()} has no token with the role {node.tokens!r}.")
+        elif node.tokens is not None:
+            if max(node.tokens) >= ours.shape[1]:
+                raise ValueError(f"There is no {node}: the text has {ours.shape[1]} tokens, counted from 0.")
+            chosen = torch.zeros_like(chosen)
+            chosen[:, list(node.tokens)] = True
+        if (wrong := chosen & (ours != theirs)).any():
+            row, position = wrong.nonzero()[0].tolist()
+            raise ValueError(f"Token {position} of row {row} is masked in one of the two runs: choose prompts of equal length.")
+        return chosen
+
+    def dataset(self, dims: Sequence[str], patched: Float[np.ndarray, "*dims"], **coords: Any) -> xr.Dataset:
+        original, source = self.baselines["original"], self.baselines["source"]
+        total = np.broadcast_to(source - original, patched.shape)
+        effect = np.divide(patched - original, total, out=np.full(patched.shape, np.nan), where=total != 0)
+        variables = {"original": ("prompt", original), "source": ("prompt", source)}
+        attrs = {"frozen": sorted(self.frozen), "metric_on": self.metric_on}
+        return xr.Dataset({**variables, "patched": (dims, patched), "effect": (dims, effect)}, coords, attrs)
+
+
+# The hooks. Each edits rows [copy · batch, …] in place.
+
+
+def _transfer(rows: Tensor, hook: HookPoint, *, copies: int, source: int, target: int, index: Index = ...) -> None:
+    rows = rows.unflatten(0, (copies, -1))
+    rows[target][index] = rows[source][index]
+
+
+def _give(rows: Tensor, hook: HookPoint, *, copies: int, target: int, index: Index, value: Tensor) -> None:
+    rows.unflatten(0, (copies, -1))[target][index] = value
+
+
+def _nodes(like: NodesLike) -> Nodes:
+    return like if isinstance(like, Nodes) else Nodes(like)
+
+
+@torch.no_grad()
+def path_patch(
+    original: Run,
+    source: Run,
+    senders: NodesLike,
+    receivers: NodesLike,
+    metric: Metric,
+    variant: str | Collection[str] = "direct",
+    metric_on: str | None = None,
+) -> xr.Dataset:
+    """The effect of the senders' source values on a metric, along the paths through the receivers (see the module).
+
+    Args:
+        original, source: `model.trajectory(prompts, seed=0)` and the same of the counterfactual (another prompt, or noise), or
+            two calls of one denoiser, `dit.bind(latents, timestep, text)[0]`. No step before the senders' first is run again.
+        senders, receivers: nodes as text (`Node` lists the forms), or `Nodes`, which says the steps (all of them unless said)
+            and the branch (the conditional one).
+        metric: a tensor [batch …] → [batch].
+        variant: ``direct``, ``through_mlps``, ``exact``, or what to freeze.
+        metric_on: the hook whose tensor the metric is given, such as "steps.3.hook_x0"; nothing after it is run. Unless said,
+            the images, or the output of the denoiser call.
+
+    Returns:
+        Over prompt: original, source, patched, and effect = (patched − original) / (source − original), NaN where the
+        two runs agree.
+
+    Raises:
+        ValueError: no path leads to some receiver, or from some sender; there is no such node; the runs do not fit together.
+    """
+    senders, receivers = _nodes(senders), _nodes(receivers)
+    experiment = _Experiment.of(original, source, metric, variant, metric_on)
+    if reason := experiment.obstacle(senders, receivers):
+        raise ValueError(reason)
+    return experiment.dataset(["prompt"], experiment.patched(senders, {REFERENCE: receivers})[REFERENCE])
+
+
+@torch.no_grad()
+def path_patch_matrix(
+    original: Run,
+    source: Run,
+    senders: Sequence[NodesLike],
+    receivers: Sequence[NodesLike],
+    metric: Metric,
+    variant: str | Collection[str] = "direct",
+    metric_on: str | None = None,
+    receivers_per_run: int = 16,
+) -> xr.Dataset:
+    """`path_patch` of every sender (or set) with every receiver (or set): patched and effect over (sender, receiver, prompt).
+
+    NaN where no path leads. One sender's receivers share a run, as further rows of its batch, `receivers_per_run` at a time;
+    a receiver of several nodes or calls shares only where nothing is frozen.
+    """
+    experiment = _Experiment.of(original, source, metric, variant, metric_on)
+    rows, columns = list(map(_nodes, senders)), list(map(_nodes, receivers))
+    patched = np.full((len(rows), len(columns), len(experiment.original)), np.nan)
+
+    def shares(nodes: Nodes) -> bool:
+        return not experiment.frozen or len(nodes.nodes) == len(experiment.places(nodes, sends=False)) == 1
+
+    for i, sender in enumerate(rows):
+        reached = [j for j, receiver in enumerate(columns) if experiment.obstacle(sender, receiver) is None]
+        for j in (j for j in reached if not shares(columns[j])):
+            patched[i, j] = experiment.patched(sender, {REFERENCE: columns[j]})[REFERENCE]
+        together = [j for j in reached if shares(columns[j])]
+        for start in range(0, len(together), receivers_per_run):
+            part = dict(enumerate(together[start : start + receivers_per_run], start=experiment.fresh))
+            for copy, values in experiment.patched(sender, {copy: columns[j] for copy, j in part.items()}).items():
+                patched[i, part[copy]] = values
+    labels = {"sender": list(map(str, rows)), "receiver": list(map(str, columns))}
+    return experiment.dataset(["sender", "receiver", "prompt"], patched, **labels)
+
+
+def head_matrix(
+    original: Run,
+    source: Run,
+    metric: Metric,
+    senders: Literal["attn", "cross_attn"] = "cross_attn",
+    receivers: Literal["attn", "cross_attn"] = "cross_attn",
+    part: Literal["q", "k", "v"] | None = "q",
+    sender_steps: int | Sequence[int] | None = None,
+    receiver_steps: int | Sequence[int] | None = None,
+    branch: Branch | Literal["both"] = "cond",
+    **how: Any,
+) -> xr.Dataset:
+    """`path_patch_matrix` of all heads of a sublayer with (the q, k or v of) all heads of a sublayer.
+
+    Returns:
+        patched and effect over (layer, head, receiver_layer, receiver_head, prompt). `how` is variant, metric_on and
+        receivers_per_run.
+    """
+    cfg = (original.model.dit if isinstance(original, Trajectory) else original.dit).cfg
+    heads = list(product(range(cfg.n_layers), range(cfg.n_heads)))
+    from_ = [Nodes(Node(senders, *head), sender_steps, branch) for head in heads]
+    to = [Nodes(Node(receivers, *head, part), receiver_steps, branch) for head in heads]
+    table = path_patch_matrix(original, source, from_, to, metric, **how)
+    dims = ("layer", "head", "receiver_layer", "receiver_head", "prompt")
+    shape = (cfg.n_layers, cfg.n_heads) * 2 + (table.sizes["prompt"],)
+    wide = {name: (dims, table[name].values.reshape(shape)) for name in ("patched", "effect")}
+    return xr.Dataset({**table[["original", "source"]].data_vars, **wide}, attrs=table.attrs)
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return torch.equal(one, other) if one is not None and other is not None else one is other

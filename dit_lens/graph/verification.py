@@ -1,0 +1,122 @@
+"""Scores of the parts of a model, and how far they are true: exact patches of the largest and of a random sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.patching import PatchingResult
+
+from ..runs.gradients import Context, Metric, Pair, evaluate
+from ..stats import Interval, rank_correlation
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Exact patches, one cell at a time, beside the scores that predicted them."""
+
+    result: PatchingResult
+    """One row a cell: first the top k, then the random sample (`index_df["drawn"]` says which). Metric values per prompt, with
+    TransformerLens' effects, intervals and p-values; `effect()` is what the scores estimate."""
+    spearman: Interval
+    """Rank correlation of scores and exact effects (means over prompts) over the random sample."""
+    p: float
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a cell: where it is, its `score` and its `exact` effect, both means over prompts."""
+        return self.result.index_df.assign(exact=self.result.effect().mean(-1).cpu().numpy())
+
+
+class Edit(NamedTuple):
+    """To a part of what passes one hook is added how a part of what passes a hook differs between the runs."""
+
+    receiver: str
+    receiver_part: tuple[Any, ...]
+    sender: str
+    sender_part: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What scores of nodes and edges have in common."""
+
+    scores: Any
+    """Dims (step, branch, prompt, …); a denoiser call has no step and branch."""
+    pair: Pair
+    metric: Metric
+
+    def table(self) -> pd.DataFrame:
+        """One row a cell, the largest mean over prompts (`score`, in magnitude) first."""
+        raise NotImplementedError
+
+    def _edit(self, row: Any) -> Edit:
+        """The patch that a cell stands for."""
+        raise NotImplementedError
+
+    def verify(self, k: int = 10, sample: int = 30, seed: int = 0) -> Verification:
+        """Patch the `k` largest cells and a random `sample` of all, each exactly and alone, by running the original again.
+
+        Costs k + sample runs from the cell's step on.
+        """
+        table = self.table()
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(table))[:sample])
+        cells = pd.concat([table.head(k).assign(drawn="top"), table.iloc[drawn].assign(drawn="sample")], ignore_index=True)
+        values = self._patched(cells)
+        baseline = evaluate(self.metric, self.pair.original.output)
+        result = PatchingResult(values, [], cells, ["metric"], reduced=False, baseline=baseline)
+        exact = result.effect().mean(-1)[min(k, len(table)) :].double().cpu().numpy()
+        return Verification(result, *rank_correlation(cells["score"].to_numpy()[min(k, len(table)) :], exact))
+
+    def _patched(self, cells: pd.DataFrame) -> Float[Tensor, "cell batch"]:
+        """The metric of the original run under each cell's patch."""
+        values: dict[int, Tensor] = {}
+        edits = [self._edit(row) for row in cells.itertuples()]
+        contexts = [self._context(row) for row in cells.itertuples()]
+        with self._flags():
+            for context in self.pair.contexts:
+                here = [i for i, other in enumerate(contexts) if other is context]
+                read = list(dict.fromkeys(context.prefix + edits[i].sender for i in here))
+                differences = self.pair.differences(context.segment, read) if read else {}
+                for i in here:
+                    edit = edits[i]
+                    patch = partial(_add, edit.receiver_part, differences[context.prefix + edit.sender][edit.sender_part])
+                    run = self.pair.original.replay(context.segment, [(context.prefix + edit.receiver, patch)])
+                    values[i] = evaluate(self.metric, run.output)
+        return torch.stack([values[i] for i in range(len(cells))])
+
+    def _flags(self) -> AbstractContextManager[None]:
+        """The denoiser with the hooks that edits need."""
+        return nullcontext()
+
+    def _context(self, row: Any) -> Context:
+        return next(c for c in self.pair.contexts if all(getattr(row, key) == value for key, value in c.coords.items()))
+
+
+def _add(index: tuple[Any, ...], change: Tensor, tensor: Tensor, hook: Any) -> Tensor:
+    edited = tensor.clone()
+    edited[index] += change
+    return edited
+
+
+def labelled(pair: Pair, found: Mapping[int, tuple[tuple[str, ...], np.ndarray]], coords: Mapping[str, Any]) -> xr.DataArray:
+    """The contexts' arrays (index of the context → dims, values) as one, with dims step and branch in front, if it has any."""
+    outer = {key: list(dict.fromkeys(c.coords[key] for c in pair.contexts)) for key in pair.contexts[0].coords}
+    dims, first = found[0]
+    values = np.stack([found[i][1] for i in range(len(pair.contexts))]).reshape(*map(len, outer.values()), *first.shape)
+    labels = {**outer, **{dim: coords.get(dim, np.arange(size)) for dim, size in zip(dims, first.shape, strict=True)}}
+    return xr.DataArray(values, coords=labels, dims=(*outer, *dims), name="score")
+
+
+def ranked(scores: xr.DataArray) -> pd.DataFrame:
+    table = scores.mean("prompt").rename("score").to_dataframe().reset_index().dropna(subset="score")
+    return table.sort_values("score", key=np.abs, ascending=False, ignore_index=True)

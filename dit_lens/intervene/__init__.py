@@ -1,0 +1,1 @@
+"""Interventions as data, and experiments made of them: ablation and steering."""

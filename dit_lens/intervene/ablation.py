@@ -1,0 +1,327 @@
+"""Ablations that show something: presets over `Intervention`, and what they do to generated scenes, beside matched controls.
+
+    conditions = {"relation head": knockout_role("relation", heads="L2H2"), "no relation words": knockout_role("relation")}
+    effects = ablation_effects(model, scenes.sample(64, seed=1, color_words="both"), conditions, seeds=[0, 1])
+    effects["relation_loose_effect"].to_pandas()
+
+Source: Wang, Fan, Pan (arXiv 2601.06338), sections 4.2 and 5. What differs: all tokens of a role are masked, heads can also be
+zeroed, averaged or resampled, and every condition has the same noise, an interval and random heads and tokens to compare with.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Int
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from hooked_models import HookedTextToImage
+from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
+
+from .. import task as scenes
+from ..readout.circuits import parse_head
+from ..stats import paired_difference
+from .interventions import Action, Intervention
+
+VERDICTS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
+"""The verdicts of `scenes.evaluate` whose change is an effect."""
+LONG = 10
+"""Batches from which a progress bar is shown."""
+
+Steps = int | Sequence[int] | slice | None
+Branches = Literal["cond", "uncond", "both"]
+
+
+# Presets
+
+
+def knockout_role(
+    role: str | Sequence[str] | Sequence[int],
+    heads: str | Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
+    steps: Steps = None,
+    branch: Branches = "cond",
+) -> list[Intervention]:
+    """Hide all tokens of a role (or several, or positions) from cross-attention, whose patterns renormalise over the others.
+
+    In all heads of all layers, unless `heads` ("L2H8", or several) or `layers` are given: then the words are dropped from the
+    prompt as its mask would do, for the steps that are given (`slice(5)`: before the fifth).
+
+    Raises:
+        ValueError: heads and layers are both given, or a head or role is misspelt.
+    """
+    if heads is not None and layers is not None:
+        raise ValueError("Give heads or layers: a head's name says its layer.")
+    site = "blocks.{}.cross_attn.hook_pattern"
+    if heads is not None:
+        return [
+            Intervention(site.format(layer), numbers, role, steps, branch, "knockout")
+            for layer, numbers in _by_layer(heads).items()
+        ]
+    chosen = ["*"] if layers is None else [layers] if isinstance(layers, int) else layers
+    return [Intervention(site.format(layer), None, role, steps, branch, "knockout") for layer in chosen]
+
+
+def ablate_heads(
+    heads: str | Sequence[str],
+    action: Action = "zero",
+    sublayer: Literal["attn", "cross_attn"] = "cross_attn",
+    steps: Steps = None,
+    branch: Branches = "cond",
+) -> list[Intervention]:
+    """Replace what heads ("L2H8", or several) pass on (`hook_z`, at all positions), by an action: "zero", "mean", "resample", ….
+
+    Raises:
+        ValueError: a head is misspelt.
+    """
+    return [
+        Intervention(f"blocks.{layer}.{sublayer}.hook_z", numbers, None, steps, branch, action)
+        for layer, numbers in _by_layer(heads).items()
+    ]
+
+
+def _by_layer(heads: str | Sequence[str]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for layer, head in map(parse_head, [heads] if isinstance(heads, str) else heads):
+        found.setdefault(layer, []).append(head)
+    return found
+
+
+# Controls
+
+
+def random_heads(
+    model: HookedTextToImage, interventions: Sequence[Intervention], rng: np.random.Generator, exclude: Sequence[str] = ()
+) -> list[Intervention]:
+    """The same on other heads: as many, drawn from the same sublayer within the same range of layers.
+
+    The range is widened by a layer on each side while it has too few other heads. Interventions on all heads stay as they are.
+    `exclude`: heads ("L2H1") that are no control, such as others that were found with those acted on; only a model that has too
+    few besides them lends these, too.
+
+    Raises:
+        ValueError: the model has too few other heads.
+    """
+    used: dict[str, set[tuple[int, int]]] = {}
+    for intervention in interventions:
+        if intervention.heads is not None:
+            cells = {(layer, int(head)) for layer in _layers(model, intervention) for head in intervention.heads}
+            used.setdefault(_family(intervention), set()).update(cells)
+    excluded = set(map(parse_head, exclude))
+    drawn = {family: _other_heads(model, family, heads, excluded, rng) for family, heads in used.items()}
+    controls = []
+    for intervention in interventions:
+        if intervention.heads is None:
+            controls.append(intervention)
+            continue
+        others = [
+            drawn[_family(intervention)][layer, int(head)]
+            for layer in _layers(model, intervention)
+            for head in intervention.heads
+        ]
+        for layer in sorted({layer for layer, _ in others}):
+            site = re.sub(r"blocks\.(\d+|\*)\.", f"blocks.{layer}.", intervention.site)
+            controls.append(replace(intervention, site=site, heads=[head for at, head in others if at == layer]))
+    return controls
+
+
+def _family(intervention: Intervention) -> str:
+    return re.sub(r"blocks\.\d+\.", "blocks.*.", intervention.site).rpartition(".")[0]
+
+
+def _cfg(model: HookedTextToImage, site: str) -> Any:
+    return model.text_encoder.cfg if site.startswith("text_encoder.") else model.cfg
+
+
+def _layers(model: HookedTextToImage, intervention: Intervention) -> list[int]:
+    found = re.search(r"blocks\.(\d+)\.", intervention.site)
+    return list(range(_cfg(model, intervention.site).n_layers)) if found is None else [int(found[1])]
+
+
+def _other_heads(
+    model: HookedTextToImage,
+    family: str,
+    used: set[tuple[int, int]],
+    excluded: set[tuple[int, int]],
+    rng: np.random.Generator,
+) -> dict[tuple[int, int], tuple[int, int]]:
+    cfg = _cfg(model, family)
+    low, high = min(layer for layer, _ in used), max(layer for layer, _ in used)
+    for left_out, margin in itertools.product((used | excluded, used), range(cfg.n_layers)):
+        layers = range(max(low - margin, 0), min(high + margin + 1, cfg.n_layers))
+        others = [(layer, head) for layer in layers for head in range(cfg.n_heads) if (layer, head) not in left_out]
+        if len(others) >= len(used):
+            picks = rng.choice(len(others), len(used), replace=False)
+            return {head: others[pick] for head, pick in zip(sorted(used), picks, strict=True)}
+    raise ValueError(f"There are only {len(others)} other heads to compare {len(used)} with: fewer heads, or controls=0.")
+
+
+def random_tokens(
+    model: HookedTextToImage, prompts: Sequence[str], interventions: Sequence[Intervention], rng: np.random.Generator
+) -> list[Intervention]:
+    """The same on other tokens of each prompt: as many, drawn from those that no intervention selects.
+
+    EOS is drawn where a prompt has no other word left, a pad never. Interventions on all tokens stay as they are.
+
+    Raises:
+        ValueError: a prompt has too few other tokens.
+    """
+    masks = {i: i.token_masks(model, prompts) for i in interventions if i.tokens is not None}
+    drawn: dict[Any, Tensor] = {}
+    controls = []
+    for intervention in interventions:
+        if intervention.tokens is None:
+            controls.append(intervention)
+            continue
+        selected, exist = masks[intervention]
+        what = intervention.tokens, selected.shape  # equal numbers may be places of an image and of a sentence
+        if what not in drawn:
+            taken = torch.stack([other for other, _ in masks.values() if other.shape == selected.shape]).any(dim=0)
+            drawn[what] = _other_tokens(selected, exist, taken, rng)
+        of_role = isinstance(intervention.tokens[0], str)
+        # the empty prompt has no role's tokens, so neither has its control
+        branch = "cond" if of_role and intervention.branch == "both" else intervention.branch
+        controls.append(replace(intervention, tokens=drawn[what], branch=branch))
+    return controls
+
+
+def _other_tokens(
+    selected: Bool[Tensor, "prompt pos"],
+    exist: Bool[Tensor, "prompt pos"],
+    taken: Bool[Tensor, "prompt pos"],
+    rng: np.random.Generator,
+) -> Bool[Tensor, "prompt pos"]:
+    others = torch.zeros_like(selected)
+    for row in range(len(selected)):
+        last = int(exist[row].nonzero().max())  # EOS, or the last position of an image
+        free = (exist[row] & ~taken[row]).nonzero().flatten().numpy()
+        count = int(selected[row].sum())
+        if count > len(free):
+            raise ValueError(f"Prompt {row} has {len(free)} other tokens to compare {count} with: fewer tokens, or controls=0.")
+        order = rng.permutation(free)
+        others[row, np.concatenate([order[order != last], order[order == last]])[:count]] = True
+    return others
+
+
+# Effects
+
+
+@torch.no_grad()
+def ablation_effects(
+    model: HookedTextToImage,
+    wanted: Sequence[scenes.Scene | scenes.Trio],
+    conditions: Mapping[str, Intervention | Sequence[Intervention]],
+    seeds: Sequence[int] | Int[np.ndarray, "scene seed"],
+    *,
+    controls: int = 2,
+    exclude: Sequence[str] = (),
+    num_steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
+    batch: int = 64,
+    rng: int = 0,
+) -> xr.Dataset:
+    """What each condition does to scenes: their verdicts, and their paired change against no intervention.
+
+    All conditions draw the same scenes from the same noise, in the same batches. A condition whose interventions name heads is
+    repeated on random heads, one whose interventions name tokens on random tokens of the same prompts (`random_heads`,
+    `random_tokens`): in each case `controls` times.
+
+    Args:
+        wanted: one prompt each (`scenes.caption`).
+        conditions: name → what is done, all at once.
+        seeds: of the noise; the same for all scenes, or for each its own.
+        controls: draws of each kind; every one costs as much as a condition.
+        exclude: heads that are no control, see `random_heads`.
+        batch: images generated at once; "mean" and "resample" look at these.
+        rng: seed of controls, "resample" and intervals.
+
+    Returns:
+        A Dataset with dims (condition, scene, seed). Every variable of `scenes.evaluate` is there, and for each of `VERDICTS`
+        `{verdict}_effect`, dims (condition, interval): the mean of condition − "none" over the same images, and its 95 %
+        bootstrap interval over scenes (`stats.paired_difference`). Coordinates of condition: `kind` ("none", "condition",
+        "random heads", "random tokens") and `control_for`, the condition that a control belongs to.
+
+    Raises:
+        ValueError: seeds and scenes do not fit, a condition is called "none", or no control matches one.
+    """
+    if "none" in conditions:
+        raise ValueError("The condition 'none' is added by itself: give yours another name.")
+    if np.ndim(seeds) not in (1, 2) or (np.ndim(seeds) == 2 and len(seeds) != len(wanted)):
+        raise ValueError(
+            f"seeds has shape {np.shape(seeds)}: give seeds for all scenes, [seed], or each its own, [{len(wanted)} seed]."
+        )
+    noise = np.broadcast_to(np.asarray(seeds), (len(wanted), np.shape(seeds)[-1]))
+    texts = [scenes.caption(scene) for scene in wanted]
+    plans = _plans(model, texts, conditions, controls, exclude, np.random.default_rng(rng))
+    edits = {
+        name: [e for i in plan for e in i.resolve(model, texts, num_steps=num_steps, seed=rng)] for name, _, _, plan in plans
+    }
+    tokens = model.to_tokens(texts)
+    row_scene, row_seed = np.tile(np.arange(len(wanted)), noise.shape[1]), noise.T.ravel()  # one seed after the other
+    chunks = [np.arange(start, min(start + batch, len(row_scene))) for start in range(0, len(row_scene), batch)]
+    jobs = [(name, chunk) for name in edits for chunk in chunks]
+    judged: dict[str, list[xr.Dataset]] = {name: [] for name in edits}
+    console = Console(stderr=True)
+    for name, chunk in track(jobs, "generating ablated scenes", transient=True, disable=len(jobs) < LONG, console=console):
+        rows = torch.from_numpy(row_scene[chunk])
+        hooks = [(part.site.name, part) for edit in edits[name] if bool((part := edit.take(rows)).where.any())]
+        images = model.run_with_hooks(
+            tokens[rows.to(tokens.device)], row_seed[chunk].tolist(), num_steps, guidance, fwd_hooks=hooks
+        )
+        judged[name].append(scenes.evaluate(images, [wanted[row] for row in rows.tolist()]))
+
+    whole = {name: xr.concat(parts, "image") for name, parts in judged.items()}
+    first = whole["none"]
+    values = {
+        str(variable): np.stack([one[variable].values.reshape(noise.T.shape).T for one in whole.values()]) for variable in first
+    }
+    found = xr.Dataset(
+        {name: (("condition", "scene", "seed"), value, first[name].attrs) for name, value in values.items()},
+        coords={
+            "condition": list(edits),
+            "kind": ("condition", [kind for _, kind, _, _ in plans]),
+            "control_for": ("condition", [of for _, _, of, _ in plans]),
+            "scene": np.arange(len(wanted)),
+            "seed": np.asarray(seeds) if np.ndim(seeds) == 1 else np.arange(noise.shape[1]),
+            "interval": ["mean", "low", "high"],
+            "noise_seed": (("scene", "seed"), noise),
+            **{str(part): ("scene", first[part].values[: len(wanted)]) for part in first.coords if part != "image"},
+        },
+    )
+    for verdict in VERDICTS:
+        before, *_ = value = values[verdict].astype(float)
+        effects = [paired_difference(before, after, rng) for after in value]
+        found[f"{verdict}_effect"] = (("condition", "interval"), np.array(effects))
+    return found
+
+
+def _plans(
+    model: HookedTextToImage,
+    texts: Sequence[str],
+    conditions: Mapping[str, Intervention | Sequence[Intervention]],
+    controls: int,
+    exclude: Sequence[str],
+    rng: np.random.Generator,
+) -> list[tuple[str, str, str, list[Intervention]]]:
+    """(name, kind, control_for, interventions) of everything that is run."""
+    plans: list[tuple[str, str, str, list[Intervention]]] = [("none", "none", "", [])]
+    for name, several in conditions.items():
+        interventions = [several] if isinstance(several, Intervention) else several
+        plans.append((name, "condition", "", list(interventions)))
+        for draw in range(1, controls + 1):
+            if any(i.heads is not None for i in interventions):
+                control = random_heads(model, interventions, rng, exclude)
+                plans.append((f"{name} | random heads {draw}", "random heads", name, control))
+            if any(i.tokens is not None for i in interventions):
+                control = random_tokens(model, texts, interventions, rng)
+                plans.append((f"{name} | random tokens {draw}", "random tokens", name, control))
+    return plans

@@ -1,0 +1,234 @@
+"""What an intervention does to one tensor: an action and row-indexed tensors, as a hook function.
+
+`dit_lens.intervene.interventions` says what the actions mean, and makes edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models.generation.names import Site
+from hooked_models.hooks import HookFunction
+
+from .portable_ops import edited
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """Put a value there: a tensor, or tensors by hook name (full, or as within the denoiser, then for all steps and branches).
+
+    A tensor has the activation's shape, with as many rows as prompts or one for all, or broadcasts to its last axes. A cache of
+    other prompts makes this activation patching; its means over prompts, `{name: t.mean(0) for name, t in cache.items()}`,
+    make it mean ablation with a reference.
+    """
+
+    value: Tensor | Mapping[str, Tensor] | ActivationCache = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply by a number."""
+
+    factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """Add a tensor, shaped as in `Replace`."""
+
+    vector: Tensor = field(repr=False)
+
+
+Action = Literal["zero", "mean", "resample", "knockout"] | Replace | Scale | Add
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit:
+    """What an intervention does to one tensor of a generation, for rows 0, 1, …: a hook function.
+
+    Everything a row needs stands in row-indexed tensors, so that rows can be taken, in any order and repeatedly.
+    """
+
+    site: Site
+    action: Action
+    where: Bool[Tensor, "row ..."]
+    """The entries that change; as many axes as the tensor, 1 along those that are taken whole."""
+    prompt: Int[Tensor, " row"]
+    """Equal numbers for equal prompts."""
+    alike: Int[Tensor, " row"]
+    """Rows of equal numbers can lend each other what is selected ("resample")."""
+    pooled: int | None = None
+    """The token axis, where selected tokens correspond in order, and not by position."""
+    seed: int = 0
+    values: Tensor | None = None
+    """Of `Replace` and `Add`: one row each if it has all axes and as many rows, else the same for all."""
+    num_steps: int | None = None
+    """Of the run whose steps these are, where the intervention did not count them one by one."""
+
+    def __repr__(self) -> str:  # TransformerLens asks every hook for it, and printing tensors takes longer than a step
+        action = self.action if isinstance(self.action, str) else type(self.action).__name__
+        return f"Edit({self.site.name}, {action}, {len(self.where)} rows)"
+
+    def take(self, rows: Int[Tensor, " taken"]) -> Edit:
+        """The same edit for a batch made of these rows; "mean" and "resample" then look at these rows."""
+        values = self.values
+        if values is not None and values.ndim == self.where.ndim and len(values) == len(self.where):
+            values = values[rows.to(values.device)]
+        rows = rows.cpu()
+        where, prompt, alike = self.where[rows.to(self.where.device)], self.prompt[rows], self.alike[rows]
+        return replace(self, where=where, prompt=prompt, alike=alike, values=values)
+
+    @property
+    def looks_around(self) -> bool:
+        """Whether what becomes of a row depends on the other rows."""
+        return self.action in ("mean", "resample")
+
+    @staticmethod
+    def join(edits: Sequence[Edit]) -> Edit:
+        """The rows of several edits, one after the other: edits of one site with equal actions that look at no other row.
+
+        Two `Replace` (or `Add`) are equal actions here, whatever their values.
+        """
+        first = edits[0]
+        if len(edits) == 1:
+            return first
+        values = first.values
+        if values is not None and not (values.ndim < first.where.ndim and all(edit.values is values for edit in edits)):
+            values = _stacked([_rows(edit) for edit in edits])
+        prompt, alike = torch.cat([edit.prompt for edit in edits]), torch.cat([edit.alike for edit in edits])
+        return replace(first, where=_stacked([edit.where for edit in edits]), prompt=prompt, alike=alike, values=values)
+
+    def on(self, rows: Int[Tensor, " row"]) -> HookFunction:
+        """A hook that makes this edit in the given rows of a larger batch, and leaves the others as they are."""
+        return RowEdits(((self, rows),))
+
+    def check(self) -> None:
+        """Raise ValueError for an action that these rows, on their own, give no meaning to."""
+        if self.action == "resample":
+            _ = self.sources
+        if self.action == "mean" and len(self.where) == 1 and self.pooled is None:
+            raise ValueError("The mean over one prompt is that prompt: run several, or give a reference, Replace(mean).")
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless a tensor of this shape can be edited."""
+        if shape[0] != len(self.where) or not _fits(self.where, shape):
+            raise ValueError(
+                f"{self.site.name} is {list(shape)}, but this edit was made for {list(self.where.shape)} (1: any size): "
+                "make the hooks for the prompts, in the order and number, that are run, and positions for the images' size."
+            )
+        if self.values is not None and not _fits(self.values, shape):
+            raise ValueError(f"A value of shape {list(self.values.shape)} does not broadcast to {self.site.name}, {list(shape)}.")
+
+    @cached_property
+    def sources(self) -> Int[Tensor, " row"]:
+        """For "resample": the row, of another prompt, that each row takes its values from.
+
+        Raises:
+            ValueError: too few prompts that are alike.
+        """
+        rng, source = np.random.default_rng(self.seed), np.arange(len(self.where))
+        touched = self.where.flatten(1).any(dim=1).cpu().numpy()
+        for kind in np.unique(self.alike[touched]):
+            rows = np.flatnonzero(touched & (self.alike.numpy() == kind))
+            source[rows] = rows[another_prompt(self.prompt[rows].numpy(), rng)]
+        return torch.from_numpy(source)
+
+    def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
+        """The tensor as it goes on. Raises ValueError for a tensor of another shape than the edit was made for."""
+        self.check_shape(tensor.shape)
+        return edited(tensor, **self.arguments)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What `dit_lens.intervene.portable_ops.edited` does this edit from."""
+        kind = self.action if isinstance(self.action, str) else type(self.action).__name__.lower()
+        found: dict[str, Any] = {"kind": kind, "where": self.where, "values": self.values, "pooled": self.pooled}
+        if isinstance(self.action, Scale):
+            found["factor"] = self.action.factor
+        if kind == "resample":
+            found |= {"source": self.sources, "counterparts": None if self.pooled is None else self._counterparts}
+        return found
+
+    @cached_property
+    def _counterparts(self) -> Int[Tensor, "row ..."]:
+        """For each row's k-th selected token, the position of its source's k-th; along the token axis, 1 elsewhere."""
+        assert self.pooled is not None
+        selected = self.where.movedim(self.pooled, 1).flatten(2).any(dim=2)
+        in_order = selected.long().argsort(dim=1, descending=True, stable=True)  # the selected positions first
+        k = (selected.cumsum(dim=1) - 1).clamp(min=0)
+        return along(in_order[self.sources.to(k.device)].gather(1, k), self.where.ndim, 0, self.pooled)
+
+
+@dataclass(frozen=True, repr=False)
+class RowEdits:
+    """Edits of one site, each in its own rows of a larger batch and in the order given, as one hook function."""
+
+    parts: Sequence[tuple[Edit, Int[Tensor, " _"]]]
+
+    def __repr__(self) -> str:
+        return f"RowEdits({', '.join(repr(edit) for edit, _ in self.parts)})"
+
+    def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
+        """The tensor as it goes on; rows that no edit is about keep their values exactly."""
+        edited = tensor.clone()
+        for edit, rows in self.parts:
+            here = rows.to(tensor.device)
+            edited.index_copy_(0, here, edit(edited[here], hook))
+        return edited
+
+
+def another_prompt(prompt: Int[np.ndarray, " row"], rng: np.random.Generator) -> Int[np.ndarray, " row"]:
+    """For each row, a row of another prompt; each row serves once.
+
+    Rows are put in a random order, those of a prompt together, and shifted by the largest number of rows that share a prompt.
+
+    Raises:
+        ValueError: one prompt makes up more than half of the rows.
+    """
+    kinds, which, counts = np.unique(prompt, return_inverse=True, return_counts=True)
+    if 2 * counts.max() > len(prompt):
+        raise ValueError(
+            "A prompt finds no other one, with equally many selected tokens, to take its values from: resample in a larger batch "
+            "of prompts whose wording is alike, or use 'mean' or Replace(cache)."
+        )
+    order = np.argsort(rng.permutation(len(kinds))[which], kind="stable")
+    source = np.empty_like(order)
+    source[order] = np.roll(order, -counts.max())
+    return source
+
+
+def along(values: Tensor, ndim: int, *axes: int | None) -> Tensor:
+    """`values` with its axes placed at `axes` of a tensor of `ndim` axes, 1 elsewhere."""
+    shape = [1] * ndim
+    for axis, size in zip(axes, values.shape, strict=True):
+        assert axis is not None
+        shape[axis] = size
+    return values.reshape(shape)
+
+
+def _rows(edit: Edit) -> Tensor:
+    """An edit's values with all axes, a row each."""
+    assert edit.values is not None
+    n, ndim = len(edit.where), edit.where.ndim
+    values = edit.values.reshape(*[1] * (ndim - edit.values.ndim), *edit.values.shape)
+    return values.expand(n, *values.shape[1:])
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of tensors that broadcast to each other along the other axes."""
+    shape = torch.broadcast_shapes(*(part.shape[1:] for part in parts))
+    return torch.cat([part.expand(-1, *shape) for part in parts])
+
+
+def _fits(part: Tensor, shape: Sequence[int]) -> bool:
+    return all(size in (1, whole) for size, whole in zip(part.shape[::-1], shape[::-1], strict=False))

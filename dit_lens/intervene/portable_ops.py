@@ -1,0 +1,127 @@
+"""What an edit does to a tensor, and sums over a pattern: arithmetic that also runs where dit_lens is not installed.
+
+`dit_lens.remote` sends these functions along, as source. Therefore they refer to torch alone (in annotations too) and to
+each other, and nothing may be wrapped around them: `no_type_check` keeps run-time type checkers away.
+"""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASKED = -10000.0
+"""The score of a masked key: what PixArt adds for a pad. Finite, so that no row can become NaN."""
+
+
+@no_type_check
+def edited(
+    tensor: Tensor,
+    hook: Any = None,
+    *,
+    kind: str,
+    where: Tensor,
+    factor: float = 1.0,
+    values: Tensor | None = None,
+    pooled: int | None = None,
+    source: Tensor | None = None,
+    counterparts: Tensor | None = None,
+) -> Tensor:
+    """`tensor` [row …] with the entries in `where` changed; arguments are those of `intervene.edits.Edit`, which makes them.
+
+    Args:
+        kind: "zero", "mean", "resample", "knockout", "scale", "replace" or "add".
+        source: for "resample", the row that each row takes its values from.
+        counterparts: and the position along the axis `pooled`, where tokens correspond in order.
+    """
+    where = where.to(tensor.device)
+    if kind == "zero":
+        new = torch.zeros_like(tensor)
+    elif kind == "knockout":
+        new = torch.full_like(tensor, MASKED)
+    elif kind == "mean" and pooled is None:
+        new = tensor.mean(dim=0, keepdim=True)
+    elif kind == "mean":
+        over = (0, pooled)
+        new = (tensor * where).sum(over, keepdim=True) / where.sum(over, keepdim=True).clamp(min=1)
+    elif kind == "resample":
+        new = tensor[source.to(tensor.device)]
+        new = new if pooled is None else new.take_along_dim(counterparts.to(tensor.device), pooled)
+    elif kind == "scale":
+        new = factor * tensor
+    elif kind == "replace":
+        new = values.to(tensor)
+    elif kind == "add":
+        new = tensor + values.to(tensor)
+    else:
+        raise ValueError(f"There is no edit {kind!r}.")
+    return torch.where(where, new, tensor)
+
+
+@no_type_check
+def sums_of_pattern(pattern: Tensor, queries: Tensor, keys: Tensor, reduce: str) -> Tensor:
+    """A pattern [batch head pos key_pos] between groups [batch pos group]: [batch head group key_group].
+
+    Args:
+        queries, keys: each position's weight in each group.
+        reduce: "sum" over pairs of positions, or the "max" among pairs where neither weight is 0.
+    """
+    if reduce == "max":
+        return _largest(pattern, queries, keys)
+    return _add_up(pattern @ keys.to(pattern.dtype)[:, None], queries)
+
+
+@no_type_check
+def sums_of_attention(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, queries: Tensor, keys: Tensor, reduce: str
+) -> Tensor:
+    """The same of the pattern that q and k [batch pos head d_head] make, of which there is never more than `q` is large.
+
+    `bias` broadcasts to it.
+    """
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    if reduce == "sum" and k.shape[2] <= k.shape[3] and q.dtype in (torch.float32, torch.float64):
+        # A short text: the whole pattern is no larger than the queries, and faster made with keys before queries.
+        scores = (k * scale) @ q.mT
+        pattern = (scores if bias is None else scores + bias.mT).softmax(dim=2)
+        return queries.mT[:, None] @ (pattern.mT @ keys.to(pattern.dtype)[:, None]).to(queries.dtype)
+    if reduce == "sum":
+        # at 1024 px a few heads at a time, on small images all
+        size = max(1, 2**20 // (q.shape[0] * q.shape[2] * q.shape[3]))
+        found = []
+        for start in range(0, q.shape[1], size):
+            own = bias if bias is None or bias.shape[1] == 1 else bias[:, start : start + size]
+            mass = _group_mass(q[:, start : start + size], k[:, start : start + size], own, scale, keys)
+            found.append(_add_up(mass, queries))
+        return torch.cat(found, dim=1)
+    found = None
+    for rows in torch.arange(q.shape[2], device=q.device).split(max(1, q.shape[2] * q.shape[3] // k.shape[2])):
+        scores = q[:, :, rows] @ k.mT * scale
+        part = _largest((scores if bias is None else scores + bias).softmax(dim=-1), queries[:, rows], keys)
+        found = part if found is None else torch.maximum(found, part)
+    return found
+
+
+@no_type_check
+def _group_mass(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, keys: Tensor) -> Tensor:
+    d_head, n_groups = q.shape[-1], keys.shape[-1]
+    # Filled up to a head's width: fused kernels take no other, and without them the whole pattern is computed.
+    values = F.pad(keys, (0, -n_groups % d_head)).to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
+    parts = [F.scaled_dot_product_attention(q, k, part, attn_mask=bias, scale=scale) for part in values.split(d_head, dim=-1)]
+    return torch.cat(parts, dim=-1)[..., :n_groups]
+
+
+@no_type_check
+def _add_up(mass: Tensor, queries: Tensor) -> Tensor:
+    return torch.einsum("bpi,bhpk->bhik", queries, mass.to(queries.dtype))
+
+
+@no_type_check
+def _largest(pattern: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    columns = []
+    for query in queries.bool().unbind(dim=-1):
+        pairs = [query[:, None, :, None] & key[:, None, None] for key in keys.bool().unbind(dim=-1)]
+        columns.append(torch.stack([pattern.masked_fill(~inside, 0).amax(dim=(2, 3)) for inside in pairs], dim=-1))
+    return torch.stack(columns, dim=2).to(queries.dtype)  # no pattern has an entry below 0

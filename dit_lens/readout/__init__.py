@@ -1,0 +1,1 @@
+"""Reading heads: screening of weights, attention synopsis, QK and OV circuits."""

@@ -1,0 +1,137 @@
+"""Attention between groups of positions, summed up inside every attention of a run; no pattern is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models import Trajectory
+from hooked_models.generation.names import Branch
+from hooked_models.hooks import HookedModule, watched
+from hooked_models.pixart.dit import TextState
+
+from ..intervene.portable_ops import sums_of_attention, sums_of_pattern
+
+Sublayer = Literal["cross_attn", "attn"]
+
+
+def attention_between(
+    run: Trajectory,
+    sublayer: Sublayer,
+    queries: Float[Tensor, "batch pos group"],
+    keys: Mapping[Branch, Float[Tensor, "batch key_pos key_group"]],
+    reduce: Literal["sum", "max"],
+) -> Float[Tensor, "batch layer head step branch group key_group"]:
+    """Run again from the first state, and add up every attention of the sublayer as the hooks attached to the model leave it.
+
+    Args:
+        queries, keys: each position's weight in each group. Text positions beyond the run's are pads, which get no attention.
+        reduce: "sum" over pairs of positions, each with the product of their weights, or the largest entry among pairs where
+            neither weight is 0, and 0 if there is none.
+
+    Returns:
+        On the CPU, at least in float32. Branches as in `keys`.
+    """
+    model, text, cfg = run.model, run.inputs.text, run.model.cfg
+    steps, device, n = run.inputs.sampler.num_steps, model.device, len(queries)
+    dtype = torch.promote_types(model.dit.dtype, torch.float32)
+    order = sorted(keys, key=lambda branch: run.inputs.rows(branch).start)  # as in the denoiser's rows
+    weights = torch.cat([keys[branch] for branch in order]).to(device, dtype)
+    weights = weights[:, : text.text.shape[1]] if sublayer == "cross_attn" else weights
+    groups = (queries.shape[-1], weights.shape[-1])
+    queries = queries.to(device, dtype).repeat(len(order), 1, 1)
+    found = torch.zeros(len(queries), cfg.n_layers, cfg.n_heads, steps, *groups, dtype=dtype, device=device)
+    attentions = [model.dit.get_submodule(f"blocks.{layer}.{sublayer}") for layer in range(cfg.n_layers)]
+
+    def denoise(x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState, step: int) -> Tensor:
+        readers = [_Reader(queries, weights, one.scale, reduce, found[:, i, :, step]) for i, one in enumerate(attentions)]
+        with reading(model.dit, dict(zip(attentions, readers, strict=True))):  # by now hooks that are attached are in place
+            return model._denoise(x, timestep, sizes, text)
+
+    run.check_fork(0, steps)
+    state = run.states[0]
+    for step in range(steps):
+        state = model._step(run.inputs, state, partial(denoise, step=step))
+    by_branch = dict(zip(order, found.split(n), strict=True))
+    return torch.stack([by_branch[branch] for branch in keys], dim=4).cpu()
+
+
+def attention_in_call(
+    model: HookedModule,
+    inputs: Mapping[str, Any],
+    queries: Float[Tensor, "batch pos group"],
+    keys: Float[Tensor, "batch key_pos key_group"],
+    sublayer: str = "attn",
+    reduce: Literal["sum", "max"] = "sum",
+) -> Float[xr.DataArray, "row layer head query_group key_group"]:
+    """As `attention_between`, in one call of any hooked transformer (`hooked_models.families`): `model(**inputs)`.
+
+    Positions of attention over both streams are [image, text]. Layers without this attention are NaN.
+    """
+    cfg, device = model.cfg, queries.device
+    shape = (len(queries), cfg.n_layers, cfg.n_heads, queries.shape[-1], keys.shape[-1])
+    found = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+    readers: dict[Any, _Reader] = {}
+    for layer in range(cfg.n_layers):
+        if f"blocks.{layer}.{sublayer}.hook_q" in model.hook_dict:
+            found[:, layer] = 0
+            attention: Any = model.get_submodule(f"blocks.{layer}.{sublayer}")
+            readers[attention] = _Reader(queries.float(), keys.float(), attention.scale, reduce, found[:, layer])
+    if not readers:
+        model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, and says why there is none
+    with torch.no_grad(), reading(model, readers):
+        model(**inputs)
+    dims = ("row", "layer", "head", "query_group", "key_group")
+    return xr.DataArray(found.cpu().numpy(), dims=dims, name=f"{sublayer} {reduce}")
+
+
+@contextmanager
+def reading(model: HookedModule, readers: Mapping[Any, _Reader]) -> Iterator[None]:
+    """Have each attention read: what a pattern is made of or, where somebody looks at the pattern and may change it, that."""
+    explicit = [one for one in readers if watched(one.hook_attn_scores) or watched(one.hook_pattern)]
+    fused = [one for one in readers if one not in explicit]
+    for one in fused:
+        one.observer = readers[one].read
+    try:
+        with model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
+            yield
+    finally:
+        for one in fused:
+            one.observer = None
+
+
+@dataclass(repr=False)  # TransformerLens asks every hook for it, and it would print the tensors
+class _Reader:
+    """Adds up what it sees of one attention in one call, and keeps nothing else."""
+
+    queries: Float[Tensor, "batch pos group"]
+    keys: Float[Tensor, "batch key_pos key_group"]
+    scale: float
+    reduce: Literal["sum", "max"]
+    found: Float[Tensor, "batch head group key_group"]
+    """Written to."""
+
+    def read(
+        self,
+        q: Float[Tensor, "row pos head d_head"],
+        k: Float[Tensor, "row key_pos head d_head"],
+        bias: Float[Tensor, "row #head _ key_pos"] | None,
+    ) -> None:
+        """The last rows of the batch; in those before, all of the attention is the first key's (`TextState.textless`)."""
+        n = len(self.found) - len(q)
+        queries, first = self.queries[:n, :, :, None], self.keys[:n, :1, None]  # [row pos group 1], [row 1 1 key_group]
+        alone = (queries * first).sum(1) if self.reduce == "sum" else ((queries != 0) & (first != 0)).any(1)
+        self.found[:n] = alone[:, None]
+        self.found[n:] = sums_of_attention(q, k, bias, self.scale, self.queries[n:], self.keys[n:], self.reduce)
+
+    def read_pattern(self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint) -> None:
+        self.found[:] = sums_of_pattern(pattern, self.queries, self.keys, self.reduce)

@@ -1,0 +1,333 @@
+"""Attention synopsis: how much every head's image regions attend to every part of the prompt, or to each other, step by step.
+
+    images = model(prompts, seed=0)
+    groups = image_groups_from_images(images, scenes)
+    seen = attention_synopsis(model, prompts, seed=0, image_groups=groups, reduce="mass")
+    rank_heads(seen, "object2", "relation", step=0)  # which heads' second object reads the relation word?
+
+No pattern is ever kept. The queries attend once more through the fused kernel, with the groups' indicators in place of values:
+that is each query's attention to each group, exactly, and the image regions average it. Of a text of no more tokens than a head
+has channels the pattern is smaller than the queries, and is made and dropped. ``reduce`` says how:
+
+========  ======================================================================================================================
+``sum``   Over the image group's tokens (queries) and the other group's (keys). Grows with the sizes of both.
+``mass``  What a token of the image group pays to the whole other group, on average: 1 over all groups that share out the keys.
+``mean``  What a token of the image group pays to one token of the other, on average: comparable between groups.
+``max``   The largest entry of the pattern there. This one needs rows of the pattern, which are made and dropped in chunks, each
+          no larger than the queries.
+========  ======================================================================================================================
+
+Steps stay apart: reduce them as the question needs (`.sel(step=0)`, `.mean("step")`, `.max("step")`). A group that has no token
+in a prompt, such as a colour that it does not name, is NaN there, which xarray's reductions leave out.
+
+Source: Wang, Fan, Pan (arXiv 2601.06338), section 4.1, whose scores are sums, maximised over steps, over words without EOS. Here
+all tokens of a role count, EOS and pads are groups, self-attention has its synopsis too, and `rank_heads` gives intervals and a
+control.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float, Shaped
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from hooked_models import HookedTextToImage, Trajectory
+from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from hooked_models.generation.names import BRANCHES, Branch
+from hooked_models.generation.sampling import Seeds, seed_of_each
+
+from ..intervene.interventions import Intervention
+from ..remote.model import RemoteTextToImage
+from ..runs.repeated_runs import Generation
+from ..shards import Shards, digest, digest_model
+from ..stats import clustered_mean
+from ..task.image_groups import image_groups_from_images, image_groups_from_scenes
+from ..text.prompts import Role, by_role, token_roles
+from .group_attention import Sublayer, attention_between
+
+__all__ = ["attention_synopsis", "image_groups_from_images", "image_groups_from_scenes", "rank_heads", "trajectory_synopsis"]
+
+Reduce = Literal["sum", "mass", "mean", "max"]
+Groups = Mapping[str, Shaped[Tensor, "*prompt pos"]]
+"""Name → which positions belong to it: [pos], the same for every prompt, or [prompt pos]; booleans, or shares in [0, 1]."""
+
+
+@torch.no_grad()
+def attention_synopsis(
+    model: HookedTextToImage,
+    prompts: str | Sequence[str],
+    seed: Seeds = 0,
+    sublayer: Sublayer = "cross_attn",
+    image_groups: Groups | None = None,
+    reduce: Reduce = "sum",
+    *,
+    text_groups: Groups | None = None,
+    num_steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
+    interventions: Sequence[Intervention] = (),
+    batch_size: int = 16,
+    out: str | Path | None = None,
+) -> xr.DataArray:
+    """The attention between groups of tokens during whole generations, `batch_size` prompts at a time.
+
+    Args:
+        seed: as in `HookedTextToImage.forward`: an int gives every prompt the same noise.
+        sublayer: "cross_attn", image ← text, or "attn", image ← image, whose keys are grouped as its queries are.
+        image_groups: positions row by row on the model's own grid; None for all of them as one group, "image".
+        reduce: see the module.
+        text_groups: positions of `model.to_tokens(prompts)`, such as `dit_lens.prompts.phrase_mask`'s; None for the roles of
+            `dit_lens.prompts`. The unconditional branch reads no prompt: all roles but EOS and pad, and groups that are given
+            here, are NaN in it.
+        interventions: what is done to the model meanwhile; "mean" and "resample" are those of a batch.
+        out: a folder for finished batches: a call that was stopped goes on from there when it is repeated.
+
+    Returns:
+        Dims (prompt, layer, head, step, branch, image_group, text_group), or key_group in the place of text_group for
+        self-attention; at guidance ≤ 1 the only branch is "cond". Sizes of groups stand beside: `image_tokens`
+        (prompt, image_group), `key_tokens` (prompt, branch, text_group). `seed` stands beside `prompt`.
+
+    Raises:
+        ValueError: groups, seeds and prompts do not go together; "max" with shares; or `out` holds a synopsis of another model,
+            other prompts or other settings, which the message names.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = seed_of_each(seed, len(texts))
+    tokens = model.to_tokens(texts)
+    length = tokens.shape[1]
+
+    def roles() -> list[list[Role]]:
+        return [token_roles(model, text, length) for text in texts]
+
+    branches = BRANCHES if guidance > 1 else BRANCHES[:1]
+    plan = _Plan.make(
+        model, len(texts), length, branches, sublayer, image_groups, roles if text_groups is None else text_groups, reduce
+    )
+
+    shards = None
+    if out is not None:
+        model.refuse_hooks("A folder can record interventions=… only")
+        identity = {
+            "model": digest_model(model),
+            "prompts": digest(*texts, tokens),
+            "seeds": digest(str(seeds)),
+            "groups": digest(*plan.image_names, plan.image, *plan.key_names, *plan.keys.values()),
+            "interventions": digest(pickle.dumps(list(interventions))),
+        }
+        settings = {"sublayer": sublayer, "reduce": reduce, "num_steps": num_steps, "guidance": guidance}
+        shards = Shards(Path(out), identity | settings | {"batch_size": batch_size})
+
+    def measure(start: int) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
+        rows = slice(start, start + batch_size)
+        hooks = [hook for each in interventions for hook in each.hooks(model, texts[rows], num_steps=num_steps)]
+        if isinstance(model, RemoteTextToImage):
+            with model.hooks(hooks):
+                return plan.take(rows).measure_remotely(model, texts[rows], seeds[rows], num_steps, guidance)
+        on_text = ["text_encoder." in name for name, _ in hooks]  # these fire before the first step, where a fork begins
+        with model.hooks(itertools.compress(hooks, on_text)):
+            run = model.trajectory(texts[rows], seeds[rows], num_steps, guidance, until=0)
+        with model.hooks(hook for hook, early in zip(hooks, on_text, strict=True) if not early):
+            return plan.take(rows).measure(run)
+
+    starts = range(0, len(texts), batch_size)
+    bar = track(starts, "attention synopsis", transient=True, disable=len(starts) == 1, console=Console(stderr=True))
+    parts = [measure(start) if shards is None else shards.load_or(start, measure) for start in bar]
+    return plan.label(np.concatenate(parts), texts).assign_coords(seed=("prompt", seeds))
+
+
+@torch.no_grad()
+def trajectory_synopsis(
+    trajectory: Trajectory,
+    sublayer: Sublayer = "cross_attn",
+    image_groups: Groups | None = None,
+    reduce: Reduce = "sum",
+    *,
+    text_groups: Groups | None = None,
+) -> xr.DataArray:
+    """`attention_synopsis` of one trajectory, which is run again from its first state, with the hooks attached to its model.
+
+    Raises:
+        ValueError: as in `attention_synopsis`, or a hook is attached to the text encoder, which is not run again.
+    """
+    model, tokens = trajectory.model, trajectory.inputs.tokens
+    run = Generation(trajectory)
+    groups = run.roles if text_groups is None else text_groups
+    plan = _Plan.make(model, len(run), tokens.shape[1], run.branches, sublayer, image_groups, groups, reduce)
+    return plan.label(plan.measure(trajectory), model.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+
+# Groups
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is grouped how; `keys` by branch, over text positions in cross-attention, else over image positions."""
+
+    sublayer: Sublayer
+    reduce: Reduce
+    image_names: list[str]
+    image: Float[Tensor, "prompt pos image_group"]
+    key_names: list[str]
+    keys: dict[Branch, Float[Tensor, "prompt key_pos key_group"]]
+
+    @classmethod
+    def make(
+        cls,
+        model: HookedTextToImage,
+        n: int,
+        length: int,
+        branches: Sequence[Branch],
+        sublayer: Sublayer,
+        image_groups: Groups | None,
+        text_groups: Groups | Callable[[], list[list[Role]]],
+        reduce: Reduce,
+    ) -> _Plan:
+        for value, options in ((sublayer, get_args(Sublayer)), (reduce, get_args(Reduce))):
+            if value not in options:
+                raise ValueError(f"{value!r}: choose {' or '.join(map(repr, options))}.")
+        pos = (model.cfg.sample_size // model.cfg.patch_size) ** 2
+        image_groups = {"image": torch.ones(pos, dtype=torch.bool)} if image_groups is None else image_groups
+        image = _stack(image_groups, n, pos, "image")
+        names, keys = list(image_groups), dict.fromkeys(branches, image)
+        if sublayer == "cross_attn":
+            if isinstance(text_groups, Mapping):
+                names, cond = list(text_groups), _stack(text_groups, n, length, "text")
+                uncond = torch.zeros_like(cond)
+            else:
+                names = list(get_args(Role))
+                cond = _stack(by_role(text_groups()), n, length, "text")
+                uncond = _stack(by_role([token_roles(model, "", length)] * n), n, length, "text")
+            keys = {branch: cond if branch == "cond" else uncond for branch in branches}
+        if reduce == "max" and any(bool(((w != 0) & (w != 1)).any()) for w in (image, *keys.values())):
+            raise ValueError("reduce='max' needs groups that hold a position or not: give booleans, such as shares > 0.25.")
+        return cls(sublayer, reduce, list(image_groups), image, names, keys)
+
+    def take(self, rows: slice) -> _Plan:
+        """The groups of some prompts."""
+        return replace(self, image=self.image[rows], keys={branch: keys[rows] for branch, keys in self.keys.items()})
+
+    def measure(self, run: Trajectory) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
+        """What `reduce` asks for, NaN where a group is empty."""
+        return self._reduced(attention_between(run, self.sublayer, self.image, self.keys, self._kind))
+
+    def measure_remotely(
+        self, model: RemoteTextToImage, texts: Sequence[str], seeds: Sequence[int], num_steps: int, guidance: float
+    ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
+        """The same of one run through nnsight, added up where the model is."""
+        found = model.attention_between(
+            texts, seeds, self.sublayer, self.image, self.keys, self._kind, num_steps=num_steps, guidance=guidance
+        )
+        return self._reduced(found)
+
+    @property
+    def _kind(self) -> Literal["sum", "max"]:
+        return "max" if self.reduce == "max" else "sum"
+
+    def _reduced(
+        self, found: Float[Tensor, "prompt layer head step branch image_group key_group"]
+    ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
+        image = self.image.sum(dim=1)[:, None, None, None, None, :, None]
+        keys = torch.stack([keys.sum(dim=1) for keys in self.keys.values()], dim=1)[:, None, None, None, :, None]
+        divisor = {"mass": image, "mean": image * keys}.get(self.reduce, 1)
+        return torch.where((image > 0) & (keys > 0), found / divisor, torch.nan).to(found.dtype).numpy()
+
+    def label(self, values: np.ndarray, prompts: Sequence[str]) -> xr.DataArray:
+        key_group = "text_group" if self.sublayer == "cross_attn" else "key_group"
+        sizes = np.stack([keys.sum(dim=1).numpy() for keys in self.keys.values()], axis=1)
+        return xr.DataArray(
+            values,
+            dims=("prompt", "layer", "head", "step", "branch", "image_group", key_group),
+            coords={
+                "prompt": list(prompts),
+                **{name: range(values.shape[axis]) for axis, name in ((1, "layer"), (2, "head"), (3, "step"))},
+                "branch": list(self.keys),
+                "image_group": self.image_names,
+                key_group: self.key_names,
+                "image_tokens": (("prompt", "image_group"), self.image.sum(dim=1).numpy()),
+                "key_tokens": (("prompt", "branch", key_group), sizes),
+            },
+            name=f"{self.sublayer} {self.reduce}",
+        )
+
+
+def _stack(groups: Mapping[Any, Tensor], n: int, pos: int, what: str) -> Float[Tensor, "{n} {pos} group"]:
+    if not groups:
+        raise ValueError(f"There is no {what} group: name at least one.")
+    columns = []
+    for name, positions in groups.items():
+        if tuple(positions.shape) not in ((pos,), (n, pos)):
+            raise ValueError(
+                f"The {what} group {name!r} has shape {tuple(positions.shape)}: for {n} prompts with {pos} {what} positions it "
+                f"must be ({pos},) or ({n}, {pos})."
+            )
+        columns.append(positions.detach().cpu().double().expand(n, pos))
+    return torch.stack(columns, dim=-1)
+
+
+# Ranking
+
+
+def rank_heads(
+    synopsis: Float[xr.DataArray, "..."],
+    image_group: str,
+    text_group: str,
+    step: int | Literal["mean", "max"] = "mean",
+    branch: Branch = "cond",
+    shuffles: int = 999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Heads by how much `image_group` attends to `text_group` (or, in self-attention, to that group of keys), most first.
+
+    Groups of different sizes compare fairly under reduce="mean"; under "sum" and "mass", long groups win by their length.
+
+    Args:
+        step: one denoising step, or the mean or maximum over all.
+        shuffles, seed: of the control.
+
+    Returns:
+        Columns ``layer head mean low high control p``: mean over prompts (over seeds of equal prompts first) with its 95 %
+        bootstrap interval, which resamples prompts; ``control`` is the mean over shuffles, in each of which every prompt's
+        groups exchange their labels at random, pads and empty groups left out; ``p`` is the share of shuffles, counting the
+        observed one, that reach the mean. Prompts that lack either group do not count.
+
+    Raises:
+        ValueError: there is no such group, step or branch, or no prompt has both groups.
+    """
+    keys = str(synopsis.dims[-1])
+    chosen = {"image_group": image_group, keys: text_group, "branch": branch} | ({} if isinstance(step, str) else {"step": step})
+    for dim, value in chosen.items():
+        if value not in synopsis[dim].values:
+            raise ValueError(f"There is no {dim} {value!r} here: choose {', '.join(map(str, synopsis[dim].values))}.")
+    seen = synopsis.sel(image_group=image_group, branch=branch)
+    seen = getattr(seen, step)("step") if isinstance(step, str) else seen.sel(step=step)
+    seen = seen.groupby("prompt").mean().drop_sel({keys: [name for name in ("pad",) if name in seen[keys]]})
+    seen = seen.stack(at=("layer", "head")).transpose("prompt", "at", keys)
+    target = list(seen[keys].values).index(text_group)
+    values = seen.values[np.isfinite(seen.values[:, 0, target])]
+    if not len(values):
+        raise ValueError(f"No prompt has both {image_group!r} and {text_group!r}: choose other groups, or other prompts.")
+
+    rng, present = np.random.default_rng(seed), np.isfinite(values[:, 0])
+    shuffled = np.empty((shuffles, values.shape[1]))
+    for i in range(shuffles):  # of a random order of a prompt's labels, only which group gets this one matters
+        labels = np.where(present, rng.random(present.shape), -1).argmax(axis=1)
+        shuffled[i] = values[np.arange(len(values)), :, labels].mean(axis=0)
+    intervals = [clustered_mean(column[:, None]) for column in values[:, :, target].T]
+    observed = np.array([interval.mean for interval in intervals])
+    table = pd.DataFrame(intervals, columns=["mean", "low", "high"])
+    table.insert(0, "head", seen["head"].values)
+    table.insert(0, "layer", seen["layer"].values)
+    table["control"] = shuffled.mean(axis=0)
+    table["p"] = (1 + (shuffled >= observed - 1e-12).sum(axis=0)) / (1 + shuffles)
+    return table.sort_values("mean", ascending=False, ignore_index=True)

@@ -1,0 +1,147 @@
+"""A denoiser call and a whole generation, run on several copies of their batch at once, so that hooks can pass values
+between the copies. Rows are copies of the batch, one after the other: [copy · batch, …]."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models import HookedDiT, Trajectory
+from hooked_models.pixart.dit import TextState
+from hooked_models.hooks import HookFunction
+from hooked_models.generation.names import BRANCHES, FINAL, Branch
+from hooked_models.generation.views import DenoiserView
+
+from ..graph.nodes import Place
+from ..text.prompts import Role, token_roles
+
+Hooks = Sequence[tuple[str, HookFunction]]
+
+OUTPUT = "output"
+"""What a denoiser call returns; no hook's name."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One denoiser call, `HookedDiT.bind(…)[0]`."""
+
+    view: DenoiserView
+    num_steps = 1
+    result = OUTPUT
+    """What a metric is taken on unless said."""
+
+    def __len__(self) -> int:
+        return len(self.view.latents)
+
+    @property
+    def dit(self) -> HookedDiT:
+        return self.view.dit
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return ("cond",)
+
+    @property
+    def conditions(self) -> dict[str, Tensor | None]:
+        """What gates depend on: equal in two runs, a head's z means the same contribution in both."""
+        return {"timestep": self.view.timestep, **self.view.sizes}
+
+    def step_of(self, name: str) -> int:
+        """The last step that the tensor `name` depends on."""
+        return 0
+
+    def name(self, place: Place, inner: str) -> str:
+        """The full name of a denoiser's hook."""
+        return inner
+
+    def text_bias(self, branch: Branch) -> Float[Tensor, "batch text_pos"]:
+        """What is added to the scores: 0 where the text may be attended to."""
+        return _bias(self.view.text)
+
+    def roles(self) -> list[list[Role]]:
+        """The role of every token of every row."""
+        raise ValueError("A denoiser call does not know its words: give token positions, such as 'text[4,5]'.")
+
+    def run(self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None) -> dict[str, Tensor]:
+        """The tensors called `read`, of a run with hooks from step `first` on."""
+        kept, keep = _keepers(name for name in read if name != OUTPUT)
+        return {OUTPUT: self.view.run_with_hooks(self.view.to_tokens().repeat(copies, 1), [*hooks, *keep]), **kept}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole generation, with the same members as `Call`."""
+
+    trajectory: Trajectory
+    result = FINAL
+
+    def __len__(self) -> int:
+        return len(self.trajectory.inputs.tokens)
+
+    @property
+    def dit(self) -> HookedDiT:
+        return self.trajectory.model.dit
+
+    @property
+    def num_steps(self) -> int:
+        return self.trajectory.inputs.sampler.num_steps
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return BRANCHES if self.trajectory.inputs.guided else ("cond",)
+
+    @property
+    def conditions(self) -> dict[str, Tensor | None]:
+        inputs = self.trajectory.inputs
+        return {"timesteps": inputs.sampler.scheduler.timesteps, "guided": torch.tensor(inputs.guided)}
+
+    def step_of(self, name: str) -> int:
+        step = self.num_steps - 1 if name == FINAL else self.trajectory.model.names.site(name).step
+        if step is None:
+            raise ValueError(f"{name} is computed before the first step: no path in the denoiser leads to it.")
+        return step
+
+    def name(self, place: Place, inner: str) -> str:
+        return f"steps.{place.step}.{place.branch}.{inner}"
+
+    def text_bias(self, branch: Branch) -> Float[Tensor, "batch text_pos"]:
+        return _bias(self.trajectory.inputs.text)[self.trajectory.inputs.rows(branch)]
+
+    def roles(self) -> list[list[Role]]:
+        model, found = self.trajectory.model, []
+        for tokens in self.trajectory.inputs.tokens:
+            text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+            if not torch.equal(model.to_tokens(text, length=len(tokens))[0], tokens):
+                raise ValueError(f"The tokens of {text!r} are not those of its text: give token positions, such as 'text[4,5]'.")
+            found.append(token_roles(model, text, len(tokens)))
+        return found
+
+    def run(self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None) -> dict[str, Tensor]:
+        inner = [name for name in read if name != FINAL]
+        steps = [self.step_of(name) for name in inner]
+        until = self.num_steps if FINAL in read else max(steps) + 1
+        first = min(steps, default=until) if first is None else first
+        kept, keep = _keepers(inner)
+        trajectory = self.trajectory if copies == 1 else self.trajectory.repeat(copies)
+        if first < until:
+            trajectory = trajectory.fork(first, [*hooks, *keep], until=until)
+        return {**kept, FINAL: trajectory.images} if FINAL in read else kept
+
+
+def _bias(text: TextState) -> Tensor:
+    return text.text.new_zeros(text.text.shape[:2]) if text.bias is None else text.bias[:, 0]
+
+
+def _keepers(names: Iterable[str]) -> tuple[dict[str, Tensor], Hooks]:
+    kept: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor, hook: HookPoint, name: str) -> None:
+        kept[name] = tensor.clone()
+
+    return kept, [(name, partial(keep, name=name)) for name in names]

@@ -1,0 +1,200 @@
+"""How well a model draws what sentences say: by split, relation, phrase and template, with intervals.
+
+    rows = evaluate_model(model)  # one row an image
+    accuracies(rows, ["split", "relation"])  # Wilson intervals
+    template_effects(rows)  # paired with the trained template: same scenes, same noise
+
+Source of metrics and templates: Wang, Fan, Pan (arXiv 2601.06338), sections A.5 and A.8; the judge is `dit_lens.scenes.evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
+
+from hooked_models import HookedTextToImage
+from hooked_models.text_encoders.random_tokens import UNKNOWN_ID
+
+from .. import task as scenes
+from ..shards import Shards, digest, digest_model
+from ..stats import Interval, clustered_mean, paired_difference, proportion
+from . import PHRASES, Scene, Split, Trio
+from .captions import TEMPLATES, TRAINED, word
+
+METRICS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
+GEOMETRY = ("x1", "y1", "x2", "y2")
+SPLITS: tuple[Split, ...] = ("held_out", "train")
+BATCH = 64
+
+
+@torch.no_grad()
+def score(
+    model: HookedTextToImage,
+    wanted: Sequence[Scene | Trio],
+    num_steps: int = 14,
+    guidance: float = 4.5,
+    batch_size: int = BATCH,
+) -> xr.Dataset:
+    """Judge one image for each scene: `scenes.evaluate`'s variables over dim scene.
+
+    Scene i is drawn from noise i at every call, so two models, or two states of one, are compared in pairs, and a mean over
+    scenes is one over noises, too.
+    """
+    images = []
+    for start in range(0, len(wanted), batch_size):
+        prompts = [scenes.caption(scene) for scene in wanted[start : start + batch_size]]
+        images.append(model(prompts, list(range(start, start + len(prompts))), num_steps, guidance).float().cpu())
+    return scenes.evaluate(torch.cat(images), wanted).rename(image="scene")
+
+
+def summarise(verdict: xr.Dataset) -> pd.DataFrame:
+    """One row a metric: mean, low and high end of the 95 % interval over scenes."""
+    rows = {name: clustered_mean(verdict[name].values.astype(float)[:, None]) for name in METRICS}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(Interval._fields)).rename_axis("metric")
+
+
+def known_templates(model: HookedTextToImage) -> list[str]:
+    """Those of `TEMPLATES` whose every word the model's tokenizer has."""
+    scene = scenes.sample(1, seed=0, color_words="both")[0]
+    unknown = getattr(model.tokenizer, "unk_token_id", UNKNOWN_ID)
+    return [name for name in TEMPLATES if unknown not in model.tokenizer(word(scene, name)).input_ids]
+
+
+def evaluate_model(
+    model: HookedTextToImage,
+    n: int = 512,
+    templates: Sequence[str] | None = None,
+    scene_seed: int = 100,
+    out: str | Path | None = None,
+) -> pd.DataFrame:
+    """Draw and judge `n` held-out and `n` trained scenes, and `n` // 4 of the latter by every other template.
+
+    Scene i has noise seed i under every template, so templates pair; images of one condition share nothing, so their
+    proportions have binomial intervals. 14 steps of the model's own scheduler, guidance 4.5.
+
+    Args:
+        templates: of `TEMPLATES`; all whose words the model knows unless given. The trained one is always there.
+        out: a folder for finished batches: a call that was stopped goes on from there when it is repeated.
+
+    Returns:
+        A row an image: split template prompt relation phrase shape1 color1 shape2 color2 scene seed, the judge's verdicts
+        (`METRICS` as 0 or 1, `relation_given_both` NaN without both objects) and centres in pixels (NaN likewise).
+
+    Raises:
+        ValueError: there is no such template, the model lacks its words, `out` holds an evaluation of something else, or
+            hooks are attached, of which a folder could not tell.
+    """
+    others = [name for name in (known_templates(model) if templates is None else templates) if name != TRAINED]
+    jobs: list[tuple[Split, str, int, Scene]] = []
+    for split in SPLITS:
+        wanted = scenes.sample(n, seed=scene_seed, split=split, color_words="both")
+        for template in [TRAINED] if split == "held_out" else [TRAINED, *others]:
+            jobs += [(split, template, i, scene) for i, scene in enumerate(wanted if template == TRAINED else wanted[: n // 4])]
+    prompts = [word(scene, template) for _, template, _, scene in jobs]
+    columns = [*METRICS, *GEOMETRY, "n_objects"]
+    shards = None
+    if out is not None:
+        model.refuse_hooks("A folder keeps the evaluation of the model as it is")
+        shards = Shards(Path(out), {"model": digest_model(model), "prompts": digest(*prompts), "batch_size": BATCH})
+
+    @torch.no_grad()
+    def judge(start: int) -> Float[np.ndarray, "image column"]:
+        rows = slice(start, start + BATCH)
+        images = model(prompts[rows], seed=[i for _, _, i, _ in jobs[rows]])
+        verdict = scenes.evaluate(images.float().cpu(), [scene for *_, scene in jobs[rows]])
+        return np.stack([verdict[name].values.astype(float) for name in columns], axis=1)
+
+    starts = track(range(0, len(jobs), BATCH), "evaluating", transient=True, console=Console(stderr=True))
+    values = np.concatenate([judge(start) if shards is None else shards.load_or(start, judge) for start in starts])
+    said = [
+        (split, template, prompt, s.relation, s.phrase, s.shape1, s.color1, s.shape2, s.color2, i, i)
+        for (split, template, i, s), prompt in zip(jobs, prompts, strict=True)
+    ]
+    names = ("split", "template", "prompt", "relation", "phrase", "shape1", "color1", "shape2", "color2", "scene", "seed")
+    return pd.concat([pd.DataFrame(said, columns=list(names)), pd.DataFrame(values, columns=columns)], axis=1)
+
+
+def accuracies(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS) -> pd.DataFrame:
+    """Share of images that each metric accepts, with its 95 % Wilson interval: a row a group and metric.
+
+    Columns: those of `by`, metric, images (that the metric applies to), mean, low, high.
+    """
+    found = []
+    for group, part in rows.groupby(list(by), sort=False):
+        for metric in metrics:
+            values = part[metric].to_numpy(float)
+            found.append((*group, metric, int((~np.isnan(values)).sum()), *proportion(values)))
+    return pd.DataFrame(found, columns=[*by, "metric", "images", *Interval._fields])
+
+
+def template_effects(rows: pd.DataFrame, metrics: Sequence[str] = METRICS[:-1]) -> pd.DataFrame:
+    """What a template changes against the trained one on the same scenes and noise: a row a template and metric.
+
+    Columns template, metric, images, mean, low, high: paired differences with 95 % bootstrap intervals. The metrics "drift_x" and
+    "drift_y" are how far, in pixels, the first object moves against the second, where both images have both objects.
+    """
+    trained = rows[(rows["split"] == "train") & (rows["template"] == TRAINED)].set_index("scene")
+    found = []
+    for template, part in rows[(rows["split"] == "train") & (rows["template"] != TRAINED)].groupby("template", sort=False):
+        after = part.set_index("scene")
+        before = trained.loc[after.index]
+        pairs = [(metric, before[metric], after[metric]) for metric in metrics]
+        pairs += [(f"drift_{axis}", _offset(before, axis), _offset(after, axis)) for axis in "xy"]
+        for metric, old, new in pairs:
+            both = (old.notna() & new.notna()).to_numpy()
+            change = paired_difference(old.to_numpy(float)[both, None], new.to_numpy(float)[both, None])
+            found.append((template, metric, int(both.sum()), *change))
+    return pd.DataFrame(found, columns=["template", "metric", "images", *Interval._fields])
+
+
+def _offset(rows: pd.DataFrame, axis: str) -> pd.Series:
+    return rows[f"{axis}1"] - rows[f"{axis}2"]
+
+
+def to_markdown(rows: pd.DataFrame) -> str:
+    """The tables of a model card: by split, relation, phrase and template."""
+    plain, of_train = rows[rows["template"] == TRAINED], rows[rows["split"] == "train"]
+    order = {phrase: i for i, phrase in enumerate(phrase for phrases in PHRASES.values() for phrase in phrases)}
+    by_phrase = plain[plain["split"] == "train"].sort_values(
+        "phrase", key=lambda found: found.astype(str).map(order), kind="stable"
+    )
+    sections = [
+        ("By split: combinations that were trained, and those that never were", plain, "split"),
+        ("By relation (trained combinations)", by_phrase, "relation"),
+        ("By phrase (trained combinations)", by_phrase, "phrase"),
+    ]
+    if len(of_train) > len(by_phrase):
+        sections.append(("By template (trained combinations)", of_train, "template"))
+    parts = [f"{title}\n\n{wide(accuracies(part, [key]), key)}" for title, part, key in sections]
+    effects = template_effects(rows)
+    if len(effects):
+        parts.append(
+            "Against the trained template, on the same scenes and noise: change, and how many pixels the first object moves "
+            f"against the second (x to the right, y down)\n\n{wide(effects, 'template')}"
+        )
+    return "\n\n".join(parts)
+
+
+def wide(table: pd.DataFrame, key: str) -> str:
+    """A markdown table with a row for each value of `key` and "mean [low, high]" in a column for each metric."""
+    metrics = list(dict.fromkeys(table["metric"]))
+    lines = [f"| {key} | images | {' | '.join(metrics)} |", f"|{'---|' * (len(metrics) + 2)}"]
+    for value, part in table.groupby(key, sort=False):
+        cells = part.set_index("metric")
+        shown = [_shown(Interval(*cells.loc[metric, list(Interval._fields)]), metric.startswith("drift")) for metric in metrics]
+        lines.append(f"| {value} | {cells['images'].max()} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _shown(interval: Interval, pixels: bool) -> str:
+    if np.isnan(interval.mean):
+        return "–"
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*interval) if pixels else str(interval)

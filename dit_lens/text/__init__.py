@@ -1,0 +1,1 @@
+"""Words in prompts, and the vectors that a text encoder gives them."""

@@ -1,0 +1,372 @@
+"""What a word's vector carries: variance partition over a factorial set of prompts, and the vector of every factor's level.
+
+    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role="shape2", at="caption")
+    table = variance.partition(vectors, factors[["color2", "shape2", "shape1", "relation"]], interactions=["color2:shape2"])
+    effects = variance.effect_vectors(vectors, factors[["shape2", "relation"]])  # what `dit_lens.steering` adds and subtracts
+
+Source: Wang, Fan, Pan (arXiv 2601.06338), appendix B.6 (`variance_partition_with_effects.py`). Sums of squares are those of
+Anderson 2001 (PERMANOVA, Austral Ecology 26) for Euclidean distances: ordinary ANOVA sums, added over the vector's components.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_models import HookedTextToImage
+from hooked_models.text_encoders.random_tokens import PAD_ID
+
+from ..task import COLORS, PHRASES, SHAPES, Scene, caption
+from ..task.scene import other_color
+from .prompts import Role, token_roles
+
+Vectors = Float[Tensor, "n d"] | Float[np.ndarray, "n d"]
+Factors = pd.DataFrame | Mapping[str, Sequence[Any]]
+Interactions = Sequence[str] | Literal["all"]
+Space = Literal["text", "caption"]
+"""Before or after the caption projection."""
+
+ROUNDING = 1e-9
+"""Relative size below which a direction of the design, or a share of the variance, is rounding."""
+RESERVED = ("mean", "residual", "total", "d")
+RELATION_OF = {phrase: str(relation) for relation, phrases in PHRASES.items() for phrase in phrases}
+
+
+# Word vectors
+
+
+def factorial_prompts(phrases: Sequence[str] | None = None) -> list[str]:
+    """All ordered pairs of shapes × both orders of colours × `phrases`: by default all 22, then the paper's 264 prompts."""
+    phrases = [phrase for of_relation in PHRASES.values() for phrase in of_relation] if phrases is None else phrases
+    orders = itertools.product(itertools.permutations(SHAPES, 2), COLORS, phrases)
+    return [f"{color} {first} is {phrase} {other_color(color)} {second}" for (first, second), color, phrase in orders]
+
+
+@torch.no_grad()
+def word_vectors(
+    model: HookedTextToImage,
+    prompts: str | Sequence[str | Scene],
+    role: Role,
+    at: Space = "text",
+    pool: Literal["last", "mean"] = "last",
+) -> tuple[Float[Tensor, "prompt d"], pd.DataFrame]:
+    """The text encoder's vector at a role's tokens, in every prompt, and what the prompts say.
+
+    Args:
+        prompts: sentences of the two-object task, or scenes, whose captions are read.
+        at: "text" for the encoder's output, "caption" for what cross-attention reads (after the caption projection).
+        pool: which of the role's tokens, if it has several in a prompt: the last, or their mean.
+
+    Returns:
+        Vectors [prompt d], d = d_text or d_model, and factors, a row a prompt: color1 shape1 relation phrase color2 shape2 as the
+        prompt words them ("" for a colour it leaves out; a phrase of `PHRASES` counts as its relation), and `position`, the
+        token's index. Colours of two objects are each other's opposites, so one of them is enough.
+
+    Raises:
+        ValueError: a prompt has no such token.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    texts = [caption(prompt) if isinstance(prompt, Scene) else prompt for prompt in prompts]
+    tokens = model.to_tokens(texts)
+    vectors, rows = [], []
+    for text, encoded in zip(texts, encode(model, tokens, at), strict=True):
+        sentence = _Sentence(model, text)
+        roles = sentence.roles
+        positions = [position for position, found in enumerate(roles) if found == role]
+        if not positions:
+            raise ValueError(f"{text!r} has no {role} token: leave the prompt out, or choose among {', '.join(roles)}.")
+        vectors.append(encoded[positions[-1]] if pool == "last" else encoded[positions].mean(dim=0))
+        rows.append(sentence.factors() | {"position": positions[-1]})
+    return torch.stack(vectors), pd.DataFrame(rows)
+
+
+def encode(model: HookedTextToImage, tokens: torch.Tensor, at: Space, batch_size: int = 64) -> Float[Tensor, "prompt text_pos d"]:
+    """The text encoder's output for token ids [prompt text_pos], or what the caption projection makes of it.
+
+    Raises:
+        ValueError: another space than "text" and "caption".
+    """
+    if at not in get_args(Space):
+        raise ValueError(f"at={at!r}: choose 'text' (before the caption projection) or 'caption' (after it).")
+    parts = [model.text_encoder(part, attention_mask=(part != PAD_ID).long())[0] for part in tokens.split(batch_size)]
+    text = torch.cat(parts).to(model.dit.dtype)
+    return text if at == "text" else model.dit.project_caption(text)
+
+
+def phrase_span(model: HookedTextToImage, prompt: str) -> slice:
+    """The tokens of a prompt's relation phrase: all between the first object (and "is") and the second.
+
+    Raises:
+        ValueError: the prompt does not name two objects.
+    """
+    return _Sentence(model, prompt).phrase_span()
+
+
+def factors_of(model: HookedTextToImage, prompt: str) -> dict[str, str]:
+    """What a prompt says of its two objects: a row of `word_vectors`' factors.
+
+    Raises:
+        ValueError: the prompt does not name two objects.
+    """
+    return _Sentence(model, prompt).factors()
+
+
+class _Sentence:
+    """A prompt's tokens and their roles, found once."""
+
+    def __init__(self, model: HookedTextToImage, prompt: str) -> None:
+        self.prompt = prompt
+        self.strings, self.roles = model.to_str_tokens(prompt), token_roles(model, prompt)
+
+    def phrase_span(self) -> slice:
+        roles = self.roles
+        if "shape1" not in roles or "shape2" not in roles:
+            raise ValueError(f"{self.prompt!r} does not name two objects, as 'red circle is above blue square' does.")
+        start = len(roles) - roles[::-1].index("shape1")
+        start += self.strings[start] == "▁is"
+        stop = next(position for position in range(start, len(roles)) if roles[position] in ("color2", "shape2"))
+        return slice(start, stop)
+
+    def factors(self) -> dict[str, str]:
+        parts: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2")
+        tokens = list(zip(self.strings, self.roles, strict=True))
+        said = {str(part): _words([string for string, role in tokens if role == part]) for part in parts}
+        phrase = _words(self.strings[self.phrase_span()])
+        return said | {"relation": RELATION_OF.get(phrase, said["relation"].replace(" ", "_")), "phrase": phrase}
+
+
+def _words(strings: Sequence[str]) -> str:
+    return "".join(strings).replace("▁", " ").strip()
+
+
+# The design
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A factor, or several in interaction."""
+
+    name: str
+    factors: tuple[str, ...]
+    levels: tuple[tuple[Any, ...], ...]
+    contrasts: Float[np.ndarray, "cell column"]
+    """Sum-to-zero coding of every combination of levels; Kronecker product of the factors' own."""
+    columns: Float[np.ndarray, "n column"]
+
+    def margin_of(self, other: _Term) -> bool:
+        """Whether `other` is an interaction that this term is part of (`a` and `a:b` of `a:b:c`)."""
+        return set(self.factors) < set(other.factors)
+
+
+def _terms(factors: Factors, interactions: Interactions, n: int) -> list[_Term]:
+    coded: dict[str, tuple[tuple[Any, ...], np.ndarray, np.ndarray]] = {}
+    for name, values in dict(factors).items():
+        name = str(name)
+        if len(values) != n:
+            raise ValueError(f"Factor {name!r} has {len(values)} values for {n} vectors.")
+        if name in RESERVED or ":" in name:
+            raise ValueError(f"A factor cannot be called {name!r}: rename it.")
+        found = pd.Categorical(list(values)).remove_unused_categories()
+        if (found.codes < 0).any():
+            raise ValueError(f"Factor {name!r} has missing values: leave those rows out.")
+        if len(found.categories) < 2:
+            raise ValueError(f"Factor {name!r} has a single level, {found.categories[0]!r}: leave it out.")
+        levels = len(found.categories)
+        coded[name] = tuple(found.categories), np.asarray(found.codes), np.vstack([np.eye(levels - 1), -np.ones(levels - 1)])
+    if not coded:
+        raise ValueError("There is no factor.")
+
+    together = [":".join(pair) for pair in itertools.combinations(coded, 2)] if interactions == "all" else list(interactions)
+    terms = []
+    for name in [*coded, *together]:
+        parts = tuple(name.split(":"))
+        if unknown := [part for part in parts if part not in coded]:
+            raise ValueError(f"There is no factor {unknown[0]!r}: the factors are {', '.join(coded)}.")
+        if len(set(parts)) < len(parts) or (name in together and len(parts) < 2):
+            raise ValueError(f"{name!r} is no interaction: write 'a:b' for two different factors.")
+        contrasts, cells = np.ones((1, 1)), np.zeros(n, dtype=int)
+        for part in parts:
+            levels_, codes, own = coded[part]
+            contrasts, cells = np.kron(contrasts, own), cells * len(levels_) + codes
+        terms.append(_Term(name, parts, tuple(coded[part][0] for part in parts), contrasts, contrasts[cells]))
+    return terms
+
+
+def _basis(
+    columns: Float[np.ndarray, "n column"], given: Float[np.ndarray, "n given"] | None = None
+) -> Float[np.ndarray, "n rank"]:
+    """An orthonormal basis of the centred columns, of what is left of them beside `given` (orthonormal, centred)."""
+    columns = columns - columns.mean(axis=0)
+    scale = np.linalg.norm(columns)
+    if given is not None:
+        columns = columns - given @ (given.T @ columns)
+    left, size, _ = np.linalg.svd(columns, full_matrices=False)
+    return left[:, size > ROUNDING * scale]
+
+
+def _span_of(terms: Sequence[_Term], n: int) -> Float[np.ndarray, "n rank"]:
+    return _basis(np.hstack([np.zeros((n, 0)), *(term.columns for term in terms)]))
+
+
+def _as_array(vectors: Vectors) -> Float[np.ndarray, "n d"]:
+    values = vectors.detach().double().cpu().numpy() if isinstance(vectors, Tensor) else np.asarray(vectors, dtype=float)
+    if not np.isfinite(values).all():
+        raise ValueError("Some vectors are not finite; T5, for one, overflows in float16: encode in float32 or bfloat16.")
+    return values
+
+
+# Partition
+
+
+def partition(
+    vectors: Vectors, factors: Factors, interactions: Interactions = (), permutations: int = 999, seed: int = 0
+) -> pd.DataFrame:
+    """How much of the vectors' variance each factor explains.
+
+    Factors are categories, coded to sum to zero. All sums of squares are added over the d components, and R² are shares of the
+    total around the mean.
+
+    Args:
+        factors: name → a value for each vector. The order matters for the sequential column only.
+        interactions: terms such as "shape1:relation" of two or more of the factors, or "all" for every pair.
+        permutations, seed: of the permutation test.
+
+    Returns:
+        A row a term, then `residual` and `total` (only df, sequential). Columns:
+
+        - ``df``: of the term, beside the factors that it is made of.
+        - ``r2_sequential`` (ANOVA type I): gained when the term joins those above it. Adds up, with the residual, to 1.
+        - ``r2_marginal``: of the term alone (an interaction: beside its own factors).
+        - ``r2_partial`` (type II): gained beside all terms that do not contain it; without interactions, this is type III too.
+        - ``df_partial``: what is left of df beside those.
+        - ``partial_eta2``: SS / (SS + SS residual), SS being the partial one; NaN if both are 0.
+        - ``p``: of the partial share, by Freedman & Lane 1983: the residuals of the model with all terms that do not contain this
+          one are permuted; the statistic is pseudo-F (as partial η², which orders alike). At least 1 / (permutations + 1).
+        - ``aliased_with``: terms that explain the very same differences ("" for none). A term with nothing of its own has NaN.
+
+        In a balanced orthogonal design the three shares are equal.
+
+    Raises:
+        ValueError: factors and vectors do not go together, or the vectors do not vary.
+    """
+    values = _as_array(vectors)
+    n, centred = len(values), values - values.mean(axis=0)
+    terms = _terms(factors, interactions, n)
+    if centred.shape[1] > n:  # a rotation into the n dimensions that the vectors span keeps all sums of squares
+        centred = np.linalg.qr(centred.T).R.T
+    total = (centred**2).sum()
+    if total <= (ROUNDING**2) * max((values**2).sum(), np.finfo(float).tiny):
+        raise ValueError("All vectors are equal: there is no variance to partition.")
+    own = {term.name: _basis(term.columns, _span_of([t for t in terms if t.margin_of(term)], n)) for term in terms}
+    full = _span_of(terms, n)
+    rng = np.random.default_rng(seed)
+
+    def share(basis: Float[np.ndarray, "n rank"]) -> float:
+        return float(((basis.T @ centred) ** 2).sum() / total) if basis.shape[1] else np.nan
+
+    rows, earlier = {}, list[_Term]()
+    for term in terms:
+        name = term.name
+        without = _span_of([t for t in terms if t is not term and not term.margin_of(t)], n)
+        last = _basis(term.columns, without)
+        eta, p = _freedman_lane(centred - without @ (without.T @ centred), last, full, total, permutations, rng)
+        df = own[name].shape[1]
+        rows[name] = {
+            "df": df,
+            "r2_sequential": share(_basis(term.columns, _span_of(earlier, n))),
+            "r2_marginal": share(own[name]),
+            "r2_partial": share(last),
+            "df_partial": last.shape[1],
+            "partial_eta2": eta,
+            "p": p,
+            "aliased_with": _aliases(term, terms, own) if last.shape[1] < df else "",
+        }
+        earlier.append(term)
+    left = n - 1 - full.shape[1]
+    rows["residual"] = {"df": left, "r2_sequential": 1 - share(full), "aliased_with": ""}
+    rows["total"] = {"df": n - 1, "r2_sequential": 1.0, "aliased_with": ""}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("term").astype({"df_partial": "Int64"})
+    if aliased := [f"{name} with {row['aliased_with']}" for name, row in rows.items() if row["aliased_with"]]:
+        warnings.warn(f"Aliased: {'; '.join(aliased)}. What they share is in neither's partial share.", stacklevel=2)
+    return table
+
+
+def _freedman_lane(
+    residuals: Float[np.ndarray, "n d"],
+    basis: Float[np.ndarray, "n rank"],
+    full: Float[np.ndarray, "n full_rank"],
+    total: float,
+    permutations: int,
+    rng: np.random.Generator,
+) -> tuple[float, float]:
+    """(partial η², p) of the term that `basis` spans beside the reduced model, whose residuals are given."""
+    left, rank = (residuals**2).sum(), basis.shape[1]
+    if not rank:
+        return np.nan, np.nan
+    if left <= ROUNDING * total:
+        return np.nan, 1.0  # nothing is left to explain, in no permutation
+    ordered = np.hstack([basis, _basis(full, basis)]).T
+
+    def eta2(rows: np.ndarray) -> float:
+        squares = ((ordered @ residuals[rows]) ** 2).sum(axis=1)
+        explained = squares[:rank].sum()
+        unexplained = max(left - squares.sum(), 0.0)
+        return float(explained / (explained + unexplained)) if explained + unexplained > ROUNDING * left else 0.0
+
+    observed = eta2(np.arange(len(residuals)))
+    exceed = sum(eta2(rng.permutation(len(residuals))) >= observed - ROUNDING for _ in range(permutations))
+    return observed, (1 + exceed) / (1 + permutations)
+
+
+def _aliases(term: _Term, terms: Sequence[_Term], own: Mapping[str, np.ndarray]) -> str:
+    mine = own[term.name]
+    others = [other.name for other in terms if other is not term and not term.margin_of(other) and not other.margin_of(term)]
+    shared = [name for name in others if _basis(own[name], mine).shape[1] < own[name].shape[1]]
+    return ", ".join(shared) or "the others together"
+
+
+def effect_vectors(vectors: Vectors, factors: Factors, interactions: Interactions = ()) -> dict[str, xr.DataArray]:
+    """The vector that each level of each factor adds to the mean: least squares, summing to zero over every factor's levels.
+
+    Returns:
+        `"mean"`: the intercept, dims (d,), which is the mean of a balanced set; each factor: dims (factor, d); each interaction:
+        dims (factor, factor, …, d). Axes carry the levels, so `effects["relation"].sel(relation="left")` is a vector, and the
+        sum of all entries is, by broadcasting, the fitted vector of every combination of levels.
+
+    Raises:
+        ValueError: as in `partition`; or a term is aliased with others (or lacks some combination of levels), so that its
+            vectors are not determined.
+    """
+    values = _as_array(vectors)
+    n = len(values)
+    terms = _terms(factors, interactions, n)
+    short = [t.name for t in terms if _beside_all(t, terms, n) < t.columns.shape[1]]
+    if short:
+        raise ValueError(
+            f"The vectors cannot be told apart for {', '.join(short)}: leave one of the aliased factors out, or the interaction "
+            "that lacks some combinations."
+        )
+    coefficients = np.linalg.lstsq(np.hstack([np.ones((n, 1)), *(t.columns for t in terms)]), values, rcond=None)[0]
+    effects = {"mean": xr.DataArray(coefficients[0], dims="d", name="mean")}
+    start = 1
+    for term in terms:
+        stop = start + term.columns.shape[1]
+        cells = (term.contrasts @ coefficients[start:stop]).reshape(*map(len, term.levels), -1)
+        coords = {factor: list(levels) for factor, levels in zip(term.factors, term.levels, strict=True)}
+        effects[term.name] = xr.DataArray(cells, dims=(*term.factors, "d"), coords=coords, name=term.name)
+        start = stop
+    return effects
+
+
+def _beside_all(term: _Term, terms: Sequence[_Term], n: int) -> int:
+    return _basis(term.columns, _span_of([other for other in terms if other is not term], n)).shape[1]

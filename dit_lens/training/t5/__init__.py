@@ -1,0 +1,1 @@
+"""Pre-training of a small T5 encoder on captions of scenes."""

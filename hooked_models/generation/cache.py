@@ -1,0 +1,315 @@
+"""The cache of a whole generation, and how much it will take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from ..hooks import HookedModule, NameFilter
+from ..pixart.cache import DiTCache, expand_shorthand, look_up
+from .cache_store import LazyTensors
+from .capture import TEXT_KV, Heads, Patterns, Recorder, head_axis, heads_by_layer, layer_of
+from .names import FINAL, Branch, Site
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from .model import HookedTextToImage
+
+
+KEEPS_BATCH = (
+    "a whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim() (TransformerLens' "
+    "head_detector, which asks for this, looks for heads of causal language models)"
+)
+
+
+class GenerationCache(ActivationCache):
+    """The cache of a whole generation, under full names (`steps.{s}.{cond|uncond}.…`).
+
+    `cache["pattern", 2, "cross_attn", 0]` is (name, layer, sublayer, step); a fifth entry names the branch ("cond" unless
+    said). `cache["steps.3.eps"]` is derived from the latent and the clean-image prediction of step 3.
+    """
+
+    model: HookedTextToImage
+
+    def __init__(
+        self, cache_dict: Mapping[str, Tensor], model: HookedTextToImage, noise_levels: Sequence[tuple[float, float]] = ()
+    ) -> None:
+        super().__init__(cache_dict, model)
+        self.noise_levels = noise_levels
+
+    @classmethod
+    def load(cls, folder: str | Path, model: HookedTextToImage | None = None) -> GenerationCache:
+        """What `run_with_cache(…, out=folder)` wrote; a tensor is read when it is asked for.
+
+        Args:
+            model: the one that it was made with; without it, a model without weights is opened, which has all names.
+
+        Raises:
+            FileNotFoundError: the folder holds no cache, or its generation has not ended.
+            ValueError: no model was given, and none was recorded because it came from `from_pipeline`.
+        """
+        folder = Path(folder)
+        if not (folder / "index.json").is_file() or not (folder / "images.safetensors").is_file():
+            raise FileNotFoundError(f"{folder} holds no finished cache: run_with_cache(…, out={str(folder)!r}) writes one.")
+        facts = json.loads((folder / "index.json").read_text())["facts"]
+        if model is None:
+            if facts["source"] is None:
+                raise ValueError(f"{folder} does not say which model it is of: pass it, GenerationCache.load(folder, model).")
+            from .model import HookedTextToImage  # which makes caches
+
+            model = HookedTextToImage.from_pretrained(*facts["source"][:1], revision=facts["source"][1], weights=False)
+        return cls(LazyTensors(folder), model, [(alpha, sigma) for alpha, sigma in facts["noise_levels"]])
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if isinstance(key, str):
+            if key not in self.cache_dict and key.startswith("steps.") and key.endswith(".eps"):
+                return self._noise(int(key.split(".")[1]))
+            return look_up(self.cache_dict, key if key in self.cache_dict else self.model.names.site(key).name)
+        if len(key) < 4:
+            raise KeyError(f"Say which step: cache[name, layer, sublayer, step], or cache.at(step=…)[{key!r}].")
+        name, layer, sublayer, step, branch = (*key, "cond")[:5]
+        inner = expand_shorthand(name, layer, sublayer, self.model.cfg.n_layers)
+        middle = "" if inner in self.model.names.sampler.hook_dict else f"{branch}."
+        return self[f"steps.{step}.{middle}{inner}"]
+
+    def _noise(self, step: int) -> Tensor:
+        alpha, sigma = self.noise_levels[step]
+        return (self[f"steps.{step}.hook_latent"] - alpha * self[f"steps.{step}.hook_x0"]) / sigma
+
+    @property
+    def steps(self) -> list[int]:
+        """The denoising steps that something was cached at."""
+        return sorted({int(name.split(".")[1]) for name in self.cache_dict if name.startswith("steps.")})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, in memory or on disk; what several names share counts once."""
+        if isinstance(self.cache_dict, LazyTensors):
+            return self.cache_dict.nbytes
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.cache_dict.values()}.values())
+
+    def at(self, step: int, branch: Branch = "cond") -> DiTCache:
+        """The cache of one denoiser call, under canonical names: what TransformerLens' tools expect.
+
+        Raises:
+            KeyError: nothing was cached there.
+        """
+        prefix = f"steps.{step}.{branch}."
+        found = {k.removeprefix(prefix): self.cache_dict[k] for k in self.cache_dict if k.startswith(prefix)}
+        if not found:
+            raise KeyError(f"Nothing is cached at step {step}, branch {branch!r}; steps with entries: {self.steps}.")
+        return DiTCache(found, self.model.dit)
+
+    def stack(self, name: str, layer: int | None = None, sublayer: str | None = None, branch: Branch = "cond") -> Tensor:
+        """One tensor over the cached steps: [step batch …], steps ascending (`cache.steps`)."""
+        inner = expand_shorthand(name, layer, sublayer, self.model.cfg.n_layers)
+        middle = "" if inner in self.model.names.sampler.hook_dict else f"{branch}."
+        names = [full for s in self.steps if (full := f"steps.{s}.{middle}{inner}") in self.cache_dict]
+        if not names:
+            return look_up(self.cache_dict, f"steps.*.{middle}{inner}")  # raises
+        return torch.stack([self.cache_dict[full] for full in names])
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> GenerationCache:
+        """Some prompts of the batch. Raises TypeError for a single number: the batch axis stays."""
+        if isinstance(batch_slice, int):
+            raise TypeError(f"A whole generation's cache keeps its batch axis: take slice({batch_slice}, {batch_slice + 1}).")
+        return GenerationCache(super().apply_slice_to_batch_dim(batch_slice).cache_dict, self.model, self.noise_levels)
+
+    def remove_batch_dim(self) -> GenerationCache:
+        """Raises TypeError: `run_with_cache` says why."""
+        raise TypeError(KEEPS_BATCH)
+
+    def __repr__(self) -> str:
+        return f"GenerationCache({len(self)} tensors at steps {self.steps}, {human(self.nbytes)})"
+
+
+# How much a cache will take
+
+
+class CacheTooLargeError(MemoryError):
+    """The cache asked for would not fit into `max_bytes`; the message says how to narrow it."""
+
+
+def activation_shape(
+    cfg: Any, site: Site, batch: int, grid: tuple[int, int], text_pos: int, image: tuple[int, int]
+) -> tuple[int, ...]:
+    """The shape of a site's tensor, from arithmetic alone.
+
+    `cfg`: that of the denoiser or, for its sites, of the text encoder. `grid`: latent rows and columns, `image`: pixel rows
+    and columns.
+    """
+    pos = text_pos if site.part.endswith("text_encoder") else grid[0] * grid[1] // cfg.patch_size**2
+    leaf = site.inner.rpartition(".")[2].removeprefix("hook_")
+    key_pos = text_pos if "cross_attn" in site.inner else pos
+    if site.inner == FINAL:
+        return (batch, 3, *image)
+    if site.part == "sampler":
+        return (batch, cfg.out_channels if leaf in ("out_cond", "out_uncond") else cfg.in_channels, *grid)
+    match leaf:
+        case "q" | "z":
+            return (batch, pos, cfg.n_heads, cfg.d_head)
+        case "k" | "v":
+            return (batch, key_pos, cfg.n_heads, cfg.d_head)
+        case "attn_scores" | "pattern":
+            return (batch, cfg.n_heads, pos, key_pos)
+        case "rel_pos_bias":
+            return (batch, cfg.n_heads, pos, pos)
+        case "result" | "q_input" | "attn_in" | "cross_attn_in":
+            return (batch, pos, cfg.n_heads, cfg.d_model)
+        case "k_input" | "v_input":
+            return (batch, key_pos, cfg.n_heads, cfg.d_model)
+        case "pre" | "pre_linear" | "post":
+            return (batch, pos, cfg.d_mlp)
+        case "scale":
+            return (batch, pos, 1)
+        case "text":
+            return (batch, text_pos, cfg.d_text)
+        case "caption":
+            return (batch, text_pos, cfg.d_model)
+        case "t_emb":
+            return (batch, cfg.d_model)
+        case "t_mod":
+            return (batch, 6 * cfg.d_model)
+    return (batch, 1 if ".adaln." in site.inner else pos, cfg.d_model)
+
+
+def activation_dtype(site: Site, dtype: torch.dtype) -> torch.dtype:
+    """The type of a site's tensor in a model of type `dtype`: a norm's scale is never narrower than float32."""
+    return torch.promote_types(dtype, torch.float32) if site.inner.endswith("hook_scale") else dtype
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where tensors on `device` live."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+@dataclass(frozen=True)
+class CacheEstimate:
+    """What a cache will take, from arithmetic alone. In memory or on disk, it is `nbytes`."""
+
+    sizes: Mapping[str, int]
+    """Name → bytes of its tensor."""
+    shared: frozenset[str]
+    """Names that take nothing, because their tensor is an earlier step's: the text's keys and values."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for name, size in self.sizes.items() if name not in self.shared)
+
+    @property
+    def largest_step(self) -> int:
+        """Bytes of the step with the most: what a cache that is written to disk holds in memory."""
+        steps: dict[str, int] = {}
+        for name, size in self.sizes.items():
+            step = name.split(".")[1] if name.startswith("steps.") else name.split(".")[0]
+            steps[step] = steps.get(step, 0) + size
+        return max(steps.values())
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """Bytes by the last part of the name, most first."""
+        kinds: dict[str, int] = {}
+        for name, size in self.sizes.items():
+            if name not in self.shared:
+                kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + size
+        return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {human(size)}" for kind, size in list(self.by_kind.items())[:3])
+        return f"{len(self.sizes)} tensors, {human(self.nbytes)} ({kinds}); at most {human(self.largest_step)} a step"
+
+
+def estimate(
+    model: HookedTextToImage,
+    prompts: str | Sequence[str] | Int[Tensor, "batch text_pos"] | tuple[int, int],
+    num_steps: int = 14,
+    guidance: float = 4.5,
+    *,
+    names_filter: NameFilter = None,
+    steps: int | Sequence[int] | slice | None = None,
+    branch: Branch | Literal["both"] = "cond",
+    heads: Heads | None = None,
+    patterns: Patterns = "whole",
+    grid: Sequence[int] | None = None,
+) -> CacheEstimate:
+    """What `run_with_cache` with these arguments will take; nothing is run, and a model without weights will do.
+
+    Args:
+        prompts: as there, or (how many, tokens of the longest with EOS).
+        grid: rows and columns of the latents, of another size than the model's own.
+    """
+    if isinstance(prompts, tuple) and all(isinstance(part, int) for part in prompts):
+        batch, text_pos = prompts
+    else:
+        batch, text_pos = (prompts if isinstance(prompts, Tensor) else model.to_tokens(prompts)).shape  # type: ignore[arg-type]
+    predicts_x0 = Sampler(model.scheduler, num_steps, torch.device("cpu")).predicts_x0
+    sites = model.names.select(names_filter, steps, branch, num_steps, guidance > 1, predicts_x0)
+    recorder = Recorder(model, sites, heads_by_layer(heads, model.cfg.n_layers, model.cfg.n_heads), patterns)
+    return estimate_recorded(recorder, batch, text_pos, grid)
+
+
+def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Sequence[int] | None = None) -> CacheEstimate:
+    """What a recorder will keep of one generation."""
+    model, heads = recorder.model, recorder.heads
+    rows, columns = grid or (model.cfg.sample_size,) * 2
+    image = model._image_size((rows, columns))
+    sizes, shared, seen = {}, set(), set()
+    for site in recorder.sites:
+        module = model.codec if site.inner == FINAL else model.text_encoder if site.part.endswith("text_encoder") else model.dit
+        cfg = module.cfg if isinstance(module, HookedModule) else model.cfg
+        shape = list(activation_shape(cfg, site, batch, (rows, columns), text_pos, image))
+        dtype = activation_dtype(site, module.dtype)
+        if heads is not None and (axis := head_axis(site)) is not None:
+            shape[axis] = len(heads[layer_of(site)])
+        if recorder.patterns != "whole" and site.part == "dit" and site.inner.endswith("hook_pattern"):
+            del shape[2 if recorder.patterns == "received" else 3]
+            dtype = torch.float32
+        sizes[site.name] = torch.Size(shape).numel() * dtype.itemsize
+        if site.inner.endswith(TEXT_KV):
+            key = (site.inner, site.branch)
+            shared |= {site.name} if key in seen else set()
+            seen.add(key)
+    return CacheEstimate(sizes, frozenset(shared))
+
+
+def refuse_if_too_large(estimate: CacheEstimate, max_bytes: int | None, device: torch.device) -> None:
+    """Raise CacheTooLargeError for a cache above `max_bytes`, by default a quarter of what is free."""
+    limit = free_bytes(device) // 4 if max_bytes is None else max_bytes
+    if estimate.nbytes <= limit:
+        return
+    limit_is = f"max_bytes={human(limit)}" if max_bytes is not None else f"a quarter of free memory ({human(limit)})"
+    raise CacheTooLargeError(
+        f"This cache would take {human(estimate.nbytes)} in {len(estimate.sizes)} tensors, more than {limit_is}. Most of it is "
+        f"{', '.join(f'{kind} ({human(size)})' for kind, size in list(estimate.by_kind.items())[:3])}. Narrow it with "
+        "names_filter= (for example lambda name: name.endswith('cross_attn.hook_pattern')), steps=, branch=, heads= or "
+        "patterns=; write it to disk with out=; run fewer prompts; or raise max_bytes=."
+    )
+
+
+def refuse_if_does_not_fit(estimate: CacheEstimate, out: str | Path) -> None:
+    """Raise CacheTooLargeError for a cache that the disk of `out` has no room for."""
+    place = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
+    if estimate.nbytes > (free := shutil.disk_usage(place).free):
+        raise CacheTooLargeError(
+            f"This cache is {estimate}; on the disk of {out} {human(free)} are free. Narrow it, or free some."
+        )
+
+
+def human(size: int | float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,190 @@
+"""What a cache keeps, decided where tensors arise: of which heads, and whole patterns or what they add up to.
+
+At 1024 px a pattern of one layer of PixArt-XL is 16 × 4096² numbers for each prompt and branch. Where heads are chosen, or a
+summary is enough, patterns are computed from queries and keys, for the wanted rows and heads alone, in chunks that are never
+larger than the queries; the attention itself stays fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import PER_HEAD, HookFunction, watched
+from .names import BRANCHES, Site, parse_head
+from .trajectory import Inputs
+
+if TYPE_CHECKING:
+    from .model import HookedTextToImage
+
+Heads = str | int | tuple[int, int] | Sequence[str | int | tuple[int, int]]
+Patterns = Literal["whole", "entropy", "largest", "received"]
+PATTERN = ("hook_pattern", "hook_attn_scores")
+TEXT_KV = ("cross_attn.hook_k", "cross_attn.hook_v")
+
+
+def heads_by_layer(heads: Heads | None, n_layers: int, n_heads: int) -> dict[int, list[int]] | None:
+    """Layer → its chosen heads, ascending. "L2H8" or (2, 8) is one head of one layer, an int that head of every layer.
+
+    Raises:
+        ValueError: there is no such head.
+    """
+    if heads is None:
+        return None
+    chosen: dict[int, set[int]] = {}
+    for head in [heads] if isinstance(heads, (str, int, tuple)) else heads:
+        pairs = [(layer, head) for layer in range(n_layers)] if isinstance(head, int) else [parse_head(head)]
+        for layer, index in pairs:
+            if not (0 <= layer < n_layers and 0 <= index < n_heads):
+                raise ValueError(f"There is no head {head}: the model has {n_layers} layers of {n_heads} heads.")
+            chosen.setdefault(layer, set()).add(index)
+    return {layer: sorted(indices) for layer, indices in sorted(chosen.items())}
+
+
+def head_axis(site: Site) -> int | None:
+    """The axis of a denoiser's tensor that heads can be chosen on."""
+    leaf = site.inner.rpartition(".")[2]
+    if site.part != "dit" or not site.inner.startswith("blocks."):
+        return None
+    return 1 if leaf in PATTERN else 2 if leaf in PER_HEAD else None
+
+
+def layer_of(site: Site) -> int:
+    return int(site.inner.split(".")[1])
+
+
+def entropy(pattern: Tensor) -> Tensor:
+    """Of each query's row, in nats."""
+    return torch.special.entr(pattern).sum(-1)
+
+
+@dataclass
+class Recorder:
+    """Hooks that keep what was chosen of each site's tensor, in `tensors`, until it is taken away."""
+
+    model: HookedTextToImage
+    sites: Sequence[Site]
+    heads: Mapping[int, list[int]] | None = None
+    patterns: Patterns = "whole"
+    device: str | torch.device | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
+    """Names whose tensor is that of an earlier name: no step changes the text's keys and values."""
+    inputs: Inputs | None = None
+    """To be set before the first step."""
+    _text: dict[tuple[str, Any], tuple[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.heads is not None:
+            self.sites = [site for site in self.sites if head_axis(site) is None or layer_of(site) in self.heads]
+        if not self.sites:
+            raise ValueError("Nothing would be cached: names_filter and heads have no tensor in common.")
+        if self.patterns != "whole" and any(site.inner.endswith("hook_attn_scores") for site in self.sites):
+            raise ValueError("patterns= summarises patterns; scores before the softmax have no such summary: leave them out.")
+        self._by_name = {site.name: site for site in self.sites}
+
+    def hooks(self) -> Iterator[tuple[str, HookFunction]]:
+        """To be attached for the time of a run."""
+        for site in self.sites:
+            if self._from_queries(site):
+                yield from self._pattern_hooks(site)
+            else:
+                yield site.name, self._keep
+
+    def take(self) -> dict[str, Tensor]:
+        """What has been kept since the last call."""
+        taken, self.tensors = self.tensors, {}
+        return taken
+
+    def _keep(self, tensor: Tensor, hook: HookPoint) -> None:
+        site = self._by_name[str(hook.name)]
+        kept = self._chosen(tensor.detach(), site, head_axis(site))
+        if site.inner.endswith("hook_pattern") and site.part == "dit" and self.patterns != "whole":
+            kept = self._summary(iter([kept]), kept.shape)
+        self._store(site, kept)
+
+    def _chosen(self, tensor: Tensor, site: Site, axis: int | None) -> Tensor:
+        if self.heads is None or axis is None:
+            return tensor
+        return tensor.index_select(axis, torch.tensor(self.heads[layer_of(site)], device=tensor.device))
+
+    def _store(self, site: Site, tensor: Tensor) -> None:
+        key = (site.inner, site.branch)
+        if site.inner.endswith(TEXT_KV) and key in self._text:
+            name, earlier = self._text[key]
+            if torch.equal(earlier, tensor.to(earlier.device)):
+                self.tensors[site.name], self.same[site.name] = earlier, name
+                return
+        # copied: a slice would keep the other branch alive, and a later hook may write in place
+        self.tensors[site.name] = kept = tensor.to(self.device or tensor.device, copy=True)
+        if site.inner.endswith(TEXT_KV):
+            self._text[key] = (site.name, kept)
+
+    # Patterns without the explicit attention
+
+    def _from_queries(self, site: Site) -> bool:
+        """Whether a pattern is computed here: something of it is enough, and nobody else makes it be computed as a whole."""
+        if site.part != "dit" or not site.inner.endswith(PATTERN) or (self.heads is None and self.patterns == "whole"):
+            return False
+        pair = [f"{site.inner.rpartition('.')[0]}.{leaf}" for leaf in PATTERN]
+        sites = [Site("dit", inner, site.step, branch) for inner in pair for branch in BRANCHES]
+        attached = any(True for _ in self.model.firing(lambda one: one in sites, lambda: sites))
+        return not attached and not any(watched(self.model.dit.hook_dict[name]) for name in pair)
+
+    def _pattern_hooks(self, site: Site) -> Iterator[tuple[str, HookFunction]]:
+        stem, held = site.name.rpartition(".")[0], {}
+        attention: Any = self.model.dit.get_submodule(site.inner.rpartition(".")[0])
+
+        def read_q(q: Float[Tensor, "batch pos head d_head"], hook: HookPoint) -> None:
+            held["q"] = self._chosen(q.detach(), site, 2).transpose(1, 2)
+
+        def read_k(k: Float[Tensor, "batch key_pos head d_head"], hook: HookPoint) -> None:
+            q, k = held.pop("q"), self._chosen(k.detach(), site, 2).transpose(1, 2)
+            assert self.inputs is not None
+            assert site.branch is not None
+            bias = self.inputs.text.bias if ".cross_attn." in site.inner else None
+            bias = None if bias is None else bias[self.inputs.rows(site.branch), None]
+            rows = score_rows(q, k, attention.scale, bias)
+            if site.inner.endswith("hook_pattern"):
+                rows = (scores.softmax(dim=-1) for scores in rows)
+            self._store(site, self._summary(rows, (*q.shape[:3], k.shape[2])))
+
+        yield f"{stem}.hook_q", read_q
+        yield f"{stem}.hook_k", read_k
+
+    def _summary(self, rows: Iterator[Tensor], shape: Sequence[int]) -> Tensor:
+        """Of a pattern [batch head query key] that comes in chunks of queries."""
+        if self.patterns == "received":
+            return sum((part.float().sum(2) for part in rows), torch.zeros(()))
+        per_row: dict[str, Callable[[Tensor], Tensor]] = {
+            "whole": lambda part: part,
+            "entropy": lambda part: entropy(part.float()),
+            "largest": lambda part: part.float().amax(-1),
+        }
+        reduce, whole, start = per_row[self.patterns], None, 0
+        for part in rows:
+            found = reduce(part)
+            if whole is None:  # filled chunk by chunk, so that there is never a second copy
+                whole = found.new_empty((*shape[:3], *found.shape[3:]), device=self.device or found.device)
+            whole[:, :, start : start + part.shape[2]] = found
+            start += part.shape[2]
+        assert whole is not None
+        return whole
+
+
+def score_rows(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch head key d_head"],
+    scale: float,
+    bias: Float[Tensor, "batch 1 _ key"] | None,
+) -> Iterator[Float[Tensor, "batch head row key"]]:
+    """Attention scores in chunks of queries, a quarter as large as `q`: scores, softmax and summary are no more than it."""
+    for rows in q.split(max(1, q.shape[2] * q.shape[3] // (4 * k.shape[2])), dim=2):
+        scores = rows @ k.mT * scale
+        yield scores if bias is None else scores + bias

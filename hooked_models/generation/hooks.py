@@ -1,0 +1,240 @@
+"""Hooks of a whole generation, attached to the modules inside for just the step and the rows that they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import HookedModule, HookFunction, watched
+from ..pipelines.pipeline_model import PipelineModel
+from .names import Branch, GenerationHookPoint, GenerationNames, Site
+from .sampling import Sampler
+
+Hooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
+
+
+class SamplerHooks(HookedModule):
+    """The tensors between two denoiser calls, each [batch channel rows columns]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cfg: Any = None
+        self.hook_latent = HookPoint()  # before the step
+        self.hook_out_uncond = HookPoint()  # the network's own prediction, all output channels
+        self.hook_out_cond = HookPoint()
+        self.hook_out = HookPoint()  # guided, without the learned variance
+        self.hook_x0 = HookPoint()  # the clean image that `out` implies; the solver goes on from it
+        self.hook_image = HookPoint()  # [batch 3 height width] in [0, 1], after the last step
+        self.setup()
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One hook of a generation: where, what, and in which direction."""
+
+    where: Site | Callable[[str], bool]
+    """A predicate on full names is asked when a run is there: only the run knows its steps and branches."""
+    function: HookFunction
+    direction: Literal["fwd", "bwd"] = "fwd"
+    is_permanent: bool = False
+
+    @property
+    def site(self) -> Site:
+        """Of a hook that is no predicate's, as all are that `HookedGeneration.firing` gives."""
+        assert isinstance(self.where, Site)
+        return self.where
+
+
+@contextmanager
+def attach(
+    hooks: Iterable[Attached],
+    module: Callable[[str], HookedModule],
+    rows: Callable[[Branch], slice] | None = None,
+) -> Iterator[None]:
+    """Attach hooks inside the `module` of their part, each restricted to the `rows` of its branch, for the block."""
+    per_point: dict[tuple[str, str, str], list[HookFunction]] = {}
+    for attached in hooks:
+        site = attached.site
+        part = rows(site.branch) if rows is not None and site.branch is not None else None
+        function = partial(on_rows, attached.function, GenerationHookPoint(site), part)
+        per_point.setdefault((site.part, attached.direction, site.inner), []).append(function)
+    with ExitStack() as stack:
+        for part_name in {part for part, _, _ in per_point}:
+            pairs: dict[str, list[Any]] = {"fwd": [], "bwd": []}
+            for (owner, direction, inner), functions in per_point.items():
+                if owner == part_name:
+                    pairs[direction].append((inner, partial(in_turn, functions)))
+            stack.enter_context(module(part_name).hooks(pairs["fwd"], pairs["bwd"]))
+        yield
+
+
+def in_turn(functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint) -> Tensor | None:
+    """Several hooks as one, each given what the one before left (torch would hand every backward hook the first gradient)."""
+    changed = None
+    for function in functions:
+        replaced = function(tensor if changed is None else changed, hook=hook)
+        changed = changed if replaced is None else replaced
+    return changed
+
+
+def on_rows(
+    function: HookFunction, point: GenerationHookPoint, rows: slice | None, tensor: Tensor, hook: HookPoint
+) -> Tensor | None:
+    """`function` on some rows of a tensor, with `point` as its hook; works on activations and on gradients."""
+    seen = tensor if rows is None else tensor[rows]
+    replaced: Any = function(seen, hook=point)
+    if replaced is None:
+        if rows is None or not seen.requires_grad:
+            return None  # an edit in place has reached `tensor` through the view
+        replaced = seen  # now part of the computation, so that a tool can differentiate by what its hook saw
+    if isinstance(replaced, tuple):  # TransformerLens lets a backward hook return (gradient,)
+        (replaced,) = replaced
+    if not isinstance(replaced, Tensor) or replaced.shape != seen.shape:
+        got = f"a tensor of {list(replaced.shape)}" if isinstance(replaced, Tensor) else repr(replaced)
+        raise ValueError(f"A hook at {point.name} got {list(seen.shape)} and returned {got}: return the whole tensor, or None.")
+    if rows is None:
+        return replaced
+    whole = tensor.clone()
+    whole[rows] = replaced
+    return whole
+
+
+class HookedGeneration(PipelineModel, HookedRootModule):
+    """The side of `HookedTextToImage` that attaches hooks: by full name, and only where a run would reach them."""
+
+    names: GenerationNames
+    sampler_hooks: SamplerHooks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._attached: list[Attached] = []
+
+    def _resolve(self, where: str | Callable[[str], bool]) -> Site | Callable[[str], bool]:
+        return self.names.site(where) if isinstance(where, str) else where
+
+    def firing(self, chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]) -> Iterator[Attached]:
+        """The attached hooks whose site is `chosen`, in the order of attachment; predicates are asked of `sites`."""
+        for attached in self._attached:
+            if isinstance(attached.where, Site):
+                if chosen(attached.where):
+                    yield attached
+            else:
+                yield from (replace(attached, where=s) for s in sites() if chosen(s) and attached.where(s.name))
+
+    def firing_in_run(self, num_steps: int, guidance: float) -> list[Attached]:
+        """Every attached hook, at every site of a whole generation."""
+        predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
+        return list(self.firing(lambda s: s.fires(guidance > 1, predicts_x0), lambda: self.names.sites(num_steps)))
+
+    @property
+    def hooked_inside(self) -> bool:
+        """Whether a hook was attached to a module inside, past the names of a generation."""
+        modules = (self.dit, self.names.text_encoder, self.sampler_hooks)
+        return any(watched(point) for module in modules if module is not None for point in module.hook_dict.values())
+
+    def refuse_hooks(self, why: str) -> None:
+        """Raise ValueError if anything is attached, here or to a module inside; `why` begins the message."""
+        if self._attached or self.hooked_inside:
+            raise ValueError(f"{why}, and hooks are attached to the model: reset_hooks() first.")
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedGeneration]:
+        """Attach hooks by full name (or by a predicate on full names) for the time of the block.
+
+        `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`.
+        It edits in place or returns what to go on with.
+
+        A predicate is asked of the names that a run fires, at the steps and in the branches that it has.
+
+        Raises:
+            UnknownHookError: no such name; the nearest one is suggested.
+            ValueError: the name is held back by a flag.
+        """
+        new = [Attached(self._resolve(where), fn, "fwd") for where, fn in fwd_hooks]
+        new += [Attached(self._resolve(where), fn, "bwd") for where, fn in bwd_hooks]
+        self._attached = self._attached + new
+        try:
+            yield self
+        finally:
+            if reset_hooks_end:
+                self._attached = [attached for attached in self._attached if not any(attached is ours for ours in new)]
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Attach a hook until `reset_hooks()`, a permanent one until `reset_hooks(including_permanent=True)`."""
+        new = [Attached(self._resolve(name), hook, dir, is_permanent)]
+        self._attached = new + self._attached if prepend else self._attached + new
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove hooks, here and in the models inside. Arguments as in TransformerLens."""
+        self._attached = [
+            a for a in self._attached if direction not in ("both", a.direction) or (a.is_permanent and not including_permanent)
+        ]
+        for module in (self.dit, self.names.text_encoder, self.sampler_hooks):
+            if module is not None:
+                module.reset_hooks(clear_contexts, direction, including_permanent, level)
+
+    def run_with_hooks(
+        self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, **kwargs: Any
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """`forward` with hooks attached: `fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z", fn)]`."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
+            return self(*args, **kwargs)
+
+    def _check_hooks(self, num_steps: int, guidance: float, part: range | None = None) -> None:
+        """Refuse hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
+        steps = range(num_steps) if part is None else part
+        run = f"this run goes over steps {steps.start} to {steps.stop - 1}"
+        predicates = [attached.where for attached in self._attached if not isinstance(attached.where, Site)]
+        predicts_x0 = not predicates or Sampler(self.scheduler, num_steps, self.device).predicts_x0
+        for where in predicates:
+            sites = (s for s in self.names.sites(steps=steps) if s.fires(guidance > 1, predicts_x0))
+            if not any(where(s.name) for s in sites if part is None or not s.part.endswith("text_encoder")):
+                raise ValueError(
+                    f"A predicate ({where!r}) selects no hook: {run}, with names such as {next(iter(self.names))!r}."
+                )
+        for attached in self._attached:
+            if (made_for := getattr(attached.function, "num_steps", None)) not in (None, num_steps):
+                raise ValueError(
+                    f"{attached.function!r} was made for a run of {made_for} steps, and this one has {num_steps}: "
+                    f"Intervention.hooks(…, num_steps={num_steps})."
+                )
+        for site in {attached.where for attached in self._attached if isinstance(attached.where, Site)}:
+            if part is not None and site.part.endswith("text_encoder"):
+                raise ValueError(
+                    f"{site.name} does not fire: a fork keeps the text as it was encoded; run the model again instead."
+                )
+            self.names.site(site.name)  # raises if its flag has been switched off since it was attached
+            if site.step is not None and site.step not in steps:
+                raise ValueError(f"{site.name} does not fire: {run}.")
+            if site.needs_uncond and guidance <= 1:
+                raise ValueError(f"{site.name} does not fire: at guidance {guidance:g} there is no unconditional branch.")
+            if site.inner == "hook_x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:
+                raise ValueError(f"{site.name} does not fire: {type(self.scheduler).__name__} forms no clean-image prediction.")

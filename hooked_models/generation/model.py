@@ -1,0 +1,361 @@
+"""A whole text-to-image generation as a hooked model: text encoder → denoiser at every step → scheduler → codec.
+
+Source of the arithmetic: `PixArtSigmaPipeline.__call__` (diffusers 0.42), which images are equal to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from ..hooks import HookedModule, NameFilter, NoLanguageModel, watched
+from ..pipelines.resolution import nearest_resolution
+from ..pixart.config import DiTConfig
+from ..pixart.dit import HookedDiT, TextState
+from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
+from ..text_encoders.t5 import HookedT5Encoder
+from .cache import KEEPS_BATCH, GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
+from .cache_store import record_to_folder
+from .capture import Heads, Patterns, Recorder, heads_by_layer
+from .hooks import Attached, HookedGeneration, SamplerHooks, attach
+from .names import FINAL, Branch, GenerationNames, Part, Site
+from .sampling import Sampler, SamplerState, Seeds, seed_of_each, seeded_noise
+from .trajectory import Inputs, Trajectory
+from .views import StepView
+
+Prompts = str | Sequence[str] | Int[Tensor, "batch text_pos"]
+Denoise = Callable[[Tensor, Tensor, dict[str, Tensor | None], TextState], Tensor]
+"""(rows of latents [uncond; cond], timestep, sizes, text) → the network's output for these rows."""
+DEFAULT_STEPS = 14
+DEFAULT_GUIDANCE = 4.5
+
+
+def hooked_encoder(encoder: nn.Module) -> nn.Module:
+    """Around a T5 or a random-token encoder; any other (and one that is hooked already) is returned as it is."""
+    if isinstance(encoder, RandomTokenEncoder):
+        return HookedTokenEncoder(encoder)
+    return HookedT5Encoder(encoder) if isinstance(encoder, T5EncoderModel) else encoder
+
+
+class HookedTextToImage(NoLanguageModel, HookedGeneration):
+    """A PixArt pipeline whose every tensor has a name at every denoising step and guidance branch.
+
+    Names are `text_encoder.…`, `null_text_encoder.…`, `steps.{s}.{cond|uncond}.{name in the denoiser}`,
+    `steps.{s}.hook_{latent,out_cond,out_uncond,out,x0}` and `hook_image`; `hook_dict` lists them for the default step count.
+    The batch axis of every tensor is the prompts. Weights are those of the modules passed in.
+
+    Text is as long as the batch's longest prompt (pads carry exactly no attention), unless tokens of another length are given.
+    """
+
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module, tokenizer: Any, codec: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.dit = transformer if isinstance(transformer, HookedDiT) else HookedDiT(transformer)
+        self.text_encoder = hooked_encoder(text_encoder)
+        self.codec = codec
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self.sampler_hooks = SamplerHooks()
+        with_hooks = self.text_encoder if isinstance(self.text_encoder, HookedModule) else None
+        self.names = GenerationNames(self.dit, self.sampler_hooks, with_hooks, DEFAULT_STEPS)
+        # No setup(): it would rename the hook points of the models inside.
+
+    # What the model is
+
+    @property
+    def cfg(self) -> DiTConfig:
+        """The denoiser's configuration."""
+        return self.dit.cfg
+
+    @property
+    def hook_dict(self) -> GenerationNames:
+        """Every hook name of a generation of the default length, in order; values carry the name, step and branch."""
+        return self.names
+
+    @property
+    def mod_dict(self) -> GenerationNames:
+        """As `hook_dict`; aliases resolve too."""
+        return self.names
+
+    # Text
+
+    def to_tokens(self, prompts: str | Sequence[str], length: int | None = None) -> Int[Tensor, "batch text_pos"]:
+        """Token ids with EOS, padded to the longest prompt or to `length`; prompts are lower-cased, as diffusers does.
+
+        With `clean_caption` they are first cleaned as diffusers does (addresses, HTML, quotation marks, brackets, …).
+
+        Raises:
+            ValueError: a word is not in a whole-word vocabulary (the message lists it), or a prompt is too long.
+            ImportError: `clean_caption` lacks its libraries, where diffusers would go on without cleaning.
+        """
+        texts = [p.lower().strip() for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        if self.clean_caption:
+            if not (is_bs4_available() and is_ftfy_available()):
+                raise ImportError("clean_caption=True needs two more packages: pip install beautifulsoup4 ftfy")
+            texts = self.as_diffusers()._text_preprocessing(texts, clean_caption=True)
+        if not texts:
+            raise ValueError("There is no prompt.")
+        tokens = self.tokenizer(
+            texts, padding="longest" if length is None else "max_length", max_length=length, return_tensors="pt"
+        )
+        ids = tokens.input_ids
+        limit = length or self.max_sequence_length
+        if ids.shape[1] > limit:
+            raise ValueError(f"A prompt has {ids.shape[1]} tokens, but {limit} is the longest that this model reads: shorten it.")
+        if isinstance(self.text_encoder, HookedTokenEncoder):
+            self.text_encoder.wrapped.check_known(ids, texts)
+        return ids.to(self.device)
+
+    def to_str_tokens(self, prompt: str | Int[Tensor, " text_pos"]) -> list[str]:
+        """The tokens of one prompt as strings."""
+        ids = self.to_tokens(prompt)[0] if isinstance(prompt, str) else prompt
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(ids.tolist())]
+
+    def _encode(self, tokens: Int[Tensor, "batch text_pos"], guidance: float) -> TextState:
+        """Text features, captions, keys and values: computed once for all steps."""
+        self._use("text_encoder")
+        tokens = tokens.to(self.text_encoder.device)
+        mask = (tokens != PAD_ID).long()
+        with attach(self._firing_in("text_encoder"), self.names.module):
+            cond = self.text_encoder(tokens, attention_mask=mask)[0].to(self.device, self.dit.dtype)
+        if guidance <= 1:
+            self._use("dit")
+            return self.dit.encode_text(cond, mask.to(self.device))
+        null_tokens = self.tokenizer([""], return_tensors="pt").input_ids.to(tokens.device)
+        null_tokens = nn.functional.pad(null_tokens, (0, tokens.shape[1] - null_tokens.shape[1]), value=PAD_ID)
+        null_tokens = null_tokens.expand(len(tokens), -1)  # a row a prompt, so that hooks can tell them apart
+        null_mask = (null_tokens != PAD_ID).long()
+        with attach(self._firing_in("null_text_encoder"), self.names.module):
+            uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(self.device, self.dit.dtype)
+        self._use("dit")
+        return self.dit.encode_text(torch.cat([uncond, cond]), torch.cat([null_mask, mask]).to(self.device))
+
+    def _firing_in(self, part: Part) -> Iterator[Attached]:
+        return self.firing(lambda site: site.part == part, lambda: self.names.sites(steps=[]))
+
+    # Running
+
+    def forward(
+        self,
+        prompts: Prompts,
+        seed: Seeds = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Images in [0, 1]. Gradients follow torch's grad mode.
+
+        Args:
+            prompts: one prompt, several, or token ids.
+            seed: an int gives every prompt the same noise (a paired design), a sequence one seed each; see `seeded_noise`.
+            guidance: classifier-free guidance; at 1 or below no unconditional branch is run.
+            latents: initial noise, instead of `seed`.
+        """
+        return self.trajectory(prompts, seed, num_steps, guidance, latents).images
+
+    def trajectory(
+        self,
+        prompts: Prompts,
+        seed: Seeds = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        until: int | None = None,
+    ) -> Trajectory:
+        """Run the sampler and keep its state before every step, so that it can be forked. Arguments as in `forward`.
+
+        `until` stops before that step: the trajectory then has no images, but can be forked up to there.
+        """
+        inputs, first = self._begin(prompts, seed, num_steps, guidance, latents)
+        steps = None if until is None else until + 1
+        return Trajectory(self, inputs, tuple(islice(self._run(inputs, first), steps)))
+
+    def _begin(
+        self, prompts: Prompts, seed: Seeds, num_steps: int, guidance: float, latents: Tensor | None
+    ) -> tuple[Inputs, SamplerState]:
+        """What a generation is computed from, and its first state."""
+        tokens = (prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}: an image takes at least one step.")
+        self._check_hooks(num_steps, guidance)
+        inputs = Inputs(tokens, guidance, Sampler(self.scheduler, num_steps, self.device), self._encode(tokens, guidance))
+        if latents is None:
+            latents = self._noise(seed, len(tokens))
+        return inputs, inputs.sampler.start(latents.to(self.device, self.dit.dtype))
+
+    def noise(
+        self, seed: Seeds = 0, batch: int = 1, *, height: int, width: int, binning: bool = True
+    ) -> Float[Tensor, "batch channel rows columns"]:
+        """Initial latents for images of another size, in pixels: `model(prompts, latents=model.noise(height=512, width=768))`.
+
+        `binning` takes the trained size with the nearest aspect ratio, as diffusers' pipelines do; `resolution.resize_and_crop`
+        gives the images the size that was asked for.
+        """
+        if binning:
+            height, width = nearest_resolution(height, width, self.cfg.sample_size)
+        pixels = self._image_size((1, 1))[0]
+        return self._noise(seed, batch, (height // pixels, width // pixels))
+
+    def _noise(self, seed: Seeds, batch: int, grid: tuple[int, int] | None = None) -> Tensor:
+        rows, columns = grid or (self.cfg.sample_size,) * 2
+        return seeded_noise(seed_of_each(seed, batch), (self.cfg.in_channels, rows, columns))
+
+    def _run(self, inputs: Inputs, state: SamplerState) -> Iterator[SamplerState]:
+        """`state` and every state after it."""
+        yield state
+        while state.step < inputs.sampler.num_steps:
+            state = self._step(inputs, state)
+            yield state
+
+    def _step(self, inputs: Inputs, state: SamplerState, denoise: Denoise | None = None) -> SamplerState:
+        """The state after `state`. `denoise` stands for the denoiser, where part of its output is known already."""
+        self._use("dit")
+        sampler, points = inputs.sampler, self.sampler_hooks
+        hooks = self.firing(
+            lambda site: site.step == state.step and site.fires(inputs.guided, sampler.predicts_x0),
+            lambda: self.names.sites(steps=[state.step]),
+        )
+        with attach(hooks, self.names.module, inputs.rows):
+            latent = points.hook_latent(state.latent)
+            x = torch.cat([latent, latent]) if inputs.guided else latent
+            x = sampler.network_input(state, x)
+            timestep = sampler.timestep(state.step).expand(len(x)).to(x.device)
+            sizes = self._sizes(latent, len(x))
+            prediction = (denoise or self._denoise)(x, timestep, sizes, inputs.text)
+            if inputs.guided:
+                uncond, cond = prediction.chunk(2)
+                uncond, cond = points.hook_out_uncond(uncond), points.hook_out_cond(cond)
+                out = uncond + inputs.guidance * (cond - uncond)
+            else:
+                out = points.hook_out_cond(prediction)
+            if self.cfg.out_channels == 2 * self.cfg.in_channels:
+                out = out.chunk(2, dim=1)[0]  # the other half is a learned variance, which no sampler reads
+            through = points.hook_x0 if watched(points.hook_x0) else None
+            return sampler.advance(state, latent, points.hook_out(out), through)
+
+    def _denoise(self, x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState) -> Tensor:
+        return self.dit(x, timestep=timestep, added_cond_kwargs=sizes, text_state=text, return_dict=False)[0]
+
+    def _sizes(self, latent: Tensor, rows: int) -> dict[str, Tensor | None]:
+        """PixArt-α at 1024 px is also told the image's size."""
+        if not self.cfg.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = self._image_size(latent.shape[-2:])
+        resolution = latent.new_tensor([[height, width]]).expand(rows, -1)
+        return {"resolution": resolution, "aspect_ratio": latent.new_tensor([[height / width]]).expand(rows, -1)}
+
+    def _image_size(self, grid: Sequence[int]) -> tuple[int, int]:
+        scale = 2 ** (len(self.codec.config.block_out_channels) - 1)
+        return grid[0] * scale, grid[1] * scale
+
+    def decode(self, latent: Float[Tensor, "batch channel rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+        """Latents → images in [0, 1], through `hook_image`."""
+        self._use("codec")
+        latent = latent.to(self.codec.device, self.codec.dtype)
+        image = self.codec.decode(latent / self.codec.config.scaling_factor, return_dict=False)[0]
+        with attach(self.firing(lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)]), self.names.module):
+            return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
+
+    # Views and caches
+
+    def at(
+        self,
+        step: int,
+        prompts: Prompts,
+        seed: Seeds = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        *,
+        branch: Branch = "cond",
+        pos: Literal["image", "text"] = "image",
+        returns: Literal["images", "x0", "out"] = "images",
+    ) -> tuple[StepView, Int[Tensor, "batch pos"]]:
+        """`(view, tokens)`: what TransformerLens' tools take as `model` and `tokens`, for generations hooked at one step.
+
+        What comes before the step is computed once, here, for all prompts, and is a constant to gradients.
+
+        Args:
+            branch: the guidance branch in which hooks act.
+            pos: which positions a sweep "by position" goes over.
+            returns: what metrics get: the final images, or this step's x0 or guided network output.
+
+        Raises:
+            ValueError: the run has no such step or branch, or its scheduler forms no x0.
+        """
+        if not 0 <= step < num_steps:
+            raise ValueError(f"There is no step {step}: this run has steps 0 to {num_steps - 1}.")
+        if branch == "uncond" and guidance <= 1:
+            raise ValueError(f"At guidance {guidance:g} there is no unconditional branch.")
+        if returns == "x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:
+            raise ValueError(f"{type(self.scheduler).__name__} forms no clean-image prediction: take returns='out' or 'images'.")
+        with torch.no_grad():
+            run = self.trajectory(prompts, seed, num_steps, guidance, latents, until=step)
+        view = StepView(run, step, branch, pos, returns)
+        return view, view.to_tokens()
+
+    def run_with_cache(
+        self,
+        prompts: Prompts,
+        seed: Seeds = 0,
+        num_steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        *,
+        names_filter: NameFilter = None,
+        steps: int | Sequence[int] | slice | None = None,
+        branch: Branch | Literal["both"] = "cond",
+        heads: Heads | None = None,
+        patterns: Patterns = "whole",
+        out: str | Path | None = None,
+        device: str | torch.device | None = None,
+        max_bytes: int | None = None,
+        remove_batch_dim: bool = False,
+    ) -> tuple[Float[Tensor, "batch 3 height width"], GenerationCache]:
+        """`(images, cache)` of one generation. What is generated is said as in `forward`, what is kept by the rest.
+
+        Args:
+            names_filter: a full name, a name in the denoiser (then at every chosen step and branch), a list of either, or a
+                predicate on full names; None for everything.
+            steps, branch: which denoising steps and guidance branches to keep.
+            heads: of per-head tensors only these, "L2H8", (2, 8), a head of every layer, or several; layers without any are
+                left out. Their patterns are computed for them alone.
+            patterns: what to keep of patterns: all, or, computed in chunks, each query's `entropy` or `largest` entry
+                [batch head query], or the attention that each key has `received` from all queries [batch head key].
+            out: a folder, to which each step is written as it ends; the cache then reads from there. A call that was stopped
+                goes on where it was when it is repeated, and one that had ended is not run again.
+            device: where the cache is kept; where it arises unless said.
+            max_bytes: refuse, before running, to cache more than this; a quarter of the free memory unless said.
+            remove_batch_dim: not for a whole generation; there, so that who asks for it is told what to do.
+
+        Raises:
+            CacheTooLargeError: with the estimate, and how to narrow it.
+            UnknownHookError: a name does not exist; the nearest one is suggested.
+            ValueError: nothing is selected, or a step lies outside of the run.
+        """
+        if remove_batch_dim:
+            raise TypeError(KEEPS_BATCH)
+        tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
+        predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
+        sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, predicts_x0)
+        recorder = Recorder(self, sites, heads_by_layer(heads, self.cfg.n_layers, self.cfg.n_heads), patterns, device)
+        size = estimate_recorded(recorder, len(tokens), tokens.shape[1], None if latents is None else latents.shape[-2:])
+        if out is not None:
+            refuse_if_does_not_fit(size, out)
+            with torch.no_grad():
+                images = record_to_folder(recorder, out, (tokens, seed, num_steps, guidance, latents))
+            return images, GenerationCache.load(out, self)
+        refuse_if_too_large(size, max_bytes, self.device if device is None else torch.device(device))
+        with self.hooks(recorder.hooks()):
+            inputs, first = self._begin(tokens, seed, num_steps, guidance, latents)
+            recorder.inputs = inputs
+            images = Trajectory(self, inputs, tuple(self._run(inputs, first))).images
+        levels = inputs.sampler.noise_levels if predicts_x0 else []
+        return images, GenerationCache(recorder.take(), self, levels)

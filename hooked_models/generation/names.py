@@ -1,0 +1,228 @@
+"""The names of a whole generation: `steps.{s}.{cond|uncond}.{name in the denoiser}` and what stands around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import HookedModule, NameFilter, UnknownHookError, unknown_hook
+
+Branch = Literal["cond", "uncond"]
+BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
+Head = str | tuple[int, int]
+"""\"L2H8\" or (2, 8)."""
+Part = Literal["dit", "sampler", "text_encoder", "null_text_encoder"]
+FINAL = "hook_image"
+
+
+def parse_head(head: Head) -> tuple[int, int]:
+    """ "L2H8" or (2, 8) → (layer 2, head 8), both from 0.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    if isinstance(head, tuple):
+        return head
+    match = re.fullmatch(r"[Ll](\d+)[Hh](\d+)", head)
+    if match is None:
+        raise ValueError(f"{head!r} names no head: write a layer and a head from 0, such as 'L2H8'.")
+    return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hookable tensor of a generation, and the module and name under which the hook is really attached."""
+
+    part: Part
+    inner: str
+    """Canonical name within the part."""
+    step: int | None = None
+    branch: Branch | None = None
+
+    @cached_property
+    def name(self) -> str:
+        """The full name, as caches use it."""
+        prefix = "" if self.step is None else f"steps.{self.step}."
+        prefix += "" if self.branch is None else f"{self.branch}."
+        return prefix + (f"{self.part}.{self.inner}" if self.part.endswith("text_encoder") else self.inner)
+
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the tensor exists only where guidance runs a second branch."""
+        return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
+
+    def fires(self, guided: bool, predicts_x0: bool) -> bool:
+        """Whether a run with or without guidance, by a solver that forms a clean-image prediction or none, computes it."""
+        return (guided or not self.needs_uncond) and (predicts_x0 or self.inner != "hook_x0")
+
+
+BLANK = HookPoint()
+
+
+class GenerationHookPoint(HookPoint):
+    """What a hook function receives during a generation: the full `name`, plus `step`, `branch` and a correct `layer()`."""
+
+    step: int | None
+    branch: Branch | None
+    _inner: str
+
+    def __init__(self, site: Site) -> None:
+        # Thousands are made where all names are hooked: without nn.Module's checks of every attribute that is set.
+        self.__dict__.update(vars(BLANK), fwd_hooks=[], bwd_hooks=[], ctx={})
+        self.__dict__.update(name=site.name, step=site.step, branch=site.branch, _inner=site.inner)
+
+    def layer(self) -> int:
+        """The layer of a name that has one.
+
+        Raises:
+            ValueError: the tensor belongs to no layer.
+        """
+        parts = self._inner.split(".")
+        if parts[0] != "blocks":
+            raise ValueError(f"{self.name} belongs to no layer.")
+        return int(parts[1])
+
+    def add_hook(self, *args: Any, **kwargs: Any) -> None:
+        """Raises TypeError: what a `hook_dict` of a generation holds are names, of tensors that only a run has."""
+        raise TypeError(f"Attach it to the model, where runs find it: model.add_hook({self.name!r}, hook), or run_with_hooks.")
+
+
+class GenerationNames(Mapping[str, HookPoint]):
+    """Every name of a generation of `num_steps` steps, as a virtual `hook_dict`; `site(name)` also takes later steps."""
+
+    def __init__(self, dit: HookedModule, sampler: HookedModule, text_encoder: HookedModule | None, num_steps: int) -> None:
+        self.dit, self.sampler, self.text_encoder, self.num_steps = dit, sampler, text_encoder, num_steps
+        self._known: tuple[object, Sequence[Site]] = None, ()
+
+    def site(self, name: str) -> Site:
+        """Where a full name leads; aliases are resolved.
+
+        Raises:
+            UnknownHookError: no such name; the message has the nearest one.
+            ValueError: the name is held back by a flag, which the message names.
+        """
+        head, _, rest = name.partition(".")
+        if head in ("text_encoder", "null_text_encoder") and self.text_encoder is not None:
+            return self._inside(Site(head, rest), self.text_encoder, f"{head}.")  # type: ignore[arg-type]
+        if head == "steps":
+            step, _, rest = rest.partition(".")
+            if step.isdigit():
+                branch, _, inner = rest.partition(".")
+                for known in BRANCHES:
+                    if branch == known:
+                        return self._inside(Site("dit", inner, int(step), known), self.dit, f"steps.{step}.{branch}.")
+                if rest in self.sampler.hook_dict and rest != FINAL:
+                    return Site("sampler", rest, int(step))
+        if name == FINAL:
+            return Site("sampler", FINAL)
+        if name in self.dit.mod_dict and name.rpartition(".")[2].startswith("hook_"):
+            raise UnknownHookError(f"{name!r} is computed at every step and in each branch: name one, 'steps.0.cond.{name}'")
+        if name in self.sampler.hook_dict:
+            raise UnknownHookError(f"{name!r} is computed at every step: name one, 'steps.0.{name}'")
+        raise unknown_hook(name, list(self))
+
+    def _inside(self, site: Site, module: HookedModule, prefix: str) -> Site:
+        try:
+            return replace(site, inner=module.canonical_name(site.inner))
+        except UnknownHookError:
+            raise unknown_hook(prefix + site.inner, [prefix + known for known in module.mod_dict if "hook_" in known]) from None
+        except ValueError as error:  # held back by a flag, which is set on the part
+            raise ValueError(str(error).replace("call set_", "call model.dit.set_")) from None
+
+    def module(self, part: str) -> HookedModule:
+        """The hooked module of a part."""
+        modules = {
+            "dit": self.dit,
+            "sampler": self.sampler,
+            "text_encoder": self.text_encoder,
+            "null_text_encoder": self.text_encoder,
+        }
+        found = modules[part]
+        assert found is not None  # no site leads to an encoder without hooks
+        return found
+
+    def sites(
+        self, num_steps: int | None = None, steps: Iterable[int] | None = None, branches: Sequence[Branch] = BRANCHES
+    ) -> Iterator[Site]:
+        """Every site that fires, in the order of a run (of the given steps). Hooks held back by a flag are left out."""
+        parts: tuple[Part, ...] = ("text_encoder", "null_text_encoder") if self.text_encoder is not None else ()
+        for part in parts:
+            assert self.text_encoder is not None
+            yield from (Site(part, inner) for inner in self.text_encoder.names(None))
+        inners = self.dit.names(None)
+        for step in range(self.num_steps if num_steps is None else num_steps) if steps is None else steps:
+            yield Site("sampler", "hook_latent", step)
+            for branch in branches:
+                yield from (Site("dit", inner, step, branch) for inner in inners)
+            yield from (Site("sampler", inner, step) for inner in self.sampler.hook_dict if inner not in ("hook_latent", FINAL))
+        yield Site("sampler", FINAL)
+
+    def _sites(self, steps: tuple[int, ...], branches: tuple[Branch, ...]) -> Sequence[Site]:
+        """Kept for the next time, for as long as no flag lets other hooks fire."""
+        modules = [self.dit] if self.text_encoder is None else [self.dit, self.text_encoder]
+        firing = [module.names(None) for module in modules], steps, branches
+        if self._known[0] != firing:
+            self._known = firing, list(self.sites(steps=steps, branches=branches))
+        return self._known[1]
+
+    def select(
+        self,
+        names_filter: NameFilter = None,
+        steps: int | Sequence[int] | slice | None = None,
+        branch: Branch | Literal["both"] = "cond",
+        num_steps: int | None = None,
+        guided: bool = True,
+        predicts_x0: bool = True,
+    ) -> list[Site]:
+        """The sites that a run fires at and a caller wants; arguments as in `HookedTextToImage.run_with_cache`.
+
+        Raises:
+            UnknownHookError: a name does not exist.
+            ValueError: nothing is selected, or a step lies outside of the run.
+        """
+        every = range(self.num_steps if num_steps is None else num_steps)
+        if isinstance(steps, int):
+            steps = [steps]
+        chosen = every[steps] if isinstance(steps, slice) else every if steps is None else steps
+        if outside := [s for s in chosen if s not in every]:
+            raise ValueError(f"steps={outside} lie outside of this run, which has steps 0 to {len(every) - 1}.")
+
+        def wanted(site: Site) -> bool:
+            at_step = steps is None if site.step is None else site.step in chosen
+            in_branch = branch in ("both", site.branch or ("uncond" if site.needs_uncond else branch))
+            return at_step and in_branch and site.fires(guided, predicts_x0)
+
+        if names_filter is None or callable(names_filter):
+            every_site = self._sites(tuple(sorted(set(chosen))), BRANCHES if branch == "both" else (branch,))
+            sites = [s for s in every_site if wanted(s) and (not names_filter or names_filter(s.name))]
+        else:
+            sites = []
+            for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+                if name in self.dit.mod_dict:  # a denoiser's name stands for itself at every chosen step and branch
+                    inner = self.dit.canonical_name(name)
+                    sites += [s for step in chosen for b in BRANCHES if wanted(s := Site("dit", inner, step, b))]
+                else:
+                    site = self.site(name)
+                    if site.step is not None and site.step not in chosen:
+                        raise ValueError(f"{name!r} lies outside of the steps that are to be cached, {list(chosen)}.")
+                    sites.append(site)
+        if not sites:
+            raise ValueError("Nothing would be cached: names_filter, steps and branch select no tensor that this run computes.")
+        return sites
+
+    def __iter__(self) -> Iterator[str]:
+        return (site.name for site in self.sites())
+
+    def __len__(self) -> int:
+        around = 0 if self.text_encoder is None else 2 * len(self.text_encoder.names(None))
+        final = 1
+        per_step = len(BRANCHES) * len(self.dit.names(None)) + len(self.sampler.hook_dict) - final
+        return around + self.num_steps * per_step + final
+
+    def __getitem__(self, name: str) -> HookPoint:
+        return GenerationHookPoint(self.site(name))

@@ -1,0 +1,78 @@
+"""Public names imported on first use, and import paths that moved.
+
+A package lists its public names once, in the `if TYPE_CHECKING:` imports of its `__init__`, for type checkers, and
+in a table for `attach`, so that `import package` costs nothing until a name is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+
+def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Module-level `__getattr__` and `__dir__` that import public names on first use (PEP 562).
+
+    Args:
+        package: the package's `__name__`.
+        names: public name → "module" (the module itself) or "module:attribute", relative to the package; a leading
+            "/" makes the module absolute.
+
+    Example:
+        >>> get, names = attach("hooked_models", {"PatchCodec": "codec:PatchCodec"})
+        >>> get("PatchCodec").__name__, names()
+        ('PatchCodec', ['PatchCodec'])
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, attribute = names[name].partition(":")
+        found = importlib.import_module(f"{package}.{module}" if not module.startswith("/") else module[1:])
+        value = getattr(found, attribute) if attribute else found
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted(names)
+
+
+def redirect(package: str, moved: Mapping[str, str]) -> None:
+    """Keep old import paths of a package working, with a DeprecationWarning that names the new one.
+
+    Args:
+        moved: old module → new module, both relative to the package.
+
+    Example:
+        >>> redirect("hooked_models", {"patch_codec": "codec"})
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     from hooked_models.patch_codec import PatchCodec
+        >>> str(caught[-1].message)
+        'hooked_models.patch_codec is now hooked_models.codec; the old path goes in version 0.3.'
+    """
+    table = {f"{package}.{old}": f"{package}.{new}" for old, new in moved.items()}
+    # first: a folder that git left behind for its __pycache__ would pass for a namespace package
+    sys.meta_path.insert(0, _MovedModules(table))
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a moved module under its old name."""
+
+    def __init__(self, table: Mapping[str, str]) -> None:
+        self.table = table
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in self.table else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old, new = module.__name__, self.table[module.__name__]
+        message = f"{old} is now {new}; the old path goes in version 0.3."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(new)

@@ -1,0 +1,1 @@
+"""Opening diffusers pipelines: the hub, loading, checks at load, image sizes."""

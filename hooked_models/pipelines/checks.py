@@ -1,0 +1,159 @@
+"""Checks of a hooked model against the module that it wraps, made when a model is loaded.
+
+A model from elsewhere may have an option, a layout or a library version that nobody has tried. Rather than be subtly wrong, it
+is refused, with the model and the versions named. What is checked, on a small random input: the output is that of the wrapped
+module, fused and explicit; every name fires once; pattern rows sum to one; and editing the patterns changes the output.
+Source of the idea: nnterp (arXiv 2511.14465), which checks every model that it renames.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import HookedModule
+from ..pixart.dit import HookedDiT
+from ..text_encoders.t5 import HookedT5Encoder
+
+if TYPE_CHECKING:
+    from .pipeline_model import PipelineModel
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""Of a difference to the wrapped module, as a share of its output's largest value. Sharp attention, such as a planted circuit's,
+magnifies rounding: fused and explicit attention then differ by a few parts in 10,000 in float32."""
+LIBRARIES = ("diffusers", "transformers", "transformer_lens", "torch")
+
+
+class ModelCheckError(RuntimeError):
+    """A hooked model is not what it wraps, or its hooks do not do what their names say."""
+
+
+@torch.no_grad()
+def check_model(model: PipelineModel, name: str = "this model") -> None:
+    """Check the denoiser and, if it is a T5, the text encoder.
+
+    Raises:
+        ModelCheckError: with what failed, the model's name and the versions of the libraries.
+    """
+    failures = check_denoiser(model.dit)
+    if isinstance(model.text_encoder, HookedT5Encoder):
+        failures += check_text_encoder(model.text_encoder)
+    refuse(name, failures)
+
+
+def refuse(name: str, failures: Sequence[str]) -> None:
+    """Raise ModelCheckError if there are failures."""
+    if not failures:
+        return
+    versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+    raise ModelCheckError(
+        f"{name} failed its checks with {versions}: {'; '.join(failures)}. Its hooks cannot be trusted. "
+        "Try the versions that pyproject.toml names; check=False opens it all the same."
+    )
+
+
+def check_denoiser(dit: HookedDiT) -> list[str]:
+    """What is wrong with a hooked PixArt, one sentence each."""
+    cfg, p = dit.cfg, dit.cfg.patch_size
+    sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    if cfg.use_additional_conditions:
+        sizes = {"resolution": torch.tensor([[512.0, 768.0]]).repeat(2, 1), "aspect_ratio": torch.tensor([[0.66]]).repeat(2, 1)}
+        sizes = {key: size.to(dit.device, dit.dtype) for key, size in sizes.items() if size is not None}
+    inputs = {
+        "hidden_states": random_like(dit, 2, cfg.in_channels, 2 * p, 3 * p),
+        "encoder_hidden_states": random_like(dit, 2, 5, cfg.d_text),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=dit.device),
+        "timestep": torch.tensor([901, 17], device=dit.device),
+        "added_cond_kwargs": sizes,
+    }
+    return ["the denoiser's " + failure for failure in failures_of(dit, dit.wrapped, inputs, ("attn", "cross_attn"))]
+
+
+def check_text_encoder(encoder: HookedT5Encoder) -> list[str]:
+    """What is wrong with a hooked T5, one sentence each."""
+    ids: Int[Tensor, "2 6"] = torch.arange(12, device=encoder.device).reshape(2, 6) % encoder.cfg.d_vocab
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return ["the text encoder's " + failure for failure in failures_of(encoder, encoder.wrapped, inputs, ("attn",))]
+
+
+def random_like(module: Any, *shape: int) -> Float[Tensor, "..."]:
+    """Normal numbers, the same on every machine, where and as the module's weights are."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(module.device, module.dtype)
+
+
+@torch.no_grad()
+def failures_of(hooked: HookedModule, original: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[str]) -> list[str]:
+    """Compare a hooked module with what it wraps, on one input.
+
+    Args:
+        sublayers: the attentions of a block that have a pattern.
+    """
+    reference = original(**inputs)[0]
+    if not bool(reference.isfinite().all()):
+        return ["output is not finite even without hooks (a model in float16 may need bfloat16)"]
+    tolerance = TOLERANCE[reference.dtype] * float(reference.abs().max())
+    failures = []
+
+    def compare(what: str, output: Tensor) -> None:
+        difference = float((output - reference).abs().max())
+        if not difference <= tolerance:
+            failures.append(f"{what} differs from the original's by {difference:.3g} (allowed: {tolerance:.3g})")
+
+    compare("output", hooked(**inputs)[0])
+    seen: dict[str, Tensor] = {}
+    fired: Counter[str] = Counter()
+
+    def look(tensor: Tensor, hook: HookPoint) -> None:
+        fired[str(hook.name)] += 1
+        if str(hook.name).endswith("hook_pattern"):
+            seen[str(hook.name)] = tensor.clone()
+
+    compare("output with hooks", hooked.run_with_hooks(fwd_hooks=[(lambda name: True, look)], **inputs)[0])
+    if wrong := [f"{name} ({fired[name]} times)" for name in hooked.names(None) if fired[name] != 1]:
+        failures.append(f"names do not fire once each: {', '.join(wrong[:5])}")
+    for sublayer in sublayers:
+        failures += _check_patterns(hooked, inputs, sublayer, seen)
+    return failures
+
+
+def _check_patterns(hooked: HookedModule, inputs: Mapping[str, Any], sublayer: str, patterns: Mapping[str, Tensor]) -> list[str]:
+    patterns = {name: pattern for name, pattern in patterns.items() if name.endswith(f".{sublayer}.hook_pattern")}
+    if not patterns:
+        return [f"{sublayer} shows no pattern"]
+    for name, pattern in patterns.items():
+        slack = 0.02 if pattern.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        if bool((pattern < 0).any()) or not bool(((pattern.sum(-1) - 1).abs() < slack).all()):
+            return [f"{name} has rows that do not sum to one"]
+
+    def run(edit: Callable[..., Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, and z in each layer. Both runs have the same hooks, so what differs is the edit's doing alone."""
+        z: dict[str, Tensor] = {}
+
+        def look(tensor: Tensor, hook: HookPoint) -> None:
+            z[str(hook.name)] = tensor.clone()
+
+        hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
+        for name in patterns:
+            hooks += [(name, edit or (lambda tensor, hook: tensor.clone())), (name.replace("hook_pattern", "hook_z"), look)]
+        return hooked.run_with_hooks(fwd_hooks=hooks, **inputs)[0], z
+
+    def shuffled(tensor: Tensor, hook: HookPoint) -> Tensor:
+        scores = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
+        return (3 * scores).softmax(-1).to(tensor)
+
+    (clean, clean_z), (edited, edited_z) = run(None), run(shuffled)
+    changed = any(not torch.equal(clean_z[name], edited_z[name]) for name in clean_z)
+    if not changed and any(bool(z.any()) for z in clean_z.values()):
+        return [f"{sublayer}.hook_z does not change when its pattern is edited"]
+    if changed and bool(clean.any()) and torch.equal(clean, edited):  # an untrained output layer may be all zeros
+        return [f"output does not change when the patterns of {sublayer} are edited"]
+    return []

@@ -1,0 +1,120 @@
+"""Where a model's name leads: a bundled folder, a local one, or the hub at one commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+ZOO = Path(__file__).parents[1] / "zoo"
+NOT_IN_THE_WHEEL = ("-nano", "-mini")
+"""Sizes of bundled models that only a checkout of the repository has (pyproject.toml)."""
+WITHOUT_WEIGHTS = ("*.json", "tokenizer/*", "scheduler/*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was loaded from, exactly."""
+
+    name: str
+    """As it was asked for."""
+    folder: Path
+    commit: str | None = None
+    """Of a model from the hub; `from_pretrained(name, revision=commit)` opens the same files again."""
+
+
+def list_models() -> list[str]:
+    """Names of the bundled models."""
+    return sorted(folder.name for folder in ZOO.iterdir() if (folder / "model_index.json").is_file())
+
+
+def resolve(name: str | Path) -> str:
+    """The folder or hub id that diffusers should open.
+
+    Raises:
+        FileNotFoundError: `name` is neither a bundled model, nor a pipeline folder, nor of the form "owner/model".
+    """
+    text = str(name)
+    if text in list_models():
+        return str(ZOO / text)
+    if Path(text).is_dir():
+        if not Path(text, "model_index.json").is_file():
+            raise FileNotFoundError(f"{text} is not a pipeline folder: it has no model_index.json.")
+        return text
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return text
+    near = get_close_matches(text, list_models(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if text.endswith(NOT_IN_THE_WHEEL):
+        hint = f" The wheel carries the micro models only; others come with a checkout of the repository.{hint}"
+    raise FileNotFoundError(
+        f"There is no model {text!r}: give a bundled name ({', '.join(list_models()) or 'none'}), "
+        f"a pipeline folder, or a hub id such as 'PixArt-alpha/PixArt-Sigma-XL-2-512-MS'.{hint}"
+    )
+
+
+def fetch(name: str | Path, revision: str | None = None, variant: str | None = None, weights: bool = True, **hub: Any) -> Source:
+    """The model's folder; from the hub, its files at one commit, downloaded unless they are in the cache already.
+
+    Args:
+        revision: a commit, tag or branch of a hub model.
+        variant: "fp16" for files such as `model.fp16.safetensors`.
+        weights: False for configurations, tokenizer and scheduler alone.
+        hub: `token`, `cache_dir`, `local_files_only`, as in diffusers.
+
+    Raises:
+        FileNotFoundError: no such model or revision, or it is neither in the cache nor can the hub be reached.
+        PermissionError: the model is gated, and its licence has not been accepted with the token in use.
+        ValueError: a revision was asked for of a folder.
+    """
+    place = resolve(name)
+    if Path(place).is_dir():
+        if revision is not None:
+            raise ValueError(f"{name} is a folder, which has no revisions: leave out revision={revision!r}.")
+        return Source(str(name), Path(place))
+    try:
+        if weights:
+            folder = DiffusionPipeline.download(place, revision=revision, variant=variant, use_safetensors=True, **hub)
+        else:
+            folder = snapshot_download(place, revision=revision, allow_patterns=list(WITHOUT_WEIGHTS), **hub)
+    except (OSError, HFValidationError, HfHubHTTPError) as error:
+        raise _friendly(error, place, revision) from error
+    snapshot = Path(folder)
+    if not (snapshot / "model_index.json").is_file():
+        raise FileNotFoundError(f"{place} is not a pipeline: it has no model_index.json.")
+    return Source(place, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else None)
+
+
+def _friendly(error: BaseException, place: str, revision: str | None) -> Exception:
+    causes = list(_causes(error))
+    page = f"https://huggingface.co/{place}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return PermissionError(f"{place} is gated: accept its terms at {page} and log in with `hf auth login`.")
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return FileNotFoundError(f"{place} has no revision {revision!r}: its commits are listed at {page}/commits/main.")
+    if any(isinstance(cause, (RepositoryNotFoundError, HFValidationError)) for cause in causes):
+        return FileNotFoundError(f"The hub has no model {place!r} (or it is private: log in with `hf auth login`).")
+    at = "" if revision is None else f" at revision {revision!r}"
+    pin = "" if revision is None else f" --revision {revision}"
+    return FileNotFoundError(
+        f"{place}{at} is not complete in the local cache, and the hub cannot be reached: run `hf download {place}{pin}` where "
+        "there is a connection, or give a folder."
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,1 @@
+"""PixArt's transformer as a hooked model: the definition, and nothing else."""

@@ -1,0 +1,214 @@
+"""Multi-head attention around the live Linears of a diffusers ``Attention``, fused until somebody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.config import TransformerLensConfig
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import watched
+
+
+def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a Linear.
+
+    Raises TypeError for anything else, above all a peft adapter: its ``.weight`` leaves the adapter out.
+    """
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{type(linear).__name__} has no single weight to view: fuse the adapter first (`fuse_lora`)")
+    return linear.weight
+
+
+def bias_of(linear: nn.Module) -> Float[Tensor, " d_out"]:
+    """The bias of a Linear, zeros where it has none."""
+    weight = weight_of(linear)
+    return weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias  # type: ignore[return-value]
+
+
+def per_head(x: Float[Tensor, "batch pos d_in"], n_heads: int) -> Float[Tensor, "batch pos {n_heads} d_in"]:
+    """One copy of `x` for each head."""
+    return x[:, :, None].repeat(1, 1, n_heads, 1)
+
+
+class Heads(nn.Module):
+    """``softmax(scale · q kᵀ + bias) v`` of every head, fused until somebody looks at scores or pattern."""
+
+    scale: float
+    observer: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
+    """Is shown what a pattern would be made of (q, k [batch pos head d_head] as hooks leave them, and bias) for the rows that are
+    computed, by who sums it up without anybody making it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_q = HookPoint()  # [batch query_pos head d_head]
+        self.hook_k = HookPoint()  # [batch key_pos head d_head]
+        self.hook_v = HookPoint()  # [batch key_pos head d_head]
+        self.hook_attn_scores = HookPoint()  # [batch head query_pos key_pos], bias included
+        self.hook_pattern = HookPoint()  # [batch head query_pos key_pos]
+        self.hook_z = HookPoint()  # [batch query_pos head d_head]
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch query_pos head d_head"],
+        k: Float[Tensor, "batch key_pos head d_head"],
+        v: Float[Tensor, "batch key_pos head d_head"],
+        bias: Float[Tensor, "#batch *#heads _ key_pos"] | None = None,
+    ) -> Float[Tensor, "batch query_pos head d_head"]:
+        """``z``: for each query and head, the values averaged under the pattern.
+
+        ``bias`` is added to the scores: [batch (head) query_pos key_pos], the same for every head if it has no such axis.
+        """
+        bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        if self.observer is not None:
+            self.observer(q, k, bias)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch head pos d_head] from here to z
+
+        if watched(self.hook_attn_scores) or watched(self.hook_pattern):
+            scores = q @ k.transpose(-1, -2) * self.scale
+            scores = self.hook_attn_scores(scores if bias is None else scores + bias)
+            z = self.hook_pattern(scores.softmax(dim=-1)) @ v
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.hook_z(z.transpose(1, 2))
+
+
+class Attention(Heads):
+    """``softmax(scale · q kᵀ + bias) v``, then ``W_O``; one class for image ↔ image, image ← text and text ↔ text.
+
+    ``scale`` is 1 / √d_head unless given.
+
+    The three stages are separate (``queries``/``keys``/``values``, ``forward``, ``write``), because the keys and values
+    of a prompt can be computed once for all steps, and because a gate may stand between heads and residual stream.
+
+    Source: ``AttnProcessor2_0`` in diffusers/models/attention_processor.py.
+    """
+
+    def __init__(self, attention: Any, cfg: TransformerLensConfig, scale: float | None = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.scale = cfg.d_head**-0.5 if scale is None else scale
+        self.to_q: nn.Module = attention.to_q
+        self.to_k: nn.Module = attention.to_k
+        self.to_v: nn.Module = attention.to_v
+        self.to_out: nn.Module = attention.to_out[0]  # [1] is a dropout, which DiTConfig requires to be 0
+        self.hook_q_input = HookPoint()  # [batch pos head d_in]; these three only with cfg.use_split_qkv_input
+        self.hook_k_input = HookPoint()
+        self.hook_v_input = HookPoint()
+        self.hook_result = HookPoint()  # [batch query_pos head d_model]; only with cfg.use_attn_result
+
+    def fork(self, point: HookPoint, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
+        """One copy of ``x`` for each head, seen by ``point``; ``x`` itself unless cfg.use_split_qkv_input."""
+        if not self.cfg.use_split_qkv_input:
+            return x
+        return point(per_head(x, self.cfg.n_heads))
+
+    def fork_or_share(
+        self, x: Float[Tensor, "batch pos d_in"], attn_in: HookPoint, read: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, keys and values are made of, in attention within one stream: ``read`` (the norm) of ``x``.
+
+        It is read once, or for each head as seen by ``attn_in`` (cfg.use_attn_in), or for each head and each of the three.
+        """
+        if self.cfg.use_split_qkv_input:
+            q_in, k_in, v_in = (read(self.fork(point, x)) for point in (self.hook_q_input, self.hook_k_input, self.hook_v_input))
+            return q_in, k_in, v_in
+        shared = read(attn_in(per_head(x, self.cfg.n_heads)) if self.cfg.use_attn_in else x)
+        return shared, shared, shared
+
+    def queries(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
+        """Before ``hook_q``. ``x`` has a head axis where it comes from ``fork``."""
+        return self._project(self.to_q, x)
+
+    def keys(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
+        """Before ``hook_k``."""
+        return self._project(self.to_k, x)
+
+    def values(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
+        """Before ``hook_v``."""
+        return self._project(self.to_v, x)
+
+    def _project(self, linear: nn.Module, x: Tensor) -> Tensor:
+        if x.ndim == 3:
+            return linear(x).view(*x.shape[:2], self.cfg.n_heads, self.cfg.d_head)
+        projected = einsum(x, self._read_weight(linear), "batch pos head d_in, head d_in d_head -> batch pos head d_head")
+        return projected + self._read_bias(linear)
+
+    def write(
+        self,
+        z: Float[Tensor, "batch pos head d_head"],
+        gate: Float[Tensor, "batch 1 d_model"] | None = None,
+        pre_gate: Callable[[Tensor], Tensor] = lambda out: out,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What the heads add to the residual stream: ``gate · pre_gate(Σ_h z_h W_O[h] + b_O)``.
+
+        With cfg.use_attn_result the same sum is taken head by head. ``hook_result`` is ``gate · z_h W_O[h]``: a head's
+        result is its residual contribution. What no head wrote — ``b_O``, and whatever a hook on ``pre_gate`` changed —
+        is gated and added once. Edits at both points therefore add up: a hook on ``pre_gate`` that returns ``a`` gives
+        ``gate · a`` plus the edits made to the results.
+        """
+        if not self.cfg.use_attn_result:
+            out = pre_gate(self.to_out(z.flatten(2)))
+            return out if gate is None else gate * out
+
+        heads = einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        total = heads.sum(2)
+        rest = pre_gate(total + self.b_O) - total
+        if gate is not None:
+            heads, rest = gate[:, :, None] * heads, gate * rest
+        return self.hook_result(heads).sum(2) + rest
+
+    @property
+    def unobserved(self) -> bool:
+        """Whether nobody looks at anything in here, so that what has no influence need not be computed."""
+        points = (self.hook_q, self.hook_k, self.hook_v, self.hook_attn_scores, self.hook_pattern, self.hook_z)
+        flags = self.cfg.use_attn_in or self.cfg.use_split_qkv_input or self.cfg.use_attn_result
+        hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in (self.to_q, self.to_out))
+        return not (flags or hooked or any(map(watched, points)))
+
+    # Views of the Linears in TransformerLens' layout: writing to one writes to the wrapped model.
+
+    def _read_weight(self, linear: nn.Module) -> Tensor:
+        return rearrange(weight_of(linear), "(head d_head) d_in -> head d_in d_head", head=self.cfg.n_heads)
+
+    def _read_bias(self, linear: nn.Module) -> Tensor:
+        return rearrange(bias_of(linear), "(head d_head) -> head d_head", head=self.cfg.n_heads)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_in d_head"]:
+        return self._read_weight(self.to_q)
+
+    @property
+    def W_K(self) -> Float[Tensor, "head d_in d_head"]:
+        return self._read_weight(self.to_k)
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_in d_head"]:
+        return self._read_weight(self.to_v)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return rearrange(weight_of(self.to_out), "d_model (head d_head) -> head d_head d_model", head=self.cfg.n_heads)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """Zeros where the model has ``attention_bias=False``; so too b_K and b_V."""
+        return self._read_bias(self.to_q)
+
+    @property
+    def b_K(self) -> Float[Tensor, "head d_head"]:
+        return self._read_bias(self.to_k)
+
+    @property
+    def b_V(self) -> Float[Tensor, "head d_head"]:
+        return self._read_bias(self.to_v)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        return bias_of(self.to_out)

@@ -1,0 +1,236 @@
+"""One PixArt block: image ↔ image, image ← text, MLP; the first and last modulated by the timestep (adaLN-single).
+
+Source: ``BasicTransformerBlock`` with ``norm_type="ada_norm_single"`` in diffusers/models/attention.py; PixArt-α
+(arXiv 2310.00426), section 2.3. Two traps: cross-attention reads the raw residual stream and has no gate, and the
+module that diffusers calls ``norm2`` is the MLP's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.config import TransformerLensConfig
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import watched
+from .attention import Attention, bias_of, per_head, weight_of
+
+USUAL_ROWS = 4
+"""A product of fewer rows with a matrix takes another kernel on CPUs, which rounds differently."""
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean) / √(var + eps)``, no affine map; fused until one of its hooks is looked at.
+
+    Its hooks never see a head axis: forks of the residual stream [batch pos head d_model] are normalised head by head,
+    so that a hook which freezes the scale works on them as it does on the stream.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.hook_scale = HookPoint()  # [batch pos 1]
+        self.hook_normalized = HookPoint()  # [batch pos d_model]
+
+    def forward(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "batch pos *head d_model"]:
+        if not (watched(self.hook_scale) or watched(self.hook_normalized)):
+            return self._fused(x)
+        if x.ndim == 4:
+            return torch.stack([self(x[:, :, head]) for head in range(x.shape[2])], dim=2)
+        return self._explicit(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+    def _explicit(self, x: Tensor) -> Tensor:
+        # Half precision is normalised in float32, as the fused kernel does.
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = wide - wide.mean(-1, keepdim=True)
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.hook_normalized((wide / scale).to(x.dtype))
+
+
+def modulate(
+    x: Float[Tensor, "batch pos *head d_model"],
+    shift: Float[Tensor, "batch 1 d_model"],
+    scale: Float[Tensor, "batch 1 d_model"],
+) -> Float[Tensor, "batch pos *head d_model"]:
+    """``x (1 + scale) + shift``, the same for every position and head."""
+    if x.ndim == 4:
+        shift, scale = shift[:, :, None], scale[:, :, None]
+    return x * (1 + scale) + shift
+
+
+class Modulation(NamedTuple):
+    """What the timestep does to one block; each ``[batch 1 d_model]``, in the order of diffusers' table."""
+
+    shift_msa: Tensor
+    scale_msa: Tensor
+    gate_msa: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+class ModulationHooks(nn.Module):
+    """The six vectors of a block's modulation, each through its hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_shift_msa = HookPoint()  # each [batch 1 d_model]
+        self.hook_scale_msa = HookPoint()
+        self.hook_gate_msa = HookPoint()
+        self.hook_shift_mlp = HookPoint()
+        self.hook_scale_mlp = HookPoint()
+        self.hook_gate_mlp = HookPoint()
+
+    def split(self, rows: Float[Tensor, "batch 6 d_model"]) -> Modulation:
+        # Sliced one by one: autograd forbids a hook to write in place into a view that chunk() made.
+        return Modulation(
+            shift_msa=self.hook_shift_msa(rows[:, 0:1]),
+            scale_msa=self.hook_scale_msa(rows[:, 1:2]),
+            gate_msa=self.hook_gate_msa(rows[:, 2:3]),
+            shift_mlp=self.hook_shift_mlp(rows[:, 3:4]),
+            scale_mlp=self.hook_scale_mlp(rows[:, 4:5]),
+            gate_mlp=self.hook_gate_mlp(rows[:, 5:6]),
+        )
+
+
+class AdaLN(ModulationHooks):
+    """adaLN-single: the modulation shared by all blocks, plus this block's own table (PixArt-α, equation 1)."""
+
+    def __init__(self, scale_shift_table: nn.Parameter) -> None:
+        super().__init__()
+        self.scale_shift_table = scale_shift_table  # [6 d_model]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the table anew, as diffusers does."""
+        self.scale_shift_table.normal_().div_(self.scale_shift_table.shape[1] ** 0.5)
+
+    def forward(self, t_mod: Float[Tensor, "batch six_d_model"]) -> Modulation:
+        return self.split(self.scale_shift_table + t_mod.view(t_mod.shape[0], 6, -1))
+
+
+class MLP(nn.Module):
+    """``GELU(x W_in + b_in) W_out + b_out``, GELU by tanh, around the live Linears of a diffusers ``FeedForward``."""
+
+    def __init__(self, feed_forward: Any) -> None:
+        super().__init__()
+        self.proj_in: nn.Module = feed_forward.net[0].proj
+        self.proj_out: nn.Module = feed_forward.net[2]  # net[1] is a dropout, which DiTConfig requires to be 0
+        self.hook_pre = HookPoint()  # [batch pos d_mlp]
+        self.hook_post = HookPoint()  # [batch pos d_mlp]
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        pre = self.hook_pre(self.proj_in(x))
+        return self.proj_out(self.hook_post(F.gelu(pre, approximate="tanh")))
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return weight_of(self.proj_in).T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        return bias_of(self.proj_in)
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return weight_of(self.proj_out).T
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        return bias_of(self.proj_out)
+
+
+class Block(nn.Module):
+    """``x += gate · attn(adaLN(x)); x += cross_attn(x, text); x += gate · mlp(adaLN(x))``.
+
+    ``hook_attn_out``, ``hook_cross_attn_out`` and ``hook_mlp_out`` are exactly what is added: post-gate.
+    """
+
+    hook_out_is_single_residual_stream = True  # asked by TransformerLens' logit lens
+
+    def __init__(self, block: Any, cfg: TransformerLensConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.adaln = AdaLN(block.scale_shift_table)
+        self.ln1 = LayerNorm(cfg.eps)
+        self.attn = Attention(block.attn1, cfg)
+        self.cross_attn = Attention(block.attn2, cfg)
+        self.ln2 = LayerNorm(cfg.eps)
+        self.mlp = MLP(block.ff)
+        self.hook_attn_in = HookPoint()  # [batch pos head d_model]; these two only with cfg.use_attn_in
+        self.hook_cross_attn_in = HookPoint()
+        self.hook_mlp_in = HookPoint()  # [batch pos d_model]; only with cfg.use_hook_mlp_in
+        self.hook_resid_pre = HookPoint()  # all [batch pos d_model]
+        self.hook_attn_out_pre_gate = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_cross_attn_out = HookPoint()
+        self.hook_resid_mid_cross = HookPoint()
+        self.hook_mlp_out_pre_gate = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        t_mod: Float[Tensor, "batch six_d_model"],
+        caption: Float[Tensor, "batch text_pos d_caption"],
+        text_kv: tuple[Tensor, Tensor] | None = None,
+        image_bias: Float[Tensor, "batch _ pos"] | None = None,
+        text_bias: Float[Tensor, "batch _ text_pos"] | None = None,
+        textless: int = 0,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """``text_kv`` are ``keys_values(caption)`` computed earlier; biases are added to the attention scores.
+
+        ``textless`` says of how many rows, the first ones, the text is no more than its first token (``TextState.textless``).
+        """
+        mod = self.adaln(t_mod)
+        x = self.hook_resid_pre(x)
+        x = self.hook_resid_mid(x + self.hook_attn_out(self._attend_image(x, mod, image_bias)))
+        x = self.hook_resid_mid_cross(x + self.hook_cross_attn_out(self._attend_text(x, caption, text_kv, text_bias, textless)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self._think(x, mod)))
+
+    def _think(self, x: Tensor, mod: Modulation) -> Tensor:
+        mlp_in = self.hook_mlp_in(x.clone()) if self.cfg.use_hook_mlp_in else x  # a fork: `x` goes on unchanged
+        mlp_out = self.hook_mlp_out_pre_gate(self.mlp(modulate(self.ln2(mlp_in), mod.shift_mlp, mod.scale_mlp)))
+        return mod.gate_mlp * mlp_out
+
+    def _attend_image(self, x: Tensor, mod: Modulation, bias: Tensor | None) -> Tensor:
+        attn = self.attn
+        q_in, k_in, v_in = attn.fork_or_share(
+            x, self.hook_attn_in, lambda residual: modulate(self.ln1(residual), mod.shift_msa, mod.scale_msa)
+        )
+        z = attn(attn.queries(q_in), attn.keys(k_in), attn.values(v_in), bias)
+        return attn.write(z, mod.gate_msa, self.hook_attn_out_pre_gate)
+
+    def _attend_text(
+        self, x: Tensor, caption: Tensor, text_kv: tuple[Tensor, Tensor] | None, bias: Tensor | None, textless: int
+    ) -> Tensor:
+        attn = self.cross_attn
+        if textless and text_kv is not None and attn.unobserved:
+            # Whatever is asked of a single token, its pattern is 1: what it writes is the same at all positions.
+            with_text = self._attend_text(x[textless:], caption, *_rows(text_kv, bias, textless), 0)
+            some = text_kv[1][:textless, :1].expand(-1, min(x.shape[1], USUAL_ROWS), -1, -1)
+            return torch.cat([attn.write(some)[:, :1].expand(-1, x.shape[1], -1), with_text])
+        q_in = self.hook_cross_attn_in(per_head(x, self.cfg.n_heads)) if self.cfg.use_attn_in else attn.fork(attn.hook_q_input, x)
+        q = attn.queries(q_in)
+        if text_kv is None:
+            k = attn.keys(attn.fork(attn.hook_k_input, caption))
+            v = attn.values(attn.fork(attn.hook_v_input, caption))
+        else:
+            # A hook may write in place, and these tensors serve the steps to come.
+            k = text_kv[0].clone() if watched(attn.hook_k) else text_kv[0]
+            v = text_kv[1].clone() if watched(attn.hook_v) else text_kv[1]
+        return attn.write(attn(q, k, v, bias))
+
+
+def _rows(text_kv: tuple[Tensor, Tensor], bias: Tensor | None, first: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Keys, values and bias from a row on."""
+    return (text_kv[0][first:], text_kv[1][first:]), None if bias is None else bias[first:]

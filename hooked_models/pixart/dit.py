@@ -1,0 +1,387 @@
+"""A PixArt diffusion transformer whose every tensor has a name: ``HookedDiT`` around the live diffusers module.
+
+Source: ``PixArtTransformer2DModel`` in diffusers/models/transformers/pixart_transformer_2d.py (0.42); PixArt-α
+(arXiv 2310.00426), PixArt-Σ (arXiv 2403.04692).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import NotFoldedError, watched
+from .block import Block, LayerNorm, modulate
+from .cache import DiTCache
+from .config import DiTConfig
+from .patch_model import PatchModel, writable
+
+if TYPE_CHECKING:
+    from ..generation.views import DenoiserView
+    from .folding import FoldedDiT
+
+ONLY_FOLDED = (
+    *("unembed", "W_U", "b_U", "tokens_to_residual_directions", "to_single_token"),
+    *("accumulated_bias", "tl_parameters", "blocks_with"),
+)
+FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
+
+
+CLOSED = -9000.0
+"""A bias of at most this leaves nothing of a key; PixArt's is -10000, or what bfloat16 makes of it."""
+KeysValues = tuple[Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]]
+
+
+@dataclass(frozen=True)
+class TextState:
+    """What a denoiser computes from the text alone, whatever the timestep; made by ``HookedDiT.encode_text``.
+
+    Nothing in it has passed through a hook. It goes stale when the weights change.
+    """
+
+    text: Float[Tensor, "batch text_pos d_text"]
+    caption: Float[Tensor, "batch text_pos d_caption"]
+    bias: Float[Tensor, "batch _ text_pos"] | None
+    """Added to the cross-attention scores."""
+    keys_values: tuple[KeysValues, ...]
+    """Of the cross-attentions, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
+
+    @cached_property
+    def textless(self) -> int:
+        """How many rows, counted from the first, attend to their first token and to no other: those of empty prompts."""
+        if self.bias is None:
+            return 0
+        others = (self.bias[..., 1:] <= CLOSED).flatten(1).all(dim=1)
+        alone = others & (self.bias[..., 0] == 0).flatten(1).all(dim=1)
+        return int(alone.long().cumprod(dim=0).sum())
+
+    def take(self, rows: Int[Tensor, " row"]) -> TextState:
+        """Some rows of the batch."""
+        bias = None if self.bias is None else self.bias[rows]
+        return TextState(self.text[rows], self.caption[rows], bias, tuple((k[rows], v[rows]) for k, v in self.keys_values))
+
+    def join(self, other: TextState) -> TextState:
+        """These rows, then those of `other`, which is as long and has a bias if this has."""
+        keys_values = zip(self.keys_values, other.keys_values, strict=True)
+        return TextState(
+            torch.cat([self.text, other.text]),
+            torch.cat([self.caption, other.caption]),
+            None if self.bias is None or other.bias is None else torch.cat([self.bias, other.bias]),
+            tuple((torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in keys_values),
+        )
+
+
+def additive_bias(mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask [batch key_pos] (1 = attend) as a bias [batch 1 key_pos] on the scores; a bias is passed on.
+
+    diffusers' bias is -10000, not -∞: a row with every key masked stays finite.
+    """
+    if mask is None or mask.ndim == 3:
+        return mask
+    return (1 - mask.to(dtype))[:, None] * -10000.0
+
+
+class HookedDiT(PatchModel):
+    """A ``PixArtTransformer2DModel`` with a HookPoint on every tensor, in TransformerLens' vocabulary.
+
+    The leaves (Linear, Conv2d, embedders, tables) are the wrapped module's own: weights are shared, never copied, and
+    training either trains both. The forward between them is written here. It takes the wrapped module's arguments and
+    can stand in its place inside a pipeline. Shapes stand beside each HookPoint, here, in block.py and attention.py;
+    aliases are ``blocks.{l}.hook_cross_{q,k,v,z,pattern,result}`` and ``blocks.{l}.hook_resid_mid2``.
+
+    Args:
+        transformer: a live diffusers ``PixArtTransformer2DModel``. peft adapters: fuse them, or wrap after loading.
+
+    Raises:
+        ValueError: for a config option that PixArt checkpoints do not use (dropout, affine norms, gated attention).
+    """
+
+    hook_flags: ClassVar[Mapping[str, str]] = {
+        "hook_result": "use_attn_result",
+        "hook_q_input": "use_split_qkv_input",
+        "hook_k_input": "use_split_qkv_input",
+        "hook_v_input": "use_split_qkv_input",
+        "hook_attn_in": "use_attn_in",
+        "hook_cross_attn_in": "use_attn_in",
+        "hook_mlp_in": "use_hook_mlp_in",
+    }
+
+    cache_class = DiTCache
+
+    folded_timestep: float | None = None
+    """The one timestep at which a folded model is right; see ``fold_timestep``."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        live: Any = transformer
+        self.__dict__["wrapped"] = live
+        self._cfg = cfg = DiTConfig.from_transformer(transformer)
+
+        self.patch_embed = live.pos_embed
+        self.time_proj = live.adaln_single.emb.time_proj
+        self.timestep_embedder = live.adaln_single.emb.timestep_embedder
+        if cfg.use_additional_conditions:
+            self.resolution_embedder = live.adaln_single.emb.resolution_embedder
+            self.aspect_ratio_embedder = live.adaln_single.emb.aspect_ratio_embedder
+        self.t_block = live.adaln_single.linear
+        self.caption_projection = live.caption_projection
+        self.blocks = nn.ModuleList(Block(block, cfg) for block in live.transformer_blocks)
+        self.ln_final = LayerNorm(live.norm_out.eps)
+        self.scale_shift_table = live.scale_shift_table  # [2 d_model]
+        self.proj_out = live.proj_out
+
+        self.hook_embed = HookPoint()  # [batch pos d_model], without the position code
+        self.hook_pos_embed = HookPoint()  # [batch pos d_model]
+        self.hook_t_emb = HookPoint()  # [batch d_model]
+        self.hook_t_mod = HookPoint()  # [batch 6·d_model]
+        self.hook_text = HookPoint()  # [batch text_pos d_text]
+        self.hook_caption = HookPoint()  # [batch text_pos d_model]
+
+        self.setup()
+        for layer in range(cfg.n_layers):
+            aliases = {f"hook_cross_{x}": f"cross_attn.hook_{x}" for x in ("q", "k", "v", "z", "pattern", "result")}
+            aliases["hook_resid_mid2"] = "hook_resid_mid_cross"
+            self.add_aliases({f"blocks.{layer}.{alias}": f"blocks.{layer}.{name}" for alias, name in aliases.items()})
+        self.train(transformer.training)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the output's table anew, as diffusers does; the submodules have their own (TransformerLens' `reinitialized`)."""
+        self.scale_shift_table.normal_().div_(self._cfg.d_model**0.5)
+
+    def position_axis(self, name: str, of: Literal["image", "text"] = "image") -> int | None:
+        """As in HookedModule; ``of`` says which positions are meant. Patterns have image queries, and text keys if cross."""
+        leaf = name.rpartition(".")[2]
+        if ".adaln." in name or leaf in ("hook_t_emb", "hook_t_mod"):
+            return None
+        cross = ".cross_attn." in name
+        in_text = leaf in ("hook_text", "hook_caption") or (
+            cross and leaf in ("hook_k", "hook_v", "hook_k_input", "hook_v_input")
+        )
+        if in_text == (of == "text"):
+            return super().position_axis(name)
+        return -1 if of == "text" and cross and leaf in ("hook_attn_scores", "hook_pattern") else None
+
+    # The text, which no timestep changes
+
+    def encode_text(
+        self,
+        text: Float[Tensor, "batch text_pos d_text"],
+        mask: Shaped[Tensor, "batch ... text_pos"] | None = None,
+    ) -> TextState:
+        """Caption, keys and values, to be passed to every step as ``text_state``; fires no hook. ``mask``: 1 = attend."""
+        caption = self.project_caption(text)
+        attentions = [block.cross_attn for block in self.blocks]
+        keys_values = tuple((attn.keys(caption), attn.values(caption)) for attn in attentions)
+        return TextState(text, caption, additive_bias(mask, self.dtype), keys_values)
+
+    @property
+    def text_hooks_active(self) -> bool:
+        """Whether a hook is attached upstream of the cross-attention keys and values, so that they are computed anew."""
+        points = [self.hook_text, self.hook_caption]
+        if self._cfg.use_split_qkv_input:
+            for block in self.blocks:
+                points += [block.cross_attn.hook_k_input, block.cross_attn.hook_v_input]
+        return any(map(watched, points))
+
+    def project_caption(self, text: Float[Tensor, "*batch d_text"]) -> Float[Tensor, "*batch d_caption"]:
+        """Text features as cross-attention reads them, through no hook."""
+        return text if self.caption_projection is None else self.caption_projection(text)
+
+    # Circuits in weights
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """``W_Q W_Kᵀ`` of self-attention, [layer head d_model d_model]; copies. Exact circuits need ``fold_timestep``."""
+        return self._factored("attn", "QK")
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """``W_V W_O`` of self-attention, [layer head d_model d_model]; copies."""
+        return self._factored("attn", "OV")
+
+    @property
+    def cross_QK(self) -> FactoredMatrix:
+        """``W_Q W_Kᵀ`` of cross-attention, [layer head d_model d_caption]; copies. Reads the raw residual stream: exact."""
+        return self._factored("cross_attn", "QK")
+
+    @property
+    def cross_OV(self) -> FactoredMatrix:
+        """``W_V W_O`` of cross-attention, [layer head d_caption d_model]; copies. Has no gate: exact."""
+        return self._factored("cross_attn", "OV")
+
+    def _factored(self, sublayer: str, circuit: Literal["QK", "OV"]) -> FactoredMatrix:
+        attentions = [getattr(block, sublayer) for block in self.blocks]
+        if circuit == "OV":
+            return FactoredMatrix(torch.stack([a.W_V for a in attentions]), torch.stack([a.W_O for a in attentions]))
+        return FactoredMatrix(torch.stack([a.W_Q for a in attentions]), torch.stack([a.W_K for a in attentions]).mT)
+
+    def fold_timestep(self, timestep: float, added_cond_kwargs: Mapping[str, Tensor | None] | None = None) -> FoldedDiT:
+        """A new model with the shifts, scales and gates of one timestep moved into its weights; this one stays as it is.
+
+        At that timestep it computes the same output, and every ``hook_gate`` is 1: head and neuron results, direct logit
+        attribution and the other tools that read weights are then exact. At any other it refuses to run.
+
+        Args:
+            timestep: in the scheduler's units, as the denoiser is told.
+            added_cond_kwargs: the size conditions [1 …], for a model that is conditioned on them.
+        """
+        from .folding import fold_timestep  # a folded model is a HookedDiT
+
+        return fold_timestep(self, timestep, added_cond_kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if self.folded_timestep is None and name in ONLY_FOLDED:
+            raise NotFoldedError(f"{name} ignores what the timestep does (shift, scale, gate): {FOLD_FIRST}")
+        return super().__getattr__(name)
+
+    # The model
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch in_channels height width"],
+        encoder_hidden_states: Float[Tensor, "batch text_pos d_text"] | None = None,
+        timestep: Shaped[Tensor, " batch"] | None = None,
+        added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        attention_mask: Shaped[Tensor, "batch ... pos"] | None = None,
+        encoder_attention_mask: Shaped[Tensor, "batch ... text_pos"] | None = None,
+        return_dict: bool = True,
+        *,
+        text_state: TextState | None = None,
+    ) -> Transformer2DModelOutput | tuple[Float[Tensor, "batch out_channels height width"]]:
+        """One denoiser call, as ``PixArtTransformer2DModel.forward``: latents in, prediction out.
+
+        Args:
+            attention_mask: which image tokens may be attended to (no pipeline passes it).
+            encoder_attention_mask: which text tokens may be; a mask [batch text_pos], or a bias [batch 1 text_pos].
+            text_state: from ``encode_text``; then ``encoder_hidden_states`` and its mask are not read. Keys and values
+                still pass through ``cross_attn.hook_k`` and ``hook_v``; while ``text_hooks_active`` they are computed
+                anew from its text, so the result never depends on whether a state was passed.
+
+        Raises:
+            ValueError: for a missing timestep, text or size condition, a state of another batch size, or
+                ``cross_attention_kwargs``, which have no meaning in PixArt.
+        """
+        if cross_attention_kwargs:
+            raise ValueError(f"HookedDiT has no use for cross_attention_kwargs: {', '.join(cross_attention_kwargs)}")
+        if timestep is None:
+            raise ValueError("pass timestep, one for each row of hidden_states")
+        if self.folded_timestep is not None and bool((timestep != self.folded_timestep).any()):
+            raise ValueError(f"this model was folded at timestep {self.folded_timestep:g} and is wrong at any other")
+
+        x = self._embed(hidden_states)
+        t_emb = self.hook_t_emb(self.embed_timestep(timestep, added_cond_kwargs, x.dtype))
+        t_mod = self.hook_t_mod(self.t_block(F.silu(t_emb)))
+        caption, text_kvs, text_bias = self._read_text(encoder_hidden_states, encoder_attention_mask, text_state, x)
+        image_bias = additive_bias(attention_mask, x.dtype)
+        textless = 0 if text_state is None else text_state.textless
+
+        for block, text_kv in zip(self.blocks, text_kvs, strict=True):
+            x = block(x, t_mod, caption, text_kv, image_bias, text_bias, textless)
+
+        output = self._unembed(x, t_emb, hidden_states)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def forward_from(
+        self,
+        hidden_states: Float[Tensor, "first in_channels height width"],
+        residuals: Mapping[int, Float[Tensor, "_ pos d_model"]],
+        timestep: Shaped[Tensor, " batch"],
+        added_cond_kwargs: Mapping[str, Tensor | None],
+        text_state: TextState,
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """One denoiser call whose rows begin at different layers: what they share up to there is computed elsewhere, once.
+
+        Rows are those of `hidden_states` (there may be none), then those of `residuals`, in ascending order of their layers.
+
+        Args:
+            residuals: layer → what enters that block in rows that begin there; n_layers: what leaves the last block.
+            timestep, added_cond_kwargs, text_state: of all rows.
+        """
+        x = self._embed(hidden_states)
+        t_emb = self.hook_t_emb(self.embed_timestep(timestep, added_cond_kwargs, x.dtype))
+        t_mod = self.hook_t_mod(self.t_block(F.silu(t_emb)))
+        caption, text_kvs, text_bias = self._read_text(None, None, text_state, t_emb)
+
+        for layer, (block, text_kv) in enumerate(zip(self.blocks, text_kvs, strict=True)):
+            x = torch.cat([x, residuals[layer]]) if layer in residuals else x
+            if (n := len(x)) == 0:
+                continue  # nobody has begun yet
+            kv = None if text_kv is None else (text_kv[0][:n], text_kv[1][:n])
+            x = block(x, t_mod[:n], caption[:n], kv, None, None if text_bias is None else text_bias[:n])
+        if self._cfg.n_layers in residuals:
+            x = torch.cat([x, residuals[self._cfg.n_layers]])
+        return self._unembed(x, t_emb, hidden_states)
+
+    def _unembed(self, x: Tensor, t_emb: Tensor, like: Tensor) -> Float[Tensor, "batch out_channels height width"]:
+        """The final residual stream as an output of the height and width of `like`."""
+        shift, scale = (self.scale_shift_table + t_emb[:, None]).chunk(2, dim=1)  # t_emb, not t_mod
+        return self.from_patches(self.proj_out(modulate(self.ln_final(x), shift, scale)), like)
+
+    def bind(
+        self,
+        latents: Float[Tensor, "row in_channels height width"],
+        timestep: float | Shaped[Tensor, "*row"],
+        text: Float[Tensor, "row text_pos d_text"],
+        text_mask: Shaped[Tensor, "row ... text_pos"] | None = None,
+        *,
+        added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
+        pos: Literal["image", "text"] = "image",
+        returns: Literal["out", "patches"] = "out",
+    ) -> tuple[DenoiserView, Int[Tensor, "row pos"]]:
+        """``(view, tokens)``: what TransformerLens' tools take as ``model`` and ``tokens``, for one denoiser call a row.
+
+        Args:
+            pos: which positions a sweep "by position" goes over.
+            returns: what metrics get: the output, or its patches [row pos d_vocab], as logits have it.
+        """
+        from ..generation.views import DenoiserView  # a view of this
+
+        times = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
+        with torch.no_grad():  # where a gradient is wanted, each call encodes its rows anew
+            state = self.encode_text(text, text_mask)
+        sizes = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
+        view = DenoiserView(self, latents, times, state, sizes, pos, returns)
+        return view, view.to_tokens()
+
+    def embed_timestep(
+        self, timestep: Shaped[Tensor, " batch"], sizes: Mapping[str, Tensor | None] | None, dtype: torch.dtype
+    ) -> Float[Tensor, "batch d_model"]:
+        """Embedding of the timestep and, where the model is conditioned on them, of the image's sizes; through no hook."""
+        t_emb = self.timestep_embedder(self.time_proj(timestep).to(dtype))
+        if self._cfg.use_additional_conditions:
+            resolution, aspect_ratio = ((sizes or {}).get(key) for key in ("resolution", "aspect_ratio"))
+            if resolution is None or aspect_ratio is None:
+                raise ValueError("this model needs added_cond_kwargs with resolution and aspect_ratio")
+            height_width = self.resolution_embedder(self.time_proj(resolution.flatten()).to(dtype))
+            ratio = self.aspect_ratio_embedder(self.time_proj(aspect_ratio.flatten()).to(dtype))
+            t_emb = t_emb + torch.cat([height_width.view(len(t_emb), -1), ratio.view(len(t_emb), -1)], dim=1)
+        return t_emb
+
+    def _read_text(
+        self, text: Tensor | None, mask: Tensor | None, state: TextState | None, x: Tensor
+    ) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor] | None], Tensor | None]:
+        """Caption, each layer's keys and values (None: the block computes them) and the bias on the scores."""
+        bias = additive_bias(mask, x.dtype)
+        if state is not None:
+            if state.text.shape[0] != x.shape[0]:
+                raise ValueError(f"text_state has {state.text.shape[0]} rows, hidden_states {x.shape[0]}")
+            if not self.text_hooks_active:
+                return state.caption, state.keys_values, state.bias
+            text, bias = state.text, state.bias
+        if text is None:
+            raise ValueError("pass encoder_hidden_states, or a text_state from encode_text")
+        if self.text_hooks_active:
+            text = writable(text, watched(self.hook_text))  # this is the caller's tensor
+        caption = self.hook_caption(self.project_caption(self.hook_text(text)))
+        return caption, [None] * self._cfg.n_layers, bias

@@ -1,0 +1,93 @@
+"""What denoisers that cut latents into patches share: patches in, position codes, patches out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import HookedModule, NoLanguageModel, watched
+from .config import DiTConfig
+
+PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the channel is the fastest axis
+
+
+def writable(constant: Tensor, hooked: bool) -> Tensor:
+    """A copy of an input or buffer that a hook may write into, and differentiate by although nothing stands before it."""
+    if hooked and torch.is_grad_enabled() and not constant.requires_grad:
+        constant = constant.detach().requires_grad_()
+    return constant.clone()
+
+
+class PatchModel(NoLanguageModel, HookedModule):
+    """A hooked transformer over patches, around a live diffusers module with a `PatchEmbed` of fixed codes."""
+
+    blocks: Any
+    """ModuleList of the blocks."""
+
+    wrapped: Any
+    """The diffusers module; not registered as a child, because its leaves are, once each."""
+
+    patch_embed: Any
+    hook_embed: HookPoint
+    hook_pos_embed: HookPoint
+    _cfg: DiTConfig
+    setup: Any
+
+    # What a pipeline and TransformerLens ask of a model; read off the live weights, which may move.
+
+    @property
+    def cfg(self) -> DiTConfig:
+        self._cfg.device, self._cfg.dtype = str(self.device), self.dtype
+        return self._cfg
+
+    @property
+    def config(self) -> Any:
+        """The wrapped module's diffusers config."""
+        return self.wrapped.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embed.proj.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embed.proj.weight.dtype
+
+    @property
+    def W_pos(self) -> Float[Tensor, "pos d_model"]:
+        """The fixed position code of the training size, rows first; its first half of channels holds x, the second y."""
+        return self.patch_embed.pos_embed[0]
+
+    def _embed(self, latents: Tensor) -> Tensor:
+        """Patches plus position codes [batch pos d_model]; added in the code's precision, as diffusers does."""
+        grid = self.patch_embed.proj(latents)  # [batch d_model rows columns]
+        rows, columns = grid.shape[-2:]
+        # Contiguous, because every residual sum inherits this layout and a Linear is slower on any other.
+        patches = self.hook_embed(grid.flatten(2).transpose(1, 2).contiguous())
+        code = self.patch_embed.pos_embed
+        if (rows, columns) != (self.patch_embed.height, self.patch_embed.width):
+            base, scale = self.patch_embed.base_size, self._cfg.interpolation_scale
+            code = get_2d_sincos_pos_embed(
+                self._cfg.d_model, (rows, columns), base_size=base, interpolation_scale=scale, device=latents.device
+            ).float()[None]
+        # Copied for each row: a hook that edits one row in place must not reach the others, or the buffer.
+        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), watched(self.hook_pos_embed)))
+        return (patches + code).to(patches.dtype)
+
+    def from_patches(
+        self, patches: Float[Tensor, "batch pos d_vocab"], like: Float[Tensor, "_ _ height width"]
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """What ``proj_out`` computed, as an output of the height and width of ``like``."""
+        p = self._cfg.patch_size
+        return rearrange(patches, f"{PATCHES} -> {PIXELS}", h=like.shape[-2] // p, p=p, q=p)
+
+    def patches(self, output: Float[Tensor, "batch out_channels height width"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """An output as its patches, position by position: what ``proj_out`` computed."""
+        p = self._cfg.patch_size
+        return rearrange(output, f"{PIXELS} -> {PATCHES}", p=p, q=p)
