@@ -304,7 +304,7 @@ def test_the_bundled_files_are_small_and_have_no_pickles():
 
 
 def test_a_causal_encoder_sees_no_later_word_and_stays_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("dit_lens.training.text_encoder.ARCHITECTURE", TINY)
+    monkeypatch.setattr("dit_lens.training.t5.pretrain.ARCHITECTURE", TINY)
     folder = pretrain(PretrainConfig(out=tmp_path, steps=3, causal=True, **RUN))
     encoder, tokenizer = build_text_encoder(str(folder))
     pair = ["red circle is above blue square", "red circle is below green square and red circle"]
