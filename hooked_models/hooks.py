@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -18,13 +18,10 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
+from .hooks_table import POSITIONS, Axes, HookPart, axis_of, hook_row
+
 HookFunction = Callable[..., Tensor | None]
 """``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on with."""
-
-PER_HEAD = frozenset(
-    f"hook_{leaf}" for leaf in ("q", "k", "v", "z", "result", "q_input", "k_input", "v_input", "attn_in", "cross_attn_in")
-)
-"""Hooks whose tensors are [batch pos head …]."""
 
 NameFilter = str | Callable[[str], bool] | Iterable[str] | None
 """One name, a predicate on names, several names, or None for every hook that fires."""
@@ -78,8 +75,8 @@ def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
 class HookedModule(HookedRootModule):
     """A HookedRootModule with strict names, aliases, flags that gate hooks, and an ActivationCache as its cache."""
 
-    hook_flags: ClassVar[Mapping[str, str]] = {}
-    """Last part of a hook's name → the flag of ``cfg`` without which it does not fire. A flag has a ``set_{flag}``."""
+    hook_part: ClassVar[HookPart] = "dit"
+    """The part of a generation that this module is, in the table `HOOKS`."""
 
     cache_class: ClassVar[type[ActivationCache]] = ActivationCache
     """What ``run_with_cache`` returns beside the output; built as ``cache_class(dict, model, has_batch_dim=…)``."""
@@ -128,8 +125,7 @@ class HookedModule(HookedRootModule):
         return names
 
     def _missing_flag(self, name: str) -> str | None:
-        canonical = str(self.mod_dict[name].name)  # an alias is gated as what it stands for
-        flag = self.hook_flags.get(canonical.rpartition(".")[2])
+        flag = self.hook_flags.get(str(self.mod_dict[name].name))  # an alias is gated as what it stands for
         return flag if flag is not None and not getattr(self.cfg, flag) else None
 
     # TransformerLens' flags; of no effect in a module that has no such hooks
@@ -164,7 +160,7 @@ class HookedModule(HookedRootModule):
             raise ValueError(f"{flag} and {excludes} exclude each other: call set_{excludes}(False) first")
         if not on and getattr(self.cfg, flag):
             for name, point in self.hook_dict.items():
-                if self.hook_flags.get(name.rpartition(".")[2]) == flag and (point.has_hooks() or point.has_hooks("bwd")):
+                if self.hook_flags.get(name) == flag and (point.has_hooks() or point.has_hooks("bwd")):
                     raise ValueError(f"{name!r} has a hook, which would silently stop firing: remove it before set_{flag}(False)")
         setattr(self.cfg, flag, on)
 
@@ -226,12 +222,43 @@ class HookedModule(HookedRootModule):
 
         return cache, *([(name, partial(sliced, save)) for name, save in hooks] for hooks in (fwd, bwd))
 
-    def position_axis(self, name: str) -> int | None:
-        """The axis that ``pos_slice`` slices in a hook's tensor, counted from the end; None: it has no positions, stays whole.
+    @cached_property
+    def hook_flags(self) -> Mapping[str, str]:
+        """Hook name → the flag of ``cfg`` without which it does not fire, from `HOOKS`. A flag has a ``set_{flag}``."""
+        rows = {name: hook_row(name, self.hook_part) for name in self.hook_dict}
+        return {name: row.flag for name, row in rows.items() if row.flag is not None}
+
+    def axes(self, name: str) -> Axes:
+        """The axis names of a hook's tensor, from the table `HOOKS`; aliases are resolved.
+
+        Raises:
+            UnknownHookError: this module has no such hook.
+            KeyError: the table has no row for it.
+
+        Example:
+            >>> from hooked_models import HookedTextToImage
+            >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
+            >>> model.dit.axes("blocks.0.cross_attn.hook_k")
+            ('batch', 'text_pos', 'head', 'd_head')
+        """
+        point = self.mod_dict.get(name)
+        if not isinstance(point, HookPoint):
+            raise unknown_hook(name, list(self.hook_dict))
+        return hook_row(str(point.name), self.hook_part).axes
+
+    def position_axis(self, name: str, of: Literal["image", "text"] | None = None) -> int | None:
+        """The axis that ``pos_slice`` slices in a hook's tensor, counted from the end; None for a tensor without positions.
 
         TransformerLens guesses it from the name's ending and would slice the batch of tensors that have no positions.
+
+        Args:
+            of: image positions or text positions; None for whichever comes first. Patterns have image queries, and text keys
+                if they are cross-attention's.
         """
-        return -3 if name.rpartition(".")[2] in PER_HEAD else -2
+        axes = self.axes(name)
+        kinds = POSITIONS["image"] + POSITIONS["text"] if of is None else POSITIONS[of]
+        axis = axis_of(axes, kinds)
+        return None if axis is None else axis - len(axes)
 
     def run_with_cache(
         self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models import HookedDiT, HookedT5Encoder, HookedTextToImage
+from hooked_models import HookedT5Encoder, HookedTextToImage
 from hooked_models.generation.cache import activation_shape
 from hooked_models.generation.hooks import Attached
 from hooked_models.generation.names import FINAL, Branch, Site
@@ -148,7 +148,7 @@ def _encoder(encoder: Any, batch: int) -> dict[str, Any]:
 def _unreachable(model: HookedTextToImage, site: Site, sampler: Sampler, writes: bool) -> str | None:
     """Why a tensor cannot be read, or written, through a trace of the diffusers pipeline."""
     leaf = site.inner.rpartition(".")[2]
-    if leaf in HookedDiT.hook_flags:
+    if site.row.flag is not None:
         return "no module of diffusers computes it; take hook_z, or a HookedTextToImage at hand."
     if site.inner == "hook_latent" and writes:
         return "the pipeline's own variable goes on to the scheduler; give latents=…, or write hook_out, hook_x0 or hook_embed."

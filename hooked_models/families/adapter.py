@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..hooks import HookedModule, NoLanguageModel, UnknownHookError
+from ..hooks_table import IMAGE_POSITIONS, Axes
 from ..pixart.attention import Heads
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
@@ -163,6 +164,11 @@ class FamilyModel(NoLanguageModel, HookedModule):
             if f".{sublayer}.hook_" in name and name not in self.mod_dict:
                 raise UnknownHookError(f"{self.family.name} has no {name!r}: {reason}")
         return super().canonical_name(name)
+
+    def axes(self, name: str) -> Axes:
+        """As in HookedModule; positions of joint attention are "joint_pos", image first."""
+        joint = self.family.text != "cross" and ".image_attn." not in name
+        return tuple(f"joint_{axis}" if joint and axis in IMAGE_POSITIONS else axis for axis in super().axes(name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's own forward, with hooks."""

@@ -21,7 +21,6 @@ from ..pixart.attention import Attention
 from ..pixart.block import MLP, Block, LayerNorm, Modulation, ModulationHooks, modulate
 from ..pixart.cache import DiTCache
 from ..pixart.config import DiTConfig
-from ..pixart.dit import HookedDiT
 from ..pixart.patch_model import PatchModel
 from .adapter import random
 
@@ -76,7 +75,6 @@ class HookedClassDiT(PatchModel):
     `blocks.{l}.adaln.hook_cond` is the embedding of timestep and class that the block makes for itself.
     """
 
-    hook_flags = {name: flag for name, flag in HookedDiT.hook_flags.items() if "cross" not in name}  # noqa: RUF012
     cache_class = DiTCache
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -104,6 +102,7 @@ class HookedClassDiT(PatchModel):
             device=str(live.device),
             dtype=live.dtype,
             d_text=0,
+            d_caption=0,
             patch_size=config.patch_size,
             in_channels=config.in_channels,
             out_channels=live.out_channels,

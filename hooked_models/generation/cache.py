@@ -16,9 +16,10 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from ..hooks import HookedModule, NameFilter
+from ..hooks_table import axis_sizes
 from ..pixart.cache import DiTCache, expand_shorthand, look_up
 from .cache_store import LazyTensors
-from .capture import TEXT_KV, Heads, Patterns, Recorder, head_axis, heads_by_layer, layer_of
+from .capture import TEXT_KV, Heads, Patterns, Recorder, head_axis, heads_by_layer
 from .names import FINAL, Branch, Site
 from .sampling import Sampler
 
@@ -148,39 +149,8 @@ def activation_shape(
     `cfg`: that of the denoiser or, for its sites, of the text encoder. `grid`: latent rows and columns, `image`: pixel rows
     and columns.
     """
-    pos = text_pos if site.part.endswith("text_encoder") else grid[0] * grid[1] // cfg.patch_size**2
-    leaf = site.inner.rpartition(".")[2].removeprefix("hook_")
-    key_pos = text_pos if "cross_attn" in site.inner else pos
-    if site.inner == FINAL:
-        return (batch, 3, *image)
-    if site.part == "sampler":
-        return (batch, cfg.out_channels if leaf in ("out_cond", "out_uncond") else cfg.in_channels, *grid)
-    match leaf:
-        case "q" | "z":
-            return (batch, pos, cfg.n_heads, cfg.d_head)
-        case "k" | "v":
-            return (batch, key_pos, cfg.n_heads, cfg.d_head)
-        case "attn_scores" | "pattern":
-            return (batch, cfg.n_heads, pos, key_pos)
-        case "rel_pos_bias":
-            return (batch, cfg.n_heads, pos, pos)
-        case "result" | "q_input" | "attn_in" | "cross_attn_in":
-            return (batch, pos, cfg.n_heads, cfg.d_model)
-        case "k_input" | "v_input":
-            return (batch, key_pos, cfg.n_heads, cfg.d_model)
-        case "pre" | "pre_linear" | "post":
-            return (batch, pos, cfg.d_mlp)
-        case "scale":
-            return (batch, pos, 1)
-        case "text":
-            return (batch, text_pos, cfg.d_text)
-        case "caption":
-            return (batch, text_pos, cfg.d_model)
-        case "t_emb":
-            return (batch, cfg.d_model)
-        case "t_mod":
-            return (batch, 6 * cfg.d_model)
-    return (batch, 1 if ".adaln." in site.inner else pos, cfg.d_model)
+    sizes = axis_sizes(cfg, batch, text_pos, grid, image)
+    return tuple(sizes[axis] for axis in site.row.axes)
 
 
 def activation_dtype(site: Site, dtype: torch.dtype) -> torch.dtype:
@@ -271,8 +241,8 @@ def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Seque
         cfg = module.cfg if isinstance(module, HookedModule) else model.cfg
         shape = list(activation_shape(cfg, site, batch, (rows, columns), text_pos, image))
         dtype = activation_dtype(site, module.dtype)
-        if heads is not None and (axis := head_axis(site)) is not None:
-            shape[axis] = len(heads[layer_of(site)])
+        if heads is not None and (axis := head_axis(site)) is not None and site.layer is not None:
+            shape[axis] = len(heads[site.layer])
         if recorder.patterns != "whole" and site.part == "dit" and site.inner.endswith("hook_pattern"):
             del shape[2 if recorder.patterns == "received" else 3]
             dtype = torch.float32

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import PER_HEAD, HookFunction, watched
+from ..hooks import HookFunction, watched
+from ..hooks_table import axis_of
 from .names import BRANCHES, Site, parse_head
 from .trajectory import Inputs
 
@@ -49,14 +50,7 @@ def heads_by_layer(heads: Heads | None, n_layers: int, n_heads: int) -> dict[int
 
 def head_axis(site: Site) -> int | None:
     """The axis of a denoiser's tensor that heads can be chosen on."""
-    leaf = site.inner.rpartition(".")[2]
-    if site.part != "dit" or not site.inner.startswith("blocks."):
-        return None
-    return 1 if leaf in PATTERN else 2 if leaf in PER_HEAD else None
-
-
-def layer_of(site: Site) -> int:
-    return int(site.inner.split(".")[1])
+    return axis_of(site.row.axes, ("head",)) if site.part == "dit" else None
 
 
 def entropy(pattern: Tensor) -> Tensor:
@@ -82,7 +76,7 @@ class Recorder:
 
     def __post_init__(self) -> None:
         if self.heads is not None:
-            self.sites = [site for site in self.sites if head_axis(site) is None or layer_of(site) in self.heads]
+            self.sites = [site for site in self.sites if head_axis(site) is None or site.layer in self.heads]
         if not self.sites:
             raise ValueError("Nothing would be cached: names_filter and heads have no tensor in common.")
         if self.patterns != "whole" and any(site.inner.endswith("hook_attn_scores") for site in self.sites):
@@ -110,9 +104,9 @@ class Recorder:
         self._store(site, kept)
 
     def _chosen(self, tensor: Tensor, site: Site, axis: int | None) -> Tensor:
-        if self.heads is None or axis is None:
+        if self.heads is None or axis is None or site.layer is None:
             return tensor
-        return tensor.index_select(axis, torch.tensor(self.heads[layer_of(site)], device=tensor.device))
+        return tensor.index_select(axis, torch.tensor(self.heads[site.layer], device=tensor.device))
 
     def _store(self, site: Site, tensor: Tensor) -> None:
         key = (site.inner, site.branch)

@@ -24,6 +24,8 @@ Hooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
 class SamplerHooks(HookedModule):
     """The tensors between two denoiser calls, each [batch channel rows columns]."""
 
+    hook_part = "sampler"
+
     def __init__(self) -> None:
         super().__init__()
         self.cfg: Any = None

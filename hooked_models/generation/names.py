@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks import HookedModule, NameFilter, UnknownHookError, unknown_hook
+from ..hooks_table import Hook, hook_row, layer_of
 
 Branch = Literal["cond", "uncond"]
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
@@ -52,6 +53,16 @@ class Site:
         return prefix + (f"{self.part}.{self.inner}" if self.part.endswith("text_encoder") else self.inner)
 
     @property
+    def layer(self) -> int | None:
+        """The layer of a tensor inside a block, else None."""
+        return layer_of(self.inner)
+
+    @property
+    def row(self) -> Hook:
+        """The site's row in the table of hooks: axes, flag, and when it fires."""
+        return hook_row(self.inner, self.part)
+
+    @property
     def needs_uncond(self) -> bool:
         """Whether the tensor exists only where guidance runs a second branch."""
         return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
@@ -69,12 +80,12 @@ class GenerationHookPoint(HookPoint):
 
     step: int | None
     branch: Branch | None
-    _inner: str
+    _layer: int | None
 
     def __init__(self, site: Site) -> None:
         # Thousands are made where all names are hooked: without nn.Module's checks of every attribute that is set.
         self.__dict__.update(vars(BLANK), fwd_hooks=[], bwd_hooks=[], ctx={})
-        self.__dict__.update(name=site.name, step=site.step, branch=site.branch, _inner=site.inner)
+        self.__dict__.update(name=site.name, step=site.step, branch=site.branch, _layer=site.layer)
 
     def layer(self) -> int:
         """The layer of a name that has one.
@@ -82,10 +93,9 @@ class GenerationHookPoint(HookPoint):
         Raises:
             ValueError: the tensor belongs to no layer.
         """
-        parts = self._inner.split(".")
-        if parts[0] != "blocks":
+        if self._layer is None:
             raise ValueError(f"{self.name} belongs to no layer.")
-        return int(parts[1])
+        return self._layer
 
     def add_hook(self, *args: Any, **kwargs: Any) -> None:
         """Raises TypeError: what a `hook_dict` of a generation holds are names, of tensors that only a run has."""

@@ -22,6 +22,8 @@ class DiTConfig(HookedConfig):
 
     d_text: int
     """Width of the text encoder's output."""
+    d_caption: int
+    """Width of the text as cross-attention reads it; 0 without text."""
     patch_size: int
     in_channels: int
     out_channels: int
@@ -66,6 +68,7 @@ class DiTConfig(HookedConfig):
             device=str(transformer.device),
             dtype=transformer.dtype,
             d_text=config.caption_channels or config.cross_attention_dim,
+            d_caption=config.cross_attention_dim,
             patch_size=config.patch_size,
             in_channels=config.in_channels,
             out_channels=transformer.out_channels,

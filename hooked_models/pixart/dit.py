@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -105,16 +105,6 @@ class HookedDiT(PatchModel):
         ValueError: for a config option that PixArt checkpoints do not use (dropout, affine norms, gated attention).
     """
 
-    hook_flags: ClassVar[Mapping[str, str]] = {
-        "hook_result": "use_attn_result",
-        "hook_q_input": "use_split_qkv_input",
-        "hook_k_input": "use_split_qkv_input",
-        "hook_v_input": "use_split_qkv_input",
-        "hook_attn_in": "use_attn_in",
-        "hook_cross_attn_in": "use_attn_in",
-        "hook_mlp_in": "use_hook_mlp_in",
-    }
-
     cache_class = DiTCache
 
     folded_timestep: float | None = None
@@ -157,19 +147,6 @@ class HookedDiT(PatchModel):
     def reset_parameters(self) -> None:
         """Draw the output's table anew, as diffusers does; the submodules have their own (TransformerLens' `reinitialized`)."""
         self.scale_shift_table.normal_().div_(self._cfg.d_model**0.5)
-
-    def position_axis(self, name: str, of: Literal["image", "text"] = "image") -> int | None:
-        """As in HookedModule; ``of`` says which positions are meant. Patterns have image queries, and text keys if cross."""
-        leaf = name.rpartition(".")[2]
-        if ".adaln." in name or leaf in ("hook_t_emb", "hook_t_mod"):
-            return None
-        cross = ".cross_attn." in name
-        in_text = leaf in ("hook_text", "hook_caption") or (
-            cross and leaf in ("hook_k", "hook_v", "hook_k_input", "hook_v_input")
-        )
-        if in_text == (of == "text"):
-            return super().position_axis(name)
-        return -1 if of == "text" and cross and leaf in ("hook_attn_scores", "hook_pattern") else None
 
     # The text, which no timestep changes
 

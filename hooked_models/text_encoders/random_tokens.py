@@ -119,6 +119,8 @@ class RandomTokenEncoder(PreTrainedModel):
 class HookedTokenEncoder(HookedModule):
     """A `RandomTokenEncoder` with a HookPoint on each of its tensors; takes and returns what the wrapped module does."""
 
+    hook_part = "text_encoder"
+
     wrapped: RandomTokenEncoder
     """The live encoder; not registered as a child, because its table is."""
 

@@ -8,10 +8,9 @@ share the position bias of the first, and the norms take their variance in float
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -194,14 +193,7 @@ class HookedT5Encoder(HookedModule):
         TypeError: for another encoder, such as UMT5, in which every layer has a position bias of its own.
     """
 
-    hook_flags: ClassVar[Mapping[str, str]] = {
-        "hook_result": "use_attn_result",
-        "hook_q_input": "use_split_qkv_input",
-        "hook_k_input": "use_split_qkv_input",
-        "hook_v_input": "use_split_qkv_input",
-        "hook_attn_in": "use_attn_in",
-        "hook_mlp_in": "use_hook_mlp_in",
-    }
+    hook_part = "text_encoder"
 
     blocks: Any
     """ModuleList of `Block`."""
