@@ -252,12 +252,11 @@ class HookedModule(HookedRootModule):
         TransformerLens guesses it from the name's ending and would slice the batch of tensors that have no positions.
 
         Args:
-            of: image positions or text positions; None for whichever comes first. Patterns have image queries, and text keys
-                if they are cross-attention's.
+            of: image positions or text positions; by default the module's own, image positions in a denoiser. Patterns have
+                image queries, and text keys if they are cross-attention's.
         """
         axes = self.axes(name)
-        kinds = POSITIONS["image"] + POSITIONS["text"] if of is None else POSITIONS[of]
-        axis = axis_of(axes, kinds)
+        axis = axis_of(axes, POSITIONS[of or ("text" if self.hook_part == "text_encoder" else "image")])
         return None if axis is None else axis - len(axes)
 
     def run_with_cache(

@@ -42,11 +42,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_models import HookedDiT, HookedTextToImage
+from hooked_models import HookedTextToImage
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import BRANCHES, FINAL, Branch, Part, Site
 from hooked_models.generation.views import StepView
-from hooked_models.hooks import PER_HEAD, HookFunction, unknown_hook
+from hooked_models.hooks import HookFunction, unknown_hook
+from hooked_models.hooks_table import POSITIONS, axis_of
 from hooked_models.text_encoders.random_tokens import PAD_ID
 
 from ..readout.circuits import parse_head
@@ -186,7 +187,7 @@ class Intervention:
         In the conditional branch, unless `branch` is "uncond". Raises ValueError for a site without positions.
         """
         site, uncond = replace(self, steps=None)._sites(model, 1)[0], self.branch == "uncond"
-        axes = _axes(model.dit, site)
+        axes = _axes(model, site)
         read, words = _read(model, prompts, uncond)
         selected = self._selected(model, axes, site, read, words.shape[1])
         return selected, words if axes.text else torch.ones_like(selected)
@@ -230,7 +231,7 @@ class Intervention:
     ) -> list[Edit]:
         """Of sites that differ in step and layer only, in runs of `texts`."""
         site, n = sites[0], len(texts)
-        axes = _axes(model.dit, site)
+        axes = _axes(model, site)
         read, words = _read(model, texts, uncond)
         selected = None if self.tokens is None else self._selected(model, axes, site, read, words.shape[1])
         if self.action == "knockout":
@@ -342,16 +343,11 @@ class _Axes(NamedTuple):
     """Whether its tokens are words; else image positions."""
 
 
-def _axes(dit: HookedDiT, site: Site) -> _Axes:
-    leaf = site.inner.rpartition(".")[2]
-    if site.part == "sampler":
-        return _Axes(4, None, None, False)
-    if leaf in ("hook_t_emb", "hook_t_mod") or ".adaln." in site.inner:
-        return _Axes(3 if ".adaln." in site.inner else 2, None, None, False)
-    text = site.part != "dit" or dit.position_axis(site.inner, "text") is not None
-    if leaf in ("hook_attn_scores", "hook_pattern", "hook_rel_pos_bias"):
-        return _Axes(4, 1, 3, text)
-    return _Axes(4, 2, 1, text) if leaf in PER_HEAD else _Axes(3, None, 1, text)
+def _axes(model: HookedTextToImage, site: Site) -> _Axes:
+    axes = model.names.module(site.part).axes(site.inner)
+    tokens = [i for i, axis in enumerate(axes) if axis in (*POSITIONS["image"], *POSITIONS["text"])]
+    token = tokens[-1] if tokens else None  # the keys of a pattern
+    return _Axes(len(axes), axis_of(axes, ("head",)), token, token is not None and axes[token] in POSITIONS["text"])
 
 
 def _read(model: HookedTextToImage, texts: Sequence[str], uncond: bool) -> tuple[Sequence[str], Bool[Tensor, "prompt text_pos"]]:
