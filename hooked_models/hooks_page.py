@@ -5,8 +5,8 @@ python -m hooked_models.hooks_page > docs/hooks.md
 
 from __future__ import annotations
 
-from .hooks_table import HOOKS, Hook, axis_sizes
 from .generation.model import HookedTextToImage
+from .hooks_table import HOOKS, Hook, axis_sizes
 
 EXAMPLE = "t5-micro"
 INTRODUCTION = f"""# Every hook and its shape
