@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int, UInt8
-from skimage import measure
+from scipy import ndimage
 from torch import Tensor
 
 from .rendering import PIXELS, shape_mask
@@ -157,7 +157,8 @@ def _census(
     # The spare row keeps each image's regions apart from the next one's.
     classes = np.zeros((n, size + IMAGE_SIZE), dtype=np.uint8)
     classes[:, :size] = color_classes(images).reshape(n, size)
-    labels = measure.label(classes.reshape(-1, IMAGE_SIZE), background=0, connectivity=1)
+    (red, n_red), (blue, _) = (ndimage.label(classes.reshape(-1, IMAGE_SIZE) == color) for color in (1, 2))
+    labels = np.where(blue > 0, blue + n_red, red)  # side by side, two colors are two regions
 
     colored = np.flatnonzero(classes)
     label = labels.ravel()[colored]
