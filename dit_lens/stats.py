@@ -91,5 +91,7 @@ def count_bound(hits: int, drawn: int, total: int, level: float = 0.95) -> int:
 
     The largest count under which so few hits have a probability above 1 − level (hypergeometric; one-sided and exact).
     """
+    if drawn == total:
+        return hits
     counts = np.arange(hits, total - drawn + hits + 1)
     return int(counts[hypergeom.cdf(hits, total, counts, drawn) > 1 - level][-1])

@@ -149,6 +149,8 @@ def test_the_bound_is_what_the_sample_allows(model):
     assert found.missed().beyond <= missed.beyond
     with pytest.raises(ValueError, match="ranks 1 to 4"):
         found.missed(rank=5)
+    every = sweep.two_stage(plan, "m", k=len(whole), sample=1).missed()  # nothing is left that could have been missed
+    assert (every.sampled, every.most, every.most_larger) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("total", "drawn"), [(12, 4), (40, 15), (7, 7), (9, 0)])
