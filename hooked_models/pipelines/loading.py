@@ -18,6 +18,7 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransforme
 from safetensors import SafetensorError, safe_open
 
 from .hub import Source
+from .quiet import quiet_loading
 
 PIPELINES = {cls.__name__: cls for cls in (PixArtAlphaPipeline, PixArtSigmaPipeline)}
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
@@ -50,17 +51,19 @@ def open_pipeline(
             f"from_pretrained has no argument {unknown[0]!r}: choose dtype, device_map, or a component ({', '.join(COMPONENTS)})."
         )
     if isinstance(components.get("transformer"), (str, Path)):
-        components["transformer"] = PixArtTransformer2DModel.from_pretrained(
-            components["transformer"], subfolder="transformer", dtype=dtype, use_safetensors=True
-        )
+        with quiet_loading():
+            components["transformer"] = PixArtTransformer2DModel.from_pretrained(
+                components["transformer"], subfolder="transformer", dtype=dtype, use_safetensors=True
+            )
     index = inspect_folder(source, variant, components)
     half = dtype == torch.float16
     types: Any = dtype
     if half and index["text_encoder"][1] == "T5EncoderModel":
         types = {"default": dtype, "text_encoder": torch.bfloat16}
-    pipe = PIPELINES[index["_class_name"]].from_pretrained(
-        source.folder, variant=variant, dtype=types, device_map=device_map, use_safetensors=True, **components
-    )
+    with quiet_loading():
+        pipe = PIPELINES[index["_class_name"]].from_pretrained(
+            source.folder, variant=variant, dtype=types, device_map=device_map, use_safetensors=True, **components
+        )
     if half and getattr(pipe.vae.config, "force_upcast", False):
         pipe.vae.to(torch.float32)
     return pipe
