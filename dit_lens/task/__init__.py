@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .captions import TEMPLATES, word
+from .captions import TEMPLATES, from_caption, word
 from .judge import evaluate
 from .rendering import render
 from .sampling import Split, sample
@@ -43,6 +43,7 @@ __all__ = [
     "Trio",
     "caption",
     "evaluate",
+    "from_caption",
     "opposite",
     "other_color",
     "render",

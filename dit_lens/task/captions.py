@@ -5,9 +5,10 @@ Source: Wang, Fan, Pan (arXiv 2601.06338), section A.8: fillers, a dropped "is",
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
-from .scene import Scene, caption
+from .scene import COLORS, DIRECTIONS, IMAGE_SIZE, PHRASES, RADIUS, SHAPES, Scene, caption, other_color
 
 
 class Template(NamedTuple):
@@ -52,3 +53,38 @@ def word(scene: Scene, template: str = TRAINED) -> str:
     object1 = f"{colors[scene.color1]} {scene.shape1}" if scene.names_color1 else scene.shape1
     object2 = f"{colors[scene.color2]} {scene.shape2}" if scene.names_color2 else scene.shape2
     return found.text.format(object1=object1, phrase=scene.phrase, object2=object2)
+
+
+def from_caption(text: str) -> Scene:
+    """The scene that a caption describes, its objects on either side of the image's centre.
+
+    A color that the caption leaves out is the other object's opposite; object 1 is red where both are left out.
+
+    Raises:
+        ValueError: the sentence is no caption of the task.
+
+    Example:
+        >>> scene = from_caption("red circle is above blue square")
+        >>> scene.shape1, scene.relation, caption(scene)
+        ('circle', 'above', 'red circle is above blue square')
+    """
+    relations = {phrase: relation for relation, phrases in PHRASES.items() for phrase in phrases}
+    thing, phrase = rf"(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})", "|".join(relations)
+    found = re.fullmatch(rf"{thing} is ({phrase}) {thing}", text)
+    if found is None or found[1] == found[4] is not None or found[2] == found[5]:
+        raise ValueError(
+            f"{text!r} is no caption of the task: write, for example, 'red circle is above blue square' "
+            f"(shapes {', '.join(SHAPES)}, two of them; colors {', '.join(COLORS)}, one each; {', '.join(relations)})."
+        )
+    color1 = found[1] or (other_color(found[4]) if found[4] else "red")  # type: ignore[arg-type]
+    relation = relations[found[3]]
+    half = IMAGE_SIZE // 2
+    (x1, y1), (x2, y2) = (
+        (half + sign * x * 3 * RADIUS // 2, half + sign * y * 3 * RADIUS // 2)
+        for sign, (x, y) in ((1, DIRECTIONS[relation]), (-1, DIRECTIONS[relation]))
+    )
+    return Scene(
+        *(found[2], color1, x1, y1),  # type: ignore[arg-type]
+        *(found[5], other_color(color1), x2, y2),  # type: ignore[arg-type]
+        *(relation, found[3], found[1] is not None, found[4] is not None),
+    )

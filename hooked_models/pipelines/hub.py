@@ -8,16 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 ZOO = Path(__file__).parents[1] / "zoo"
 NOT_IN_THE_WHEEL = ("-nano", "-mini")
 """Sizes of bundled models that only a checkout of the repository has (pyproject.toml)."""
@@ -41,7 +31,7 @@ def list_models() -> list[str]:
 
 
 def resolve(name: str | Path) -> str:
-    """The folder or hub id that diffusers should open.
+    """The folder or hub id that diffusers should open; of a training run's folder, the pipeline in it.
 
     Raises:
         FileNotFoundError: `name` is neither a bundled model, nor a pipeline folder, nor of the form "owner/model".
@@ -50,6 +40,8 @@ def resolve(name: str | Path) -> str:
     if text in list_models():
         return str(ZOO / text)
     if Path(text).is_dir():
+        if (run := Path(text, "pipeline", "model_index.json")).is_file() and not Path(text, "model_index.json").exists():
+            return str(run.parent)
         if not Path(text, "model_index.json").is_file():
             raise FileNotFoundError(f"{text} is not a pipeline folder: it has no model_index.json.")
         return text
@@ -84,6 +76,11 @@ def fetch(name: str | Path, revision: str | None = None, variant: str | None = N
         if revision is not None:
             raise ValueError(f"{name} is a folder, which has no revisions: leave out revision={revision!r}.")
         return Source(str(name), Path(place))
+    # here, not above: names and folders need neither library
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         if weights:
             folder = DiffusionPipeline.download(place, revision=revision, variant=variant, use_safetensors=True, **hub)
@@ -98,6 +95,8 @@ def fetch(name: str | Path, revision: str | None = None, variant: str | None = N
 
 
 def _friendly(error: BaseException, place: str, revision: str | None) -> Exception:
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
     causes = list(_causes(error))
     page = f"https://huggingface.co/{place}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dit_lens.task import HELD_OUT, PHRASES, RELATIONS, Scene, caption, opposite, render, sample
+from dit_lens.task import HELD_OUT, PHRASES, RELATIONS, Scene, caption, evaluate, from_caption, opposite, render, sample
 from dit_lens.task.rendering import shape_mask
 from dit_lens.task.scene import CENTRE_RANGE, COLORS, COMBINATIONS, DIRECTIONS, SHAPES, WORDS, relation_between
 
@@ -226,6 +226,26 @@ def test_caption_names_the_colours_that_it_is_told_to():
     assert caption(replace(scene, names_color1=False)) == "circle is left of blue square"
     assert caption(replace(scene, names_color2=False)) == "red circle is left of square"
     assert caption(replace(scene, names_color1=False, names_color2=False)) == "circle is left of square"
+
+
+def test_a_caption_has_its_scene_back():
+    """With other places, whose relation is the caption's, and whose picture the judge accepts."""
+    wanted = sample(200, seed=0, split="all")
+    found = [from_caption(caption(scene)) for scene in wanted]
+    for scene, back in zip(wanted, found, strict=True):
+        assert caption(back) == caption(scene)
+        assert relation_between(back.x1, back.y1, back.x2, back.y2) == back.relation == scene.relation
+        if scene.names_color1 or scene.names_color2:
+            assert (back.color1, back.color2) == (scene.color1, scene.color2)
+    assert evaluate(render(found), found)["relation_strict"].all()
+
+
+@pytest.mark.parametrize(
+    "text", ["a horse", "red circle is above red square", "red circle is above blue circle", "red circle above blue square"]
+)
+def test_a_sentence_that_is_no_caption_is_refused(text):
+    with pytest.raises(ValueError, match="no caption of the task"):
+        from_caption(text)
 
 
 def test_caption_takes_another_phrase():

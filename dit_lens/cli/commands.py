@@ -1,0 +1,380 @@
+"""The commands of `dit-lens`. Each imports its modules itself, so that `--help` and `models` need not wait for torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ..training.config import PretrainConfig, TrainConfig
+from .output import TABLES, first_line, save, say, show
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hooked_models import HookedTextToImage
+
+    from ..task import Scene
+
+Prompts = tuple[str, ...]
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+DIRECTION_WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Device and precision of a model."""
+
+    device: str = "cpu"
+    """Device of the model: cpu, cuda, cuda:1, mps."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights."""
+    quiet: bool = False
+    """Print the result alone: no progress bars and no warnings."""
+
+    def load(self, model: str) -> HookedTextToImage:
+        """The hooked model of a name or folder.
+
+        Raises:
+            ValueError: torch has no such device here.
+        """
+        import torch
+
+        from hooked_models import HookedTextToImage
+
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {self.device}: torch cannot use it here ({first_line(error)}).") from None
+        return HookedTextToImage.from_pretrained(model, dtype=getattr(torch, self.dtype)).to(self.device)
+
+
+On = Annotated[Machine, tyro.conf.arg(name="")]
+
+
+def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Train a model, or continue a run that was stopped. Several GPUs or nodes: `accelerate launch -m dit_lens.cli train …`."""
+    import torch
+
+    from ..training import train
+
+    folder = train(config)
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    say(f"Trained: {folder}")
+
+
+def pretrain_command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Pre-train a small T5 encoder on a caption grammar, or continue a run that was stopped; `train --encoder` reads it."""
+    from ..training.t5.pretrain import pretrain
+
+    say(f"Pre-trained: {pretrain(config)}")
+
+
+def generate(
+    model: Name,
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
+    machine: On,
+    seed: int = 0,
+    num_steps: int = 14,
+    guidance: float = 4.5,
+    out: Path = Path("image.png"),
+) -> None:
+    """Draw one prompt and save the picture: `dit-lens generate rte-micro "red circle is above blue square"`.
+
+    Args:
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        prompt: text to draw.
+        seed: seed of the noise.
+        num_steps: denoising steps.
+        guidance: scale of classifier-free guidance; 1 switches it off.
+        out: picture file; its suffix names the format.
+    """
+    import torch
+    from PIL import Image
+
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: name a picture file, such as {out / 'image.png' if out.is_dir() else out}.png.")
+    with torch.no_grad():
+        image = machine.load(model)(prompt, seed, num_steps, guidance)[0]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((image.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()).save(out)
+    say(f"Saved {out}")
+
+
+def evaluate(model: Name, machine: On, prompts: Prompts = (), n: int = 512, out: Path | None = None) -> None:
+    """Score a model on held-out and trained scenes, by relation, phrase and template, with 95 % intervals.
+
+    Args:
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        prompts: captions of scenes to score instead, the i-th drawn from noise i.
+        n: scenes of each split.
+        out: table file (.csv, .parquet, .json, .html), or a folder for evaluation.parquet (one row an image) and
+            evaluation.md, in which a stopped evaluation continues.
+    """
+    from .. import task as scenes
+    from ..task import evaluation
+
+    if n < 1:
+        raise ValueError(f"--n {n}: score at least one scene.")
+    if prompts:
+        wanted = [scenes.from_caption(prompt) for prompt in prompts]
+        table = evaluation.summarise(evaluation.score(machine.load(model), wanted)).reset_index()
+        show(table, out, f"{model}, {len(prompts)} images")
+        return
+    folder = None if out is None or out.suffix in TABLES else out
+    rows = evaluation.evaluate_model(machine.load(model), n, out=folder and folder / "batches")
+    if folder is not None:
+        rows.to_parquet(folder / "evaluation.parquet", index=False)
+        (folder / "evaluation.md").write_text(evaluation.to_markdown(rows) + "\n")
+    elif out is not None:
+        save(evaluation.accuracies(rows, ["split", "template", "relation"]), out)
+    say(evaluation.to_markdown(rows))
+
+
+def screen(model: Name, machine: On, words: tuple[str, ...] = DIRECTION_WORDS, out: Path | None = None) -> None:
+    """Rank cross-attention heads by the match of their position-by-word maps with the words' directions.
+
+    Relation heads of the paper have |cosine| ≥ .5 and p ≤ .01.
+
+    Args:
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        words: direction words.
+        out: table file: .csv, .parquet, .json or .html.
+    """
+    from ..readout import screening
+
+    hooked = machine.load(model)
+    vectors = {word: screening.word_vector(hooked, word) for word in words}
+    show(screening.screen_heads(hooked.dit, vectors), out, f"{model}: heads by {', '.join(words)}")
+
+
+def synopsis_command(
+    model: Name,
+    machine: On,
+    prompts: Prompts = (),
+    image_group: str | None = None,
+    key_group: str | None = None,
+    sublayer: Literal["cross_attn", "attn"] = "cross_attn",
+    reduce: Literal["sum", "mass", "mean", "max"] = "mean",
+    step: int | None = None,
+    branch: Literal["cond", "uncond"] = "cond",
+    num_scenes: int = 32,
+    scene_seed: int = 100,
+    batch_size: int = 16,
+    threshold: float | None = None,
+    out: Path | None = None,
+) -> None:
+    """Rank heads by the attention of an image region to words of the prompt (or, in "attn", to another region).
+
+    Args:
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        prompts: prompts of your own, whose only region is the whole "image"; by default `num_scenes` scenes.
+        image_group: region that attends: object1, object2 (the default) or background of a scene, or image.
+        key_group: role of the words attended to ("relation" by default), or a word of all prompts; in "attn", a region.
+        sublayer: cross-attention to the text, or self-attention.
+        reduce: sum over both groups, mass per image token, mean per pair of tokens, or their max.
+        step: denoising step, counted from 0; by default the mean over all.
+        branch: guidance branch.
+        num_scenes: scenes drawn where no prompts are given.
+        scene_seed: seed of the scenes.
+        batch_size: prompts at once.
+        threshold: tokens covered at least to this share belong to an object; by default they count by their share.
+        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped run continues.
+    """
+    from .. import task as scenes
+    from ..readout import synopsis
+
+    hooked = machine.load(model)
+    wanted = [] if prompts else scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
+    texts = list(prompts) or [scenes.caption(scene) for scene in wanted]
+    groups = _regions(hooked, wanted, texts, batch_size, threshold) if wanted else None
+    keys = key_group or ("relation" if sublayer == "cross_attn" else "object1" if wanted else "image")
+    folder = None if out is None or out.suffix in TABLES else out
+    seen = synopsis.attention_synopsis(
+        hooked,
+        texts,
+        range(len(texts)),
+        sublayer,
+        groups,
+        reduce,
+        text_groups=_words(hooked, texts, keys) if sublayer == "cross_attn" else None,
+        batch_size=batch_size,
+        out=folder,
+    )
+    region = image_group or ("object2" if wanted else "image")
+    table = synopsis.rank_heads(seen, region, keys, "mean" if step is None else step, branch)
+    when = "mean over steps" if step is None else f"step {step}"
+    title = f"{model}: {region} → {keys}, {reduce}, {when}, {branch}, {len(texts)} prompts"
+    show(table, None if folder else out, title)
+
+
+def _regions(model: HookedTextToImage, wanted: Sequence[Scene], texts: list[str], batch: int, threshold: float | None) -> Any:
+    """The objects that the model draws, as groups of image tokens."""
+    import torch
+
+    from ..readout import synopsis
+
+    with torch.no_grad():
+        parts = range(0, len(texts), batch)
+        images = torch.cat([model(texts[i : i + batch], seed=list(range(len(texts)))[i : i + batch]) for i in parts])
+    side = model.cfg.sample_size // model.cfg.patch_size
+    return synopsis.image_groups_from_images(images, wanted, (side, side), threshold)
+
+
+def _words(model: HookedTextToImage, texts: list[str], keys: str) -> Any:
+    """Text groups for a word of the prompts and the other tokens; None for a role, which has its own groups."""
+    from typing import get_args
+
+    from ..text import prompts
+
+    if keys in get_args(prompts.Role):
+        return None
+    word = prompts.phrase_mask(model, texts, keys)
+    return {keys: word, "other tokens": ~word}
+
+
+def sweep_command(
+    model: Name,
+    machine: On,
+    prompts: Prompts = (),
+    site: str = "blocks.*.cross_attn.hook_z",
+    each: tuple[Literal["layer", "head", "step"], ...] = ("layer", "head"),
+    layers: tuple[int, ...] | None = None,
+    heads: tuple[int, ...] | None = None,
+    steps: tuple[int, ...] | None = None,
+    tokens: str | None = None,
+    action: Literal["zero", "mean", "resample", "knockout"] = "zero",
+    branch: Literal["cond", "uncond", "both"] = "cond",
+    metric: Literal["displacement", "relation", "scene"] = "displacement",
+    on: str = "image",
+    seeds: tuple[int, ...] = (0,),
+    num_scenes: int = 8,
+    scene_seed: int = 100,
+    num_steps: int = 14,
+    guidance: float = 4.5,
+    top: int | None = None,
+    sample: int = 40,
+    score: Literal["step", "attribution"] | None = None,
+    show_rows: Annotated[int, tyro.conf.arg(name="show")] = 20,
+    explain: bool = False,
+    executor: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Effects of switching off heads, layers or words, one condition at a time, the strongest first, with 95 % intervals.
+
+    Args:
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        prompts: prompts that are drawn; by default `num_scenes` scenes.
+        site: hook that is edited; * stands for the layer.
+        each: axes along which there is one condition for each value; values of the others are edited together.
+        layers: layers that are covered; all by default.
+        heads: heads that are covered; all by default.
+        steps: denoising steps that are covered; all by default.
+        tokens: role of the tokens that are edited, such as "relation"; all tokens by default.
+        action: edit made there.
+        branch: guidance branch that is edited.
+        metric: displacement from the run without, offset along the scene's relation, or the judge's verdicts on scenes.
+        on: tensor whose displacement is measured: image, latent, x0, out or eps.
+        seeds: seeds of the noise; every prompt is drawn with each.
+        num_scenes: scenes drawn where no prompts are given.
+        scene_seed: seed of the scenes.
+        num_steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        top: score all conditions, and run only this number of the largest and a random `sample` exactly.
+        sample: conditions drawn at random beside the `top`.
+        score: score by "attribution", or by "step", exact at each condition's own step, which is dearer and better.
+        show_rows: rows that are printed.
+        explain: print the cost and run nothing.
+        executor: this process, or the workers of a Ray cluster.
+        workers: number of Ray workers.
+        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped sweep continues.
+    """
+    from .. import sweep
+    from .. import task as scenes
+    from ..intervene.interventions import Intervention
+
+    wanted = [] if prompts else scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
+    if prompts and metric != "displacement":
+        raise ValueError(f"--metric {metric} judges scenes: leave --prompts out, or measure the displacement.")
+    hooked = machine.load(model)
+    measures: dict[str, sweep.Metric] = {
+        "displacement": sweep.Metric(sweep.displacement, on=on, given=("baseline",)),
+        "relation": sweep.relation_metric(wanted),
+        "scene": sweep.scene_metric(wanted),
+    }
+    several = Intervention(site, None if "head" in each else heads, tokens, None if "step" in each else steps, branch, action)
+    cells = sweep.grid(
+        several,
+        layers=(layers or range(hooked.cfg.n_layers)) if "layer" in each and "*" in site else None,
+        heads=(heads or range(hooked.cfg.n_heads)) if "head" in each else None,
+        steps=(steps or range(num_steps)) if "step" in each else None,
+    )
+    texts = list(prompts) or [scenes.caption(scene) for scene in wanted]
+    chosen: dict[str, Any] = {metric: measures[metric]}
+    plan = sweep.plan(hooked, texts, seeds, cells, chosen, num_steps=num_steps, guidance=guidance)
+    if explain:
+        say(plan.explain())
+        return
+    folder, file = (None, out) if out is not None and out.suffix in TABLES else (out, None)
+    column = "scene_relation_loose" if metric == "scene" else metric
+    title = f"{model}, {len(texts)} prompts × {len(seeds)} seeds: effect on {metric}, after − before"
+    if top is not None:
+        search = sweep.two_stage(plan, column, top, sample, out=folder, executor=executor, workers=workers, score=score)
+        show(search.table[search.table["drawn"] != ""], file, title, show_rows)
+        say(f"scores against exact effects: rank correlation {search.spearman}, of sizes {search.of_sizes}")
+        say(str(search.missed()))
+        return
+    found = plan.run(folder, executor, workers)
+    show(_effects(found, column), file, title, show_rows)
+    if failed := int((found["error"] != "").sum()):
+        say(f"{failed} cells failed; the first: {next(filter(None, found['error'].values.flatten().tolist()))}")
+
+
+def _effects(found: Any, column: str) -> pd.DataFrame:
+    """The effects of a sweep, the largest on `column` first: intervention, metric, mean, low, high."""
+    import pandas as pd
+
+    parts = []
+    for name in (str(name) for name in found if str(name).endswith("_effect")):
+        table = found[name].reset_coords(drop=True).to_series().unstack("interval")[["mean", "low", "high"]]
+        parts.append(table.assign(metric=name.removesuffix("_effect")).reset_index())
+    table = pd.concat(parts)[["intervention", "metric", "mean", "low", "high"]]
+    size = table[table["metric"] == column].set_index("intervention")["mean"].abs()
+    order = table["intervention"].map(size)
+    return table.assign(order=order).sort_values("order", ascending=False, kind="stable").drop(columns="order")
+
+
+def models() -> None:
+    """List the bundled models: size, text encoder, and the relation's accuracy on held-out scenes."""
+    from hooked_models.pipelines.hub import ZOO, list_models
+
+    table = Table(box=None)
+    for column in ("model", "layers", "heads", "encoder", "relation, held out", "disk"):
+        table.add_column(column, no_wrap=True)
+    for name in list_models():
+        encoder = json.loads((ZOO / name / "training.json").read_text())["encoder"]
+        size = json.loads((ZOO / name / "transformer/config.json").read_text())
+        heads, width = size["num_attention_heads"], size["num_attention_heads"] * size["attention_head_dim"]
+        megabytes = sum(path.stat().st_size for path in (ZOO / name).rglob("*") if path.is_file()) / 1e6
+        shape = f"{size['num_layers']} × {width}"
+        table.add_row(name, shape, str(heads), encoder, _held_out(ZOO / name / "README.md"), f"{megabytes:.0f} MB")
+    if not table.rows:
+        say("No model is bundled.")
+        return
+    Console().print(table)
+    say(f"in {ZOO}")
+
+
+def _held_out(card: Path) -> str:
+    """The loose relation's accuracy and interval in a card's table of splits."""
+    rows = [line.strip("| ").split(" | ") for line in card.read_text().splitlines() if line.startswith("|")]
+    columns = next(row for row in rows if row[0] == "split")
+    return next(row for row in rows if row[0] == "held_out")[columns.index("relation_loose")]

@@ -1,0 +1,51 @@
+"""Output of the commands: text, tables, and errors of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLES = (".csv", ".parquet", ".json", ".html")
+"""File types that a table is written as, by the suffix of `--out`."""
+
+
+def say(text: str) -> None:
+    """Print text as it is: brackets in a path or a prompt are no markup."""
+    Console(soft_wrap=True, markup=False, highlight=False).print(text)
+
+
+def show(table: pd.DataFrame, out: Path | None, title: str, rows: int | None = None) -> None:
+    """Print a table, and write all of it to a file."""
+    if out is not None:
+        save(table, out)
+    say(f"{title}\n{table.head(rows or len(table)).round(4).to_string(index=False)}")
+
+
+def save(table: pd.DataFrame, out: Path) -> None:
+    """Write a table by its file's suffix.
+
+    Raises:
+        ValueError: the suffix is none of `TABLES`.
+    """
+    writers: dict[str, Callable[[], Any]] = {
+        ".csv": lambda: table.to_csv(out, index=False),
+        ".parquet": lambda: table.to_parquet(out, index=False),
+        ".json": lambda: table.to_json(out, orient="records", indent=1),
+        ".html": lambda: table.to_html(out, index=False),
+    }
+    if out.suffix not in writers:
+        raise ValueError(f"--out {out}: name a file that ends in {', '.join(TABLES)}.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writers[out.suffix]()
+
+
+def first_line(error: BaseException) -> str:
+    """The message; `str` of a KeyError would quote it."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
