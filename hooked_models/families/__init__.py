@@ -8,7 +8,6 @@ Every family has `blocks.{l}.{attn or cross_attn}.hook_{q,k,v,attn_scores,patter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from torch import nn
 from ..hooks import HookedModule
 from ..pipelines.checks import check_denoiser, failures_of, refuse
 from ..pixart.dit import HookedDiT
-from . import class_dit, flux, sana, sd3
+from . import class_dit, flux, flux3, lumina2, prx, sana, sd3
 from .adapter import Family, FamilyModel
+from .check import failures
 from .class_dit import HookedClassDiT
 
-SUPPORTED: dict[str, Family] = {module.FAMILY.transformer: module.FAMILY for module in (sd3, flux, sana)}
+SUPPORTED: dict[str, Family] = {module.FAMILY.transformer: module.FAMILY for module in (sd3, flux, sana, flux3, lumina2, prx)}
 """The class of the transformer → its family."""
 NATIVE: dict[str, type[HookedModule]] = {
     "PixArtTransformer2DModel": HookedDiT,
@@ -30,7 +30,6 @@ NATIVE: dict[str, type[HookedModule]] = {
 }
 """Of these, every tensor has a name."""
 UNSUPPORTED: dict[str, str] = {
-    "Lumina2Transformer2DModel": "its heads share keys (grouped-query attention), which the shared names cannot tell apart",
     "WanTransformer3DModel": "it draws video; its positions have an axis of time, which the shared names lack",
     "CogVideoXTransformer3DModel": "it draws video; its positions have an axis of time, which the shared names lack",
 }
@@ -66,18 +65,4 @@ def _failures(model: Any) -> list[str]:
         return check_denoiser(model)
     if isinstance(model, HookedClassDiT):
         return failures_of(model, model.wrapped, class_dit.inputs(model.wrapped), ("attn",))
-    inputs = model.family.inputs(model.wrapped)
-    sublayers = [name for name in model.family.attentions if any(f".{name}.hook_" in hook for hook in model.hook_dict)]
-    return failures_of(model, model.wrapped, inputs, sublayers) + misplaced_text(model, inputs)
-
-
-def misplaced_text(model: FamilyModel, inputs: Mapping[str, Any]) -> list[str]:
-    """Whether other text changes the first keys where the text is, and there alone."""
-    name, text = f"blocks.0.{'cross_attn' if model.family.text == 'cross' else 'attn'}.hook_k", inputs["encoder_hidden_states"]
-    before, after = (
-        model.run_with_cache(**{**inputs, "encoder_hidden_states": words}, names_filter=name)[1][name] for words in (text, -text)
-    )
-    changed = (before != after).any(dim=(0, 2, 3))
-    n_image = len(changed) - text.shape[1]
-    in_place = not bool(changed[:n_image].any()) and bool(changed[n_image:].all())
-    return [] if in_place else [f"text is not at the last {text.shape[1]} positions of {name}"]
+    return failures(model)

@@ -1,29 +1,37 @@
-"""Other diffusion transformers, hooked at their attentions: `FamilyModel` runs diffusers' own forward and names what is inside.
+"""Other diffusion transformers, hooked from outside: `FamilyModel` runs diffusers' own forward and names what is inside.
 
-A `Family` says where the blocks and their attentions are and which positions are text. The rest is the model's own: queries
-and keys are seen as its attention kernel gets them, after norms and rotary codes, so neither has to be written again.
-All of these attentions call `torch.nn.functional.scaled_dot_product_attention`, which is stood in for while one of them runs.
+A `Family` declares where blocks, attentions and MLPs are and which positions are text. Queries and keys are seen as the attention
+kernel receives them, after norms and rotary codes; residual streams and outputs, as modules receive and return them. No part of a
+model's arithmetic is written again. A model without hooks runs as it is.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from transformer_lens.hook_points import HookPoint
 
 from ..hooks import HookedModule, NoLanguageModel, UnknownHookError
-from ..hooks_table import IMAGE_POSITIONS, Axes
-from ..pixart.attention import Heads
+from ..hooks_table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
+from .blocks import Blocks
+from .layout import Layout
+from .taps import FamilyHeads, KernelTap, SilentHookError, StreamTap, Tap
+from .weights import Weights
+
+
+def default_sizes(live: Any) -> tuple[int, int, int]:
+    """n_heads, d_head and d_model where the config has diffusers' usual names."""
+    heads, d_head = live.config.num_attention_heads, live.config.attention_head_dim
+    return heads, d_head, heads * d_head
 
 
 @dataclass(frozen=True)
@@ -33,83 +41,80 @@ class Family:
     name: str
     transformer: str
     """Its class in diffusers."""
-    blocks: tuple[str, ...]
-    """Paths of its lists of blocks, in the order in which they run; layers are counted through."""
-    attentions: Mapping[str, str]
-    """Our name of an attention (attn: image ↔ image, or both streams; cross_attn: image ← text) → the block's own."""
-    text: Literal["before", "after", "cross"]
-    """Where text stands in `attn`: before or after the image positions, or not at all, because `cross_attn` reads it."""
+    blocks: tuple[Blocks, ...]
+    """Lists of blocks in the order in which they run; layers are counted through."""
+    layout: Callable[[Any, Mapping[str, Any]], Layout]
+    """Positions of a call, from the live model and the arguments by name."""
     inputs: Callable[[Any], dict[str, Any]]
     """Small random inputs for any model of the family, on which it is checked."""
     small: Callable[[], Any]
     """A random model of the family, with two heads or so, for tests."""
+    sizes: Callable[[Any], tuple[int, int, int]] = default_sizes
+    """n_heads, d_head, d_model."""
+    image: str = "hidden_states"
+    """Argument that holds the latents."""
+    axes: str = ""
+    """Axes of one row of latents: "nc" (tokens), "chw", "cfhw", "fchw" or "fhwc"; empty: by their number."""
+    packed_joint: bool = False
+    """Latents and text are both given as long as the joint sequence, each at its own positions."""
+    text: str = "encoder_hidden_states"
+    """Argument that holds the (first) text."""
+    mixers: tuple[str, ...] = ()
+    """Modules of a block, besides attention kernels, that mix positions."""
+    spreads: frozenset[str] = frozenset()
+    """Streams in which one token's input reaches the others before the first block ("image", "text")."""
     no_pattern: Mapping[str, str] = field(default_factory=dict)
     """Attentions that have no pattern, and why."""
     notes: str = ""
 
 
-class FamilyHeads(Heads):
-    """One attention, its positions ordered [image, text] whatever the model's own order is."""
-
-    def __init__(self, text: Literal["before", "after", "cross"]) -> None:
-        super().__init__()
-        self.text = text
-        self.n_text = 0
-
-    def run(
-        self,
-        query: Float[Tensor, "batch head query_pos d_head"],
-        key: Float[Tensor, "batch head key_pos d_head"],
-        value: Float[Tensor, "batch head key_pos d_head"],
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Float[Tensor, "batch head query_pos d_head"]:
-        """In place of `scaled_dot_product_attention`, with its arguments."""
-        if dropout_p or is_causal or enable_gqa:
-            raise NotImplementedError("Attention with dropout, a causal mask or grouped keys is not hooked: call .eval().")
-        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-        first = self.n_text if self.text == "before" else 0
-
-        def image_first(tensor: Tensor, dim: int) -> Tensor:
-            return tensor.roll(-first, dims=dim) if first and tensor.shape[dim] > 1 else tensor
-
-        q, k, v = (image_first(tensor, 2).transpose(1, 2) for tensor in (query, key, value))
-        z = self(q, k, v, None if attn_mask is None else image_first(image_first(attn_mask, -1), -2)).transpose(1, 2)
-        return z.roll(first, dims=2) if first else z
-
-
-class _Kernel(TorchFunctionMode):
-    """Hands the attention of whichever module is running to its `FamilyHeads`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current: FamilyHeads | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and self.current is not None:
-            return self.current.run(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+def submodule(block: Any, path: str) -> Any:
+    """Module at a dotted path, None where there is none."""
+    for part in path.split("."):
+        block = getattr(block, part, None)
+    return block
 
 
 class FamilyBlock(nn.Module):
-    """The attentions of one block."""
+    """The hook points of one block, and the taps that lead to them."""
 
-    def __init__(self, attentions: Mapping[str, Literal["before", "after", "cross"]]) -> None:
+    def __init__(self, block: Any, layer: int, where: Blocks, sizes: tuple[int, int, int]) -> None:
         super().__init__()
-        for name, text in attentions.items():
-            self.add_module(name, FamilyHeads(text))
+        n_heads, d_head, _ = sizes
+        self.taps: list[Tap] = []
+        for ours, attention in where.attentions.items():
+            if (found := submodule(block, attention.path)) is not None:
+                weights = Weights(block, found, n_heads, attention.weights)
+                heads = FamilyHeads(attention.queries, attention.keys, d_head**-0.5, weights)
+                self.add_module(ours, heads)
+                self.taps.append(KernelTap(found, heads, layer))
+        self._tap("resid_pre", block, layer, tuple(where.enters.values()), tuple(where.enters), axes=where.axes)
+        textual = not where.text_if or submodule(block, where.text_if) is not None
+        for leaf, write in where.writes.items():
+            if (found := submodule(block, write.path)) is not None:
+                streams = write.streams if textual else tuple(stream for stream in write.streams if stream != "text")
+                self._tap(leaf, found, layer, streams, call=write.call, axes=write.axes)
+        self._tap("resid_post", block, layer, where.leaves, axes=where.axes, keeps_text=textual)
+
+    def _tap(self, leaf: str, module: nn.Module, layer: int, *args: Any, **kwargs: Any) -> None:
+        point = HookPoint()
+        self.add_module(f"hook_{leaf}", point)
+        self.taps.append(StreamTap(module, point, layer, *args, **kwargs))
 
 
 class FamilyModel(NoLanguageModel, HookedModule):
-    """A live transformer of a known family, with `blocks.{l}.{attn,cross_attn}.hook_{q,k,v,attn_scores,pattern,z}`.
+    """A live transformer of a known family, with names for its attentions, residual streams and what is added to them.
 
-    In attention over both streams, positions are [image, text]; `n_text` is the text's length in the last call. Weights are the
-    wrapped module's, which is not changed, takes the same arguments and can be replaced by this one in its pipeline.
+    `layout` has the positions of the last call that had a hook. Weights are the wrapped module's, which is not changed, takes the
+    same arguments and can be replaced by this one in its pipeline.
+
+    Example:
+        >>> from hooked_models import families
+        >>> family = families.SUPPORTED["FluxTransformer2DModel"]
+        >>> model = families.hook(family.small().eval())
+        >>> _, cache = model.run_with_cache(**family.inputs(model.wrapped), names_filter="blocks.0.attn.hook_pattern")
+        >>> cache["pattern", 0].shape, model.layout.grid, model.layout.n_text
+        (torch.Size([2, 2, 11, 11]), (2, 3, 1), [5, 5])
     """
 
     cache_class = DiTCache
@@ -123,40 +128,43 @@ class FamilyModel(NoLanguageModel, HookedModule):
         super().__init__()
         live: Any = transformer
         self.family = family
-        lists: list[Any] = [live.get_submodule(path) for path in family.blocks]
-        modules = [block for blocks in lists for block in blocks]
-        self._attentions: list[tuple[nn.Module, FamilyHeads]] = []
-        self.blocks = nn.ModuleList()
-        for block in modules:
-            there = {ours: found for ours, own in family.attentions.items() if (found := getattr(block, own, None)) is not None}
-            hooked = FamilyBlock({ours: "cross" if ours == "cross_attn" else family.text for ours in there})
-            self._attentions += [(found, getattr(hooked, ours)) for ours, found in there.items()]
-            self.blocks.append(hooked)
-        first: Any = self._attentions[0][0]
-        n_heads, inner = first.heads, first.to_q.out_features
+        self.layout: Layout | None = None
+        n_heads, d_head, d_model = sizes = family.sizes(live)
+        listed = [(block, where) for where in family.blocks for block in live.get_submodule(where.path)]
+        self.blocks = nn.ModuleList(FamilyBlock(block, layer, where, sizes) for layer, (block, where) in enumerate(listed))
+        self._taps: list[Tap] = [tap for block in self.blocks for tap in block.taps]
         self.cfg = HookedConfig(
-            d_model=first.to_q.in_features,
-            d_head=inner // n_heads,
+            d_model=d_model,
+            d_head=d_head,
             n_heads=n_heads,
-            n_layers=len(modules),
+            n_layers=len(listed),
             n_ctx=0,
             act_fn="gelu_new",
             device=str(live.device),
             dtype=live.dtype,
         )
-        self.n_text = 0
         self.setup()
         self.wrapped = live  # after setup(), which gives every module a name
         self.train(transformer.training)
 
     def __getattr__(self, name: str) -> Any:
-        """What a pipeline asks of its transformer (`config`, `dtype`, `cache_context`, …) is the wrapped module's."""
+        """Hand on what a pipeline reads of its transformer (`config`, `dtype`, `cache_context`, …).
+
+        Raises:
+            AttributeError: the wrapped module has no such attribute; the message names the way to whole generations.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
             if "wrapped" not in self._modules:
                 raise
-            return getattr(self._modules["wrapped"], name)
+            wrapped = self._modules["wrapped"]
+        if name.startswith("__") or hasattr(wrapped, name):
+            return getattr(wrapped, name)
+        raise AttributeError(
+            f"{self.family.name} is hooked here as a denoiser alone, one call at a time, and has no {name!r}: for prompts, "
+            "steps, interventions and sweeps open its pipeline with HookedTextToImage.from_pipeline(pipe)."
+        )
 
     def canonical_name(self, name: str) -> str:
         """As in HookedModule; says why an attention without a pattern has no hooks."""
@@ -166,39 +174,64 @@ class FamilyModel(NoLanguageModel, HookedModule):
         return super().canonical_name(name)
 
     def axes(self, name: str) -> Axes:
-        """As in HookedModule; positions of joint attention are "joint_pos", image first."""
-        joint = self.family.text != "cross" and ".image_attn." not in name
-        return tuple(f"joint_{axis}" if joint and axis in IMAGE_POSITIONS else axis for axis in super().axes(name))
+        """As in HookedModule; positions of both streams are "joint_pos", image first."""
+        usual_axes, point = super().axes(name), self.mod_dict[name]
+        sides = next(sides for tap in self._taps if (sides := tap.sides(point)) is not None)
+
+        def axis(usual: str) -> str:
+            if usual not in IMAGE_POSITIONS + TEXT_POSITIONS:
+                return usual
+            streams = sides[usual.startswith("key")]
+            bare = usual.replace("text_pos", "pos")
+            if streams == {"text"}:
+                return bare.replace("pos", "text_pos")
+            return bare if streams == {"image"} else f"joint_{bare}"
+
+        return tuple(map(axis, usual_axes))
+
+    def layout_of(self, *args: Any, **kwargs: Any) -> Layout:
+        """Positions of a call with these arguments: grid of image tokens, text mask of each row."""
+        return self.family.layout(self.wrapped, self._given(args, kwargs))
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(inspect.signature(self.wrapped.forward).bind(*args, **kwargs).arguments)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped module's own forward, with hooks."""
-        given = inspect.signature(self.wrapped.forward).bind(*args, **kwargs).arguments
-        text = given.get("encoder_hidden_states")
-        self.n_text = 0 if text is None or self.family.text == "cross" else text.shape[1]
-        with self._watching():
+        """Run the wrapped module's own forward, with hooks.
+
+        Raises:
+            SilentHookError: a hook point that is watched was not reached.
+            LayoutError: a tensor has other positions than the family declares.
+        """
+        taps = [tap for tap in self._taps if tap.watched()]
+        if not taps:
             return self.wrapped(*args, **kwargs)
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        kernel = _Kernel()
-
-        def enter(heads: FamilyHeads) -> Callable[..., None]:
-            def begin(module: nn.Module, inputs: Any) -> None:
-                heads.n_text, kernel.current = self.n_text, heads
-
-            return begin
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            kernel.current = None
-
+        given = self._given(args, kwargs)
+        self.layout = layout = self.family.layout(self.wrapped, given)
         with ExitStack() as stack:
-            for module, heads in self._attentions:
-                for handle in (module.register_forward_pre_hook(enter(heads)), module.register_forward_hook(leave)):
+            for tap in taps:
+                for handle in tap.attach(layout):
                     stack.callback(handle.remove)
-            stack.enter_context(kernel)
-            yield
+            output = self.wrapped(*args, **kwargs)
+        skipped = set(given.get("skip_layers") or ())
+        silent = [name for tap in taps if tap.layer not in skipped for name in tap.silent()]
+        if silent:
+            verb = "has a hook that" if len(silent) == 1 else "have hooks that"
+            raise SilentHookError(
+                f"{', '.join(silent[:3])} {verb} did not fire in this call: its module did not run (a cache or a compiled "
+                "forward skips it), or its attention processor does not call torch's scaled_dot_product_attention; remove "
+                "that cache, or call set_default_attn_processor() and set_attention_backend('native')."
+            )
+        return output
 
 
-def random(*shape: int) -> Tensor:
+def random(*shape: int) -> Float[Tensor, "..."]:
     """Normal numbers, the same in every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def image_ids(n_axes: int, device: Any) -> Float[Tensor, "6 axis"]:
+    """Places of 2 × 3 image tokens: rows in axis 1, columns in axis 2."""
+    places = torch.zeros(6, n_axes, device=device)
+    places[:, 1], places[:, 2] = torch.arange(6, device=device) // 3, torch.arange(6, device=device) % 3
+    return places

@@ -5,19 +5,29 @@ Source: `SanaTransformer2DModel`, `SanaLinearAttnProcessor2_0` and `SanaAttnProc
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
 
 from .adapter import Family, random
+from .blocks import Write, cross_attending
+from .layout import in_order, patches
+
+CROSS = cross_attending("transformer_blocks", attn=None, mlp="", gated=())
+LINEAR: dict[str, Write] = {
+    "attn_out_pre_gate": Write("attn1", ("image",)),
+    "mlp_out_pre_gate": Write("ff", ("image",), axes="batch d row column"),
+}
+BLOCKS = replace(CROSS, writes={**LINEAR, **CROSS.writes})
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
     config, device, dtype = transformer.config, transformer.device, transformer.dtype
-    side = 3 * config.patch_size
+    p = config.patch_size
     return {
-        "hidden_states": random(2, config.in_channels, side, side).to(device, dtype),
+        "hidden_states": random(2, config.in_channels, 2 * p, 3 * p).to(device, dtype),
         "encoder_hidden_states": random(2, 5, config.caption_channels).to(device, dtype),
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device),
         "timestep": torch.tensor([901, 17], device=device),
@@ -25,29 +35,32 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
     return SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
         num_layers=2,
-        num_attention_heads=4,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
         cross_attention_dim=16,
         caption_channels=12,
         sample_size=3,
         patch_size=1,
+        **sizes,
     )
 
 
 FAMILY = Family(
     name="SANA",
     transformer="SanaTransformer2DModel",
-    blocks=("transformer_blocks",),
-    attentions={"cross_attn": "attn2"},
-    text="cross",
+    blocks=(BLOCKS,),
+    layout=in_order("image", patches, mask="encoder_attention_mask"),
+    sizes=lambda live: (
+        live.config.num_cross_attention_heads,
+        live.config.cross_attention_head_dim,
+        live.config.num_attention_heads * live.config.attention_head_dim,
+    ),
     inputs=inputs,
     small=small,
+    mixers=("attn1", "ff"),
     no_pattern={"attn": "SANA's attention within the image is linear (ReLU kernels, no softmax), so there is no pattern to see."},
-    notes="modulation is PixArt's adaLN-single; the MLP is a gated convolution",
+    notes="the MLP is a gated convolution, which mixes neighbouring positions",
 )

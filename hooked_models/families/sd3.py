@@ -11,13 +11,14 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from .adapter import Family, random
+from .blocks import two_streams
+from .layout import in_order, patches
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
-    config = transformer.config
-    side = 2 * config.patch_size
+    config, p = transformer.config, transformer.config.patch_size
     return {
-        "hidden_states": random(2, config.in_channels, side, side).to(transformer.device, transformer.dtype),
+        "hidden_states": random(2, config.in_channels, 2 * p, 3 * p).to(transformer.device, transformer.dtype),
         "encoder_hidden_states": random(2, 5, config.joint_attention_dim).to(transformer.device, transformer.dtype),
         "pooled_projections": random(2, config.pooled_projection_dim).to(transformer.device, transformer.dtype),
         "timestep": torch.tensor([901, 17], device=transformer.device),
@@ -25,30 +26,19 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
+    sizes = {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "sample_size": 8, "pos_embed_max_size": 8}
+    text = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 6}
     return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=6,
-        out_channels=4,
-        pos_embed_max_size=8,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
+        patch_size=2, in_channels=4, out_channels=4, dual_attention_layers=(0,), qk_norm="rms_norm", **sizes, **text
     )
 
 
 FAMILY = Family(
     name="Stable Diffusion 3",
     transformer="SD3Transformer2DModel",
-    blocks=("transformer_blocks",),
-    attentions={"attn": "attn", "image_attn": "attn2"},
-    text="after",
+    blocks=(two_streams("transformer_blocks", image_attn="attn2"),),
+    layout=in_order("image", patches),
     inputs=inputs,
     small=small,
-    notes="image_attn is the second, image-only attention that some blocks of 3.5 have; modulation is adaLN-zero, a stream each",
+    notes="image_attn is the second, image-only attention that some blocks of 3.5 have; the last block returns no text",
 )

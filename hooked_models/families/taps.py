@@ -1,0 +1,357 @@
+"""The ways from a running module to a hook point and back: an attention kernel, a module's inputs, a module's outputs.
+
+A tap exists for the time of one call, in which its hook point is watched; a model whose points nobody watches runs as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint
+
+from ..hooks import watched
+from ..pixart.attention import Heads
+from .layout import Layout
+from .weights import Weights
+
+Axes = Literal["batch pos d", "pos batch d", "batch d row column"]
+"""Axes of a tensor of one stream."""
+HEAD_POINTS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z")
+
+
+class SilentHookError(RuntimeError):
+    """A hook point that is watched did not fire in a call that should have reached it."""
+
+
+class Tap(Protocol):
+    """Something that a call passes through."""
+
+    layer: int
+
+    def watched(self) -> bool:
+        """Return True if anybody could see or change what passes."""
+
+    def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
+        """Streams of a point's (query) positions and of its key positions; None if it is not this tap's."""
+
+    def attach(self, layout: Layout) -> list[RemovableHandle]:
+        """Hook the modules for the time of one call."""
+
+    def silent(self) -> list[str]:
+        """Names of watched points that have not fired since `attach`."""
+
+
+class FamilyHeads(Heads):
+    """One attention of a live model: what its kernel receives and returns, positions ordered [image, text].
+
+    `queries` and `keys` name the streams of either side.
+    """
+
+    weights: Weights
+
+    def __init__(self, queries: str, keys: str, scale: float, weights: Weights) -> None:
+        super().__init__()
+        self.queries, self.keys, self.scale = queries, keys, scale
+        self.calls = 0
+        self.__dict__["weights"] = weights  # hidden from nn.Module, which would register the live modules
+
+    def watched(self) -> bool:
+        """Return True if a hook or an observer is attached."""
+        return self.observer is not None or any(watched(getattr(self, name)) for name in HEAD_POINTS)
+
+    def run(
+        self,
+        layout: Layout,
+        query: Float[Tensor, "batch head query_pos d_head"],
+        key: Float[Tensor, "batch kv_head key_pos d_head"],
+        value: Float[Tensor, "batch kv_head key_pos d_head"],
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Float[Tensor, "batch head query_pos d_head"]:
+        """Stand in for `scaled_dot_product_attention`, with its arguments; bitwise the same where hooks change nothing.
+
+        Raises:
+            NotImplementedError: dropout is on.
+            LayoutError: the kernel receives other positions than declared.
+        """
+        if dropout_p:
+            raise NotImplementedError("Attention with dropout is not hooked: call .eval() on the model.")
+        self.calls += 1
+        if self.calls > 1:
+            raise NotImplementedError(f"{self.place} calls its kernel more than once in one call, which hooks cannot tell apart.")
+        layout.check(f"{self.place}.hook_q", query.shape[2], (self.queries,))
+        layout.check(f"{self.place}.hook_k", key.shape[2], (self.keys,))
+        if key.shape[1] != query.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        query = self._through(self.hook_q, query, layout, self.queries)
+        key = self._through(self.hook_k, key, layout, self.keys)
+        value = self._through(self.hook_v, value, layout, self.keys)
+        explicit = watched(self.hook_attn_scores) or watched(self.hook_pattern)
+        if explicit or self.observer is not None:
+            q, k = (layout.image_first(x, (s,), dim=2) for x, s in ((query, self.queries), (key, self.keys)))
+            bias = self._bias(layout, attn_mask, is_causal, query, key)
+        if self.observer is not None:
+            self.observer(q.transpose(1, 2), k.transpose(1, 2), bias)
+        if not explicit:
+            z = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+            return self._through(self.hook_z, z, layout, self.queries)
+        scores = q @ k.mT * self.scale
+        scores = self.hook_attn_scores(scores if bias is None else scores + bias)
+        pattern = scores.softmax(dim=-1)
+        if bias is not None:  # as in torch, a query that may look at no key gets zeros
+            pattern = pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+        z = self.hook_pattern(pattern) @ layout.image_first(value, (self.keys,), dim=2)
+        z = self.hook_z(z.transpose(1, 2)).transpose(1, 2)
+        return layout.as_model(z, (self.queries,), dim=2)
+
+    @property
+    def place(self) -> str:
+        """Name of the attention, such as "blocks.0.attn"."""
+        return str(self.hook_q.name).removesuffix(".hook_q")
+
+    # Weights of the projections; `…_text` where the text stream has its own. TypeError where no Linear has them.
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_in d_head"]:
+        return self.weights.get("Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "head d_in d_head"]:
+        return self.weights.get("K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_in d_head"]:
+        return self.weights.get("V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return self.weights.get("O")
+
+    @property
+    def W_Q_text(self) -> Float[Tensor, "head d_in d_head"]:
+        return self.weights.get("Q", text=True)
+
+    @property
+    def W_K_text(self) -> Float[Tensor, "head d_in d_head"]:
+        return self.weights.get("K", text=True)
+
+    @property
+    def W_V_text(self) -> Float[Tensor, "head d_in d_head"]:
+        return self.weights.get("V", text=True)
+
+    @property
+    def W_O_text(self) -> Float[Tensor, "head d_head d_model"]:
+        return self.weights.get("O", text=True)
+
+    def _through(self, point: HookPoint, x: Tensor, layout: Layout, stream: str) -> Tensor:
+        if not watched(point):
+            return x
+        ours = layout.image_first(x, (stream,), dim=2).transpose(1, 2)
+        return layout.as_model(same_shape(point, ours).transpose(1, 2), (stream,), dim=2)
+
+    def _bias(self, layout: Layout, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+        """Mask as what is added to scores [#batch #head query_pos key_pos], positions [image, text]."""
+        if causal:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        if mask is None:
+            return None
+        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        for dim, stream in ((2, self.queries), (3, self.keys)):
+            mask = layout.image_first(mask, (stream,), dim=dim) if mask.shape[dim] > 1 else mask
+        return mask
+
+
+class _Kernel(TorchFunctionMode):
+    """Hands torch's attention kernel to one `FamilyHeads`."""
+
+    def __init__(self, heads: FamilyHeads, layout: Layout) -> None:
+        super().__init__()
+        self.heads, self.layout = heads, layout
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self.heads.run(self.layout, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class KernelTap:
+    """An attention, watched where it calls torch's kernel; it runs with diffusers' native backend for the time of the call."""
+
+    module: nn.Module
+    heads: FamilyHeads
+    layer: int
+
+    def watched(self) -> bool:
+        return self.heads.watched()
+
+    def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
+        queries, keys = {self.heads.queries}, {self.heads.keys}
+        if point in (self.heads.hook_k, self.heads.hook_v):
+            return keys, keys
+        return (queries, keys) if point in [getattr(self.heads, name) for name in HEAD_POINTS] else None
+
+    def attach(self, layout: Layout) -> list[RemovableHandle]:
+        self.heads.calls = 0
+        scopes: list[ExitStack] = []
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            with ExitStack() as scope:
+                scope.enter_context(native_backend([module]))
+                scope.enter_context(_Kernel(self.heads, layout))
+                scopes.append(scope.pop_all())
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            if scopes:
+                scopes.pop().close()
+
+        return [
+            self.module.register_forward_pre_hook(here(enter)),
+            self.module.register_forward_hook(here(leave), always_call=True),
+        ]
+
+    def silent(self) -> list[str]:
+        return [] if self.heads.calls else [f"{self.heads.place}.hook_*"]
+
+
+@contextmanager
+def native_backend(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the attentions among `modules` call torch's own kernel, whatever backend is set, and set that again at the end."""
+    every: list[Any] = [getattr(module, "processor", None) for module in modules]
+    processors = {id(one): one for one in every if hasattr(one, "_attention_backend")}.values()
+    kept = [(processor, processor._attention_backend) for processor in processors]
+    try:
+        for processor, _ in kept:
+            processor._attention_backend = AttentionBackendName.NATIVE
+        yield
+    finally:
+        for processor, backend in kept:
+            processor._attention_backend = backend
+
+
+@dataclass
+class StreamTap:
+    """A hook point on tensors [batch pos d_model] that enter or leave a module.
+
+    Several streams are joined in the order in which they are given (the image's first), then ordered [image, text].
+    """
+
+    module: nn.Module
+    point: HookPoint
+    layer: int
+    streams: tuple[str, ...]
+    """Stream of each tensor."""
+    arguments: tuple[str, ...] = ()
+    """Names of the inputs, one for each stream; none: the outputs."""
+    call: int = 0
+    """Which call of the module in one block, where it is called more than once."""
+    axes: Axes = "batch pos d"
+    keeps_text: bool = True
+    """False for an output whose text is None."""
+    fired: bool = False
+    calls: int = 0
+    parameters: tuple[str, ...] = field(default=(), init=False)
+
+    def watched(self) -> bool:
+        return watched(self.point)
+
+    def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
+        streams = {stream for stream in self.streams if self.keeps_text or stream != "text"}
+        return (streams, streams) if point is self.point else None
+
+    def attach(self, layout: Layout) -> list[RemovableHandle]:
+        self.fired, self.calls = False, 0
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._inputs(layout, args, kwargs)
+
+        def after(module: nn.Module, inputs: Any, output: Any) -> Any:
+            self.calls += 1
+            return self._outputs(layout, output) if self.calls == self.call + 1 else None
+
+        if self.arguments:
+            return [self.module.register_forward_pre_hook(here(before), with_kwargs=True)]
+        return [self.module.register_forward_hook(here(after))]
+
+    def silent(self) -> list[str]:
+        return [] if self.fired else [str(self.point.name)]
+
+    def _inputs(self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.parameters = self.parameters or tuple(inspect.signature(self.module.forward).parameters)
+        names = {name: index for index, name in enumerate(self.parameters)}
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        new = dict(zip(self.arguments, self._through(layout, [given[name] for name in self.arguments]), strict=True))
+        positional = list(args)
+        for name in [name for name in new if name not in kwargs]:
+            positional[names[name]] = new.pop(name)
+        return tuple(positional), kwargs | new
+
+    def _outputs(self, layout: Layout, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._through(layout, [output])[0]
+        n = len(self.streams)
+        return (*self._through(layout, list(output[:n])), *output[n:])
+
+    def _through(self, layout: Layout, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        self.fired = True
+        there = sorted((s, i) for i, s in enumerate(self.streams[: len(tensors)]) if tensors[i] is not None)  # image before text
+        streams = tuple(stream for stream, _ in there)
+        given: list[Any] = [tensors[i] for _, i in there]
+        parts = [batch_first(x, self.axes) for x in given]
+        for stream, part in zip(streams, parts, strict=True):
+            layout.check(str(self.point.name), part.shape[1], (stream,))
+        joined = layout.image_first(torch.cat(parts, dim=1), streams)
+        joined = layout.as_model(same_shape(self.point, joined), streams)
+        new = list(tensors)
+        for (_, i), x, part in zip(there, given, joined.split([p.shape[1] for p in parts], dim=1), strict=True):
+            new[i] = batch_first(part, self.axes, like=x).contiguous()
+        return new
+
+
+def batch_first(x: Tensor, axes: Axes, like: Tensor | None = None) -> Float[Tensor, "..."]:
+    """A tensor with these axes as [batch pos d]; with `like`, the inverse, in the shape of `like`."""
+    if axes == "pos batch d":
+        return x.transpose(0, 1)
+    if axes == "batch d row column":
+        return x.flatten(2).transpose(1, 2) if like is None else x.transpose(1, 2).reshape(like.shape)
+    return x
+
+
+def same_shape(point: HookPoint, x: Tensor) -> Tensor:
+    """What a hook point makes of a tensor.
+
+    Raises:
+        ValueError: a hook returns a tensor of another shape.
+    """
+    y = point(x)
+    if y.shape != x.shape:
+        raise ValueError(f"A hook on {point.name} returned shape {tuple(y.shape)}; it must be {tuple(x.shape)}.")
+    return y
+
+
+def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch hook that acts in the thread that made it: another thread may be in a call of the same module."""
+    thread = threading.get_ident()
+
+    def only_here(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == thread else None
+
+    return only_here
