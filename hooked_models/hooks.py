@@ -56,14 +56,22 @@ class NoLanguageModel(nn.Module):
         )
 
 
-def watched(point: HookPoint) -> bool:
-    """Whether anybody could see or change what passes a hook point.
+def has_hooks(point: HookPoint) -> bool:
+    """True if a hook is attached: TransformerLens', torch's, or a `forward` of the point's own, as nnsight gives it.
 
-    By a TransformerLens hook, by torch's `register_forward_hook`, or by a `forward` of its own, which nnsight gives each module
-    that it wraps.
+    Example:
+        >>> from transformer_lens.hook_points import HookPoint
+        >>> point = HookPoint()
+        >>> point.add_hook(lambda tensor, hook: None)
+        >>> has_hooks(point), has_hooks(HookPoint())
+        (True, False)
     """
     own = vars(point)
-    return bool(own["fwd_hooks"] or own["bwd_hooks"] or own["_forward_hooks"] or own["_backward_hooks"]) or "forward" in own
+    attached = own["fwd_hooks"] or own["bwd_hooks"] or own["_forward_hooks"] or own["_backward_hooks"]
+    return bool(attached) or "forward" in own
+
+
+watched = has_hooks
 
 
 def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:

@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import Trajectory
 from hooked_models.generation.names import Branch
 from hooked_models.hooks import HookedModule, watched
-from hooked_models.pixart.dit import TextState
+from hooked_models.pixart.text_state import TextState
 
 from ..intervene.portable_ops import sums_of_attention, sums_of_pattern
 
@@ -100,13 +100,13 @@ def reading(model: HookedModule, readers: Mapping[Any, _Reader]) -> Iterator[Non
     explicit = [one for one in readers if watched(one.hook_attn_scores) or watched(one.hook_pattern)]
     fused = [one for one in readers if one not in explicit]
     for one in fused:
-        one.observer = readers[one].read
+        one.on_qk = readers[one].read
     try:
         with model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
             yield
     finally:
         for one in fused:
-            one.observer = None
+            one.on_qk = None
 
 
 @dataclass(repr=False)  # TransformerLens asks every hook for it, and it would print the tensors
@@ -126,7 +126,7 @@ class _Reader:
         k: Float[Tensor, "row key_pos head d_head"],
         bias: Float[Tensor, "row #head _ key_pos"] | None,
     ) -> None:
-        """The last rows of the batch; in those before, all of the attention is the first key's (`TextState.textless`)."""
+        """The last rows of the batch; in those before, all of the attention is the first key's (`TextState.n_empty_prompts`)."""
         n = len(self.found) - len(q)
         queries, first = self.queries[:n, :, :, None], self.keys[:n, :1, None]  # [row pos group 1], [row 1 1 key_group]
         alone = (queries * first).sum(1) if self.reduce == "sum" else ((queries != 0) & (first != 0)).any(1)

@@ -25,7 +25,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient, capture_writer_outputs
 
 from hooked_models import HookedDiT, Trajectory
-from hooked_models.pixart.dit import TextState
+from hooked_models.pixart.text_state import TextState
 from hooked_models.generation.names import FINAL
 from hooked_models.generation.sampling import SamplerState
 from hooked_models.generation.views import DenoiserView

@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.fast.enter_at_layers import denoise_from
 from hooked_models.generation.model import Denoise
 from hooked_models.generation.names import BRANCHES, FINAL, Branch, Site
 from hooked_models.generation.sampling import SamplerState
 from hooked_models.generation.trajectory import Inputs
-from hooked_models.pixart.dit import TextState
+from hooked_models.pixart.text_state import TextState
 
 from ..intervene.edits import Add, Edit, Replace, RowEdits
 from .clean import Clean, Fork, branches_of, index_of, made_of, reading
@@ -209,7 +210,7 @@ class Batch:
             first = some[: np.count_nonzero(start == 0)]
             told = {name: None if size is None else size[some] for name, size in sizes.items()}
             with model.dit.hooks(hooks):
-                out = model.dit.forward_from(x[first], residuals, timestep[some], told, text.take(some))
+                out = denoise_from(model.dit, x[first], residuals, timestep[some], told, text.take(some))
             return prediction.index_copy(0, some, out)
 
         return denoise

@@ -65,8 +65,8 @@ class ClassBlock(Block):
     ) -> Float[Tensor, "batch pos d_model"]:
         mod = self.adaln(timestep, labels, x.dtype)
         x = self.hook_resid_pre(x)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self._attend_image(x, mod, None)))
-        return self.hook_resid_post(x + self.hook_mlp_out(self._think(x, mod)))
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.self_attention(x, mod)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self.gated_mlp(x, mod)))
 
 
 class HookedClassDiT(PatchModel):
@@ -141,7 +141,7 @@ class HookedClassDiT(PatchModel):
             raise ValueError("HookedClassDiT drops no classes at random: call .eval() on it")
         if cross_attention_kwargs:
             raise ValueError(f"HookedClassDiT has no use for cross_attention_kwargs: {', '.join(cross_attention_kwargs)}")
-        x = self._embed(hidden_states)
+        x = self.embed(hidden_states)
         for block in self.blocks:
             x = block(x, timestep, class_labels)
         cond = self.hook_final_cond(self.blocks[0].adaln.emb(timestep, class_labels, hidden_dtype=x.dtype))

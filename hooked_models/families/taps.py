@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks import watched
-from ..pixart.attention import Heads
+from ..pixart.attention import AttentionCore
 from .layout import Layout
 from .weights import Weights
 
@@ -53,7 +53,7 @@ class Tap(Protocol):
         """Names of watched points that have not fired since `attach`."""
 
 
-class FamilyHeads(Heads):
+class FamilyHeads(AttentionCore):
     """One attention of a live model: what its kernel receives and returns, positions ordered [image, text].
 
     `queries` and `keys` name the streams of either side.
@@ -69,7 +69,7 @@ class FamilyHeads(Heads):
 
     def watched(self) -> bool:
         """Return True if a hook or an observer is attached."""
-        return self.observer is not None or any(watched(getattr(self, name)) for name in HEAD_POINTS)
+        return self.on_qk is not None or any(watched(getattr(self, name)) for name in HEAD_POINTS)
 
     def run(
         self,
@@ -103,11 +103,11 @@ class FamilyHeads(Heads):
         key = self._through(self.hook_k, key, layout, self.keys)
         value = self._through(self.hook_v, value, layout, self.keys)
         explicit = watched(self.hook_attn_scores) or watched(self.hook_pattern)
-        if explicit or self.observer is not None:
+        if explicit or self.on_qk is not None:
             q, k = (layout.image_first(x, (s,), dim=2) for x, s in ((query, self.queries), (key, self.keys)))
             bias = self._bias(layout, attn_mask, is_causal, query, key)
-        if self.observer is not None:
-            self.observer(q.transpose(1, 2), k.transpose(1, 2), bias)
+        if self.on_qk is not None:
+            self.on_qk(q.transpose(1, 2), k.transpose(1, 2), bias)
         if not explicit:
             z = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
             return self._through(self.hook_z, z, layout, self.queries)

@@ -16,10 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from ..fast import empty_prompts
 from ..hooks import HookedModule, NameFilter, NoLanguageModel, watched
 from ..pipelines.resolution import nearest_resolution
 from ..pixart.config import DiTConfig
-from ..pixart.dit import HookedDiT, TextState
+from ..pixart.dit import HookedDiT
+from ..pixart.text_state import TextState
 from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from ..text_encoders.t5 import HookedT5Encoder
 from .cache import KEEPS_BATCH, GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
@@ -58,6 +60,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
     def __init__(self, transformer: nn.Module, text_encoder: nn.Module, tokenizer: Any, codec: nn.Module, scheduler: Any) -> None:
         super().__init__()
         self.dit = transformer if isinstance(transformer, HookedDiT) else HookedDiT(transformer)
+        empty_prompts.skip(self.dit)
         self.text_encoder = hooked_encoder(text_encoder)
         self.codec = codec
         self.tokenizer = tokenizer

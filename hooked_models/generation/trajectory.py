@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..pixart.dit import TextState
+from ..pixart.text_state import TextState
 from .hooks import Hooks
 from .names import Branch
 from .sampling import Sampler, SamplerState

@@ -20,7 +20,8 @@ from transformer_lens.utilities import Slice
 from ..hooks import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
 from ..pixart.cache import DiTCache
 from ..pixart.config import DiTConfig
-from ..pixart.dit import FOLD_FIRST, HookedDiT, TextState
+from ..pixart.dit import FOLD_FIRST, HookedDiT
+from ..pixart.text_state import TextState
 from .names import Branch
 from .trajectory import Trajectory
 

@@ -1,4 +1,7 @@
-"""Multi-head attention around the live Linears of a diffusers ``Attention``, fused until somebody looks."""
+"""Multi-head attention around the live Linears of a diffusers ``Attention``.
+
+Uses ``scaled_dot_product_attention`` unless ``hook_attn_scores`` or ``hook_pattern`` has a hook.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import watched
+from ..hooks import has_hooks
 
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
@@ -31,18 +34,13 @@ def bias_of(linear: nn.Module) -> Float[Tensor, " d_out"]:
     return weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias  # type: ignore[return-value]
 
 
-def per_head(x: Float[Tensor, "batch pos d_in"], n_heads: int) -> Float[Tensor, "batch pos {n_heads} d_in"]:
-    """One copy of `x` for each head."""
-    return x[:, :, None].repeat(1, 1, n_heads, 1)
-
-
-class Heads(nn.Module):
-    """``softmax(scale · q kᵀ + bias) v`` of every head, fused until somebody looks at scores or pattern."""
+class AttentionCore(nn.Module):
+    """``softmax(scale · q kᵀ + bias) v`` of every head."""
 
     scale: float
-    observer: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
-    """Is shown what a pattern would be made of (q, k [batch pos head d_head] as hooks leave them, and bias) for the rows that are
-    computed, by who sums it up without anybody making it."""
+    on_qk: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
+    """Optional callback ``(q, k, bias)``, called after the q and k hooks with tensors [batch pos head d_head]; lets a
+    reducer work without materialising the pattern."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,17 +58,18 @@ class Heads(nn.Module):
         v: Float[Tensor, "batch key_pos head d_head"],
         bias: Float[Tensor, "#batch *#heads _ key_pos"] | None = None,
     ) -> Float[Tensor, "batch query_pos head d_head"]:
-        """``z``: for each query and head, the values averaged under the pattern.
+        """Average the values under the pattern, for each query and head: ``z``.
 
-        ``bias`` is added to the scores: [batch (head) query_pos key_pos], the same for every head if it has no such axis.
+        Args:
+            bias: added to the scores: [batch (head) query_pos key_pos], the same for every head if it has no such axis.
         """
         bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        if self.observer is not None:
-            self.observer(q, k, bias)
+        if self.on_qk is not None:
+            self.on_qk(q, k, bias)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch head pos d_head] from here to z
 
-        if watched(self.hook_attn_scores) or watched(self.hook_pattern):
+        if has_hooks(self.hook_attn_scores) or has_hooks(self.hook_pattern):
             scores = q @ k.transpose(-1, -2) * self.scale
             scores = self.hook_attn_scores(scores if bias is None else scores + bias)
             z = self.hook_pattern(scores.softmax(dim=-1)) @ v
@@ -79,12 +78,12 @@ class Heads(nn.Module):
         return self.hook_z(z.transpose(1, 2))
 
 
-class Attention(Heads):
+class Attention(AttentionCore):
     """``softmax(scale · q kᵀ + bias) v``, then ``W_O``; one class for image ↔ image, image ← text and text ↔ text.
 
     ``scale`` is 1 / √d_head unless given.
 
-    The three stages are separate (``queries``/``keys``/``values``, ``forward``, ``write``), because the keys and values
+    The three stages are separate (``queries``/``keys``/``values``, ``forward``, ``output``), because the keys and values
     of a prompt can be computed once for all steps, and because a gate may stand between heads and residual stream.
 
     Source: ``AttnProcessor2_0`` in diffusers/models/attention_processor.py.
@@ -103,27 +102,37 @@ class Attention(Heads):
         self.hook_v_input = HookPoint()
         self.hook_result = HookPoint()  # [batch query_pos head d_model]; only with cfg.use_attn_result
 
-    def fork(self, point: HookPoint, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
-        """One copy of ``x`` for each head, seen by ``point``; ``x`` itself unless cfg.use_split_qkv_input."""
-        if not self.cfg.use_split_qkv_input:
-            return x
-        return point(per_head(x, self.cfg.n_heads))
+    def copy_per_head(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos head d_in"]:
+        """Copy `x` once for each head."""
+        return x[:, :, None].repeat(1, 1, self.cfg.n_heads, 1)
 
-    def fork_or_share(
-        self, x: Float[Tensor, "batch pos d_in"], attn_in: HookPoint, read: Callable[[Tensor], Tensor]
+    def q_input(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
+        """Input of the queries: `x`, or with cfg.use_split_qkv_input a copy per head through ``hook_q_input``."""
+        return self.hook_q_input(self.copy_per_head(x)) if self.cfg.use_split_qkv_input else x
+
+    def k_input(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
+        """Input of the keys, as `q_input`."""
+        return self.hook_k_input(self.copy_per_head(x)) if self.cfg.use_split_qkv_input else x
+
+    def v_input(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
+        """Input of the values, as `q_input`."""
+        return self.hook_v_input(self.copy_per_head(x)) if self.cfg.use_split_qkv_input else x
+
+    def qkv_inputs(
+        self, x: Float[Tensor, "batch pos d_in"], attn_in: HookPoint, norm: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries, keys and values are made of, in attention within one stream: ``read`` (the norm) of ``x``.
+        """Normed inputs of queries, keys and values, in attention within one stream.
 
-        It is read once, or for each head as seen by ``attn_in`` (cfg.use_attn_in), or for each head and each of the three.
+        One tensor serves all three by default. With cfg.use_attn_in it is copied per head, through ``attn_in``; with
+        cfg.use_split_qkv_input per head and for each of the three. Copies are made before the norm.
         """
         if self.cfg.use_split_qkv_input:
-            q_in, k_in, v_in = (read(self.fork(point, x)) for point in (self.hook_q_input, self.hook_k_input, self.hook_v_input))
-            return q_in, k_in, v_in
-        shared = read(attn_in(per_head(x, self.cfg.n_heads)) if self.cfg.use_attn_in else x)
+            return norm(self.q_input(x)), norm(self.k_input(x)), norm(self.v_input(x))
+        shared = norm(attn_in(self.copy_per_head(x)) if self.cfg.use_attn_in else x)
         return shared, shared, shared
 
     def queries(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
-        """Before ``hook_q``. ``x`` has a head axis where it comes from ``fork``."""
+        """Before ``hook_q``. ``x`` has a head axis where it was copied per head."""
         return self._project(self.to_q, x)
 
     def keys(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
@@ -140,17 +149,17 @@ class Attention(Heads):
         projected = einsum(x, self._read_weight(linear), "batch pos head d_in, head d_in d_head -> batch pos head d_head")
         return projected + self._read_bias(linear)
 
-    def write(
+    def output(
         self,
         z: Float[Tensor, "batch pos head d_head"],
         gate: Float[Tensor, "batch 1 d_model"] | None = None,
         pre_gate: Callable[[Tensor], Tensor] = lambda out: out,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """What the heads add to the residual stream: ``gate · pre_gate(Σ_h z_h W_O[h] + b_O)``.
+        """Write to the residual stream: ``gate · pre_gate(Σ_h z_h W_O[h] + b_O)``.
 
         With cfg.use_attn_result the same sum is taken head by head. ``hook_result`` is ``gate · z_h W_O[h]``: a head's
-        result is its residual contribution. What no head wrote — ``b_O``, and whatever a hook on ``pre_gate`` changed —
-        is gated and added once. Edits at both points therefore add up: a hook on ``pre_gate`` that returns ``a`` gives
+        result is its residual contribution. The rest, ``b_O`` and any change by a hook on ``pre_gate``, is gated and
+        added once. Edits at both points therefore add up: a hook on ``pre_gate`` that returns ``a`` gives
         ``gate · a`` plus the edits made to the results.
         """
         if not self.cfg.use_attn_result:
@@ -165,12 +174,12 @@ class Attention(Heads):
         return self.hook_result(heads).sum(2) + rest
 
     @property
-    def unobserved(self) -> bool:
-        """Whether nobody looks at anything in here, so that what has no influence need not be computed."""
+    def is_hooked(self) -> bool:
+        """True if a hook or flag needs this attention's intermediate tensors."""
         points = (self.hook_q, self.hook_k, self.hook_v, self.hook_attn_scores, self.hook_pattern, self.hook_z)
         flags = self.cfg.use_attn_in or self.cfg.use_split_qkv_input or self.cfg.use_attn_result
         hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in (self.to_q, self.to_out))
-        return not (flags or hooked or any(map(watched, points)))
+        return bool(flags or hooked or any(map(has_hooks, points)))
 
     # Views of the Linears in TransformerLens' layout: writing to one writes to the wrapped model.
 

@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import watched
-from .attention import Attention, bias_of, per_head, weight_of
-
-USUAL_ROWS = 4
-"""A product of fewer rows with a matrix takes another kernel on CPUs, which rounds differently."""
+from ..hooks import has_hooks
+from .attention import Attention, bias_of, weight_of
 
 
 class LayerNorm(nn.Module):
-    """``(x - mean) / √(var + eps)``, no affine map; fused until one of its hooks is looked at.
+    """``(x - mean) / √(var + eps)``, no affine map; fused until one of its points has a hook.
 
     Its hooks never see a head axis: forks of the residual stream [batch pos head d_model] are normalised head by head,
     so that a hook which freezes the scale works on them as it does on the stream.
@@ -37,7 +34,7 @@ class LayerNorm(nn.Module):
         self.hook_normalized = HookPoint()  # [batch pos d_model]
 
     def forward(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "batch pos *head d_model"]:
-        if not (watched(self.hook_scale) or watched(self.hook_normalized)):
+        if not (has_hooks(self.hook_scale) or has_hooks(self.hook_normalized)):
             return self._fused(x)
         if x.ndim == 4:
             return torch.stack([self(x[:, :, head]) for head in range(x.shape[2])], dim=2)
@@ -66,7 +63,7 @@ def modulate(
 
 
 class Modulation(NamedTuple):
-    """What the timestep does to one block; each ``[batch 1 d_model]``, in the order of diffusers' table."""
+    """Shifts, scales and gates of one block; each ``[batch 1 d_model]``, in the order of diffusers' table."""
 
     shift_msa: Tensor
     scale_msa: Tensor
@@ -147,13 +144,31 @@ class MLP(nn.Module):
         return bias_of(self.proj_out)
 
 
+class BlockText(NamedTuple):
+    """The text as one block reads it."""
+
+    caption: Float[Tensor, "batch text_pos d_caption"]
+    keys_values: tuple[Tensor, Tensor] | None = None
+    """Keys and values of `caption`, each [batch text_pos head d_head], computed earlier; None: the block computes them."""
+    bias: Float[Tensor, "batch _ text_pos"] | None = None
+    """Added to the attention scores."""
+    n_empty_prompts: int = 0
+    """Number of leading rows whose prompt is empty (`TextState.n_empty_prompts`); read by `fast.empty_prompts` alone."""
+
+
 class Block(nn.Module):
     """``x += gate · attn(adaLN(x)); x += cross_attn(x, text); x += gate · mlp(adaLN(x))``.
 
     ``hook_attn_out``, ``hook_cross_attn_out`` and ``hook_mlp_out`` are exactly what is added: post-gate.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> block = HookedTextToImage.from_pretrained("rte-nano").dit.blocks[0]
+        >>> block.cross_attn.W_Q.shape
+        torch.Size([3, 192, 64])
     """
 
-    hook_out_is_single_residual_stream = True  # asked by TransformerLens' logit lens
+    hook_out_is_single_residual_stream = True  # read by TransformerLens' logit lens
 
     def __init__(self, block: Any, cfg: TransformerLensConfig) -> None:
         super().__init__()
@@ -181,56 +196,41 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch pos d_model"],
         t_mod: Float[Tensor, "batch six_d_model"],
-        caption: Float[Tensor, "batch text_pos d_caption"],
-        text_kv: tuple[Tensor, Tensor] | None = None,
+        text: BlockText,
         image_bias: Float[Tensor, "batch _ pos"] | None = None,
-        text_bias: Float[Tensor, "batch _ text_pos"] | None = None,
-        textless: int = 0,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """``text_kv`` are ``keys_values(caption)`` computed earlier; biases are added to the attention scores.
-
-        ``textless`` says of how many rows, the first ones, the text is no more than its first token (``TextState.textless``).
-        """
+        """One block; ``image_bias`` is added to the scores of self-attention."""
         mod = self.adaln(t_mod)
         x = self.hook_resid_pre(x)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self._attend_image(x, mod, image_bias)))
-        x = self.hook_resid_mid_cross(x + self.hook_cross_attn_out(self._attend_text(x, caption, text_kv, text_bias, textless)))
-        return self.hook_resid_post(x + self.hook_mlp_out(self._think(x, mod)))
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.self_attention(x, mod, image_bias)))
+        x = self.hook_resid_mid_cross(x + self.hook_cross_attn_out(self.cross_attention(x, text)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self.gated_mlp(x, mod)))
 
-    def _think(self, x: Tensor, mod: Modulation) -> Tensor:
-        mlp_in = self.hook_mlp_in(x.clone()) if self.cfg.use_hook_mlp_in else x  # a fork: `x` goes on unchanged
-        mlp_out = self.hook_mlp_out_pre_gate(self.mlp(modulate(self.ln2(mlp_in), mod.shift_mlp, mod.scale_mlp)))
-        return mod.gate_mlp * mlp_out
+    def self_attention(
+        self, x: Float[Tensor, "batch pos d_model"], mod: Modulation, bias: Tensor | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """``gate · attn(adaLN(x))``."""
 
-    def _attend_image(self, x: Tensor, mod: Modulation, bias: Tensor | None) -> Tensor:
-        attn = self.attn
-        q_in, k_in, v_in = attn.fork_or_share(
-            x, self.hook_attn_in, lambda residual: modulate(self.ln1(residual), mod.shift_msa, mod.scale_msa)
-        )
-        z = attn(attn.queries(q_in), attn.keys(k_in), attn.values(v_in), bias)
-        return attn.write(z, mod.gate_msa, self.hook_attn_out_pre_gate)
+        def norm(residual: Tensor) -> Tensor:
+            return modulate(self.ln1(residual), mod.shift_msa, mod.scale_msa)
 
-    def _attend_text(
-        self, x: Tensor, caption: Tensor, text_kv: tuple[Tensor, Tensor] | None, bias: Tensor | None, textless: int
-    ) -> Tensor:
+        q_in, k_in, v_in = self.attn.qkv_inputs(x, self.hook_attn_in, norm)
+        z = self.attn(self.attn.queries(q_in), self.attn.keys(k_in), self.attn.values(v_in), bias)
+        return self.attn.output(z, mod.gate_msa, self.hook_attn_out_pre_gate)
+
+    def cross_attention(self, x: Float[Tensor, "batch pos d_model"], text: BlockText) -> Float[Tensor, "batch pos d_model"]:
+        """``cross_attn(x, text)``: reads the raw residual stream, and has no gate."""
         attn = self.cross_attn
-        if textless and text_kv is not None and attn.unobserved:
-            # Whatever is asked of a single token, its pattern is 1: what it writes is the same at all positions.
-            with_text = self._attend_text(x[textless:], caption, *_rows(text_kv, bias, textless), 0)
-            some = text_kv[1][:textless, :1].expand(-1, min(x.shape[1], USUAL_ROWS), -1, -1)
-            return torch.cat([attn.write(some)[:, :1].expand(-1, x.shape[1], -1), with_text])
-        q_in = self.hook_cross_attn_in(per_head(x, self.cfg.n_heads)) if self.cfg.use_attn_in else attn.fork(attn.hook_q_input, x)
-        q = attn.queries(q_in)
-        if text_kv is None:
-            k = attn.keys(attn.fork(attn.hook_k_input, caption))
-            v = attn.values(attn.fork(attn.hook_v_input, caption))
-        else:
-            # A hook may write in place, and these tensors serve the steps to come.
-            k = text_kv[0].clone() if watched(attn.hook_k) else text_kv[0]
-            v = text_kv[1].clone() if watched(attn.hook_v) else text_kv[1]
-        return attn.write(attn(q, k, v, bias))
+        q = attn.queries(self.hook_cross_attn_in(attn.copy_per_head(x)) if self.cfg.use_attn_in else attn.q_input(x))
+        if text.keys_values is None:
+            k, v = attn.keys(attn.k_input(text.caption)), attn.values(attn.v_input(text.caption))
+        else:  # copied where a hook may write in place: these tensors serve the steps to come
+            k, v = text.keys_values
+            k, v = k.clone() if has_hooks(attn.hook_k) else k, v.clone() if has_hooks(attn.hook_v) else v
+        return attn.output(attn(q, k, v, text.bias))
 
-
-def _rows(text_kv: tuple[Tensor, Tensor], bias: Tensor | None, first: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-    """Keys, values and bias from a row on."""
-    return (text_kv[0][first:], text_kv[1][first:]), None if bias is None else bias[first:]
+    def gated_mlp(self, x: Float[Tensor, "batch pos d_model"], mod: Modulation) -> Float[Tensor, "batch pos d_model"]:
+        """``gate · mlp(adaLN(x))``."""
+        mlp_in = self.hook_mlp_in(x.clone()) if self.cfg.use_hook_mlp_in else x  # a copy: `x` goes on unchanged
+        mlp_out = self.mlp(modulate(self.ln2(mlp_in), mod.shift_mlp, mod.scale_mlp))
+        return mod.gate_mlp * self.hook_mlp_out_pre_gate(mlp_out)

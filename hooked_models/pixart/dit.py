@@ -6,9 +6,7 @@ Source: ``PixArtTransformer2DModel`` in diffusers/models/transformers/pixart_tra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,11 +17,12 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import NotFoldedError, watched
-from .block import Block, LayerNorm, modulate
+from ..hooks import NotFoldedError, has_hooks
+from .block import Block, BlockText, LayerNorm, modulate
 from .cache import DiTCache
 from .config import DiTConfig
 from .patch_model import PatchModel, writable
+from .text_state import TextState, additive_bias
 
 if TYPE_CHECKING:
     from ..generation.views import DenoiserView
@@ -34,60 +33,6 @@ ONLY_FOLDED = (
     *("accumulated_bias", "tl_parameters", "blocks_with"),
 )
 FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
-
-
-CLOSED = -9000.0
-"""A bias of at most this leaves nothing of a key; PixArt's is -10000, or what bfloat16 makes of it."""
-KeysValues = tuple[Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]]
-
-
-@dataclass(frozen=True)
-class TextState:
-    """What a denoiser computes from the text alone, whatever the timestep; made by ``HookedDiT.encode_text``.
-
-    Nothing in it has passed through a hook. It goes stale when the weights change.
-    """
-
-    text: Float[Tensor, "batch text_pos d_text"]
-    caption: Float[Tensor, "batch text_pos d_caption"]
-    bias: Float[Tensor, "batch _ text_pos"] | None
-    """Added to the cross-attention scores."""
-    keys_values: tuple[KeysValues, ...]
-    """Of the cross-attentions, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
-
-    @cached_property
-    def textless(self) -> int:
-        """How many rows, counted from the first, attend to their first token and to no other: those of empty prompts."""
-        if self.bias is None:
-            return 0
-        others = (self.bias[..., 1:] <= CLOSED).flatten(1).all(dim=1)
-        alone = others & (self.bias[..., 0] == 0).flatten(1).all(dim=1)
-        return int(alone.long().cumprod(dim=0).sum())
-
-    def take(self, rows: Int[Tensor, " row"]) -> TextState:
-        """Some rows of the batch."""
-        bias = None if self.bias is None else self.bias[rows]
-        return TextState(self.text[rows], self.caption[rows], bias, tuple((k[rows], v[rows]) for k, v in self.keys_values))
-
-    def join(self, other: TextState) -> TextState:
-        """These rows, then those of `other`, which is as long and has a bias if this has."""
-        keys_values = zip(self.keys_values, other.keys_values, strict=True)
-        return TextState(
-            torch.cat([self.text, other.text]),
-            torch.cat([self.caption, other.caption]),
-            None if self.bias is None or other.bias is None else torch.cat([self.bias, other.bias]),
-            tuple((torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in keys_values),
-        )
-
-
-def additive_bias(mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask [batch key_pos] (1 = attend) as a bias [batch 1 key_pos] on the scores; a bias is passed on.
-
-    diffusers' bias is -10000, not -∞: a row with every key masked stays finite.
-    """
-    if mask is None or mask.ndim == 3:
-        return mask
-    return (1 - mask.to(dtype))[:, None] * -10000.0
 
 
 class HookedDiT(PatchModel):
@@ -168,7 +113,7 @@ class HookedDiT(PatchModel):
         if self._cfg.use_split_qkv_input:
             for block in self.blocks:
                 points += [block.cross_attn.hook_k_input, block.cross_attn.hook_v_input]
-        return any(map(watched, points))
+        return any(map(has_hooks, points))
 
     def project_caption(self, text: Float[Tensor, "*batch d_text"]) -> Float[Tensor, "*batch d_caption"]:
         """Text features as cross-attention reads them, through no hook."""
@@ -256,52 +201,31 @@ class HookedDiT(PatchModel):
         if self.folded_timestep is not None and bool((timestep != self.folded_timestep).any()):
             raise ValueError(f"this model was folded at timestep {self.folded_timestep:g} and is wrong at any other")
 
-        x = self._embed(hidden_states)
-        t_emb = self.hook_t_emb(self.embed_timestep(timestep, added_cond_kwargs, x.dtype))
-        t_mod = self.hook_t_mod(self.t_block(F.silu(t_emb)))
-        caption, text_kvs, text_bias = self._read_text(encoder_hidden_states, encoder_attention_mask, text_state, x)
+        x = self.embed(hidden_states)
+        t_emb, t_mod = self.embed_conditions(timestep, added_cond_kwargs, x.dtype)
+        texts = self.text_by_block(len(x), encoder_hidden_states, encoder_attention_mask, text_state)
         image_bias = additive_bias(attention_mask, x.dtype)
-        textless = 0 if text_state is None else text_state.textless
 
-        for block, text_kv in zip(self.blocks, text_kvs, strict=True):
-            x = block(x, t_mod, caption, text_kv, image_bias, text_bias, textless)
+        for block, text in zip(self.blocks, texts, strict=True):
+            x = block(x, t_mod, text, image_bias)
 
-        output = self._unembed(x, t_emb, hidden_states)
+        output = self.unembed_patches(x, t_emb, hidden_states)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def forward_from(
+    def embed_conditions(
+        self, timestep: Shaped[Tensor, " batch"], sizes: Mapping[str, Tensor | None] | None, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, "batch six_d_model"]]:
+        """Embedding of timestep and sizes, and the modulation that all blocks share, through their hooks."""
+        t_emb = self.hook_t_emb(self.embed_timestep(timestep, sizes, dtype))
+        return t_emb, self.hook_t_mod(self.t_block(F.silu(t_emb)))
+
+    def unembed_patches(
         self,
-        hidden_states: Float[Tensor, "first in_channels height width"],
-        residuals: Mapping[int, Float[Tensor, "_ pos d_model"]],
-        timestep: Shaped[Tensor, " batch"],
-        added_cond_kwargs: Mapping[str, Tensor | None],
-        text_state: TextState,
+        x: Float[Tensor, "batch pos d_model"],
+        t_emb: Float[Tensor, "batch d_model"],
+        like: Float[Tensor, "_ _ height width"],
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """One denoiser call whose rows begin at different layers: what they share up to there is computed elsewhere, once.
-
-        Rows are those of `hidden_states` (there may be none), then those of `residuals`, in ascending order of their layers.
-
-        Args:
-            residuals: layer → what enters that block in rows that begin there; n_layers: what leaves the last block.
-            timestep, added_cond_kwargs, text_state: of all rows.
-        """
-        x = self._embed(hidden_states)
-        t_emb = self.hook_t_emb(self.embed_timestep(timestep, added_cond_kwargs, x.dtype))
-        t_mod = self.hook_t_mod(self.t_block(F.silu(t_emb)))
-        caption, text_kvs, text_bias = self._read_text(None, None, text_state, t_emb)
-
-        for layer, (block, text_kv) in enumerate(zip(self.blocks, text_kvs, strict=True)):
-            x = torch.cat([x, residuals[layer]]) if layer in residuals else x
-            if (n := len(x)) == 0:
-                continue  # nobody has begun yet
-            kv = None if text_kv is None else (text_kv[0][:n], text_kv[1][:n])
-            x = block(x, t_mod[:n], caption[:n], kv, None, None if text_bias is None else text_bias[:n])
-        if self._cfg.n_layers in residuals:
-            x = torch.cat([x, residuals[self._cfg.n_layers]])
-        return self._unembed(x, t_emb, hidden_states)
-
-    def _unembed(self, x: Tensor, t_emb: Tensor, like: Tensor) -> Float[Tensor, "batch out_channels height width"]:
-        """The final residual stream as an output of the height and width of `like`."""
+        """Output of the height and width of `like`, from the final residual stream."""
         shift, scale = (self.scale_shift_table + t_emb[:, None]).chunk(2, dim=1)  # t_emb, not t_mod
         return self.from_patches(self.proj_out(modulate(self.ln_final(x), shift, scale)), like)
 
@@ -345,20 +269,26 @@ class HookedDiT(PatchModel):
             t_emb = t_emb + torch.cat([height_width.view(len(t_emb), -1), ratio.view(len(t_emb), -1)], dim=1)
         return t_emb
 
-    def _read_text(
-        self, text: Tensor | None, mask: Tensor | None, state: TextState | None, x: Tensor
-    ) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor] | None], Tensor | None]:
-        """Caption, each layer's keys and values (None: the block computes them) and the bias on the scores."""
-        bias = additive_bias(mask, x.dtype)
-        if state is not None:
-            if state.text.shape[0] != x.shape[0]:
-                raise ValueError(f"text_state has {state.text.shape[0]} rows, hidden_states {x.shape[0]}")
-            if not self.text_hooks_active:
-                return state.caption, state.keys_values, state.bias
-            text, bias = state.text, state.bias
+    def text_by_block(
+        self,
+        batch: int,
+        text: Float[Tensor, "batch text_pos d_text"] | None = None,
+        mask: Shaped[Tensor, "batch ... text_pos"] | None = None,
+        state: TextState | None = None,
+    ) -> list[BlockText]:
+        """Text as each block reads it: from `state`, or computed anew through the hooks where there is none or one is hooked.
+
+        Raises:
+            ValueError: neither text nor state was given, or the state has another batch size.
+        """
+        if state is not None and len(state.text) != batch:
+            raise ValueError(f"text_state has {len(state.text)} rows, hidden_states {batch}")
+        if state is not None and not self.text_hooks_active:
+            return [BlockText(state.caption, kv, state.bias, state.n_empty_prompts) for kv in state.keys_values]
+        text, bias = (text, additive_bias(mask, self.dtype)) if state is None else (state.text, state.bias)
         if text is None:
             raise ValueError("pass encoder_hidden_states, or a text_state from encode_text")
         if self.text_hooks_active:
-            text = writable(text, watched(self.hook_text))  # this is the caller's tensor
+            text = writable(text, has_hooks(self.hook_text))  # this is the caller's tensor
         caption = self.hook_caption(self.project_caption(self.hook_text(text)))
-        return caption, [None] * self._cfg.n_layers, bias
+        return [BlockText(caption, bias=bias)] * self._cfg.n_layers

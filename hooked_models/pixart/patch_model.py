@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import HookedModule, NoLanguageModel, watched
+from ..hooks import HookedModule, NoLanguageModel, has_hooks
 from .config import DiTConfig
 
 PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the channel is the fastest axis
@@ -64,8 +64,8 @@ class PatchModel(NoLanguageModel, HookedModule):
         """The fixed position code of the training size, rows first; its first half of channels holds x, the second y."""
         return self.patch_embed.pos_embed[0]
 
-    def _embed(self, latents: Tensor) -> Tensor:
-        """Patches plus position codes [batch pos d_model]; added in the code's precision, as diffusers does."""
+    def embed(self, latents: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch pos d_model"]:
+        """Patches plus position codes, added in the code's precision, as diffusers does."""
         grid = self.patch_embed.proj(latents)  # [batch d_model rows columns]
         rows, columns = grid.shape[-2:]
         # Contiguous, because every residual sum inherits this layout and a Linear is slower on any other.
@@ -77,7 +77,7 @@ class PatchModel(NoLanguageModel, HookedModule):
                 self._cfg.d_model, (rows, columns), base_size=base, interpolation_scale=scale, device=latents.device
             ).float()[None]
         # Copied for each row: a hook that edits one row in place must not reach the others, or the buffer.
-        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), watched(self.hook_pos_embed)))
+        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), has_hooks(self.hook_pos_embed)))
         return (patches + code).to(patches.dtype)
 
     def from_patches(

@@ -151,8 +151,8 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
         attn = self.attn
-        q_in, k_in, v_in = attn.fork_or_share(x, self.hook_attn_in, self.ln1)
-        return attn.write(attn(attn.queries(q_in), attn.keys(k_in), attn.values(v_in), bias))
+        q_in, k_in, v_in = attn.qkv_inputs(x, self.hook_attn_in, self.ln1)
+        return attn.output(attn(attn.queries(q_in), attn.keys(k_in), attn.values(v_in), bias))
 
 
 def finite(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
