@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hooked_models.lazy_imports import attach, redirect
 
 if TYPE_CHECKING:
-    from . import planted, remote, stats, sweep, viz
+    from . import planted, remote, stats, store, sweep, viz
     from . import task as scenes
     from .graph import attribution, faithfulness
     from .graph import path_patching as patching
@@ -39,6 +39,7 @@ __all__ = [
     "screening",
     "stats",
     "steering",
+    "store",
     "sweep",
     "synopsis",
     "variance",
@@ -66,7 +67,7 @@ __getattr__, __dir__ = attach(
     __name__,
     {
         **_MODULES,
-        **{name: name for name in ("planted", "remote", "stats", "sweep", "viz")},
+        **{name: name for name in ("planted", "remote", "stats", "store", "sweep", "viz")},
         **{name: f"intervene.interventions:{name}" for name in ("Add", "Intervention", "Replace", "Scale")},
     },
 )
@@ -89,6 +90,7 @@ redirect(
         "scenes.scene": "task.scene",
         "scenes.templates": "task.captions",
         "scenes.trios": "task.trios",
+        "shards": "store",
         "shipped": "intervene.portable_ops",
         "training.caption_grammar": "training.t5.grammar",
         "training.text_encoder": "training.t5.pretrain",

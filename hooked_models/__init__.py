@@ -87,6 +87,7 @@ redirect(
         "cache_folder": "generation.cache_store",
         "checks": "pipelines.checks",
         "config": "pixart.config",
+        "digest": "store.hashing",
         "dit": "pixart.dit",
         "dit_cache": "pixart.cache",
         "folding": "pixart.folding",

@@ -6,8 +6,7 @@ report("Relation heads", claims, out)  # prints the table, writes claims.json an
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dit_lens import evaluation
-from dit_lens.shards import digest, digest_model
 from dit_lens.stats import Interval
-from dit_lens.sweep.metrics import fingerprint
+from dit_lens.store import Store, digest, fingerprint
 from hooked_models import HookedTextToImage, list_models
 from hooked_models.pipelines.hub import ZOO
 
@@ -63,10 +61,10 @@ def report(title: str, claims: Sequence[Claim], out: Path, **facts: object) -> N
             claim.what, claim.paper, shown, f"{claim.predicted[0]:g} … {claim.predicted[1]:g}", claim.control, claim.verdict
         )
     Console(width=170).print(table)
-    out.mkdir(parents=True, exist_ok=True)
     clean = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
-    (out / "claims.json").write_text(json.dumps({"title": title, **facts, "claims": clean}, indent=1, ensure_ascii=False))
-    pd.DataFrame(rows).to_parquet(out / "claims.parquet", index=False)
+    with Store(out, {}, wait=True) as store:
+        store.put_json("claims.json", {"title": title, **facts, "claims": clean})
+        store.put("claims.parquet", lambda path: pd.DataFrame(rows).to_parquet(path, index=False))
 
 
 def evaluation_of(model: str, n: int, out: Path) -> pd.DataFrame:
@@ -78,15 +76,19 @@ def evaluation_of(model: str, n: int, out: Path) -> pd.DataFrame:
 
 
 def stage(out: Path, name: str, model: HookedTextToImage, make: Callable[..., pd.DataFrame], *settings: object) -> pd.DataFrame:
-    """`make(model, *settings)`, or the Parquet file in `out` that a call with equal weights, settings and code has left.
+    """`make(model, *settings)`, or the table in `out` that a call with equal weights, settings and code has left.
 
-    The code is that of `make` and of what it calls in its own module.
+    The code is that of `make` and of the recipes' functions that it calls.
+
+    Raises:
+        OSError: the table is damaged, or cannot be written; the message says which file, and what to do.
     """
-    key = digest(digest_model(model), fingerprint(make), *map(str, settings))
-    path = out / "stages" / f"{name}-{key}.parquet"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = make(model, *settings)
-        made.to_parquet(partial := path.with_suffix(".partial"), index=False)
-        partial.replace(path)
-    return pd.read_parquet(path)
+    made_from = {"model": model.digest(), "code": fingerprint(make), "settings": fingerprint(settings)}
+    return kept_table(out / "stages", name, made_from, lambda: make(model, *settings))
+
+
+def kept_table(folder: Path, name: str, made_from: Mapping[str, str], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table of this name that was made from this, or a new one, which then stands there; another process waits for it."""
+    with Store(folder / f"{name}-{digest(*made_from.values())}", made_from, wait=True) as store:
+        store.load_or("table.parquet", make, lambda table, path: table.to_parquet(path, index=False), pd.read_parquet)
+        return pd.read_parquet(store.path("table.parquet"))

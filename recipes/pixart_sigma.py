@@ -20,6 +20,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,11 +36,11 @@ from rich.progress import track
 
 from dit_lens import Intervention, ablation, detection, prompts, screening, sweep, variance
 from dit_lens.intervene.edits import Replace
-from dit_lens.shards import digest
 from dit_lens.stats import Interval, clustered_mean, paired_difference
+from dit_lens.store import Store, digest, fingerprint
 from hooked_models import HookedTextToImage
 
-from .claims import Claim, report, stage
+from .claims import Claim, kept_table, report, stage
 
 OBJECTS = (
     *(
@@ -123,8 +124,16 @@ def main(config: Config) -> None:
         "random heads": ablation.random_heads(model, screened_heads, np.random.default_rng(0)),
         ALL: ablation.knockout_role("relation"),
     }
-    drawn = {condition: draw(model, config, wanted, condition, hidden) for condition, hidden in conditions.items()}
-    found = located(config, wanted, drawn)
+    made_from = {
+        "model": model.digest(),
+        "prompts": digest(*map(str, wanted)),
+        "conditions": fingerprint(conditions),
+        "num_steps": config.num_steps,
+        "guidance": config.guidance,
+    }
+    with Store(config.out / "images", made_from) as pictures:
+        drawn = {condition: draw(model, config, wanted, condition, hidden, pictures) for condition, hidden in conditions.items()}
+        found = located(config, wanted, drawn, pictures)
     claims = [*image_claims(found), *share_claims(shared), *screening_claims(ranking), *causal_claims(carried, found, heads)]
     report(f"Left and right: {config.model}", claims, config.out, model=config.model, heads=heads, smoke=config.smoke)
     screening_figure(ranking, heads).savefig(config.out / "screening.png", dpi=150)
@@ -221,17 +230,20 @@ def exchange_shares(model: HookedTextToImage, heads: Sequence[str], config: Conf
 
 
 def draw(
-    model: HookedTextToImage, config: Config, wanted: Sequence[Prompt], condition: str, interventions: Sequence[Intervention]
+    model: HookedTextToImage,
+    config: Config,
+    wanted: Sequence[Prompt],
+    condition: str,
+    interventions: Sequence[Intervention],
+    pictures: Store,
 ) -> dict[str, tuple[int, int]]:
     """The pictures of one condition as files, those that are there not again: file name → (prompt, seed)."""
-    folder = config.out / "images"
-    folder.mkdir(parents=True, exist_ok=True)
     names = {
         f"{condition.replace(' ', '_')}-{prompt:03d}-{seed:03d}.png": (prompt, seed)
         for prompt in range(len(wanted))
         for seed in range(config.seeds)
     }
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if name not in pictures]
     for start in track(range(0, len(missing), config.batch), condition, transient=True, console=Console(stderr=True)):
         batch = missing[start : start + config.batch]
         texts = [str(wanted[names[name][0]]) for name in batch]
@@ -239,12 +251,15 @@ def draw(
         hooks = [hook for one in interventions for hook in one.hooks(model, texts, num_steps=config.num_steps)]
         images = model.run_with_hooks(texts, seeds, config.num_steps, config.guidance, fwd_hooks=hooks)
         for name, image in zip(batch, images.float().cpu(), strict=True):
-            Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(folder / f"{name}.partial", "png")
-            (folder / f"{name}.partial").replace(folder / name)
+            pictures.put(name, Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save)
+    for name in names:
+        pictures.path(name)  # raises if one that was there is damaged
     return names
 
 
-def located(config: Config, wanted: Sequence[Prompt], drawn: Mapping[str, Mapping[str, tuple[int, int]]]) -> pd.DataFrame:
+def located(
+    config: Config, wanted: Sequence[Prompt], drawn: Mapping[str, Mapping[str, tuple[int, int]]], pictures: Store
+) -> pd.DataFrame:
     """Where objects are on each picture: columns condition, prompt, seed, both, right (NaN unless both); empty without boxes."""
     pairs = {name: (wanted[i].first, wanted[i].second) for names in drawn.values() for name, (i, _) in names.items()}
     if config.boxes is not None:
@@ -252,11 +267,10 @@ def located(config: Config, wanted: Sequence[Prompt], drawn: Mapping[str, Mappin
     elif config.detector is not None:
         found = []
         for condition, names in drawn.items():
-            at = config.out / f"boxes-{condition.replace(' ', '_')}-{digest(config.detector, *names)}.parquet"
-            if not at.exists():
-                pictures = [config.out / "images" / name for name in names]
-                detection.detect(pictures, pairs, config.detector, device=config.device).to_parquet(at, index=False)
-            found.append(pd.read_parquet(at))
+            files = [pictures.path(name) for name in names]
+            made_from = {"detector": config.detector, "pictures": fingerprint({name: pictures.files[name] for name in names})}
+            detected = partial(detection.detect, files, pairs, config.detector, device=config.device)
+            found.append(kept_table(config.out / "boxes", condition.replace(" ", "_"), made_from, detected))
         boxes = pd.concat(found, ignore_index=True)
     else:
         return pd.DataFrame(columns=["condition", "prompt", "seed", "both", "right"])

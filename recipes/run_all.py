@@ -24,7 +24,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
-from dit_lens.shards import digest_model
+from dit_lens.store import Index, Store
 from hooked_models import HookedTextToImage, list_models
 
 HERE = Path(__file__).parent
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     if unknown := [name for name in config.only if name not in FIGURES]:
         sys.exit(f"There is no recipe {unknown[0]!r}: choose {', '.join(FIGURES)}.")
     failed = []
-    hashes = {name: digest_model(HookedTextToImage.from_pretrained(name)) for name in list_models()}
+    hashes = {name: HookedTextToImage.from_pretrained(name).digest() for name in list_models()}
     for name in config.only or FIGURES if config.run else ():
         console.rule(name)
         start = time.perf_counter()
@@ -73,7 +73,8 @@ def main(config: Config) -> None:
             failed.append(name)
         else:
             asked = {model: hashes[model] for model in models_of(name)}
-            (config.results / name / "models.json").write_text(json.dumps(asked))
+            with Store(config.results / name, {}, wait=True) as store:
+                store.put_json("models.json", asked)
         console.print(f"{name}: {time.perf_counter() - start:.0f} s")
     found = {name: folder for name, folder in current(config.results, hashes).items() if name not in failed}
     pictures = HERE / "figures"
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
     for name, folder in found.items():
         shrink(folder / FIGURES[name], pictures / f"{name}.png")
     readme = HERE / "README.md"
-    reports = {name: json.loads((at / "claims.json").read_text()) for name, at in found.items()}
+    reports = {name: json.loads(whole(at, "claims.json").read_text()) for name, at in found.items()}
     older = kept(readme.read_text(), hashes)
     readme.write_text(page(reports, hashes, older))
     if gone := [name for name in FIGURES if name not in {*reports, *older}]:
@@ -95,10 +96,16 @@ def current(results: Path, hashes: dict[str, str]) -> dict[str, Path]:
     found = {}
     for name in FIGURES:
         folder, asked = results / name, results / name / "models.json"
-        same = not asked.exists() or json.loads(asked.read_text()).items() <= hashes.items()
+        same = not asked.exists() or json.loads(whole(folder, asked.name).read_text()).items() <= hashes.items()
         if (folder / "claims.json").exists() and same:
             found[name] = folder
     return found
+
+
+def whole(folder: Path, name: str) -> Path:
+    """A file of a recipe. Raises OSError if it is not what was written."""
+    index = Index.read(folder)
+    return folder / name if index is None or name not in index.files else index.path(name)
 
 
 def kept(text: str, hashes: dict[str, str]) -> dict[str, tuple[str, str]]:

@@ -119,6 +119,7 @@ def evaluate(model: Name, machine: On, prompts: Prompts = (), n: int = 512, out:
             evaluation.md, in which a stopped evaluation continues.
     """
     from .. import task as scenes
+    from ..store import Store
     from ..task import evaluation
 
     if n < 1:
@@ -131,8 +132,9 @@ def evaluate(model: Name, machine: On, prompts: Prompts = (), n: int = 512, out:
     folder = None if out is None or out.suffix in TABLES else out
     rows = evaluation.evaluate_model(machine.load(model), n, out=folder and folder / "batches")
     if folder is not None:
-        rows.to_parquet(folder / "evaluation.parquet", index=False)
-        (folder / "evaluation.md").write_text(evaluation.to_markdown(rows) + "\n")
+        with Store(folder, {}, wait=True) as store:
+            store.put("evaluation.parquet", lambda path: rows.to_parquet(path, index=False))
+            store.put("evaluation.md", lambda path: path.write_text(evaluation.to_markdown(rows) + "\n"))
     elif out is not None:
         save(evaluation.accuracies(rows, ["split", "template", "relation"]), out)
     say(evaluation.to_markdown(rows))

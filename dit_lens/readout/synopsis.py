@@ -28,9 +28,10 @@ control.
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,8 +52,8 @@ from hooked_models.generation.sampling import Seeds, seed_of_each
 from ..intervene.interventions import Intervention
 from ..remote.model import RemoteTextToImage
 from ..runs.repeated_runs import Generation
-from ..shards import Shards, digest, digest_model
 from ..stats import clustered_mean
+from ..store import Store, digest, fingerprint
 from ..task.image_groups import image_groups_from_images, image_groups_from_scenes
 from ..text.prompts import Role, by_role, token_roles
 from .group_attention import Sublayer, attention_between
@@ -115,18 +116,17 @@ def attention_synopsis(
         model, len(texts), length, branches, sublayer, image_groups, roles if text_groups is None else text_groups, reduce
     )
 
-    shards = None
+    settings: dict[str, Any] = {}
     if out is not None:
         model.refuse_hooks("A folder can record interventions=… only")
-        identity = {
-            "model": digest_model(model),
+        settings = {
+            "model": model.digest(),
             "prompts": digest(*texts, tokens),
             "seeds": digest(str(seeds)),
             "groups": digest(*plan.image_names, plan.image, *plan.key_names, *plan.keys.values()),
-            "interventions": digest(pickle.dumps(list(interventions))),
+            "interventions": fingerprint(list(interventions)),
+            **{"sublayer": sublayer, "reduce": reduce, "num_steps": num_steps, "guidance": guidance, "batch_size": batch_size},
         }
-        settings = {"sublayer": sublayer, "reduce": reduce, "num_steps": num_steps, "guidance": guidance}
-        shards = Shards(Path(out), identity | settings | {"batch_size": batch_size})
 
     def measure(start: int) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         rows = slice(start, start + batch_size)
@@ -142,7 +142,8 @@ def attention_synopsis(
 
     starts = range(0, len(texts), batch_size)
     bar = track(starts, "attention synopsis", transient=True, disable=len(starts) == 1, console=Console(stderr=True))
-    parts = [measure(start) if shards is None else shards.load_or(start, measure) for start in bar]
+    with nullcontext() if out is None else Store(out, settings) as store:
+        parts = [measure(i) if store is None else store.array(f"{i:08d}.npy", partial(measure, i)) for i in bar]
     return plan.label(np.concatenate(parts), texts).assign_coords(seed=("prompt", seeds))
 
 

@@ -30,6 +30,7 @@ from hooked_models.generation.names import Branch, Site
 from hooked_models.generation.sampling import Sampler, Seeds
 from hooked_models.hooks import NameFilter
 from hooked_models.pipelines.hub import resolve
+from hooked_models.store import digest
 
 from ..intervene.interventions import Intervention
 from . import kernel, plan
@@ -121,6 +122,10 @@ class RemoteTextToImage(HookedTextToImage):
         return f"RemoteTextToImage({self.model_key.partition(':')[2]}, {self.server or 'in this process'})"
 
     # What cannot be
+
+    def digest(self) -> str:
+        """Hash of the model's name and the server's address, if its weights are on another machine."""
+        return super().digest() if self.server is None else digest(self.model_key, self.server.host)
 
     def trajectory(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises NotImplementedError: no run can be resumed at a step."""

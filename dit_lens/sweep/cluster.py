@@ -13,7 +13,6 @@ from hooked_models import HookedTextToImage
 from hooked_models.hooks import HookedModule
 from hooked_models.pipelines.hub import Source
 
-from ..shards import digest_model
 from .clean import Fork
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Worker:
 
     def digest(self) -> str:
         """Of the model."""
-        return digest_model(self.model)
+        return self.model.digest()
 
     @torch.no_grad()
     def rows(self, forks: Sequence[Fork]) -> pd.DataFrame:
@@ -96,7 +95,7 @@ class Cluster:
         arguments = (shared, weights, model.device.type, model.dit.dtype, flags_of(model))
         actors: list[Any] = [remote.remote(*arguments) for _ in range(min(count, len(jobs)))]
         try:
-            digest = digest_model(model)
+            digest = model.digest()
             if any(other != digest for other in self.ray.get([actor.digest.remote() for actor in actors])):
                 raise ValueError(
                     f"The model is not the one in {found and found.name} any more: save it and load it again (save_pretrained, "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -100,7 +98,7 @@ class Execution:
             forked[plan.cells_of(fork)] = True
         self.unchanged = np.flatnonzero(~forked & ~done)
         self.rows = np.unique(np.concatenate([self.unchanged % plan.runs, *(fork.rows for fork in self.pending)]))
-        self.batch = _batch(plan, results.folder)
+        self.batch = _batch(plan, results)
 
     def run(self, cluster: Cluster | None = None) -> None:
         """Put every cell's row into the results, with the help of a cluster if there is one.
@@ -179,14 +177,13 @@ def measured(name: str, metric: Metric, tensor: Tensor, baseline: Tensor, prompt
     return Measured(values, np.concatenate([part.errors for part in parts]))
 
 
-def _batch(plan: Plan, folder: Path | None) -> int:
-    """The batch size, from the plan that stands in the folder if one does."""
-    if folder is None or plan.chosen_batch is not None:
+def _batch(plan: Plan, results: Results) -> int:
+    """The batch size: of a folder, the one that it was begun with."""
+    if results.folder is None or plan.chosen_batch is not None:
         return plan.batch
-    record = folder / "plan.json"
-    if not record.exists():
-        record.write_text(json.dumps({"cells": plan.cells, "forks": len(plan.forks), "batch": plan.batch}))
-    return int(json.loads(record.read_text())["batch"])
+    if "batch" not in results.store.facts:
+        results.store.record(cells=plan.cells, forks=len(plan.forks), batch=plan.batch)
+    return int(results.store.facts["batch"])
 
 
 def metric_of(plan: Plan, column: str) -> str | None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import CodeType, FunctionType, MethodType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.names import FINAL
@@ -20,7 +18,6 @@ from hooked_models.generation.sampling import Sampler
 
 from .. import task as scenes
 from ..readout.screening import ramp
-from ..shards import digest
 
 Values = Tensor | np.ndarray | Mapping[str, Any]
 """One number for each row [batch], or several such by name."""
@@ -164,54 +161,3 @@ class ShareOf:
     ) -> Float[Tensor, " batch"]:
         whole = self.whole[torch.as_tensor(prompt, device=self.whole.device)].flatten(1)
         return ((tensor - baseline).flatten(1) * whole).sum(1) / whole.square().sum(1)
-
-
-def fingerprint(value: Any, inside: frozenset[int] = frozenset()) -> str:
-    """A hash of a metric: of data its values, of a function its code, defaults, closure and what it reads of its own module.
-
-    That is its global data, and functions of the same module (`inside` are those that a recursion is in already); not the code
-    of other modules.
-    """
-    if id(value) in inside:
-        return "itself"
-    known = partial(fingerprint, inside=inside | {id(value)})
-    if isinstance(value, Metric):
-        return digest("metric", known(value.function), value.on, *value.given)
-    if isinstance(value, partial):
-        return digest("partial", known(value.func), known(value.args), known(value.keywords))
-    if isinstance(value, MethodType):
-        return digest("method", known(value.__self__), known(value.__func__))
-    if isinstance(value, FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or ()]
-        return digest("function", *map(known, (value.__code__, value.__defaults__, value.__kwdefaults__, held, _globals(value))))
-    if isinstance(value, CodeType):
-        return digest("code", value.co_code, *value.co_names, *map(known, value.co_consts))
-    if isinstance(value, nn.Module):
-        return digest(type(value).__qualname__, *(known(tensor) for tensor in value.state_dict().values()))
-    if isinstance(value, (Tensor, np.ndarray)):
-        return digest(torch.as_tensor(value))
-    if isinstance(value, Mapping):
-        return digest("mapping", *(known(part) for item in value.items() for part in item))
-    if isinstance(value, (list, tuple)):
-        return digest("sequence", *map(known, value))
-    text = repr(value)
-    if " at 0x" not in text:
-        return digest(text)
-    parts = [*(vars(value).values() if hasattr(value, "__dict__") else ()), vars(type(value)).get("__call__")]
-    return digest(type(value).__qualname__, *(known(part) for part in parts if not isinstance(part, type(value))))
-
-
-def _globals(function: FunctionType) -> dict[str, Any]:
-    """What a function reads of its module that can change while its own code stays: data, and functions written there."""
-    names, codes = set[str](), [function.__code__]
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    found = {name: function.__globals__[name] for name in sorted(names & function.__globals__.keys())}
-    data = (int, float, complex, str, bytes, list, tuple, Mapping, Tensor, np.ndarray)
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, data) or (isinstance(value, FunctionType) and value.__module__ == function.__module__)
-    }

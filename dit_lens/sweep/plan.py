@@ -16,12 +16,12 @@ from jaxtyping import Int
 from hooked_models.generation.names import FINAL
 from hooked_models.generation.trajectory import Inputs
 
-from ..shards import digest, digest_model
+from ..store import digest, fingerprint
 from .clean import Fork
 from .cluster import Cluster
 from .cost import Cost, batch_size, cost_of
 from .execute import Execution, depends_on_condition
-from .metrics import Metric, Read, fingerprint
+from .metrics import Metric, Read
 from .results import Results, dataset
 from .treatments import Treatment
 
@@ -128,11 +128,11 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """By which a folder of results is known."""
         return {
-            "model": digest_model(self.model),
+            "model": self.model.digest(),
             "prompts": digest(*self.prompts, self.model.to_tokens(self.prompts)),
             "seeds": digest(str(list(self.seeds))),
             "interventions": digest(*(treatment.digest for treatment in self.treatments)),
-            "metrics": digest(*(part for name, metric in self.metrics.items() for part in (name, fingerprint(metric)))),
+            "metrics": fingerprint(self.metrics),
             "num_steps": self.num_steps,
             "guidance": self.guidance,
         }

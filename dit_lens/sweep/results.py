@@ -1,13 +1,12 @@
 """Where a sweep's numbers go: a table, one row a cell, that survives being killed; and from it the Dataset.
 
-On disk the table is Parquet shards in a folder, each written whole or not at all, beside `settings.json`, which says by hashes
-of what: model, prompts, seeds, interventions, metrics. Columns: `cell` = condition · (prompts · seeds) + seed index · prompts +
+On disk the table is Parquet shards in a folder (`dit_lens.store`), which knows by hashes what they are of: model, prompts, seeds,
+interventions, metrics. Columns: `cell` = condition · (prompts · seeds) + seed index · prompts +
 prompt; the metrics; `{metric}_baseline`, the same run's without intervention; `error`, empty where all went well.
 """
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from filelock import FileLock, Timeout
 from jaxtyping import Float, Int
 
-from ..shards import Shards
 from ..stats import clustered_means
+from ..store import Store
 from .treatments import Treatment
 
 FLUSH_SECONDS = 10.0
@@ -43,13 +41,12 @@ class Results:
         self.flushed = time.monotonic()
         if folder is None:
             return
-        Shards(folder, settings)
-        self.lock = FileLock(folder / "lock")
+        self.store = Store(folder, settings)
         try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"Another run is writing to {folder}: wait for it, or choose another folder.") from None
-        self.parts = [pd.read_parquet(path) for path in sorted(folder.glob("cells-*.parquet"))]
+            self.parts = [pd.read_parquet(self.store.path(name)) for name in self.store.names("cells-") if name in self.store]
+        except BaseException:
+            self.store.close()
+            raise
 
     @property
     def table(self) -> pd.DataFrame:
@@ -76,18 +73,12 @@ class Results:
         self.flushed = time.monotonic()
         if self.folder is None or not self.unsaved:
             return
-        numbers = [int(path.stem.partition("-")[2]) for path in self.folder.glob("cells-*.parquet")]
-        path = self.folder / f"cells-{max(numbers, default=-1) + 1:06d}.parquet"
-        part = path.with_suffix(".part")
+        rows = pd.concat(self.unsaved, ignore_index=True)
         try:
-            with open(part, "wb") as file:
-                pd.concat(self.unsaved, ignore_index=True).to_parquet(file, index=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            number = len(self.store.names("cells-"))
+            self.store.put(f"cells-{number:06d}.parquet", lambda part: rows.to_parquet(part, index=False))
         except OSError as error:
             self.failure = error
-            part.unlink(missing_ok=True)
             return
         self.unsaved, self.failure = [], None
 
@@ -96,15 +87,15 @@ class Results:
         if self.folder is None:
             return
         self.flush()
-        self.lock.release()
+        self.store.close()
         if self.failure is not None:
             reason = f"not saved: {self.failure}"
             for rows in self.unsaved:
                 rows["error"] = [f"{error}; {reason}" if error else reason for error in rows["error"]]
             cells = sum(map(len, self.unsaved))
             warnings.warn(
-                f"{cells} cells are in the returned Dataset but not in {self.folder} ({self.failure}): make room and run again, "
-                "which computes these cells anew.",
+                f"{cells} cells are in the returned Dataset but not in {self.folder}: {self.failure} Running again computes "
+                "these cells anew.",
                 stacklevel=3,
             )
 

@@ -11,6 +11,7 @@ How scores are made: `dit_lens.sweep.scores`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,10 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from ..shards import Shards
 from ..stats import Interval, count_bound, rank_correlation
+from ..store import Store, fingerprint
 from .execute import metric_of
-from .metrics import OWN, Metric, fingerprint
+from .metrics import OWN, Metric
 from .plan import Plan
 from .progress import progress_bar
 from .scores import By, scores_of_seed
@@ -161,10 +162,13 @@ def _scores(
     """Means over prompts and seeds; NaN where there is none."""
     metric = plan.metrics[name] if by is None else Metric(by)
     settings = {} if folder is None else {**plan.settings, "scores": fingerprint([metric, plan.reads[name], column, way])}
-    shards = None if folder is None else Shards(folder, settings)
-    with progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as told:
+    with (
+        progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as told,
+        nullcontext() if folder is None else Store(folder, settings) as store,
+    ):
         make = partial(scores_of_seed, plan, name, metric, column, way, told.worked)
-        of_seeds = [make(seed) if shards is None else shards.load_or(seed, make) for seed in range(len(plan.seeds))]
+        seeds = range(len(plan.seeds))
+        of_seeds = [make(seed) if store is None else store.array(f"{seed:08d}.npy", partial(make, seed)) for seed in seeds]
     values = np.stack(of_seeds)  # [seed condition prompt]
     scored = ~np.isnan(values).any(axis=(0, 2))
     if scored.any() and not np.any(values[:, scored]):

@@ -19,7 +19,7 @@ from hooked_models.generation.names import FINAL, Branch, Site
 
 from ..intervene.edits import Edit, Scale
 from ..intervene.interventions import Intervention
-from ..shards import digest
+from ..store import digest
 
 Interventions = (
     Intervention | Sequence[Intervention | Sequence[Intervention]] | Mapping[str, Intervention | Sequence[Intervention]]

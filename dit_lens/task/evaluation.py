@@ -10,6 +10,8 @@ Source of metrics and templates: Wang, Fan, Pan (arXiv 2601.06338), sections A.5
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,8 @@ from hooked_models import HookedTextToImage
 from hooked_models.text_encoders.random_tokens import UNKNOWN_ID
 
 from .. import task as scenes
-from ..shards import Shards, digest, digest_model
 from ..stats import Interval, clustered_mean, paired_difference, proportion
+from ..store import Store, digest
 from . import PHRASES, Scene, Split, Trio
 from .captions import TEMPLATES, TRAINED, word
 
@@ -100,10 +102,9 @@ def evaluate_model(
             jobs += [(split, template, i, scene) for i, scene in enumerate(wanted if template == TRAINED else wanted[: n // 4])]
     prompts = [word(scene, template) for _, template, _, scene in jobs]
     columns = [*METRICS, *GEOMETRY, "n_objects"]
-    shards = None
     if out is not None:
         model.refuse_hooks("A folder keeps the evaluation of the model as it is")
-        shards = Shards(Path(out), {"model": digest_model(model), "prompts": digest(*prompts), "batch_size": BATCH})
+    settings = {"model": model.digest(), "prompts": digest(*prompts), "batch_size": BATCH} if out is not None else {}
 
     @torch.no_grad()
     def judge(start: int) -> Float[np.ndarray, "image column"]:
@@ -113,7 +114,9 @@ def evaluate_model(
         return np.stack([verdict[name].values.astype(float) for name in columns], axis=1)
 
     starts = track(range(0, len(jobs), BATCH), "evaluating", transient=True, console=Console(stderr=True))
-    values = np.concatenate([judge(start) if shards is None else shards.load_or(start, judge) for start in starts])
+    with nullcontext() if out is None else Store(out, settings) as store:
+        parts = [judge(i) if store is None else store.array(f"{i:08d}.npy", partial(judge, i)) for i in starts]
+    values = np.concatenate(parts)
     said = [
         (split, template, prompt, s.relation, s.phrase, s.shape1, s.color1, s.shape2, s.color2, i, i)
         for (split, template, i, s), prompt in zip(jobs, prompts, strict=True)

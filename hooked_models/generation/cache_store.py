@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..digest import digest
+from ..store import digest
 from .sampling import Sampler, SamplerState
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
-from torch import nn
+from torch import Tensor, nn
 
+from ..store import digest
 from .checks import check_model
 from .hub import Source, fetch
 from .loading import empty_pipeline, open_pipeline
@@ -114,6 +115,21 @@ class PipelineModel(nn.Module):
         """Write a pipeline folder of the wrapped modules, which `from_pretrained` and plain diffusers open."""
         encoder = getattr(self.text_encoder, "wrapped", self.text_encoder)
         self.pipeline_class(self.tokenizer, encoder, self.codec, self.dit.wrapped, self.scheduler).save_pretrained(folder)
+
+    def digest(self) -> str:
+        """Hash of what decides a generation (weights, settings, scheduler), wherever the model was loaded from.
+
+        Example:
+            >>> from hooked_models import HookedTextToImage
+            >>> len(HookedTextToImage.from_pretrained("rte-nano").digest())
+            16
+        """
+        parts: list[str | Tensor] = [type(self.scheduler).__name__]
+        for config in (self.dit.config, self.scheduler.config, self.codec.config):
+            parts.append(f"{sorted((name, str(value)) for name, value in config.items() if not name.startswith('_'))}")
+        for module in (self.dit, self.text_encoder, self.codec):
+            parts += module.state_dict().values()
+        return digest(*parts)
 
     # Where it runs
 

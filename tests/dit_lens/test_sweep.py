@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_lens import scenes, sweep
 from dit_lens.intervene.interventions import Add, Intervention, Replace, Scale
 from dit_lens.stats import clustered_means, paired_difference
+from dit_lens.store import fingerprint
 from dit_lens.sweep import results
 from hooked_models import HookedTextToImage, UnknownHookError
 
@@ -430,7 +431,7 @@ def durable() -> dict[str, Intervention]:
 
 
 def shards(folder: Path) -> pd.DataFrame:
-    return pd.concat([pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))], ignore_index=True)
+    return pd.concat([pd.read_parquet(path) for path in sorted(folder.glob("cells-*.parquet"))], ignore_index=True)
 
 
 @pytest.mark.parametrize(("when", "after"), [("decode", 2), ("decode", 5), ("replace", 1), ("replace", 4), ("fsync", 2)])
@@ -443,7 +444,7 @@ def test_a_killed_sweep_goes_on(model, tmp_path, when, after, monkeypatch):
         return sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS, batch=5)
 
     killed(run, model if when == "decode" else os, when, after)
-    before = list(tmp_path.glob("*.parquet"))
+    before = list(tmp_path.glob("cells-*.parquet"))
     on_disk = len(shards(tmp_path)) if before else 0
     assert on_disk < whole["error"].size
     ran = []
@@ -489,7 +490,7 @@ def test_metrics_are_known_by_what_they_compute():
     def scaled(factor):
         return lambda images: images.mean() * factor
 
-    known = sweep.metrics.fingerprint
+    known = fingerprint
     assert known(scaled(2.0)) == known(scaled(2.0))
     functions = [scaled(2.0), scaled(3.0), lambda images: images.sum() * 2.0, lambda images, prompt=None: images.mean()]
     functions += [scaled(torch.zeros(2)), scaled(torch.ones(2)), torch.nn.Linear(2, 2), pixels]
@@ -514,7 +515,7 @@ def test_a_metric_is_another_when_what_it_reads_changes():
     """The loop of a notebook: a threshold, or a helper, is edited in a cell of its own."""
     module: dict[str, object] = {"__name__": "notebook"}
     exec("THRESHOLD = 0.5\ndef helper(x): return x > THRESHOLD\ndef metric(x): return [helper(y) for y in x]", module)
-    known, before = sweep.metrics.fingerprint, sweep.metrics.fingerprint(module["metric"])
+    known, before = fingerprint, fingerprint(module["metric"])
     assert known(module["metric"]) == before
     module["THRESHOLD"] = 0.6
     assert (after := known(module["metric"])) != before
@@ -528,7 +529,7 @@ def test_a_full_disk_costs_no_results(model, tmp_path, monkeypatch):
     write, calls = pd.DataFrame.to_parquet, itertools.count(1)
 
     def full(frame, file, **kwargs):
-        file.write(b"half a shard")
+        file.write_bytes(b"half a shard")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def full_at_first(frame, file, **kwargs):

@@ -328,7 +328,7 @@ def test_the_bottleneck_measures_what_is_missing_and_no_more(tmp_path, monkeypat
     written = json.loads((folders["out"] / "claims.json").read_text())
     assert set(written["bottleneck"]) == {"rte-micro", "t5-micro"}
     assert sum("minus" in row["claim"] for row in written["claims"]) == 3
-    assert len(list((folders["heads"] / "stages").glob("*.parquet"))) == 1
+    assert len(list((folders["heads"] / "stages").glob("*/*.parquet"))) == 1
 
 
 def test_heads_are_parsed_as_they_are_named():

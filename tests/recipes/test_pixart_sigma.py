@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from dit_lens import detection
+from dit_lens.store import Store
 from recipes import pixart_sigma
 from recipes.pixart_sigma import NONE, OBJECTS, Config, asked, located
 from tests.hooked_models.tiny import tiny_transformer
@@ -76,12 +77,12 @@ def test_it_runs_from_end_to_end_and_goes_on(folder, detector, tmp_path, capsys)
     told = " ".join(capsys.readouterr().out.split())
     assert "8 prompts × 1 seeds × 4 conditions = 32 images of 64 px, at most" in told
     first = json.loads((tmp_path / "claims.json").read_text())
-    pictures = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    pictures = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").glob("[!.]*.png")}
     assert len(pictures) == 8 * 4
     next(iter(pictures)).unlink()
     pixart_sigma.main(config)
     assert json.loads((tmp_path / "claims.json").read_text()) == first
-    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").glob("[!.]*.png")}
     assert sum(again[path] != when for path, when in pictures.items()) == 1
     shares = {claim["claim"]: claim["mean"] for claim in first["claims"] if "R²" in claim["claim"]}
     assert len(shares) == 6
@@ -101,7 +102,8 @@ def test_the_sides_are_read_from_boxes_of_the_users_own(tmp_path):
             rows.append((name, prompt.second, 0.8, second, 0, second + 10, 10))
     path = tmp_path / "boxes.csv"
     pd.DataFrame(rows, columns=list(detection.COLUMNS)).to_csv(path, index=False)
-    found = located(Config(boxes=path), wanted, {NONE: names})
+    with Store(tmp_path, {}) as pictures:
+        found = located(Config(boxes=path), wanted, {NONE: names}, pictures)
     assert found["both"].tolist() == [1, 1, 0]
     assert found["right"].tolist()[:2] == [1, 0]
     assert np.isnan(found["right"].iloc[2])
@@ -126,3 +128,20 @@ def test_a_detectors_boxes_are_its_own(detector, tmp_path):
     of_cat = boxes[boxes["label"] == "cat"]["score"].to_numpy()
     np.testing.assert_allclose(np.sort(of_cat), np.sort(expected.numpy()), atol=1e-5)
     assert set(boxes["label"]) == {"cat", "dog"}
+
+
+def test_pictures_of_another_model_are_not_taken(folder, tmp_path):
+    """Files of the right names that were drawn with other steps, or that nobody listed, count as not there or are refused."""
+    model = pixart_sigma.HookedTextToImage.from_pretrained(folder)
+    config, wanted = Config(str(folder), num_steps=1, seeds=1, out=tmp_path), asked(1)[:1]
+    (tmp_path / "none-000-000.png").write_bytes(b"a picture of something else")
+    with Store(tmp_path, {"num_steps": 1}) as pictures:
+        names = pixart_sigma.draw(model, config, wanted, NONE, [], pictures)
+        with pixart_sigma.Image.open(tmp_path / next(iter(names))) as picture:
+            assert picture.size == (64, 64)
+        whole = (tmp_path / "none-000-000.png").read_bytes()
+    with pytest.raises(ValueError, match=r"other num_steps \(1, now 2\)"):
+        Store(tmp_path, {"num_steps": 2})
+    (tmp_path / "none-000-000.png").write_bytes(whole[:-1])
+    with Store(tmp_path, {"num_steps": 1}) as pictures, pytest.raises(OSError, match=r"none-000-000\.png is damaged"):
+        pixart_sigma.draw(model, config, wanted, NONE, [], pictures)

@@ -1,0 +1,26 @@
+"""Results on disk: written whole or not at all, known by their settings, listed with digests, locked while they are written.
+
+    with Store(out, {"model": model.digest(), "metric": fingerprint(metric)}) as store:
+        values = store.load_or("values.npy", make, write, read)
+
+Whoever kills the process, pulls the plug, fills the disk or starts it twice finds the old file or the new one; what somebody
+damages afterwards is named in one sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+from .folder import Index, Store, refuse_other_settings
+from .hashing import digest, fingerprint
+from .writing import disk_errors, replace_folder, write_json, write_whole
+
+__all__ = [
+    "Index",
+    "Store",
+    "digest",
+    "disk_errors",
+    "fingerprint",
+    "refuse_other_settings",
+    "replace_folder",
+    "write_json",
+    "write_whole",
+]
