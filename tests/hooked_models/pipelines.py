@@ -17,6 +17,8 @@ def randomise(module: torch.nn.Module, scale: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in module.state_dict().values():
+            if not tensor.is_floating_point():
+                continue
             tensor.add_(scale * torch.randn(tensor.shape, generator=generator).to(tensor))
 
 
