@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import binomtest, bootstrap, hypergeom, norm, spearmanr
+from scipy.stats import hypergeom, norm, spearmanr
+from scipy.stats import t as student
+from statsmodels.stats.proportion import proportion_confint
 
 
 class Interval(NamedTuple):
@@ -17,60 +19,104 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        """The mean and its interval; the mean alone of a finite population."""
+        return f"{self.mean:.3f}" if self.low == self.high else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def clustered_mean(values: Float[np.ndarray, "cluster repeat"], rng: int = 0, resamples: int = 2000) -> Interval:
-    """Mean over everything that is not NaN; the interval resamples whole clusters (scipy's percentile bootstrap).
+def clustered_mean(values: Float[np.ndarray, "cluster repeat"], signed: bool = False) -> Interval:
+    """Mean over everything that is not NaN, with an interval for independent clusters.
 
     Seeds of one prompt are not independent draws, so an accuracy over prompts × seeds has its prompts as clusters.
+
+    Args:
+        values: NaN where there is none.
+        signed: a difference of two verdicts, in −1, 0 and 1; zeros and ones are then no proportion.
+
+    Returns:
+        Of zeros and ones a `proportion`, of verdicts' differences an Agresti–Min interval, else Student's t. Bounds are NaN
+        of fewer than two clusters.
+
+    Example:
+        >>> print(clustered_mean(np.array([[1.0], [2.0], [4.0]])))
+        2.333 [-1.461, 6.128]
+        >>> print(clustered_mean(np.zeros((104, 1))))
+        0.000 [0.000, 0.035]
     """
-    return Interval(*(float(bound) for bound in clustered_means(values[None], rng, resamples)[0]))
+    return Interval(*(float(bound) for bound in clustered_means(values[None], signed)[0]))
 
 
 def clustered_means(
-    values: Float[np.ndarray, "condition cluster repeat"], rng: int = 0, resamples: int = 2000
+    values: Float[np.ndarray, "condition cluster repeat"], signed: bool = False
 ) -> Float[np.ndarray, "condition bound"]:
-    """`clustered_mean` of every condition (mean, low, high), all from the same resamples of clusters."""
+    """`clustered_mean` of every condition: mean, low, high.
+
+    Clusters of unequal size: the variance is that of the ratio estimator (Cochran 1977, Sampling Techniques, § 6.3). Verdicts
+    with repeats: the size of an independent sample of equal variance takes the place of n (Korn & Graubard 1998, Survey
+    Methodology 24, p. 193).
+    """
+    return np.array([_interval(table, signed) for table in values.astype(float)]).reshape(len(values), 3)
+
+
+def _interval(values: Float[np.ndarray, "cluster repeat"], signed: bool) -> Interval:
     valid = ~np.isnan(values)
-    sums, counts = np.where(valid, values, 0.0).sum(axis=2), valid.sum(axis=2)
-    total = counts.sum(axis=1)
-    mean = np.divide(sums.sum(axis=1), total, out=np.full(len(values), np.nan), where=total > 0)
-    found = np.stack([mean] * 3, axis=1)
-    if values.shape[1] < 2:  # which scipy's bootstrap refuses
-        return found
-    varies = (total > 0) & ((np.ptp(sums, axis=1) > 0) | (np.ptp(counts, axis=1) > 0))
-    if not varies.any():
-        return found
-    found_again = bootstrap(
-        (sums[varies], counts[varies]),
-        lambda s, c, axis=-1: s.sum(axis) / np.where(c.sum(axis), c.sum(axis), np.nan),  # a resample may have drawn NaN alone
-        axis=-1,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=resamples,
-        batch=max(1, 2**24 // sums[varies].size),  # a resample of all conditions at a time is what memory has to hold
-        rng=rng,
-    ).bootstrap_distribution
-    found[varies, 1], found[varies, 2] = np.nanpercentile(found_again, [2.5, 97.5], axis=-1)
-    return found
+    counts = valid.sum(axis=1)
+    sums, counts = np.where(valid, values, 0.0).sum(axis=1)[counts > 0], counts[counts > 0]
+    clusters, total = len(counts), counts.sum()
+    if clusters == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    mean = sums.sum() / total
+    if clusters == 1:
+        return Interval(mean, np.nan, np.nan)
+    variance = clusters / (clusters - 1) * ((sums - mean * counts) ** 2).sum() / total**2
+    t = student.ppf(0.975, clusters - 1)
+    found = values[valid]
+    if not np.isin(found, (-1, 0, 1) if signed else (0, 1)).all():
+        half = t * np.sqrt(variance)
+        return Interval(mean, mean - half, mean + half)
+    n = float(clusters)
+    if total > clusters:  # several verdicts a cluster
+        n = min(found.var() / variance * (norm.ppf(0.975) / t) ** 2, total) if variance > 0 else clusters
+    return paired_proportions(mean, (found**2).mean(), n) if signed else _wilson(mean, n)
+
+
+def _wilson(share: float, n: float | int) -> Interval:
+    method = "beta" if share in (0, 1) else "wilson"
+    low, high = proportion_confint(share * n, n, method=method)
+    return Interval(share, float(low), float(high))
+
+
+def paired_proportions(difference: float, discordant: float, n: float | int) -> Interval:
+    """Difference of two proportions of the same n things, from the share of things whose two verdicts differ.
+
+    Source: Agresti & Min 2005, Statistics in Medicine 24, p. 729: Wald's interval after half a thing is added to each cell.
+
+    Example:
+        >>> print(paired_proportions(0.0, 0.0, 64))
+        0.000 [-0.030, 0.030]
+    """
+    size = n + 2
+    shrunk, apart = difference * n / size, (discordant * n + 1) / size
+    half = norm.ppf(0.975) * np.sqrt((apart - shrunk**2) / size)
+    return Interval(difference, float(max(shrunk - half, -1)), float(min(shrunk + half, 1)))
 
 
 def proportion(hits: Float[np.ndarray, " n"]) -> Interval:
-    """Share of ones among independent zeros and ones that are not NaN, with its Wilson interval; NaN of nothing."""
+    """Share of ones among independent zeros and ones that are not NaN; NaN of nothing.
+
+    Wilson's interval; exact (Clopper & Pearson) where none or all are ones.
+    """
     valid = hits[~np.isnan(hits)]
-    if not len(valid):
-        return Interval(np.nan, np.nan, np.nan)
-    interval = binomtest(int(valid.sum()), len(valid)).proportion_ci(method="wilson")
-    return Interval(float(valid.mean()), float(interval.low), float(interval.high))
+    return _wilson(float(valid.mean()), len(valid)) if len(valid) else Interval(np.nan, np.nan, np.nan)
 
 
-def paired_difference(
-    before: Float[np.ndarray, "cluster repeat"], after: Float[np.ndarray, "cluster repeat"], rng: int = 0
-) -> Interval:
+def paired_difference(before: Float[np.ndarray, "cluster repeat"], after: Float[np.ndarray, "cluster repeat"]) -> Interval:
     """Mean of after − before over pairs (same prompt, same noise), with `clustered_mean`'s interval."""
-    return clustered_mean(after - before, rng)
+    return clustered_mean(after - before, signed=True)
+
+
+def finite(value: float | int) -> Interval:
+    """A number of a finite population that was counted whole, such as all heads of a model: it has no interval."""
+    return Interval(value, value, value)
 
 
 def rank_correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[Interval, float]:

@@ -242,12 +242,12 @@ def ablation_effects(
         controls: draws of each kind; every one costs as much as a condition.
         exclude: heads that are no control, see `random_heads`.
         batch: images generated at once; "mean" and "resample" look at these.
-        rng: seed of controls, "resample" and intervals.
+        rng: seed of controls and "resample".
 
     Returns:
         A Dataset with dims (condition, scene, seed). Every variable of `scenes.evaluate` is there, and for each of `VERDICTS`
         `{verdict}_effect`, dims (condition, interval): the mean of condition − "none" over the same images, and its 95 %
-        bootstrap interval over scenes (`stats.paired_difference`). Coordinates of condition: `kind` ("none", "condition",
+        interval over scenes (`stats.paired_difference`). Coordinates of condition: `kind` ("none", "condition",
         "random heads", "random tokens") and `control_for`, the condition that a control belongs to.
 
     Raises:
@@ -299,7 +299,7 @@ def ablation_effects(
     )
     for verdict in VERDICTS:
         before, *_ = value = values[verdict].astype(float)
-        effects = [paired_difference(before, after, rng) for after in value]
+        effects = [paired_difference(before, after) for after in value]
         found[f"{verdict}_effect"] = (("condition", "interval"), np.array(effects))
     return found
 

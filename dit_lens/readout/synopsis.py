@@ -298,7 +298,7 @@ def rank_heads(
 
     Returns:
         Columns ``layer head mean low high control p``: mean over prompts (over seeds of equal prompts first) with its 95 %
-        bootstrap interval, which resamples prompts; ``control`` is the mean over shuffles, in each of which every prompt's
+        interval over prompts; ``control`` is the mean over shuffles, in each of which every prompt's
         groups exchange their labels at random, pads and empty groups left out; ``p`` is the share of shuffles, counting the
         observed one, that reach the mean. Prompts that lack either group do not count.
 

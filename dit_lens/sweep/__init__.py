@@ -68,7 +68,7 @@ def plan(
         interventions: one each, or several that are made together; a mapping names them. `grid` makes many.
         metrics: name → function of images [batch 3 height width] in [0, 1] → [batch], or a `Metric` on something else.
         batch: rows that run together; found from free memory unless given.
-        rng: seed of "resample" and of intervals.
+        rng: seed of "resample".
 
     Raises:
         UnknownHookError: no such site; the nearest one is suggested.
@@ -126,7 +126,7 @@ def run(
     Returns:
         A Dataset over (intervention, prompt, seed): every metric; `{metric}_baseline`, of the same run without intervention
         (prompt, seed), or with the dims of the metric where that depends on the step; `{metric}_effect` (intervention,
-        interval), the mean of their paired difference with its 95 % bootstrap interval over prompts (over seeds, if there is
+        interval), the mean of their paired difference with its 95 % interval over prompts (over seeds, if there is
         one prompt); `error`, empty where all went well: a metric that fails in one cell is NaN there, and the rest goes on.
         Coordinates of intervention: `layer`, `head`, `step`, −1 where it has none or several.
 

@@ -157,7 +157,7 @@ class Plan:
             results.close()
         own = {column: depends_on_condition(self, column) for column in results.table.columns}
         attrs = {"num_steps": self.num_steps, "guidance": self.guidance}
-        return dataset(results.table, self.treatments, self.prompts, self.seeds, own, self.rng, attrs)
+        return dataset(results.table, self.treatments, self.prompts, self.seeds, own, attrs)
 
 
 def _cluster(executor: str, workers: int | None) -> Cluster | None:

@@ -106,7 +106,6 @@ def dataset(
     prompts: Sequence[str],
     seeds: Sequence[int],
     own: Mapping[str, bool],
-    rng: int,
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
     """The table as a Dataset over (intervention, prompt, seed); `own`: metric → whether its baseline depends on the condition."""
@@ -134,12 +133,17 @@ def dataset(
         after, before = laid_out(name, np.nan), laid_out(f"{name}_baseline", np.nan)
         found[name] = (dims, after)
         found[f"{name}_baseline"] = (dims, before) if own[name] else (dims[1:], before[0])
-        found[f"{name}_effect"] = (("intervention", "interval"), effects(after - before, rng))
+        found[f"{name}_effect"] = (("intervention", "interval"), effects(before, after))
     found["error"] = (dims, laid_out("error", "").astype(str))
     return found
 
 
-def effects(difference: Float[np.ndarray, "intervention prompt seed"], rng: int) -> Float[np.ndarray, "intervention bound"]:
-    """Mean over the pairs of a cell and its baseline, with a 95 % bootstrap interval over prompts; of one prompt, over seeds."""
+def effects(
+    before: Float[np.ndarray, "intervention prompt seed"], after: Float[np.ndarray, "intervention prompt seed"]
+) -> Float[np.ndarray, "intervention bound"]:
+    """Mean over the pairs of a cell and its baseline, with a 95 % interval over prompts; of one prompt, over seeds."""
+    difference = after - before
     clusters = difference.swapaxes(1, 2) if difference.shape[1] == 1 else difference
-    return clustered_means(clusters, rng)
+    both = np.concatenate([before.ravel(), after.ravel()])
+    verdicts = np.isin(both[~np.isnan(both)], (0, 1)).all() and bool((both == 1).any())
+    return clustered_means(clusters, signed=bool(verdicts))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .captions import TEMPLATES, from_caption, word
 from .judge import evaluate
+from .layout import axis_of, layout
+from .paper_rules import paper_verdicts
 from .rendering import render
 from .sampling import Split, sample
 from .scene import (
@@ -41,11 +43,14 @@ __all__ = [
     "Scene",
     "Split",
     "Trio",
+    "axis_of",
     "caption",
     "evaluate",
     "from_caption",
+    "layout",
     "opposite",
     "other_color",
+    "paper_verdicts",
     "render",
     "sample",
     "sample_trios",

@@ -141,7 +141,7 @@ def accuracies(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = M
 def template_effects(rows: pd.DataFrame, metrics: Sequence[str] = METRICS[:-1]) -> pd.DataFrame:
     """What a template changes against the trained one on the same scenes and noise: a row a template and metric.
 
-    Columns template, metric, images, mean, low, high: paired differences with 95 % bootstrap intervals. The metrics "drift_x" and
+    Columns template, metric, images, mean, low, high: paired differences with 95 % intervals. The metrics "drift_x" and
     "drift_y" are how far, in pixels, the first object moves against the second, where both images have both objects.
     """
     trained = rows[(rows["split"] == "train") & (rows["template"] == TRAINED)].set_index("scene")

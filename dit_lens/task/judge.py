@@ -37,7 +37,7 @@ CHUNK = 32
 DESCRIPTIONS = {
     "color": "a region of each of the scene's two colours is there, whatever its shape",
     "shape": "a region of each of the scene's two shapes is there, whatever its colour",
-    "unique_binding": "of each of the scene's two (shape, colour) pairs exactly one object is there",
+    "unique_binding": "of each of the scene's two (shape, colour) pairs exactly one object is there, and no stray region",
     "relation_strict": f"unique_binding, and the measured centres (level within {BAND} px) have the scene's relation",
     "relation_loose": f"unique_binding, and centre 1 is more than {BAND} px away in every direction that the relation names",
     "relation_given_both": "relation_loose where unique_binding holds, NaN elsewhere",
@@ -45,6 +45,7 @@ DESCRIPTIONS = {
     "y1": "measured centre of the scene's first object, from the top; NaN without unique_binding",
     "x2": "measured centre of the scene's second object, from the left; NaN without unique_binding",
     "y2": "measured centre of the scene's second object, from the top; NaN without unique_binding",
+    "n_stray": "regions of one of the colours that have none of the shapes",
     "n_objects": "objects: regions that have one of the shapes and one of the colours",
 }
 """What each variable of `evaluate`'s Dataset says (its `description` attribute)."""
@@ -56,7 +57,7 @@ def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Sce
     Only what a prompt can say counts (shapes, colours, relation), not the scene's positions. Pixels outside [0, 1] are
     clipped, NaN is taken for background. Variables, all over dim `image`: `color shape unique_binding relation_strict
     relation_loose` (bool), `relation_given_both x1 y1 x2 y2` (float, NaN without unique binding; centres in whole
-    pixels), `n_objects` (int); each carries its `DESCRIPTIONS` entry. The scene's parts are coordinates, so that
+    pixels), `n_stray n_objects` (int); each carries its `DESCRIPTIONS` entry. The scene's parts are coordinates, so that
     `evaluate(…).groupby("relation").mean()` is the table by relation.
 
     `relation_strict` implies `relation_loose` unless both offsets are within 5 px, which needs overlap; for diagonal
@@ -83,7 +84,8 @@ def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Sce
     shape2, color2 = _indices(SHAPES, [s.shape2 for s in pairs]), _indices(COLORS, [s.color2 for s in pairs])
     by_shape, by_color = counts.sum(axis=2), counts.sum(axis=1)
     objects = counts[:, : len(SHAPES), : len(COLORS)]
-    unique = (objects[row, shape1, color1] == 1) & (objects[row, shape2, color2] == 1)
+    stray = counts[:, len(SHAPES), : len(COLORS)].sum(axis=1)
+    unique = (objects[row, shape1, color1] == 1) & (objects[row, shape2, color2] == 1) & (stray == 0)
     first = np.where(unique[:, None], centres[row, shape1, color1], np.nan)
     second = np.where(unique[:, None], centres[row, shape2, color2], np.nan)
 
@@ -106,6 +108,7 @@ def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Sce
         "y1": first[:, 1],
         "x2": second[:, 0],
         "y2": second[:, 1],
+        "n_stray": stray,
         "n_objects": objects.sum(axis=(1, 2)),
     }
     attributes = {name: {"description": text} for name, text in DESCRIPTIONS.items()}
