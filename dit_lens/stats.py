@@ -75,7 +75,7 @@ def _interval(values: Float[np.ndarray, "cluster repeat"], signed: bool) -> Inte
         return Interval(mean, mean - half, mean + half)
     n = float(clusters)
     if total > clusters:  # several verdicts a cluster
-        n = min(found.var() / variance * (norm.ppf(0.975) / t) ** 2, total) if variance > 0 else clusters
+        n = float(min(found.var() / variance * (norm.ppf(0.975) / t) ** 2, total) if variance > 0 else clusters)
     return paired_proportions(mean, (found**2).mean(), n) if signed else _wilson(mean, n)
 
 

@@ -30,36 +30,45 @@ class Claim:
     paper: str
     """What the paper says, in its own numbers; "–" of what is not in it."""
     here: Interval
-    predicted: tuple[float, float]
-    """Where the number must lie, stated before it was measured, for the claim to hold here."""
+    predicted: tuple[float, float] | None
+    """Where the number must lie, stated before it was measured, for the claim to hold here; None of what was not predicted."""
     control: str = ""
     """What was compared with, and its number."""
+    contrast: Interval | None = None
+    """The paper's own quantity here, minus that of its control; without it a claim does not say that the paper replicates."""
+    basis: str = ""
+    """How many images, noises and training runs the number is of."""
 
     @property
     def verdict(self) -> str:
-        """By the interval: inside the predicted range, outside of it, or neither."""
-        low, high = self.predicted
+        """By the interval: inside the predicted range, outside of it, or neither.
+
+        "replicates" needs a number of the paper, and a contrast with the control that is beyond doubt, too.
+        """
         if np.isnan(self.here.mean):
             return "not run here"
+        if self.predicted is None:
+            return "exploratory"
+        low, high = self.predicted
         yes, no = ("as predicted", "not as predicted") if self.paper == "–" else ("replicates", "does not replicate here")
         if low <= self.here.low and self.here.high <= high:
-            return yes
+            beyond = self.contrast is not None and (self.contrast.low > 0 or self.contrast.high < 0)
+            return yes if beyond else "as predicted"
         return no if self.here.high < low or self.here.low > high else "undecided"
 
 
 def report(title: str, claims: Sequence[Claim], out: Path, **facts: object) -> None:
     """Print the table; write claims.json (with `facts`) and claims.parquet into `out`."""
     rows = [
-        {"claim": c.what, "paper": c.paper, **c.here._asdict(), "predicted": list(c.predicted), "control": c.control}
-        | {"verdict": c.verdict}
+        {"claim": c.what, "paper": c.paper, **c.here._asdict(), "predicted": list(c.predicted or ()), "control": c.control}
+        | {"contrast": str(c.contrast or ""), "basis": c.basis, "verdict": c.verdict}
         for c in claims
     ]
-    table = Table("claim", "paper", "here [95 %]", "predicted", "control", "verdict", title=title)
+    table = Table("claim", "paper", "here [95 %]", "predicted", "control", "basis", "verdict", title=title)
     for claim in claims:
         shown = "–" if np.isnan(claim.here.mean) else str(claim.here)
-        table.add_row(
-            claim.what, claim.paper, shown, f"{claim.predicted[0]:g} … {claim.predicted[1]:g}", claim.control, claim.verdict
-        )
+        expected = f"{claim.predicted[0]:g} … {claim.predicted[1]:g}" if claim.predicted else "–"
+        table.add_row(claim.what, claim.paper, shown, expected, claim.control, claim.basis, claim.verdict)
     Console(width=170).print(table)
     clean = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
     with Store(out, {}, wait=True) as store:

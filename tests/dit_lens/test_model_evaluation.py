@@ -78,8 +78,8 @@ def test_intervals_are_wilson_s():
     rows = pd.DataFrame({"group": list("aaaabbb"), "color": [1, 1, 0, np.nan, 1, 1, 1]})
     table = evaluation.accuracies(rows, ["group"], ["color"]).set_index("group")
     assert table["images"].tolist() == [3, 3]
-    for group, hits in (("a", 2), ("b", 3)):
-        low, high = proportion_confint(hits, 3, method="wilson")
+    for group, hits, method in (("a", 2, "wilson"), ("b", 3, "beta")):  # of three out of three exactly
+        low, high = proportion_confint(hits, 3, method=method)
         assert table.loc[group, ["mean", "low", "high"]].tolist() == pytest.approx([hits / 3, low, high])
     nothing = evaluation.accuracies(rows.assign(color=np.nan), ["group"], ["color"])
     assert nothing["mean"].isna().all()
