@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 from PIL import Image
 from rich.console import Console
 
+from dit_lens.stats import Interval
 from dit_lens.store import Index, Store
 from hooked_models import HookedTextToImage, list_models
 
@@ -41,6 +43,7 @@ FIGURES = {
     "bottleneck": "bottleneck.png",
     "positions_needed": "positions_needed.png",
     "learning_dynamics": "t5-micro.png",
+    "relation_circuit": "circuit.png",
     "edge_circuit": "faithfulness.png",
     "improve_relations": "dose_response.png",
     "three_objects": "shares.png",
@@ -180,9 +183,11 @@ def section(name: str, report: dict[str, Any]) -> str:
 
 def claim_row(claim: dict[str, Any]) -> tuple[str, ...]:
     """The cells of one claim."""
-    here = "–" if claim["mean"] is None else "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**claim)
-    predicted = "{:g} … {:g}".format(*claim["predicted"])
-    return claim["claim"], claim["paper"], here, predicted, claim["control"], f"**{claim['verdict']}**"
+    bounds = [np.nan if claim[bound] is None else claim[bound] for bound in Interval._fields]
+    here = "–" if np.isnan(bounds[0]) else str(Interval(*bounds))
+    predicted = "{:g} … {:g}".format(*claim["predicted"]) if claim["predicted"] else "–"
+    beside = "; ".join(filter(None, (claim["control"], claim.get("basis"))))
+    return claim["claim"], claim["paper"], here, predicted, beside, f"**{claim['verdict']}**"
 
 
 def cell(text: str) -> str:

@@ -213,7 +213,7 @@ def test_a_receiver_that_reads_what_relation_heads_write_is_flat_before_and_sele
     assert along["relation heads"] > 0.7
     claims = object_heads.map_claims(maps, "L3H0")
     assert claims[1].here.low > 10
-    assert claims[2].verdict == "replicates"
+    assert claims[2].verdict == "as predicted"
 
 
 def test_what_an_rte_head_writes_from_the_first_shape_word_is_that_shape_alone(monkeypatch):

@@ -25,13 +25,29 @@ from recipes.claims import Claim, report, stage
     ],
 )
 def test_a_verdict_is_by_the_whole_interval(interval, verdict):
-    assert Claim("x", ".5", Interval(*interval), (0.4, 0.6)).verdict == verdict
+    contrast = Interval(0.2, 0.1, 0.3)
+    assert Claim("x", ".5", Interval(*interval), (0.4, 0.6), contrast=contrast).verdict == verdict
     beyond = verdict.replace("replicates", "as predicted").replace("does not replicate here", "not as predicted")
     assert Claim("x", "–", Interval(*interval), (0.4, 0.6)).verdict == beyond
 
 
+@pytest.mark.parametrize("contrast", [None, Interval(0.1, -0.1, 0.3), Interval(0.1, np.nan, np.nan)])
+def test_nothing_replicates_without_a_contrast_beyond_doubt(contrast):
+    claim = Claim("x", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6), contrast=contrast)
+    assert claim.verdict == "as predicted"
+
+
+def test_what_was_not_predicted_is_exploratory():
+    assert Claim("x", ".5", Interval(0.5, 0.45, 0.55), None).verdict == "exploratory"
+    assert Claim("x", ".5", Interval(*[np.nan] * 3), None).verdict == "not run here"
+
+
 def test_a_report_is_written_whole(tmp_path, capsys):
-    claims = [Claim("a", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6)), Claim("b", "–", Interval(*[np.nan] * 3), (0, 1))]
+    beyond = Interval(0.2, 0.1, 0.3)
+    claims = [
+        Claim("a", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6), contrast=beyond, basis="64 images"),
+        Claim("b", "–", Interval(*[np.nan] * 3), (0, 1)),
+    ]
     report("title", claims, tmp_path, model="m")
     assert "title" in capsys.readouterr().out
     written = json.loads((tmp_path / "claims.json").read_text())

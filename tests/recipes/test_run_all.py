@@ -9,13 +9,13 @@ import re
 import pytest
 
 import recipes
-from dit_lens.stats import Interval
+from dit_lens.stats import Interval, finite
 from hooked_models import list_models
 from recipes import run_all
 from recipes.claims import Claim, report
 
 SHOWN_ELSEWHERE = {"pixart_sigma", "relation_head"}
-SHARED = {"circuit_figures", "claims", "dose_figure", "knockouts"}
+SHARED = {"circuit_figures", "claims", "dose_figure", "knockouts", "relation_das"}
 TOOLS = {"bundle_model", "bundle_text_encoder", "memory_plan", "run_all", "zoo_cards"}
 
 
@@ -31,15 +31,17 @@ def test_every_recipe_is_on_the_page():
 
 def test_a_page_has_verdicts_numbers_and_escaped_bars(tmp_path, capsys):
     claims = [
-        Claim("a|b", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6), "control"),
+        Claim("a|b", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6), "control", Interval(0.2, 0.1, 0.3), "64 images"),
+        Claim("d", "–", finite(18), None),
         Claim("c", "–", Interval(*[float("nan")] * 3), (0, 1)),
     ]
     report("title", claims, tmp_path)
     page = run_all.page({"t5_fusion": json.loads((tmp_path / "claims.json").read_text())}, {"m": "0123456789abcdef" * 4})
-    assert "| a\\|b | .5 | 0.500 [0.450, 0.550] | 0.4 … 0.6 | control | **replicates** |" in page
+    assert "| a\\|b | .5 | 0.500 [0.450, 0.550] | 0.4 … 0.6 | control; 64 images | **replicates** |" in page
+    assert "| d | – | 18.000 | – |  | **exploratory** |" in page
     assert "| c | – | – | 0 … 1 |  | **not run here** |" in page
     assert "| `m` | `0123456789abcdef` |" in page
-    assert "replicates 1, not run here 1" in page
+    assert "replicates 1, exploratory 1, not run here 1" in page
 
 
 def test_recipes_that_were_not_run_again_stay_on_the_page_while_weights_are_the_same():
