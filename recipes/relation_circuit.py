@@ -25,13 +25,13 @@ import tyro
 from jaxtyping import Float
 
 from dit_lens import scenes, screening
-from dit_lens.interchange import Interchange, Steps, matched_sets
-from dit_lens.scenes import DIRECTIONS, PHRASES, Scene
-from dit_lens.scenes.scene import Relation
+from dit_lens.intervene.interchange import Interchange, Steps, matched_sets
 from dit_lens.stats import Interval, clustered_mean, finite, paired_difference, proportion
+from dit_lens.task import DIRECTIONS, PHRASES, Scene
+from dit_lens.task.scene import Relation
 from dit_lens.training.dynamics import axis_vectors, color_moment
 from hooked_models import HookedTextToImage
-from hooked_models.hooked_module import HookFunction
+from hooked_models.hooks import HookFunction
 
 from .claims import Claim, report, stage
 from .relation_das import distributed_alignment, frozen_paths

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_lens import scenes
-from dit_lens.circuits import parse_head
-from dit_lens.interchange import Interchange
-from dit_lens.scenes import DIRECTIONS
+from dit_lens.intervene.interchange import Interchange
+from dit_lens.readout.circuits import parse_head
+from dit_lens.task import DIRECTIONS
 from dit_lens.training.dynamics import color_moment
 from hooked_models import HookedTextToImage
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit_lens import planted, scenes
-from dit_lens.interchange import Interchange, matched_sets
+from dit_lens.intervene.interchange import Interchange, matched_sets
 from hooked_models import HookedTextToImage
 
 WANTED = [s for s in scenes.sample(60, seed=2, split="all", color_words="both") if scenes.axis_of(s.relation) != "diagonal"][:6]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dit_lens import scenes
-from dit_lens.scenes.paper_rules import detect_objects
+from dit_lens.task.paper_rules import detect_objects
 
 WANTED = scenes.sample(200, seed=3, split="all", color_words="both")
 IMAGES = scenes.render(WANTED)

@@ -18,14 +18,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.hooked_module import HookFunction
-from hooked_models.views import StepView
+from hooked_models.generation.views import StepView
+from hooked_models.hooks import HookFunction
 
-from .circuits import parse_head
+from ..readout.circuits import parse_head
+from ..task import Scene, caption
+from ..text.prompts import Role, role_mask
 from .edits import Replace
 from .interventions import Intervention
-from .prompts import Role, role_mask
-from .scenes import Scene, caption
 
 Steps = int | Sequence[int] | slice | None
 Tokens = Role | Bool[Tensor, "prompt text_pos"] | None
