@@ -62,7 +62,7 @@ def has_hooks(point: HookPoint) -> bool:
     Example:
         >>> from transformer_lens.hook_points import HookPoint
         >>> point = HookPoint()
-        >>> point.add_hook(lambda tensor, hook: None)
+        >>> _ = point.add_hook(lambda tensor, hook: None)
         >>> has_hooks(point), has_hooks(HookPoint())
         (True, False)
     """

@@ -200,11 +200,48 @@ def prose(tree: Tree) -> list[tuple[str, str]]:
 
 
 def public(tree: Tree) -> Iterator[tuple[str, str, ast.AST]]:
-    """(file, name, definition) of public functions of public modules, methods of public classes included."""
-    for name, parsed in tree.of(*PACKAGES):
-        for node in parsed.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not _private(node.name):
-                yield name, node.name, node
+    """(file, name, definition) of public functions and classes.
+
+    They are the names in `__all__` of a public package or module, wherever they are defined, and those without an
+    underscore in a public module that has no `__all__`. Public modules are the lower-case names in `__all__` of the two packages.
+    """
+    seen: set[tuple[str, str]] = set()
+    for package in PACKAGES:
+        for name in exported(tree, f"{package}/__init__.py"):
+            for found in resolved(tree, f"{package}/__init__.py", name):
+                if found[:2] not in seen:
+                    seen.add(found[:2])
+                    yield found
+
+
+def exported(tree: Tree, file: str) -> list[str]:
+    """Names in a file's `__all__`, or its definitions without an underscore."""
+    for node in tree.parsed[file].body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [node.name for node in tree.parsed[file].body if isinstance(node, kinds) and not _private(node.name)]
+
+
+def resolved(tree: Tree, file: str, name: str) -> Iterator[tuple[str, str, ast.AST]]:
+    """Definitions behind a name of a file: its own, an imported one, or all that an imported module exports."""
+    package = _module(file) if file.endswith("__init__.py") else _module(file).rpartition(".")[0]
+    for node in ast.walk(tree.parsed[file]):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            yield file, name, node
+            return
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) != name:
+                    continue
+                base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*base, *([node.module] if node.module else [])])
+                if module := tree.modules.get(f"{source}.{alias.name}"):
+                    for inner in exported(tree, module):
+                        yield from resolved(tree, module, inner)
+                elif source in tree.modules:
+                    yield from resolved(tree, tree.modules[source], alias.name)
+                return
 
 
 def without_example(tree: Tree) -> list[str]:
