@@ -18,11 +18,20 @@ from torch import Tensor, nn
 
 
 class PatchCodec(ModelMixin, ConfigMixin):
-    """Every `patch_size`² patch becomes its `latent_channels` leading principal components, and back.
+    """Encode every `patch_size`² patch as its `latent_channels` leading principal components, and decode it.
 
     Stands where an `AutoencoderKL` stands in a diffusers pipeline: images in [−1, 1], `encode(x).latent_dist` and
     `decode(z).sample`, and the pipeline multiplies latents by `config.scaling_factor`. The components are orthonormal, so a
     squared error in latents is the squared error in pixels, and decoding costs one small matrix product.
+
+    Example:
+        >>> from dit_lens import scenes
+        >>> images = scenes.render(scenes.sample(100, seed=0)) * 2 - 1
+        >>> codec = PatchCodec.fit(images, latent_channels=24)
+        >>> codec.encode(images).latent_dist.mode().shape
+        torch.Size([100, 24, 16, 16])
+        >>> bool((codec(images) - images).abs().mean() < 0.02)
+        True
     """
 
     @register_to_config
@@ -65,7 +74,7 @@ class PatchCodec(ModelMixin, ConfigMixin):
     def encode(
         self, x: Float[Tensor, "batch 3 height width"], return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Images in [−1, 1] → a distribution without spread around [batch channel height/patch width/patch] latents."""
+        """Encode images in [−1, 1] as a distribution without spread around latents [batch channel height/patch width/patch]."""
         offset = torch.einsum("cijk,ijk->c", self.components, self.mean)
         latents = F.conv2d(x, self.components, -offset, stride=self.config.patch_size)
         moments = torch.cat([latents, torch.full_like(latents, -torch.inf)], dim=1)  # log-variance −∞ is clamped to e⁻³⁰
@@ -75,13 +84,13 @@ class PatchCodec(ModelMixin, ConfigMixin):
     def decode(
         self, z: Float[Tensor, "batch channel rows columns"], return_dict: bool = True, generator: object = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents → images around [−1, 1], not clamped. `generator` is accepted for AutoencoderKL's sake and not used."""
+        """Decode latents to images around [−1, 1], not clamped. `generator` is AutoencoderKL's, and has no effect."""
         images = F.conv_transpose2d(z, self.components, stride=self.config.patch_size)
         images = images + self.mean.repeat(1, z.shape[-2], z.shape[-1])
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(self, sample: Float[Tensor, "batch 3 height width"]) -> Tensor:
-        """The round trip: what is left of images in [−1, 1] after encoding and decoding."""
+        """Encode and decode images in [−1, 1]."""
         return self.decode(self.encode(sample, return_dict=False)[0].mode(), return_dict=False)[0]
 
 

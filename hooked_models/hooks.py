@@ -28,14 +28,30 @@ NameFilter = str | Callable[[str], bool] | Iterable[str] | None
 
 
 class UnknownHookError(KeyError):
-    """No hook has this name; the message suggests the nearest one."""
+    """No hook has this name; the message suggests the nearest one.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> HookedTextToImage.from_pretrained("rte-nano").dit.add_hook("blocks.0.atn.hook_z", print)
+        Traceback (most recent call last):
+        ...
+        hooked_models.hooks.UnknownHookError: no hook is called 'blocks.0.atn.hook_z'; did you mean 'blocks.0.attn.hook_z'?
+    """
 
     def __str__(self) -> str:  # KeyError would print the repr of the sentence
         return str(self.args[0])
 
 
 class NotFoldedError(ValueError):
-    """What was asked for is exact only on a model whose timestep is folded into its weights."""
+    """The request is exact only on a model whose timestep is folded into its weights.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> HookedTextToImage.from_pretrained("rte-nano").dit.W_U
+        Traceback (most recent call last):
+        ...
+        hooked_models.hooks.NotFoldedError: W_U ignores the timestep's shift, scale and gate: use model.fold_timestep(t), ...
+    """
 
 
 class NoLanguageModel(nn.Module):

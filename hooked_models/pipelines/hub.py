@@ -1,4 +1,4 @@
-"""Where a model's name leads: a bundled folder, a local one, or the hub at one commit."""
+"""Resolve a model's name to a folder: bundled, local, or the hub's at one commit."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ WITHOUT_WEIGHTS = ("*.json", "tokenizer/*", "scheduler/*")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model was loaded from, exactly."""
+    """Origin of a loaded model."""
 
     name: str
-    """As it was asked for."""
+    """As given to `from_pretrained`."""
     folder: Path
     commit: str | None = None
-    """Of a model from the hub; `from_pretrained(name, revision=commit)` opens the same files again."""
+    """Of a hub model; `from_pretrained(name, revision=commit)` opens the same files again."""
 
 
 def list_models() -> list[str]:
-    """Names of the bundled models."""
+    """List the names of the bundled models.
+
+    Example:
+        >>> "rte-micro" in list_models()
+        True
+    """
     return sorted(folder.name for folder in ZOO.iterdir() if (folder / "model_index.json").is_file())
 
 
 def resolve(name: str | Path) -> str:
-    """The folder or hub id that diffusers should open; of a training run's folder, the pipeline in it.
+    """Find the folder or hub id for diffusers to open; in a training run's folder, its pipeline.
 
     Raises:
         FileNotFoundError: `name` is neither a bundled model, nor a pipeline folder, nor of the form "owner/model".
@@ -58,7 +63,7 @@ def resolve(name: str | Path) -> str:
 
 
 def fetch(name: str | Path, revision: str | None = None, variant: str | None = None, weights: bool = True, **hub: Any) -> Source:
-    """The model's folder; from the hub, its files at one commit, downloaded unless they are in the cache already.
+    """Get a model's folder; from the hub, download its files at one commit unless the cache has them.
 
     Args:
         revision: a commit, tag or branch of a hub model.
@@ -69,7 +74,7 @@ def fetch(name: str | Path, revision: str | None = None, variant: str | None = N
     Raises:
         FileNotFoundError: no such model or revision, or it is neither in the cache nor can the hub be reached.
         PermissionError: the model is gated, and its licence has not been accepted with the token in use.
-        ValueError: a revision was asked for of a folder.
+        ValueError: a revision was given with a folder.
     """
     place = resolve(name)
     if Path(place).is_dir():

@@ -19,9 +19,9 @@ from ..hooks import has_hooks
 
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    """The weight of a Linear.
+    """Get the weight of a Linear.
 
-    Raises TypeError for anything else, above all a peft adapter: its ``.weight`` leaves the adapter out.
+    Raises TypeError for any other module, above all a peft adapter: its ``.weight`` leaves the adapter out.
     """
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"{type(linear).__name__} has no single weight to view: fuse the adapter first (`fuse_lora`)")
@@ -29,7 +29,7 @@ def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
 
 
 def bias_of(linear: nn.Module) -> Float[Tensor, " d_out"]:
-    """The bias of a Linear, zeros where it has none."""
+    """Get the bias of a Linear, zeros where it has none."""
     weight = weight_of(linear)
     return weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""The cache of one call, with TransformerLens' shorthands and decompositions, cross-attention included."""
+"""Cache of one denoiser call, with TransformerLens' shorthands and decompositions, cross-attention included."""
 
 from __future__ import annotations
 
@@ -52,15 +52,24 @@ def look_up(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def as_slice(positions: Any) -> Slice:
-    """What an ActivationCache's methods make of `pos_slice`: an int drops the axis (`Slice.unwrap` would keep it)."""
+    """Read `pos_slice` as ActivationCache's methods do: an int drops the axis (`Slice.unwrap` would keep it)."""
     return positions if isinstance(positions, Slice) else Slice(positions)
 
 
 class DiTCache(ActivationCache):
-    """The cache of one denoiser (or encoder) call. `cache["z", 2, "cross_attn"]` is cross-attention, `cache["cross_z", 2]` too.
+    """Cache of one denoiser (or encoder) call. `cache["z", 2, "cross_attn"]` is cross-attention, `cache["cross_z", 2]` too.
 
-    TransformerLens' decompositions know self-attention and MLP only; here they include what cross-attention writes, and so
-    sum to the residual stream. What needs W_O or W_out asks for a folded model, whose weights include the timestep's gate.
+    TransformerLens' decompositions have self-attention and MLP only; here they include the writes of cross-attention, and so
+    sum to the residual stream. Methods that read W_O or W_out need a folded model, whose weights include the timestep's gate.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit
+        >>> latents, text = torch.randn(1, 24, 16, 16), torch.randn(1, 5, dit.cfg.d_text)
+        >>> _, cache = dit.run_with_cache(latents, text, torch.tensor([900.0]))
+        >>> parts = cache.decompose_resid(layer=2)
+        >>> torch.allclose(parts.sum(0), cache["resid_pre", 2], atol=1e-4)
+        True
     """
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -136,7 +145,7 @@ class DiTCache(ActivationCache):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Any:
-        """What each sublayer before `layer` wrote: [component batch pos d_model], which sums to the residual stream there.
+        """Stack the writes of each sublayer before `layer`, [component batch pos d_model]; they sum to the residual stream there.
 
         Self- and cross-attention are "attn" to `mode`. The rest as in TransformerLens.
         """
@@ -176,10 +185,10 @@ class DiTCache(ActivationCache):
         pos_slice: Any = None,
         apply_ln: bool = False,
     ) -> Any:
-        """What each head before `layer` wrote, [component batch pos d_model]: "L0H0" … self-, "cross_L0H0" … cross-attention.
+        """Stack the writes of each head before `layer`, [component batch pos d_model], in the order of writing.
 
-        In the order in which they write. `incl_remainder` adds the rest of the residual stream. Raises NotFoldedError on an
-        unfolded model, unless it ran with `use_attn_result`.
+        Labels are "L0H0" … for self-attention, "cross_L0H0" … for cross-attention. `incl_remainder` adds the rest of the
+        residual stream. Raises NotFoldedError on an unfolded model, unless it ran with `use_attn_result`.
         """
         layer = self._layer(layer)
         self._ensure_head_results()

@@ -33,7 +33,7 @@ class DiTConfig(HookedConfig):
     interpolation_scale: float
     """Position codes are divided by this: the training size over 512 px."""
     use_additional_conditions: bool
-    """Whether the timestep embedding also encodes resolution and aspect ratio (PixArt-α at 1024 px)."""
+    """True if the timestep embedding also encodes resolution and aspect ratio (PixArt-α at 1024 px)."""
 
     @classmethod
     def from_transformer(cls, transformer: Any) -> DiTConfig:
@@ -59,7 +59,7 @@ class DiTConfig(HookedConfig):
             n_layers=config.num_layers,
             n_ctx=(config.sample_size // config.patch_size) ** 2,
             d_mlp=4 * d_model,
-            d_vocab=config.patch_size**2 * transformer.out_channels,  # what a position says: the values of its patch
+            d_vocab=config.patch_size**2 * transformer.out_channels,  # the values of a patch
             eps=config.norm_eps,
             act_fn="gelu_new",  # TransformerLens' name of the tanh GELU
             normalization_type="LNPre",  # and of a LayerNorm without affine map

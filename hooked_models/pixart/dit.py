@@ -1,4 +1,4 @@
-"""A PixArt diffusion transformer whose every tensor has a name: ``HookedDiT`` around the live diffusers module.
+"""PixArt's diffusion transformer with a HookPoint on every tensor: ``HookedDiT`` around the live diffusers module.
 
 Source: ``PixArtTransformer2DModel`` in diffusers/models/transformers/pixart_transformer_2d.py (0.42); PixArt-α
 (arXiv 2310.00426), PixArt-Σ (arXiv 2403.04692).
@@ -48,6 +48,14 @@ class HookedDiT(PatchModel):
 
     Raises:
         ValueError: for a config option that PixArt checkpoints do not use (dropout, affine norms, gated attention).
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit
+        >>> latents, text = torch.randn(1, 24, 16, 16), torch.randn(1, 5, dit.cfg.d_text)
+        >>> _, cache = dit.run_with_cache(latents, text, torch.tensor([900.0]))
+        >>> cache["pattern", 2, "cross_attn"].shape  # [batch head query_pos key_pos]
+        torch.Size([1, 3, 64, 5])
     """
 
     cache_class = DiTCache
@@ -90,10 +98,10 @@ class HookedDiT(PatchModel):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the output's table anew, as diffusers does; the submodules have their own (TransformerLens' `reinitialized`)."""
+        """Draw the output's table anew, as diffusers does, for TransformerLens' `reinitialized`; submodules have their own."""
         self.scale_shift_table.normal_().div_(self._cfg.d_model**0.5)
 
-    # The text, which no timestep changes
+    # The text, the same at every timestep
 
     def encode_text(
         self,
@@ -108,7 +116,7 @@ class HookedDiT(PatchModel):
 
     @property
     def text_hooks_active(self) -> bool:
-        """Whether a hook is attached upstream of the cross-attention keys and values, so that they are computed anew."""
+        """True if a hook is attached upstream of the cross-attention keys and values, so that they are computed anew."""
         points = [self.hook_text, self.hook_caption]
         if self._cfg.use_split_qkv_input:
             for block in self.blocks:
@@ -116,7 +124,7 @@ class HookedDiT(PatchModel):
         return any(map(has_hooks, points))
 
     def project_caption(self, text: Float[Tensor, "*batch d_text"]) -> Float[Tensor, "*batch d_caption"]:
-        """Text features as cross-attention reads them, through no hook."""
+        """Project text features to the inputs of cross-attention, through no hook."""
         return text if self.caption_projection is None else self.caption_projection(text)
 
     # Circuits in weights
@@ -148,13 +156,13 @@ class HookedDiT(PatchModel):
         return FactoredMatrix(torch.stack([a.W_Q for a in attentions]), torch.stack([a.W_K for a in attentions]).mT)
 
     def fold_timestep(self, timestep: float, added_cond_kwargs: Mapping[str, Tensor | None] | None = None) -> FoldedDiT:
-        """A new model with the shifts, scales and gates of one timestep moved into its weights; this one stays as it is.
+        """Make a new model with the shifts, scales and gates of one timestep moved into its weights; this one is unchanged.
 
         At that timestep it computes the same output, and every ``hook_gate`` is 1: head and neuron results, direct logit
         attribution and the other tools that read weights are then exact. At any other it refuses to run.
 
         Args:
-            timestep: in the scheduler's units, as the denoiser is told.
+            timestep: in the scheduler's units.
             added_cond_kwargs: the size conditions [1 …], for a model that is conditioned on them.
         """
         from .folding import fold_timestep  # a folded model is a HookedDiT
@@ -163,7 +171,7 @@ class HookedDiT(PatchModel):
 
     def __getattr__(self, name: str) -> Any:
         if self.folded_timestep is None and name in ONLY_FOLDED:
-            raise NotFoldedError(f"{name} ignores what the timestep does (shift, scale, gate): {FOLD_FIRST}")
+            raise NotFoldedError(f"{name} ignores the timestep's shift, scale and gate: {FOLD_FIRST}")
         return super().__getattr__(name)
 
     # The model
@@ -240,11 +248,11 @@ class HookedDiT(PatchModel):
         pos: Literal["image", "text"] = "image",
         returns: Literal["out", "patches"] = "out",
     ) -> tuple[DenoiserView, Int[Tensor, "row pos"]]:
-        """``(view, tokens)``: what TransformerLens' tools take as ``model`` and ``tokens``, for one denoiser call a row.
+        """Bind the inputs of one denoiser call: ``(view, tokens)`` for TransformerLens' tools as ``model`` and ``tokens``.
 
         Args:
-            pos: which positions a sweep "by position" goes over.
-            returns: what metrics get: the output, or its patches [row pos d_vocab], as logits have it.
+            pos: the positions that a sweep "by position" goes over.
+            returns: the tensor that metrics get: the output, or its patches [row pos d_vocab], as logits are.
         """
         from ..generation.views import DenoiserView  # a view of this
 
@@ -258,7 +266,7 @@ class HookedDiT(PatchModel):
     def embed_timestep(
         self, timestep: Shaped[Tensor, " batch"], sizes: Mapping[str, Tensor | None] | None, dtype: torch.dtype
     ) -> Float[Tensor, "batch d_model"]:
-        """Embedding of the timestep and, where the model is conditioned on them, of the image's sizes; through no hook."""
+        """Embed the timestep and, where the model is conditioned on them, the image's sizes; through no hook."""
         t_emb = self.timestep_embedder(self.time_proj(timestep).to(dtype))
         if self._cfg.use_additional_conditions:
             resolution, aspect_ratio = ((sizes or {}).get(key) for key in ("resolution", "aspect_ratio"))

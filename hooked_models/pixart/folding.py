@@ -1,8 +1,8 @@
 """adaLN folded into the weights at one timestep: a DiT becomes an ordinary pre-norm transformer.
 
 adaLN-single depends on the timestep (and size conditions), never on prompt or position. At one timestep its shifts,
-scales and gates are constants, so they can be moved into the neighbouring weights, exactly — the DiT's fold_ln. On the
-folded model ``z W_O`` is what a head adds to the residual stream, and what reads circuits off weights is right.
+scales and gates are constants, so they can be moved into the neighbouring weights, exactly: the DiT's fold_ln. On the
+folded model a head adds exactly ``z W_O`` to the residual stream, and circuits read off weights are right.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Unembed(nn.Module):
 
 
 class FoldedDiT(HookedDiT):
-    """A HookedDiT that is right at one timestep, with the surface that TransformerLens' weight-based tools ask for.
+    """A HookedDiT that is right at one timestep, with the attributes that TransformerLens' weight-based tools read.
 
     Its "tokens" are output channels: index ``(p · patch_size + q) · out_channels + c`` of a position's patch.
     """
@@ -65,11 +65,11 @@ class FoldedDiT(HookedDiT):
         return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
 
     def to_single_token(self, token: str) -> int:
-        """Refuses: an output channel has no name."""
+        """Raise TypeError: an output channel has no name."""
         raise TypeError(f"output channels are numbers from 0 to {self._cfg.d_vocab - 1}, not words such as {token!r}")
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
-        """What the biases of all writes before ``layer`` add up to (``mlp_input``: before its MLP), text attention included."""
+        """Sum of the biases of all writes before ``layer`` (``mlp_input``: before its MLP), cross-attention included."""
         total = torch.zeros(self._cfg.d_model, device=self.device, dtype=self.dtype)
         for block in self.blocks[:layer]:
             total = total + block.attn.b_O + block.cross_attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)
@@ -78,15 +78,15 @@ class FoldedDiT(HookedDiT):
         return total
 
     def reset_parameters(self) -> None:
-        """Refuses: new weights would no longer say what the timestep does."""
+        """Raise ValueError: new weights would lose the folded timestep."""
         raise ValueError("re-initialise the model itself, then fold it again: fold_timestep(t)")
 
     def blocks_with(self, sublayer: str) -> list[tuple[int, nn.Module]]:
-        """Layer and block of every block that has the sublayer."""
+        """List (layer, block) of every block that has the sublayer."""
         return [(layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, sublayer)]
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """TransformerLens' name of each weight → its tensor (views)."""
+        """Map TransformerLens' name of each weight to its tensor (views)."""
         named: dict[str, Tensor] = {"unembed.W_U": self.W_U, "unembed.b_U": self.b_U}
         for layer, block in enumerate(self.blocks):
             for kind, attn in (("attn", block.attn), ("cross_attn", block.cross_attn)):
@@ -99,11 +99,11 @@ class FoldedDiT(HookedDiT):
 
 @torch.no_grad()
 def fold_timestep(dit: HookedDiT, timestep: float, sizes: Mapping[str, Tensor | None] | None = None) -> FoldedDiT:
-    """A new model that equals ``dit`` at ``timestep`` and has the modulation in its weights; see ``HookedDiT.fold_timestep``.
+    """Make a model that equals ``dit`` at ``timestep`` and has the modulation in its weights; see ``HookedDiT.fold_timestep``.
 
     With W as Linears store it, [out in]: a Linear that reads ``x (1 + scale) + shift`` gets ``W (1 + scale)`` and
-    ``b + W shift``; one whose output is gated gets ``gate W`` and ``gate b``. What is left of the timestep's path says
-    shift 0, scale 0, gate 1 at every input.
+    ``b + W shift``; one whose output is gated gets ``gate W`` and ``gate b``. The timestep's path is left with shift 0,
+    scale 0 and gate 1 at every input.
     """
     live: Any = copy.deepcopy(dit.wrapped)
     live.register_to_config(attention_bias=True)  # the shift needs biases, and a folder has them everywhere or nowhere

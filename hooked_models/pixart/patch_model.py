@@ -1,4 +1,4 @@
-"""What denoisers that cut latents into patches share: patches in, position codes, patches out."""
+"""Base of denoisers over patches: patches in, position codes, patches out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the cha
 
 
 def writable(constant: Tensor, hooked: bool) -> Tensor:
-    """A copy of an input or buffer that a hook may write into, and differentiate by although nothing stands before it."""
+    """Copy an input or buffer, so that a hook may write into it; make it a leaf that requires grad if hooked."""
     if hooked and torch.is_grad_enabled() and not constant.requires_grad:
         constant = constant.detach().requires_grad_()
     return constant.clone()
@@ -39,7 +39,7 @@ class PatchModel(NoLanguageModel, HookedModule):
     _cfg: DiTConfig
     setup: Any
 
-    # What a pipeline and TransformerLens ask of a model; read off the live weights, which may move.
+    # Attributes that pipelines and TransformerLens read; taken from the live weights, which may move.
 
     @property
     def cfg(self) -> DiTConfig:
@@ -83,11 +83,11 @@ class PatchModel(NoLanguageModel, HookedModule):
     def from_patches(
         self, patches: Float[Tensor, "batch pos d_vocab"], like: Float[Tensor, "_ _ height width"]
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """What ``proj_out`` computed, as an output of the height and width of ``like``."""
+        """Assemble the output of ``proj_out`` into an image-shaped tensor of the height and width of ``like``."""
         p = self._cfg.patch_size
         return rearrange(patches, f"{PATCHES} -> {PIXELS}", h=like.shape[-2] // p, p=p, q=p)
 
     def patches(self, output: Float[Tensor, "batch out_channels height width"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """An output as its patches, position by position: what ``proj_out`` computed."""
+        """Cut an output into its patches, position by position: the inverse of ``from_patches``."""
         p = self._cfg.patch_size
         return rearrange(output, f"{PIXELS} -> {PATCHES}", p=p, q=p)

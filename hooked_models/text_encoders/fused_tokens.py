@@ -1,7 +1,7 @@
-"""A text encoder with context, as little as there can be: some words move into the last word before EOS.
+"""Minimal contextual text encoder: adds the vectors of some words to the last word and removes them from their place.
 
-It stands for what T5 does to relation words (Wang, Fan, Pan, arXiv 2601.06338, section 5): the relation is gone from its own
-place and is found in the second object's contextual embedding.
+A model of T5 in the reading of Wang, Fan, Pan (arXiv 2601.06338, section 5): the relation leaves its own token and is found in
+the second object's contextual embedding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,19 @@ from .random_tokens import PAD_ID, SPECIAL_TOKENS, RandomTokenEncoder, RandomTok
 
 
 class FusedTokenEncoderConfig(RandomTokenEncoderConfig):
-    """As `RandomTokenEncoderConfig`; `share` in [0, 1] of the vectors of the `moved` words is found in the last word."""
+    """Configuration of a `FusedTokenEncoder`; further arguments are those of `RandomTokenEncoderConfig`.
+
+    Args:
+        moved: words whose vectors move to the last word.
+        share: of those vectors, in [0, 1].
+
+    Raises:
+        ValueError: for a share outside [0, 1].
+
+    Example:
+        >>> FusedTokenEncoderConfig(["circle", "above"], moved=["above"], d_model=8).share
+        1.0
+    """
 
     model_type = "fused_token_encoder"
 

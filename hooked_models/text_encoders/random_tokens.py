@@ -1,8 +1,7 @@
-"""RTE, random token embeddings: a text encoder that knows words and places but no sentences.
+"""RTE, random token embeddings: a text encoder of words and positions, without context.
 
 Source: Wang, Fan, Pan (arXiv 2601.06338), the paper's "RTE" condition: a frozen random vector for each word, plus (or, in
-"RTE without positions", not plus) a sinusoidal position code of the same norm. Whatever the DiT knows about the sentence it
-has to work out from these by itself.
+"RTE without positions", not plus) a sinusoidal position code of the same norm. The DiT itself has to combine the words.
 """
 
 from __future__ import annotations
@@ -26,13 +25,29 @@ DEFAULT_LENGTH = 20
 
 
 def word_tokenizer(words: Sequence[str], max_length: int = DEFAULT_LENGTH) -> T5Tokenizer:
-    """A `T5Tokenizer` of whole words: pad 0, EOS 1, unknown 2, then `words` in order."""
+    """Make a `T5Tokenizer` of whole words: pad 0, EOS 1, unknown 2, then `words` in order.
+
+    Example:
+        >>> word_tokenizer(["red", "circle"])("red circle").input_ids
+        [3, 4, 1]
+    """
     pieces = [(token, 0.0) for token in SPECIAL_TOKENS] + [("▁" + word, -2.0) for word in words]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
 class RandomTokenEncoderConfig(PreTrainedConfig):
-    """`words` in the order of their token ids (after pad, EOS and unknown); `norm` of a word's vector, default √d_model."""
+    """Configuration of a `RandomTokenEncoder`.
+
+    Args:
+        words: in the order of their token ids, after pad, EOS and unknown.
+        positions: add a position code.
+        norm: of a word's vector; √d_model by default.
+        seed: of the table.
+
+    Example:
+        >>> RandomTokenEncoderConfig(["red", "circle"], d_model=16).norm
+        4.0
+    """
 
     model_type = "random_token_encoder"
 
@@ -54,10 +69,15 @@ class RandomTokenEncoderConfig(PreTrainedConfig):
 
 
 class RandomTokenEncoder(PreTrainedModel):
-    """Token id → its row of a frozen random table, plus a position code of the same norm if `config.positions`.
+    """Embed tokens by a frozen random table, plus a position code of the same norm if `config.positions`.
 
-    The table is a function of (`seed`, `words`, `d_model`) and is saved with the model. Any sequence length will do: the
+    The table is a function of (`seed`, `words`, `d_model`) and is saved with the model. Sequences may have any length: the
     position code is computed, not stored.
+
+    Example:
+        >>> encoder = RandomTokenEncoder(RandomTokenEncoderConfig(["red", "circle"], d_model=16))
+        >>> encoder(torch.tensor([[3, 4, 1]])).last_hidden_state.shape
+        torch.Size([1, 3, 16])
     """
 
     config_class = RandomTokenEncoderConfig
@@ -79,7 +99,7 @@ class RandomTokenEncoder(PreTrainedModel):
                 self.embed_tokens.weight.copy_(self.config.norm * rows / rows.norm(dim=1, keepdim=True))
 
     def position_code(self, length: int) -> Float[Tensor, "text_pos d"]:
-        """Interleaved sine and cosine (base 10,000) of the position, scaled to the words' norm; zeros without positions."""
+        """Compute sine and cosine (base 10,000) of each position, interleaved and scaled to the words' norm; or zeros."""
         d = self.config.d_model
         if not self.config.positions:
             return torch.zeros(length, d)
@@ -117,7 +137,14 @@ class RandomTokenEncoder(PreTrainedModel):
 
 
 class HookedTokenEncoder(HookedModule):
-    """A `RandomTokenEncoder` with a HookPoint on each of its tensors; takes and returns what the wrapped module does."""
+    """A `RandomTokenEncoder` with a HookPoint on each of its tensors; arguments and output are the wrapped module's.
+
+    Example:
+        >>> encoder = RandomTokenEncoder(RandomTokenEncoderConfig(["red", "circle"], d_model=16))
+        >>> _, cache = HookedTokenEncoder(encoder).run_with_cache(torch.tensor([[3, 4, 1]]))
+        >>> list(cache)
+        ['hook_embed', 'hook_pos_embed', 'hook_out']
+    """
 
     hook_part = "text_encoder"
 
@@ -165,7 +192,7 @@ class HookedTokenEncoder(HookedModule):
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The words' vectors, by token id."""
+        """Vectors of the words, by token id."""
         return self.embed_tokens.weight
 
     def forward(

@@ -1,4 +1,4 @@
-"""The encoder of a T5 whose every tensor has a name: ``HookedT5Encoder`` around the live transformers module.
+"""T5 encoder with a HookPoint on every tensor: ``HookedT5Encoder`` around the live transformers module.
 
 Source: ``T5EncoderModel`` in transformers/models/t5/modeling_t5.py (5.23); Raffel et al. (arXiv 1910.10683); T5 v1.1, which
 PixArt reads, has the gated MLP of Shazeer (arXiv 2002.05202). Three traps: attention is not divided by √d_head, all layers
@@ -21,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers import T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..hooks import HookedModule, watched
+from ..hooks import HookedModule, has_hooks
 from ..pixart.attention import Attention, weight_of
 from ..pixart.block import LayerNorm
 from ..pixart.config import HookedConfig
@@ -93,7 +93,7 @@ class MLP(nn.Module):
         self.proj_out: nn.Module = feed_forward.wo
         self.hook_pre = HookPoint()  # [batch pos d_mlp], before the activation
         if gated:
-            self.hook_pre_linear = HookPoint()  # [batch pos d_mlp], what the activation multiplies
+            self.hook_pre_linear = HookPoint()  # [batch pos d_mlp], multiplied by the activation
         self.hook_post = HookPoint()  # [batch pos d_mlp]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -156,7 +156,7 @@ class Block(nn.Module):
 
 
 def finite(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """``x`` with infinities of float16 brought back into its range, as ``T5Block`` does; other types as they are."""
+    """Clamp infinities of float16 into its range, as ``T5Block`` does; leave other types alone."""
     if x.dtype != torch.float16:
         return x
     limit = torch.finfo(x.dtype).max - 1000
@@ -164,10 +164,18 @@ def finite(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def position_buckets(length: int, n_buckets: int, max_distance: int, device: torch.device) -> Int[Tensor, "query_pos key_pos"]:
-    """The bucket of each key's distance from each query: half of them for keys that come later; near distances have a bucket
-    each, farther ones share it on a logarithmic scale, and from ``max_distance`` on all share the last.
+    """Bucket of each key's distance from each query.
+
+    Half of the buckets are for later keys. Near distances have a bucket each, farther ones share buckets on a logarithmic
+    scale, and all from ``max_distance`` on share the last.
 
     Source: ``T5Attention._relative_position_bucket``, in its order of operations.
+
+    Example:
+        >>> position_buckets(3, n_buckets=8, max_distance=16, device=torch.device("cpu"))
+        tensor([[0, 5, 6],
+                [1, 0, 5],
+                [2, 1, 0]])
     """
     position = torch.arange(length, device=device)
     ahead = position - position[:, None]
@@ -182,15 +190,23 @@ class HookedT5Encoder(HookedModule):
     """A ``T5EncoderModel`` with a HookPoint on every tensor, in TransformerLens' vocabulary.
 
     The leaves (Linear, Embedding, norm weights) are the wrapped module's own: weights are shared, never copied. The forward
-    between them is written here; it takes and returns what the wrapped module does, and can stand in its place inside a
-    pipeline. Its cache is TransformerLens' own, whose decompositions are exact here: there is no bias anywhere, and what
-    ``hook_attn_out`` and ``hook_mlp_out`` show is what is added. (In float16 alone transformers clips infinities after that.)
+    between them is written here, with the wrapped module's arguments and output, so it can stand in its place inside a
+    pipeline. Its cache is TransformerLens' own, whose decompositions are exact here: there is no bias anywhere, and
+    ``hook_attn_out`` and ``hook_mlp_out`` are exactly the tensors added. (In float16 alone transformers then clips infinities.)
 
     Args:
         encoder: a live ``T5EncoderModel``, in evaluation mode when it is run: the forward has no dropout.
 
     Raises:
         TypeError: for another encoder, such as UMT5, in which every layer has a position bias of its own.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("t5-micro")
+        >>> tokens = model.to_tokens("red circle above blue square")
+        >>> _, cache = model.text_encoder.run_with_cache(tokens)
+        >>> cache["pattern", 0].shape == (1, model.text_encoder.cfg.n_heads, tokens.shape[1], tokens.shape[1])
+        True
     """
 
     hook_part = "text_encoder"
@@ -221,7 +237,7 @@ class HookedT5Encoder(HookedModule):
         self.setup()
         self.train(encoder.training)
 
-    # What a pipeline and TransformerLens ask of a model; read off the live weights, which may move.
+    # Attributes that pipelines and TransformerLens read; taken from the live weights, which may move.
 
     @property
     def cfg(self) -> T5EncoderConfig:
@@ -256,11 +272,11 @@ class HookedT5Encoder(HookedModule):
         Args:
             input_ids, inputs_embeds: one of the two.
             attention_mask: 1 = attend.
-            return_dict: False for a tuple; as the wrapped module's config says unless given.
+            return_dict: False for a tuple; by default as in the wrapped module's config.
 
         Raises:
             ValueError: in training mode, for both inputs or none, for a mask of another shape, and for
-                ``output_attentions`` or ``output_hidden_states``, which the cache is for.
+                ``output_attentions`` or ``output_hidden_states``: use the cache.
         """
         if self.training and self.config.dropout_rate > 0:
             raise ValueError("HookedT5Encoder has no dropout: call .eval() on it (gradients flow in evaluation mode too)")
@@ -283,11 +299,11 @@ class HookedT5Encoder(HookedModule):
         return BaseModelOutput(last_hidden_state=x) if return_dict else (x,)
 
     def _position_bias(self, batch: int, length: int) -> Tensor:
-        """[batch head query_pos key_pos], or one row for the whole batch where nobody looks."""
+        """[batch head query_pos key_pos]; one row for the whole batch unless the point has a hook."""
         n_buckets, max_distance = self._cfg.relative_attention_num_buckets, self._cfg.relative_attention_max_distance
         buckets = position_buckets(length, n_buckets, max_distance, self.device)
         bias = rearrange(self.relative_attention_bias(buckets), "query key head -> 1 head query key").contiguous()
-        if watched(self.hook_rel_pos_bias):
+        if has_hooks(self.hook_rel_pos_bias):
             bias = self.hook_rel_pos_bias(bias.repeat(batch, 1, 1, 1))
         return bias
 
@@ -311,5 +327,5 @@ class HookedT5Encoder(HookedModule):
         return torch.stack([getattr(block.attn, weight) for block in self.blocks])
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
-        """What biases have added to the residual stream: nothing. ``get_full_resid_decomposition`` asks for it."""
+        """Sum of the biases written so far: zero. Read by ``get_full_resid_decomposition``."""
         return self.W_E.new_zeros(self._cfg.d_model)
