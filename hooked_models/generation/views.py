@@ -95,10 +95,22 @@ class View(NoLanguageModel):
         raise NotImplementedError
         yield self
 
-    def run_with_hooks(self, tokens: Tokens, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Tensor:
-        """`forward` with hooks under canonical names. Further arguments as in `HookedRootModule.hooks`."""
+    def run_with_hooks(
+        self,
+        tokens: Tokens,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        *,
+        return_type: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`forward` with hooks under canonical names. Further arguments as in `HookedRootModule.hooks`.
+
+        Raises:
+            TypeError: `return_type` is a language model's ("logits", "loss"): a view returns images or predictions.
+        """
         with self.hooks(fwd_hooks, bwd_hooks, **kwargs):
-            return self(tokens)
+            return self(tokens, return_type=return_type)
 
     def run_with_cache(
         self,
@@ -108,6 +120,7 @@ class View(NoLanguageModel):
         remove_batch_dim: bool = False,
         incl_bwd: bool = False,
         pos_slice: Any = None,
+        return_type: str | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
         """`(output, cache)`; `pos_slice` slices the view's own kind of positions, image or text.
@@ -125,7 +138,7 @@ class View(NoLanguageModel):
         names = self.dit.names(names_filter)
         backward = [(name, partial(keep, "_grad")) for name in names] if incl_bwd else []
         with self.hooks([(name, partial(keep, "")) for name in names], backward, **kwargs):
-            out = self(tokens)
+            out = self(tokens, return_type=return_type)
             if incl_bwd:
                 out.backward()
         cache = DiTCache(store, self.dit)

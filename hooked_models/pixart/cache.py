@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -43,6 +44,12 @@ def expand_shorthand(name: str, layer: int | None, sublayer: str | None, n_layer
     return f"blocks.{layer % n_layers}{middle}.hook_{name}"
 
 
+def expand_compact(key: str) -> tuple[str, int, str | None] | None:
+    """TransformerLens' compact keys as (name, layer, sublayer): "k1a", "pattern0", "scale1ln2"; None for another form."""
+    found = re.fullmatch(r"([a-z]+)(\d+)([a-z]?.*)", key)
+    return None if found is None else (found[1], int(found[2]), found[3] or None)
+
+
 def look_up(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """A cached tensor. Raises KeyError with the likely reason."""
     try:
@@ -75,6 +82,8 @@ class DiTCache(ActivationCache):
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, str) and key in self.cache_dict:
             return self.cache_dict[key]
+        if isinstance(key, str) and key not in self.model.mod_dict:
+            key = expand_compact(key) or key
         if isinstance(key, tuple):
             name, layer, sublayer = (*key, None, None)[:3]
             full = expand_shorthand(name, layer, sublayer, self.model.cfg.n_layers)
@@ -216,12 +225,21 @@ class DiTCache(ActivationCache):
         self._require_folded("A neuron's result from its activation and W_out")
         return super().get_neuron_results(layer, *args, **kwargs)
 
-    def stack_neuron_results(self, layer: int, *args: Any, mlp_input: bool = False, **kwargs: Any) -> Any:
-        """As in TransformerLens, with cross-attention before the MLP's input. Raises NotFoldedError on an unfolded model."""
+    def stack_neuron_results(
+        self, layer: int, *args: Any, mlp_input: bool = False, incl_remainder: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in TransformerLens, with cross-attention before the MLP's input; at layer 0, too, the remainder is what enters it.
+
+        Raises:
+            NotFoldedError: on an unfolded model.
+        """
         self._require_folded("A neuron's result from its activation and W_out")
+        inputs = {}
         if mlp_input and "cross_attn" in self.attentions:  # TransformerLens takes the remainder up to resid_mid
-            inputs = {f"blocks.{layer}.hook_resid_mid": self["resid_mid_cross", layer]}
-            return super(DiTCache, DiTCache({**self.cache_dict, **inputs}, self.model, self.has_batch_dim)).stack_neuron_results(
-                layer, *args, mlp_input=True, **kwargs
-            )
-        return super().stack_neuron_results(layer, *args, mlp_input=mlp_input, **kwargs)
+            inputs[f"blocks.{layer}.hook_resid_mid"] = self["resid_mid_cross", layer]
+        if layer == 0 and incl_remainder and not mlp_input:  # TransformerLens reads layer −1, the last one
+            inputs[f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"] = self["resid_pre", 0]
+        cache = DiTCache({**self.cache_dict, **inputs}, self.model, self.has_batch_dim) if inputs else self
+        return super(DiTCache, cache).stack_neuron_results(
+            layer, *args, mlp_input=mlp_input, incl_remainder=incl_remainder, **kwargs
+        )

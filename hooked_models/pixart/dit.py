@@ -41,7 +41,8 @@ class HookedDiT(PatchModel):
     The leaves (Linear, Conv2d, embedders, tables) are the wrapped module's own: weights are shared, never copied, and
     training either trains both. The forward between them is written here. It takes the wrapped module's arguments and
     can stand in its place inside a pipeline. Shapes stand beside each HookPoint, here, in block.py and attention.py;
-    aliases are ``blocks.{l}.hook_cross_{q,k,v,z,pattern,result}`` and ``blocks.{l}.hook_resid_mid2``.
+    aliases are ``blocks.{l}.hook_cross_{q,k,v,z,pattern,result}``, ``blocks.{l}.hook_{q,k,v}_input`` and
+    ``blocks.{l}.hook_resid_mid2``.
 
     Args:
         transformer: a live diffusers ``PixArtTransformer2DModel``. peft adapters: fuse them, or wrap after loading.
@@ -92,6 +93,7 @@ class HookedDiT(PatchModel):
         self.setup()
         for layer in range(cfg.n_layers):
             aliases = {f"hook_cross_{x}": f"cross_attn.hook_{x}" for x in ("q", "k", "v", "z", "pattern", "result")}
+            aliases |= {f"hook_{x}_input": f"attn.hook_{x}_input" for x in "qkv"}  # TransformerLens' names
             aliases["hook_resid_mid2"] = "hook_resid_mid_cross"
             self.add_aliases({f"blocks.{layer}.{alias}": f"blocks.{layer}.{name}" for alias, name in aliases.items()})
         self.train(transformer.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,3 +92,27 @@ class PatchModel(NoLanguageModel, HookedModule):
         """Cut an output into its patches, position by position: the inverse of ``from_patches``."""
         p = self._cfg.patch_size
         return rearrange(output, f"{PIXELS} -> {PATCHES}", p=p, q=p)
+
+    # diffusers' ModelMixin: what concerns weights and configuration goes to the wrapped module, whose weights these are
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the wrapped module, as diffusers does; `from_pretrained` of its class opens it."""
+        self.wrapped.save_pretrained(folder, **kwargs)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Note entries in the wrapped module's diffusers config; sizes are read at wrapping and do not follow."""
+        self.wrapped.register_to_config(**kwargs)
+
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: attention reads weights directly, past the hooks that would cast them."""
+        raise NotImplementedError(
+            f"{type(self).__name__} reads its weights directly, so a layer cannot cast them as it runs: load the model with "
+            "dtype=torch.bfloat16 instead."
+        )
+
+    def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: a hook would fire a second time when the block is computed again."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no gradient checkpointing, under which hooks fire twice: train the wrapped module "
+            "(model.wrapped.enable_gradient_checkpointing()), or differentiate with dit_lens.attribution."
+        )

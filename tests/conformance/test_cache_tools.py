@@ -52,6 +52,12 @@ def test_shorthands(bound: Bound) -> None:
     equal(cache["gate_msa", 0, "adaln"], bound.plain_cache["blocks.0.adaln.hook_gate_msa"])
     equal(cache["resid_mid2", 0], bound.plain_cache["blocks.0.hook_resid_mid_cross"])
     equal(cache["scale", 0, "ln1"], bound.plain_cache["blocks.0.ln1.hook_scale"])
+    compact = {"k1a": "blocks.1.attn.hook_k", "scale1ln1": "blocks.1.ln1.hook_scale", "pattern0": "blocks.0.attn.hook_pattern"}
+    compact |= {"post0": "blocks.0.mlp.hook_post", "z1cross_attn": "blocks.1.cross_attn.hook_z", "embed": "hook_embed"}
+    for key, name in compact.items():
+        equal(cache[key], bound.plain_cache[name])
+    with pytest.raises(KeyError, match="no layer 7"):
+        cache["k7a"]
     stacked = cache.stack_activation("pattern", sublayer_type="cross_attn")
     equal(stacked, torch.stack([bound.plain_cache[f"blocks.{layer}.cross_attn.hook_pattern"] for layer in range(2)]))
     for name, tensor in bound.plain_cache.items():
@@ -190,6 +196,13 @@ def test_head_results_of_an_unfolded_model(bound: Bound, folded: Bound) -> None:
     finally:
         bound.view.set_use_attn_result(False)
     equal(cache.stack_head_results(), folded.clean_cache.stack_head_results(), 1e-10)
+
+
+def test_before_the_first_layer_no_neuron_has_written(folded: Bound) -> None:
+    stack, labels = folded.clean_cache.stack_neuron_results(0, incl_remainder=True, return_labels=True)
+    assert labels == ["remainder"]
+    equal(stack[0], folded.plain_cache["blocks.0.hook_resid_pre"])
+    assert (stack[0] - folded.plain_cache["blocks.1.hook_resid_post"]).abs().max() > 0.1
 
 
 @tool(

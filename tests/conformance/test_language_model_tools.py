@@ -13,7 +13,7 @@ from transformer_lens.tools.analysis import JacobianLens
 from hooked_models import HookedTextToImage
 
 from ..hooked_models.pipelines import tiny_pipeline
-from .oracles import Bound, tool
+from .oracles import Bound, equal, tool
 
 CAUSAL = "for causal language models"
 
@@ -44,6 +44,16 @@ def test_evals(model: Any) -> None:
         evals.sanity_check(model)
     with pytest.raises(TypeError, match="evals are for language models"):
         evals.evaluate_on_dataset(model, [{"tokens": torch.zeros(1, 4, dtype=torch.long)}], device="cpu")
+
+
+@pytest.mark.parametrize("where", ["bind", "at"])
+def test_a_view_has_no_return_type(where: str, bound: Bound, generation: HookedTextToImage) -> None:
+    view, tokens = (bound.view, bound.clean) if where == "bind" else generation.at(0, "red circle", num_steps=2)
+    equal(view.run_with_cache(tokens, return_type=None)[0], view(tokens))
+    equal(view.run_with_hooks(tokens, return_type=None), view(tokens))
+    for run in (view.run_with_cache, view.run_with_hooks):
+        with pytest.raises(TypeError, match="has no logits: it makes images"):
+            run(tokens, return_type="logits")
 
 
 @tool(

@@ -96,6 +96,24 @@ def test_cross_attention_sweeps(bound: Bound, text_bound: Bound, name: str) -> N
     equal(found, by_hand(model, hook, axes))
 
 
+@pytest.mark.parametrize("name", ["q_input", "k_input", "v_input"])
+def test_sweeps_of_what_each_head_reads(bound: Bound, name: str) -> None:
+    bound.view.set_use_split_qkv_input(True)
+    try:
+        _, cache = bound.view.run_with_cache(bound.clean)
+        setter = patching.layer_pos_head_vector_patch_setter
+        found = patching.generic_activation_patch(
+            bound.view, bound.corrupted, cache, metric, setter, name, ("layer", "pos", "head")
+        )
+        for layer, pos, head in ((0, 1, 0), (1, 2, 1)):
+            hook = f"blocks.{layer}.attn.hook_{name}"
+            index = (slice(None), pos, head)
+            equal(found[layer, pos, head], metric(bound.plain(hooks=[(hook, writes(cache[hook], index))])))
+        assert (found - metric(bound.plain())).abs().max() > 1e-6
+    finally:
+        bound.view.set_use_split_qkv_input(False)
+
+
 @tool(
     "patching.generic_activation_patch(index_df=…)", "bind", check="plain hooks", note="any subset, e.g. image × text positions"
 )

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 
@@ -730,3 +730,24 @@ def test_cache_options(dit: HookedDiT, inputs: dict[str, Any]) -> None:
 
     with mock.patch.object(HookedDiT, "cache_class", MyCache):
         assert isinstance(dit.run_with_cache(**inputs)[1], MyCache)
+
+
+# diffusers' ModelMixin
+
+
+def test_weights_and_configuration_are_the_wrapped_modules(tmp_path):
+    dit = HookedDiT(tiny_transformer())
+    dit.save_pretrained(tmp_path)
+    saved = PixArtTransformer2DModel.from_pretrained(tmp_path)
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, dit.wrapped.state_dict()[name])
+    dit.register_to_config(note="mine")
+    assert dit.config["note"] == dit.wrapped.config["note"] == "mine"
+
+
+def test_modes_that_hooks_could_not_follow_are_refused():
+    dit = HookedDiT(tiny_transformer())
+    with pytest.raises(NotImplementedError, match=r"dtype=torch\.bfloat16"):
+        dit.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="hooks fire twice"):
+        dit.enable_gradient_checkpointing()
