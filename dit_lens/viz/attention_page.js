@@ -5,16 +5,19 @@ const [rows, columns] = data.grid;
 const state = { prompt: 0, layer: 0, head: 0, step: 0, word: 0, place: null };
 const at = (id) => document.getElementById(id);
 
-// stored as 255·√p, in the order step, layer, head, place, word
+const before = data.heads.map((_, layer) => data.heads.slice(0, layer).flat().length); // heads stored before a layer's
+const cells = data.heads.flat().length;
+
+// layer and head are indices of those on the page; stored as 255·√p, in the order step, layer and head, place, word
 function weight(layer, head, place, word) {
   const words = data.prompts[state.prompt].tokens.length;
-  const index = (((state.step * data.layers.length + layer) * data.heads + head) * rows * columns + place) * words + word;
+  const index = ((state.step * cells + before[layer] + head) * rows * columns + place) * words + word;
   return (bytes[state.prompt][index] / 255) ** 2;
 }
 
-function largest(layers, heads) {
+function largest(places) {
   let found = 1e-9;
-  for (const layer of layers) for (const head of heads)
+  for (const [layer, head] of places)
     for (let place = 0; place < rows * columns; place++) found = Math.max(found, weight(layer, head, place, state.word));
   return found;
 }
@@ -49,7 +52,9 @@ function mean(word) {
 function show() {
   const prompt = data.prompts[state.prompt];
   at("layer-value").textContent = data.layers[state.layer];
-  at("head-value").textContent = state.head;
+  const head = data.heads[state.layer][state.head];
+  at("head-value").textContent = head;
+  at("head").max = data.heads[state.layer].length - 1;
   at("step-value").textContent = data.steps[state.step];
   for (const name of ["layer", "head", "step"]) at(name).value = state[name];
   const values = prompt.tokens.map((_, word) => state.place === null ? mean(word) : weight(state.layer, state.head, state.place, word));
@@ -60,11 +65,11 @@ function show() {
   });
   const where = state.place === null ? "on average over all places" : `from row ${Math.floor(state.place / columns)}, column ${state.place % columns}`;
   at("readout").textContent =
-    `L${data.layers[state.layer]}H${state.head}, step ${data.steps[state.step]}: “${prompt.tokens[state.word]}” gets ${values[state.word].toFixed(3)} of the attention ${where}`;
-  const top = largest([state.layer], [state.head]);
+    `L${data.layers[state.layer]}H${head}, step ${data.steps[state.step]}: “${prompt.tokens[state.word]}” gets ${values[state.word].toFixed(3)} of the attention ${where}`;
+  const top = largest([[state.layer, state.head]]);
   at("brightest").textContent = top.toFixed(3);
   draw(at("map"), state.layer, state.head, top, true);
-  const every = largest(data.layers.keys(), [...Array(data.heads).keys()]);
+  const every = largest(data.heads.flatMap((some, layer) => some.map((_, head) => [layer, head])));
   for (const canvas of at("heads").querySelectorAll("canvas")) {
     const [layer, head] = [Number(canvas.dataset.layer), Number(canvas.dataset.head)];
     canvas.setAttribute("aria-pressed", layer === state.layer && head === state.head);
@@ -88,10 +93,13 @@ function choosePrompt(index) {
 
 data.prompts.forEach((prompt, index) => at("prompt").append(new Option(prompt.text, index)));
 at("prompt").onchange = (event) => choosePrompt(Number(event.target.value));
-for (const [name, count] of [["layer", data.layers.length], ["head", data.heads], ["step", data.steps.length]]) {
-  at(name).max = count - 1;
-  at(name).oninput = (event) => { state[name] = Number(event.target.value); show(); };
-}
+at("layer").max = data.layers.length - 1;
+at("step").max = data.steps.length - 1;
+for (const name of ["layer", "head", "step"]) at(name).oninput = (event) => {
+  state[name] = Number(event.target.value);
+  state.head = Math.min(state.head, data.heads[state.layer].length - 1);
+  show();
+};
 at("map").onmousemove = (event) => {
   const box = event.target.getBoundingClientRect();
   const column = Math.min(columns - 1, Math.floor((event.clientX - box.left) / box.width * columns));
@@ -101,12 +109,15 @@ at("map").onmousemove = (event) => {
 };
 at("map").onmouseleave = () => { state.place = null; show(); };
 at("image").style.setProperty("--aspect", `${columns} / ${rows}`);
-at("heads").style.gridTemplateColumns = `auto repeat(${data.heads}, auto)`;
-at("heads").append(document.createElement("span"));
-for (let head = 0; head < data.heads; head++) at("heads").append(Object.assign(document.createElement("span"), { textContent: `H${head}` }));
+const numbers = [...new Set(data.heads.flat())].sort((a, b) => a - b);
+const label = (text) => Object.assign(document.createElement("span"), { textContent: text });
+at("heads").style.gridTemplateColumns = `auto repeat(${numbers.length}, auto)`;
+at("heads").append(label(""), ...numbers.map((number) => label(`H${number}`)));
 data.layers.forEach((name, layer) => {
-  at("heads").append(Object.assign(document.createElement("span"), { textContent: `L${name}` }));
-  for (let head = 0; head < data.heads; head++) {
+  at("heads").append(label(`L${name}`));
+  for (const number of numbers) {
+    const head = data.heads[layer].indexOf(number);
+    if (head < 0) { at("heads").append(label("")); continue; }
     const canvas = document.createElement("canvas");
     Object.assign(canvas.dataset, { layer, head });
     canvas.onclick = () => { Object.assign(state, { layer, head }); show(); };

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -25,14 +26,15 @@ def attention_page(
     """Write the page: any browser opens it, nothing is fetched, prompts are text and never markup.
 
     Args:
-        cache: of one generation, with `cross_attn.hook_pattern` of the layers and steps to show (pads are left out):
+        cache: of one generation, with `cross_attn.hook_pattern` of the layers, heads and steps to show (pads are left out):
             `model.run_with_cache(prompts, names_filter=lambda name: name.endswith("cross_attn.hook_pattern"))`.
-        prompts, images: what was generated, in the cache's order.
+        prompts: those of the cache, in its order.
+        images: the generated images, of any size; their aspect ratio gives the grid of image positions.
         path: the file; weights are stored to ±0.4 % of full attention, one byte each.
 
     Raises:
         KeyError: no cross-attention pattern is in the cache.
-        ValueError: the number of prompts is not the cache's.
+        ValueError: the number of prompts is not the cache's, or its patterns are summaries.
     """
     model = cache.model
     layers = [
@@ -42,12 +44,14 @@ def attention_page(
     ]
     if not layers:
         raise KeyError("The cache has no cross-attention pattern: cache names that end in 'cross_attn.hook_pattern'.")
-    stacked = torch.stack([cache.stack("pattern", layer, "cross_attn") for layer in layers], dim=2)
-    pattern = stacked.transpose(0, 1).float().cpu()  # [prompt step layer head place word]
+    # layers may have kept unequal numbers of heads, so their heads stand one after the other
+    stacked = torch.cat([cache.stack("pattern", layer, "cross_attn").float().cpu() for layer in layers], dim=2)
+    if stacked.ndim != 5:
+        raise ValueError("The cache holds summaries of patterns: run_with_cache(…) without patterns= keeps them whole.")
+    pattern = stacked.transpose(0, 1)  # [prompt step head place word]
+    heads = [list(range(model.cfg.n_heads)) if cache.heads is None else list(cache.heads[layer]) for layer in layers]
     if len(prompts) != len(pattern):
         raise ValueError(f"There are {len(prompts)} prompts and {len(pattern)} rows in the cache: pass those it was made with.")
-    side = model.cfg.sample_size // model.cfg.patch_size
-    grid = (side, side) if side**2 == pattern.shape[-2] else (1, pattern.shape[-2])
     entries = []
     for text, rows, image in zip(prompts, pattern, images, strict=True):
         tokens = [token.removeprefix("▁") for token in model.to_str_tokens(text)]
@@ -55,7 +59,8 @@ def attention_page(
         entries.append(
             {"text": text, "tokens": tokens, "pattern": base64.b64encode(stored.numpy().tobytes()).decode(), "image": _png(image)}
         )
-    data = {"prompts": entries, "steps": cache.steps, "layers": layers, "heads": pattern.shape[3], "grid": grid}
+    grid = _grid(pattern.shape[-2], images.shape[-2] / images.shape[-1])
+    data = {"prompts": entries, "steps": cache.steps, "layers": layers, "heads": heads, "grid": grid}
     here = files(__package__)
     script = (here / "attention_page.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -69,6 +74,13 @@ def attention_page(
         )
     )
     return path
+
+
+def _grid(places: int, ratio: float) -> tuple[int, int]:
+    """Rows and columns of a number of image positions, in the image's ratio of height to width, as nearly as there are."""
+    divisors = [rows for rows in range(1, places + 1) if places % rows == 0]
+    rows = min(divisors, key=lambda rows: abs(math.log(rows**2 / places / ratio)))
+    return rows, places // rows
 
 
 def _png(image: Float[Tensor, "3 height width"]) -> str:

@@ -41,12 +41,18 @@ class GenerationCache(ActivationCache):
     """
 
     model: HookedTextToImage
+    heads: Mapping[int, Sequence[int]] | None
+    """Layer → the heads that were kept of it, ascending; None for all heads of all layers."""
 
     def __init__(
-        self, cache_dict: Mapping[str, Tensor], model: HookedTextToImage, noise_levels: Sequence[tuple[float, float]] = ()
+        self,
+        cache_dict: Mapping[str, Tensor],
+        model: HookedTextToImage,
+        noise_levels: Sequence[tuple[float, float]] = (),
+        heads: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(cache_dict, model)
-        self.noise_levels = noise_levels
+        self.noise_levels, self.heads = noise_levels, heads
 
     @classmethod
     def load(cls, folder: str | Path, model: HookedTextToImage | None = None) -> GenerationCache:
@@ -69,7 +75,8 @@ class GenerationCache(ActivationCache):
             from .model import HookedTextToImage  # which makes caches
 
             model = HookedTextToImage.from_pretrained(*facts["source"][:1], revision=facts["source"][1], weights=False)
-        return cls(LazyTensors(folder), model, [(alpha, sigma) for alpha, sigma in facts["noise_levels"]])
+        heads = None if facts.get("heads") is None else {int(layer): some for layer, some in facts["heads"].items()}
+        return cls(LazyTensors(folder), model, [(alpha, sigma) for alpha, sigma in facts["noise_levels"]], heads)
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, str):
@@ -124,7 +131,8 @@ class GenerationCache(ActivationCache):
         """Some prompts of the batch. Raises TypeError for a single number: the batch axis stays."""
         if isinstance(batch_slice, int):
             raise TypeError(f"A whole generation's cache keeps its batch axis: take slice({batch_slice}, {batch_slice + 1}).")
-        return GenerationCache(super().apply_slice_to_batch_dim(batch_slice).cache_dict, self.model, self.noise_levels)
+        sliced = super().apply_slice_to_batch_dim(batch_slice).cache_dict
+        return GenerationCache(sliced, self.model, self.noise_levels, self.heads)
 
     def remove_batch_dim(self) -> GenerationCache:
         """Raises TypeError: `run_with_cache` says why."""

@@ -96,7 +96,8 @@ def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, 
             "hooks": attached,
         }
         source = model.source and [model.source.name, model.source.commit]
-        facts = {"source": source, "noise_levels": sampler.noise_levels if sampler.predicts_x0 else []}
+        levels = sampler.noise_levels if sampler.predicts_x0 else []
+        facts = {"source": source, "noise_levels": levels, "heads": recorder.heads}
         folder = CacheFolder(out, settings, facts)
         if folder.images is not None:
             return folder.images.to(model.device)

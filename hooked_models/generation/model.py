@@ -361,4 +361,4 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             recorder.inputs = inputs
             images = Trajectory(self, inputs, tuple(self._run(inputs, first))).images
         levels = inputs.sampler.noise_levels if predicts_x0 else []
-        return images, GenerationCache(recorder.take(), self, levels)
+        return images, GenerationCache(recorder.take(), self, levels, recorder.heads)
