@@ -108,7 +108,19 @@ def by_knockout(model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[t
 def by_path_patching(
     model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
 ) -> pd.DataFrame:
-    """Path patching word → head: only one head reads the word of the opposite relation; how far do the objects move?"""
+    """Path patching word → head: objects' displacement when a single head reads the word of the opposite relation.
+
+    The unit is the displacement between the two rendered scenes, and not the model's own between the two prompts
+    (`effect`): this is rounding where no head reads the word, and a share of it then says nothing.
+
+    Args:
+        model: planted model.
+        truth: its circuit, which names the word that carries the relation.
+        heads: (layer, head) of those that are scored; all by default.
+
+    Returns:
+        Column score, the sum over both axes of the image, by layer and head.
+    """
     heads = list(heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads))
     total = dict.fromkeys(heads, 0.0)
     for words, relation in ((PHRASES[:2], "above"), (PHRASES[2:], "left")):
@@ -117,6 +129,7 @@ def by_path_patching(
         def offset(images: Tensor, ramp: Tensor = ramp) -> Float[Tensor, " image"]:
             return ((images[:, 0] - images[:, 2]) * ramp).mean(dim=(1, 2))
 
+        one, other = offset(scenes.render([scenes.from_caption(f"red circle is {word} blue square") for word in words]))
         first, second = (model.trajectory(f"red circle is {word} blue square", seed=0) for word in words)
         found = patching.path_patch_matrix(
             first,
@@ -126,8 +139,9 @@ def by_path_patching(
             offset,
             "exact",
         )
-        for place, value in zip(heads, found["effect"].values.reshape(len(heads), -1)[:, 0], strict=True):
-            total[place] += abs(float(np.nan_to_num(value)))
+        moved = abs(found["patched"] - found["original"]).values.reshape(len(heads), -1)[:, 0] / abs(float(one - other))
+        for place, value in zip(heads, moved, strict=True):
+            total[place] += float(value)
     return pd.DataFrame({"score": total}).rename_axis(["layer", "head"])
 
 

@@ -73,8 +73,9 @@ def test_false_positives_without_a_relation_head(seeds: range) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_interventions_find_nothing_without_a_relation_head(seed: int) -> None:
+    """Where no head reads the word, rounding alone moves the objects: five orders of magnitude below a relation head's share."""
     model, truth = planted("no-relation", seed)
-    assert recovery.by_path_patching(model, truth)["score"].max() < 0.02
+    assert recovery.by_path_patching(model, truth)["score"].max() < 1e-3
     assert recovery.by_knockout(model, truth)["score"].abs().max() <= 0.25  # one image of four
 
 
