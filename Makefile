@@ -1,15 +1,35 @@
-# `make demo` and `make test` each do all their own set-up in .venv; the second run starts at once.
+# Each target does all its own set-up, in .venv; the second run starts at once. In environments of their own:
+# `make test PYTHON=python3.13` (.venv-3.13), and `make test NEWEST=1` (.venv-newest), with the newest diffusers and transformers
+# that pyproject.toml allows in place of those in constraints.txt.
 PYTHON ?= python3
-BIN := .venv/bin
-READY := .venv/.ready
+NEWEST ?=
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))$(if $(NEWEST),-newest)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -q -n logical --dist worksteal
 
-.PHONY: demo test lint bench notebooks recipes setup clean
+.PHONY: demo test test-slow test-all test-types test-core lint bench notebooks recipes setup clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.relation_head
 
+# the default suite: everything that takes no more than seconds
 test: lint
-	$(BIN)/python -m pytest -q -n auto
+	$(PYTEST)
+
+# the rest, but for tests that need a GPU or the internet
+test-slow: $(READY)
+	$(PYTEST) -m 'slow and not gpu and not network'
+
+test-all: test test-slow
+
+# the default suite with every call's types and shapes checked
+test-types: $(READY)
+	$(PYTEST) --jaxtyping-packages=dit_lens,hooked_models,beartype.beartype
+
+# the library alone, without recipes and notebooks: for a second Python
+test-core: $(READY)
+	$(PYTEST) tests/hooked_models tests/dit_lens tests/conformance tests/test_readme.py
 
 # on one core and, at the end, two; results/bench/*.json. GPU rows: benchmarks/gpu.sh
 BENCHMARKS := imports forward generation caching synopsis sweep scaling
@@ -36,10 +56,11 @@ setup: $(READY)
 
 # torch first and by its exact version: a looser requirement resolves to a build with gigabytes of CUDA libraries
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m venv $(VENV)
+	grep -vE '^($(if $(NEWEST),diffusers|transformers|huggingface_hub,nothing))==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-*
