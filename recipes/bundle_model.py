@@ -27,8 +27,10 @@ from safetensors import safe_open
 from transformers import T5EncoderModel
 
 from dit_lens import evaluation, scenes
+from dit_lens.store import write_json
 from dit_lens.task import Scene, Trio
 from dit_lens.training import dynamics, load_pipeline
+from dit_lens.training.history import COURSE, History, checkpoint_of
 from dit_lens.viz import bare, learning_curves
 from hooked_models import HookedTextToImage
 from hooked_models.pipelines.hub import ZOO
@@ -74,16 +76,15 @@ def main(config: Config) -> None:
         replaced += ["dynamics.parquet", "learning.png"]
     for name in replaced:  # of the model that was there before, which the card would tell of
         (folder / name).unlink(missing_ok=True)
-    (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "training.json", facts)
     rows = evaluation.evaluate_model(model, config.scenes, out=config.run / "evaluation")
     compact(rows).to_parquet(folder / "evaluation.parquet", index=False, compression="zstd")
     console.print(evaluation.to_markdown(rows))
     if facts.get("trios"):
         trio_verdicts(model, config.scenes).to_parquet(folder / "trios.parquet", index=False, compression="zstd")
-    course = config.run / "dynamics.parquet"
-    if course.exists() and "earlier" not in facts:
-        shutil.copy(course, folder / course.name)
-        table = pd.read_parquet(course)
+    table = History.read(config.run).course
+    if table is not None and "earlier" not in facts:
+        table.to_parquet(folder / COURSE, index=False)
         heads = {source: dynamics.strongest_heads(table, source) for source in dynamics.SOURCES}
         learning_curves(table, {source: found for source, found in heads.items() if found}).savefig(
             folder / "learning.png", dpi=80
@@ -97,7 +98,7 @@ def main(config: Config) -> None:
 
 def training_facts(config: Config) -> dict[str, object]:
     """The run's settings, how far it got and how fast, and what the card is to say of it."""
-    with safe_open(config.run / "checkpoint.safetensors", "pt") as file:
+    with safe_open(checkpoint_of(config.run), "pt") as file:
         metadata = file.metadata()
     facts = json.loads(metadata["facts"])
     if int(metadata["step"]) < facts["steps"]:
@@ -105,7 +106,7 @@ def training_facts(config: Config) -> dict[str, object]:
             f"{config.run} has come to step {metadata['step']} of {facts['steps']}: its pipeline/ is from before. Let it end."
         )
     del facts["out"]
-    log = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    log = History.read(config.run).rows
     speeds = pd.Series([entry["samples_per_second"] for entry in log if "samples_per_second" in entry])
     samples = int(metadata["step"]) * facts["batch_size"] * facts["processes"]
     told = {"history": list(config.history), "targets": list(config.targets)}

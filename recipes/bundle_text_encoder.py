@@ -20,6 +20,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from dit_lens.text.probes import SPLITS, TARGETS, Word, cosines, place_score, probe_captions, probe_table, word_vectors
+from dit_lens.training.history import History, checkpoint_of
 from dit_lens.training.pipelines import build_text_encoder
 from dit_lens.training.t5 import pretrain as recipe
 from hooked_models.pipelines.hub import ZOO
@@ -48,9 +49,9 @@ def main(config: Config) -> None:
     by_layer = probe_table(encoder, tokenizer)
     by_split = read(encoder, tokenizer)
     baselines = {name: read(*build_text_encoder(name)) for name in ("rte", "rte-nopos")}
-    with safe_open(config.run / "checkpoint.safetensors", "pt") as file:
+    with safe_open(checkpoint_of(config.run), "pt") as file:
         facts = json.loads(file.metadata()["facts"])
-    log = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    log = History.read(config.run).rows
     text = card(config.name, facts, log, encoder, tokenizer, by_layer, by_split, baselines)
     (folder / "README.md").write_text(text)
     Console(soft_wrap=True, markup=False).print(f"{text}\nbundled: {folder}")

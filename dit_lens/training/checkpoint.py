@@ -1,9 +1,8 @@
-"""The whole state of a training run in one safetensors file that is replaced atomically."""
+"""The whole state of a training run in one safetensors file."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..store import refuse_other_settings
+from .history import History
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
@@ -36,30 +38,25 @@ def save_checkpoint(
     ema: Mapping[str, Tensor],
     optimizers: Mapping[str, torch.optim.Optimizer],
     facts: Mapping[str, object],
+    history: History,
 ) -> None:
-    """Write the state after `step` steps. A kill at any moment leaves either the old file or the new one.
+    """Write the state after `step` steps.
 
-    `facts` are what must not change when the run is resumed (`load_checkpoint` compares them).
+    Args:
+        path: the file, which `Store.put` gives.
+        step: finished steps.
+        model: its parameters and buffers are saved.
+        ema: averaged parameters by name.
+        optimizers: by name, whose parameters are the model's.
+        facts: settings that must not change when the run is resumed (`load_checkpoint` compares them).
+        history: what was measured so far.
     """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
     for name, optimizer in optimizers.items():
         tensors |= flatten_optimizer(optimizer, name)
-    tensors = {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}
-    temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"step": str(step), "facts": json.dumps(dict(facts))})
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-
-
-def refuse_other_settings(
-    out: Path, before: Mapping[str, object], facts: Mapping[str, object], may_change: Sequence[str] = ()
-) -> None:
-    """Raise ValueError if the run in `out` was started with other settings, apart from those in `may_change`."""
-    changed = [k for k, v in json.loads(json.dumps(dict(facts))).items() if before.get(k) != v and k not in may_change]
-    if changed:
-        listing = ", ".join(f"{k} was {before.get(k)!r} and is now {facts[k]!r}" for k in changed)
-        raise ValueError(f"The run in {out} has other settings ({listing}): restore them, or choose another folder.")
+    measured, metadata = history.packed()
+    tensors = {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()} | measured
+    save_file(tensors, path, metadata={"step": str(step), "facts": json.dumps(dict(facts)), **metadata})
 
 
 def load_checkpoint(
@@ -78,7 +75,7 @@ def load_checkpoint(
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (a safe_open handle is no dict)
-    refuse_other_settings(path.parent, json.loads(metadata["facts"]), facts, may_change)
+    refuse_other_settings(path.parent, json.loads(metadata["facts"]), json.loads(json.dumps(dict(facts))), may_change)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for key, value in ema.items():
         value.copy_(tensors[f"ema.{key}"])

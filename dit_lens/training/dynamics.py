@@ -6,7 +6,6 @@ Source: Wang, Fan, Pan (arXiv 2601.06338) measure accuracies of checkpoints; the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,18 +162,3 @@ def emergence(table: pd.DataFrame, level: float = 0.5) -> pd.DataFrame:
         found.append((what, *came, stays.idxmax() if stays.any() else pd.NA))
     columns = ["what", "samples", "before", "stays"]
     return pd.DataFrame(found, columns=columns).astype(dict.fromkeys(columns[1:], "Int64"))
-
-
-def append(path: Path, rows: pd.DataFrame) -> None:
-    """Add rows to a Parquet file; a kill leaves the old file or the new one."""
-    whole = pd.concat([pd.read_parquet(path), rows], ignore_index=True) if path.exists() else rows
-    whole.to_parquet(partial := path.with_suffix(".partial"), index=False)
-    partial.replace(path)
-
-
-def cut(path: Path, step: int) -> None:
-    """Forget what was recorded after `step`, which a resumed run will do again."""
-    if path.exists():
-        kept = pd.read_parquet(path).query("step <= @step")
-        kept.to_parquet(partial := path.with_suffix(".partial"), index=False)
-        partial.replace(path)

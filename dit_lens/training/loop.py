@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,11 +25,13 @@ from torch import Tensor, nn
 from hooked_models import FusedTokenEncoder, HookedTextToImage, RandomTokenEncoder
 
 from .. import task as scenes
+from ..store import Store
 from ..task.evaluation import score, summarise
 from ..task.scene import COLORS, PHRASES, RELATIONS, SHAPES, Scene, Trio, caption, other_color
 from . import dynamics
-from .checkpoint import load_checkpoint, refuse_other_settings, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .history import CHECKPOINT, History, open_run
 from .objectives import OBJECTIVES
 from .pipelines import PRESETS, build_pipeline, load_pipeline
 from .precision import muon, resolve_precision
@@ -51,19 +51,24 @@ def train(config: TrainConfig) -> Path:
     on held-out scenes), dynamics.parquet (`dynamics.measure` at log-spaced steps) and pipeline/.
 
     Raises:
-        ValueError: `out` holds a run with other settings.
+        ValueError: `out` holds a run with other settings, or another process is training in it.
+        OSError: a file in `out` that the run goes on from is damaged or missing, or cannot be written.
     """
+    with ExitStack() as stack:
+        return _train(config, stack)
+
+
+def _train(config: TrainConfig, stack: ExitStack) -> Path:
     if config.evaluation_scenes < 1:
         raise ValueError(f"evaluation_scenes={config.evaluation_scenes}: a run looks at one scene at least.")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # which only Accelerator would read, when the state is there already
     config = replace(config, precision=resolve_precision(config.precision, PartialState(cpu=on_cpu).device))
     accelerator = Accelerator(mixed_precision=config.precision)
-    config.out.mkdir(parents=True, exist_ok=True)
-    saved = config.out / "checkpoint.safetensors"
     facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     facts |= {"processes": accelerator.num_processes, "noises": "one a scene"}
     with accelerator.main_process_first():
-        pipe = start_pipeline(config, facts)
+        run = stack.enter_context(open_run(config.out, facts, MAY_CHANGE)) if accelerator.is_main_process else None
+        pipe = start_pipeline(config, run)
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     disable_progress_bar()
@@ -72,13 +77,12 @@ def train(config: TrainConfig) -> Path:
     shadow = dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))
     optimizers = build_optimizers(model, config)
 
+    saved = config.out / CHECKPOINT
     first = load_checkpoint(saved, model, shadow, optimizers, facts, MAY_CHANGE) if saved.exists() else 0
     ema.optimization_step = first
-    metrics = config.out / "metrics.jsonl"
-    if accelerator.is_main_process:
-        keep = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first] if first else []
-        metrics.write_text("".join(line + "\n" for line in keep))
-        dynamics.cut(config.out / "dynamics.parquet", first)
+    history = History.read(config.out) if first else History()
+    if run is not None:
+        history.show(run)
 
     if accelerator.device.type == "cpu":
         model.set_attn_processor(AttnProcessor())  # 64 tokens: plain products beat CPU fused attention's backward by a third
@@ -94,8 +98,8 @@ def train(config: TrainConfig) -> Path:
     objective = OBJECTIVES[config.objective]()
 
     def save(step: int) -> None:
-        if accelerator.is_main_process:
-            save_checkpoint(saved, step, model, shadow, optimizers, facts)
+        if run is not None:
+            run.put(CHECKPOINT, lambda path: save_checkpoint(path, step, model, shadow, optimizers, facts, history))
 
     def evaluate() -> dict[str, float]:
         ema.copy_to(pipe.transformer.parameters())
@@ -108,10 +112,6 @@ def train(config: TrainConfig) -> Path:
         return {name: round(mean, 4) for name, mean in accuracy.items()}
 
     record_at = dynamics.record_points(config.steps, config.dynamics_points)
-
-    def record(entry: dict[str, object]) -> None:
-        with metrics.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
 
     with progress_bar(accelerator) as progress:
         bar = progress.add_task("training", total=config.steps, completed=first, loss="", speed="", accuracy="")
@@ -141,45 +141,47 @@ def train(config: TrainConfig) -> Path:
             losses.append(loss.detach())
 
             done = step + 1
-            if done % LOG_EVERY == 0 and accelerator.is_main_process:
+            if done % LOG_EVERY == 0 and run is not None:
                 now = time.perf_counter()
                 speed = config.batch_size * accelerator.num_processes * len(losses) / (now - clock)
                 mean = torch.stack(losses).mean().item()
-                record({"step": done, "loss": round(mean, 5), "samples_per_second": round(speed, 1)})
+                history.log(run, {"step": done, "loss": round(mean, 5), "samples_per_second": round(speed, 1)})
                 progress.update(bar, completed=done, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} samples/s")
                 losses, clock = [], time.perf_counter()
             paused = time.perf_counter()  # what is measured here does not count as training time
-            if (done % config.evaluate_every == 0 or done == config.steps) and accelerator.is_main_process:
+            if (done % config.evaluate_every == 0 or done == config.steps) and run is not None:
                 accuracy = evaluate()
-                record({"step": done, "samples": done * config.batch_size * accelerator.num_processes, **accuracy})
+                history.log(run, {"step": done, "samples": done * config.batch_size * accelerator.num_processes, **accuracy})
                 summary = " ".join(f"{name} {accuracy[name]:.2f}" for name in ("dipole", "unique_binding", "relation_loose"))
                 progress.update(bar, accuracy=summary)
-                replace_folder(pipe, config.out / "pipeline")
-            if done in record_at and accelerator.is_main_process:
+                run.put_folder("pipeline", pipe.save_pretrained)
+            if done in record_at and run is not None:
                 ema.copy_to(pipe.transformer.parameters())
                 with accelerator.autocast() if config.precision != "no" else nullcontext():
                     rows = dynamics.measure(ema_model, held_out, done, done * config.batch_size * accelerator.num_processes)
-                dynamics.append(config.out / "dynamics.parquet", rows)
+                history.add(run, rows)
             clock += time.perf_counter() - paused
             # last, so that a run killed before this line repeats what came after the checkpoint before
             if done % config.checkpoint_every == 0 or done == config.steps:
                 save(done)
             accelerator.wait_for_everyone()
+    if run is not None and first >= config.steps:  # it had ended already, and whatever has become of its files is made good
+        ema.copy_to(pipe.transformer.parameters())
+        run.put_folder("pipeline", pipe.save_pretrained)
     return config.out / "pipeline"
 
 
-def start_pipeline(config: TrainConfig, facts: Mapping[str, object]) -> PixArtSigmaPipeline:
-    """The untrained pipeline of a run, made once and kept in `out/start/`, with the settings (`facts`) in settings.json.
+def start_pipeline(config: TrainConfig, run: Store | None) -> PixArtSigmaPipeline:
+    """The untrained pipeline of a run, made once by the process that writes to it, and kept in `out/start/`.
 
     A resumed run so keeps its own codec and text encoder, even if the code that makes them has changed since.
 
     Raises:
-        ValueError: the folder was started with other settings, or `init_from` is a model of another kind than they say.
+        ValueError: `init_from` is a model of another kind than the settings say.
+        OSError: a file in `out/start/` is damaged or missing.
     """
-    start, settings = config.out / "start", config.out / "settings.json"
-    if settings.exists():
-        refuse_other_settings(config.out, json.loads(settings.read_text()), facts, MAY_CHANGE)
-    if not start.is_dir():
+    begun = (config.out / CHECKPOINT).exists() and (config.out / "start").is_dir()  # by version 0.1, which listed nothing
+    if run is not None and "start" not in run.files and not begun:
         if config.init_from:
             new = load_pipeline(config.init_from)
             refuse_other_kind(config, new)
@@ -187,9 +189,10 @@ def start_pipeline(config: TrainConfig, facts: Mapping[str, object]) -> PixArtSi
             size = PRESETS[config.size]
             size = replace(size, heads=config.heads or size.heads)
             new = build_pipeline(size, config.encoder, config.objective, config.seed, config.moved_share)
-        settings.write_text(json.dumps(dict(facts), indent=1))
-        replace_folder(new, start)
-    return load_pipeline(str(start))
+        run.put_folder("start", new.save_pretrained)
+    if run is not None and "start" in run.files:
+        run.path("start")
+    return load_pipeline(str(config.out / "start"))
 
 
 def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
@@ -217,15 +220,6 @@ def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
             f"{config.init_from} has {' and '.join(wrong.values())}, not what "
             f"{' '.join(f'--{name} {getattr(config, name)}' for name in wrong)} says: say what it is."
         )
-
-
-def replace_folder(pipe: PixArtSigmaPipeline, folder: Path) -> None:
-    """Save a pipeline so that a kill leaves a whole folder or none."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipe.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 class StepData:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from transformer_lens import ActivationCache
 
 from ..hooks import HookedModule, NameFilter
 from ..hooks_table import axis_sizes
+from ..pipelines.hub import recorded_source
 from ..pixart.cache import DiTCache, expand_shorthand, look_up
-from .cache_store import LazyTensors
+from .cache_store import IMAGES, LazyTensors, open_cache
 from .capture import TEXT_KV, Heads, Patterns, Recorder, head_axis, heads_by_layer
 from .names import FINAL, Branch, Site
 from .sampling import Sampler
@@ -62,21 +62,28 @@ class GenerationCache(ActivationCache):
             model: the one that it was made with; without it, a model without weights is opened, which has all names.
 
         Raises:
-            FileNotFoundError: the folder holds no cache, or its generation has not ended.
-            ValueError: no model was given, and none was recorded because it came from `from_pipeline`.
+            FileNotFoundError: the folder holds no cache, its generation has not ended, or a file is missing.
+            OSError: a file is damaged; found out at the latest when a tensor is read from it.
+            ValueError: no model was given, and none that can be found again was recorded.
         """
         folder = Path(folder)
-        if not (folder / "index.json").is_file() or not (folder / "images.safetensors").is_file():
+        index = open_cache(folder)
+        if index is None:
             raise FileNotFoundError(f"{folder} holds no finished cache: run_with_cache(…, out={str(folder)!r}) writes one.")
-        facts = json.loads((folder / "index.json").read_text())["facts"]
+        index.path(IMAGES)
+        tensors, facts = LazyTensors(index), index.facts
+        if tensors.digest != facts["names"]:
+            for name in index.files:
+                index.path(name)  # raises
         if model is None:
-            if facts["source"] is None:
+            source = facts["source"] and recorded_source(*facts["source"])
+            if not source:
                 raise ValueError(f"{folder} does not say which model it is of: pass it, GenerationCache.load(folder, model).")
             from .model import HookedTextToImage  # which makes caches
 
-            model = HookedTextToImage.from_pretrained(*facts["source"][:1], revision=facts["source"][1], weights=False)
+            model = HookedTextToImage.from_pretrained(source, revision=facts["source"][1], weights=False)
         heads = None if facts.get("heads") is None else {int(layer): some for layer, some in facts["heads"].items()}
-        return cls(LazyTensors(folder), model, [(alpha, sigma) for alpha, sigma in facts["noise_levels"]], heads)
+        return cls(tensors, model, [(alpha, sigma) for alpha, sigma in facts["noise_levels"]], heads)
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, str):

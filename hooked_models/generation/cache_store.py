@@ -7,8 +7,8 @@ a run which was killed goes on there and ends with the same numbers.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -19,31 +19,38 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..store import digest
+from ..store import Index, Store, digest
 from .sampling import Sampler, SamplerState
 
 if TYPE_CHECKING:
     from .capture import Recorder
 
+STATE, IMAGES = "state.safetensors", "images.safetensors"
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Full name → tensor, read from the folder's files each time it is asked for."""
+    """Full name → tensor, read from the files that a folder's index lists, each time it is asked for.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._where: dict[str, tuple[Path, str]] = {}
+    A file's bytes are compared with its digest when the first tensor is read from it.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        OSError: a file is damaged; the message says which.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._where: dict[str, tuple[str, str]] = {}
         same: dict[str, str] = {}
         self.nbytes = 0
-        for file in sorted(folder.glob("*.safetensors"), key=lambda file: (file.stem != "text", file.stem == "final", file.stem)):
-            if file.stem in ("state", "images"):
-                continue
-            with safe_open(file, "pt") as opened:
+        files = [name for name in index.files if name.endswith(".safetensors") and name not in (STATE, IMAGES)]
+        for file in sorted(files, key=lambda name: (name != "text.safetensors", name == "final.safetensors", name)):
+            with _opened(index, file) as opened:
                 for name in opened.keys():  # noqa: SIM118  (a handle, not a mapping)
                     self._where[name] = (file, name)
                     part = opened.get_slice(name)
@@ -53,13 +60,13 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._where[name]
-        with safe_open(file, "pt") as opened:
+        with safe_open(self.index.path(file), "pt") as opened:
             return opened.get_tensor(stored)
 
     def read(self, name: str, rows: slice) -> Tensor:
         """Some rows of the batch, without reading the others."""
         file, stored = self._where[name]
-        with safe_open(file, "pt") as opened:
+        with safe_open(self.index.path(file), "pt") as opened:
             return opened.get_slice(stored)[rows]
 
     def __iter__(self) -> Iterator[str]:
@@ -67,6 +74,11 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the names alone."""
+        return digest(*sorted(self._where))
 
 
 def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, ...]) -> Float[Tensor, "batch 3 height width"]:
@@ -79,7 +91,7 @@ def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, 
         raise ValueError("A folder cannot record hooks inside the denoiser or the text encoder: attach them to the model itself.")
     _, _, num_steps, guidance, _ = arguments
     attached = sorted({hook.site.name for hook in model.firing_in_run(num_steps, guidance)})
-    with model.hooks(recorder.hooks()):
+    with model.hooks(recorder.hooks()), ExitStack() as stack:
         inputs, state = model._begin(*arguments)
         recorder.inputs, sampler = inputs, inputs.sampler
         settings = {
@@ -95,10 +107,10 @@ def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, 
             "patterns": recorder.patterns,
             "hooks": attached,
         }
-        source = model.source and [model.source.name, model.source.commit]
+        source = model.source and [model.source.lasting_name, model.source.commit]
         levels = sampler.noise_levels if sampler.predicts_x0 else []
         facts = {"source": source, "noise_levels": levels, "heads": recorder.heads}
-        folder = CacheFolder(out, settings, facts)
+        folder = stack.enter_context(closing(CacheFolder(out, settings, facts)))
         if folder.images is not None:
             return folder.images.to(model.device)
         folder.write("text", recorder.take())
@@ -115,39 +127,51 @@ def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, 
     return images
 
 
+def open_cache(folder: str | Path) -> Index | None:
+    """The index of a finished cache, or None of any other folder.
+
+    Raises:
+        OSError: the index is damaged.
+    """
+    index = Index.read(folder, remedy_for(Path(folder)))
+    return index if index is not None and IMAGES in index.files else None
+
+
+def remedy_for(folder: Path) -> str:
+    """What to do about a damaged cache."""
+    return f"delete the folder {folder} and run again"
+
+
 class CacheFolder:
     """The folder of one generation.
 
     Raises:
-        ValueError: it holds another generation; the message says in what they differ.
+        ValueError: it holds another generation, the message says in what they differ; or another process writes to it.
+        OSError: a file is damaged, missing or cannot be written.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """`settings` decide what is in the folder, `facts` merely go with it."""
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        record = self.path / "index.json"
-        if record.exists():
-            found = json.loads(record.read_text())["settings"]
-            if different := [name for name in {**found, **settings} if found.get(name) != settings.get(name)]:
-                raise ValueError(
-                    f"{self.path} holds a generation with other {', '.join(different)}: choose another folder, or delete it."
-                )
-            if settings.get("hooks"):
-                raise ValueError(
-                    f"{self.path} holds a generation with hooks on {', '.join(settings['hooks'][:3])}, and whether these are the "
-                    "same cannot be told: choose another folder, or delete it."
-                )
-        else:
-            write_whole(record, lambda part: part.write_text(json.dumps({"settings": settings, "facts": facts}, indent=1)))
+        new = Index.read(path, remedy_for(self.path)) is None
+        self.store = Store(path, settings, facts=facts, remedy=remedy_for(self.path))
+        if settings.get("hooks") and not new:
+            self.close()
+            raise ValueError(
+                f"{self.path} holds a generation with hooks on {', '.join(settings['hooks'][:3])}, and whether these are the "
+                "same cannot be told: choose another folder, or delete it."
+            )
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self.store.close()
 
     @property
     def images(self) -> Tensor | None:
         """The final images, of a generation that has ended."""
-        file = self.path / "images.safetensors"
-        if not file.exists():
+        if IMAGES not in self.store.files:
             return None
-        with safe_open(file, "pt") as opened:
+        with safe_open(self.store.path(IMAGES), "pt") as opened:
             return opened.get_tensor("images")
 
     def write(self, part: str, tensors: Mapping[str, Tensor], same: Mapping[str, str] | None = None) -> None:
@@ -156,7 +180,7 @@ class CacheFolder:
         own = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in same}
         if own or same:
             metadata = {"same": json.dumps(same)}
-            write_whole(self.path / f"{part}.safetensors", lambda path: save_file(own, path, metadata))
+            self.store.put(f"{part}.safetensors", lambda path: save_file(own, path, metadata))
 
     def save_state(self, sampler: Sampler, state: SamplerState) -> None:
         """The sampler as it is between two steps: what differs from a fresh one."""
@@ -164,14 +188,13 @@ class CacheFolder:
         changed = {name: value for name, value in state.memory.items() if not same_value(value, fresh.get(name))}
         memory = {name: pack(value, name, tensors) for name, value in changed.items()}
         metadata = {"state": json.dumps({"step": state.step, "memory": memory})}
-        write_whole(self.path / "state.safetensors", lambda path: save_file(tensors, path, metadata))
+        self.store.put(STATE, lambda path: save_file(tensors, path, metadata))
 
     def resume(self, sampler: Sampler, first: SamplerState) -> SamplerState:
         """The state that was saved last, or `first`."""
-        file = self.path / "state.safetensors"
-        if not file.exists():
+        if STATE not in self.store.files:
             return first
-        with safe_open(file, "pt") as opened:
+        with safe_open(self.store.path(STATE), "pt") as opened:
             saved = json.loads(opened.metadata()["state"])
             tensors = {name: opened.get_tensor(name).to(first.latent.device) for name in opened.keys()}  # noqa: SIM118
         memory = {name: unpack(value, tensors) for name, value in saved["memory"].items()}
@@ -179,14 +202,17 @@ class CacheFolder:
 
     def finish(self, images: Tensor) -> None:
         """Write the images, which says that all is there."""
-        write_whole(self.path / "images.safetensors", lambda path: save_file({"images": images.detach().contiguous()}, path))
-        (self.path / "state.safetensors").unlink(missing_ok=True)
+        self.store.facts["names"] = LazyTensors(self.store).digest
+        self.store.put(IMAGES, lambda path: save_file({"images": images.detach().contiguous()}, path))
+        self.store.drop(STATE)
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """Write beside the path, then move there: a killed run leaves a whole file or none."""
-    write(part := path.with_name(path.name + ".part"))
-    os.replace(part, path)
+def _opened(index: Index, file: str) -> Any:
+    """A file that is read in part. Raises OSError, as `Index.path`, if it cannot be opened."""
+    try:
+        return safe_open(index.folder / file, "pt")
+    except (OSError, SafetensorError):
+        return safe_open(index.path(file), "pt")
 
 
 def same_value(a: Any, b: Any) -> bool:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """Of a difference to the wrapped module, as a share of its output's largest value. Sharp attention, such as a planted circuit's,
 magnifies rounding: fused and explicit attention then differ by a few parts in 10,000 in float32."""
+LARGEST = 1e12
+"""Size of a weight above which it is taken for damage or overflow."""
 LIBRARIES = ("diffusers", "transformers", "transformer_lens", "torch")
 
 
@@ -57,6 +59,26 @@ def refuse(name: str, failures: Sequence[str]) -> None:
         f"{name} failed its checks with {versions}: {'; '.join(failures)}. Its hooks cannot be trusted. "
         "Try the versions that pyproject.toml names; check=False opens it all the same."
     )
+
+
+def check_weights(pipe: Any, name: str = "this model") -> None:
+    """Check that every weight of a pipeline, in all of its parts, is a finite number of a size that training leads to.
+
+    Raises:
+        ModelCheckError: with the first tensor that holds another.
+    """
+    for part, module in pipe.components.items():
+        for key, tensor in module.state_dict().items() if isinstance(module, nn.Module) else ():
+            if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+                continue
+            low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
+            worst = float(torch.maximum(-low, high))
+            if not worst <= LARGEST:
+                found = "a value that is not a number" if worst != worst else f"a value of size {worst:.3g}"
+                raise ModelCheckError(
+                    f"{name} is damaged: {part}'s {key} holds {found}. Download or save it again; check=False opens it "
+                    "all the same."
+                )
 
 
 def check_denoiser(dit: HookedDiT) -> list[str]:

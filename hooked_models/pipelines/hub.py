@@ -8,6 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..store import Index
+from ..store.folder import LOCK
+
 ZOO = Path(__file__).parents[1] / "zoo"
 NOT_IN_THE_WHEEL = ("-nano", "-mini")
 """Sizes of bundled models that only a checkout of the repository has (pyproject.toml)."""
@@ -24,6 +27,11 @@ class Source:
     commit: str | None = None
     """Of a hub model; `from_pretrained(name, revision=commit)` opens the same files again."""
 
+    @property
+    def lasting_name(self) -> str:
+        """A name that means the same in every process: a hub id with a commit, a bundled name, or an absolute path."""
+        return self.name if self.commit is not None or self.name in list_models() else str(self.folder.resolve())
+
 
 def list_models() -> list[str]:
     """List the names of the bundled models.
@@ -39,17 +47,18 @@ def resolve(name: str | Path) -> str:
     """Find the folder or hub id for diffusers to open; in a training run's folder, its pipeline.
 
     Raises:
-        FileNotFoundError: `name` is neither a bundled model, nor a pipeline folder, nor of the form "owner/model".
+        FileNotFoundError: `name` is neither a bundled model, nor a pipeline folder or training run, nor "owner/model".
+        OSError: a file of a training run's pipeline is not what was written.
     """
     text = str(name)
     if text in list_models():
         return str(ZOO / text)
     if Path(text).is_dir():
-        if (run := Path(text, "pipeline", "model_index.json")).is_file() and not Path(text, "model_index.json").exists():
-            return str(run.parent)
-        if not Path(text, "model_index.json").is_file():
+        places = [place for place in (Path(text), Path(text, "pipeline")) if (place / "model_index.json").is_file()]
+        if not places:
             raise FileNotFoundError(f"{text} is not a pipeline folder: it has no model_index.json.")
-        return text
+        check_listed(places[0])
+        return str(places[0])
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return text
     near = get_close_matches(text, list_models(), n=1)
@@ -60,6 +69,36 @@ def resolve(name: str | Path) -> str:
         f"There is no model {text!r}: give a bundled name ({', '.join(list_models()) or 'none'}), "
         f"a pipeline folder, or a hub id such as 'PixArt-alpha/PixArt-Sigma-XL-2-512-MS'.{hint}"
     )
+
+
+def check_listed(folder: Path) -> None:
+    """Compare a pipeline folder of a training run with the run's index, which lists its files.
+
+    Raises:
+        OSError: a file is damaged or missing.
+    """
+    run = folder.absolute().parent
+    if not (run / LOCK).is_file():  # which every store has
+        return
+    index = Index.read(run, "save the pipeline again, by going on with the run, or take it from a copy")
+    if index is not None and folder.name in index.files:
+        index.path(folder.name)
+
+
+def recorded_source(name: object, commit: object) -> str | None:
+    """The model that a folder of results names, if the name means the same in every process and folder.
+
+    Args:
+        name, commit: `Source.lasting_name` and `Source.commit`, as read from a file that anybody may have written.
+
+    Example:
+        >>> recorded_source("rte-nano", None), recorded_source("../model", None)
+        ('rte-nano', None)
+    """
+    if not isinstance(name, str):
+        return None
+    lasting = name in list_models() or Path(name).is_absolute() or (isinstance(commit, str) and name.count("/") == 1)
+    return name if lasting else None
 
 
 def fetch(name: str | Path, revision: str | None = None, variant: str | None = None, weights: bool = True, **hub: Any) -> Source:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import ModelMixin, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel, SchedulerMixin
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .hub import Source
 from .quiet import quiet_loading
@@ -23,6 +24,15 @@ from .quiet import quiet_loading
 PIPELINES = {cls.__name__: cls for cls in (PixArtAlphaPipeline, PixArtSigmaPipeline)}
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+LIBRARIES = ("diffusers", "transformers", "hooked_models")
+"""Libraries whose classes a folder may name."""
+KINDS = {
+    "transformer": ModelMixin,
+    "text_encoder": PreTrainedModel,
+    "tokenizer": PreTrainedTokenizerBase,
+    "vae": ModelMixin,
+    "scheduler": SchedulerMixin,
+}
 TRANSFORMERS = ("PixArtTransformer2DModel", "Transformer2DModel")
 """The second is what PixArt checkpoints of 2024 name; diffusers opens them as the first."""
 
@@ -78,7 +88,7 @@ def empty_pipeline(source: Source, dtype: torch.dtype = torch.float32) -> Any:
     index = inspect_folder(source, weights=False)
     parts: dict[str, Any] = {}
     for name in COMPONENTS:
-        cls = getattr(importlib.import_module(index[name][0]), index[name][1])
+        cls = component_class(source, name, *index[name])
         folder = source.folder / name
         if name not in WEIGHTS:
             parts[name] = cls.from_pretrained(folder)
@@ -106,9 +116,9 @@ def inspect_folder(
         FileNotFoundError: a component or its weights are missing.
         OSError: a weight file is truncated or damaged.
     """
-    index = json.loads((source.folder / "model_index.json").read_text())
+    index = read_index(source)
     kind = index.get("_class_name")
-    if kind not in PIPELINES:
+    if not isinstance(kind, str) or kind not in PIPELINES:
         raise ValueError(
             f"{source.name} is a {kind}, and HookedTextToImage opens {' and '.join(PIPELINES)}. The denoisers of some other "
             "pipelines can be hooked on their own: hooked_models.families.hook(pipe.transformer)."
@@ -116,16 +126,53 @@ def inspect_folder(
     for name in COMPONENTS:
         if name in given:
             continue
-        library, cls = index.get(name) or (None, None)
-        if cls is None or not (source.folder / name).is_dir():
+        library, cls = index[name] if _is_pair(index.get(name)) else (None, None)
+        if library is None or cls is None or not (source.folder / name).is_dir():
             raise FileNotFoundError(
                 f"{source.name} has no {name}: pass one (from_pretrained(…, {name}=…)), or open a complete pipeline."
             )
         if name == "transformer" and (library != "diffusers" or cls not in TRANSFORMERS):
             raise ValueError(f"{source.name} has a {cls} for its transformer; a PixArt has a {TRANSFORMERS[0]}.")
+        component_class(source, name, library, cls)
         for file in weight_files(source, name, variant) if weights and name in WEIGHTS else ():
             _refuse_damaged(file)
     return index
+
+
+def read_index(source: Source) -> dict[str, Any]:
+    """The folder's `model_index.json`.
+
+    Raises:
+        ValueError: it is no index of a pipeline, or names a library that opening a folder must not import.
+    """
+    path = source.folder / "model_index.json"
+    try:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        index = None
+    if not isinstance(index, dict):
+        raise ValueError(f"{path} is damaged, or is no index of a pipeline: save or download the pipeline again.")
+    for name, value in index.items():
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] not in (None, *LIBRARIES):
+            raise ValueError(
+                f"{source.name} takes its {name} from {value[0]!r}, but opening a folder imports {', '.join(LIBRARIES)} only: "
+                "build the pipeline yourself, and use HookedTextToImage.from_pipeline(pipe)."
+            )
+    return index
+
+
+def component_class(source: Source, name: str, library: str, cls: str) -> Any:
+    """The class of a component, which is one that holds weights, tokens or a schedule.
+
+    Raises:
+        ValueError: the library has no such class, or it is of another kind.
+    """
+    found = getattr(importlib.import_module(library), cls, None)
+    if not (isinstance(found, type) and issubclass(found, KINDS[name])):
+        raise ValueError(
+            f"{source.name} names {library}.{cls} as its {name}, which is no {KINDS[name].__name__}: see model_index.json."
+        )
+    return found
 
 
 def weight_files(source: Source, component: str, variant: str | None = None) -> Iterator[Path]:
@@ -152,6 +199,10 @@ def weight_files(source: Source, component: str, variant: str | None = None) -> 
         "Pickled weights are not opened: save the pipeline once with safe_serialization=True. For *.fp16.safetensors pass "
         "variant='fp16'."
     )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _refuse_damaged(file: Path) -> None:

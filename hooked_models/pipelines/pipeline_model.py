@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
+import shutil
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,12 +12,44 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
-from ..store import digest
-from .checks import check_model
+from ..store import digest, replace_folder
+from .checks import check_model, check_weights
 from .hub import Source, fetch
 from .loading import empty_pipeline, open_pipeline
 
 Model = TypeVar("Model", bound="PipelineModel")
+
+
+def save_pipeline(pipe: Any, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
+    """Write a live pipeline's modules, or those that its hooked modules wrap: a whole folder or none.
+
+    Args:
+        pipe: stays as it is.
+        save_directory: the folder; files in it that are none of the pipeline's are kept.
+        push_to_hub: not supported.
+        options: as of diffusers' `save_pretrained` (variant, max_shard_size, safe_serialization).
+
+    Raises:
+        FileExistsError: the folder holds something else than a pipeline.
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    if push_to_hub:
+        raise ValueError("push_to_hub=True does not work with hooked modules: save the pipeline, and push its folder.")
+    folder = Path(save_directory)
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    if there and folder / "model_index.json" not in there:
+        raise FileExistsError(f"{folder} holds files that are no pipeline ({there[0].name}, …): choose another folder.")
+    plain = type(pipe)(**{name: getattr(part, "wrapped", part) for name, part in pipe.components.items()})
+
+    def write(part: Path) -> None:
+        plain.save_pretrained(part, **options)
+        for other in there:
+            if other.is_dir() and not (part / other.name).exists():
+                shutil.copytree(other, part / other.name)
+            elif not (part / other.name).exists():
+                shutil.copy2(other, part / other.name)
+
+    replace_folder(folder, write)
 
 
 @cache
@@ -66,7 +99,7 @@ class PipelineModel(nn.Module):
             dtype: of the weights; in float16, T5 is loaded in bfloat16, which it was trained in.
             device_map: a device such as "cuda", or "balanced" for whole parts on several; see also `enable_cpu_offload`.
             weights: False reads configurations alone: all names and sizes, on the meta device, without a weight file.
-            check: compare the hooked model with what it wraps (`checks.check_model`).
+            check: look for weights that are not finite, and compare the hooked model with what it wraps (`pipelines.checks`).
             clean_caption: clean prompts as diffusers does where beautifulsoup4 and ftfy are installed; see `to_tokens`.
             token, cache_dir, local_files_only: for the hub, as in diffusers.
             components: used in place of the folder's (`text_encoder=…`); `transformer` may be a folder or hub id.
@@ -86,6 +119,8 @@ class PipelineModel(nn.Module):
             pipe = open_pipeline(source, variant=variant, dtype=dtype, device_map=device_map, **components)
         else:
             pipe = empty_pipeline(source, dtype)
+        if weights and check:
+            check_weights(pipe, source.name)
         model = cls.from_pipeline(pipe)
         model.source, model.clean_caption = source, clean_caption
         if weights and check:
@@ -108,13 +143,24 @@ class PipelineModel(nn.Module):
         return model
 
     def as_diffusers(self) -> Any:
-        """A new pipeline of the kind the model came in, with the hooked modules inside: their hooks fire in its calls."""
-        return self.pipeline_class(self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler)
+        """A new pipeline of the kind the model came in, with the hooked modules inside: their hooks fire in its calls.
+
+        Its `save_pretrained` writes the modules that the hooked ones wrap.
+        """
+        pipe = self.pipeline_class(self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler)
+        pipe.save_pretrained = partial(save_pipeline, pipe)
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a pipeline folder of the wrapped modules, which `from_pretrained` and plain diffusers open."""
-        encoder = getattr(self.text_encoder, "wrapped", self.text_encoder)
-        self.pipeline_class(self.tokenizer, encoder, self.codec, self.dit.wrapped, self.scheduler).save_pretrained(folder)
+        """Write a pipeline folder of the wrapped modules, which `from_pretrained` and plain diffusers open.
+
+        The folder is written whole or not at all; of a pipeline that is there, other files are kept.
+
+        Raises:
+            FileExistsError: the folder holds something else than a pipeline.
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        save_pipeline(self.as_diffusers(), folder)
 
     def digest(self) -> str:
         """Hash of what decides a generation (weights, settings, scheduler), wherever the model was loaded from.

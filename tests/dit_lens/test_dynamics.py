@@ -114,18 +114,6 @@ def test_emergence_is_when_a_thing_comes_and_when_it_comes_to_stay(course):
     assert dynamics.strongest_heads(course, "shape1") == []  # the run was not screened so
 
 
-def test_what_a_resumed_run_will_repeat_is_forgotten(course, tmp_path):
-    path = tmp_path / "dynamics.parquet"
-    for _, point in course.groupby("step"):
-        dynamics.append(path, point)
-    dynamics.cut(path, 10)
-    assert pd.read_parquet(path)["step"].max() == 10
-    for _, point in course[course["step"] > 10].groupby("step"):
-        dynamics.append(path, point)
-    pd.testing.assert_frame_equal(pd.read_parquet(path), course, check_dtype=False)
-    dynamics.cut(tmp_path / "nothing", 1)
-
-
 def test_learning_curves_draw_every_point(course):
     figure = viz.learning_curves(course, {"words": [(1, 0), (0, 1)]})
     abilities, heads = figure.axes

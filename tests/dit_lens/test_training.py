@@ -15,10 +15,12 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dit_lens import scenes
 from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, loop, train
+from dit_lens.training.history import open_run
 from dit_lens.training.loop import all_captions, encode_captions
 from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
 from dit_lens.training.pipelines import Size, build_text_encoder, load_pipeline
@@ -60,8 +62,8 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
     train(config)
 
     broken = replace(config, out=tmp_path / "killed")
-    for call in (2, 3):  # the checkpoints of steps 4 and 8 are on disk, but not yet in the place of the one before
-        killed(lambda: train(broken), os, "fsync", call)
+    for _ in range(2):  # at the checkpoints of steps 4 and 6; tests/store kills it at any file operation
+        killed(lambda: train(broken), loop, "save_checkpoint", 2)
     train(broken)
 
     assert_equal_states(final_state(config.out), final_state(broken.out))
@@ -94,16 +96,49 @@ def test_two_processes_are_one_run(tmp_path):
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     config = TrainConfig(out=tmp_path, steps=2, **TINY)
     train(config)
-    with pytest.raises(ValueError, match=r"muon_lr was 0\.002 and is now 0\.1"):
+    with pytest.raises(ValueError, match=r"muon_lr \(0\.002, now 0\.1\)"):
         train(replace(config, muon_lr=0.1))
     train(replace(config, steps=3))  # going on for longer is no other run
 
 
 def test_other_settings_are_refused_before_the_first_checkpoint(tmp_path):
     config = TrainConfig(out=tmp_path, steps=2, **TINY)
-    loop.start_pipeline(config, {"size": "nano", "seed": 0})
-    with pytest.raises(ValueError, match="seed was 0 and is now 7"):
-        loop.start_pipeline(config, {"size": "nano", "seed": 7})
+    with open_run(tmp_path, {"size": "nano", "seed": 0}, ()) as run:
+        loop.start_pipeline(config, run)
+    with pytest.raises(ValueError, match=r"seed \(0, now 7\)"):
+        open_run(tmp_path, {"size": "nano", "seed": 7}, ())
+
+
+def test_the_history_is_the_checkpoints_whatever_becomes_of_the_files(tmp_path):
+    config = TrainConfig(out=tmp_path, steps=4, **{**TINY, "dynamics_points": 2, "evaluate_every": 2})
+    train(config)
+    log, course = tmp_path / "metrics.jsonl", tmp_path / "dynamics.parquet"
+    whole, points = log.read_text(), pd.read_parquet(course)
+    assert len(whole.splitlines()) == 2
+    for damage in (whole[:-5], "", whole + '{"step": 9}\n', None):
+        log.unlink() if damage is None else log.write_text(damage)
+        course.write_bytes(b"")
+        train(config)
+        assert log.read_text() == whole
+        pd.testing.assert_frame_equal(pd.read_parquet(course), points)
+
+
+def test_a_run_that_version_0_1_began_goes_on(tmp_path):
+    """Its checkpoint has no history and its folder no index; a kill has torn its last line."""
+    config = TrainConfig(out=tmp_path, steps=2, **{**TINY, "dynamics_points": 1, "evaluate_every": 1})
+    train(config)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+        known = {key: file.metadata()[key] for key in ("step", "facts")}
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key != "history.course"}  # noqa: SIM118
+    save_file(tensors, tmp_path / "checkpoint.safetensors", known)
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text(before + '{"step": 3, "lo')
+    train(replace(config, steps=3))
+    log = (tmp_path / "metrics.jsonl").read_text()
+    assert log.startswith(before)
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [1, 2, 3]
+    assert sorted(pd.read_parquet(tmp_path / "dynamics.parquet")["step"].unique()) == [2, 3]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from transformers import T5Config
 
 from hooked_models import HookedDiT, HookedTextToImage, ModelCheckError
-from hooked_models.pipelines.checks import check_denoiser
+from hooked_models.pipelines.checks import check_denoiser, check_model
 from hooked_models.pipelines.resolution import resize_and_crop
 from hooked_models.pixart.attention import Attention
 from hooked_models.pixart.block import MLP
@@ -366,8 +366,11 @@ def test_a_model_that_says_nothing_finite(copy: Path) -> None:
     network = PixArtTransformer2DModel.from_pretrained(copy, subfolder="transformer")
     network.proj_out.bias.fill_(torch.nan)
     network.save_pretrained(copy / "transformer")
-    with pytest.raises(ModelCheckError, match="not finite even without hooks"):
+    with pytest.raises(ModelCheckError, match=r"transformer's proj_out\.bias holds a value that is not a number"):
         HookedTextToImage.from_pretrained(copy)
+    opened = HookedTextToImage.from_pretrained(copy, check=False)
+    with pytest.raises(ModelCheckError, match="not finite even without hooks"):
+        check_model(opened)
 
 
 # The real size

@@ -220,7 +220,7 @@ def test_a_cache_on_disk_is_the_one_in_memory(model, whole, tmp_path: Path) -> N
     assert torch.equal(cache.cache_dict.read("steps.1.hook_latent", slice(1, 2)), whole["steps.1.hook_latent"][1:])
     assert cache.nbytes == whole.nbytes
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
-        *("images.safetensors", "index.json"),
+        *("images.safetensors", "index.json", "lock"),
         *(f"step-00{step}.safetensors" for step in range(STEPS)),
         "text.safetensors",
     ]
@@ -272,9 +272,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, scheduler, monkeypatc
     ("change", "named"),
     [
         ({"seed": 1}, "noise"),
-        ({"guidance": 3.0}, "guidance"),
+        ({"guidance": 3.0}, r"guidance \(4\.5, now 3\.0\)"),
         ({"names_filter": "hook_image"}, "names"),
-        ({"names_filter": is_pattern, "patterns": "entropy"}, "names, patterns"),
+        ({"names_filter": is_pattern, "patterns": "entropy"}, r"names, patterns \('whole', now 'entropy'\)"),
         ({"prompts": [PROMPTS[1]] * 2}, "text"),
         ({"weights": 1}, "model"),
     ],
@@ -305,3 +305,23 @@ def test_a_full_disk_is_noticed_before_running(model, tmp_path: Path, monkeypatc
     monkeypatch.setattr(model, "_run", lambda *args: pytest.fail("it ran"))
     with pytest.raises(CacheTooLargeError, match="1000 B are free"):
         run(model, out=tmp_path / "not" / "there")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
+def test_every_file_of_a_cache_is_known(tmp_path: Path, damage: str) -> None:
+    """A damaged or missing step is named, at the latest when a tensor of it is read; no step is left out in silence."""
+    model = HookedTextToImage.from_pipeline(tiny_pipeline())
+    settings = {"num_steps": 3, "names_filter": lambda name: "hook_latent" in name or "resid_post" in name}
+    model.run_with_cache(PROMPTS, out=tmp_path / "run", **settings)
+    for file in sorted((tmp_path / "run").glob("*.safetensors")):
+        whole = file.read_bytes()
+        changed = bytearray(whole)
+        changed[-1] ^= 1
+        if damage == "delete":
+            file.unlink()
+        else:
+            file.write_bytes({"flip": bytes(changed), "truncate": whole[:-1], "empty": b""}[damage])
+        with pytest.raises(OSError, match=rf"{file} is (missing|damaged).*delete the folder {tmp_path / 'run'} and run again"):
+            dict(GenerationCache.load(tmp_path / "run", model))
+        file.write_bytes(whole)
+    assert len(dict(GenerationCache.load(tmp_path / "run", model)))

@@ -7,11 +7,11 @@ word vectors know their sentence. Every text of a step is a function of (seed, s
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,11 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T
 
 from hooked_models.text_encoders.random_tokens import DEFAULT_LENGTH, SPECIAL_TOKENS
 
+from ...store import Store
 from ...text.probes import place_score, probe_table
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import PretrainConfig
+from ..history import CHECKPOINT, History, open_run
 from ..precision import muon, resolve_precision
 from .grammar import PUNCTUATION, VOCABULARY, Writer
 
@@ -43,6 +45,7 @@ NEVER = -1e9
 ARCHITECTURE = {"d_model": 256, "num_heads": 4, "d_kv": 64, "d_ff": 640, "num_layers": 4, "num_decoder_layers": 1}
 """One decoder layer: what a missing word depends on has to be worked out by the encoder, which is what is kept."""
 LOG_EVERY = 25
+MAY_CHANGE = ("checkpoint_every", "evaluate_every", "precision")
 IGNORED = -100
 """Label of a padded target position (torch's cross-entropy skips it)."""
 
@@ -160,21 +163,26 @@ def pretrain(config: PretrainConfig) -> Path:
     """Pre-train, or go on pre-training, and return `out`, which then holds `text_encoder/` and `tokenizer/`.
 
     Raises:
-        ValueError: `out` holds a run with other settings.
+        ValueError: `out` holds a run with other settings, or another process writes to it.
+        OSError: the checkpoint is damaged, or a file cannot be written.
     """
     config = replace(config, precision=resolve_precision(config.precision, torch.device("cpu")))
-    config.out.mkdir(parents=True, exist_ok=True)
+    facts = {k: v for k, v in asdict(config).items() if k != "out"}
+    with open_run(config.out, facts, MAY_CHANGE) as run:
+        _pretrain(config, run)
+    return config.out
+
+
+def _pretrain(config: PretrainConfig, run: Store) -> None:
     tokenizer = scenes_tokenizer()
     reader = scenes_tokenizer(TEXT_LENGTH)
     model = untrained_model(len(tokenizer), config.seed, config.causal)
     model.set_attn_implementation("eager")  # texts this short: plain products are quicker on a CPU than fused attention
     optimizers = build_optimizers(model, config)
-    saved, metrics = config.out / "checkpoint.safetensors", config.out / "metrics.jsonl"
-    facts = {k: v for k, v in asdict(config).items() if k != "out"}
-    may_change = ("checkpoint_every", "evaluate_every", "precision")
-    first = load_checkpoint(saved, model, {}, optimizers, facts, may_change) if saved.exists() else 0
-    keep = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first] if first else []
-    metrics.write_text("".join(line + "\n" for line in keep))
+    saved, facts = config.out / CHECKPOINT, run.settings
+    first = load_checkpoint(saved, model, {}, optimizers, facts, MAY_CHANGE) if saved.exists() else 0
+    history = History.read(config.out) if first else History()
+    history.show(run)
 
     data = PretrainData(reader, config)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[news]}"))
@@ -208,15 +216,14 @@ def pretrain(config: PretrainConfig) -> Path:
                 entry |= {"step": done} | {f"probe_{t}": round(table.sel(target=t).item(), 4) for t in table.target.values}
                 entry["probe_place"] = round(place_score(encoder, tokenizer), 4)
             if entry:
-                with metrics.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
+                history.log(run, entry)
                 clock = time.perf_counter()
             # last, so that a run killed before this line repeats what came after the checkpoint before
             if done % config.checkpoint_every == 0 or done == config.steps:
-                save_checkpoint(saved, done, model, {}, optimizers, facts)
-    as_encoder(model).save_pretrained(config.out / "text_encoder")
-    tokenizer.save_pretrained(config.out / "tokenizer")
-    return config.out
+                write = partial(save_checkpoint, step=done, model=model, ema={}, optimizers=optimizers)
+                run.put(CHECKPOINT, partial(write, facts=facts, history=history))
+    run.put_folder("text_encoder", as_encoder(model).save_pretrained)
+    run.put_folder("tokenizer", tokenizer.save_pretrained)
 
 
 def as_encoder(model: T5ForConditionalGeneration) -> T5EncoderModel:
