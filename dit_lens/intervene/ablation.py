@@ -26,18 +26,19 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from hooked_models.hooks_table import layer_of
 
 from .. import task as scenes
 from ..readout.circuits import parse_head
 from ..stats import paired_difference
-from .interventions import Action, Intervention
+from ..text.prompts import Tokens
+from .interventions import Action, Intervention, Steps
 
 VERDICTS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
 """The verdicts of `scenes.evaluate` whose change is an effect."""
 LONG = 10
 """Batches from which a progress bar is shown."""
 
-Steps = int | Sequence[int] | slice | None
 Branches = Literal["cond", "uncond", "both"]
 
 
@@ -45,30 +46,41 @@ Branches = Literal["cond", "uncond", "both"]
 
 
 def knockout_role(
-    role: str | Sequence[str] | Sequence[int],
+    role: Tokens,
     heads: str | Sequence[str] | None = None,
     layers: int | Sequence[int] | None = None,
     steps: Steps = None,
     branch: Branches = "cond",
+    missing: Literal["error", "ignore"] = "error",
 ) -> list[Intervention]:
-    """Hide all tokens of a role (or several, or positions) from cross-attention, whose patterns renormalise over the others.
+    """Hide tokens from cross-attention, whose patterns renormalise over the others.
 
-    In all heads of all layers, unless `heads` ("L2H8", or several) or `layers` are given: then the words are dropped from the
-    prompt as its mask would do, for the steps that are given (`slice(5)`: before the fifth).
+    By default in all heads of all layers: the words are dropped from the prompt as its mask would do, for the steps that are
+    given (`slice(5)`: before the fifth).
+
+    Args:
+        role: a role, `prompts.word("cat")`, several, positions or a mask, as `tokens` of an `Intervention`.
+        heads: "L2H8", or several.
+        layers: one or several, in place of heads.
+        missing: "ignore" leaves prompts alone that have no such token.
 
     Raises:
         ValueError: heads and layers are both given, or a head or role is misspelt.
+
+    Example:
+        >>> [one.site for one in knockout_role("relation", heads="L2H8")]
+        ['blocks.2.cross_attn.hook_pattern']
     """
     if heads is not None and layers is not None:
         raise ValueError("Give heads or layers: a head's name says its layer.")
     site = "blocks.{}.cross_attn.hook_pattern"
     if heads is not None:
         return [
-            Intervention(site.format(layer), numbers, role, steps, branch, "knockout")
+            Intervention(site.format(layer), numbers, role, steps, branch, "knockout", missing)
             for layer, numbers in _by_layer(heads).items()
         ]
     chosen = ["*"] if layers is None else [layers] if isinstance(layers, int) else layers
-    return [Intervention(site.format(layer), None, role, steps, branch, "knockout") for layer in chosen]
+    return [Intervention(site.format(layer), None, role, steps, branch, "knockout", missing) for layer in chosen]
 
 
 def ablate_heads(
@@ -143,8 +155,8 @@ def _cfg(model: HookedTextToImage, site: str) -> Any:
 
 
 def _layers(model: HookedTextToImage, intervention: Intervention) -> list[int]:
-    found = re.search(r"blocks\.(\d+)\.", intervention.site)
-    return list(range(_cfg(model, intervention.site).n_layers)) if found is None else [int(found[1])]
+    layer = layer_of(intervention.site)
+    return list(range(_cfg(model, intervention.site).n_layers)) if layer is None else [layer]
 
 
 def _other_heads(
@@ -187,9 +199,8 @@ def random_tokens(
         if what not in drawn:
             taken = torch.stack([other for other, _ in masks.values() if other.shape == selected.shape]).any(dim=0)
             drawn[what] = _other_tokens(selected, exist, taken, rng)
-        of_role = isinstance(intervention.tokens[0], str)
         # the empty prompt has no role's tokens, so neither has its control
-        branch = "cond" if of_role and intervention.branch == "both" else intervention.branch
+        branch = "cond" if intervention.names_words and intervention.branch == "both" else intervention.branch
         controls.append(replace(intervention, tokens=drawn[what], branch=branch))
     return controls
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
+from hooked_models.arguments import number
 from hooked_models.generation.names import Site
 from hooked_models.hooks import HookFunction
 
@@ -34,6 +35,12 @@ class Replace:
 
     value: Tensor | Mapping[str, Tensor] | ActivationCache = field(repr=False)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.value, Tensor):
+            _check_real("Replace", self.value)
+        elif not hasattr(self.value, "keys"):
+            raise ValueError(f"Replace({self.value!r}): give a tensor (torch.tensor(…)), or tensors by hook name.")
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -41,12 +48,27 @@ class Scale:
 
     factor: float
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", number("factor", self.factor))
+
 
 @dataclass(frozen=True, eq=False)
 class Add:
     """Add a tensor, shaped as in `Replace`."""
 
     vector: Tensor = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_real("Add", self.vector)
+
+
+def _check_real(action: str, value: Any) -> None:
+    """Raise ValueError for what is no tensor of real, finite numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{action}({value!r}): give a tensor (torch.tensor(…)).")
+    if value.is_complex() or value.dtype == torch.bool or not bool(value.isfinite().all()):
+        kind = "of not finite numbers" if value.is_floating_point() else f"of {value.dtype}"
+        raise ValueError(f"{action} of a tensor {kind}: give real, finite numbers.")
 
 
 Action = Literal["zero", "mean", "resample", "knockout"] | Replace | Scale | Add

@@ -7,16 +7,16 @@ It becomes hooks in two stages. `Intervention.resolve` turns words and head numb
 row-indexed tensors and knows no prompt any more; an `Edit` is a hook function. Since its rows can be taken and repeated
 (`Edit.take`) and confined to some rows of a larger batch (`Edit.on`), many interventions can share one batch.
 
-What is selected: the entries of the chosen heads and tokens (all, where None). Heads are the head axis of `q k v z result pattern
-attn_scores` and of the forked inputs. Tokens are the axis of text positions (`hook_text`, `hook_caption`, the text encoder,
-`cross_attn.hook_{k,v}`) or image positions (all else), for patterns and scores the keys: words in `cross_attn`. What it becomes:
+It selects the entries of the chosen heads and tokens (all, where None). docs/hooks.md has the axes of every hook: heads are
+its head axis, tokens its axis of text positions or of image positions; in patterns and scores the keys, which are words in
+`cross_attn`. A prompt in which nothing is selected is an error, unless `missing="ignore"`. The actions:
 
 ==============  ====================================================================================================
 ``"zero"``      0. On a pattern the attention is lost, the others' is not raised: see ``"knockout"`` for that.
 ``"mean"``      The mean over the batch's rows, of this very run, position by position. On text positions, where prompts differ in
                 wording, a role (or mask) takes the mean over all selected tokens of all rows instead.
-``"resample"``  What another prompt of the batch has there in this very run, the same one at every step. On text positions
-                a role's k-th token is taken from that prompt's k-th, so only prompts with equally many are exchanged.
+``"resample"``  The activation of another prompt in the batch (the same donor at every step). On text positions a role's k-th
+                token is taken from that prompt's k-th, so only prompts with equally many are exchanged.
 ``"knockout"``  Patterns and scores only: the selected keys are masked as PixArt masks a pad, by a score of -10000 before
                 the softmax, so the other keys share the attention in their old proportions and every row sums to one.
 Replace(value)  A tensor that broadcasts to the activation [batch …] of every site, or a cache or dict of them by name.
@@ -33,113 +33,102 @@ first relation word only, and at the position of a word, not of a token; here a 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.arguments import integer, integers, one_of
 from hooked_models.generation.model import DEFAULT_STEPS
-from hooked_models.generation.names import BRANCHES, FINAL, Branch, Part, Site
+from hooked_models.generation.names import BRANCHES, Branch, Part, Site
 from hooked_models.generation.views import StepView
-from hooked_models.hooks import HookFunction, unknown_hook
-from hooked_models.hooks_table import POSITIONS, axis_of
-from hooked_models.text_encoders.random_tokens import PAD_ID
+from hooked_models.hooks import HookFunction
+from hooked_models.hooks_table import Hook, hook_row, layer_of
 
 from ..readout.circuits import parse_head
-from ..text.prompts import Role, token_roles
+from ..text.prompts import TokenChoice, Tokens, Word, as_choice, check_found, position_mask, token_counts, token_mask
 from .edits import Action, Add, Edit, Replace, Scale, along
+from .targets import Layout, chosen_steps, counts_from_the_end, find_hooks, layout_of, positions_there, texts_read
 
 __all__ = ["Action", "Add", "Edit", "Intervention", "Replace", "Scale"]
+
+PATTERNS = ("hook_pattern", "hook_attn_scores")
+Steps: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | slice | None
+ACTIONS = ("zero", "mean", "resample", "knockout")
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """One thing to do to one tensor (or that of every layer, or step); the module says what actions mean.
+    """One thing to do to one tensor (or that of every layer, or step); the module describes the actions.
 
     Args:
         site: a name within the denoiser ("blocks.2.cross_attn.hook_z"; "blocks.*.…" for every layer), "text_encoder.…" of one
             within the text encoder, or one between denoiser calls ("hook_latent", "hook_out", "hook_x0", …, "hook_image").
         heads: numbers, or one head as "L2H8", whose layer must be the site's; None for all.
-        tokens: a role of `dit_lens.prompts` or several (each prompt's own tokens), positions, or a mask [prompt pos] (image
-            positions row by row, of the model's own image size); None for all.
-        steps: one, several or a slice of the denoising steps, counted from 0; None for all.
-        branch: "cond", "uncond" or "both". The unconditional branch reads the empty prompt: an EOS, and pads. Its text encoder
-            is "text_encoder.…" with branch="uncond". Sites between denoiser calls belong to no branch and take the default.
-        action: what to do.
+        tokens: a role ("relation"), a word (`prompts.word("cat", nth=2)`), several of these, positions, or a mask [prompt pos];
+            `dit_lens.prompts` describes them. On image positions (row by row, of the model's own image size) positions or a
+            mask. None for all.
+        steps: one, several or a slice of the denoising steps, from 0 or (negative) from the end; None for all.
+        branch: "cond", "uncond" or "both". The unconditional branch reads the empty prompt: an EOS, and pads; with "both" roles
+            and words act in the conditional branch. Its text encoder is "text_encoder.…" with branch="uncond". Sites between
+            denoiser calls belong to no branch and take the default.
+        action: see the module.
+        missing: "ignore" leaves prompts alone in which nothing is selected; by default they are an error.
 
     Raises:
-        ValueError: no such role, branch or action, or a head of another layer than the site's.
+        ValueError: an argument has no meaning; the message names it and the fix.
+
+    Example:
+        >>> hide = Intervention("blocks.2.cross_attn.hook_pattern", heads="L2H2", tokens="relation", action="knockout")
+        >>> hide.heads, hide.tokens
+        ((2,), ('relation',))
     """
 
     site: str
-    heads: Sequence[int] | str | None = None
-    tokens: str | Sequence[str] | Sequence[int] | Sequence[Sequence[bool]] | Bool[Tensor, "prompt pos"] | None = None
+    heads: str | Iterable[SupportsIndex] | None = None
+    tokens: Tokens | None = None
     # slices are unhashable before Python 3.12; equal interventions still have equal hashes
-    steps: int | Sequence[int] | slice | None = field(default=None, hash=False)
+    steps: Steps = field(default=None, hash=False)
     branch: Literal["cond", "uncond", "both"] = "cond"
     action: Action = "zero"
+    missing: Literal["error", "ignore"] = "error"
 
     def __post_init__(self) -> None:
         """Bring every field into one hashable form, so that equal interventions compare equal."""
-        for name in ("heads", "tokens"):
-            if isinstance(number := getattr(self, name), int):
-                raise ValueError(f"{name}={number}: give a sequence of numbers, {name}=[{number}].")
-        if isinstance(self.heads, str):
-            layer, head = parse_head(self.heads)
-            if (found := re.search(r"blocks\.(\d+)\.", self.site)) is None or int(found[1]) != layer:
-                raise ValueError(
-                    f"{self.heads} is no head of {self.site!r}: write a site with 'blocks.{layer}.', or heads=[{head}]."
-                )
-            self._set("heads", (head,))
-        elif self.heads is not None:
-            self._set("heads", tuple(self.heads))
-            if named := [head for head in self.heads if isinstance(head, str)]:
-                raise ValueError(
-                    f"heads={list(self.heads)}: give numbers, the layer is the site's; or one head, heads={named[0]!r}."
-                )
-        if self.tokens is not None:
-            tokens = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
-            tokens = [tokens] if isinstance(tokens, str) else tokens
-            self._set("tokens", tuple(tuple(row) if isinstance(row, list) else row for row in tokens))
-        if not isinstance(self.steps, (int, slice)) and self.steps is not None:
-            self._set("steps", tuple(self.steps))
-        if self.heads == () or self.tokens == ():
-            raise ValueError("Nothing is selected: heads and tokens are None for all of them, or name at least one.")
-        if any(isinstance(position, bool) for position in self._tokens):
-            raise ValueError("A mask of tokens is [prompt pos], one row for each prompt.")
-        if unknown := [role for role in self._tokens if isinstance(role, str) and role not in get_args(Role)]:
-            raise ValueError(f"{unknown[0]!r} is no role of a token: choose {', '.join(get_args(Role))}.")
-        if self.branch not in (*BRANCHES, "both"):
-            raise ValueError(f"branch={self.branch!r}: choose 'cond', 'uncond' or 'both'.")
-        if not isinstance(self.action, (Replace, Scale, Add)) and self.action not in ("zero", "mean", "resample", "knockout"):
-            raise ValueError(
-                f"action={self.action!r}: choose 'zero', 'mean', 'resample', 'knockout', Replace(value), Scale(a) or Add(vector)."
-            )
+        if not isinstance(self.site, str):
+            raise ValueError(f"site={self.site!r}: give the name of a hook, such as 'blocks.2.cross_attn.hook_z'.")
+        self._set("heads", _as_heads(self.site, self.heads))
+        self._set("tokens", None if self.tokens is None else as_choice(self.tokens))
+        self._set("steps", _as_steps(self.steps))
+        one_of("branch", self.branch, (*BRANCHES, "both"))
+        one_of("missing", self.missing, ("error", "ignore"))
+        _check_action(self.action)
 
-        if isinstance(self.action, Replace) and not (isinstance(self.action.value, Tensor) or hasattr(self.action.value, "keys")):
-            raise ValueError(f"Replace({self.action.value!r}): give a tensor (torch.tensor(…)), or tensors by hook name.")
-
-    def _set(self, field: str, value: Any) -> None:
-        object.__setattr__(self, field, value)
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
-    def _tokens(self) -> tuple[Any, ...]:
+    def _choice(self) -> TokenChoice:
         return self.tokens or ()  # type: ignore[return-value]
 
     @property
+    def names_words(self) -> bool:
+        """True if tokens are chosen by role or word, in each prompt its own."""
+        return bool(self._choice) and isinstance(self._choice[0], (str, Word))
+
+    @property
     def _in_order(self) -> bool:
-        """Whether the k-th selected token of one prompt corresponds to the k-th of another; else equal positions do."""
-        return bool(self._tokens) and isinstance(self._tokens[0], (str, tuple))
+        """True if the k-th selected token of one prompt corresponds to the k-th of another; else equal positions do."""
+        return bool(self._choice) and isinstance(self._choice[0], (str, Word, tuple))
 
     def hooks(
         self, model: HookedTextToImage | StepView, prompts: str | Sequence[str], *, num_steps: int = DEFAULT_STEPS, seed: int = 0
     ) -> list[tuple[str, HookFunction]]:
-        """As `fwd_hooks` for a run of `model` on these prompts.
+        """The intervention as `fwd_hooks` for a run of `model` on these prompts.
 
         Args:
             model: or a view of one step (`model.at`), whose names are the denoiser's own; its step and branch must be among
@@ -150,7 +139,14 @@ class Intervention:
 
         Raises:
             UnknownHookError: no such site; the nearest one is suggested.
-            ValueError: site, heads, tokens, steps, branch and action do not go together, or select nothing.
+            ValueError: site, heads, tokens, steps, branch and action do not go together, or nothing is selected in a prompt.
+
+        Example:
+            >>> from hooked_models import HookedTextToImage
+            >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
+            >>> hide = Intervention("blocks.1.cross_attn.hook_z", heads=[2], steps=0)
+            >>> [name for name, _ in hide.hooks(model, "red circle is above blue square")]
+            ['steps.0.cond.blocks.1.cross_attn.hook_z']
         """
         if not isinstance(model, StepView):
             return [(edit.site.name, edit) for edit in self.resolve(model, prompts, num_steps=num_steps, seed=seed)]
@@ -173,7 +169,7 @@ class Intervention:
         for uncond in (False, True):
             if here := [site for site in sites if (site.branch == "uncond" or site.part == "null_text_encoder") == uncond]:
                 edits += self._edits(model, here, texts, uncond, seed)
-        if self.steps is None or isinstance(self.steps, slice):  # all, or all from or up to one
+        if counts_from_the_end(self.steps):
             edits = [replace(edit, num_steps=num_steps) if edit.site.step is not None else edit for edit in edits]
         if not edits:
             raise ValueError(f"{self} selects nothing: none of the prompts has such a token in this branch.")
@@ -182,113 +178,113 @@ class Intervention:
     def token_masks(
         self, model: HookedTextToImage, prompts: Sequence[str]
     ) -> tuple[Bool[Tensor, "prompt pos"], Bool[Tensor, "prompt pos"]]:
-        """Which positions `tokens` selects, and which there are: a prompt's words with EOS, or all of an image.
+        """The positions that `tokens` selects, and those that there are: a prompt's words with EOS, or all of an image.
 
         In the conditional branch, unless `branch` is "uncond". Raises ValueError for a site without positions.
         """
         site, uncond = replace(self, steps=None)._sites(model, 1)[0], self.branch == "uncond"
-        axes = _axes(model, site)
-        read, words = _read(model, prompts, uncond)
-        selected = self._selected(model, axes, site, read, words.shape[1])
-        return selected, words if axes.text else torch.ones_like(selected)
+        layout = layout_of(model, site)
+        read, words = texts_read(model, prompts, uncond)
+        selected = self._selected(model, layout, site, read, words)
+        return selected, positions_there(model, layout, words)
 
     def _sites(self, model: HookedTextToImage, num_steps: int) -> list[Site]:
-        names, site = model.names, self.site
-        if site.startswith(("steps.", "null_text_encoder.")):
-            raise ValueError(f"{site!r}: a site has no step or branch in its name; say steps=… and branch=… instead.")
-        inner = site.removeprefix("text_encoder.")
-        module = names.text_encoder if inner != site else names.sampler if inner in names.sampler.hook_dict else names.dit
-        inners = [inner.replace("*", str(layer)) for layer in range(module.cfg.n_layers)] if module and "*" in inner else [inner]
-        if module is None or not all(one in module.mod_dict for one in inners):
-            owners = ((names.dit, ""), (names.sampler, ""), (names.text_encoder, "text_encoder."))
-            raise unknown_hook(site, [f"{prefix}{one}" for owner, prefix in owners if owner for one in owner.hook_dict])
-        inners = [module.canonical_name(one) for one in inners]
+        part, inners = find_hooks(model, self.site)
+        row = hook_row(inners[0], part)
+        for broken, message in MEANINGLESS:
+            if broken(self, row):
+                raise ValueError(message.format(site=self.site))
         if self.action == "knockout":
-            if not all(one.endswith(("hook_pattern", "hook_attn_scores")) for one in inners):
-                raise ValueError(f"Keys are knocked out of a pattern, not of {site!r}: take its hook_pattern, or another action.")
-            inners = [one.replace("hook_pattern", "hook_attn_scores") for one in inners]
-        if self.action == "zero" and (wrong := [one for one in inners if one.endswith(("hook_attn_scores", "hook_scale"))]):
-            raise ValueError(f"A 0 at {wrong[0]} switches nothing off: use 'knockout' for attention, or Replace(value).")
-
-        once = module is names.text_encoder or inner == FINAL
-        if once and self.steps is not None:
-            raise ValueError(f"{site} is computed once, not at every step: leave steps out.")
-        if module is names.sampler and self.branch != "cond":
-            raise ValueError(f"{site} belongs to neither branch: leave branch out.")
-        steps = [None] if once else _steps(self.steps, num_steps)
+            inners = [inner.replace("hook_pattern", "hook_attn_scores") for inner in inners]
+        steps = [None] if row.fires == "once" else chosen_steps(self.steps, num_steps)
+        if part == "sampler":
+            return [Site("sampler", inners[0], step) for step in steps]
         branches: tuple[Branch, ...] = BRANCHES if self.branch == "both" else (self.branch,)
-        if module is names.sampler:
-            sites = [Site("sampler", inner, step) for step in steps]
-        elif module is names.text_encoder:
+        if part == "text_encoder":
             parts: dict[Branch, Part] = {"cond": "text_encoder", "uncond": "null_text_encoder"}
-            sites = [Site(parts[branch], one) for branch in branches for one in inners]
-        else:
-            sites = [Site("dit", one, step, branch) for step in steps for branch in branches for one in inners]
-        return sites
+            return [Site(parts[branch], inner) for branch in branches for inner in inners]
+        return [Site("dit", inner, step, branch) for step in steps for branch in branches for inner in inners]
 
     def _edits(
         self, model: HookedTextToImage, sites: Sequence[Site], texts: Sequence[str], uncond: bool, seed: int
     ) -> list[Edit]:
         """Of sites that differ in step and layer only, in runs of `texts`."""
         site, n = sites[0], len(texts)
-        axes = _axes(model, site)
-        read, words = _read(model, texts, uncond)
-        selected = None if self.tokens is None else self._selected(model, axes, site, read, words.shape[1])
+        layout = layout_of(model, site)
+        read, words = texts_read(model, texts, uncond)
+        selected = None if self.tokens is None else self._selected(model, layout, site, read, words)
+        if selected is not None and self.missing == "error" and not (uncond and self.branch == "both"):
+            check_found(model, read, self._choice, selected, ", or say missing='ignore' to leave such prompts as they are")
         if self.action == "knockout":
-            exist = words if axes.text else words.new_ones(n, _image_positions(model))
-            if selected is None or bool((~exist | selected).all(dim=1).any()):
-                raise ValueError(
-                    f"{self} would mask every key of {site.name} for some prompt, so that nothing is left to attend to: "
-                    "say which tokens=…, or silence the heads by action='zero' on hook_z."
-                )
-        where = torch.ones(n, *[1] * (axes.ndim - 1), dtype=torch.bool)
+            self._check_some_key_is_left(site, selected, positions_there(model, layout, words))
+        where = torch.ones(n, *[1] * (layout.ndim - 1), dtype=torch.bool)
         if selected is not None:
-            where = where & along(selected, axes.ndim, 0, axes.token)
+            where = where & along(selected, layout.ndim, 0, layout.token)
         if self.heads is not None:
-            where = where & along(self._head_mask(model, axes, site), axes.ndim, axes.head)
+            where = where & along(self._head_mask(model, layout, site), layout.ndim, layout.head)
         if not where.any():
             return []
-
-        pooled, alike = None, torch.zeros(n, dtype=torch.long)
-        if axes.text and self.action in ("mean", "resample"):
-            if selected is not None and self._in_order:
-                pooled, alike = axes.token, self._counts(model, read, selected)
-            else:
-                alike = words.sum(dim=1)
-            if self.action == "mean" and pooled is None and len(alike.unique()) > 1:
-                raise ValueError(
-                    f"These prompts have different numbers of tokens, so equal positions of {site.name} mean different words: "
-                    "take the mean over a role, tokens='relation', or Replace(reference)."
-                )
+        pooled, alike = self._exchangeable(model, layout, site, read, words, selected)
         prompt = torch.tensor([texts.index(text) for text in texts])
         shared = Edit(site, self.action, where.to(model.device), prompt, alike, pooled, seed)
         shared.check()
-        n_heads = None if axes.head is None else model.names.module(site.part).cfg.n_heads
-        return [replace(shared, site=one, values=self._values(one, axes, n, n_heads)) for one in sites]
+        n_heads = None if layout.head is None else model.names.module(site.part).cfg.n_heads
+        return [replace(shared, site=one, values=self._values(one, layout, n, n_heads)) for one in sites]
+
+    def _check_some_key_is_left(
+        self, site: Site, selected: Bool[Tensor, "prompt pos"] | None, there: Bool[Tensor, "prompt pos"]
+    ) -> None:
+        if selected is None or bool((~there | selected).all(dim=1).any()):
+            raise ValueError(
+                f"{self} would mask every key of {site.name} for some prompt, so that nothing is left to attend to: "
+                "say which tokens=…, or silence the heads by action='zero' on hook_z."
+            )
+
+    def _exchangeable(
+        self,
+        model: HookedTextToImage,
+        layout: Layout,
+        site: Site,
+        read: Sequence[str],
+        words: Bool[Tensor, "prompt text_pos"],
+        selected: Bool[Tensor, "prompt pos"] | None,
+    ) -> tuple[int | None, Int[Tensor, " prompt"]]:
+        """For "mean" and "resample": the axis along which tokens correspond in order (or None), and groups of like prompts."""
+        if layout.kind != "text" or self.action not in ("mean", "resample"):
+            return None, torch.zeros(len(read), dtype=torch.long)
+        if selected is not None and self._in_order:
+            return layout.token, self._counts(model, read, selected)
+        alike = words.sum(dim=1)
+        if self.action == "mean" and len(alike.unique()) > 1:
+            raise ValueError(
+                f"These prompts have different numbers of tokens, so equal positions of {site.name} mean different words: "
+                "take the mean over a role, tokens='relation', or Replace(reference)."
+            )
+        return None, alike
 
     def _selected(
-        self, model: HookedTextToImage, axes: _Axes, site: Site, texts: Sequence[str], length: int
+        self,
+        model: HookedTextToImage,
+        layout: Layout,
+        site: Site,
+        texts: Sequence[str],
+        words: Bool[Tensor, "prompt text_pos"],
     ) -> Bool[Tensor, "prompt pos"]:
-        if axes.token is None:
+        if layout.token is None:
             raise ValueError(f"{site.name} has no positions: leave tokens out.")
-        tokens, positions = self._tokens, length if axes.text else _image_positions(model)
-        if isinstance(tokens[0], str):
-            if not axes.text:
-                raise ValueError(f"{site.name} has image positions, but tokens={tokens} are words: give positions.")
-            return torch.tensor([[role in tokens for role in token_roles(model, text, length)] for text in texts])
-        if isinstance(tokens[0], tuple):
-            mask = torch.tensor(tokens)
-            if mask.shape != (len(texts), positions):
-                raise ValueError(
-                    f"tokens is a mask {list(mask.shape)}; {site.name} takes [prompt pos] = {[len(texts), positions]}."
-                )
+        there = positions_there(model, layout, words)
+        mask = position_mask(self._choice, len(texts), there.shape[1], site.name)
+        if mask is not None:
             return mask
-        if outside := [position for position in tokens if position not in range(positions)]:
-            raise ValueError(f"There is no position {outside[0]} in {site.name}: it has positions 0 to {positions - 1}.")
-        return torch.isin(torch.arange(positions), torch.tensor(tokens)).expand(len(texts), -1)
+        if layout.kind == "image":
+            named = ", ".join(map(str, self._choice))
+            raise ValueError(f"{site.name} has image positions, but tokens={named} names words: give positions.")
+        of_text = token_mask(model, texts, self._choice, length=words.shape[1], missing="ignore")
+        image = there.shape[1] - words.shape[1]  # of joint attention, before the words
+        return torch.nn.functional.pad(of_text, (image, 0))
 
-    def _head_mask(self, model: HookedTextToImage, axes: _Axes, site: Site) -> Bool[Tensor, " head"]:
-        if axes.head is None:
+    def _head_mask(self, model: HookedTextToImage, layout: Layout, site: Site) -> Bool[Tensor, " head"]:
+        if layout.head is None:
             raise ValueError(f"{site.name} has no head axis: leave heads out, or take hook_z or hook_result of an attention.")
         n_heads = model.names.module(site.part).cfg.n_heads
         if outside := [head for head in self.heads or () if head not in range(n_heads)]:
@@ -298,31 +294,20 @@ class Intervention:
     def _counts(
         self, model: HookedTextToImage, texts: Sequence[str], selected: Bool[Tensor, "prompt pos"]
     ) -> Int[Tensor, " prompt"]:
-        """Equal numbers for prompts with equally many selected tokens, of every role."""
+        """Equal numbers for prompts with equally many selected tokens, of every role and word."""
         counts = selected.sum(dim=1, keepdim=True)
-        if isinstance(self._tokens[0], str):
-            roles = [token_roles(model, text, selected.shape[1]) for text in texts]
-            counts = torch.tensor([[found.count(role) for role in self._tokens] for found in roles])
+        if self.names_words:
+            counts = torch.tensor(token_counts(model, texts, self._choice, selected.shape[1]))
         return counts.unique(dim=0, return_inverse=True)[1]
 
-    def _values(self, site: Site, axes: _Axes, n: int, n_heads: int | None) -> Tensor | None:
-        ndim = axes.ndim
+    def _values(self, site: Site, layout: Layout, n: int, n_heads: int | None) -> Tensor | None:
+        ndim = layout.ndim
         if isinstance(self.action, Add):
             values: Any = self.action.vector
         elif isinstance(self.action, Replace):
             values = self.action.value
             if not isinstance(values, Tensor):
-                key = site.name if site.name in values.keys() else site.inner  # noqa: SIM118
-                if key not in values.keys():  # noqa: SIM118
-                    raise ValueError(
-                        f"Replace has no value for {site.name}: cache it (names_filter, steps, branch), or name the site."
-                    )
-                values = values[key]
-                if axes.head is not None and values.ndim >= ndim - axes.head and values.shape[axes.head - ndim] != n_heads:
-                    raise ValueError(
-                        f"The cache has {values.shape[axes.head - ndim]} of the {n_heads} heads of {site.name}, and does not say "
-                        "which: cache all (without heads=…)."
-                    )
+                values = _entry(values, site, layout, n_heads)
         else:
             return None
         if values.ndim > ndim or (values.ndim == ndim and len(values) not in (1, n)):
@@ -333,38 +318,67 @@ class Intervention:
         return values
 
 
-class _Axes(NamedTuple):
-    """How a tensor is laid out. Axis 0 is the batch."""
-
-    ndim: int
-    head: int | None
-    token: int | None
-    text: bool
-    """Whether its tokens are words; else image positions."""
-
-
-def _axes(model: HookedTextToImage, site: Site) -> _Axes:
-    axes = model.names.module(site.part).axes(site.inner)
-    tokens = [i for i, axis in enumerate(axes) if axis in (*POSITIONS["image"], *POSITIONS["text"])]
-    token = tokens[-1] if tokens else None  # the keys of a pattern
-    return _Axes(len(axes), axis_of(axes, ("head",)), token, token is not None and axes[token] in POSITIONS["text"])
+def _entry(values: Any, site: Site, layout: Layout, n_heads: int | None) -> Tensor:
+    """The tensor of a site in a cache or dict."""
+    key = site.name if site.name in values.keys() else site.inner  # noqa: SIM118
+    if key not in values.keys():  # noqa: SIM118
+        raise ValueError(f"Replace has no value for {site.name}: cache it (names_filter, steps, branch), or name the site.")
+    value, ndim, head = values[key], layout.ndim, layout.head
+    if head is not None and value.ndim >= ndim - head and value.shape[head - ndim] != n_heads:
+        raise ValueError(
+            f"The cache has {value.shape[head - ndim]} of the {n_heads} heads of {site.name}, and does not say "
+            "which: cache all (without heads=…)."
+        )
+    return value
 
 
-def _read(model: HookedTextToImage, texts: Sequence[str], uncond: bool) -> tuple[Sequence[str], Bool[Tensor, "prompt text_pos"]]:
-    """What a branch reads in runs of `texts`, and which of its positions are no pads."""
-    read = [""] * len(texts) if uncond else texts
-    return read, (model.to_tokens(read, length=model.to_tokens(texts).shape[1]) != PAD_ID).cpu()
+# Fields, each in one form
 
 
-def _image_positions(model: HookedTextToImage) -> int:
-    return (model.cfg.sample_size // model.cfg.patch_size) ** 2
+def _as_heads(site: str, heads: Any) -> tuple[int, ...] | None:
+    if heads is None:
+        return None
+    if isinstance(heads, str):
+        layer, head = parse_head(heads)
+        if layer_of(site) != layer:
+            raise ValueError(f"{heads} is no head of {site!r}: write a site with 'blocks.{layer}.', or heads=[{head}].")
+        return (head,)
+    if not hasattr(heads, "__iter__") or getattr(heads, "shape", None) == ():
+        raise ValueError(f"heads={heads!r}: give a sequence of numbers, heads=[{heads!r}].")
+    if named := [head for head in heads if isinstance(head, str)]:
+        raise ValueError(f"heads={list(heads)}: give numbers, the layer is the site's; or one head, heads={named[0]!r}.")
+    if not (found := integers("heads", heads)):
+        raise ValueError("heads is empty, so that nothing is selected: leave it out for all heads, or name at least one.")
+    return found
 
 
-def _steps(steps: Any, num_steps: int) -> list[int]:
-    every = range(num_steps)
-    chosen = (
-        every if steps is None else every[steps] if isinstance(steps, slice) else [steps] if isinstance(steps, int) else steps
-    )
-    if not chosen or not set(chosen).issubset(every):
-        raise ValueError(f"steps={steps} are not among this run's steps, 0 to {num_steps - 1} (num_steps={num_steps}).")
-    return list(chosen)
+def _as_steps(steps: Any) -> int | tuple[int, ...] | slice | None:
+    if steps is None or isinstance(steps, slice):
+        return steps
+    several = hasattr(steps, "__iter__") and getattr(steps, "shape", None) != ()
+    return integers("steps", steps) if several else integer("steps", steps)
+
+
+def _check_action(action: Any) -> None:
+    if not isinstance(action, (Replace, Scale, Add)) and not (isinstance(action, str) and action in ACTIONS):
+        raise ValueError(
+            f"action={action!r}: choose 'zero', 'mean', 'resample', 'knockout', Replace(value), Scale(a) or Add(vector)."
+        )
+
+
+MEANINGLESS: tuple[tuple[Callable[[Intervention, Hook], bool], str], ...] = (
+    (
+        lambda i, row: i.action == "knockout" and not row.name.endswith(PATTERNS),
+        "Keys are knocked out of a pattern, not of {site!r}: take its hook_pattern, or another action.",
+    ),
+    (
+        lambda i, row: i.action == "zero" and row.name.endswith(("hook_attn_scores", "hook_scale")),
+        "A 0 at {site!r} switches nothing off: use 'knockout' for attention, or Replace(value).",
+    ),
+    (
+        lambda i, row: row.fires == "once" and i.steps is not None,
+        "{site!r} is computed once, not at every step: leave steps out.",
+    ),
+    (lambda i, row: row.part == "sampler" and i.branch != "cond", "{site!r} belongs to neither branch: leave branch out."),
+)
+"""Combinations of an intervention and a hook's row in the table that mean nothing, and their message."""

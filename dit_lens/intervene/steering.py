@@ -35,7 +35,7 @@ from hooked_models.generation.sampling import Seeds, seed_of_each
 from ..stats import clustered_mean
 from ..task import DIRECTIONS, OPPOSITE, PHRASES, Scene, caption, evaluate
 from ..task.scene import Relation
-from ..text.prompts import RELATION_WORDS, Role, role_mask
+from ..text.prompts import RELATION_WORDS, Role, Tokens, role_mask, token_mask
 from ..text.variance import Space, effect_vectors, encode, factorial_prompts, factors_of, phrase_span, word_vectors
 from .interventions import Add, Intervention
 
@@ -53,7 +53,7 @@ def steer(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
     vector: Float[Tensor, " d"] | Float[Tensor, "prompt text_pos d"],
-    tokens: Role | Sequence[Role] | Sequence[int] | None = None,
+    tokens: Tokens | None = None,
     at: Space = "text",
     k: int | float = 1.0,
     seed: Seeds = 0,
@@ -65,12 +65,13 @@ def steer(
 
     Args:
         vector: one for the chosen tokens of all prompts, or one for every token of `model.to_tokens(prompts)`.
-        tokens: roles or positions that the vector is added to; None only where every token has its own vector.
+        tokens: roles, words (`prompts.word`), positions or a mask that the vector is added to; None only where every token has
+            its own vector.
         at: the space of the vector: before or after the caption projection.
         seed: as in the model's own call.
 
     Raises:
-        ValueError: no token plays the role, or vector and tokens do not go together.
+        ValueError: a prompt has no such token, or vector and tokens do not go together.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if vector.ndim == 3:
@@ -80,26 +81,13 @@ def steer(
     elif tokens is None:
         raise ValueError("Say which tokens the vector is added to: a role such as tokens='shape2', or positions.")
     else:
-        added = _chosen(model, texts, tokens).to(vector)[..., None] * vector
+        added = token_mask(model, texts, tokens).to(vector)[..., None] * vector
     seeds = seed_of_each(seed, len(texts))
     images = []
     for start in _batches(len(texts), batch_size, "steering"):
         rows = slice(start, start + batch_size)
         images.append(_generate(model, texts[rows], k * added[rows], at, seeds[rows], num_steps, guidance))
     return torch.cat(images)
-
-
-def _chosen(model: HookedTextToImage, texts: Sequence[str], tokens: Role | Sequence[Role] | Sequence[int]) -> Tensor:
-    roles = [tokens] if isinstance(tokens, str) else list(tokens)
-    if all(isinstance(role, int) for role in roles):
-        length = model.to_tokens(texts).shape[1]
-        if outside := [position for position in roles if not 0 <= int(position) < length]:
-            raise ValueError(f"There is no position {outside[0]}: these prompts have positions 0 to {length - 1}.")
-        return torch.isin(torch.arange(length), torch.tensor(roles)).expand(len(texts), -1)
-    masks = torch.stack([role_mask(model, texts, role) for role in roles]).any(dim=0)  # type: ignore[arg-type]
-    if without := [text for text, mask in zip(texts, masks, strict=True) if not mask.any()]:
-        raise ValueError(f"{without[0]!r} has no {' or '.join(map(str, roles))} token: leave it out, or choose another role.")
-    return masks
 
 
 def _generate(
@@ -188,7 +176,7 @@ def swap_vectors(
     if tokens != "phrase" and tokens != "relation":
         samples, factors = word_vectors(model, factorial_prompts(), tokens, at)
         effects = effect_vectors(samples, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
-        for row, mask, own, target in zip(vectors, _chosen(model, prompts, tokens), said, to, strict=True):
+        for row, mask, own, target in zip(vectors, token_mask(model, prompts, tokens), said, to, strict=True):
             if unknown := [name for name in (own["relation"], target) if name not in PHRASES]:
                 raise ValueError(f"{unknown[0]!r} has no effect vector: choose a relation of {', '.join(PHRASES)}.")
             difference = effects.sel(relation=target) - effects.sel(relation=own["relation"])

@@ -55,7 +55,7 @@ from ..runs.repeated_runs import Generation
 from ..stats import clustered_mean
 from ..store import Store, digest, fingerprint
 from ..task.image_groups import image_groups_from_images, image_groups_from_scenes
-from ..text.prompts import Role, by_role, token_roles
+from ..text.prompts import Role, Word, by_role, token_mask, token_roles
 from .group_attention import Sublayer, attention_between
 
 __all__ = ["attention_synopsis", "image_groups_from_images", "image_groups_from_scenes", "rank_heads", "trajectory_synopsis"]
@@ -63,6 +63,8 @@ __all__ = ["attention_synopsis", "image_groups_from_images", "image_groups_from_
 Reduce = Literal["sum", "mass", "mean", "max"]
 Groups = Mapping[str, Shaped[Tensor, "*prompt pos"]]
 """Name → which positions belong to it: [pos], the same for every prompt, or [prompt pos]; booleans, or shares in [0, 1]."""
+TextGroups = Mapping[str, Shaped[Tensor, "*prompt pos"] | Role | Word | Sequence[Role | Word]]
+"""The same of text, or name → roles and words (`prompts.word`)."""
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def attention_synopsis(
     image_groups: Groups | None = None,
     reduce: Reduce = "sum",
     *,
-    text_groups: Groups | None = None,
+    text_groups: TextGroups | None = None,
     num_steps: int = DEFAULT_STEPS,
     guidance: float = DEFAULT_GUIDANCE,
     interventions: Sequence[Intervention] = (),
@@ -88,9 +90,9 @@ def attention_synopsis(
         sublayer: "cross_attn", image ← text, or "attn", image ← image, whose keys are grouped as its queries are.
         image_groups: positions row by row on the model's own grid; None for all of them as one group, "image".
         reduce: see the module.
-        text_groups: positions of `model.to_tokens(prompts)`, such as `dit_lens.prompts.phrase_mask`'s; None for the roles of
-            `dit_lens.prompts`. The unconditional branch reads no prompt: all roles but EOS and pad, and groups that are given
-            here, are NaN in it.
+        text_groups: name → positions of `model.to_tokens(prompts)`, or a role, `prompts.word("cat")` or several; None for all
+            roles of `dit_lens.prompts`. The unconditional branch reads no prompt: all roles but EOS and pad, and groups that
+            are given here, are NaN in it.
         interventions: what is done to the model meanwhile; "mean" and "resample" are those of a batch.
         out: a folder for finished batches: a call that was stopped goes on from there when it is repeated.
 
@@ -111,10 +113,13 @@ def attention_synopsis(
     def roles() -> list[list[Role]]:
         return [token_roles(model, text, length) for text in texts]
 
+    def positions(group: Any) -> Tensor:
+        return group if isinstance(group, Tensor) else token_mask(model, texts, group, length=length)
+
+    groups = roles if text_groups is None else {name: positions(group) for name, group in text_groups.items()}
+
     branches = BRANCHES if guidance > 1 else BRANCHES[:1]
-    plan = _Plan.make(
-        model, len(texts), length, branches, sublayer, image_groups, roles if text_groups is None else text_groups, reduce
-    )
+    plan = _Plan.make(model, len(texts), length, branches, sublayer, image_groups, groups, reduce)
 
     settings: dict[str, Any] = {}
     if out is not None:

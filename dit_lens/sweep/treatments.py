@@ -203,7 +203,8 @@ def _coords(several: Sequence[Intervention]) -> dict[str, int]:
     for one in several:
         found = re.search(r"blocks\.(\d+)\.", one.site)
         layers.add(int(found[1]) if found else -1)
-        heads.add(int(one.heads[0]) if one.heads is not None and len(one.heads) == 1 else -1)
+        chosen = tuple(map(int, one.heads or ()))
+        heads.add(chosen[0] if len(chosen) == 1 else -1)
         steps.add(one.steps if isinstance(one.steps, int) else -1)
     return {
         name: next(iter(values)) if len(values) == 1 else -1

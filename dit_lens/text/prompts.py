@@ -1,94 +1,319 @@
-"""Which token of a prompt plays which part in the sentence."""
+"""The tokens of a prompt: by their role in the sentence, by word, by position or by mask.
+
+    Intervention("blocks.2.cross_attn.hook_pattern", tokens=prompts.word("cat", nth=2), action="knockout")
+
+`tokens=` of interventions, ablations, steering and synopses is one of these:
+
+====================  ============================================================================================
+a role, or several    "relation", ["shape1", "shape2"]: each prompt's own tokens that play it (`Role`)
+a word, or several    `word("cat")`, `word("left of", nth=2)`: a word or phrase, wherever it stands as whole words
+positions             [0, 3]: the same tokens of every prompt
+a mask                booleans [prompt text_pos]
+====================  ============================================================================================
+
+Words are found by the tokenizer's character offsets in the text that is encoded (`hooked_models.text_encoders.words`): a
+word of several tokens selects each of them, and punctuation, quotes and hyphens end a word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
-from jaxtyping import Bool
-from torch import Tensor, tensor
+import numpy as np
+import torch
+from jaxtyping import Bool, Integer, Shaped
+from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.arguments import integer
+from hooked_models.text_encoders.words import EncodedText, TextWord, encode_text, split_words
 
 from ..task import COLORS, SHAPES
 
 Role = Literal["color1", "shape1", "relation", "color2", "shape2", "filler", "eos", "pad"]
 
-RELATION_WORDS = frozenset({"above", "below", "left", "right", "upper", "lower", "up", "down", "higher"})
-"""Words that carry a direction; everything else that is no shape and no colour is filler."""
+RELATION_WORDS = frozenset(
+    {
+        *("above", "below", "left", "right", "upper", "lower", "up", "down", "higher"),  # the task's own
+        *("under", "over", "beneath", "underneath", "beside", "behind", "between", "near", "next", "on", "in", "inside"),
+        *("outside", "atop", "top", "bottom", "front", "against", "around"),
+    }
+)
+"""Words of place; everything else that is no shape and no color is filler."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word or phrase of a prompt, as a value of `tokens=`; see `word`."""
+
+    text: str
+    nth: int | None = None
+
+    def __str__(self) -> str:
+        return f"word({self.text!r})" if self.nth is None else f"word({self.text!r}, nth={self.nth})"
+
+
+def word(text: str, nth: SupportsIndex | None = None) -> Word:
+    """The tokens of a word or phrase, wherever a prompt has it as whole words, without regard to case.
+
+    Args:
+        text: one word or several in order; punctuation between them is not compared.
+        nth: 1 for its first occurrence in a prompt, 2 for the second; None for all of them.
+
+    Raises:
+        ValueError: the text contains no word, or `nth` is no positive integer.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
+        >>> token_mask(model, ["red circle is left of red square"], word("Red", nth=2)).int().tolist()
+        [[0, 0, 0, 0, 0, 1, 0, 0]]
+    """
+    if not isinstance(text, str) or not split_words(text):
+        raise ValueError(f"text={text!r} of prompts.word contains no word: give a word or phrase, such as 'left of'.")
+    return Word(text, None if nth is None else integer("nth", nth, low=1))
+
+
+Tokens: TypeAlias = (
+    str
+    | Word
+    | Sequence[str | Word]
+    | Iterable[SupportsIndex]
+    | Sequence[Sequence[SupportsIndex]]
+    | Integer[Tensor, " position"]
+    | Bool[Tensor, "prompt pos"]
+    | Integer[Tensor, "prompt pos"]
+    | Shaped[np.ndarray, "*prompt pos"]
+)
+"""What `tokens=` may be; the module docstring describes the forms."""
+TokenChoice: TypeAlias = tuple[str | Word, ...] | tuple[int, ...] | tuple[tuple[bool, ...], ...]
+"""`Tokens` in one hashable form: words and roles, positions, or a mask."""
+
+
+def as_choice(tokens: Any) -> TokenChoice:
+    """`Tokens` in one hashable form.
+
+    Raises:
+        ValueError: it is of none of the forms, or of several at once; the message names the value and the fix.
+
+    Example:
+        >>> as_choice("relation"), as_choice([0, 3])
+        (('relation',), (0, 3))
+    """
+    if isinstance(tokens, (Tensor, np.ndarray)):
+        tokens = tokens.tolist()
+    if isinstance(tokens, (str, Word)):
+        tokens = [tokens]
+    if not isinstance(tokens, (Sequence, range)):
+        raise ValueError(f"tokens={tokens!r}: give {FORMS}; a single position is [{tokens!r}].")
+    if len(tokens) == 0:
+        raise ValueError("tokens is empty, so that nothing is selected: leave it out for all tokens, or name at least one.")
+    kinds = {_kind(one) for one in tokens}
+    if len(kinds) > 1 or kinds == {None}:
+        mixed = "mixes " + " and ".join(sorted(map(str, kinds))) if None not in kinds else "is none of the known forms"
+        raise ValueError(f"tokens={list(tokens)!r} {mixed}: give {FORMS}.")
+    if kinds == {"words"}:
+        return tuple(_role_or_word(one) for one in tokens)
+    if kinds == {"positions"}:
+        return tuple(integer("tokens", one) for one in tokens)
+    if kinds == {"booleans"}:
+        raise ValueError("tokens is a mask of one row: give a mask [prompt pos], one row for each prompt.")
+    rows: Any = tokens
+    return tuple(tuple(_boolean(one) for one in row) for row in rows)
+
+
+FORMS = "a role, prompts.word('…'), several of these, positions such as [0, 3], or a mask of booleans [prompt pos]"
+
+
+def _kind(one: Any) -> str | None:
+    if isinstance(one, (str, Word)):
+        return "words"
+    if isinstance(one, (bool, np.bool_)):
+        return "booleans"
+    if hasattr(one, "__index__") and not isinstance(one, (Tensor, np.ndarray)):
+        return "positions"
+    return "rows of a mask" if isinstance(one, (Sequence, Tensor, np.ndarray)) else None
+
+
+def _role_or_word(one: Any) -> str | Word:
+    if isinstance(one, Word) or one in get_args(Role):
+        return one
+    raise ValueError(
+        f"{one!r} is no role of a token: choose {', '.join(get_args(Role))}; or select the word itself by prompts.word({one!r})."
+    )
+
+
+def _boolean(value: Any) -> bool:
+    if value not in (0, 1):
+        raise ValueError(f"A mask of tokens holds {value!r}: give booleans [prompt pos].")
+    return bool(value)
+
+
+# Roles
 
 
 def token_roles(model: HookedTextToImage, prompt: str, length: int | None = None) -> list[Role]:
     """The role of every token of a prompt, in order, EOS and pads (up to `length`) included.
 
-    Words are found by the tokenizer's character offsets, so a word of several tokens gives each of them its role. Objects
-    are numbered as the prompt names them; a colour belongs to the next shape.
+    A word of several tokens gives each of them its role. Objects are numbered as the prompt names them; a color belongs to
+    the next shape.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("t5-micro", weights=False)
+        >>> token_roles(model, "red circle, above a square")
+        ['color1', 'shape1', 'filler', 'relation', 'filler', 'shape2', 'eos']
     """
-    word_roles = _word_roles(prompt.lower().split())
-    return [word_roles[word] if isinstance(word, int) else word for word in _token_words(model, prompt, length)]
+    return _roles(_encoded(model, prompt, length))
 
 
-def _token_words(model: HookedTextToImage, prompt: str, length: int | None) -> list[int | Literal["eos", "pad"]]:
-    """Of every token which word it is part of."""
-    text = prompt.lower().strip()
-    encoded = model.tokenizer(
-        text, return_offsets_mapping=True, padding="longest" if length is None else "max_length", max_length=length
-    )
-    ends = []  # end offset of each word
-    position = 0
-    for word in text.split():
-        position = text.index(word, position) + len(word)
-        ends.append(position)
-    words: list[int | Literal["eos", "pad"]] = []
-    for token, (_, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
-        if token == model.tokenizer.pad_token_id:
-            words.append("pad")
-        elif token == model.tokenizer.eos_token_id:
-            words.append("eos")
-        else:
-            words.append(next(i for i, word_end in enumerate(ends) if end <= word_end))
-    return words
+def _encoded(model: HookedTextToImage, prompt: str, length: int | None) -> EncodedText:
+    return encode_text(model.tokenizer, model.prompt_texts(prompt)[0], length)
 
 
-def _word_roles(words: Sequence[str]) -> list[Role]:
+def _roles(encoded: EncodedText) -> list[Role]:
+    of_words = _word_roles(encoded.words)
+    return [
+        kind if kind != "text" else "filler" if number is None else of_words[number]
+        for kind, number in zip(encoded.kinds, encoded.word_of_token, strict=True)
+    ]
+
+
+def _word_roles(words: Sequence[TextWord]) -> list[Role]:
     roles: list[Role] = []
     shapes_seen = 0
-    for word in words:
-        if word in SHAPES:
+    for found in words:
+        if found.normal in SHAPES:
             shapes_seen += 1
             roles.append("shape1" if shapes_seen == 1 else "shape2")
-        elif word in COLORS:
+        elif found.normal in COLORS:
             roles.append("color1" if shapes_seen == 0 else "color2")
         else:
-            roles.append("relation" if word in RELATION_WORDS else "filler")
+            roles.append("relation" if found.normal in RELATION_WORDS else "filler")
     return roles
-
-
-def role_mask(model: HookedTextToImage, prompts: str | Sequence[str], role: Role) -> Bool[Tensor, "prompt text_pos"]:
-    """Which tokens of `model.to_tokens(prompts)` play a role."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    length = model.to_tokens(prompts).shape[1]
-    return by_role([token_roles(model, prompt, length) for prompt in prompts])[role]
 
 
 def by_role(roles: Sequence[Sequence[Role]]) -> dict[Role, Bool[Tensor, "prompt text_pos"]]:
     """Equally long `token_roles` of several prompts as one mask for each role."""
-    return {role: tensor([[found == role for found in row] for row in roles]) for role in get_args(Role)}
+    return {role: torch.tensor([[found == role for found in row] for row in roles]) for role in get_args(Role)}
+
+
+# Masks
+
+
+def token_mask(
+    model: HookedTextToImage,
+    prompts: str | Sequence[str],
+    tokens: Tokens,
+    *,
+    length: int | None = None,
+    missing: Literal["error", "ignore"] = "error",
+) -> Bool[Tensor, "prompt text_pos"]:
+    """The selected tokens of `model.to_tokens(prompts)`.
+
+    Args:
+        tokens: one of the forms of the module.
+        length: of the tokens, by default that of the longest prompt.
+        missing: "ignore" lets a prompt have none of them; by default that is an error.
+
+    Raises:
+        ValueError: a prompt has none of the tokens (the message lists its words), a position lies outside of the text, or a
+            mask has another shape.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
+        >>> token_mask(model, ["red circle above square", "square"], ["shape1", word("red")], missing="ignore").int().tolist()
+        [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
+    """
+    texts, choice = [prompts] if isinstance(prompts, str) else list(prompts), as_choice(tokens)
+    length = model.to_tokens(texts).shape[1] if length is None else length
+    mask = position_mask(choice, len(texts), length, "the text")
+    if mask is None:
+        mask = torch.stack([_spelled(model, text, choice, length).any(dim=0) for text in texts])
+    if missing == "error":
+        check_found(model, texts, choice, mask)
+    return mask
+
+
+def position_mask(choice: TokenChoice, n: int, length: int, where: str) -> Bool[Tensor, "prompt pos"] | None:
+    """The mask of positions, or a mask checked; None for words and roles. `where` names the sequence in messages.
+
+    Raises:
+        ValueError: a position lies outside, or a mask has another shape.
+    """
+    first = choice[0]
+    if isinstance(first, tuple):
+        widths = {len(row) for row in choice if isinstance(row, tuple)}
+        if len(choice) != n or widths != {length}:
+            shape = [len(choice), *sorted(widths)]
+            raise ValueError(f"tokens is a mask {shape}; {where} takes [prompt pos] = {[n, length]}.")
+        return torch.tensor(choice)
+    if isinstance(first, (str, Word)):
+        return None
+    if outside := [position for position in choice if position not in range(length)]:
+        raise ValueError(f"There is no position {outside[0]} in {where}: it has positions 0 to {length - 1}.")
+    return torch.isin(torch.arange(length), torch.tensor(choice)).repeat(n, 1)
+
+
+def token_counts(model: HookedTextToImage, texts: Sequence[str], choice: TokenChoice, length: int) -> list[tuple[int, ...]]:
+    """For each prompt, the number of tokens that each role or word of `choice` selects."""
+    return [tuple(_spelled(model, text, choice, length).sum(dim=1).tolist()) for text in texts]
+
+
+def _spelled(model: HookedTextToImage, text: str, choice: TokenChoice, length: int) -> Bool[Tensor, "role_or_word text_pos"]:
+    """The tokens of each role and word of `choice` in one prompt."""
+    encoded = _encoded(model, text, length)
+    roles, mask = _roles(encoded), torch.zeros(len(choice), len(encoded.ids), dtype=torch.bool)
+    for row, one in zip(mask, choice, strict=True):
+        if isinstance(one, Word):
+            places = encoded.phrases(one.text)
+            places = places if one.nth is None else places[one.nth - 1 : one.nth]
+            row[[token for start, end in places for token in encoded.tokens_between(start, end)]] = True
+        else:
+            row[:] = torch.tensor([role == one for role in roles])
+    return mask
+
+
+def check_found(
+    model: HookedTextToImage, texts: Sequence[str], choice: TokenChoice, mask: Bool[Tensor, "prompt pos"], fix: str = ""
+) -> None:
+    """Raise ValueError for the first prompt whose row of `mask` is empty; the message lists its words and their roles.
+
+    Args:
+        fix: what else can be done about it, the end of the message.
+    """
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if not empty:
+        return
+    text, first = texts[empty[0]], choice[0]
+    if isinstance(first, tuple):
+        raise ValueError(f"tokens is a mask whose row {empty[0]}, of {text!r}, selects nothing: fill it{fix}.")
+    encoded = _encoded(model, text, None)
+    spelled = [encoded.text[start:end] for _, start, end in encoded.words]
+    words = [f"{word} ({role})" for word, role in zip(spelled, _word_roles(encoded.words), strict=True)]
+    named = " or ".join(_occurrence(one) if isinstance(one, Word) else f"{one} token" for one in choice)
+    raise ValueError(
+        f"{text!r} has no {named}. Its words are {', '.join(words) or 'none'}: select by another role or by "
+        f"prompts.word('…'){fix}."
+    )
+
+
+def _occurrence(found: Word) -> str:
+    return repr(found.text) if found.nth is None else f"{found.text!r} number {found.nth}"
+
+
+def role_mask(model: HookedTextToImage, prompts: str | Sequence[str], role: Role) -> Bool[Tensor, "prompt text_pos"]:
+    """The tokens of `model.to_tokens(prompts)` that play a role; a prompt may have none."""
+    return token_mask(model, prompts, role, missing="ignore")
 
 
 def phrase_mask(model: HookedTextToImage, prompts: str | Sequence[str], phrase: str) -> Bool[Tensor, "prompt text_pos"]:
-    """Which tokens of `model.to_tokens(prompts)` spell a word or phrase, wherever it stands as whole words.
+    """The tokens of `model.to_tokens(prompts)` that spell a word or phrase: `token_mask` of `word(phrase)`.
 
     Raises:
         ValueError: a prompt does not contain it.
     """
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    length, wanted, rows = model.to_tokens(prompts).shape[1], phrase.lower().split(), []
-    for prompt in prompts:
-        words = prompt.lower().split()
-        starts = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
-        if not starts:
-            raise ValueError(f"{prompt!r} does not contain {phrase!r}.")
-        inside = {i for start in starts for i in range(start, start + len(wanted))}
-        rows.append([i in inside for i in _token_words(model, prompt, length)])
-    return tensor(rows)
+    return token_mask(model, prompts, word(phrase))

@@ -24,6 +24,7 @@ from ..pixart.dit import HookedDiT
 from ..pixart.text_state import TextState
 from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from ..text_encoders.t5 import HookedT5Encoder
+from ..text_encoders.words import encode_text
 from .cache import KEEPS_BATCH, GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer
@@ -57,6 +58,9 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
     Text is as long as the batch's longest prompt (pads carry exactly no attention), unless tokens of another length are given.
     """
 
+    allow_unknown_words = False
+    """Let the text encoder read words outside of its vocabulary, as <unk>; by default they are an error."""
+
     def __init__(self, transformer: nn.Module, text_encoder: nn.Module, tokenizer: Any, codec: nn.Module, scheduler: Any) -> None:
         super().__init__()
         self.dit = transformer if isinstance(transformer, HookedDiT) else HookedDiT(transformer)
@@ -89,22 +93,44 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
 
     # Text
 
-    def to_tokens(self, prompts: str | Sequence[str], length: int | None = None) -> Int[Tensor, "batch text_pos"]:
-        """Token ids with EOS, padded to the longest prompt or to `length`; prompts are lower-cased, as diffusers does.
+    def prompt_texts(self, prompts: str | Sequence[str]) -> list[str]:
+        """The texts that are tokenised: prompts in lower case, as diffusers does it.
 
-        With `clean_caption` they are first cleaned as diffusers does (addresses, HTML, quotation marks, brackets, …).
+        With `clean_caption` they are cleaned as diffusers does (addresses, HTML, quotation marks, brackets, …).
 
         Raises:
-            ValueError: a word is not in a whole-word vocabulary (the message lists it), or a prompt is too long.
+            ValueError: there is no prompt, or one is no string.
             ImportError: `clean_caption` lacks its libraries, where diffusers would go on without cleaning.
+
+        Example:
+            >>> HookedTextToImage.from_pretrained("rte-micro", weights=False).prompt_texts(" Red circle")
+            ['red circle']
         """
-        texts = [p.lower().strip() for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("prompts is empty: give at least one prompt.")
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise ValueError(f"prompts holds {wrong[0]!r}, which is no string: give strings, or token ids as one tensor.")
+        texts = [prompt.lower().strip() for prompt in prompts]
         if self.clean_caption:
             if not (is_bs4_available() and is_ftfy_available()):
                 raise ImportError("clean_caption=True needs two more packages: pip install beautifulsoup4 ftfy")
             texts = self.as_diffusers()._text_preprocessing(texts, clean_caption=True)
-        if not texts:
-            raise ValueError("There is no prompt.")
+        return texts
+
+    def to_tokens(self, prompts: str | Sequence[str], length: int | None = None) -> Int[Tensor, "batch text_pos"]:
+        """Token ids of `prompt_texts(prompts)` with EOS, padded to the longest prompt or to `length`.
+
+        Raises:
+            ValueError: a prompt is too long, or has a word outside of the encoder's vocabulary (which the message names;
+                `model.allow_unknown_words = True` lets a T5 read it as <unk>).
+
+        Example:
+            >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
+            >>> model.to_tokens(["red circle", "circle"]).shape
+            torch.Size([2, 3])
+        """
+        texts = self.prompt_texts(prompts)
         tokens = self.tokenizer(
             texts, padding="longest" if length is None else "max_length", max_length=length, return_tensors="pt"
         )
@@ -112,9 +138,23 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         limit = length or self.max_sequence_length
         if ids.shape[1] > limit:
             raise ValueError(f"A prompt has {ids.shape[1]} tokens, but {limit} is the longest that this model reads: shorten it.")
-        if isinstance(self.text_encoder, HookedTokenEncoder):
-            self.text_encoder.wrapped.check_known(ids, texts)
+        if self.tokenizer.unk_token_id in ids.unique().tolist():
+            self._check_known(texts)
         return ids.to(self.device)
+
+    def _check_known(self, texts: Sequence[str]) -> None:
+        """Raise ValueError that names the words outside of the vocabulary, unless they are allowed."""
+        unknown = {text: words for text in texts if (words := encode_text(self.tokenizer, text).unknown_words)}
+        words = list(dict.fromkeys(word for found in unknown.values() for word in found))
+        if not words:  # CLIP's <unk> is its EOS
+            return
+        if isinstance(self.text_encoder, HookedTokenEncoder):
+            raise ValueError(self.text_encoder.wrapped.no_vector_for(words))
+        if not self.allow_unknown_words:
+            raise ValueError(
+                f"The text encoder does not know {', '.join(map(repr, words))} in {next(iter(unknown))!r} and would read <unk>: "
+                "use other words, or set model.allow_unknown_words = True."
+            )
 
     def to_str_tokens(self, prompt: str | Int[Tensor, " text_pos"]) -> list[str]:
         """The tokens of one prompt as strings."""

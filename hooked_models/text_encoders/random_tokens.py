@@ -125,12 +125,14 @@ class RandomTokenEncoder(PreTrainedModel):
         hidden = words + self.position_code(input_ids.shape[1]).to(words)
         return BaseModelOutput(last_hidden_state=hidden) if return_dict else (hidden,)
 
-    def check_known(self, input_ids: Int[Tensor, "batch text_pos"], prompts: Sequence[str] = ()) -> None:
-        """Raise a ValueError that lists the vocabulary if a token is not in it; `prompts` let it name the words."""
-        if not bool(((input_ids == UNKNOWN_ID) | (input_ids < 0) | (input_ids >= self.embed_tokens.num_embeddings)).any()):
-            return
-        words = list(dict.fromkeys(w for prompt in prompts for w in prompt.lower().split() if w not in self.config.words))
-        raise ValueError(
+    def check_known(self, input_ids: Int[Tensor, "batch text_pos"]) -> None:
+        """Raise a ValueError that lists the vocabulary if a token is not in it."""
+        if bool(((input_ids == UNKNOWN_ID) | (input_ids < 0) | (input_ids >= self.embed_tokens.num_embeddings)).any()):
+            raise ValueError(self.no_vector_for([]))
+
+    def no_vector_for(self, words: Sequence[str]) -> str:
+        """The message for words outside of the vocabulary, which it lists."""
+        return (
             f"This random-token encoder has no vector for {', '.join(map(repr, words)) or 'a word of the prompt'}. "
             f"It knows: {', '.join(self.config.words)}."
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_lens.intervene.edits import another_prompt
 from dit_lens.intervene.interventions import Add, Intervention, Replace, Scale
-from dit_lens.text.prompts import role_mask
+from dit_lens.text.prompts import role_mask, word
 from hooked_models import HookedTextToImage, Trajectory, UnknownHookError
 
 from ..hooked_models.pipelines import tiny_pipeline
@@ -254,11 +254,12 @@ def test_knocking_a_role_out_everywhere_is_the_models_own_text_mask(model):
 
 
 def test_every_token_of_a_role_is_selected(model):
-    """Not the first only, and where the tokenizer put it; a prompt without the role stays as it is."""
+    """Not the first only, and where the tokenizer put it; a prompt without the role is an error, or stays as it is."""
     prompts = ["red circle is above left of blue square", "circle is red square"]
-    (edit,) = Intervention("blocks.1.cross_attn.hook_pattern", "L1H0", "relation", steps=0, action="knockout").resolve(
-        model, prompts
-    )
+    strict = Intervention("blocks.1.cross_attn.hook_pattern", "L1H0", "relation", steps=0, action="knockout")
+    with pytest.raises(ValueError, match=r"'circle is red square' has no relation token.*square \(shape2\).*missing='ignore'"):
+        strict.resolve(model, prompts)
+    (edit,) = dataclasses.replace(strict, missing="ignore").resolve(model, prompts)
     tokens = model.to_str_tokens(model.to_tokens(prompts)[0])
     assert [token for token, there in zip(tokens, edit.where[0, 0, 0], strict=True) if there] == ["▁above", "▁left"]
     assert edit.where[0, 0].any()
@@ -274,8 +275,9 @@ def test_a_role_in_the_unconditional_branch_is_that_of_the_empty_prompt(model):
     assert edit.site.name == "null_text_encoder.hook_out"
     assert edit.where[:, 0].all()
     assert edit.where.sum() == len(PROMPTS)
-    with pytest.raises(ValueError, match="selects nothing"):
-        Intervention("hook_text", tokens="relation", branch="uncond").hooks(model, PROMPTS)
+    for missing, message in (("error", "'' has no relation token. Its words are none"), ("ignore", "selects nothing")):
+        with pytest.raises(ValueError, match=message):
+            Intervention("hook_text", tokens="relation", branch="uncond", missing=missing).hooks(model, PROMPTS)
 
 
 # Values from elsewhere, and ways to run
@@ -347,6 +349,39 @@ def test_it_is_data():
     assert one != dataclasses.replace(one, heads=(7,))
 
 
+@pytest.mark.parametrize("action", [Add, Replace])
+def test_values_that_are_no_real_numbers_are_refused(action):
+    for wrong in (torch.zeros(2, dtype=torch.complex64), torch.tensor(torch.nan), torch.ones(2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="real, finite numbers"):
+            action(wrong)
+    with pytest.raises(ValueError, match="factor=nan: give a finite number"):
+        Scale(float("nan"))
+
+
+def test_numpys_numbers_and_steps_from_the_end_are_numbers(model):
+    ours = Intervention("blocks.0.attn.hook_z", heads=np.arange(2), steps=np.int64(-1), tokens=np.array([0, 2]))
+    assert ours == Intervention("blocks.0.attn.hook_z", heads=[0, 1], steps=-1, tokens=[0, 2])
+    (edit,) = ours.resolve(model, PROMPTS, num_steps=5)
+    assert (edit.site.step, edit.num_steps) == (4, 5)
+    masks = [[[1, 0, 1, 0]], np.array([[True, False, True, False]]), torch.tensor([[1, 0, 1, 0]])]
+    for mask in masks:
+        assert Intervention("blocks.0.attn.hook_z", tokens=mask).tokens == ((True, False, True, False),)
+
+
+def test_words_are_selected_in_each_prompt(model):
+    """By the tokens of the word, in the branch that reads the prompt; the k-th of one prompt stands for another's k-th."""
+    prompts = ["red circle is left of red square", "blue circle is above red square"]
+    (edit,) = Intervention("blocks.0.cross_attn.hook_v", tokens=word("Red"), steps=0).resolve(model, prompts)
+    assert [row.nonzero().flatten().tolist() for row in edit.where[:, :, 0, 0]] == [[0, 5], [4]]
+    last = Intervention("blocks.0.cross_attn.hook_v", tokens=[word("red", nth=2), "shape1"], steps=0, branch="both")
+    (edit,) = last.resolve(model, prompts)
+    assert [row.nonzero().flatten().tolist() for row in edit.where[:, :, 0, 0]] == [[1, 5], [1]]
+    mean = Intervention("blocks.0.cross_attn.hook_v", tokens=word("circle"), steps=0, action="mean").resolve(model, prompts)[0]
+    values = torch.randn(2, edit.where.shape[1], 2, 8, dtype=torch.float64)
+    assert torch.allclose(mean(values)[:, 1], values[:, 1].mean(dim=0).expand(2, -1, -1))
+    assert torch.equal(mean(values)[:, 2:], values[:, 2:])
+
+
 # What has no meaning
 
 
@@ -355,9 +390,16 @@ def test_it_is_data():
     [
         ({"site": "blocks.1.attn.hook_z", "heads": "L0H1"}, "blocks.0."),
         ({"site": "hook_latent", "heads": "L0H1"}, "no head"),
-        ({"site": "hook_text", "tokens": "verb"}, "choose color1"),
+        ({"site": "hook_text", "tokens": "verb"}, r"choose color1.*prompts\.word\('verb'\)"),
+        ({"site": "hook_text", "tokens": ["relation", 1]}, "mixes positions and words"),
+        ({"site": "hook_text", "tokens": [[0, 2]] * 3}, "holds 2: give booleans"),
+        ({"site": "hook_text", "tokens": word("cat")}, "has no 'cat'"),
+        ({"site": "hook_text", "tokens": word("blue", nth=2)}, "has no 'blue' number 2"),
+        ({"site": "hook_text", "tokens": [[True] * 7, [False] * 7, [True] * 7]}, "row 1, of 'red circle"),
+        ({"site": "hook_t_emb", "heads": []}, "heads is empty"),
+        ({"site": "hook_t_emb", "steps": [True]}, "steps=True: give an integer"),
         ({"site": "hook_text", "tokens": [True, False]}, "one row for each prompt"),
-        ({"site": "hook_text", "tokens": []}, "Nothing is selected"),
+        ({"site": "hook_text", "tokens": []}, "nothing is selected"),
         ({"site": "blocks.0.attn.hook_z", "heads": [2]}, "heads 0 to 1"),
         ({"site": "blocks.0.hook_resid_post", "heads": [0]}, "hook_z"),
         ({"site": "blocks.0.attn.hook_z", "tokens": "relation"}, "give positions"),

@@ -175,7 +175,7 @@ def test_several_interventions_of_one_condition_act_in_order(model):
     site = "blocks.0.attn.hook_z"
     double, shift = (Intervention(site, steps=1, action=action) for action in (Scale(2.0), Add(torch.tensor(1.0))))
     words = Intervention("blocks.1.cross_attn.hook_pattern", tokens="relation", action="knockout")
-    encoder = Intervention("text_encoder.hook_out", tokens="color1", action="mean")
+    encoder = Intervention("text_encoder.hook_out", tokens="color1", action="mean", missing="ignore")
     cells = {"double, shift": [double, shift], "shift, double": [shift, double], "all": [encoder, words, double, shift]}
     found = sweep.run(model, PROMPTS, SEEDS, cells, METRICS, num_steps=STEPS)
     assert_equal_to_hook_runs(found, model, cells, 1e-10)
@@ -353,7 +353,8 @@ def test_work_is_what_the_prefix_tree_says(model):
 def test_prompts_that_are_not_touched_are_the_clean_run(model):
     """No rows are run for them."""
     prompts = [PROMPTS[0], "red circle is blue square"]
-    cells = {"words": Intervention("blocks.0.cross_attn.hook_pattern", tokens="relation", action="knockout")}
+    words = Intervention("blocks.0.cross_attn.hook_pattern", tokens="relation", action="knockout", missing="ignore")
+    cells = {"words": words}
     plan = sweep.plan(model, prompts, SEEDS, cells, METRICS, num_steps=STEPS)
     assert [fork.rows.tolist() for fork in plan.forks] == [[0], [2]]
     found = plan.run()
@@ -426,7 +427,9 @@ def durable() -> dict[str, Intervention]:
     return {
         **cells,
         "mean": Intervention("blocks.0.attn.hook_z", steps=1, action="mean"),
-        "untouched": Intervention("blocks.0.cross_attn.hook_pattern", tokens=[[True] + [False] * 6] + [[False] * 7] * 2, steps=1),
+        "untouched": Intervention(
+            "blocks.0.cross_attn.hook_pattern", tokens=[[True] + [False] * 6] + [[False] * 7] * 2, steps=1, missing="ignore"
+        ),
     }
 
 

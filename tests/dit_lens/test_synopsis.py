@@ -240,7 +240,7 @@ def test_phrases_of_several_words_and_tokens(model, monkeypatch):
     assert spelt("triangle") == [["▁tri", "angle", "▁tri", "angle"], ["▁tri", "angle"]]
     assert spelt("left of") == [["▁left", "▁of"]] * 2
     assert spelt("a triangle") == [["▁a", "▁tri", "angle"]] * 2
-    with pytest.raises(ValueError, match="does not contain 'circle'"):
+    with pytest.raises(ValueError, match=r"has no 'circle'\. Its words are triangle"):
         spelt("circle")
 
 

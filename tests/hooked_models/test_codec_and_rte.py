@@ -10,7 +10,14 @@ from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 from sklearn.decomposition import PCA
 
 from dit_lens import scenes
-from hooked_models import HookedTokenEncoder, PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
+from hooked_models import (
+    HookedTextToImage,
+    HookedTokenEncoder,
+    PatchCodec,
+    RandomTokenEncoder,
+    RandomTokenEncoderConfig,
+    word_tokenizer,
+)
 
 from .pipelines import CALL, PROMPTS, tiny_pipeline
 
@@ -101,8 +108,8 @@ def test_unknown_words_are_an_error_that_lists_the_vocabulary():
     encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=["red", "circle"]))
     with pytest.raises(ValueError, match=r"a word of the prompt\. It knows: red, circle"):
         encoder(tokenizer("yellow circle", return_tensors="pt").input_ids)
-    with pytest.raises(ValueError, match="'yellow'"):
-        encoder.check_known(torch.tensor([[2]]), ["Yellow circle"])
+    with pytest.raises(ValueError, match=r"no vector for 'yellow', ','\. It knows"):
+        HookedTextToImage.from_pipeline(tiny_pipeline()).to_tokens(["red circle", "Yellow circle, red"])
     with pytest.raises(ValueError, match="It knows"):
         encoder(torch.tensor([[99]]))
 

@@ -1,0 +1,91 @@
+"""Where an intervention acts: the hooks that a site names, the steps of a run, and the axes of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_models import HookedTextToImage
+from hooked_models.generation.names import Site
+from hooked_models.hooks import unknown_hook
+from hooked_models.hooks_table import JOINT_POSITIONS, POSITIONS, TEXT_POSITIONS, HookPart, axis_of
+from hooked_models.text_encoders.random_tokens import PAD_ID
+
+
+def counts_from_the_end(steps: Any) -> bool:
+    """True if the steps depend on the length of the run: all, a slice, or counted from the end."""
+    if steps is None or isinstance(steps, slice):
+        return True
+    return min(steps if isinstance(steps, tuple) else (steps,)) < 0
+
+
+def chosen_steps(steps: Any, num_steps: int) -> list[int]:
+    every = range(num_steps)
+    if steps is None or isinstance(steps, slice):
+        chosen = list(every if steps is None else every[steps])
+    else:
+        chosen = [step + num_steps if step < 0 else step for step in (steps if isinstance(steps, tuple) else (steps,))]
+    if not chosen or not set(chosen).issubset(every):
+        raise ValueError(f"steps={steps} are not among this run's steps, 0 to {num_steps - 1} (num_steps={num_steps}).")
+    return chosen
+
+
+def find_hooks(model: HookedTextToImage, site: str) -> tuple[HookPart, list[str]]:
+    """The part of a generation that a site lies in, and its canonical names there: one, or one for every layer."""
+    names = model.names
+    if site.startswith(("steps.", "null_text_encoder.")):
+        raise ValueError(f"{site!r}: a site has no step or branch in its name; say steps=… and branch=… instead.")
+    inner = site.removeprefix("text_encoder.")
+    part: HookPart = "dit"
+    if inner != site:
+        part = "text_encoder"
+    elif inner in names.sampler.hook_dict:
+        part = "sampler"
+    module = {"dit": names.dit, "sampler": names.sampler, "text_encoder": names.text_encoder}[part]
+    inners = [inner.replace("*", str(layer)) for layer in range(module.cfg.n_layers)] if module and "*" in inner else [inner]
+    if module is None or not all(one in module.mod_dict for one in inners):
+        owners = ((names.dit, ""), (names.sampler, ""), (names.text_encoder, "text_encoder."))
+        raise unknown_hook(site, [f"{prefix}{one}" for owner, prefix in owners if owner for one in owner.hook_dict])
+    return part, [module.canonical_name(one) for one in inners]
+
+
+class Layout(NamedTuple):
+    """The axes of a tensor that an intervention selects on. Axis 0 is the batch."""
+
+    ndim: int
+    head: int | None
+    token: int | None
+    kind: Literal["image", "text", "joint"] | None
+    """Of its positions."""
+
+
+def layout_of(model: HookedTextToImage, site: Site) -> Layout:
+    axes = model.names.module(site.part).axes(site.inner)
+    positions = [axis for axis in axes if axis in (*POSITIONS["image"], *POSITIONS["text"])]
+    if not positions:
+        return Layout(len(axes), axis_of(axes, ("head",)), None, None)
+    token = positions[-1]  # the keys of a pattern
+    kind: Any = "text" if token in TEXT_POSITIONS else "joint" if token in JOINT_POSITIONS else "image"
+    return Layout(len(axes), axis_of(axes, ("head",)), axes.index(token), kind)
+
+
+def texts_read(
+    model: HookedTextToImage, texts: Sequence[str], uncond: bool
+) -> tuple[Sequence[str], Bool[Tensor, "prompt text_pos"]]:
+    """The prompts that a branch reads in runs of `texts`, and which of their positions are no pads."""
+    read = [""] * len(texts) if uncond else texts
+    return read, (model.to_tokens(read, length=model.to_tokens(texts).shape[1]) != PAD_ID).cpu()
+
+
+def positions_there(
+    model: HookedTextToImage, layout: Layout, words: Bool[Tensor, "prompt text_pos"]
+) -> Bool[Tensor, "prompt pos"]:
+    """The positions that can be attended to: those of words, all of the image, or the image's and then those of words."""
+    if layout.kind == "text":
+        return words
+    image = words.new_ones(len(words), (model.cfg.sample_size // model.cfg.patch_size) ** 2)
+    return image if layout.kind == "image" else torch.cat([image, words], dim=1)
