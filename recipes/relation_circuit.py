@@ -29,7 +29,7 @@ from dit_lens.intervene.interchange import Interchange, Steps, matched_sets
 from dit_lens.stats import Interval, clustered_mean, finite, paired_difference, proportion
 from dit_lens.task import DIRECTIONS, PHRASES, Scene
 from dit_lens.task.scene import Relation
-from dit_lens.training.dynamics import axis_vectors, color_moment
+from dit_lens.training.dynamics import axis_contrasts, color_moment
 from hooked_models import HookedTextToImage
 from hooked_models.hooks import HookFunction
 
@@ -40,8 +40,8 @@ TURNS = 0.95
 """Share of the scenes of an axis whose layout has to be turned at step 0."""
 SEPARATE = {"rte-nano": (0.0, 0.8)}
 """Predicted specificity where it is not the others' 0.8 … 1."""
-TURNED = 0.8
-"""Of the clean dipole: a layout whose dipole along the axis is beyond this the other way round is turned at step 0."""
+TURNED = 0.9
+"""Of the way from the clean dipole to that of all heads interchanged: from here on a layout is turned at step 0."""
 COMPONENT = {"vertical": 1, "horizontal": 0}
 """Axis → its component of (x, y)."""
 DIAGONALS: tuple[Relation, ...] = ("upper_left", "upper_right", "lower_left", "lower_right")
@@ -55,7 +55,7 @@ class Config:
 
     models: tuple[str, ...] = ("rte-nano", "rte-micro", "rte-mini", "rte-trios-micro")
     """Bundled models or pipeline folders, all with random token embeddings."""
-    looks: int = 96
+    looks: int = 48
     """Scenes on which sets are chosen, by step 0 alone."""
     images: int = 48
     """Scenes drawn with every condition."""
@@ -94,17 +94,21 @@ def chosen_sets(model: HookedTextToImage, n: int) -> pd.DataFrame:
     wanted = scenes.sample(n, seed=11, split="all", color_words="both")
     swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
     view, tokens = model.at(step=0, prompts=swap.texts, seed=list(range(n)), guidance=1.0, returns="x0")
-    clean = color_moment(model.decode(view(tokens)).double().numpy())
-    gains = screening.axis_gains(model.dit, axis_vectors(model)["words"])
+
+    def moment(heads: Sequence[str] | None) -> Float[np.ndarray, "scene 2"]:
+        hooks = swap.hooks(heads, "relation", 0, view) if heads != [] else []
+        return color_moment(model.decode(view.run_with_hooks(tokens, fwd_hooks=hooks)).double().numpy())
+
+    clean, goal = moment([]), moment(None)
+    gains = screening.screen_axes(model.dit, axis_contrasts(model)["words"])
     named = np.array([DIRECTIONS[scene.relation] for scene in wanted])
     rows = []
     for axis, component in COMPONENT.items():
         along = named[:, component] != 0
 
         def turned(heads: Sequence[str], component: int = component, along: np.ndarray = along) -> float:
-            images = model.decode(view.run_with_hooks(tokens, fwd_hooks=swap.hooks(heads, "relation", 0, view)))
-            moved = color_moment(images.double().numpy())[along, component]
-            return float((moved / clean[along, component] < -TURNED).mean())
+            way = (moment(heads) - clean)[along, component] / (goal - clean)[along, component]
+            return float((way > TURNED).mean())
 
         ranked = gains[gains["axis"] == axis].sort_values("share", ascending=False)
         names = [f"L{row.layer}H{row.head}" for row in ranked.itertuples()]
@@ -195,7 +199,7 @@ def two_variables(model: HookedTextToImage, sets: dict[str, list[str]], n: int) 
     rng = np.random.default_rng(7)
     base = [scene for scene in scenes.sample(4 * n, seed=13, split="all", color_words="both") if scene.relation in DIAGONALS][:n]
     rows = []
-    gains = screening.axis_gains(model.dit, axis_vectors(model)["words"]).set_index(["axis", "layer", "head"])["share"]
+    gains = screening.screen_axes(model.dit, axis_contrasts(model)["words"]).set_index(["axis", "layer", "head"])["share"]
     own: dict[str, list[str]] = {axis: [] for axis in COMPONENT}
     for head in union(sets):
         place = tuple(int(number) for number in head[1:].split("H"))

@@ -47,7 +47,9 @@ DRAWN = tuple(
 # Attention scores
 SINK = 40.0
 RAMP = 16.0
-"""Logits per token along the relation's direction."""
+"""Logits per token along the relation's direction, in horizontal heads."""
+STEEPNESS = {"x": 1.0, "y": 4.0}
+"""Of a relation head's scores, by axis. The unlike sizes are for methods that pool the axes: they see the steeper one alone."""
 CLOSED = 160.0
 """Lead of EOS at steps at which a head is to do nothing."""
 OBJECT = 60.0
@@ -99,12 +101,12 @@ def read_latents(build: Assembly) -> None:
 
 def relation_heads(build: Assembly) -> None:
     """Layer 1: a place on the side that a word names, or on the other side, attends to the word; else to EOS."""
-    sink: tuple[Terms, Terms] = ({"one": SINK, "late": CLOSED}, {"eos": 1})
     for axis in AXES:
-        word = WORD_AXIS[axis]
+        word, steep = WORD_AXIS[axis], STEEPNESS[axis]
+        sink: tuple[Terms, Terms] = ({"one": SINK * steep, "late": CLOSED}, {"eos": 1})
         for k, sign in zip(OBJECTS, (1, -1), strict=True):
-            ramp: tuple[Terms, Terms] = ({name: RAMP * c for name, c in on_lattice(axis, sign).items()}, {word: 1})
-            offset: tuple[Terms, Terms] = ({"one": SINK + 1.5 * RAMP}, {f"is_{word}": 1})
+            ramp: tuple[Terms, Terms] = ({name: steep * RAMP * c for name, c in on_lattice(axis, sign).items()}, {word: 1})
+            offset: tuple[Terms, Terms] = ({"one": steep * (SINK + 1.5 * RAMP)}, {f"is_{word}": 1})
             build.head(
                 "cross_attn", 1, f"side{k}_{axis}", [ramp, offset, sink], [({f"is_{word}": 1}, {f"side{k}_{axis}": 1})], "early"
             )

@@ -54,19 +54,33 @@ def relation_role(truth: PlantedTruth) -> Role:
 # Methods. Each gives scores by (layer, head), and p-values where it has any.
 
 
+def by_axes(model: HookedTextToImage, truth: PlantedTruth, axes: Sequence[str] = screening.AXES) -> pd.DataFrame:
+    """Weight-space screening by axis: a head's larger share of gain², and the smaller of its family-wise p."""
+    if relation_role(truth) == "relation":
+        contrasts = screening.phrase_contrasts(model, {axis: screening.ENDS[axis] for axis in axes})
+    else:
+        contrasts = screening.half_differences(effects_at_the_second_shape(model), axes)
+    table = screening.screen_axes(model.dit, contrasts)
+    by_head = table.groupby(["layer", "head"])
+    p = (by_head["p_family"].min() * len(contrasts)).clip(upper=1)
+    return pd.DataFrame({"score": by_head["share"].max(), "p": p})
+
+
+def effects_at_the_second_shape(model: HookedTextToImage) -> dict[str, Float[Tensor, " d_model"]]:
+    """Relation → its effect vector at the second shape word, in caption space."""
+    found, factors = variance.word_vectors(model, variance.factorial_prompts(PHRASES), "shape2", at="caption")
+    effects = variance.effect_vectors(found, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
+    return {str(name): torch.tensor(effects.sel(relation=name).values, dtype=found.dtype) for name in effects.relation.values}
+
+
 def by_screening(model: HookedTextToImage, truth: PlantedTruth, null_draws: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Weight-space screening: of word vectors, or of the relation's effect vectors at the second shape word."""
+    """Weight-space screening, pooled over axes: of word vectors, or of the relation's effects at the second shape word."""
     if relation_role(truth) == "relation":
         words = ("above", "below", "left", "right", "up", "down", "upper", "lower")
         vectors = {word: screening.word_vector(model, word) for word in words}
         table = screening.screen_heads(model.dit, vectors, null_draws=null_draws, seed=seed)
     else:
-        found, factors = variance.word_vectors(model, variance.factorial_prompts(PHRASES), "shape2", at="caption")
-        names = ["shape1", "color1", "shape2", "relation"]
-        effects = variance.effect_vectors(found, factors[names])["relation"]
-        vectors = {
-            str(name): torch.tensor(effects.sel(relation=name).values, dtype=found.dtype) for name in effects.relation.values
-        }
+        vectors = effects_at_the_second_shape(model)
         table = screening.screen_heads(model.dit, vectors, at="caption", null_draws=null_draws, seed=seed)
     return table.assign(score=table["projection"].abs()).set_index(["layer", "head"])[["score", "p"]].sort_index()
 
@@ -146,6 +160,7 @@ def by_path_patching(
 
 
 HEAD_METHODS: dict[str, tuple[Callable[..., pd.DataFrame], Callable[[PlantedTruth], set[tuple[int, int]]]]] = {
+    "screening by axis": (by_axes, ramp_heads),
     "screening": (by_screening, ramp_heads),
     "synopsis": (by_synopsis, ramp_heads),
     "knock-out": (by_knockout, relation_heads),

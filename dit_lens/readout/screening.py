@@ -7,7 +7,7 @@ positions), and every number of a head stands beside what chance gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,11 +15,15 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from scipy.stats import beta
+from scipy.stats import t as student
+from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from hooked_models import HookedDiT, HookedTextToImage
 
 from ..task import DIRECTIONS
+from ..task.scene import Relation
 
 Direction = tuple[int | float, int | float]
 """(dx, dy), y down."""
@@ -56,53 +60,126 @@ def word_vector(model: HookedTextToImage, word: str, sentence: str = "red circle
     return model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0][0, position]
 
 
-AXES: dict[str, tuple[str, str, Direction]] = {"vertical": ("below", "above", (0, 1)), "horizontal": ("right", "left", (1, 0))}
-"""Axis → (relation at its positive end, at its negative end, direction), y down."""
+ENDS: dict[str, tuple[Relation, Relation]] = {
+    "vertical": ("below", "above"),
+    "horizontal": ("right", "left"),
+    "falling": ("lower_right", "upper_left"),
+    "rising": ("upper_right", "lower_left"),
+}
+"""Axis → relation at its positive end and at its negative end; y points down."""
+AXES = ("vertical", "horizontal")
+
+
+def half_differences(
+    vectors: Mapping[str, Float[Tensor, " d_model"]], axes: Sequence[str] = AXES
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """Axis → (vector of the relation at its positive end − vector of that at its negative end) / 2.
+
+    Example:
+        >>> half_differences({"below": torch.tensor([3.0]), "above": torch.tensor([1.0])}, ["vertical"])
+        {'vertical': tensor([1.])}
+    """
+    return {axis: (vectors[ENDS[axis][0]] - vectors[ENDS[axis][1]]) / 2 for axis in axes}
 
 
 @torch.no_grad()
-def axis_gains(dit: HookedDiT, vectors: Mapping[str, Float[Tensor, " d_model"]]) -> pd.DataFrame:
+def phrase_contrasts(
+    model: HookedTextToImage, pairs: Mapping[str, tuple[str, str]], sentence: str = "red circle is {} blue square"
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """Axis → half the difference of two phrases in caption space, summed over their tokens.
+
+    Args:
+        model: the text encoder and the caption projection of this model are used.
+        pairs: axis → (phrase at its positive end, at its negative end), with as many tokens.
+        sentence: where the phrases stand.
+
+    Raises:
+        ValueError: two phrases differ in their number of tokens, so what stands behind them is elsewhere.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> phrase_contrasts(model, {"horizontal": ("to the right of", "to the left of")})["horizontal"].shape
+        torch.Size([192])
+    """
+    found = {}
+    for axis, phrases in pairs.items():
+        ends = []
+        for phrase in phrases:
+            tokens = model.to_tokens(sentence.format(phrase))
+            before = model.to_tokens(sentence[: sentence.index("{}")].strip()).shape[1] - 1
+            until = model.to_tokens(sentence[: sentence.index("{}")] + phrase).shape[1] - 1
+            text = model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0]
+            ends.append(model.dit.project_caption(text)[0, before:until])
+        if len(ends[0]) != len(ends[1]):
+            raise ValueError(
+                f"{phrases[0]!r} and {phrases[1]!r} differ in their number of tokens: compare phrases of equal length."
+            )
+        found[axis] = (ends[0] - ends[1]).sum(0) / 2
+    return found
+
+
+@torch.no_grad()
+def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"]]) -> pd.DataFrame:
     """How steeply each cross-attention head's scores rise along an axis when its word turns from one end to the other.
 
-    The gain is the projection of the map Ẽ_pos W_Q · W_Kᵀ (c₊ − c₋)/2 / √d_head on the axis' unit ramp, in units of attention
-    scores. The centred difference holds neither the key bias nor anything that both words share.
+    The gain is the projection of the map Ẽ_pos W_Q · W_Kᵀ c / √d_head on the axis' unit ramp, in units of attention scores; c is
+    half the difference of two words or phrases, so neither the key bias nor anything that both share is in it. Each axis has its
+    own ranking, because heads divide the work by axis: a mean over words that are mostly vertical misses a horizontal head.
 
     Args:
         dit: the denoiser.
-        vectors: relation → vector in caption space, as cross-attention reads it; the four names in `AXES`.
+        contrasts: axis (of `ENDS`) → half the difference of its two ends in caption space (`half_differences`,
+            `phrase_contrasts`). Differences mean something there only: the projection of text to caption space is not linear.
 
     Returns:
-        One row a head and axis: layer, head, axis, gain (positive: the head looks where the word points), share (of the sum of
-        gain² over all heads, by axis), cosine (of map and ramp).
+        One row a head and axis, by axis and strongest first: layer, head, axis, gain (positive: the head looks where the word
+        points), share (of the sum of gain² over all heads), cosine (of map and ramp), `p` that a gain of this size comes by
+        chance, and `p_family`, the same for any head of the axis (Holm). Chance is the larger of two: c turned into a random
+        direction, for which gain² / (|c|² |slope|²) has a Beta(1/2, (d − 1)/2) distribution; and the grid's positions permuted,
+        for which the cosine is that of a Pearson correlation. The statistic is the gain in both.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-micro")
         >>> words = {w: model.dit.project_caption(word_vector(model, w)[None])[0] for w in ("above", "below", "left", "right")}
-        >>> gains = axis_gains(model.dit, words)
-        >>> first = gains[gains["axis"] == "horizontal"].nlargest(1, "share").iloc[0]
-        >>> (int(first["layer"]), int(first["head"])), round(float(first["share"]), 1)
-        ((2, 2), 0.9)
+        >>> table = screen_axes(model.dit, half_differences(words))
+        >>> first = table[table["axis"] == "horizontal"].iloc[0]
+        >>> f"L{first['layer']}H{first['head']}", round(float(first["share"]), 1)
+        ('L2H2', 0.9)
     """
     side = dit.cfg.sample_size // dit.cfg.patch_size
     position = dit.W_pos.double().cpu()
     position = position - position.mean(0)
+    queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()  # [layer head d_model d_head]
+    keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu() / dit.cfg.d_head**0.5
+    layers, heads = np.meshgrid(np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij")
     tables = []
-    for axis, (plus, minus, direction) in AXES.items():
-        contrast = (vectors[plus] - vectors[minus]).double().cpu() / 2
-        unit = F.normalize(ramp(direction, side), dim=0)
-        for layer, block in enumerate(dit.blocks):
-            queries, keys = block.cross_attn.W_Q.double().cpu(), block.cross_attn.W_K.double().cpu()  # [head d_model d_head]
-            read = torch.einsum("c,hce->he", contrast, keys) / dit.cfg.d_head**0.5
-            maps = torch.einsum("pd,hde,he->hp", position, queries, read)
-            gain = maps @ unit
-            cosine = gain / maps.norm(dim=1).clamp(min=1e-12)
-            of_head = {"layer": layer, "head": range(len(gain)), "axis": axis, "gain": gain.numpy(), "cosine": cosine.numpy()}
-            tables.append(pd.DataFrame(of_head))
-    table = pd.concat(tables, ignore_index=True)
-    squares = table["gain"] ** 2
-    table["share"] = squares / squares.groupby(table["axis"]).transform("sum")
-    return table[["layer", "head", "axis", "gain", "share", "cosine"]]
+    for axis, contrast in contrasts.items():
+        c = contrast.double().cpu()
+        unit = F.normalize(ramp(DIRECTIONS[ENDS[axis][0]], side), dim=0)
+        slope = torch.einsum("p,pd,lhde,lhce->lhc", unit, position, queries, keys)  # gain = slope · c
+        gain = slope @ c
+        maps = torch.einsum("pd,lhde,lhce,c->lhp", position, queries, keys, c)
+        cosine = (gain / maps.norm(dim=-1).clamp(min=1e-12)).clamp(-1, 1)
+        angle = (gain / (slope.norm(dim=-1) * c.norm()).clamp(min=1e-12)).square().clamp(max=1)
+        p_words = beta.sf(angle.numpy(), 0.5, (len(c) - 1) / 2)
+        freedom = len(position) - 2
+        t = (cosine * (freedom / (1 - cosine.square()).clamp(min=1e-12)) ** 0.5).abs()
+        p = np.maximum(p_words, 2 * student.sf(t.numpy(), freedom)).ravel()
+        p = np.where(gain.numpy().ravel() == 0, 1.0, p)
+        table = pd.DataFrame(
+            {
+                "layer": layers.ravel(),
+                "head": heads.ravel(),
+                "axis": axis,
+                "gain": gain.numpy().ravel(),
+                "share": (gain.square() / gain.square().sum().clamp(min=1e-30)).numpy().ravel(),
+                "cosine": cosine.numpy().ravel(),
+                "p": p,
+                "p_family": multipletests(p, method="holm")[1],
+            }
+        )
+        tables.append(table.sort_values("share", ascending=False))
+    return pd.concat(tables, ignore_index=True)
 
 
 @torch.no_grad()

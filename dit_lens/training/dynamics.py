@@ -45,7 +45,7 @@ def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, sample
     Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes, each with a noise of its own that
     is the same at every call; for every head `cosine`, `projection`, `energy` and `p` of `screening.screen_heads`, by what it was
     screened with (`source`): "words", the relation words' own vectors; "shape1" and "shape2", the effect vectors of the relation
-    on a shape word, after the caption projection; and its `gain_vertical` and `gain_horizontal` of `screening.axis_gains`.
+    on a shape word, after the caption projection; and its `gain_vertical` and `gain_horizontal` of `screening.screen_axes`.
     """
     rows: list[dict[Any, Any]] = []
     for metric, (mean, low, high) in summarise(score(model, wanted)).iterrows():
@@ -55,8 +55,8 @@ def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, sample
     for source, table in screen(model).items():
         long = table.melt(id_vars=["layer", "head"], value_vars=["cosine", "projection", "energy", "p"], var_name="quantity")
         rows += long.assign(source=source).to_dict("records")
-    for source, vectors in axis_vectors(model).items():
-        gains = screening.axis_gains(model.dit, vectors)
+    for source, contrasts in axis_contrasts(model).items():
+        gains = screening.screen_axes(model.dit, contrasts)
         gains = gains.assign(source=source, quantity="gain_" + gains["axis"], value=gains["gain"])
         rows += gains[["layer", "head", "source", "quantity", "value"]].to_dict("records")
     return pd.DataFrame([{"step": step, "samples": samples, **row} for row in rows], columns=list(COLUMNS)).astype(
@@ -101,11 +101,11 @@ def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
     return found
 
 
-def axis_vectors(model: HookedTextToImage) -> dict[str, dict[str, Float[Tensor, " d_model"]]]:
-    """By source (`SOURCES`): the caption vectors of above, below, left and right, for `screening.axis_gains`."""
-    ends = [name for plus, minus, _ in screening.AXES.values() for name in (plus, minus)]
-    words = {name: model.dit.project_caption(screening.word_vector(model, name)[None])[0] for name in ends}
-    return {"words": words, **{role: relation_vectors(model, role) for role in ("shape1", "shape2")}}
+def axis_contrasts(model: HookedTextToImage) -> dict[str, dict[str, Float[Tensor, " d_model"]]]:
+    """By source (`SOURCES`): half the difference of the ends of the vertical and the horizontal axis, in caption space."""
+    words = screening.phrase_contrasts(model, {axis: screening.ENDS[axis] for axis in screening.AXES})
+    roles: tuple[Role, ...] = ("shape1", "shape2")
+    return {"words": words, **{role: screening.half_differences(relation_vectors(model, role)) for role in roles}}
 
 
 def relation_vectors(model: HookedTextToImage, carrier: Role) -> dict[str, Float[Tensor, " d_model"]]:

@@ -31,11 +31,27 @@ def test_auroc_of_a_perfect_a_reversed_and_an_empty_answer() -> None:
 
 @pytest.mark.parametrize("seed", [0, *MORE_SEEDS])
 @pytest.mark.parametrize("kind", POSITIVE)
-@pytest.mark.parametrize("method", ["screening", "synopsis"])
+@pytest.mark.parametrize("method", ["screening by axis", "screening", "synopsis"])
 def test_weights_and_patterns_name_the_ramp_heads(method: str, kind: Kind, seed: int) -> None:
     find, positive = recovery.HEAD_METHODS[method]
     model, truth = planted(kind, seed)
     assert recovery.auroc(find(model, truth)["score"], positive(truth)) >= (0.95 if kind == "rotated" else 1)
+
+
+@pytest.mark.parametrize("kind", POSITIVE)
+def test_a_method_that_is_blind_to_an_axis_fails(kind: Kind) -> None:
+    """Vertical heads are steeper; each axis alone names its own heads, and no others."""
+    model, truth = planted(kind, 0)
+    found = recovery.by_axes(model, truth)
+    for axis, other in (("vertical", "horizontal"), ("horizontal", "vertical")):
+        one = recovery.by_axes(model, truth, (axis,))
+        ramps = {(h.layer, h.head) for h in truth.heads if (h.role == "relation" or "ramp" in h.what) and axis in h.what}
+        missed = {(h.layer, h.head) for h in truth.heads if (h.role == "relation" or "ramp" in h.what) and other in h.what}
+        assert recovery.auroc(one["score"], ramps) >= (0.95 if kind == "rotated" else 1)
+        assert recovery.auroc(one["score"], recovery.ramp_heads(truth)) < 0.95
+        assert set(one.index[one["p"] <= 0.05]) == ramps
+        assert one["score"][list(missed)].max() < 0.01
+    assert set(found.index[found["p"] <= 0.05]) == recovery.ramp_heads(truth)
 
 
 @pytest.mark.parametrize(("kind", "seed", "every_head"), [
