@@ -45,6 +45,7 @@ FIGURES = {
     "learning_dynamics": "t5-micro.png",
     "relation_circuit": "circuit.png",
     "edge_circuit": "faithfulness.png",
+    "text_carrier": "text_carrier.png",
     "improve_relations": "dose_response.png",
     "three_objects": "shares.png",
 }

@@ -218,6 +218,61 @@ def test_p_values_are_uniform_or_larger_without_a_relation_head(at):
     assert np.median(found) > 0.3
 
 
+# Screening by axis
+
+
+def test_gains_are_slopes_of_the_written_out_maps(model, relation_vectors):
+    caption = dict(zip(RELATIONS, model.dit.project_caption(torch.stack(list(relation_vectors.values()))), strict=True))
+    table = screening.screen_axes(model.dit, screening.half_differences(caption, list(screening.ENDS)))
+    maps = circuits.position_word_maps(model.dit, torch.stack(list(relation_vectors.values()))).double().detach()
+    maps = dict(zip(RELATIONS, maps.movedim(2, 0), strict=True))
+    for axis, (plus, minus) in screening.ENDS.items():
+        ramp = screening.ramp(scenes.DIRECTIONS[plus], 8)
+        gain = ((maps[plus] - maps[minus]) / 2) @ (ramp / ramp.norm()) / model.cfg.d_head**0.5
+        rows = table[table["axis"] == axis].set_index(["layer", "head"]).sort_index()
+        np.testing.assert_allclose(rows["gain"], gain.flatten(), rtol=1e-4)
+        np.testing.assert_allclose(rows["share"], (gain**2 / (gain**2).sum()).flatten(), rtol=1e-3)
+
+
+def test_a_head_of_one_axis_is_found_on_that_axis_alone(relation_vectors):
+    model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
+    plant(model.dit, 1, 0, relation_vectors)
+    with torch.no_grad():
+        model.dit.blocks[1].cross_attn.W_Q[0][:, 1].zero_()  # the column that reads y
+    caption = dict(zip(RELATIONS, model.dit.project_caption(torch.stack(list(relation_vectors.values()))), strict=True))
+    first = screening.screen_axes(model.dit, screening.half_differences(caption)).groupby("axis").nth(0).set_index("axis")
+    assert tuple(first.loc["horizontal", ["layer", "head"]]) == (1, 0)
+    assert first.loc["horizontal", "share"] > 0.9
+    assert first.loc["horizontal", "p_family"] < 0.01
+    assert first.loc["horizontal", "cosine"] > 0.95
+    assert tuple(first.loc["vertical", ["layer", "head"]]) != (1, 0)
+
+
+def test_p_of_an_axis_is_uniform_or_larger_without_a_relation_head(model):
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(100):
+        ends = {name: torch.randn(model.cfg.d_model, generator=generator) for name in RELATIONS[:4]}
+        found += screening.screen_axes(model.dit, screening.half_differences(ends))["p"].tolist()
+    hits = int((np.array(found) <= 0.1).sum())
+    assert binomtest(hits, len(found), 0.1, alternative="greater").pvalue > 0.01
+    nothing = screening.screen_axes(model.dit, {"vertical": torch.zeros(model.cfg.d_model)})
+    assert (nothing["p"] == 1).all()
+    assert (nothing["share"] == 0).all()
+
+
+def test_phrases_are_compared_token_by_token():
+    model = HookedTextToImage.from_pretrained("rte-nano")
+    words = {w: model.dit.project_caption(screening.word_vector(model, w)[None])[0] for w in ("above", "below")}
+    of_words = screening.phrase_contrasts(model, {"vertical": ("below", "above")})["vertical"]
+    torch.testing.assert_close(of_words, (words["below"] - words["above"]) / 2)
+    longer = screening.phrase_contrasts(model, {"vertical": ("directly below", "directly above")})["vertical"]
+    last = [model.dit.project_caption(screening.word_vector(model, f"directly {w}")[None])[0] for w in ("below", "above")]
+    torch.testing.assert_close(longer, (last[0] - last[1]) / 2, atol=1e-5, rtol=1e-4)  # "directly" is the same in both
+    with pytest.raises(ValueError, match="number of tokens"):
+        screening.phrase_contrasts(model, {"vertical": ("below", "directly above")})
+
+
 # Intervals
 
 

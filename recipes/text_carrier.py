@@ -1,0 +1,203 @@
+"""Which word carries a relation, and can the text encoder alone tell? `python -m recipes.text_carrier --runs FOLDER`
+
+Paper: section 5: with T5 the relation is read from the second shape word (L3H7), with random embeddings from the relation
+words. Claim tested here: the carrier of an axis is the word at which that axis is most linearly readable in the text encoder's
+output. It is tested on encoders that differ in nothing but where the relation stands (docs/training.md, "Study models"): a share
+of the relation words' vectors moved to the second shape word, all of it ("fused", the positive control), or a causal T5. What
+would falsify it: fewer than 8 of the 10 cells (five models, two axes) with the carrier that the encoder predicts.
+
+Predictions: `recipes/PREDICTIONS.md`, committed before. The predicted word has the highest held-out R² of the axis' sign (ridge,
+combinations held out), among words within .02 of it the one with the largest distance between the mean vectors of the two ends.
+The carrier is the word whose keys and values, taken from the opposite prompt in all heads at step 0, change the layout's cosine
+most, by at least .5. Prompts of each axis alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dit_lens import scenes, variance
+from dit_lens.intervene.interchange import Interchange
+from dit_lens.readout.screening import AXES, ENDS
+from dit_lens.stats import Interval, clustered_mean, finite, paired_difference
+from dit_lens.task import PHRASES
+from dit_lens.text.prompts import Role
+from dit_lens.training.dynamics import layout
+from hooked_models import HookedTextToImage
+
+from .claims import Claim, report, stage
+
+WORDS: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2", "eos")
+CELLS = ("dial-0.25", "dial-0.5", "dial-0.75", "fused", "causal")
+"""Runs whose two axes are the ten cells of the claim."""
+TIE, CARRIES = 0.02, -0.5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the recipe."""
+
+    runs: Path = Path("runs")
+    """Folder with the study models' runs; those that are not there are left out."""
+    bundled: tuple[str, ...] = ("rte-nano", "t5-micro", "t5-mini")
+    """Models shown beside them, which are no cells: their carriers were known before."""
+    scenes: int = 48
+    """Scenes of each axis."""
+    out: Path = Path("results/text_carrier")
+
+
+def main(config: Config) -> None:
+    tables = []
+    folders = {name: config.runs / name / "pipeline" for name in CELLS}
+    models = {name: str(folder) for name, folder in folders.items() if folder.exists()} | {name: name for name in config.bundled}
+    for name, source in models.items():
+        model = HookedTextToImage.from_pretrained(source)
+        read = stage(config.out, f"{name}-readable", model, readable)
+        moved = stage(config.out, f"{name}-moved", model, exchanged, config.scenes)
+        tables.append(moved.merge(read, on=["axis", "word"]).assign(model=name))
+    table = pd.concat(tables, ignore_index=True)
+    report("Which word carries a relation", claims_of(table), config.out, cells=[name for name in CELLS if name in models])
+    table.to_parquet(config.out / "text_carrier.parquet", index=False)
+    figure(table).savefig(config.out / "text_carrier.png", dpi=150)
+
+
+@torch.no_grad()
+def readable(model: HookedTextToImage) -> pd.DataFrame:
+    """From the text encoder alone: columns axis, word, r2 (of the axis' sign, held out), distance (of the ends' mean vectors)."""
+    rows = []
+    for axis in AXES:
+        prompts = variance.factorial_prompts([phrase for relation in ENDS[axis] for phrase in PHRASES[relation]])
+        for word in WORDS:
+            vectors, factors = variance.word_vectors(model, prompts, word)
+            x = vectors.double().numpy()
+            sign = np.where(factors["relation"].astype(str) == ENDS[axis][0], 1.0, -1.0)
+            cells = (factors["shape1"].astype(str) + factors["shape2"].astype(str) + factors["color1"].astype(str)).to_numpy()
+            ridge = make_pipeline(StandardScaler(), Ridge(10.0))
+            predicted = cross_val_predict(ridge, x, sign, groups=cells, cv=GroupKFold(6))
+            distance = np.linalg.norm(x[sign > 0].mean(0) - x[sign < 0].mean(0))
+            rows.append({"axis": axis, "word": word, "r2": r2_score(sign, predicted), "distance": distance})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def exchanged(model: HookedTextToImage, n: int) -> pd.DataFrame:
+    """At step 0, all heads: a row an axis, word and scene: the layout's cosine without (`base`) and with the word exchanged."""
+    pool = scenes.sample(16 * n, seed=21, split="all", color_words="both")
+    rows = []
+    for axis in AXES:
+        wanted = [scene for scene in pool if scene.relation in ENDS[axis]][:n]
+        swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
+        seeds = list(range(7000, 7000 + n))
+        view, tokens = model.at(step=0, prompts=swap.texts, seed=seeds, guidance=1.0, returns="x0")
+        base = layout(model.decode(view(tokens)), wanted)
+        for word in WORDS:
+            out = view.run_with_hooks(tokens, fwd_hooks=swap.hooks(None, word, 0, view))
+            moved = layout(model.decode(out), wanted)
+            rows.append(pd.DataFrame({"axis": axis, "word": word, "scene": np.arange(n), "base": base, "moved": moved}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def predicted_word(part: pd.DataFrame) -> str:
+    """Of one model and axis, the word that the encoder predicts to carry the axis."""
+    by_word = part.drop_duplicates("word").set_index("word")
+    near = by_word[by_word["r2"] >= by_word["r2"].max() - TIE]
+    return str(near["distance"].idxmax())
+
+
+def found_word(part: pd.DataFrame) -> str:
+    """Of one model and axis, the word whose exchange turns the layout most; "none" where it changes too little."""
+    change = (part["moved"] - part["base"]).groupby(part["word"]).mean()
+    return str(change.idxmin()) if change.min() <= CARRIES else "none"
+
+
+def claims_of(table: pd.DataFrame) -> list[Claim]:
+    """A row a cell, the count of right ones, and the positive control."""
+    claims, right, cells = [], 0, 0
+    for (name, axis), part in table.groupby(["model", "axis"], sort=False):
+        wide = part.pivot(index="scene", columns="word", values="moved")
+        base = part.drop_duplicates("scene").set_index("scene")["base"]
+        word, found = predicted_word(part), found_word(part)
+        change = (wide.sub(base, axis=0)).mean()
+        rival = change.drop(word).idxmin()
+        ahead = paired_difference(wide[[rival]].to_numpy(), wide[[word]].to_numpy())
+        by_word = part.drop_duplicates("word").set_index("word")
+        listed = ", ".join(f"{w} R² {by_word.loc[w, 'r2']:.2f}, {change[w]:+.2f}" for w in WORDS)
+        is_cell = name in CELLS
+        what = f"{name}, {axis}: change by {word} (predicted) minus by {rival} (next), carrier: {found}"
+        basis = f"{len(wide)} scenes, 1 run"
+        claims.append(Claim(what, "–", ahead, (-2.1, 0.0) if is_cell else None, listed, basis=basis))
+        right, cells = right + (is_cell and found == word), cells + is_cell
+        if name == "fused":
+            claims += control_claims(str(axis), wide, base)
+        if name == "causal":
+            shape1 = clustered_mean((wide["shape1"] - base).to_numpy()[:, None])
+            claims.append(Claim(f"causal, {axis}: change by shape1", "≈ 0 (CLIP)", shape1, (-0.01, 0.01), basis=basis))
+    whole = finite(right) if cells == 2 * len(CELLS) else Interval(*[np.nan] * 3)
+    claims.append(Claim("cells of 10 with the predicted carrier", "–", whole, (8, 10), f"{right} of the {cells} that were run"))
+    return claims
+
+
+def control_claims(axis: str, wide: pd.DataFrame, base: pd.Series[float]) -> list[Claim]:
+    """With "fused" the second shape word carries everything."""
+    changes = wide.sub(base, axis=0)
+    others = changes.drop(columns="shape2").mean()
+    worst = others.abs().idxmax()
+    return [
+        Claim(
+            f"fused, {axis}: change by shape2 (positive control)",
+            "carries it",
+            clustered_mean(changes[["shape2"]].to_numpy()),
+            (-2.1, -1.5),
+            contrast=paired_difference(wide[[worst]].to_numpy(), wide[["shape2"]].to_numpy()),
+            basis=f"{len(wide)} scenes, 1 run",
+        ),
+        Claim(
+            f"fused, {axis}: change by {worst}, of the other words the most",
+            "≈ no change",
+            clustered_mean(changes[[worst]].to_numpy()),
+            (-0.1, 0.1),
+            basis=f"{len(wide)} scenes, 1 run",
+        ),
+    ]
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """A panel an axis: models by words, coloured by the change of the layout, with R² written in and the prediction framed."""
+    names = list(dict.fromkeys(table["model"]))
+    whole, axes = plt.subplots(1, len(AXES), figsize=(11, 0.62 * len(names) + 1.9), layout="constrained")
+    for ax, axis in zip(axes, AXES, strict=True):
+        part = table[table["axis"] == axis]
+        change = (part["moved"] - part["base"]).groupby([part["model"], part["word"]]).mean().unstack().loc[names, list(WORDS)]
+        r2 = part.groupby(["model", "word"])["r2"].first().unstack().loc[names, list(WORDS)]
+        shown = ax.imshow(change, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
+        for i, j in np.ndindex(*r2.shape):
+            dark = abs(change.iloc[i, j]) > 1.2
+            ax.text(j, i, f"{r2.iloc[i, j]:.2f}", ha="center", va="center", fontsize=10, color="white" if dark else "black")
+        for i, name in enumerate(names):
+            j = WORDS.index(predicted_word(part[part["model"] == name]))  # type: ignore[arg-type]
+            ax.add_patch(plt.Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, linewidth=2))
+        words = ["colour 1", "shape 1", "relation", "colour 2", "shape 2", "EOS"]
+        ax.set_xticks(range(len(WORDS)), words, fontsize=10)
+        ax.set_yticks(range(len(names)), names if ax is axes[0] else [], fontsize=10)
+        ax.set_title(f"{axis} relations", fontsize=11)
+    bar = whole.colorbar(shown, ax=axes, shrink=0.9)
+    bar.set_label("change of the layout's cosine\nby exchanging the word (−2: turned)", fontsize=10)
+    whole.suptitle("Numbers: R² of the axis in the text encoder. Frame: predicted carrier.", fontsize=11)
+    return whole
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
