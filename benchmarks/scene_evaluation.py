@@ -1,8 +1,8 @@
 """What perfect images score, by our judge and by the original's, and how many images either judges in a second.
 
 `python -m benchmarks.scene_evaluation` prints the tables of `docs/scenes.md` (a few minutes on one core). The original's
-detector (`cv2_eval_utils.py` of Wang, Fan, Pan, arXiv 2601.06338) and its geometry are written here from their description,
-so that a difference between two ceilings can be traced to the rules, to the geometry, or to the overlap of objects.
+rules are `dit_lens.task.paper_rules`; its geometry (Wang, Fan, Pan, arXiv 2601.06338) is written here from its description, so
+that a difference between two ceilings can be traced to the rules, to the geometry, or to the overlap of objects.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 import torch
+import xarray as xr
 from PIL import Image, ImageDraw
 
-from dit_lens.task import DIRECTIONS, Scene, evaluate, render, sample
+from dit_lens.task import Scene, evaluate, paper_verdicts, render, sample
 from dit_lens.task.rendering import BACKGROUND, PIXELS, half_size
-from dit_lens.task.scene import BAND, IMAGE_SIZE, RADIUS, Shape, relation_between
+from dit_lens.task.scene import IMAGE_SIZE, RADIUS, Shape
 
 Draw = Callable[[Sequence[Scene]], np.ndarray]
 Judge = Callable[[np.ndarray, Sequence[Scene]], np.ndarray]
@@ -86,64 +87,22 @@ def apart(scene: Scene, extent: Callable[[Shape], tuple[int, int, int]]) -> bool
     return abs(scene.x1 - scene.x2) > side1 + side2 or not level
 
 
-# --- the original's rules -------------------------------------------------------------------------
-
-
-def detect_original(image: np.ndarray) -> list[tuple[str, str, int, int]]:
-    """Shape, colour, x, y of each contour of each bright channel."""
-    found = []
-    for channel in range(3):
-        _, bright = cv2.threshold(np.ascontiguousarray(image[:, :, channel]), 180, 255, cv2.THRESH_BINARY)
-        contours, _ = cv2.findContours(bright, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-        for contour in contours:
-            if cv2.contourArea(contour) < 100:
-                continue
-            corners = len(cv2.approxPolyDP(contour, 0.04 * cv2.arcLength(contour, True), True))
-            x, y, width, height = cv2.boundingRect(contour)
-            shape = "circle"
-            if corners <= 3:
-                shape = "triangle" if corners == 3 else "other"
-            elif corners == 4:
-                shape = "square" if abs(width - height) < 5 else "rectangle"
-            middle = int(TRIANGLE_HEIGHT // 2) if shape == "triangle" else height // 2
-            inside = np.zeros(bright.shape, np.uint8)
-            cv2.drawContours(inside, [contour], -1, 255, cv2.FILLED)
-            red, green, blue, _ = cv2.mean(image, mask=inside)
-            color = "other"
-            if red > 230 and green < 25 and blue < 25:
-                color = "red"
-            elif blue > 230 and red < 25 and green < 25:
-                color = "blue"
-            found.append((shape, color, x + width // 2, y + middle))
-    return found
+# --- the rules ------------------------------------------------------------------------------------
 
 
 def judge_original(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
     """[image, metric + y offset of object 1, of object 2]: `METRICS` as 0 or 1; the offsets are NaN without unique binding."""
-    rows = []
-    for image, scene in zip(images, scenes, strict=True):
-        found = detect_original(image)
-        shapes, colors = {f[0] for f in found}, {f[1] for f in found}
-        first = [f[2:] for f in found if f[:2] == (scene.shape1, scene.color1)]
-        second = [f[2:] for f in found if f[:2] == (scene.shape2, scene.color2)]
-        unique = len(first) == len(second) == 1
-        strict = loose = False
-        error1 = error2 = np.nan
-        if unique:
-            (x1, y1), (x2, y2) = first[0], second[0]
-            strict = relation_between(x1, y1, x2, y2) == scene.relation
-            step_x, step_y = DIRECTIONS[scene.relation]
-            loose = (not step_x or (x1 - x2) * step_x > BAND) and (not step_y or (y1 - y2) * step_y > BAND)
-            error1, error2 = y1 - scene.y1, y2 - scene.y2
-        color = {scene.color1, scene.color2} <= colors
-        shape = {scene.shape1, scene.shape2} <= shapes
-        rows.append((color, shape, unique, strict, loose, error1, error2))
-    return np.array(rows, dtype=float)
+    return verdicts_of(paper_verdicts, images, scenes)
 
 
 def judge_ours(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
     """As `judge_original`."""
-    verdict = evaluate(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, scenes)
+    return verdicts_of(evaluate, images, scenes)
+
+
+def verdicts_of(rules: Callable[..., xr.Dataset], images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
+    """As `judge_original`, by any rules."""
+    verdict = rules(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, scenes)
     errors = [verdict.y1 - [s.y1 for s in scenes], verdict.y2 - [s.y2 for s in scenes]]
     return np.stack([*(verdict[name].values.astype(float) for name in METRICS), *(e.values for e in errors)], axis=1)
 

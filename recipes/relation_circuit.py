@@ -35,6 +35,7 @@ from hooked_models.hooks import HookFunction
 
 from .claims import Claim, report, stage
 from .relation_das import distributed_alignment, frozen_paths
+from .relation_figure import circuit_figure
 
 TURNS = 0.95
 """Share of the scenes of an axis whose layout has to be turned at step 0."""
@@ -65,6 +66,7 @@ class Config:
 def main(config: Config) -> None:
     claims: list[Claim] = []
     tables: dict[str, pd.DataFrame] = {}
+    parts: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = {}
     for name in config.models:
         model, label = HookedTextToImage.from_pretrained(name), Path(name).name
         chosen = stage(config.out, f"{label}-sets", model, chosen_sets, config.looks)
@@ -75,9 +77,11 @@ def main(config: Config) -> None:
         aligned = stage(config.out, f"{label}-das", model, distributed_alignment, union(sets), config.looks)
         claims += [*set_claims(label, chosen, drawn), *axis_claims(label, drawn), *step_claims(label, drawn)]
         claims += [*abstraction_claims(label, bits, aligned), *path_claims(label, paths)]
+        parts[label] = chosen, drawn, paths
         tables[label] = drawn.assign(heads=" ".join(union(sets)))
         pd.concat(tables, names=["model"]).reset_index("model").to_parquet(config.out / "images.parquet", index=False)
         report("Relation circuits by axis", claims, config.out, training_runs="one a model")
+    circuit_figure(parts).savefig(config.out / "circuit.png", dpi=150)
 
 
 def union(sets: dict[str, list[str]]) -> list[str]:

@@ -26,6 +26,10 @@ TOLERANCE = 0.04
 """Of a contour's length: how far its polygon may be from it."""
 
 
+VERDICTS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose")
+PLACES = ("x1", "y1", "x2", "y2")
+
+
 class Found(NamedTuple):
     """An object as the paper's detector describes it."""
 
@@ -36,7 +40,7 @@ class Found(NamedTuple):
 
 
 def paper_verdicts(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene]) -> xr.Dataset:
-    """Judge images by the paper's rules: `color shape unique_binding relation_strict relation_loose`, all bool over `image`.
+    """Judge images by the paper's rules: `VERDICTS` (bool) and `PLACES` (pixels; NaN without unique binding) over `image`.
 
     Example:
         >>> from dit_lens import scenes
@@ -46,12 +50,12 @@ def paper_verdicts(images: Float[Tensor, "image 3 height width"], scenes: Sequen
     """
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().numpy()
     rows = [_judge(detect_objects(image), scene) for image, scene in zip(pixels, scenes, strict=True)]
-    names = ("color", "shape", "unique_binding", "relation_strict", "relation_loose")
-    table = np.array(rows, bool).reshape(-1, len(names))
-    return xr.Dataset({name: ("image", table[:, i]) for i, name in enumerate(names)})
+    table = np.array(rows, float).reshape(-1, len(VERDICTS) + len(PLACES))
+    verdicts = {name: ("image", table[:, i].astype(bool)) for i, name in enumerate(VERDICTS)}
+    return xr.Dataset(verdicts | {name: ("image", table[:, len(VERDICTS) + i]) for i, name in enumerate(PLACES)})
 
 
-def _judge(objects: Sequence[Found], scene: Scene) -> tuple[bool, ...]:
+def _judge(objects: Sequence[Found], scene: Scene) -> tuple[float, ...]:
     color = {scene.color1, scene.color2} <= {found.color for found in objects}
     shape = {scene.shape1, scene.shape2} <= {found.shape for found in objects}
     first, second = (
@@ -59,11 +63,12 @@ def _judge(objects: Sequence[Found], scene: Scene) -> tuple[bool, ...]:
         for pair in ((scene.shape1, scene.color1), (scene.shape2, scene.color2))
     )
     if len(first) != 1 or len(second) != 1:
-        return color, shape, False, False, False
+        return (color, shape, False, False, False, *[np.nan] * len(PLACES))
     a, b = first[0], second[0]
     strict = relation_between(a.x, a.y, b.x, b.y) == scene.relation
     offsets = zip((a.x - b.x, a.y - b.y), DIRECTIONS[scene.relation], strict=True)
-    return color, shape, True, strict, all(way == 0 or offset * way > BAND for offset, way in offsets)
+    loose = all(way == 0 or offset * way > BAND for offset, way in offsets)
+    return color, shape, True, strict, loose, a.x, a.y, b.x, b.y
 
 
 def detect_objects(image: Float[np.ndarray, "3 height width"]) -> list[Found]:

@@ -15,7 +15,7 @@ from recipes import run_all
 from recipes.claims import Claim, report
 
 SHOWN_ELSEWHERE = {"pixart_sigma", "relation_head"}
-SHARED = {"circuit_figures", "claims", "dose_figure", "knockouts", "relation_das"}
+SHARED = {"circuit_figures", "claims", "dose_figure", "knockouts", "relation_das", "relation_figure"}
 TOOLS = {"bundle_model", "bundle_text_encoder", "memory_plan", "run_all", "zoo_cards"}
 
 
