@@ -47,18 +47,19 @@ def draw_circuit(
         box(ax, 0, level, WORDS[axis])
         box(ax, 2.05, level, PLACES[axis])
         ax.annotate("", (2.78, 0.5), (2.36, level), arrowprops={"arrowstyle": "-|>", "color": "0.4"})
-        for row in sets[sets["axis"] == axis].itertuples():
-            ax.plot([0.28, 0.92], [level, levels[row.head]], color=colors[row.head], linewidth=0.4 + WIDEST * row.share, zorder=1)
+        own = sets[sets["axis"] == axis]
+        for head, share in zip(map(str, own["head"]), own["share"].to_numpy(float), strict=True):
+            ax.plot([0.28, 0.92], [level, levels[head]], color=colors[head], linewidth=0.4 + WIDEST * share, zorder=1)
         for head, at in levels.items():
-            lost = means.loc["set", TURNS[axis]] - means.loc[f"without {head}", TURNS[axis]]
+            lost = float(means[TURNS[axis]]["set"]) - float(means[TURNS[axis]][f"without {head}"])
             if lost > 0.02:
                 ax.plot([1.08, 1.76], [at, level], color=colors[head], linewidth=0.4 + WIDEST * lost, zorder=1)
     for head, at in levels.items():
         ax.scatter([1], [at], s=620, color=[colors[head]], zorder=2)
         ax.text(1, at, head, ha="center", va="center", fontsize=9, color="white", fontweight="bold", zorder=3)
     box(ax, 3, 0.5, "objects")
-    lost = paths.groupby("frozen", sort=False)["lost"].mean()
-    told = "turn that is lost with it frozen:\n" + "\n".join(f"{kind} {value:+.2f}" for kind, value in lost.items())
+    through = paths.groupby("frozen", sort=False)["lost"].mean()
+    told = "turn that is lost with it frozen:\n" + "\n".join(f"{kind} {value:+.2f}" for kind, value in through.items())
     ax.text(2.62, -0.1, told, ha="left", va="bottom", fontsize=9)
     for x, what in ((0.6, "share of gain²"), (1.42, "lost without it")):
         ax.text(x, 1.08, what, ha="center", fontsize=9, style="italic")
@@ -77,7 +78,7 @@ def draw_bars(ax: Axes, images: pd.DataFrame, colors: Mapping[str, tuple[float, 
     for condition, label in names.items():
         part = images[images["condition"].str.startswith(condition) & (images["both_colors"] == 1)]
         if len(part):
-            color = colors.get(condition.removeprefix("without "), "black")
+            color: object = colors.get(condition.removeprefix("without "), "black")
             rows.append((label, proportion(part["layout_opposite"].to_numpy(float)), color))
     for i, (_, found, color) in enumerate(rows):
         ax.errorbar(
@@ -86,7 +87,7 @@ def draw_bars(ax: Axes, images: pd.DataFrame, colors: Mapping[str, tuple[float, 
             xerr=[[found.mean - found.low], [found.high - found.mean]],
             fmt="o",
             color=color,
-            capsize=3,  # type: ignore[arg-type]
+            capsize=3,
         )
     ax.set_yticks(range(len(rows)), [label for label, _, _ in rows], fontsize=10)
     ax.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5))

@@ -92,7 +92,8 @@ def readable(model: HookedTextToImage) -> pd.DataFrame:
             distance = np.linalg.norm(x[sign > 0].mean(0) - x[sign < 0].mean(0))
             row = {"axis": axis, "word": word, "r2": held_out_r2(x, sign, factors), "distance": distance}
             vectors, factors = variance.word_vectors(model, everything, word)
-            component = np.array([DIRECTIONS[r][axis == "vertical"] for r in factors["relation"].astype(str)], float)
+            steps = {str(relation): step for relation, step in DIRECTIONS.items()}
+            component = np.array([float(steps[str(r)][axis == "vertical"]) for r in factors["relation"]])
             rows.append(row | {"r2_all": held_out_r2(vectors.double().numpy(), component, factors)})
     return pd.DataFrame(rows)
 
@@ -145,10 +146,9 @@ def claims_of(table: pd.DataFrame) -> list[Claim]:
         change = (wide.sub(base, axis=0)).mean()
         rival = change.drop(word).idxmin()
         ahead = paired_difference(wide[[rival]].to_numpy(), wide[[word]].to_numpy())
-        by_word = part.drop_duplicates("word").set_index("word")
-        listed = ", ".join(
-            f"{w} R² {by_word.loc[w, 'r2']:.2f} (all phrases {by_word.loc[w, 'r2_all']:.2f}), {change[w]:+.2f}" for w in WORDS
-        )
+        by_word = part.drop_duplicates("word").set_index("word").astype({"r2": float, "r2_all": float})
+        r2, r2_all = by_word["r2"], by_word["r2_all"]
+        listed = ", ".join(f"{w} R² {r2[w]:.2f} (all phrases {r2_all[w]:.2f}), {change[w]:+.2f}" for w in WORDS)
         is_cell = name in CELLS
         what = f"{name}, {axis}: change by {word} (predicted) minus by {rival} (next), carrier: {found}"
         basis = f"{len(wide)} scenes, 1 run"
@@ -197,11 +197,11 @@ def figure(table: pd.DataFrame) -> Figure:
         change = (part["moved"] - part["base"]).groupby([part["model"], part["word"]]).mean().unstack().loc[names, list(WORDS)]
         r2 = part.groupby(["model", "word"])["r2"].first().unstack().loc[names, list(WORDS)]
         shown = ax.imshow(change, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
-        for i, j in np.ndindex(*r2.shape):
-            dark = abs(change.iloc[i, j]) > 1.2
-            ax.text(j, i, f"{r2.iloc[i, j]:.2f}", ha="center", va="center", fontsize=10, color="white" if dark else "black")
+        for (i, j), value in np.ndenumerate(r2.to_numpy(float)):
+            dark = abs(float(change.to_numpy(float)[i, j])) > 1.2
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=10, color="white" if dark else "black")
         for i, name in enumerate(names):
-            j = WORDS.index(predicted_word(part[part["model"] == name]))  # type: ignore[arg-type]
+            j = WORDS.index(predicted_word(part[part["model"] == name]))
             ax.add_patch(plt.Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, linewidth=2))
         words = ["colour 1", "shape 1", "relation", "colour 2", "shape 2", "EOS"]
         ax.set_xticks(range(len(WORDS)), words, fontsize=10)
