@@ -204,7 +204,7 @@ def one_step_peer(model: HookedTextToImage, config: Config) -> Tensor:
 def _call(model: HookedTextToImage, config: Config, copies: int) -> dict[str, Any]:
     """Of a diffusers pipeline, for the noise and the text of our runs."""
     return {
-        "latents": model._noise(config.seed, copies * len(PROMPTS)).to(model.device),
+        "latents": model.noise(config.seed, copies * len(PROMPTS)).to(model.device),
         "num_inference_steps": 14,
         "guidance_scale": 4.5,
         "use_resolution_binning": False,

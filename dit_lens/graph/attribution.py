@@ -32,7 +32,8 @@ from torch import Tensor
 
 from hooked_models import HookedDiT
 
-from ..runs.gradients import Metric, Pair, Run, gradients, modulates, pair
+from ..runs.gradients import Chain, Metric, gradients, modulates
+from ..runs.pairs import Pair, pair
 from .edge_graph import all_receivers, all_senders, edge_flags, read_at, share, written_at
 from .nodes import Node
 from .verification import Attribution, Edit, Verification, labelled, ranked
@@ -51,7 +52,7 @@ NODES = {
 """Kinds of nodes and the hook where each is read; `{layer}` stands for all layers."""
 
 
-def _path(pair: Pair, ig_steps: int) -> list[tuple[Run, float]]:
+def _path(pair: Pair, ig_steps: int) -> list[tuple[Chain, float]]:
     """The runs whose gradients are averaged, with their weights."""
     if ig_steps == 1:
         return [(pair.original, 1.0)]
@@ -165,35 +166,35 @@ def _checked(dit: HookedDiT, name: str) -> str:
     return canonical
 
 
-def _contexts_of(pair: Pair, segment: int) -> list[tuple[int, str]]:
-    return [(i, context.prefix) for i, context in enumerate(pair.contexts) if context.segment == segment]
+def _contexts_of(pair: Pair, step: int) -> list[tuple[int, str]]:
+    return [(i, context.prefix) for i, context in enumerate(pair.contexts) if context.step == step]
 
 
 def _node_products(
-    pair: Pair, names: Sequence[str], path: list[tuple[Run, float]], metric: Metric
+    pair: Pair, names: Sequence[str], path: list[tuple[Chain, float]], metric: Metric
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(context, name, difference · gradient)."""
     wanted = _in_contexts(pair, names)
-    for segment, found in gradients(path, wanted, metric):
-        differences = pair.differences(segment, wanted[segment])
-        for i, prefix in _contexts_of(pair, segment):
+    for step, found in gradients(path, wanted, metric):
+        differences = pair.differences(step, wanted[step])
+        for i, prefix in _contexts_of(pair, step):
             yield from ((i, name, differences[prefix + name] * found[prefix + name]) for name in names)
 
 
 def _along_activations(pair: Pair, names: Sequence[str], points: int, metric: Metric) -> Iterator[tuple[int, str, Tensor]]:
     for i, context in enumerate(pair.contexts):
         for name in names:
-            full, segment = context.prefix + name, context.segment
-            difference = pair.differences(segment, [full])[full]
+            full, step = context.prefix + name, context.step
+            difference = pair.differences(step, [full])[full]
             total = torch.zeros_like(difference)
             for alpha, weight in _quadrature(points):
 
-                def move(tensor: Tensor, hook: Any, step: Tensor = alpha * difference) -> Tensor:
-                    return tensor + step
+                def move(tensor: Tensor, hook: Any, by: Tensor = alpha * difference) -> Tensor:
+                    return tensor + by
 
                 with pair.original.model.hooks([(full, move)]):
-                    moved = pair.original.replay(segment)
-                    *_, (_, found) = gradients([(moved, weight)], {segment: [full]}, metric)
+                    moved = pair.original.replay(step)
+                    *_, (_, found) = gradients([(moved, weight)], {step: [full]}, metric)
                 total += found[full]
             yield i, name, difference * total
 
@@ -201,7 +202,7 @@ def _along_activations(pair: Pair, names: Sequence[str], points: int, metric: Me
 def _in_contexts(pair: Pair, names: Sequence[str]) -> dict[int, list[str]]:
     wanted: dict[int, list[str]] = {}
     for context in pair.contexts:
-        wanted.setdefault(context.segment, []).extend(context.prefix + name for name in names)
+        wanted.setdefault(context.step, []).extend(context.prefix + name for name in names)
     return wanted
 
 
@@ -243,7 +244,7 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
         TypeError, ValueError: as in `nodes`; or cfg.use_attn_in is on, which excludes separate q, k and v inputs.
     """
     dit, path, found = pair.dit, _path(pair, ig_steps), {}
-    senders, receivers = all_senders(dit, pair.original.inputs[0][0].shape[1]), all_receivers(dit)
+    senders, receivers = all_senders(dit, pair.original.text.text.shape[1]), all_receivers(dit)
     columns: dict[str, list[int]] = {}
     for j, node in enumerate(receivers):
         columns.setdefault(read_at(dit, node), []).append(j)
@@ -264,9 +265,9 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
         return table
 
     with edge_flags(dit):
-        for segment, gradient in gradients(path, _in_contexts(pair, list(columns)), metric):
-            change = pair.differences(segment, _in_contexts(pair, written)[segment])
-            for i, prefix in _contexts_of(pair, segment):
+        for step, gradient in gradients(path, _in_contexts(pair, list(columns)), metric):
+            change = pair.differences(step, _in_contexts(pair, written)[step])
+            for i, prefix in _contexts_of(pair, step):
                 here = [{name.removeprefix(prefix): t for name, t in group.items()} for group in (change, gradient)]
                 found[i] = ("prompt", "sender", "receiver"), scores(*here).double().cpu().numpy()
     labels = {"sender": list(map(str, senders)), "receiver": list(map(str, receivers))}

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.patching import PatchingResult
 
-from ..runs.gradients import Context, Metric, Pair, evaluate
+from ..runs.gradients import Metric, evaluate
+from ..runs.pairs import Context, Pair
 from ..stats import Interval, rank_correlation
 
 
@@ -86,11 +87,11 @@ class Attribution:
             for context in self.pair.contexts:
                 here = [i for i, other in enumerate(contexts) if other is context]
                 read = list(dict.fromkeys(context.prefix + edits[i].sender for i in here))
-                differences = self.pair.differences(context.segment, read) if read else {}
+                differences = self.pair.differences(context.step, read) if read else {}
                 for i in here:
                     edit = edits[i]
                     patch = partial(_add, edit.receiver_part, differences[context.prefix + edit.sender][edit.sender_part])
-                    run = self.pair.original.replay(context.segment, [(context.prefix + edit.receiver, patch)])
+                    run = self.pair.original.replay(context.step, [(context.prefix + edit.receiver, patch)])
                     values[i] = evaluate(self.metric, run.output)
         return torch.stack([values[i] for i in range(len(cells))])
 

@@ -151,7 +151,7 @@ class Intervention:
         if not isinstance(model, StepView):
             return [(edit.site.name, edit) for edit in self.resolve(model, prompts, num_steps=num_steps, seed=seed)]
         run: Any = model.run
-        edits = self.resolve(run.model, prompts, num_steps=run.inputs.sampler.num_steps, seed=seed)
+        edits = self.resolve(run.model, prompts, num_steps=run.inputs.num_steps, seed=seed)
         here = [e for e in edits if (e.site.part, e.site.step, e.site.branch) == ("dit", model.step, model.branch)]
         if not here:
             raise ValueError(
@@ -164,7 +164,7 @@ class Intervention:
     ) -> list[Edit]:
         """One edit for every tensor that is touched, in rows of `prompts`; arguments and errors as in `hooks`."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        sites = self._sites(model, num_steps)
+        sites = self._sites(model, model.count_steps(num_steps))
         edits = []
         for uncond in (False, True):
             if here := [site for site in sites if (site.branch == "uncond" or site.part == "null_text_encoder") == uncond]:

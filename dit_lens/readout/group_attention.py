@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
+from hooked_models.generation.loops import Call
 from hooked_models.generation.names import Branch
 from hooked_models.hooks import HookedModule, watched
 from hooked_models.pixart.text_state import TextState
@@ -42,7 +42,7 @@ def attention_between(
         On the CPU, at least in float32. Branches as in `keys`.
     """
     model, text, cfg = run.model, run.inputs.text, run.model.cfg
-    steps, device, n = run.inputs.sampler.num_steps, model.device, len(queries)
+    steps, device, n = len(run), model.device, len(queries)
     dtype = torch.promote_types(model.dit.dtype, torch.float32)
     order = sorted(keys, key=lambda branch: run.inputs.rows(branch).start)  # as in the denoiser's rows
     weights = torch.cat([keys[branch] for branch in order]).to(device, dtype)
@@ -52,15 +52,12 @@ def attention_between(
     found = torch.zeros(len(queries), cfg.n_layers, cfg.n_heads, steps, *groups, dtype=dtype, device=device)
     attentions = [model.dit.get_submodule(f"blocks.{layer}.{sublayer}") for layer in range(cfg.n_layers)]
 
-    def denoise(x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState, step: int) -> Tensor:
-        readers = [_Reader(queries, weights, one.scale, reduce, found[:, i, :, step]) for i, one in enumerate(attentions)]
+    def denoise(call: Call, rows: Any, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
+        readers = [_Reader(queries, weights, one.scale, reduce, found[:, i, :, call.step]) for i, one in enumerate(attentions)]
         with reading(model.dit, dict(zip(attentions, readers, strict=True))):  # by now hooks that are attached are in place
-            return model._denoise(x, timestep, sizes, text)
+            return model.denoise(x, timestep, text)
 
-    run.check_fork(0, steps)
-    state = run.states[0]
-    for step in range(steps):
-        state = model._step(run.inputs, state, partial(denoise, step=step))
+    run.fork(0, denoise=denoise)
     by_branch = dict(zip(order, found.split(n), strict=True))
     return torch.stack([by_branch[branch] for branch in keys], dim=4).cpu()
 

@@ -27,7 +27,7 @@ from hooked_models.generation.capture import Heads, Patterns, Recorder
 from hooked_models.generation.hooks import Attached
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
 from hooked_models.generation.names import Branch, Site
-from hooked_models.generation.sampling import Sampler, Seeds
+from hooked_models.generation.sampling import Seeds
 from hooked_models.hooks import NameFilter
 from hooked_models.pipelines.hub import resolve
 from hooked_models.store import digest
@@ -121,6 +121,19 @@ class RemoteTextToImage(HookedTextToImage):
     def __repr__(self) -> str:
         return f"RemoteTextToImage({self.model_key.partition(':')[2]}, {self.server or 'in this process'})"
 
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's. Another one can be set where the pipeline is in this process; a server keeps its own."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        if getattr(self, "server", None) is not None:
+            raise ValueError("A server draws with the scheduler of the folder that it opened: save one with another there.")
+        self._scheduler = scheduler
+        if (opened := getattr(self, "nnsight", None)) is not None:
+            opened.pipeline.register_modules(scheduler=scheduler)
+
     # What cannot be
 
     def digest(self) -> str:
@@ -139,7 +152,7 @@ class RemoteTextToImage(HookedTextToImage):
         """Raises NotImplementedError: no part of a run can be had by itself."""
         raise NotImplementedError(NO_RESUMING)
 
-    _encode = decode
+    encode = denoise = run = prepare = decode
 
     # Running
 
@@ -192,15 +205,14 @@ class RemoteTextToImage(HookedTextToImage):
         if remove_batch_dim:
             raise TypeError("A whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim().")
         tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
-        sampler = Sampler(self.scheduler, num_steps, self.device)
-        sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, sampler.predicts_x0)
+        solver = self.solver(num_steps)
+        sites = self.names.select(names_filter, steps, branch, len(solver), guidance > 1, solver.forms_x0)
         recorder = Recorder(self, sites, device=device)
         size = estimate_recorded(recorder, len(tokens), tokens.shape[1], None if latents is None else latents.shape[-2:])
         refuse_if_too_large(size, max_bytes, self.device if device is None else torch.device(device))
         found = self._run_once(prompts, seed, num_steps, guidance, latents, keep=sites)
         kept = {site.name: found["kept"][site.name].to(device or self.device) for site in sites}
-        levels = sampler.noise_levels if sampler.predicts_x0 else []
-        return found["images"], GenerationCache(kept, self, levels)
+        return found["images"], GenerationCache(kept, self, solver.noise_levels)
 
     def patch(
         self,
@@ -287,7 +299,7 @@ class RemoteTextToImage(HookedTextToImage):
         dtype = torch.promote_types(self.dit.dtype, torch.float32)
         length = self._texts(prompts)[1] if sublayer == "cross_attn" else None  # beyond are pads, which get no attention
         queries, keys = queries.to(dtype), {branch: weights[:, :length].to(dtype) for branch, weights in keys.items()}
-        layers, steps = range(self.cfg.n_layers), range(num_steps)
+        layers, steps = range(self.cfg.n_layers), range(self.count_steps(num_steps))
         sums = [
             plan.Sum(layer, step, branch, sublayer, queries, weights, reduce)
             for layer in layers
@@ -327,8 +339,13 @@ class RemoteTextToImage(HookedTextToImage):
         self, batch: int, length: int, seed: Seeds, num_steps: int, guidance: float, latents: Tensor | None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments of the pipeline, and those of a plan."""
-        noise = self._noise(seed, batch) if latents is None else latents.to(self.device)
-        height, width = self._image_size(noise.shape[-2:])
+        if self.solver(num_steps).draws:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} draws noise at every step, from generators that do not travel through nnsight: "
+                "take a deterministic scheduler, such as DPMSolverMultistepScheduler."
+            )
+        noise = self.noise(seed, batch) if latents is None else latents.to(self.device)
+        height, width = self.image_size(noise.shape[-2:])
         call = {
             **{"num_inference_steps": num_steps, "guidance_scale": guidance, "latents": noise.to(self.dit.dtype)},
             **{"height": height, "width": width, "max_sequence_length": length, "output_type": "pt", "return_dict": False},
@@ -347,7 +364,7 @@ class RemoteTextToImage(HookedTextToImage):
         return texts, prompts.shape[1]
 
     def _checked_hooks(self, num_steps: int, guidance: float) -> list[Attached]:
-        self._check_hooks(num_steps, guidance)
+        self.check_hooks(num_steps, guidance)
         if any(attached.direction == "bwd" for attached in self._attached):
             raise NotImplementedError(NO_GRADIENTS)
         return self.firing_in_run(num_steps, guidance)

@@ -13,7 +13,7 @@ from hooked_models import HookedT5Encoder, HookedTextToImage
 from hooked_models.generation.cache import activation_shape
 from hooked_models.generation.hooks import Attached
 from hooked_models.generation.names import FINAL, Branch, Site
-from hooked_models.generation.sampling import Sampler
+from hooked_models.generation.sampling import Solver
 
 from ..intervene.edits import Edit, RowEdits
 from .kernel import Point
@@ -87,15 +87,15 @@ def make(
     Raises:
         ValueError: a tensor that no trace reaches, or an edit made for other prompts.
     """
-    cfg, encoder, sampler = model.cfg, model.names.text_encoder, Sampler(model.scheduler, num_steps, model.device)
+    cfg, encoder, solver = model.cfg, model.names.text_encoder, model.solver(num_steps)
     touches: dict[tuple[str, int], dict[str, list[tuple[Point, Any]]]] = {}
     wanted: list[tuple[Site, Any]] = [(each.site, each.function) for each in attached]
     for site, what in [*wanted, *((site, None) for site in keep)]:
-        if (reason := _unreachable(model, site, sampler, writes=what is not None)) is not None:
+        if (reason := _unreachable(model, site, solver, writes=what is not None)) is not None:
             raise ValueError(f"{site.name} is not within nnsight's reach: {reason}")
         if isinstance(what, Edit):
             module: Any = encoder if site.part.endswith("text_encoder") else model
-            image = model._image_size(grid)
+            image = model.image_size(grid)
             what.check_shape(activation_shape(module.cfg, site, batch, grid, length, image))
             what = _arguments(what, patching)
         elif isinstance(what, RowEdits):
@@ -112,7 +112,7 @@ def make(
     steps = {}
     for step in {step for kind, step in touches if kind == "step"} | set(added):
         here = touches.get(("step", step), {})
-        x0 = _x0_coefficients(sampler, step, cfg.in_channels) if "hook_x0" in here else (0.0, 1.0)
+        x0 = _x0_coefficients(solver, step) if "hook_x0" in here else (0.0, 1.0)
         steps[step] = (here, added.get(step, {}), *x0)
     return {
         "cfg": {
@@ -145,15 +145,15 @@ def _encoder(encoder: Any, batch: int) -> dict[str, Any]:
     }
 
 
-def _unreachable(model: HookedTextToImage, site: Site, sampler: Sampler, writes: bool) -> str | None:
+def _unreachable(model: HookedTextToImage, site: Site, solver: Solver, writes: bool) -> str | None:
     """Why a tensor cannot be read, or written, through a trace of the diffusers pipeline."""
     leaf = site.inner.rpartition(".")[2]
     if site.row.flag is not None:
         return "no module of diffusers computes it; take hook_z, or a HookedTextToImage at hand."
     if site.inner == "hook_latent" and writes:
         return "the pipeline's own variable goes on to the scheduler; give latents=…, or write hook_out, hook_x0 or hook_embed."
-    if site.inner == "hook_latent" and _input_scale(sampler, site.step or 0) != 1:
-        return f"{type(sampler.scheduler).__name__} scales what the denoiser gets."
+    if site.inner == "hook_latent" and abs(solver.input_scales[site.step or 0] - 1) > 1e-6:
+        return f"{solver.name} scales what the denoiser gets."
     if site.part.endswith("text_encoder") and leaf == "hook_rel_pos_bias" and writes:
         return "all prompts share one; write blocks.{l}.attn.hook_attn_scores or hook_pattern."
     if leaf in ("hook_text", "hook_caption") and model.dit.caption_projection is None:
@@ -161,29 +161,7 @@ def _unreachable(model: HookedTextToImage, site: Site, sampler: Sampler, writes:
     return None
 
 
-def _input_scale(sampler: Sampler, step: int) -> float:
-    one = torch.ones(1, 1, 1, 1)
-    state = sampler.start(one)
-    for _ in range(step):
-        state = sampler.advance(state, one, one)
-    return float(sampler.network_input(state, one))
-
-
-def _x0_coefficients(sampler: Sampler, step: int, channels: int) -> tuple[float, float]:
-    """(a, b) of a step, where the scheduler forms x0 = a · latent + b · out: asked of the scheduler itself."""
-
-    def x0(latent: float, out: float) -> float:
-        at, says = (torch.full((1, channels, 1, 1), value, dtype=torch.float64) for value in (latent, out))
-        found: list[Tensor] = []
-
-        def look(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
-        state = sampler.start(at)
-        for _ in range(step):
-            state = sampler.advance(state, at, says)
-        sampler.advance(state, at, says, look)
-        return float(found[0].flatten()[0])
-
-    return x0(1.0, 0.0), x0(0.0, 1.0)
+def _x0_coefficients(solver: Solver, step: int) -> tuple[float, float]:
+    """(a, b) of a step, where x0 = a · latent + b · out."""
+    zero, one = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    return float(solver.x0(step, one, zero)), float(solver.x0(step, zero, one))

@@ -1,147 +1,286 @@
-"""Two runs that differ in their text, cut into pieces that can be repeated, and gradients through a whole generation.
+"""Gradients through a run, holding the graph of one denoiser call at a time.
 
-A generation under autograd holds the graph of every denoising step. Here a run is a chain of segments (one a step, then the
-codec) of which only the inputs are kept: latents, the solver's memory and the text. Backwards, each segment is run once more
-from its inputs and its vector-Jacobian product taken, so that one step's graph is alive at a time (Griewank & Walther 2008,
-"Evaluating Derivatives", chapter 12, with one checkpoint a step). The result equals plain autograd.
+A generation under autograd holds the graphs of all its denoiser calls. Here the loop is run once with every prediction taken from
+the record, as a leaf: its graph is the scheduler's arithmetic alone, a few tensors of the latents' size a step. Backwards, each
+call is run once more and its vector-Jacobian product taken (Griewank & Walther 2008, "Evaluating Derivatives", chapter 12, with
+one checkpoint a call). The result equals plain autograd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import itemgetter
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformer_lens import HookedRootModule
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient, capture_writer_outputs
 
 from hooked_models import HookedDiT, Trajectory
-from hooked_models.pixart.text_state import TextState
+from hooked_models.generation.loops import Call
 from hooked_models.generation.names import FINAL
-from hooked_models.generation.sampling import SamplerState
+from hooked_models.generation.trajectory import Record
 from hooked_models.generation.views import DenoiserView
+from hooked_models.pixart.text_state import TextState
 
 Metric = Callable[[Tensor], Tensor]
 """Differentiable; from the output [batch …] to one number for each prompt [batch] (a scalar will do for a single prompt)."""
-Tensors = tuple[Tensor, ...]
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
 LATENT = "latent"
-"""What a denoising step ends with, in `chain`; no hook has it."""
+"""The latents that a denoising step ends with, in `chain`; no hook has them."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A forward pass in segments: `advance(i, inputs[i])` gives `inputs[i + 1]`, and after the last segment (output,).
+class CallChain:
+    """One denoiser call for each row: a chain of a single step."""
 
-    `inputs[i][0]` is always the text, handed on unchanged, so that its gradient adds up over the segments.
-    """
+    view: DenoiserView
+    output: Float[Tensor, "batch ..."]
+    last = 0
 
-    model: Any
-    """Whose `hooks` attach to every segment."""
-    advance: Callable[[int, Sequence[Tensor]], Tensors]
-    segments: int
-    inputs: tuple[Tensors, ...]
-    output: Any = None
-    """[batch …]; None only before the first `replay`."""
-    text_bias: Tensor | None = None
+    @classmethod
+    def of(cls, view: DenoiserView, fwd_hooks: Hooks = ()) -> CallChain:
+        """The call without a graph."""
+        with torch.no_grad(), view.dit.hooks(fwd_hooks):
+            return cls(view, view(view.to_tokens()))
 
-    def replay(self, start: int = 0, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = ()) -> Run:
-        """Repeated from a segment on, without a graph; the segments before it are shared."""
-        inputs = list(self.inputs[: start + 1])
-        with torch.no_grad(), self.model.hooks(fwd_hooks):
-            for index in range(start, self.segments):
-                inputs.append(self.advance(index, inputs[-1]))
-        return replace(self, inputs=tuple(inputs[:-1]), output=inputs[-1][0])
+    @property
+    def model(self) -> Any:
+        """The model that hooks are attached to."""
+        return self.view.dit
 
-    def activations(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """What passes the hooks `names` of one segment, copied."""
-        return capture_writer_outputs(_Segment(self, index, names), self.inputs[index][0], names)
+    @property
+    def text(self) -> TextState:
+        return self.view.text
 
-    def pull_back(
-        self, index: int, names: Sequence[str], objective: Callable[[Tensors], Tensor]
-    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        """Gradients of `objective(outputs of the segment)` at the hooks `names`, and at the segment's inputs.
+    def replay(self, step: int = 0, fwd_hooks: Hooks = ()) -> CallChain:
+        """The same call with hooks."""
+        return CallChain.of(self.view, fwd_hooks)
 
-        A hook that has no influence has a gradient of 0, such an input None.
-        """
-        segment = _Segment(self, index, names)
+    def activations(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Copies of the tensors at hooks."""
+        kept: dict[str, Tensor] = {}
+        CallChain.of(self.view, [(name, partial(_copy, kept=kept, name=name)) for name in names])
+        return kept
+
+    def between(self, other: CallChain, alpha: float) -> CallChain:
+        """The call whose text and latents lie at self + α·(other − self)."""
+        view, dit = self.view, self.view.dit
+        with torch.no_grad():
+            text = dit.encode_text(torch.lerp(view.text.text, other.view.text.text, alpha), view.text.bias)
+            latents = torch.lerp(view.latents, other.view.latents, alpha)
+        return CallChain.of(DenoiserView(dit, latents, view.timestep, text, view.sizes, view.pos, view.returns))
+
+    def backward(self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]) -> _CallBackward:
+        """Gradients of `objective(output)`, a scalar, at hooks."""
+        return _CallBackward(self, objective)
+
+
+@dataclass(frozen=True)
+class _CallBackward:
+    chain: CallChain
+    objective: Callable[[Tensor], Tensor]
+
+    def pull(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """∂ objective / ∂ tensor at each hook; 0 where it has no influence."""
+        view = self.chain.view
+        kept: dict[str, Tensor] = {}
         with torch.enable_grad():
-            found = cache_activation_and_gradient(segment, self.inputs[index][0], objective, lambda name: True)
-        at = {name: torch.zeros_like(found.activations[name]) if (g := found.gradients[name]) is None else g for name in names}
-        return at, [found.gradients[point.name] for point in segment.inputs]
-
-
-class _Segment(HookedRootModule):
-    """One segment as the `model` of TransformerLens' `cache_activation_and_gradient`: its inputs are hook points too.
-
-    That is what the function lacks for a chain: the gradient at the latents *and* at the solver's memory. It also lets a
-    backward hook on one guidance branch fire, which autograd would otherwise prune as leading nowhere.
-    """
-
-    inputs: Any
-
-    def __init__(self, run: Run, index: int, names: Sequence[str]) -> None:
-        super().__init__()
-        self.run, self.index = run, index
-        self.inputs = nn.ModuleList(HookPoint() for _ in run.inputs[index])
-        self.setup()
-        self.hook_dict.update(dict.fromkeys(names, HookPoint()))  # the names are what is read, the points are elsewhere
-
-    @contextmanager
-    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Iterator[_Segment]:
-        ours = [[hook for hook in hooks if hook[0] in self.mod_dict] for hooks in (fwd_hooks, bwd_hooks)]
-        others = [[hook for hook in hooks if hook[0] not in self.mod_dict] for hooks in (fwd_hooks, bwd_hooks)]
-        with super().hooks(*ours, *args, **kwargs), self.run.model.hooks(*others):
-            yield self
-
-    def forward(self, _: Tensor) -> Tensors:
-        stored = self.run.inputs[self.index]
-        leaves = [point(tensor.detach().requires_grad_()) for point, tensor in zip(self.inputs, stored, strict=True)]
-        return self.run.advance(self.index, leaves)
+            text = replace(view.text, text=view.text.text.detach().requires_grad_())
+            latents = view.latents.detach().requires_grad_()
+            here = DenoiserView(view.dit, latents, view.timestep, text, view.sizes, view.pos, view.returns)
+            with view.dit.hooks([(name, partial(_keep, kept=kept, name=name)) for name in names]):
+                total = self.objective(here(here.to_tokens()))
+        return _gradients(total, None, kept)
 
 
 @dataclass(frozen=True)
-class Context:
-    """One denoiser call of a run: where its hooks are and what its labels are."""
+class RunChain:
+    """A generation from the latents before step `first` on, up to the tensors that a metric reads."""
 
-    segment: int
-    prefix: str
-    """Of hook names, such as "steps.3.cond."."""
-    coords: Mapping[str, Any]
+    run: Trajectory
+    first: int
+    last: int
+    """The step whose tensors a metric reads; the number of steps for the image."""
+    read: tuple[str, ...]
+    """Hooks between denoiser calls at step `last` ("hook_x0"); "latent", the latents it ends with; or "hook_image"."""
+    combine: Callable[[Mapping[str, Tensor]], Tensor]
+    """From these tensors to the one that a metric is given."""
+    output: Float[Tensor, "batch ..."] = field(repr=False)
 
+    @property
+    def model(self) -> Any:
+        """The model that hooks are attached to."""
+        return self.run.model
 
-@dataclass(frozen=True)
-class Pair:
-    """An original run and a source run, and the denoiser calls that a question is about."""
+    @property
+    def text(self) -> TextState:
+        return self.run.inputs.text
 
-    dit: HookedDiT = field(repr=False)
-    original: Run = field(repr=False)
-    source: Run = field(repr=False)
-    contexts: tuple[Context, ...]
+    @property
+    def until(self) -> int:
+        """The step that the run stops before."""
+        return min(self.last + 1, len(self.run))
 
-    def interpolated(self, alpha: float) -> Run:
-        """The run whose inputs lie at original + α·(source − original): the text, and the latents where they differ.
+    def replay(self, step: int | None = None, fwd_hooks: Hooks = ()) -> RunChain:
+        """Run again without a graph from `step` on, with hooks; the steps before are shared."""
+        return chain(self.run, self.first, self.last, self.read, self.combine, fwd_hooks, step)
 
-        Raises:
-            ValueError: the two texts differ in length, so that no run lies between them.
+    def activations(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Copies of the tensors at hooks of one step."""
+        kept: dict[str, Tensor] = {}
+        with torch.no_grad():
+            self.run.fork(step, [(name, partial(_copy, kept=kept, name=name)) for name in names], until=step + 1)
+        return kept
+
+    def between(self, other: RunChain, alpha: float) -> RunChain:
+        """The run whose text, latents and record before `first` lie at self + α·(other − self)."""
+        ours, theirs = self.run, other.run
+        with torch.no_grad():
+            features = torch.lerp(ours.inputs.text.text, theirs.inputs.text.text, alpha)
+            inputs = replace(
+                ours.inputs,
+                text=ours.model.dit.encode_text(features, ours.inputs.text.bias),
+                latents=torch.lerp(ours.inputs.latents, theirs.inputs.latents, alpha),
+            )
+            record = _lerp(ours.record, theirs.record, alpha, self.first)
+        return chain(replace(ours, inputs=inputs, record=record), self.first, self.last, self.read, self.combine)
+
+    def backward(self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]) -> _RunBackward:
+        """Gradients of `objective(output)`, a scalar, at hooks: `pull` is called for the last step first.
+
+        Args:
+            names: step → all hooks that `pull` will be called with.
         """
-        if not _equal(self.original.text_bias, self.source.text_bias):
-            raise ValueError("Nothing lies between these runs: original and source text have different numbers of tokens.")
-        ends = zip(self.original.inputs[0], self.source.inputs[0], strict=True)
-        return replace(self.original, inputs=(tuple(torch.lerp(a, b, alpha) for a, b in ends),)).replay()
+        return _RunBackward(self, objective, names)
 
-    def differences(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Source minus original at the hooks `names` of one segment."""
-        original = self.original.activations(index, names)
-        return {name: value.sub_(original[name]) for name, value in self.source.activations(index, names).items()}
+
+def chain(
+    run: Trajectory,
+    first: int,
+    last: int,
+    read: Sequence[str],
+    combine: Callable[[Mapping[str, Tensor]], Tensor],
+    fwd_hooks: Hooks = (),
+    step: int | None = None,
+) -> RunChain:
+    """A generation from the latents before step `first` on, without a graph. Arguments as the fields of `RunChain`."""
+    seen: dict[str, Tensor] = {}
+    start = first if step is None else step
+    hooks = [*fwd_hooks, *_reading(run, last, read, seen, _copy)]
+    with torch.no_grad():
+        until = min(last + 1, len(run))
+        made = run.fork(start, hooks, until=until) if start < until else run
+        if FINAL in read:
+            seen[FINAL] = made.images
+        output = combine({**seen, LATENT: made.latent})
+    return RunChain(made, first, last, tuple(read), combine, output)
+
+
+def _reading(run: Trajectory, last: int, read: Sequence[str], seen: dict[str, Tensor], keep: Callable[..., Any]) -> Hooks:
+    return [(f"steps.{last}.{n}", partial(keep, kept=seen, name=n)) for n in read if n not in (LATENT, FINAL)]
+
+
+class _RunBackward:
+    """The scheduler's arithmetic as a graph over recorded predictions, and cotangents that are completed step by step."""
+
+    def __init__(self, chain: RunChain, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]) -> None:
+        self.chain, self.run = chain, chain.run
+        self.calls: dict[int, list[tuple[Call, Tensor, Tensor, Tensor]]] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.cotangents: dict[int, Tensor] = {}
+        run, model = chain.run, chain.run.model
+        between = [name for several in names.values() for name in several if model.names.site(name).part == "sampler"]
+        seen: dict[str, Tensor] = {}
+        keepers: Hooks = [(name, partial(_keep, kept=self.kept, name=name)) for name in between]
+        hooks: Hooks = [*keepers, *_reading(run, chain.last, chain.read, seen, _keep)]
+        none = torch.arange(0)
+        with torch.enable_grad(), model.hooks(hooks):
+            rows = lambda step: none if step < chain.first else None  # noqa: E731
+            made = model.run(run.inputs, run.record, until=chain.until, rows=rows, denoise=self._answer)
+            tensors = {**seen, LATENT: made.latent}
+            if FINAL in chain.read:
+                tensors[FINAL] = made.images
+            total = objective(chain.combine(tensors))
+        self._add(total, None)
+
+    def _answer(self, call: Call, rows: Any, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
+        leaf = self.run.record.predictions[call.step, call.branches].detach().requires_grad_()
+        self.calls.setdefault(call.step, []).append((call, x, timestep, leaf))
+        return leaf
+
+    def _add(self, of: Tensor, cotangent: Tensor | None) -> None:
+        """Add a vector-Jacobian product to the cotangents of all leaves and kept tensors that `of` is made from."""
+        several = [*(leaf for calls in self.calls.values() for *_, leaf in calls), *self.kept.values()]
+        targets = list({id(tensor): tensor for tensor in several}.values())  # one tensor may pass two hooks
+        if not targets:
+            return
+        found = torch.autograd.grad(of, targets, cotangent, retain_graph=True, allow_unused=True)
+        for target, gradient in zip(targets, found, strict=True):
+            if gradient is not None:
+                before = self.cotangents.get(id(target))
+                self.cotangents[id(target)] = gradient if before is None else before + gradient
+
+    def pull(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """∂ objective / ∂ tensor at each hook of a step; 0 where it has no influence. All later steps must have been pulled."""
+        inside = [name for name in names if name not in self.kept]
+        found: dict[str, Tensor] = {}
+        for call, x, timestep, leaf in reversed(self.calls.pop(step)):
+            gradient = self.cotangents.pop(id(leaf), None)
+            here = [name for name in inside if self.run.model.names.site(name).branch in call.branches]
+            if gradient is None and not here:
+                continue
+            at, towards_x = self._call(call, x, timestep, torch.zeros_like(leaf) if gradient is None else gradient, here)
+            found |= at
+            if x.requires_grad and towards_x is not None:
+                self._add(x, towards_x)
+        for name in names:
+            if name in self.kept:
+                gradient = self.cotangents.get(id(self.kept[name]))
+                found[name] = torch.zeros_like(self.kept[name]) if gradient is None else gradient
+        return found
+
+    def _call(
+        self, call: Call, x: Tensor, timestep: Tensor, cotangent: Tensor, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        run = self.run
+        kept: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            features = run.inputs.text.text.detach().requires_grad_()
+            text = run.model.dit.encode_text(features, run.inputs.text.bias)
+            with run.model.hooks([(name, partial(_keep, kept=kept, name=name)) for name in names]):
+                prediction = run.model.step(run.inputs, call, x, timestep, text)
+        found = _gradients(prediction, cotangent, {**kept, "": x})
+        return found, found.pop("")
+
+
+def _gradients(of: Tensor, cotangent: Tensor | None, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    differentiable = [tensor for tensor in at.values() if tensor.requires_grad]
+    found = iter(torch.autograd.grad(of, differentiable, cotangent, allow_unused=True) if differentiable else ())
+    products = {name: next(found) if tensor.requires_grad else None for name, tensor in at.items()}
+    return {name: torch.zeros_like(at[name]) if product is None else product for name, product in products.items()}
+
+
+def _copy(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -> None:
+    kept[name] = tensor.clone()
+
+
+def _keep(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -> Tensor:
+    kept[name] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    return kept[name]
+
+
+def _lerp(a: Record, b: Record, alpha: float, steps: int) -> Record:
+    calls = {key: torch.lerp(each, b.predictions[key], alpha) for key, each in a.predictions.items() if key[0] < steps}
+    latents = [torch.lerp(one, other, alpha) for one, other in zip(a.latents[:steps], b.latents, strict=False)]
+    outs = [torch.lerp(one, other, alpha) for one, other in zip(a.outs[:steps], b.outs, strict=False)]
+    return Record(tuple(latents), calls, tuple(outs))
+
+
+Chain = CallChain | RunChain
 
 
 def evaluate(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
@@ -150,6 +289,10 @@ def evaluate(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor
     Raises:
         TypeError: it returns no tensor, or cannot be differentiated.
         ValueError: it does not return one number for each prompt.
+
+    Example:
+        >>> evaluate(lambda output: output.sum(dim=1), torch.ones(2, 3))
+        tensor([3., 3.])
     """
     not_differentiable = (
         "This metric cannot be differentiated: attribution needs one made of torch operations on the output, without detach, "
@@ -173,193 +316,28 @@ def evaluate(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor
 
 
 def gradients(
-    runs: Sequence[tuple[Run, float]], names: Mapping[int, Sequence[str]], metric: Metric
+    chains: Sequence[tuple[Chain, float]], names: Mapping[int, Sequence[str]], metric: Metric
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(segment, ∂ Σ metric / ∂ each of `names[segment]`), last segment first, as the weighted sum over `runs`.
+    """(step, ∂ Σ metric / ∂ each of `names[step]`), last step first, as the weighted sum over `chains`.
 
     Each prompt's metric depends on its own row alone, so row b of a gradient is that of prompt b.
     """
-    cotangents: list[list[Tensor | None]] = [[] for _ in runs]
-
-    def last(outputs: Tensors) -> Tensor:
-        return evaluate(metric, outputs[0]).sum()
-
-    def product(vectors: list[Tensor | None], outputs: Tensors) -> Tensor:
-        terms = [(vector * out).sum() for vector, out in zip(vectors, outputs, strict=True) if vector is not None]
-        return torch.stack(terms).sum()
-
-    final = runs[0][0].segments - 1
-    for index in range(final, min(names) - 1, -1):
-        here = names.get(index, ())
+    passes = [(one.backward(lambda output: evaluate(metric, output).sum(), names), weight) for one, weight in chains]
+    last = max(min(one.last, one.until - 1) if isinstance(one, RunChain) else 0 for one, _ in chains)
+    for step in range(last, min(names) - 1, -1):
+        here = names.get(step, ())
         total: dict[str, Tensor] = {}
-        for which, (run, weight) in enumerate(runs):
-            objective = last if index == final else partial(product, cotangents[which])
-            found, cotangents[which] = run.pull_back(index, here, objective)
-            total = {name: weight * g + total.get(name, 0) for name, g in found.items()}
+        for one, weight in passes:
+            total = {name: weight * g + total.get(name, 0) for name, g in one.pull(step, here).items()}
         if here:
-            yield index, total
+            yield step, total
 
 
 def modulates(name: str) -> bool:
-    """Whether a denoiser's tensor depends on the timestep or the position alone, so that no gradient is about it."""
+    """True for a denoiser's tensor that depends on the timestep or the position alone, and on no prompt."""
     return ".adaln." in name or name in ("hook_t_emb", "hook_t_mod", "hook_pos_embed")
 
 
-# Runs of a model, as segments
-
-
-def pair(
-    original: Trajectory | DenoiserView,
-    source: Trajectory | DenoiserView,
-    *,
-    steps: int | Sequence[int] | None = None,
-    branch: Literal["cond", "uncond", "both"] = "cond",
-    returns: Literal["images", "x0", "out"] = "images",
-) -> Pair:
-    """Two runs of one model, row by row: `model.trajectory(prompts, seed=0)` or the view of `dit.bind(…)`, for one call.
-
-    They differ in their text, and in their latents if their noise does. A metric sees what the view returns, or `returns`.
-
-    Args:
-        steps: the denoising steps that are asked about; all of them unless said.
-        branch: and the guidance branches.
-        returns: what a metric sees: the final "images" [batch 3 height width] in [0, 1] (clamped: a saturated pixel has no
-            gradient), or of a single step the "x0" it predicts or the (guided) "out"; then gradients go through that step only,
-            from where each of the runs stands before it.
-
-    Raises:
-        TypeError: the runs are not of one kind.
-        ValueError: the runs do not fit together, or have no such step, branch or prediction.
-    """
-    if isinstance(original, DenoiserView) and isinstance(source, DenoiserView):
-        _check(original.dit is source.dit, "model")
-        _check(_equal(original.timestep, source.timestep) and _equal(original.sizes, source.sizes), "timesteps and sizes")
-        _check(original.text.text.shape == source.text.text.shape and original.latents.shape == source.latents.shape, "shapes")
-        one, other = (
-            _run(view.dit, partial(_call, view), 1, (view.text.text, view.latents), view.text) for view in (original, source)
-        )
-        return Pair(original.dit, one, other, (Context(0, "", {}),))
-    if not (isinstance(original, Trajectory) and isinstance(source, Trajectory)):
-        raise TypeError("Pair two trajectories (model.trajectory), or two views of denoiser calls (dit.bind).")
-
-    model, inputs = original.model, original.inputs
-    _check(model is source.model, "model")
-    _check(original.states[0].latent.shape == source.states[0].latent.shape, "number of prompts and size")
-    _check(inputs.guidance == source.inputs.guidance, "guidance")
-    _check(torch.equal(inputs.sampler.scheduler.timesteps, source.inputs.sampler.scheduler.timesteps), "timesteps")
-    if not inputs.guided and branch != "cond":
-        raise ValueError(f"There is no unconditional branch at guidance {inputs.guidance:g}.")
-    chosen = list(range(inputs.sampler.num_steps)) if steps is None else [steps] if isinstance(steps, int) else list(steps)
-    last = min(inputs.sampler.num_steps, len(original.states), len(source.states)) - 1
-    if outside := [step for step in chosen if not 0 <= step <= last]:
-        raise ValueError(f"steps={outside} lie outside of these runs, which have steps 0 to {last}.")
-    if returns != "images" and len(chosen) != 1:
-        raise ValueError(f"returns={returns!r} is what a single step predicts: say which, steps=0 to {last}.")
-    if returns == "images" and last + 1 < inputs.sampler.num_steps:
-        raise ValueError(f"There are no images: a trajectory was stopped before step {last}.")
-    if returns == "x0" and not inputs.sampler.predicts_x0:
-        raise ValueError(f"{type(model.scheduler).__name__} forms no clean-image prediction: use returns='out'.")
-
-    first, end = (0, inputs.sampler.num_steps) if returns == "images" else (chosen[0], chosen[0])
-    read = FINAL if returns == "images" else f"hook_{returns}"
-    length = max(run.inputs.tokens.shape[1] for run in (original, source))
-    one, other = (chain(_padded(run, length), first, end, [read], itemgetter(read)) for run in (original, source))
-    branches = ("cond", "uncond") if branch == "both" else (branch,)
-    contexts = tuple(Context(s - first, f"steps.{s}.{b}.", {"step": s, "branch": b}) for s in chosen for b in branches)
-    return Pair(model.dit, one, other, contexts)
-
-
-def _check(same: bool, what: str) -> None:
-    if not same:
-        raise ValueError(f"The two runs must have the same {what}.")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
-
-
-def _padded(run: Trajectory, length: int) -> Trajectory:
-    """The same with a longer text: as everywhere, nothing attends to pads."""
-    old = run.inputs.text
-    assert old.bias is not None  # a generation always has a mask
-    more = length - old.text.shape[1]
-    with torch.no_grad():
-        text = run.model.dit.encode_text(F.pad(old.text, (0, 0, 0, more)), F.pad(old.bias, (0, more), value=-10000.0))
-    return replace(run, inputs=replace(run.inputs, text=text))
-
-
-def _run(model: Any, advance: Any, segments: int, inputs: Tensors, text: TextState) -> Run:
-    first = tuple(tensor.detach() for tensor in inputs)
-    return Run(model, advance, segments, (first,), text_bias=text.bias).replay()
-
-
-def _call(view: DenoiserView, _: int, inputs: Sequence[Tensor]) -> Tensors:
-    """One denoiser call."""
-    text, latents = inputs
-    state = view.dit.encode_text(text, view.text.bias)  # keys and values anew, so that they depend on `text`
-    here = DenoiserView(view.dit, latents, view.timestep, state, view.sizes, view.pos, view.returns)
-    return (here(here.to_tokens()),)
-
-
-def chain(
-    run: Trajectory, first: int, last: int, between: Sequence[str], output: Callable[[Mapping[str, Tensor]], Tensor]
-) -> Run:
-    """A generation from the state before step `first` on, as segments; the last is step `last`, or the codec after all steps.
-
-    Args:
-        between: hooks between denoiser calls at step `last` ("hook_x0"); "latent", what the step ends with; or "hook_image".
-        output: what a metric sees, made of these.
-    """
-    start = (run.inputs.text.text, *_tensors(run.states[first]))
-    advance = partial(_advance, run, first, last, tuple(between), output)
-    return _run(run.model, advance, last - first + 1, start, run.inputs.text)
-
-
-def _advance(
-    run: Trajectory,
-    first: int,
-    last: int,
-    between: Sequence[str],
-    output: Callable[[Mapping[str, Tensor]], Tensor],
-    index: int,
-    inputs: Sequence[Tensor],
-) -> Tensors:
-    """One segment of a generation: a denoising step, or the codec after the last."""
-    text, *rest = inputs
-    model, step = run.model, first + index
-    if step == run.inputs.sampler.num_steps:
-        return (output({FINAL: model.decode(rest[0])}),)
-    here = replace(run.inputs, text=model.dit.encode_text(text, run.inputs.text.bias))
-    seen: dict[str, Tensor] = {}
-
-    def see(tensor: Tensor, hook: HookPoint, name: str) -> None:
-        seen[name] = tensor
-
-    watched = [name for name in between if step == last and name != LATENT]
-    with model.hooks([(f"steps.{step}.{name}", partial(see, name=name)) for name in watched]):
-        state = model._step(here, _with_tensors(run.states[step], rest))
-    return (output({**seen, LATENT: state.latent}),) if step == last else (text, *_tensors(state))
-
-
-# What a sampler's state is made of. Of its memory, tensors of the latents' shape are earlier predictions and samples; the rest
-# (sigmas, timesteps, counters) depends on no prompt.
-
-
-def _leaves(state: SamplerState) -> tuple[list[Any], Any, list[int]]:
-    leaves, spec = tree_flatten(dict(state.memory))
-    kept = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape == state.latent.shape]
-    return leaves, spec, kept
-
-
-def _tensors(state: SamplerState) -> Tensors:
-    leaves, _, kept = _leaves(state)
-    return (state.latent, *(leaves[i] for i in kept))
-
-
-def _with_tensors(template: SamplerState, tensors: Sequence[Tensor]) -> SamplerState:
-    leaves, spec, kept = _leaves(template)
-    for i, tensor in zip(kept, tensors[1:], strict=True):
-        leaves[i] = tensor
-    return SamplerState(template.step, tensors[0], tree_unflatten(leaves, spec))
+def dit_of(one: Chain) -> HookedDiT:
+    """The denoiser that a chain runs."""
+    return one.view.dit if isinstance(one, CallChain) else one.run.model.dit

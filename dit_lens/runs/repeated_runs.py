@@ -13,10 +13,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedDiT, Trajectory
-from hooked_models.pixart.text_state import TextState
-from hooked_models.hooks import HookFunction
 from hooked_models.generation.names import BRANCHES, FINAL, Branch
 from hooked_models.generation.views import DenoiserView
+from hooked_models.hooks import HookFunction
+from hooked_models.pixart.text_state import TextState
 
 from ..graph.nodes import Place
 from ..text.prompts import Role, token_roles
@@ -90,7 +90,7 @@ class Generation:
 
     @property
     def num_steps(self) -> int:
-        return self.trajectory.inputs.sampler.num_steps
+        return len(self.trajectory)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -99,7 +99,7 @@ class Generation:
     @property
     def conditions(self) -> dict[str, Tensor | None]:
         inputs = self.trajectory.inputs
-        return {"timesteps": inputs.sampler.scheduler.timesteps, "guided": torch.tensor(inputs.guided)}
+        return {"timesteps": inputs.solver.scheduler.timesteps, "guided": torch.tensor(inputs.guided)}
 
     def step_of(self, name: str) -> int:
         step = self.num_steps - 1 if name == FINAL else self.trajectory.model.names.site(name).step

@@ -88,14 +88,14 @@ def plan(
         raise ValueError(f"batch={batch}: at least one row runs at a time.")
     wrapped = {name: metric if isinstance(metric, Metric) else Metric(metric) for name, metric in metrics.items()}
     reads = {name: metric.read(model, num_steps, guidance) for name, metric in wrapped.items()}
-    treatments = resolve(model, texts, interventions, num_steps, guidance, rng)
+    treatments, steps = resolve(model, texts, interventions, num_steps, guidance, rng), model.count_steps(num_steps)
     for name, read in reads.items():
-        if read.step == OWN and (late := [one.label for one in treatments if one.first == num_steps]):
+        if read.step == OWN and (late := [one.label for one in treatments if one.first == steps]):
             raise ValueError(
                 f"The metric {name!r} is taken at the first step that an intervention touches, and {late[0]!r} touches none: "
                 f"name a step, on='steps.0.{read.inner}'."
             )
-    return Plan(model, texts, numbers, treatments, wrapped, reads, num_steps, guidance, rng, batch)
+    return Plan(model, texts, numbers, treatments, wrapped, reads, num_steps, steps, guidance, rng, batch)
 
 
 def run(

@@ -1,10 +1,9 @@
-"""The runs that a sweep's forks leave: sampled once for every prompt and seed, with all that forks begin with."""
+"""The runs that a sweep's forks leave: sampled once for every prompt and seed, with everything that forks begin with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models import HookedTextToImage
+from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.generation.names import Branch
-from hooked_models.generation.sampling import SamplerState
-from hooked_models.generation.trajectory import Inputs
+from hooked_models.generation.sampling import Solver
+from hooked_models.generation.trajectory import Inputs, Record
+from hooked_models.hooks import HookFunction
 
 from .metrics import Read
 
@@ -41,7 +41,7 @@ class Fork:
 
 @dataclass
 class Clean:
-    """The runs of some rows without intervention: states before every step, network outputs, and what metrics read."""
+    """The runs of some rows without intervention, and the tensors in them that metrics read."""
 
     model: Any
     """As in a plan."""
@@ -49,16 +49,28 @@ class Clean:
     """Of the prompts, one row each."""
     seeds: Sequence[int]
     rows: Rows
-    states: list[SamplerState]
-    outs: list[dict[Branch, Float[Tensor, "row channel rows columns"]]]
+    record: Record
+    latent: Float[Tensor, "row channel rows columns"]
+    """After the last step."""
     found: dict[Read, Tensor]
     layers: dict[tuple[int, Branch], list[int]] = field(default_factory=dict)
     """(step, branch) → the layers that forks begin at there."""
     residuals: dict[tuple[int, Branch], tuple[Rows, dict[int, Tensor]]] = field(default_factory=dict)
-    """(step, branch) → what enters these layers, of some rows."""
+    """(step, branch) → the residual streams that enter these layers, of some rows."""
+
+    @property
+    def steps(self) -> int:
+        """Of a run."""
+        return len(self.record)
+
+    def take(self, rows: Rows) -> Trajectory:
+        """The runs of some rows, in the order given."""
+        at = self.index(rows)
+        inputs = inputs_of(self.model, self.inputs, self.seeds, rows)
+        return Trajectory(self.model, inputs, self.record.take(at), self.latent[at])
 
     @classmethod
-    def run(
+    def sample(
         cls,
         model: HookedTextToImage,
         inputs: Inputs,
@@ -68,40 +80,32 @@ class Clean:
         batch: int,
         done: Callable[[int], None] = lambda rows: None,
     ) -> Clean:
-        """Sample `rows`, `batch` at a time; `done` is told how many rows each denoising step had."""
-        n, steps = len(inputs.tokens), inputs.sampler.num_steps
-        chain: list[list[SamplerState]] = [[] for _ in range(steps + 1)]
-        outs: list[dict[Branch, list[Tensor]]] = [{branch: [] for branch in branches_of(inputs)} for _ in range(steps)]
+        """Sample `rows`, `batch` at a time, from `inputs` of the prompts, one row each.
+
+        Args:
+            done: called with the number of rows after each denoising step.
+        """
+        runs: list[Trajectory] = []
         found: dict[Read, list[Tensor]] = {read: [] for read in reads}
+        wanted = sorted({(read.step, hook) for read in reads if read.step is not None for hook in read.hooks})
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
-            here = inputs.take(index_of(some % n, model))
-            noise = model._noise([seeds[row // n] for row in some.tolist()], len(some))
-            state = inputs.sampler.start(noise.to(model.device, model.dit.dtype))
-            chain[0].append(state)
-            for step in range(steps):
-                kept: dict[str, Tensor] = {}
-                wanted = {f"hook_out_{branch}" for branch in outs[step]}
-                wanted |= {hook for read in reads if read.step == step for hook in read.hooks}
-                with reading(model, step, wanted, kept):
-                    state = model._step(here, state)
-                chain[step + 1].append(state)
-                for branch, parts in outs[step].items():
-                    parts.append(kept[f"hook_out_{branch}"])
-                for read in reads:
-                    if read.step == step:
-                        found[read].append(made_of(kept, read, inputs))
-                done(len(some))
-            for read in reads:
+            kept: dict[tuple[int, str], Tensor] = {}
+            with model.hooks(reading(wanted, kept)):
+                run = model.run(inputs_of(model, inputs, seeds, some), after=lambda step, record, latent: done(len(latent)))
+            for read, parts in found.items():
                 if read.step is None:
-                    found[read].append(state.latent if read.inner == "latent" else model.decode(state.latent))
+                    parts.append(run.latent if read.inner == "latent" else run.images)
+                else:
+                    parts.append(made_of(kept, read, inputs.solver))
+            runs.append(run)
         return cls(
             model,
             inputs,
             seeds,
             rows,
-            [SamplerState.join(parts) for parts in chain],
-            [{branch: torch.cat(parts) for branch, parts in at.items()} for at in outs],
+            Record.join([run.record for run in runs]),
+            torch.cat([run.latent for run in runs]),
             {read: torch.cat(parts) for read, parts in found.items()},
         )
 
@@ -148,7 +152,7 @@ class Clean:
         return tensors[layer][index_of(np.searchsorted(have, rows), self.model)]
 
     def _residuals(self, step: int, branch: Branch, rows: Rows) -> dict[int, Tensor]:
-        model, sampler, n = self.model, self.inputs.sampler, len(self.inputs.tokens)
+        model, run = self.model, self.take(rows)
         kept: dict[int, Tensor] = {}
 
         def keep(tensor: Tensor, hook: HookPoint, layer: int) -> None:
@@ -158,38 +162,41 @@ class Clean:
         names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in self.layers[step, branch] if layer < last}
         if last in self.layers[step, branch]:
             names[last] = f"blocks.{last - 1}.hook_resid_post"
-        state = self.states[step].take(self.index(rows))
-        some = self.inputs.take(index_of(rows % n, model))
-        text = some.text.take(torch.arange(len(some.text.text), device=model.device)[some.rows(branch)])
-        x = sampler.network_input(state, state.latent)
-        timestep = sampler.timestep(step).expand(len(x)).to(x.device)
+        some = run.inputs.rows(branch)
+        text = run.inputs.text.take(torch.arange(some.start, some.stop, device=model.device))
+        x = run.inputs.solver.scaled(step, run.record.latents[step])
+        timestep = run.inputs.solver.timestep(step).expand(len(x)).to(x.device)
         with model.dit.hooks([(name, partial(keep, layer=layer)) for layer, name in names.items()]):
-            model._denoise(x, timestep, model._sizes(state.latent, len(x)), text)
+            model.denoise(x, timestep, text)
         return kept
 
 
-def made_of(kept: dict[str, Tensor], read: Read, inputs: Inputs) -> Tensor:
-    """A tensor that metrics read, from those that pass the hooks between calls; `eps` as `GenerationCache` derives it."""
-    if read.inner != "eps":
-        return kept[read.inner]
+def inputs_of(model: HookedTextToImage, inputs: Inputs, seeds: Sequence[int], rows: Rows) -> Inputs:
+    """The inputs of rows, each with the noise of its seed, from those of the prompts."""
+    n = len(inputs)
+    own = tuple(seeds[row // n] for row in rows.tolist())
+    noise = model.noise(own, len(rows)).to(inputs.latents)
+    return replace(inputs.take(index_of(rows % n, model)), latents=noise, seeds=own)
+
+
+def made_of(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Solver) -> Tensor:
+    """A tensor that metrics read, from those at hooks between calls; `eps` as `GenerationCache` derives it."""
     assert read.step is not None
-    alpha, sigma = inputs.sampler.noise_level(read.step)
-    return (kept["hook_latent"] - alpha * kept["hook_x0"]) / sigma
+    if read.inner != "eps":
+        return kept[read.step, read.inner]
+    alpha, sigma = solver.noise_levels[read.step]
+    return (kept[read.step, "hook_latent"] - alpha * kept[read.step, "hook_x0"]) / sigma
 
 
-@contextmanager
-def reading(model: HookedTextToImage, step: int, inners: Collection[str], kept: dict[str, Tensor]) -> Iterator[None]:
-    def keep(tensor: Tensor, hook: HookPoint, inner: str) -> None:
-        kept[inner] = tensor.clone()
+def reading(wanted: Iterable[tuple[int, str]], kept: dict[tuple[int, str], Tensor]) -> list[tuple[str, HookFunction]]:
+    """Hooks that copy tensors between calls into `kept`, under (step, name)."""
 
-    with model.hooks([(f"steps.{step}.{inner}", partial(keep, inner=inner)) for inner in inners]):
-        yield
+    def keep(tensor: Tensor, hook: HookPoint, key: tuple[int, str]) -> None:
+        kept[key] = tensor.clone()
 
-
-def branches_of(inputs: Inputs) -> tuple[Branch, ...]:
-    """In the order of the denoiser's rows."""
-    return ("uncond", "cond") if inputs.guided else ("cond",)
+    return [(f"steps.{step}.{inner}", partial(keep, key=(step, inner))) for step, inner in wanted]
 
 
 def index_of(values: np.ndarray, model: HookedTextToImage) -> Tensor:
+    """Indices as a tensor where the model is."""
     return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(model.device)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hooked_models.generation.cache import free_bytes, human
 from hooked_models.generation.names import FINAL, Branch
 
-from .clean import Fork
+from .clean import Fork, inputs_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -79,7 +79,7 @@ def batch_size(plan: Plan) -> int:
 def cost_of(plan: Plan) -> Cost:
     """Count the work, and time a step of one row and of a full batch: what lies between is interpolated."""
     branches: list[Branch] = ["cond", "uncond"] if plan.guidance > 1 else ["cond"]
-    layers, steps = plan.model.cfg.n_layers, plan.num_steps
+    layers, steps = plan.model.cfg.n_layers, plan.steps
     batches = list(plan.batches(plan.forks, plan.batch))
     forked = np.array([rows for forks in batches for rows in _rows_at(forks, branches, layers)]).reshape(-1, len(branches))
     begun = {
@@ -141,12 +141,11 @@ def _rows_at(forks: Sequence[Fork], branches: Sequence[Branch], layers: int) -> 
 def seconds_of_step(plan: Plan, rows: int) -> float:
     """Of one denoising step of so many rows, sampler and guidance included: the median of several, after one that warms up."""
     model, inputs = plan.model, plan.inputs()
-    some = inputs.take(torch.arange(rows, device=model.device) % len(inputs.tokens))
-    state = some.sampler.start(model._noise(list(range(rows)), rows).to(model.device, model.dit.dtype))
+    some = inputs_of(model, inputs, range(rows), np.arange(rows) * len(inputs))
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        model._step(some, state)
+        model.run(some, until=1)
         _wait(model.device)
         times.append(time.perf_counter() - start)
     return float(np.median(times[1:]))
@@ -156,7 +155,7 @@ def seconds_of_step(plan: Plan, rows: int) -> float:
 def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
     """Seconds and operations of one image."""
     model = plan.model
-    latent = model._noise(list(range(rows)), rows).to(model.device, model.dit.dtype)
+    latent = model.noise(range(rows), rows).to(model.device, model.dit.dtype)
     model.decode(latent)
     start = time.perf_counter()
     model.decode(latent)
@@ -177,7 +176,7 @@ def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
     for guidance in (1.0, plan.guidance) if plan.guidance > 1 else (1.0,):
         one = model.trajectory(model.to_tokens(plan.prompts)[:1], 0, plan.num_steps, guidance, until=0)
         with FlopCounterMode(display=False) as counter:
-            model._step(one.inputs, one.states[0])
+            model.run(one.inputs, until=1)
         counted.append(counter.get_total_flops())
     return np.diff(np.array(counted, dtype=np.float64), prepend=0.0)
 
@@ -193,11 +192,11 @@ def _bytes_of_row(plan: Plan) -> int:
 
 
 def _bytes_of_run(plan: Plan) -> int:
-    """Of one run without intervention: latents and outputs of all steps, with what the solver remembers."""
+    """Of one run without intervention: latents and outputs of all steps, in all branches."""
     cfg, branches = plan.model.cfg, 2 if plan.guidance > 1 else 1
     latent = cfg.in_channels * cfg.sample_size**2
     out = cfg.out_channels * cfg.sample_size**2
-    return (3 * latent + branches * out) * (plan.num_steps + 1) * plan.model.dit.dtype.itemsize
+    return (2 * latent + branches * out) * (plan.steps + 1) * plan.model.dit.dtype.itemsize
 
 
 def _wait(device: torch.device) -> None:

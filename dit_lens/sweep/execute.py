@@ -112,9 +112,9 @@ class Execution:
         steps = np.zeros(plan.cells, dtype=np.int64)
         for fork in self.pending:
             steps[plan.cells_of(fork)] = fork.until - fork.first
-        work = len(self.rows) * plan.num_steps + int(steps.sum())
+        work = len(self.rows) * plan.steps + int(steps.sum())
         with progress_bar(int((~self.done).sum()), work, disable=len(jobs) < LONG) as told:
-            clean = Clean.run(plan.model, plan.inputs(), plan.seeds, self.rows, self.steps_read, self.batch, told.worked)
+            clean = Clean.sample(plan.model, plan.inputs(), plan.seeds, self.rows, self.steps_read, self.batch, told.worked)
             clean.expect(self.pending)
             shared = Work(plan, clean, self.baselines(clean), self.batch)
             if len(self.unchanged):

@@ -8,9 +8,10 @@ output. From then on it is rows of a batch like any other, with one hook a site 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models import HookedTextToImage
+from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.fast.enter_at_layers import denoise_from
-from hooked_models.generation.model import Denoise
+from hooked_models.generation.loops import Call
 from hooked_models.generation.names import BRANCHES, FINAL, Branch, Site
-from hooked_models.generation.sampling import SamplerState
 from hooked_models.generation.trajectory import Inputs
 from hooked_models.pixart.text_state import TextState
 
 from ..intervene.edits import Add, Edit, Replace, RowEdits
-from .clean import Clean, Fork, branches_of, index_of, made_of, reading
-from .metrics import Read
+from .clean import Clean, Fork, index_of, made_of, reading
+from .metrics import OWN, Read
 from .treatments import Treatment
 
 
@@ -51,41 +51,51 @@ class Batch:
         self.starts = {
             branch: np.repeat([dict(fork.starts).get(branch, -1) for fork in self.forks], sizes) for branch in BRANCHES
         }
-        self.prompts = self.rows % len(self.clean.inputs.tokens)
+        self.prompts = self.rows % len(self.clean.inputs)
 
     @property
     def model(self) -> HookedTextToImage:
         return self.clean.model
 
+    def active(self, step: int) -> np.ndarray:
+        """The rows that are computed at a step: those that have left their clean run, and that some metric still needs."""
+        return np.flatnonzero((self.first <= step) & (self.until > step))
+
     def run(
         self, reads: Collection[Read], done: Callable[[int], None] = lambda rows: None
     ) -> dict[Read, Float[Tensor, "row ..."]]:
-        """What metrics read, for all rows; `done` is told how many rows each denoising step had."""
-        clean, model = self.clean, self.model
+        """The tensors that metrics read, for all rows; `done` is called with the number of rows after each denoising step."""
+        clean, model, last = self.clean, self.model, int(max(self.until))
         clean.prepare(self.forks)
-        at = clean.index(self.rows)
+        run = clean.take(self.rows)
         found = {read: self.clean_tensor(read) for read in reads}
-        latent, steps = clean.states[-1].latent[at], clean.inputs.sampler.num_steps
-        inputs = self._inputs()
-        here, active, state = inputs, np.arange(0), None
-        for step in range(min(self.first), max(self.until)):
-            joining = np.flatnonzero((self.first == step) & (self.until > step))
-            staying = np.flatnonzero(self.until[active] > step)
-            if len(staying) < len(active):
-                state = state.take(index_of(staying, model)) if state is not None else None
-            if len(joining):
-                new = clean.states[step].take(at[index_of(joining, model)])
-                state = SamplerState.join([state, new]) if state is not None and len(staying) else new
-            if len(joining) or len(staying) < len(active):
-                active = np.concatenate([active[staying], joining])
-                here = inputs.take(index_of(active, model))
-            if len(active) == 0:
-                continue
-            assert state is not None
-            state = self._step(here, state, active, found)
-            if step + 1 == steps:
-                latent = latent.index_copy(0, index_of(active, model), state.latent)
-            done(len(active))
+        kept: dict[tuple[int, str], Tensor] = {}
+        hooks: list[tuple[str, Any]] = []
+        edits: dict[int, dict[tuple[str, str, Branch | None], RowEdits]] = {}
+        for step in range(int(min(self.first)), last):
+            edits[step] = self._edits(step, self.active(step))
+            hooks += [(f"steps.{step}.{inner}", edit) for (part, inner, _), edit in edits[step].items() if part == "sampler"]
+            wanted = {(step, hook) for read in self._read_at(step, reads) for hook in read.hooks}
+            hooks += reading(sorted(wanted), kept)
+        made = run
+        if last > min(self.first):
+            with model.hooks(hooks):
+                made = model.run(
+                    self._inputs(run.inputs),
+                    run.record,
+                    until=last,
+                    rows=lambda step: index_of(self.active(step), model),
+                    denoise=partial(self._denoise, run, edits),
+                    after=lambda step, record, latent: done(size) if (size := len(self.active(step))) else None,
+                )
+        for step in edits:
+            active = self.active(step)
+            for read in self._read_at(step, reads):
+                rows = np.flatnonzero(self.first[active] == step) if read.step == OWN else np.arange(len(active))
+                value = made_of(kept, read.at(step), run.inputs.solver)[index_of(rows, model)]
+                found[read] = found[read].index_copy(0, index_of(active[rows], model), value)
+        finished = index_of(np.flatnonzero((self.until == clean.steps) & (self.first < clean.steps)), model)
+        latent = run.latent.index_copy(0, finished, made.latent[finished]) if len(finished) else run.latent
         for read in reads:
             if read.inner == "latent":
                 found[read] = latent
@@ -94,6 +104,12 @@ class Batch:
                     found[read] = model.decode(latent)
         return found
 
+    def _read_at(self, step: int, reads: Collection[Read]) -> list[Read]:
+        """The reads that rows of this batch have at a step."""
+        some = len(self.active(step)) > 0
+        own = bool((self.first[self.active(step)] == step).any())
+        return [read for read in reads if (read.step == step and some) or (read.step == OWN and own)]
+
     def clean_tensor(self, read: Read) -> Tensor:
         """What is read in the runs without intervention."""
         at = self.clean.index(self.rows)
@@ -101,10 +117,9 @@ class Batch:
             return self.clean.found[read][at]
         return torch.stack([self.clean.found[read.at(int(own))][row] for own, row in zip(self.first, at, strict=True)])
 
-    def _inputs(self) -> Inputs:
-        """Of all rows, with the text as interventions on its encoder leave it."""
-        clean, model = self.clean, self.model
-        inputs = clean.inputs.take(index_of(self.prompts, model))
+    def _inputs(self, inputs: Inputs) -> Inputs:
+        """Those of all rows, with the text as interventions on its encoder leave it."""
+        model = self.model
         touched = [i for i, fork in enumerate(self.forks) if self.treatments[fork.condition].before]
         if not touched:
             return inputs
@@ -116,7 +131,7 @@ class Batch:
             own = np.arange(self.offsets[i], self.offsets[i + 1])
             edits += [(k, e, place[own]) for k, e in self._taken(self.treatments[self.forks[i].condition].before, own)]
         with model.hooks([(site.name, hook) for site, hook in _by_site(edits, model).items()]):
-            text = model._encode(inputs.tokens[index_of(some, model)], inputs.guidance)
+            text = model.encode(inputs.tokens[index_of(some, model)], inputs.guidance)
         n, m = len(self.rows), len(some)
         order = np.where(place < 0, np.arange(n), place + (2 * n if inputs.guided else n))
         if inputs.guided:  # rows are [uncond; cond], and so are those that were encoded again
@@ -129,24 +144,8 @@ class Batch:
         for edit in edits:
             k = seen.get(edit.site, 0)
             seen[edit.site] = k + 1
-            alone = edit.where.shape[0] == len(own) == len(self.clean.inputs.tokens)
+            alone = edit.where.shape[0] == len(own) == len(self.clean.inputs)
             yield k, edit if alone else edit.take(torch.from_numpy(self.prompts[own]))
-
-    def _step(self, inputs: Inputs, state: SamplerState, active: np.ndarray, found: dict[Read, Tensor]) -> SamplerState:
-        model, step = self.model, state.step
-        own = self.first[active] == step
-        wanted = [read for read in found if read.step == step or (read.inner != FINAL and read.step == -1 and own.any())]
-        kept: dict[str, Tensor] = {}
-        edits = self._edits(step, active)
-        between = [(f"steps.{step}.{inner}", edit) for (part, inner, _), edit in edits.items() if part == "sampler"]
-        inners = {hook for read in wanted for hook in read.hooks}
-        with model.hooks(between), reading(model, step, inners, kept):
-            state = model._step(inputs, state, self._denoise(inputs, step, active, edits))
-        for read in wanted:
-            rows = np.flatnonzero(own) if read.step == -1 else np.arange(len(active))
-            value = made_of(kept, read.at(step), inputs)[index_of(rows, model)]
-            found[read] = found[read].index_copy(0, index_of(active[rows], model), value)
-        return state
 
     def _edits(self, step: int, active: np.ndarray) -> dict[tuple[str, str, Branch | None], RowEdits]:
         """(part, name in it, branch) → what is done there at a step, in rows of `active`."""
@@ -171,49 +170,51 @@ class Batch:
         return self.hooked[1]
 
     def _denoise(
-        self, inputs: Inputs, step: int, active: np.ndarray, edits: dict[tuple[str, str, Branch | None], RowEdits]
-    ) -> Denoise:
-        """The denoiser on the rows [uncond; cond] of `active`, each from where it leaves the clean run."""
-        model, branches, n = self.model, branches_of(inputs), len(active)
+        self,
+        run: Trajectory,
+        edits: Mapping[int, Mapping[tuple[str, str, Branch | None], RowEdits]],
+        call: Call,
+        rows: Any,
+        x: Tensor,
+        timestep: Tensor,
+        text: TextState,
+    ) -> Tensor:
+        """The denoiser on the active rows of each branch, every one from where it leaves the clean run."""
+        model, step, active, n = self.model, call.step, self.active(call.step), call.rows
         joins = self.first[active] == step
-        start = np.concatenate([np.where(joins, self.starts[branch][active], 0) for branch in branches])
+        start = np.concatenate([np.where(joins, self.starts[branch][active], 0) for branch in call.branches])
         order = np.argsort(start, kind="stable")
         order = order[np.count_nonzero(start < 0) :]  # the others take the clean run's output
         place = np.full(len(start), -1)
         place[order] = np.arange(len(order))
-        where = {branch: index_of(place[i * n : (i + 1) * n], model) for i, branch in enumerate(branches)}
+        where = {branch: index_of(place[call.part(branch)], model) for branch in call.branches}
         per_name: dict[str, list[tuple[Edit, Tensor]]] = {}
-        for (part, inner, branch), edit in edits.items():
+        for (part, inner, branch), edit in edits[step].items():
             if part == "dit":
                 assert branch is not None
-                per_name.setdefault(inner, []).extend((each, where[branch][rows]) for each, rows in edit.parts)
+                per_name.setdefault(inner, []).extend((each, where[branch][own]) for each, own in edit.parts)
         hooks = [(inner, RowEdits(parts)) for inner, parts in per_name.items()]
-
-        def denoise(x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState) -> Tensor:
-            if not start.any():
-                with model.dit.hooks(hooks):
-                    return model._denoise(x, timestep, sizes, text)
-            rows = self.rows[active]
-            at = self.clean.index(rows)
-            prediction = torch.cat([self.clean.outs[step][branch][at] for branch in branches])
-            if len(order) == 0:
-                return prediction
-            residuals = {}
-            for layer in np.unique(start[start > 0]).tolist():
-                parts = [
-                    self.clean.residual(step, branch, layer, rows[start[i * n : (i + 1) * n] == layer])
-                    for i, branch in enumerate(branches)
-                    if (start[i * n : (i + 1) * n] == layer).any()
-                ]
-                residuals[layer] = torch.cat(parts)
-            some = index_of(order, model)
-            first = some[: np.count_nonzero(start == 0)]
-            told = {name: None if size is None else size[some] for name, size in sizes.items()}
+        if not start.any():
             with model.dit.hooks(hooks):
-                out = denoise_from(model.dit, x[first], residuals, timestep[some], told, text.take(some))
-            return prediction.index_copy(0, some, out)
-
-        return denoise
+                return model.denoise(x, timestep, text)
+        at = index_of(active, model)
+        prediction = torch.cat([run.record.prediction(step, branch)[at] for branch in call.branches])
+        if len(order) == 0:
+            return prediction
+        residuals = {}
+        for layer in np.unique(start[start > 0]).tolist():
+            parts = [
+                self.clean.residual(step, branch, layer, self.rows[active][start[i * n : (i + 1) * n] == layer])
+                for i, branch in enumerate(call.branches)
+                if (start[i * n : (i + 1) * n] == layer).any()
+            ]
+            residuals[layer] = torch.cat(parts)
+        some = index_of(order, model)
+        first = some[: np.count_nonzero(start == 0)]
+        sizes = {name: None if size is None else size[some] for name, size in model.size_conditions(x).items()}
+        with model.dit.hooks(hooks):
+            out = denoise_from(model.dit, x[first], residuals, timestep[some], sizes, text.take(some))
+        return prediction.index_copy(0, some, out)
 
     @contextmanager
     def _image_hooks(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.names import FINAL
-from hooked_models.generation.sampling import Sampler
 
 from .. import task as scenes
 from ..readout.screening import ramp
@@ -92,13 +91,13 @@ class Metric:
             step = None if inner in (FINAL, "latent") else OWN
         elif (found := re.fullmatch(r"steps\.(\d+)\.(\w+)", self.on)) and found[2] in BETWEEN:
             step, inner = int(found[1]), found[2]
-            if step >= num_steps:
-                raise ValueError(f"{self.on} does not exist: this sweep goes over steps 0 to {num_steps - 1}.")
+            if step >= (steps := model.count_steps(num_steps)):
+                raise ValueError(f"{self.on} does not exist: this sweep goes over steps 0 to {steps - 1}.")
         else:
             raise ValueError(
                 f"A metric cannot be taken on {self.on!r}: choose {', '.join(SHORT)}, or 'steps.0.' with {', '.join(BETWEEN)}."
             )
-        if inner in ("hook_x0", "eps") and not Sampler(model.scheduler, num_steps, model.device).predicts_x0:
+        if inner in ("hook_x0", "eps") and not model.solver(num_steps).forms_x0:
             raise ValueError(f"{type(model.scheduler).__name__} forms no clean-image prediction: take a metric on 'out' instead.")
         if inner == "hook_out_uncond" and guidance <= 1:
             raise ValueError(f"{self.on} does not exist: at guidance {guidance:g} there is no unconditional branch.")

@@ -39,6 +39,9 @@ class Plan:
     reads: Mapping[str, Read]
     """Of each metric."""
     num_steps: int
+    """As requested of the scheduler."""
+    steps: int
+    """Of a run: evaluations of the denoiser."""
     guidance: float
     rng: int
     chosen_batch: int | None = None
@@ -87,9 +90,9 @@ class Plan:
         """The step before which nobody looks any more; None where nobody would see a difference."""
         seen = []
         for read in self.reads.values():
-            if read.inner == FINAL or (read.inner == "latent" and treatment.first < self.num_steps):
-                seen.append(self.num_steps)
-            elif (step := read.at(treatment.first).step) is not None and treatment.first <= step < self.num_steps:
+            if read.inner == FINAL or (read.inner == "latent" and treatment.first < self.steps):
+                seen.append(self.steps)
+            elif (step := read.at(treatment.first).step) is not None and treatment.first <= step < self.steps:
                 seen.append(step + 1)
         return max(seen, default=None)
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_models.generation.names import FINAL
-from hooked_models.generation.trajectory import Inputs, Trajectory
+from hooked_models.generation.sampling import Solver
 
 from ..intervene.edits import Edit
 from ..runs.gradients import LATENT, chain, gradients, modulates
@@ -51,11 +51,11 @@ def scores_of_seed(
     read, n = plan.reads[name], len(plan.prompts)
     ways = [_way(treatment, read, by) for treatment in plan.treatments]
     found = np.where(np.array([way is None for way in ways])[:, None], np.nan, np.zeros((len(ways), n)))
-    inputs, reads = plan.inputs(), {OUT.at(step) for step in range(plan.num_steps)} if "step" in ways else set()
+    inputs, reads = plan.inputs(), {OUT.at(step) for step in range(plan.steps)} if "step" in ways else set()
     together = any(one.joint for one in plan.treatments)  # "mean" and "resample" look at all prompts
     for prompts in [np.arange(n)] if together else np.array_split(np.arange(n), -(-n // plan.batch)):
         rows = seed * n + prompts
-        clean = Clean.run(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
+        clean = Clean.sample(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
         for first, some in _questions(plan, read, np.flatnonzero([way is not None for way in ways])):
             part = _Part(plan, read, metric, column, clean, first, some, [ways[i] for i in some.tolist()])
             found[np.ix_(some, prompts)] = part.scores()
@@ -85,7 +85,7 @@ def _questions(plan: Plan, read: Read, which: Int[np.ndarray, " _"]) -> Iterator
         for first in np.unique(firsts):
             yield int(first), which[firsts == first]
     else:
-        seen = which[firsts <= plan.num_steps if read.step is None else firsts <= read.step]
+        seen = which[firsts <= plan.steps if read.step is None else firsts <= read.step]
         if len(seen):
             yield int(firsts.min()), seen
 
@@ -107,27 +107,26 @@ class _Part:
     def last(self) -> int:
         """The step (or the codec, after all of them) whose tensor the metric is given."""
         at = self.read.at(self.first).step
-        return self.plan.num_steps - (self.read.inner == LATENT) if at is None else at
+        return self.plan.steps - (self.read.inner == LATENT) if at is None else at
 
     def scores(self) -> Float[np.ndarray, "condition prompt"]:
         """Σ over steps of change · gradient."""
-        clean, read, n = self.clean, self.read, len(self.plan.prompts)
-        run = Trajectory(clean.model, clean.inputs.take(index_of(clean.rows % n, clean.model)), tuple(clean.states))
+        clean, read = self.clean, self.read
+        run = clean.take(clean.rows)
         between = (LATENT,) if read.inner == LATENT else read.hooks
-        one = chain(run, self.first, self.last, between, partial(_read, read.at(self.first), run.inputs))
+        one = chain(run, self.first, self.last, between, partial(_read, read.at(self.first), run.inputs.solver))
         edits, stepped = self._edits(), self._stepped()
-        names = {segment: list(dict.fromkeys(name for _, name, _ in parts)) for segment, parts in edits.items()}
-        for segment in stepped:
-            names.setdefault(segment, []).append(_out(self.first + segment))
+        names = {step: list(dict.fromkeys(name for _, name, _ in parts)) for step, parts in edits.items()}
+        for step in stepped:
+            names.setdefault(step, []).append(_out(step))
         found = np.zeros((len(self.conditions), len(clean.rows)))
-        for segment, gradient in gradients([(one, 1.0)], names, self._measured):
-            if segment in stepped:
-                step = self.first + segment
-                for place, rows, changes in self._changes(step, stepped[segment]):
+        for step, gradient in gradients([(one, 1.0)], names, self._measured):
+            if step in stepped:
+                for place, rows, changes in self._changes(step, stepped[step]):
                     found[place, rows] += _product(changes, gradient[_out(step)][index_of(rows, clean.model)])
-            if segment in edits:
-                here = one.activations(segment, names[segment])
-                for place, name, several in edits[segment]:
+            if step in edits:
+                here = one.activations(step, names[step])
+                for place, name, several in edits[step]:
                     found[place] += _product(self._edited(several, here[name]) - here[name], gradient[name])
         return found
 
@@ -139,13 +138,13 @@ class _Part:
     # "step"
 
     def _stepped(self) -> dict[int, list[int]]:
-        """Segment → places among the conditions that touch it."""
+        """Step → places among the conditions that touch it."""
         found: dict[int, list[int]] = {}
         for place, condition in enumerate(self.conditions.tolist()):
             if self.ways[place] == "step":
                 for step in self.plan.treatments[condition].at:
                     if step <= self.last:
-                        found.setdefault(step - self.first, []).append(place)
+                        found.setdefault(step, []).append(place)
         return found
 
     def _changes(self, step: int, places: Sequence[int]) -> Iterator[tuple[int, Int[np.ndarray, " row"], Tensor]]:
@@ -171,7 +170,7 @@ class _Part:
     # "attribution"
 
     def _edits(self) -> dict[int, list[tuple[int, str, list[Edit]]]]:
-        """Segment → (place among the conditions, hook, what is done there in turn)."""
+        """Step → (place among the conditions, hook, what is done there in turn)."""
         found: dict[int, list[tuple[int, str, list[Edit]]]] = {}
         for place, condition in enumerate(self.conditions.tolist()):
             if self.ways[place] == "step":
@@ -182,7 +181,7 @@ class _Part:
                 by_hook: dict[str, list[Edit]] = {}
                 for edit in here:
                     by_hook.setdefault(_hook(edit), []).append(edit)
-                found.setdefault(step - self.first, []).extend((place, name, several) for name, several in by_hook.items())
+                found.setdefault(step, []).extend((place, name, several) for name, several in by_hook.items())
         return found
 
     def _edited(self, edits: Sequence[Edit], clean: Tensor) -> Tensor:
@@ -201,8 +200,11 @@ def _product(changes: Tensor, gradient: Tensor) -> Float[np.ndarray, " row"]:
     return (changes * gradient).flatten(1).sum(dim=1, dtype=torch.float64).cpu().numpy()
 
 
-def _read(read: Read, inputs: Inputs, kept: Mapping[str, Tensor]) -> Tensor:
-    return kept[read.inner] if read.inner in (FINAL, LATENT) else made_of(dict(kept), read, inputs)
+def _read(read: Read, solver: Solver, kept: Mapping[str, Tensor]) -> Tensor:
+    if read.inner in (FINAL, LATENT):
+        return kept[read.inner]
+    assert read.step is not None
+    return made_of({(read.step, name): tensor for name, tensor in kept.items()}, read, solver)
 
 
 def _out(step: int) -> str:

@@ -156,16 +156,16 @@ def resolve(
     named = list(interventions.items()) if isinstance(interventions, Mapping) else [("", one) for one in interventions]
     if not named:
         raise ValueError("There is no intervention to sweep over.")
-    length = model.to_tokens(texts).shape[1]
+    length, steps = model.to_tokens(texts).shape[1], model.count_steps(num_steps)
     found = []
     for label, several in named:
         several = [several] if isinstance(several, Intervention) else list(several)
         edits = [edit for one in several for edit in one.resolve(model, texts, num_steps=num_steps, seed=rng)]
         with model.hooks([(edit.site.name, edit) for edit in edits]):
-            model._check_hooks(num_steps, guidance)
+            model.check_hooks(num_steps, guidance)
         for edit in edits:
             edit.check_shape(_shape(model, edit.site, len(texts), length))
-        found.append(Treatment(label or " + ".join(map(describe, several)), tuple(edits), _coords(several), num_steps))
+        found.append(Treatment(label or " + ".join(map(describe, several)), tuple(edits), _coords(several), steps))
     labels = [one.label for one in found]
     if isinstance(interventions, Mapping):
         return found
@@ -180,7 +180,7 @@ def resolve(
 def _shape(model: HookedTextToImage, site: Site, n: int, length: int) -> tuple[int, ...]:
     grid = (model.cfg.sample_size,) * 2
     cfg: Any = model.text_encoder.cfg if site.part.endswith("text_encoder") else model.cfg
-    return activation_shape(cfg, site, n, grid, length, model._image_size(grid))
+    return activation_shape(cfg, site, n, grid, length, model.image_size(grid))
 
 
 def describe(intervention: Intervention) -> str:

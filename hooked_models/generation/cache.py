@@ -21,7 +21,6 @@ from ..pixart.cache import DiTCache, expand_shorthand, look_up
 from .cache_store import IMAGES, LazyTensors, open_cache
 from .capture import TEXT_KV, Heads, Patterns, Recorder, head_axis, heads_by_layer
 from .names import FINAL, Branch, Site
-from .sampling import Sampler
 
 if TYPE_CHECKING:
     from .model import HookedTextToImage
@@ -239,8 +238,8 @@ def estimate(
         batch, text_pos = prompts
     else:
         batch, text_pos = (prompts if isinstance(prompts, Tensor) else model.to_tokens(prompts)).shape  # type: ignore[arg-type]
-    predicts_x0 = Sampler(model.scheduler, num_steps, torch.device("cpu")).predicts_x0
-    sites = model.names.select(names_filter, steps, branch, num_steps, guidance > 1, predicts_x0)
+    solver = model.solver(num_steps)
+    sites = model.names.select(names_filter, steps, branch, len(solver), guidance > 1, solver.forms_x0)
     recorder = Recorder(model, sites, heads_by_layer(heads, model.cfg.n_layers, model.cfg.n_heads), patterns)
     return estimate_recorded(recorder, batch, text_pos, grid)
 
@@ -249,7 +248,7 @@ def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Seque
     """What a recorder will keep of one generation."""
     model, heads = recorder.model, recorder.heads
     rows, columns = grid or (model.cfg.sample_size,) * 2
-    image = model._image_size((rows, columns))
+    image = model.image_size((rows, columns))
     sizes, shared, seen = {}, set(), set()
     for site in recorder.sites:
         module = model.codec if site.inner == FINAL else model.text_encoder if site.part.endswith("text_encoder") else model.dit

@@ -1,7 +1,7 @@
 """A generation's cache on disk: a safetensors file for each step, written as the step ends, read when a tensor is asked for.
 
-`index.json` says what was run and kept. While the run lasts, `state.safetensors` holds the sampler before the next step, so that
-a run which was killed goes on there and ends with the same numbers.
+`index.json` says what was run and kept. While the run lasts, `state.safetensors` holds the record of the steps so far, so
+that a run which was killed goes on there and ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
-from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..store import Index, Store, digest
-from .sampling import Sampler, SamplerState
+from .trajectory import Record
 
 if TYPE_CHECKING:
     from .capture import Recorder
@@ -82,9 +80,12 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, ...]) -> Float[Tensor, "batch 3 height width"]:
-    """Run a generation (`arguments` of its `_begin`), or what is left of it, and write what the recorder keeps, step by step.
+    """Run a generation, or the rest of it, and write step by step what the recorder keeps.
 
-    Returns the images. Raises ValueError if the folder holds another generation.
+    `arguments` are those of `HookedTextToImage.prepare`. Returns the images.
+
+    Raises:
+        ValueError: the folder holds another generation.
     """
     model = recorder.model
     if model.hooked_inside:
@@ -92,15 +93,15 @@ def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, 
     _, _, num_steps, guidance, _ = arguments
     attached = sorted({hook.site.name for hook in model.firing_in_run(num_steps, guidance)})
     with model.hooks(recorder.hooks()), ExitStack() as stack:
-        inputs, state = model._begin(*arguments)
-        recorder.inputs, sampler = inputs, inputs.sampler
+        recorder.inputs = inputs = model.prepare(*arguments)
         settings = {
             "model": digest(str(sorted(model.dit.config.items(), key=str)), *model.dit.state_dict().values()),
             "codec": digest(str(sorted(model.codec.config.items(), key=str)), *model.codec.state_dict().values()),
             "scheduler": digest(type(model.scheduler).__name__, str(sorted(model.scheduler.config.items(), key=str))),
             "text": digest(inputs.text.text, "" if inputs.text.bias is None else inputs.text.bias),
-            "noise": digest(state.latent),
-            "num_steps": sampler.num_steps,
+            "noise": digest(inputs.latents),
+            "seeds": list(inputs.seeds) if inputs.solver.draws else [],
+            "num_steps": inputs.num_steps,
             "guidance": inputs.guidance,
             "names": digest(*(site.name for site in recorder.sites)),
             "heads": str(recorder.heads),
@@ -108,20 +109,22 @@ def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, 
             "hooks": attached,
         }
         source = model.source and [model.source.lasting_name, model.source.commit]
-        levels = sampler.noise_levels if sampler.predicts_x0 else []
-        facts = {"source": source, "noise_levels": levels, "heads": recorder.heads}
+        facts = {"source": source, "noise_levels": list(inputs.solver.noise_levels), "heads": recorder.heads}
         folder = stack.enter_context(closing(CacheFolder(out, settings, facts)))
         if folder.images is not None:
             return folder.images.to(model.device)
         folder.write("text", recorder.take())
-        state = folder.resume(sampler, state)
-        steps, console = range(state.step, sampler.num_steps), Console(stderr=True)
-        run = islice(model._run(inputs, state), 1, None)
-        for step in track(steps, "caching", transient=True, console=console, disable=not console.is_terminal):
-            state = next(run)
-            folder.write(f"step-{step:03d}", recorder.take(), recorder.same)
-            folder.save_state(sampler, state)
-        images = model.decode(state.latent)
+        record, total, console = folder.resume(model.device), len(inputs.solver), Console(stderr=True)
+        with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("caching", total=total, completed=len(record))
+
+            def after(step: int, so_far: Record, latent: Tensor) -> None:
+                if step >= len(record):
+                    folder.write(f"step-{step:03d}", recorder.take(), recorder.same)
+                    folder.save_state(so_far)
+                    progress.advance(task)
+
+            images = model.run(inputs, record, len(record), after=after).images
         folder.write("final", recorder.take())
         folder.finish(images)
     return images
@@ -182,23 +185,27 @@ class CacheFolder:
             metadata = {"same": json.dumps(same)}
             self.store.put(f"{part}.safetensors", lambda path: save_file(own, path, metadata))
 
-    def save_state(self, sampler: Sampler, state: SamplerState) -> None:
-        """The sampler as it is between two steps: what differs from a fresh one."""
-        fresh, tensors = sampler.start(state.latent).memory, {"latent": state.latent.detach().contiguous()}
-        changed = {name: value for name, value in state.memory.items() if not same_value(value, fresh.get(name))}
-        memory = {name: pack(value, name, tensors) for name, value in changed.items()}
-        metadata = {"state": json.dumps({"step": state.step, "memory": memory})}
-        self.store.put(STATE, lambda path: save_file(tensors, path, metadata))
+    def save_state(self, record: Record) -> None:
+        """The record of the steps so far, from which the run can go on."""
+        tensors = {f"latents.{i}": tensor for i, tensor in enumerate(record.latents)}
+        tensors |= {f"outs.{i}": tensor for i, tensor in enumerate(record.outs)}
+        tensors |= {".".join(("call", str(step), *branches)): each for (step, branches), each in record.predictions.items()}
+        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # views would share memory
+        self.store.put(STATE, lambda path: save_file(own, path))
 
-    def resume(self, sampler: Sampler, first: SamplerState) -> SamplerState:
-        """The state that was saved last, or `first`."""
+    def resume(self, device: torch.device) -> Record:
+        """The record that was saved last, or an empty one."""
         if STATE not in self.store.files:
-            return first
+            return Record()
         with safe_open(self.store.path(STATE), "pt") as opened:
-            saved = json.loads(opened.metadata()["state"])
-            tensors = {name: opened.get_tensor(name).to(first.latent.device) for name in opened.keys()}  # noqa: SIM118
-        memory = {name: unpack(value, tensors) for name, value in saved["memory"].items()}
-        return SamplerState(saved["step"], tensors["latent"], {**first.memory, **memory})
+            tensors = {name: opened.get_tensor(name).to(device) for name in opened.keys()}  # noqa: SIM118
+        steps = range(sum(name.startswith("outs.") for name in tensors))
+        calls = [name.split(".") for name in tensors if name.startswith("call.")]
+        return Record(
+            tuple(tensors[f"latents.{step}"] for step in steps),
+            {(int(key[1]), tuple(key[2:])): tensors[".".join(key)] for key in calls},
+            tuple(tensors[f"outs.{step}"] for step in steps),
+        )
 
     def finish(self, images: Tensor) -> None:
         """Write the images, which says that all is there."""
@@ -213,39 +220,3 @@ def _opened(index: Index, file: str) -> Any:
         return safe_open(index.folder / file, "pt")
     except (OSError, SafetensorError):
         return safe_open(index.path(file), "pt")
-
-
-def same_value(a: Any, b: Any) -> bool:
-    """Equality of what schedulers remember."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same_value, a, b))
-    return bool(a == b)
-
-
-def pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON; tensors in it go to `tensors` under names that begin with `key`.
-
-    Raises:
-        TypeError: a scheduler remembers something that is neither tensor, number, text nor list of these.
-    """
-    if isinstance(value, Tensor):
-        tensors[key] = value.detach().clone()  # a view would share its memory, which safetensors does not write
-        return {"tensor": key}
-    if isinstance(value, (list, tuple)):
-        return {"list": [pack(each, f"{key}.{i}", tensors) for i, each in enumerate(value)], "tuple": isinstance(value, tuple)}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return {"value": value}
-    raise TypeError(f"The scheduler's {key} is a {type(value).__name__}, which cannot be saved: cache without out=.")
-
-
-def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "list" in value:
-        parts = [unpack(each, tensors) for each in value["list"]]
-        return tuple(parts) if value["tuple"] else parts
-    return value["value"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from ..hooks import HookedModule, HookFunction, watched
 from ..pipelines.pipeline_model import PipelineModel
 from .names import Branch, GenerationHookPoint, GenerationNames, Site
-from .sampling import Sampler
+from .sampling import Solver, solver_of
 
 Hooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
 
@@ -109,6 +109,32 @@ def on_rows(
     return whole
 
 
+def select(hooks: Iterable[Attached], chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]) -> Iterator[Attached]:
+    """The hooks whose site is `chosen`, in order; predicates are asked of `sites`."""
+    for hook in hooks:
+        if isinstance(hook.where, Site):
+            if chosen(hook.where):
+                yield hook
+        else:
+            yield from (replace(hook, where=site) for site in sites() if chosen(site) and hook.where(site.name))
+
+
+class Buckets:
+    """Hooks by step, so that a step does not go over those of all steps."""
+
+    def __init__(self, hooks: Iterable[Attached]) -> None:
+        self.by_step: dict[int | None, list[tuple[int, Attached]]] = {}
+        for order, hook in enumerate(hooks):
+            step = hook.where.step if isinstance(hook.where, Site) else None
+            self.by_step.setdefault(step, []).append((order, hook))
+
+    def at(self, step: int, names: GenerationNames, guided: bool, forms_x0: bool) -> list[Attached]:
+        """Those that fire at a step, in the order in which they were attached; predicates are asked of the step's names."""
+        near = sorted([*self.by_step.get(step, []), *self.by_step.get(None, [])], key=lambda each: each[0])
+        chosen = lambda site: site.step == step and site.fires(guided, forms_x0)  # noqa: E731
+        return list(select((hook for _, hook in near), chosen, lambda: names.sites(steps=[step])))
+
+
 class HookedGeneration(PipelineModel, HookedRootModule):
     """The side of `HookedTextToImage` that attaches hooks: by full name, and only where a run would reach them."""
 
@@ -124,17 +150,12 @@ class HookedGeneration(PipelineModel, HookedRootModule):
 
     def firing(self, chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]) -> Iterator[Attached]:
         """The attached hooks whose site is `chosen`, in the order of attachment; predicates are asked of `sites`."""
-        for attached in self._attached:
-            if isinstance(attached.where, Site):
-                if chosen(attached.where):
-                    yield attached
-            else:
-                yield from (replace(attached, where=s) for s in sites() if chosen(s) and attached.where(s.name))
+        return select(self._attached, chosen, sites)
 
     def firing_in_run(self, num_steps: int, guidance: float) -> list[Attached]:
         """Every attached hook, at every site of a whole generation."""
-        predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
-        return list(self.firing(lambda s: s.fires(guidance > 1, predicts_x0), lambda: self.names.sites(num_steps)))
+        solver = self.solver(num_steps)
+        return list(self.firing(lambda s: s.fires(guidance > 1, solver.forms_x0), lambda: self.names.sites(len(solver))))
 
     @property
     def hooked_inside(self) -> bool:
@@ -210,17 +231,30 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
             return self(*args, **kwargs)
 
-    def _check_hooks(self, num_steps: int, guidance: float, part: range | None = None) -> None:
-        """Refuse hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
-        steps = range(num_steps) if part is None else part
-        run = f"this run goes over steps {steps.start} to {steps.stop - 1}"
-        predicates = [attached.where for attached in self._attached if not isinstance(attached.where, Site)]
-        predicts_x0 = not predicates or Sampler(self.scheduler, num_steps, self.device).predicts_x0
-        for where in predicates:
-            sites = (s for s in self.names.sites(steps=steps) if s.fires(guidance > 1, predicts_x0))
+    def solver(self, num_steps: SupportsIndex) -> Solver:
+        """The scheduler prepared for runs of `num_steps`. Raises ValueError if it cannot draw (`sampling.solver_of`)."""
+        return solver_of(self.scheduler, num_steps, self.device)
+
+    def count_steps(self, num_steps: SupportsIndex) -> int:
+        """The steps of a run, which are evaluations of the denoiser: more than `num_steps` for solvers of higher order.
+
+        Example:
+            >>> from hooked_models import HookedTextToImage
+            >>> HookedTextToImage.from_pretrained("rte-nano").count_steps(14)
+            14
+        """
+        return len(self.solver(num_steps))
+
+    def check_hooks(self, num_steps: int, guidance: float, part: range | None = None) -> None:
+        """Raise ValueError for hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
+        solver = self.solver(num_steps)
+        steps = range(len(solver)) if part is None else part
+        for where in [attached.where for attached in self._attached if not isinstance(attached.where, Site)]:
+            sites = (s for s in self.names.sites(steps=steps) if s.fires(guidance > 1, solver.forms_x0))
             if not any(where(s.name) for s in sites if part is None or not s.part.endswith("text_encoder")):
                 raise ValueError(
-                    f"A predicate ({where!r}) selects no hook: {run}, with names such as {next(iter(self.names))!r}."
+                    f"A predicate ({where!r}) selects no hook: this run goes over steps {steps.start} to {steps.stop - 1}, with "
+                    f"names such as {next(iter(self.names))!r}."
                 )
         for attached in self._attached:
             if (made_for := getattr(attached.function, "num_steps", None)) not in (None, num_steps):
@@ -229,14 +263,19 @@ class HookedGeneration(PipelineModel, HookedRootModule):
                     f"Intervention.hooks(…, num_steps={num_steps})."
                 )
         for site in {attached.where for attached in self._attached if isinstance(attached.where, Site)}:
-            if part is not None and site.part.endswith("text_encoder"):
-                raise ValueError(
-                    f"{site.name} does not fire: a fork keeps the text as it was encoded; run the model again instead."
-                )
             self.names.site(site.name)  # raises if its flag has been switched off since it was attached
-            if site.step is not None and site.step not in steps:
-                raise ValueError(f"{site.name} does not fire: {run}.")
-            if site.needs_uncond and guidance <= 1:
-                raise ValueError(f"{site.name} does not fire: at guidance {guidance:g} there is no unconditional branch.")
-            if site.inner == "hook_x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:
-                raise ValueError(f"{site.name} does not fire: {type(self.scheduler).__name__} forms no clean-image prediction.")
+            if (reason := why_silent(site, steps, guidance, solver, encodes=part is None)) is not None:
+                raise ValueError(f"{site.name} does not fire: {reason}")
+
+
+def why_silent(site: Site, steps: range, guidance: float, solver: Solver, encodes: bool) -> str | None:
+    """The reason why a run over `steps` would not compute the tensor of a site; None if it does."""
+    if site.part.endswith("text_encoder") and not encodes:
+        return "a fork keeps the text as it was encoded; run the model again instead."
+    if site.step is not None and site.step not in steps:
+        return f"this run goes over steps {steps.start} to {steps.stop - 1}."
+    if site.needs_uncond and guidance <= 1:
+        return f"at guidance {guidance:g} there is no unconditional branch."
+    if site.inner == "hook_x0" and not solver.forms_x0:
+        return f"{solver.name} forms no clean-image prediction that is known here."
+    return None

@@ -5,19 +5,19 @@ Source of the arithmetic: `PixArtSigmaPipeline.__call__` (diffusers 0.42), which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from ..fast import empty_prompts
-from ..hooks import HookedModule, NameFilter, NoLanguageModel, watched
+from ..hooks import HookedModule, NameFilter, NoLanguageModel
 from ..pipelines.resolution import nearest_resolution
 from ..pixart.config import DiTConfig
 from ..pixart.dit import HookedDiT
@@ -28,15 +28,15 @@ from ..text_encoders.words import encode_text
 from .cache import KEEPS_BATCH, GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer
-from .hooks import Attached, HookedGeneration, SamplerHooks, attach
-from .names import FINAL, Branch, GenerationNames, Part, Site
-from .sampling import Sampler, SamplerState, Seeds, seed_of_each, seeded_noise
-from .trajectory import Inputs, Trajectory
+from .hooks import Attached, HookedGeneration, SamplerHooks, attach, select
+from .loops import Call, PixArtLoop
+from .names import BRANCHES, FINAL, Branch, GenerationNames, Part, Site
+from .passes import Denoise, Pass, Rows, from_step
+from .sampling import Seeds, seed_of_each, seeded_noise
+from .trajectory import Inputs, Record, Run, stamp
 from .views import StepView
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch text_pos"]
-Denoise = Callable[[Tensor, Tensor, dict[str, Tensor | None], TextState], Tensor]
-"""(rows of latents [uncond; cond], timestep, sizes, text) → the network's output for these rows."""
 DEFAULT_STEPS = 14
 DEFAULT_GUIDANCE = 4.5
 
@@ -71,7 +71,8 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         self.scheduler = scheduler
         self.sampler_hooks = SamplerHooks()
         with_hooks = self.text_encoder if isinstance(self.text_encoder, HookedModule) else None
-        self.names = GenerationNames(self.dit, self.sampler_hooks, with_hooks, DEFAULT_STEPS)
+        self.names = GenerationNames(self.dit, self.sampler_hooks, with_hooks, lambda: self.count_steps(DEFAULT_STEPS))
+        self.loop = PixArtLoop(self.dit.cfg.in_channels)
         # No setup(): it would rename the hook points of the models inside.
 
     # What the model is
@@ -161,8 +162,14 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         ids = self.to_tokens(prompt)[0] if isinstance(prompt, str) else prompt
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(ids.tolist())]
 
-    def _encode(self, tokens: Int[Tensor, "batch text_pos"], guidance: float) -> TextState:
-        """Text features, captions, keys and values: computed once for all steps."""
+    def encode(self, tokens: Int[Tensor, "batch text_pos"], guidance: float = DEFAULT_GUIDANCE) -> TextState:
+        """Text features, captions, keys and values, computed once for all steps; with guidance for rows [uncond; cond].
+
+        Example:
+            >>> model = HookedTextToImage.from_pretrained("rte-nano")
+            >>> model.encode(model.to_tokens("red circle above blue square"), guidance=1.0).text.shape[0]
+            1
+        """
         self._use("text_encoder")
         tokens = tokens.to(self.text_encoder.device)
         mask = (tokens != PAD_ID).long()
@@ -211,99 +218,127 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         guidance: float = DEFAULT_GUIDANCE,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
         until: int | None = None,
-    ) -> Trajectory:
-        """Run the sampler and keep its state before every step, so that it can be forked. Arguments as in `forward`.
+    ) -> Run:
+        """A generation with its record, so that it can be forked. Arguments as in `forward`.
 
-        `until` stops before that step: the trajectory then has no images, but can be forked up to there.
+        `until` stops before that step: the run then has no images, but can be forked up to there.
         """
-        inputs, first = self._begin(prompts, seed, num_steps, guidance, latents)
-        steps = None if until is None else until + 1
-        return Trajectory(self, inputs, tuple(islice(self._run(inputs, first), steps)))
+        inputs = self.prepare(prompts, seed, num_steps, guidance, latents)
+        if until is not None and not 0 <= until <= len(inputs.solver):
+            raise ValueError(f"until={until}: this run can stop before steps 0 to {len(inputs.solver)}.")
+        return self.run(inputs, until=until)
 
-    def _begin(
-        self, prompts: Prompts, seed: Seeds, num_steps: int, guidance: float, latents: Tensor | None
-    ) -> tuple[Inputs, SamplerState]:
-        """What a generation is computed from, and its first state."""
+    def prepare(self, prompts: Prompts, seed: Seeds, num_steps: int, guidance: float, latents: Tensor | None = None) -> Inputs:
+        """Everything that a generation is computed from: text encoded, noise drawn, hooks checked. Arguments as in `forward`."""
         tokens = (prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps}: an image takes at least one step.")
-        self._check_hooks(num_steps, guidance)
-        inputs = Inputs(tokens, guidance, Sampler(self.scheduler, num_steps, self.device), self._encode(tokens, guidance))
-        if latents is None:
-            latents = self._noise(seed, len(tokens))
-        return inputs, inputs.sampler.start(latents.to(self.device, self.dit.dtype))
+        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+            raise ValueError(f"guidance={guidance!r}: give a finite number.")
+        solver = self.solver(num_steps)
+        self.check_hooks(solver.num_steps, guidance)
+        seeds = tuple(seed_of_each(seed, len(tokens)))
+        drawn = latents is None
+        noise = self.noise(seeds, len(tokens)) if latents is None else latents
+        noise = noise.to(self.device, self.dit.dtype)
+        return Inputs(tokens, self.encode(tokens, guidance), noise, seeds, drawn, guidance, solver, stamp(self.dit))
+
+    def run(
+        self,
+        inputs: Inputs,
+        record: Record | None = None,
+        leave: int = 0,
+        until: int | None = None,
+        *,
+        rows: Callable[[int], Rows] | None = None,
+        denoise: Denoise | None = None,
+        after: Callable[[int, Record, Tensor], None] | None = None,
+    ) -> Run:
+        """The generation of `inputs`, with the hooks that are attached to the model.
+
+        Args:
+            record: of an earlier run of these inputs, of which the steps before `leave` are taken.
+            until: the step to stop before.
+            rows: step → the rows that are computed there, in place of all from `leave` on; others are taken from `record`.
+            denoise, after: see `passes.Pass`.
+        """
+        hooks = tuple(self._attached)
+        leaving = rows or (from_step(leave) if leave else lambda step: None)
+        visitor = Pass(self, inputs, hooks, record, leaving, denoise, after)
+        latent = self.loop(inputs, visitor, len(inputs.solver) if until is None else until)
+        images = tuple(select(hooks, lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)]))
+        return Run(self, inputs, visitor.record, latent, images)
 
     def noise(
-        self, seed: Seeds = 0, batch: int = 1, *, height: int, width: int, binning: bool = True
+        self,
+        seed: Seeds = 0,
+        batch: int = 1,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        binning: bool = True,
     ) -> Float[Tensor, "batch channel rows columns"]:
-        """Initial latents for images of another size, in pixels: `model(prompts, latents=model.noise(height=512, width=768))`.
+        """Initial latents, for images of the trained size or of another one, in pixels.
+
+            model(prompts, latents=model.noise(height=512, width=768))
 
         `binning` takes the trained size with the nearest aspect ratio, as diffusers' pipelines do; `resolution.resize_and_crop`
-        gives the images the size that was asked for.
+        gives the images the size that was requested.
         """
-        if binning:
-            height, width = nearest_resolution(height, width, self.cfg.sample_size)
-        pixels = self._image_size((1, 1))[0]
-        return self._noise(seed, batch, (height // pixels, width // pixels))
+        grid = (self.cfg.sample_size,) * 2
+        if height is not None or width is not None:
+            if height is None or width is None:
+                raise ValueError("Give height and width in pixels, or neither for the trained size.")
+            if binning:
+                height, width = nearest_resolution(height, width, self.cfg.sample_size)
+            pixels = self.image_size((1, 1))[0]
+            grid = (height // pixels, width // pixels)
+        return seeded_noise(seed_of_each(seed, batch), (self.cfg.in_channels, *grid))
 
-    def _noise(self, seed: Seeds, batch: int, grid: tuple[int, int] | None = None) -> Tensor:
-        rows, columns = grid or (self.cfg.sample_size,) * 2
-        return seeded_noise(seed_of_each(seed, batch), (self.cfg.in_channels, rows, columns))
-
-    def _run(self, inputs: Inputs, state: SamplerState) -> Iterator[SamplerState]:
-        """`state` and every state after it."""
-        yield state
-        while state.step < inputs.sampler.num_steps:
-            state = self._step(inputs, state)
-            yield state
-
-    def _step(self, inputs: Inputs, state: SamplerState, denoise: Denoise | None = None) -> SamplerState:
-        """The state after `state`. `denoise` stands for the denoiser, where part of its output is known already."""
+    def denoise(
+        self, latents: Float[Tensor, "batch channel rows columns"], timestep: Shaped[Tensor, " batch"], text: TextState
+    ) -> Float[Tensor, "batch out_channel rows columns"]:
+        """One call of the denoiser, with the size conditions of PixArt-α at 1024 px where the model has them."""
         self._use("dit")
-        sampler, points = inputs.sampler, self.sampler_hooks
-        hooks = self.firing(
-            lambda site: site.step == state.step and site.fires(inputs.guided, sampler.predicts_x0),
-            lambda: self.names.sites(steps=[state.step]),
-        )
-        with attach(hooks, self.names.module, inputs.rows):
-            latent = points.hook_latent(state.latent)
-            x = torch.cat([latent, latent]) if inputs.guided else latent
-            x = sampler.network_input(state, x)
-            timestep = sampler.timestep(state.step).expand(len(x)).to(x.device)
-            sizes = self._sizes(latent, len(x))
-            prediction = (denoise or self._denoise)(x, timestep, sizes, inputs.text)
-            if inputs.guided:
-                uncond, cond = prediction.chunk(2)
-                uncond, cond = points.hook_out_uncond(uncond), points.hook_out_cond(cond)
-                out = uncond + inputs.guidance * (cond - uncond)
-            else:
-                out = points.hook_out_cond(prediction)
-            if self.cfg.out_channels == 2 * self.cfg.in_channels:
-                out = out.chunk(2, dim=1)[0]  # the other half is a learned variance, which no sampler reads
-            through = points.hook_x0 if watched(points.hook_x0) else None
-            return sampler.advance(state, latent, points.hook_out(out), through)
+        sizes = self.size_conditions(latents)
+        return self.dit(latents, timestep=timestep, added_cond_kwargs=sizes, text_state=text, return_dict=False)[0]
 
-    def _denoise(self, x: Tensor, timestep: Tensor, sizes: dict[str, Tensor | None], text: TextState) -> Tensor:
-        return self.dit(x, timestep=timestep, added_cond_kwargs=sizes, text_state=text, return_dict=False)[0]
+    def step(
+        self,
+        inputs: Inputs,
+        call: Call,
+        latents: Float[Tensor, "branch_batch channel rows columns"],
+        timestep: Shaped[Tensor, " branch_batch"],
+        text: TextState,
+    ) -> Float[Tensor, "branch_batch out_channel rows columns"]:
+        """One denoiser call of a run of `inputs`, with the hooks that are attached to the model inside the denoiser at its step.
 
-    def _sizes(self, latent: Tensor, rows: int) -> dict[str, Tensor | None]:
-        """PixArt-α at 1024 px is also told the image's size."""
+        Args:
+            latents: as the scheduler scales them for the denoiser, of all rows of the call, branch after branch.
+        """
+        return Pass(self, inputs, tuple(self._attached)).call(call, None, latents, timestep, text)
+
+    def size_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
+        """The image sizes [batch 2] and aspect ratios [batch 1] that a denoiser is conditioned on; None if it is on none."""
         if not self.cfg.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
-        height, width = self._image_size(latent.shape[-2:])
-        resolution = latent.new_tensor([[height, width]]).expand(rows, -1)
-        return {"resolution": resolution, "aspect_ratio": latent.new_tensor([[height / width]]).expand(rows, -1)}
+        height, width = self.image_size(latents.shape[-2:])
+        resolution = latents.new_tensor([[height, width]]).expand(len(latents), -1)
+        return {"resolution": resolution, "aspect_ratio": latents.new_tensor([[height / width]]).expand(len(latents), -1)}
 
-    def _image_size(self, grid: Sequence[int]) -> tuple[int, int]:
+    def image_size(self, grid: Sequence[int]) -> tuple[int, int]:
+        """Height and width in pixels of the image of latents with these rows and columns."""
         scale = 2 ** (len(self.codec.config.block_out_channels) - 1)
         return grid[0] * scale, grid[1] * scale
 
-    def decode(self, latent: Float[Tensor, "batch channel rows columns"]) -> Float[Tensor, "batch 3 height width"]:
-        """Latents → images in [0, 1], through `hook_image`."""
+    def decode(
+        self, latent: Float[Tensor, "batch channel rows columns"], hooks: Sequence[Attached] = ()
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Latents → images in [0, 1], through `hook_image`: with `hooks`, then with those attached to the model by now."""
         self._use("codec")
         latent = latent.to(self.codec.device, self.codec.dtype)
         image = self.codec.decode(latent / self.codec.config.scaling_factor, return_dict=False)[0]
-        with attach(self.firing(lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)]), self.names.module):
+        attached = self.firing(lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)])
+        known = {id(hook.function) for hook in hooks}
+        with attach([*hooks, *(hook for hook in attached if id(hook.function) not in known)], self.names.module):
             return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
 
     # Views and caches
@@ -333,12 +368,18 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         Raises:
             ValueError: the run has no such step or branch, or its scheduler forms no x0.
         """
-        if not 0 <= step < num_steps:
-            raise ValueError(f"There is no step {step}: this run has steps 0 to {num_steps - 1}.")
+        solver = self.solver(num_steps)
+        if not 0 <= step < len(solver):
+            raise ValueError(f"There is no step {step}: this run has steps 0 to {len(solver) - 1}.")
+        if branch not in BRANCHES or pos not in ("image", "text") or returns not in ("images", "x0", "out"):
+            raise ValueError(
+                f"branch={branch!r}, pos={pos!r}, returns={returns!r}: branch is 'cond' or 'uncond', pos 'image' or 'text', and "
+                "returns 'images', 'x0' or 'out'."
+            )
         if branch == "uncond" and guidance <= 1:
             raise ValueError(f"At guidance {guidance:g} there is no unconditional branch.")
-        if returns == "x0" and not Sampler(self.scheduler, num_steps, self.device).predicts_x0:
-            raise ValueError(f"{type(self.scheduler).__name__} forms no clean-image prediction: take returns='out' or 'images'.")
+        if returns == "x0" and not solver.forms_x0:
+            raise ValueError(f"{solver.name} forms no clean-image prediction that is known here: take returns='out' or 'images'.")
         with torch.no_grad():
             run = self.trajectory(prompts, seed, num_steps, guidance, latents, until=step)
         view = StepView(run, step, branch, pos, returns)
@@ -386,8 +427,8 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         if remove_batch_dim:
             raise TypeError(KEEPS_BATCH)
         tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
-        predicts_x0 = Sampler(self.scheduler, num_steps, self.device).predicts_x0
-        sites = self.names.select(names_filter, steps, branch, num_steps, guidance > 1, predicts_x0)
+        solver = self.solver(num_steps)
+        sites = self.names.select(names_filter, steps, branch, len(solver), guidance > 1, solver.forms_x0)
         recorder = Recorder(self, sites, heads_by_layer(heads, self.cfg.n_layers, self.cfg.n_heads), patterns, device)
         size = estimate_recorded(recorder, len(tokens), tokens.shape[1], None if latents is None else latents.shape[-2:])
         if out is not None:
@@ -397,8 +438,6 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             return images, GenerationCache.load(out, self)
         refuse_if_too_large(size, max_bytes, self.device if device is None else torch.device(device))
         with self.hooks(recorder.hooks()):
-            inputs, first = self._begin(tokens, seed, num_steps, guidance, latents)
-            recorder.inputs = inputs
-            images = Trajectory(self, inputs, tuple(self._run(inputs, first))).images
-        levels = inputs.sampler.noise_levels if predicts_x0 else []
-        return images, GenerationCache(recorder.take(), self, levels, recorder.heads)
+            recorder.inputs = inputs = self.prepare(tokens, seed, num_steps, guidance, latents)
+            images = self.run(inputs).images
+        return images, GenerationCache(recorder.take(), self, inputs.solver.noise_levels, recorder.heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -67,9 +67,9 @@ class Site:
         """Whether the tensor exists only where guidance runs a second branch."""
         return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
 
-    def fires(self, guided: bool, predicts_x0: bool) -> bool:
-        """Whether a run with or without guidance, by a solver that forms a clean-image prediction or none, computes it."""
-        return (guided or not self.needs_uncond) and (predicts_x0 or self.inner != "hook_x0")
+    def fires(self, guided: bool, forms_x0: bool) -> bool:
+        """True if a run with this guidance, by a solver with or without a known clean-image prediction, computes it."""
+        return (guided or not self.needs_uncond) and (forms_x0 or self.inner != "hook_x0")
 
 
 BLANK = HookPoint()
@@ -105,9 +105,17 @@ class GenerationHookPoint(HookPoint):
 class GenerationNames(Mapping[str, HookPoint]):
     """Every name of a generation of `num_steps` steps, as a virtual `hook_dict`; `site(name)` also takes later steps."""
 
-    def __init__(self, dit: HookedModule, sampler: HookedModule, text_encoder: HookedModule | None, num_steps: int) -> None:
-        self.dit, self.sampler, self.text_encoder, self.num_steps = dit, sampler, text_encoder, num_steps
+    def __init__(
+        self, dit: HookedModule, sampler: HookedModule, text_encoder: HookedModule | None, count_steps: Callable[[], int]
+    ) -> None:
+        """`count_steps`: the steps of a generation of the default length, which depends on the scheduler."""
+        self.dit, self.sampler, self.text_encoder, self.count_steps = dit, sampler, text_encoder, count_steps
         self._known: tuple[object, Sequence[Site]] = None, ()
+
+    @property
+    def num_steps(self) -> int:
+        """Of a generation of the default length."""
+        return self.count_steps()
 
     def site(self, name: str) -> Site:
         """Where a full name leads; aliases are resolved.
@@ -187,7 +195,7 @@ class GenerationNames(Mapping[str, HookPoint]):
         branch: Branch | Literal["both"] = "cond",
         num_steps: int | None = None,
         guided: bool = True,
-        predicts_x0: bool = True,
+        forms_x0: bool = True,
     ) -> list[Site]:
         """The sites that a run fires at and a caller wants; arguments as in `HookedTextToImage.run_with_cache`.
 
@@ -205,7 +213,7 @@ class GenerationNames(Mapping[str, HookPoint]):
         def wanted(site: Site) -> bool:
             at_step = steps is None if site.step is None else site.step in chosen
             in_branch = branch in ("both", site.branch or ("uncond" if site.needs_uncond else branch))
-            return at_step and in_branch and site.fires(guided, predicts_x0)
+            return at_step and in_branch and site.fires(guided, forms_x0)
 
         if names_filter is None or callable(names_filter):
             every_site = self._sites(tuple(sorted(set(chosen))), BRANCHES if branch == "both" else (branch,))

@@ -1,154 +1,320 @@
-"""Sampling as a function of an explicit state, so that a generation can be forked at any step, exactly.
+"""A diffusers scheduler as a loop uses it: how many steps it takes, their noise levels, and its own arithmetic.
 
-A multistep solver keeps a history inside the scheduler object, and resuming with the latents alone silently loses it
-(diffusers' `pipe(latents=…, timesteps=…)` is off by 4 % at step 1). Here the history travels with the latents. The scheduler's
-arithmetic stays diffusers' own.
+Every run gets a fresh copy of the prepared scheduler and goes through all of its steps, so its memory of earlier steps (multistep
+solvers) and its noise (ancestral ones) simply happen again. Before a scheduler is used it is tried on a few numbers with a known
+answer: one that does not draw, or whose rows depend on one another, is refused by what it does, not by its name.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import inspect
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from operator import index
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 Latents = Float[Tensor, "batch channel rows columns"]
 Seeds = SupportsIndex | Iterable[SupportsIndex]
 """Of noise: one integer for every prompt, or one for each."""
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+
+CHOOSE = "load the pipeline with another scheduler, such as DPMSolverMultistepScheduler"
+TRIED = (2, 4, 4, 4)
+"""The latents on which a scheduler is tried."""
+_PREPARING = threading.Lock()
+_PREPARED: OrderedDict[Any, tuple[Any, Solver]] = OrderedDict()
+REMEMBERED = 32
+_FILTERS = threading.Lock()
+"""Filters of warnings are the process's, not a thread's."""
 
 
 @dataclass(frozen=True)
-class SamplerState:
-    """Where a generation stands before denoising step `step`: its latents and the solver's memory of earlier steps."""
+class Solver:
+    """A scheduler prepared for runs of `num_steps`; made by `solver_of`, which also tries it.
 
-    step: int
-    latent: Float[Tensor, "batch channel rows columns"]
-    memory: Mapping[str, Any]
+    A step is one evaluation of the denoiser: `len(solver)` of them, more than `num_steps` for solvers of higher order.
+    """
 
-    def take(self, rows: Int[Tensor, " row"]) -> SamplerState:
-        """Some rows of the batch, in the order given; rows may repeat."""
+    scheduler: Any
+    """Prepared, never stepped."""
+    num_steps: int
+    """As requested of the scheduler."""
+    takes: frozenset[str]
+    """The optional arguments of its `step`."""
+    prediction: Prediction = "epsilon"
+    input_scales: tuple[float, ...] = ()
+    """Per step: the factor between the latents and the denoiser's input."""
+    noise_levels: tuple[tuple[float, float], ...] = ()
+    """(α, σ) per step, where latent = α·x0 + σ·ε; empty if the scheduler's clean-image prediction is unknown."""
+    draws: bool = False
+    """True if steps draw noise, from each row's own generator."""
 
-        def part(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)(map(part, value))
-            # what a solver remembers of earlier steps has the latents' shape; timesteps and noise levels have one axis
-            return value[rows] if isinstance(value, Tensor) and value.shape == self.latent.shape else value
-
-        return SamplerState(self.step, self.latent[rows], {name: part(value) for name, value in self.memory.items()})
-
-    @staticmethod
-    def join(states: Sequence[SamplerState]) -> SamplerState:
-        """The rows of several states of one sampler before the same step, one batch after the other."""
-        first = states[0]
-
-        def whole(*values: Any) -> Any:
-            value = values[0]
-            if isinstance(value, (list, tuple)):
-                return type(value)(whole(*parts) for parts in zip(*values, strict=True))
-            of_rows = isinstance(value, Tensor) and value.shape == first.latent.shape
-            return torch.cat(values) if of_rows else value
-
-        memory = {name: whole(*(state.memory[name] for state in states)) for name in first.memory}
-        return SamplerState(first.step, torch.cat([state.latent for state in states]), memory)
-
-
-class Sampler:
-    """A diffusers scheduler as a pure function of `SamplerState`; the scheduler passed in is copied and stays untouched."""
-
-    def __init__(self, scheduler: Any, num_steps: int, device: torch.device) -> None:
-        """Raises ValueError for a scheduler that draws noise at every step: its runs could not be forked exactly."""
-        if str(scheduler.config.get("algorithm_type", "")).startswith("sde"):
-            raise ValueError(
-                f"{type(scheduler).__name__} with algorithm_type={scheduler.config.algorithm_type!r} draws fresh noise at every "
-                "step; load the pipeline with a deterministic one, such as DPMSolverMultistepScheduler's 'dpmsolver++'."
-            )
-        self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_steps, device=device)
-        self.num_steps = len(self.scheduler.timesteps)
-        self._fresh = self._memory()
+    def __len__(self) -> int:
+        return len(self.scheduler.timesteps)
 
     @property
-    def predicts_x0(self) -> bool:
-        """Whether the solver works on a clean-image prediction that can be read and replaced (`advance(through=…)`)."""
-        algorithm = self.scheduler.config.get("algorithm_type", "dpmsolver++")
-        return hasattr(self.scheduler, "convert_model_output") and algorithm == "dpmsolver++"
+    def name(self) -> str:
+        """The scheduler's class."""
+        return type(self.scheduler).__name__
 
-    def start(self, noise: Latents) -> SamplerState:
-        """The state before step 0."""
-        return SamplerState(0, noise * self.scheduler.init_noise_sigma, self._fresh)
+    @property
+    def forms_x0(self) -> bool:
+        """True if `x0` and `out` are known to be what the scheduler goes on from."""
+        return bool(self.noise_levels)
+
+    @property
+    def initial_scale(self) -> float | Tensor:
+        """The factor between standard normal noise and the first latents."""
+        return getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def fresh(self) -> Any:
+        """A copy of the scheduler before its first step, for one pass through a loop."""
+        return copy.deepcopy(self.scheduler)
 
     def timestep(self, step: int) -> Tensor:
-        """What the network is told at a step: a scalar, in the scheduler's own units and dtype."""
+        """The time that the denoiser is given at a step: a scalar in the scheduler's own units and dtype."""
         return self.scheduler.timesteps[step]
 
-    def network_input(self, state: SamplerState, latent: Latents) -> Latents:
-        """`latent` as the network sees it at the state's step (some schedulers scale it)."""
-        self._resume(state)
-        return self.scheduler.scale_model_input(latent, self.timestep(state.step))
+    def network_input(self, scheduler: Any, step: int, latent: Tensor) -> Tensor:
+        """The latents as the denoiser reads them; call it once a step, before `advance`."""
+        scale = getattr(scheduler, "scale_model_input", None)
+        return latent if scale is None else scale(latent, self.timestep(step))
 
-    def noise_level(self, step: int) -> tuple[float, float]:
-        """(α, σ) of a step, where latent = α·x0 + σ·ε."""
-        alpha, sigma = self.scheduler._sigma_to_alpha_sigma_t(self.scheduler.sigmas[step])
-        return float(alpha), float(sigma)
-
-    @property
-    def noise_levels(self) -> list[tuple[float, float]]:
-        """(α, σ) of every step."""
-        return [self.noise_level(step) for step in range(self.num_steps)]
+    def scaled(self, step: int, latent: Tensor) -> Tensor:
+        """As `network_input`, of any step and without a scheduler; equal to rounding."""
+        scale = self.input_scales[step]
+        return latent if scale == 1.0 else latent * scale
 
     def advance(
-        self, state: SamplerState, latent: Latents, out: Latents, through: Callable[[Latents], Latents] | None = None
-    ) -> SamplerState:
-        """One solver step from `latent`, given the (guided) network output. `state` is not changed.
+        self, scheduler: Any, step: int, latent: Tensor, out: Tensor, generators: Sequence[torch.Generator] = ()
+    ) -> Tensor:
+        """The latents after a step of `scheduler`, a `fresh` one that has made all earlier steps."""
+        arguments: dict[str, Any] = {"return_dict": False, "generator": list(generators) or None, "eta": 0.0}  # as pipelines pass
+        arguments = {name: value for name, value in arguments.items() if name in self.takes}
+        with _quiet():
+            found = scheduler.step(out, self.timestep(step), latent, **arguments)
+        after = found[0] if isinstance(found, tuple) else found.prev_sample
+        return after.to(latent.dtype)
 
-        `latent` stands apart from `state.latent` because a hook may have replaced it. `through` sees, and may replace, the
-        clean-image prediction that the solver continues from and remembers.
-        """
-        self._resume(state)
-        if through is not None:
-            convert = type(self.scheduler).convert_model_output
-            self.scheduler.convert_model_output = lambda *args, **kwargs: through(convert(self.scheduler, *args, **kwargs))
-        try:
-            latent = self.scheduler.step(out, self.timestep(state.step), latent, return_dict=False)[0]
-        finally:
-            vars(self.scheduler).pop("convert_model_output", None)
-        return SamplerState(state.step + 1, latent, self._memory())
+    def x0(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
+        """The clean image that a prediction implies at a step. Latents, prediction and result have one shape."""
+        alpha, sigma = self.noise_levels[step]
+        match self.prediction:
+            case "epsilon":
+                return (latent - sigma * out) / alpha
+            case "v_prediction":
+                square = _square(alpha, sigma)
+                return alpha / square * latent - sigma / math.sqrt(square) * out
+            case "flow_prediction":
+                return latent - sigma * out
+        return out
 
-    def _resume(self, state: SamplerState) -> None:
-        vars(self.scheduler).update({name: _own(value) for name, value in state.memory.items()})
+    def out(self, step: int, latent: Tensor, x0: Tensor) -> Tensor:
+        """The prediction that implies a clean image: the inverse of `x0`, at least in float32."""
+        alpha, sigma = self.noise_levels[step]
+        wide = torch.promote_types(latent.dtype, torch.float32)
+        latent, x0 = latent.to(wide), x0.to(wide)
+        match self.prediction:
+            case "epsilon":
+                return (latent - alpha * x0) / sigma
+            case "v_prediction":
+                square = _square(alpha, sigma)
+                return (alpha / square * latent - x0) * (math.sqrt(square) / sigma)
+            case "flow_prediction":
+                return (latent - x0) / sigma
+        return x0
 
-    def _memory(self) -> dict[str, Any]:
-        return {name: _own(value) for name, value in vars(self.scheduler).items() if name != "_internal_dict"}
+
+def _square(alpha: float, sigma: float) -> float:
+    square = alpha**2 + sigma**2
+    return 1.0 if abs(square - 1) < 1e-6 else square
 
 
-def _own(value: Any) -> Any:
-    """Of what a solver writes to itself, lists are edited in place and so copied; all else is only ever replaced."""
-    return copy.copy(value) if isinstance(value, (list, dict)) else value
+def solver_of(scheduler: Any, num_steps: SupportsIndex, device: torch.device | str = "cpu") -> Solver:
+    """A scheduler prepared for runs of `num_steps`, and tried; remembered for as long as the scheduler stays as it is.
+
+    Raises:
+        ValueError: `num_steps` is no count, or more than the scheduler has timesteps; or the scheduler cannot draw here.
+
+    Example:
+        >>> from diffusers import HeunDiscreteScheduler
+        >>> len(solver_of(HeunDiscreteScheduler(), 5))
+        9
+    """
+    steps = checked_count(num_steps)
+    state = dict(vars(scheduler))
+    key = (id(scheduler), steps, str(device), *((n, id(v), getattr(v, "_version", None)) for n, v in state.items()))
+    with _PREPARING:
+        if key not in _PREPARED:
+            _PREPARED[key] = state, _prepared(scheduler, steps, torch.device(device))  # `state` keeps these ids in use
+        _PREPARED.move_to_end(key)
+        while len(_PREPARED) > REMEMBERED:
+            _PREPARED.popitem(last=False)
+        return _PREPARED[key][1]
+
+
+def checked_count(num_steps: Any) -> int:
+    """`num_steps` as an integer of at least 1. Raises ValueError for anything else."""
+    try:
+        count = -1 if isinstance(num_steps, bool) else index(num_steps)
+    except TypeError:
+        count = -1
+    if count < 1:
+        raise ValueError(f"num_steps={num_steps!r}: give a whole number; an image takes at least one step.")
+    return count
+
+
+def _prepared(scheduler: Any, num_steps: int, device: torch.device) -> Solver:
+    name = type(scheduler).__name__
+    trained = scheduler.config.get("num_train_timesteps")
+    if trained is not None and num_steps > trained and hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"num_steps={num_steps}: {name} has {trained} timesteps, so that steps would be the same; take fewer.")
+    step = getattr(scheduler, "step", None)
+    if step is None or not hasattr(scheduler, "set_timesteps"):
+        raise ValueError(f"{name} has no step(output, timestep, latents), by which images are drawn: {CHOOSE}.")
+    takes = frozenset(inspect.signature(step).parameters)
+    try:
+        solver = _tried(Solver(_with_timesteps(scheduler, num_steps, torch.device("cpu")), num_steps, takes))
+    except _NotUsable as error:
+        raise ValueError(f"{name} cannot be used here: {error}. Please {CHOOSE}.") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
+        raise ValueError(f"{name} cannot draw in {num_steps} steps here ({reason}). Please {CHOOSE}.") from error
+    return solver if device.type == "cpu" else replace(solver, scheduler=_with_timesteps(scheduler, num_steps, device))
+
+
+def _with_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> Any:
+    prepared = copy.deepcopy(scheduler)
+    with _quiet():
+        prepared.set_timesteps(num_steps, device=device)
+    return prepared
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings about tensors that diffusers' schedulers convert by numpy's older protocol."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array(_wrap)?__ (implementation doesn't|must) accept", DeprecationWarning)
+        yield
+
+
+# Trying a scheduler
+
+
+class _NotUsable(Exception):
+    """Why a scheduler cannot be used."""
+
+
+def _tried(solver: Solver) -> Solver:
+    """The solver with what a trial finds out: input scales, noise levels, and the source of its noise.
+
+    Raises:
+        _NotUsable: its rows depend on one another, on torch's global generator, or are not finite.
+    """
+    together, scales = _pass(solver, seeds=(1, 2), rows=(0, 1))
+    alone, _ = _pass(solver, seeds=(2,), rows=(1,))
+    other, _ = _pass(solver, seeds=(3, 4), rows=(0, 1))
+    if together.shape != torch.Size(TRIED) or not bool(together.isfinite().all()):
+        raise _NotUsable("its steps do not lead to finite latents of the shape that they were given")
+    if not torch.allclose(together[1:], alone, rtol=1e-5, atol=1e-6):
+        raise _NotUsable("its noise does not come from the row's own generator, so that no run could be repeated")
+    solver = replace(solver, input_scales=scales, draws=not torch.equal(together, other))
+    levels = _levels(solver)
+    kind = solver.scheduler.config.get("prediction_type", "flow_prediction")
+    if levels is None or kind not in ("epsilon", "v_prediction", "sample", "flow_prediction"):
+        return solver
+    known = replace(solver, noise_levels=levels, prediction=kind)
+    return known if _goes_on_from_x0(known) else solver
+
+
+def _pass(
+    solver: Solver, seeds: Sequence[int], rows: Sequence[int], x0: Tensor | None = None
+) -> tuple[Tensor, tuple[float, ...]]:
+    """The last latents of random rows whose prediction is a fixed function of the latents, or implies `x0`."""
+    noise = torch.randn(TRIED, generator=torch.Generator().manual_seed(0))[list(rows)]
+    scheduler, latent, scales = solver.fresh(), noise * solver.initial_scale, []
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for step in range(len(solver)):
+        x = solver.network_input(scheduler, step, latent)
+        scales.append(float(x.flatten()[0] / latent.flatten()[0]))
+        out = x / 2 if x0 is None else solver.out(step, latent, x0)
+        latent = solver.advance(scheduler, step, latent, out, generators)
+    return latent, tuple(scales)
+
+
+def _levels(solver: Solver) -> tuple[tuple[float, float], ...] | None:
+    """(α, σ) per step, from the scheduler's own functions; None if it has none of them."""
+    scheduler, steps = solver.scheduler, range(len(solver))
+    if any(abs(scale - 1) > 1e-6 for scale in solver.input_scales):  # latent = x0 + σ·ε, scaled to unit variance for the network
+        return tuple((1.0, math.sqrt(max(1 / scale**2 - 1, 0.0))) for scale in solver.input_scales)
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t") and len(getattr(scheduler, "sigmas", ())) >= len(solver):
+        pairs = [scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[step]) for step in steps]
+        return tuple((float(alpha), float(sigma)) for alpha, sigma in pairs)
+    mix = getattr(scheduler, "add_noise", None)
+    if mix is None and (flow := getattr(scheduler, "scale_noise", None)) is not None:
+
+        def mix(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+            return flow(clean, times, noise)
+
+    if mix is None:
+        return None
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    try:
+        times = [solver.timestep(step)[None] for step in steps]
+        return tuple((float(mix(one, zero, t).flatten()[0]), float(mix(zero, one, t).flatten()[0])) for t in times)
+    except Exception:
+        return None
+
+
+def _goes_on_from_x0(solver: Solver) -> bool:
+    """True if a denoiser whose predictions imply one clean image at every step ends at that image."""
+    flow = solver.prediction == "flow_prediction"  # the one that is defined where nothing of the clean image is left
+    if any(not (math.isfinite(a + s) and s > 0 and (a > 0 or flow)) for a, s in solver.noise_levels):
+        return False
+    ones = torch.ones(TRIED)
+    low, high = (_pass(solver, (1, 2), (0, 1), ones * value)[0] for value in (-0.4, 0.4))  # what is left of the noise cancels
+    return bool(((high - low) / 0.8 - 1).abs().max() < 0.02)
+
+
+# Noise
 
 
 def seed_of_each(seed: Seeds, batch: int) -> list[int]:
     """One seed for each of `batch` prompts, from one for all or a sequence; numpy's and torch's integers are integers, too.
 
     Raises:
-        ValueError: another number of seeds, or something that is no integer.
+        ValueError: another number of seeds, or something that is no integer from -2**63 to 2**64 - 1.
     """
     try:
         try:
-            seeds = [index(seed)] * batch  # type: ignore[arg-type]
+            seeds = [_integer(seed)] * batch
         except TypeError:
-            seeds = [index(one) for one in seed]  # type: ignore[union-attr]
+            seeds = [_integer(one) for one in seed]  # type: ignore[union-attr]
     except TypeError:
         raise ValueError(f"seed={seed!r}: give an integer for all prompts, or one for each.") from None
     if len(seeds) != batch:
         raise ValueError(f"There are {len(seeds)} seeds for {batch} prompts: give one each, or a single one for all.")
+    if outside := [one for one in seeds if not -(2**63) <= one < 2**64]:
+        raise ValueError(f"seed={outside[0]} is no seed of torch, which lie between -2**63 and 2**64 - 1.")
     return seeds
 
 
-def seeded_noise(seeds: list[int], shape: tuple[int, ...]) -> Float[Tensor, "batch channel rows columns"]:
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return index(value)
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "batch channel rows columns"]:
     """Standard normal float32, one fresh CPU generator a row: equal seeds give equal noise on every machine."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -1,94 +1,212 @@
-"""A generation that can be gone back to."""
+"""A run: what a generation was made from, and what its denoiser said, call by call; enough to run it again from any step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..pixart.text_state import TextState
-from .hooks import Hooks
+from .hooks import Attached, Hooks
+from .loops import branches_of
 from .names import Branch
-from .sampling import Sampler, SamplerState
+from .sampling import Solver
 
 if TYPE_CHECKING:
     from .model import HookedTextToImage
 
+Stamp = tuple[tuple[int, int], ...]
+"""Identity and version of every tensor of a module."""
+
+
+def stamp(module: nn.Module) -> Stamp:
+    """A mark that changes when a parameter or buffer is replaced or written to (but for writes through `.data`)."""
+    return tuple((id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers()))
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a generation is computed from, apart from its noise."""
+    """Everything that a generation is computed from."""
 
     tokens: Int[Tensor, "batch text_pos"]
-    guidance: float
-    sampler: Sampler
     text: TextState
     """Rows [uncond; cond] with guidance, else cond alone."""
+    latents: Float[Tensor, "batch channel rows columns"]
+    """Standard normal noise, before the scheduler scales it."""
+    seeds: tuple[int, ...]
+    """Of each row's generator."""
+    drawn: bool
+    """True if `latents` are the first numbers of these generators, False if they were given."""
+    guidance: float
+    solver: Solver
+    weights: Stamp = ()
+    """Of the denoiser."""
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.tokens)
+
+    @property
+    def num_steps(self) -> int:
+        """As requested; the run takes `len(self.solver)` steps."""
+        return self.solver.num_steps
 
     @property
     def guided(self) -> bool:
         return self.guidance > 1
 
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """In the order of the denoiser's rows."""
+        return branches_of(self.guidance)
+
     def take(self, rows: Int[Tensor, " row"]) -> Inputs:
-        """The inputs of some rows."""
-        both = torch.cat([rows, rows + len(self.tokens)]) if self.guided else rows
-        return replace(self, tokens=self.tokens[rows], text=self.text.take(both))
+        """The inputs of some rows; rows may repeat."""
+        both = torch.cat([rows + i * len(self) for i in range(len(self.branches))])
+        seeds = tuple(self.seeds[row] for row in rows.tolist())
+        return replace(self, tokens=self.tokens[rows], text=self.text.take(both), latents=self.latents[rows], seeds=seeds)
 
     def rows(self, branch: Branch) -> slice:
-        """The rows of a branch in the denoiser's batch."""
-        batch = len(self.tokens)
-        return slice(0, batch) if branch == "uncond" or not self.guided else slice(batch, 2 * batch)
+        """The rows of a branch in the denoiser's batch; without guidance, all of them."""
+        start = self.branches.index(branch) * len(self) if self.guided else 0
+        return slice(start, start + len(self))
+
+    def generators(self) -> list[torch.Generator]:
+        """A generator for each row, as it stands before step 0; none if the scheduler draws nothing."""
+        if not self.solver.draws:
+            return []
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        for generator in generators if self.drawn else ():
+            torch.randn(self.latents.shape[1:], generator=generator)
+        return generators
+
+
+Calls = Mapping[tuple[int, tuple[Branch, ...]], Float[Tensor, "branch_batch out_channel rows columns"]]
+"""(step, branches of the call's batch) → the denoiser's prediction."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Of every step so far: the latents, what the denoiser said, and the guided prediction that the scheduler was given."""
+
+    latents: tuple[Float[Tensor, "batch channel rows columns"], ...] = ()
+    """As `hook_latent` left them."""
+    predictions: Calls = field(default_factory=dict)
+    """Call by call, before any hook between calls."""
+    outs: tuple[Float[Tensor, "batch channel rows columns"], ...] = ()
+    """As `hook_out` and `hook_x0` left them."""
+
+    def __len__(self) -> int:
+        """Steps."""
+        return len(self.outs)
+
+    def prediction(self, step: int, branch: Branch) -> Float[Tensor, "batch out_channel rows columns"]:
+        """The denoiser's prediction for a branch."""
+        for (at, branches), prediction in self.predictions.items():
+            if at == step and branch in branches:
+                return prediction.chunk(len(branches))[branches.index(branch)]
+        raise KeyError(f"There is no prediction of step {step}, branch {branch!r}.")
+
+    def take(self, rows: Int[Tensor, " row"]) -> Record:
+        """Some rows of the batch; rows may repeat."""
+
+        def some(tensor: Tensor) -> Tensor:
+            return tensor[rows.to(tensor.device)]
+
+        calls = {key: torch.cat([some(part) for part in each.chunk(len(key[1]))]) for key, each in self.predictions.items()}
+        return Record(tuple(map(some, self.latents)), calls, tuple(map(some, self.outs)))
+
+    @staticmethod
+    def join(records: Sequence[Record]) -> Record:
+        """The rows of several records of one number of steps, one after the other."""
+
+        def rows(several: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+            return [torch.cat(parts) for parts in zip(*several, strict=True)]
+
+        calls = {key: torch.cat(rows(r.predictions[key].chunk(len(key[1])) for r in records)) for key in records[0].predictions}
+        return Record(tuple(rows(r.latents for r in records)), calls, tuple(rows(r.outs for r in records)))
 
 
 @dataclass(frozen=True, repr=False)
-class Trajectory:
-    """`states[s]` is the sampler before step s, `states[-1]` after the last."""
+class Run:
+    """A generation, or its beginning, that can be run again from any step on.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> run = model.trajectory("red circle is above blue square", seed=0, num_steps=4)
+        >>> run.fork(2, [("steps.2.cond.blocks.0.attn.hook_z", lambda z, hook: 0 * z)]).images.shape
+        torch.Size([1, 3, 128, 128])
+    """
 
     model: HookedTextToImage
     inputs: Inputs
-    states: tuple[SamplerState, ...]
+    record: Record
+    latent: Float[Tensor, "batch channel rows columns"]
+    """After the last recorded step."""
+    hooks: tuple[Attached, ...] = ()
+    """Those on `hook_image` that it was made with."""
 
     def __repr__(self) -> str:
-        steps = self.inputs.sampler.num_steps
-        return f"Trajectory({len(self.inputs.tokens)} prompts, before steps 0 to {len(self.states) - 1} of {steps})"
+        return f"Trajectory({len(self.inputs)} prompts, before steps 0 to {len(self.record)} of {len(self)})"
 
-    def take(self, rows: Int[Tensor, " row"]) -> Trajectory:
-        """The same generation for some rows of its batch; rows may repeat."""
-        rows = rows.to(self.inputs.tokens.device)
-        return replace(self, inputs=self.inputs.take(rows), states=tuple(state.take(rows) for state in self.states))
+    def __len__(self) -> int:
+        """Steps of the whole run: evaluations of the denoiser."""
+        return len(self.inputs.solver)
+
+    @property
+    def latents(self) -> tuple[Float[Tensor, "batch channel rows columns"], ...]:
+        """Before every step that was made, and after the last."""
+        return (*self.record.latents, self.latent)
 
     @property
     def images(self) -> Float[Tensor, "batch 3 height width"]:
-        """The final images, in [0, 1]. Raises ValueError for a trajectory that was stopped before its last step."""
-        if (step := self.states[-1].step) < self.inputs.sampler.num_steps:
-            raise ValueError(f"There are no images: this trajectory was stopped before step {step}.")
-        return self.model.decode(self.states[-1].latent)
+        """The final images, in [0, 1]. Raises ValueError for a run that was stopped before its last step."""
+        if len(self.record) < len(self):
+            raise ValueError(f"There are no images: this trajectory was stopped before step {len(self.record)}.")
+        return self.model.decode(self.latent, self.hooks)
 
-    def repeat(self, times: int) -> Trajectory:
+    def take(self, rows: Int[Tensor, " row"]) -> Run:
+        """The same run for some rows of its batch; rows may repeat."""
+        rows = rows.to(self.inputs.tokens.device)
+        return replace(self, inputs=self.inputs.take(rows), record=self.record.take(rows), latent=self.latent[rows])
+
+    def repeat(self, times: int) -> Run:
         """The whole batch `times` times over, one copy after the other, so that a fork can treat the copies differently."""
-        return self.take(torch.arange(len(self.inputs.tokens)).repeat(times))
+        return self.take(torch.arange(len(self.inputs)).repeat(times))
 
-    def fork(self, step: int, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), until: int | None = None) -> Trajectory:
+    def fork(self, step: int, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), until: int | None = None, **how: Any) -> Run:
         """Run again from `step` on, with hooks: bitwise what a full run with these hooks gives, at (T − step)/T of its cost.
 
-        `until` stops before that step, as in `HookedTextToImage.trajectory`.
+        Args:
+            until: the step to stop before, as in `HookedTextToImage.trajectory`.
+            how: further arguments of `HookedTextToImage.run`.
 
         Raises:
-            ValueError: a hook lies before `step`, on the text encoder, or beyond the last step.
+            ValueError: there is no such step; a hook lies before it, on the text encoder, or beyond the last; or the denoiser's
+                weights have changed since, so that the steps before would be another model's.
         """
-        until = self.inputs.sampler.num_steps if until is None else until
         with self.model.hooks(fwd_hooks, bwd_hooks):
             self.check_fork(step, until)
-            later = tuple(islice(self.model._run(self.inputs, self.states[step]), until - step + 1))
-        return replace(self, states=self.states[:step] + later)
+            return self.model.run(self.inputs, self.record, step, until, **how)
 
-    def check_fork(self, step: int, until: int) -> None:
-        """Refuse a fork from `step` on that the hooks attached to the model would not all be reached by (raises as `fork`)."""
-        steps = self.inputs.sampler.num_steps
-        if not 0 <= step < steps:
-            raise ValueError(f"Cannot fork at step {step}: this trajectory has steps 0 to {steps - 1}.")
-        self.model._check_hooks(steps, self.inputs.guidance, range(step, until))
+    def check_fork(self, step: int, until: int | None = None) -> None:
+        """Raise as `fork` if a fork from `step` on would not reach every hook that is attached to the model."""
+        if not 0 <= step < len(self):
+            raise ValueError(f"Cannot fork at step {step}: this trajectory has steps 0 to {len(self) - 1}.")
+        if step > len(self.record):
+            raise ValueError(f"Cannot fork at step {step}: this trajectory was stopped before step {len(self.record)}.")
+        until = len(self) if until is None else until
+        if not step < until <= len(self):
+            raise ValueError(f"until={until}: a fork from step {step} can stop before steps {step + 1} to {len(self)}.")
+        if self.inputs.weights and stamp(self.model.dit) != self.inputs.weights:
+            raise ValueError("The denoiser's weights have changed since this trajectory was made: make it again.")
+        self.model.check_hooks(self.inputs.num_steps, self.inputs.guidance, range(step, until))
+
+
+Trajectory = Run
+"""The name under which `hooked_models` exports it."""

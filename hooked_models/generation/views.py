@@ -23,7 +23,7 @@ from ..pixart.config import DiTConfig
 from ..pixart.dit import FOLD_FIRST, HookedDiT
 from ..pixart.text_state import TextState
 from .names import Branch
-from .trajectory import Trajectory
+from .trajectory import Run
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -192,11 +192,9 @@ class StepView(View):
     The table is a trajectory: what comes before the step is computed once, for all rows.
     """
 
-    def __init__(
-        self, run: Trajectory, step: int, branch: Branch, pos: Positions, returns: Literal["images", "x0", "out"]
-    ) -> None:
+    def __init__(self, run: Run, step: int, branch: Branch, pos: Positions, returns: Literal["images", "x0", "out"]) -> None:
         dit, tokens = run.model.dit, run.inputs.tokens
-        side = run.states[0].latent.shape[-2] * run.states[0].latent.shape[-1] // dit.cfg.patch_size**2
+        side = run.latent.shape[-2] * run.latent.shape[-1] // dit.cfg.patch_size**2
         super().__init__(dit, len(tokens), tokens.shape[1] if pos == "text" else side, pos)
         self.run, self.step, self.branch, self.returns = run, step, branch, returns
 
@@ -220,9 +218,8 @@ class StepView(View):
         def read(tensor: Tensor, hook: HookPoint) -> None:
             found.append(tensor)
 
-        # a step returns the sampler's next state; what the network said at this one is read by a hook, gradient and all
-        with part.model.hooks([(f"steps.{self.step}.hook_{self.returns}", read)]):
-            part.model._step(part.inputs, part.states[self.step])
+        # a step ends with the next latents; the prediction is read by a hook, gradient and all
+        part.fork(self.step, [(f"steps.{self.step}.hook_{self.returns}", read)], until=self.step + 1)
         return found[0]
 
     @contextmanager

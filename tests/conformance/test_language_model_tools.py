@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import CMStochasticIterativeScheduler
 from transformer_lens import evals, head_detector
 from transformer_lens.tools.analysis import JacobianLens
 
@@ -66,6 +66,6 @@ def test_jacobian_lens(model: Any) -> None:
 
 
 def test_a_scheduler_without_clean_image_prediction() -> None:
-    model = HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=EulerDiscreteScheduler()))
-    with pytest.raises(ValueError, match="EulerDiscreteScheduler forms no clean-image prediction: take returns='out'"):
+    model = HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=CMStochasticIterativeScheduler()))
+    with pytest.raises(ValueError, match=r"CMStochasticIterativeScheduler forms no clean-image .*: take returns='out'"):
         model.at(0, "red circle", num_steps=2, returns="x0")

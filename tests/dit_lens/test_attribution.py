@@ -353,7 +353,8 @@ def test_step_by_step_gradients_equal_the_whole_graphs(scheduler):
             largest = max(largest, float(np.abs(cell.to_numpy() - expected.numpy()).max()))
             reference = max(reference, float(expected.abs().max()))
     assert reference > 1e-3
-    assert largest < 1e-11 * reference
+    tolerance = 1e-11 if scheduler == "unipc" else 1e-6  # DPM-Solver steps in float32, through which cotangents are rounded
+    assert largest < tolerance * reference
     assert float(np.abs(found["mlp"].sel(branch="uncond", step=slice(1, None))).max()) > 1e-6
 
 

@@ -60,7 +60,7 @@ def test_a_sweep_prints_its_strongest_cells_and_goes_on(folder, monkeypatch, cap
         assert [float(part) for part in line.split()[-3:]] == found.sel(intervention=label).round(4).values.tolist()
         assert f"{value:.4f}".rstrip("0") in line
     ran = []
-    monkeypatch.setattr(HookedTextToImage, "_step", lambda *args: ran.append(1))
+    monkeypatch.setattr(HookedTextToImage, "denoise", lambda *args: ran.append(1))
     dit_lens(monkeypatch, "sweep", folder, *options, *out)
     assert capsys.readouterr().out == printed
     assert not ran

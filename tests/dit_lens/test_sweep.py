@@ -583,7 +583,7 @@ def test_the_work_that_a_plan_announces_is_the_work_that_is_done(model, monkeypa
         forward = block.forward
         monkeypatch.setattr(block, "forward", lambda x, *args, forward=forward: done.append(len(x)) or forward(x, *args))
     decode = model.decode
-    monkeypatch.setattr(model, "decode", lambda latent: decoded.append(len(latent)) or decode(latent))
+    monkeypatch.setattr(model, "decode", lambda latent, *hooks: decoded.append(len(latent)) or decode(latent, *hooks))
     with FlopCounterMode(display=False) as counter:
         plan.run()
     assert cost.fork_layers + len(PROMPTS) * len(SEEDS) * STEPS * 2 * (2 if guidance > 1 else 1) <= sum(done)

@@ -87,7 +87,7 @@ def test_trajectories_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
     side = settings.get("sample_size", 16)
     latents = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(3))
     model = HookedTextToImage.from_pretrained(tmp_path / "model", **load)
-    ours = model.trajectory(PROMPTS, latents=latents, num_steps=2).states[-1].latent
+    ours = model.trajectory(PROMPTS, latents=latents, num_steps=2).latents[-1]
     pipe = diffusers_pipeline(tmp_path / "model", **load)
     call = {"use_resolution_binning": False, "clean_caption": False, "output_type": "latent"}  # as long as its default text
     theirs = pipe(list(PROMPTS), latents=latents.to(pipe.dtype), num_inference_steps=2, **call).images
@@ -124,7 +124,7 @@ def test_float16_spares_what_overflows_in_it(folder: Path) -> None:
     model = HookedTextToImage.from_pretrained(folder, dtype=F16)
     assert (model.dit.dtype, model.text_encoder.dtype, model.codec.dtype) == (F16, BF16, torch.float32)
     full = HookedTextToImage.from_pretrained(folder)
-    ours, exact = (m.trajectory(PROMPTS, num_steps=2).states[-1].latent for m in (model, full))
+    ours, exact = (m.trajectory(PROMPTS, num_steps=2).latents[-1] for m in (model, full))
     assert (ours - exact).abs().max() < 0.05 * exact.abs().max()
 
 

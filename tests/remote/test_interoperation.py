@@ -40,7 +40,7 @@ def test_a_cache_of_a_traced_generation_opens(folder, hooked: HookedTextToImage,
     model.pipeline.set_progress_bar_config(disable=True)
     blocks: Any = model.dit.blocks if renamed else model.transformer.transformer_blocks
     modules = [envoy for block in blocks for envoy in block.modules()]
-    latents = hooked._noise(0, 2)
+    latents = hooked.noise(0, 2)
     call = {"max_sequence_length": hooked.to_tokens(PROMPTS).shape[1], "latents": latents, "output_type": "latent"}
     quiet = {"use_resolution_binning": False, "clean_caption": False}
     with model.generate(PROMPTS, num_inference_steps=2, guidance_scale=4.5, **call, **quiet) as tracer:

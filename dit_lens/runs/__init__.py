@@ -1,0 +1,1 @@
+"""Runs repeated with hooks on copies of their rows, and gradients through them."""
