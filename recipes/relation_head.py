@@ -9,7 +9,6 @@ together, because a model may have several.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dit_lens import ablation, circuits, prompts, scenes, screening, stats, viz
+from dit_lens.store import write_json
 from hooked_models import HookedTextToImage
 
 PROMPTS = (
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
     ranking.to_csv(config.out / "screening.csv", index=False)
     table.to_csv(config.out / "knockout.csv")
     facts = {"model": config.model, "heads": found, "pairs": config.pairs, "controls": config.controls, "seed": config.seed}
-    (config.out / "result.json").write_text(json.dumps(facts, indent=2))
+    write_json(config.out / "result.json", facts)
     for head in found[:2]:
         maps = {word: circuits.position_word_map(model.dit, head, screening.word_vector(model, word)) for word in DIRECTION_WORDS}
         figure = viz.relation_head_figure(head, PROMPTS, images, attention_to_relation(model, cache, head), maps)

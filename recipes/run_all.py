@@ -26,7 +26,7 @@ from PIL import Image
 from rich.console import Console
 
 from dit_lens.stats import Interval
-from dit_lens.store import Index, Store
+from dit_lens.store import Index, Store, write_whole
 from hooked_models import HookedTextToImage, list_models
 
 HERE = Path(__file__).parent
@@ -88,7 +88,7 @@ def main(config: Config) -> None:
     readme = HERE / "README.md"
     reports = {name: json.loads(whole(at, "claims.json").read_text()) for name, at in found.items()}
     older = kept(readme.read_text(), hashes)
-    readme.write_text(page(reports, hashes, older))
+    write_whole(readme, lambda path: path.write_text(page(reports, hashes, older)))
     if gone := [name for name in FIGURES if name not in {*reports, *older}]:
         console.print(f"Not on the page, since they have left no results here and their models have changed: {', '.join(gone)}.")
     if failed:

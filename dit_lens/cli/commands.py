@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ..store import Store, write_whole
 from ..training.config import PretrainConfig, TrainConfig
 from .output import TABLES, first_line, save, say, show
 
@@ -103,8 +104,7 @@ def generate(
         raise ValueError(f"--out {out}: name a picture file, such as {out / 'image.png' if out.is_dir() else out}.png.")
     with torch.no_grad():
         image = machine.load(model)(prompt, seed, num_steps, guidance)[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((image.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()).save(out)
+    write_whole(out, Image.fromarray((image.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()).save)
     say(f"Saved {out}")
 
 
@@ -119,7 +119,6 @@ def evaluate(model: Name, machine: On, prompts: Prompts = (), n: int = 512, out:
             evaluation.md, in which a stopped evaluation continues.
     """
     from .. import task as scenes
-    from ..store import Store
     from ..task import evaluation
 
     if n < 1:

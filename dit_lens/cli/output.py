@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ..store import write_whole
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -33,16 +35,15 @@ def save(table: pd.DataFrame, out: Path) -> None:
     Raises:
         ValueError: the suffix is none of `TABLES`.
     """
-    writers: dict[str, Callable[[], Any]] = {
-        ".csv": lambda: table.to_csv(out, index=False),
-        ".parquet": lambda: table.to_parquet(out, index=False),
-        ".json": lambda: table.to_json(out, orient="records", indent=1),
-        ".html": lambda: table.to_html(out, index=False),
+    writers: dict[str, Callable[[Path], Any]] = {
+        ".csv": lambda path: table.to_csv(path, index=False),
+        ".parquet": lambda path: table.to_parquet(path, index=False),
+        ".json": lambda path: table.to_json(path, orient="records", indent=1),
+        ".html": lambda path: table.to_html(path, index=False),
     }
     if out.suffix not in writers:
         raise ValueError(f"--out {out}: name a file that ends in {', '.join(TABLES)}.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    writers[out.suffix]()
+    write_whole(out, writers[out.suffix])
 
 
 def first_line(error: BaseException) -> str:

@@ -30,6 +30,7 @@ from hooked_models.generation.names import Branch, Site
 from hooked_models.generation.sampling import Seeds
 from hooked_models.hooks import NameFilter
 from hooked_models.pipelines.hub import resolve
+from hooked_models.pipelines.loading import check_libraries
 from hooked_models.store import digest
 
 from ..intervene.interventions import Intervention
@@ -71,6 +72,7 @@ class RemoteTextToImage(HookedTextToImage):
         ImportError: nnsight is not installed.
         FileNotFoundError: there is no such model.
         TypeError: it is no PixArt pipeline.
+        ValueError: it names a library that opening a model must not import.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class RemoteTextToImage(HookedTextToImage):
         nnsight.register("dit_lens")  # the server has no dit_lens: what it needs of it travels as source
         source = resolve(repo_or_path)
         # A class of another library exists only as a whole, loaded: nnsight cannot build it empty.
-        own = any(isinstance(spec, list) and spec[0] == "hooked_models" for spec in _index(source, revision).values())
+        index = _index(source, revision)
+        check_libraries(str(repo_or_path), index)
+        own = any(isinstance(spec, list) and spec[0] == "hooked_models" for spec in index.values())
         opened = nnsight.DiffusionModel(source, rename=RENAME, dispatch=own or not remote, revision=revision, dtype=dtype)
         pipe: Any = opened.pipeline
         pipe.set_progress_bar_config(disable=True)

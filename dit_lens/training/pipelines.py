@@ -18,7 +18,8 @@ from hooked_models import (
     RandomTokenEncoderConfig,
     word_tokenizer,
 )
-from hooked_models.pipelines.hub import ZOO, resolve
+from hooked_models.pipelines.hub import ZOO, Source, resolve
+from hooked_models.pipelines.loading import read_index
 
 from .. import task as scenes
 
@@ -117,5 +118,8 @@ def build_text_encoder(encoder: str, moved_share: float = 1.0) -> tuple[PreTrain
 
 
 def load_pipeline(name: str) -> PixArtSigmaPipeline:
-    """A bundled model by name, or a pipeline folder, in float32."""
-    return PixArtSigmaPipeline.from_pretrained(resolve(name), dtype=torch.float32)
+    """A bundled model by name, or a pipeline folder, in float32. Raises ValueError if its index names foreign code."""
+    place = resolve(name)
+    if Path(place).is_dir():
+        read_index(Source(name, Path(place)))
+    return PixArtSigmaPipeline.from_pretrained(place, dtype=torch.float32)

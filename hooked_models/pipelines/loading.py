@@ -152,13 +152,36 @@ def read_index(source: Source) -> dict[str, Any]:
         index = None
     if not isinstance(index, dict):
         raise ValueError(f"{path} is damaged, or is no index of a pipeline: save or download the pipeline again.")
-    for name, value in index.items():
-        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] not in (None, *LIBRARIES):
+    check_libraries(source.name, index)
+    return index
+
+
+def check_libraries(name: str, index: Mapping[str, Any]) -> None:
+    """Refuse a `model_index.json` that would have other code imported than that of `LIBRARIES`.
+
+    Args:
+        name: of the model.
+        index: component → (library, class), and other settings.
+
+    Raises:
+        ValueError: a component is of another library.
+
+    Example:
+        >>> check_libraries("m", {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["schedules", "Mine"]})
+        Traceback (most recent call last):
+        ValueError: m takes its scheduler from 'schedules', but opening a folder imports diffusers, ...
+    """
+    for part, value in index.items():
+        if (
+            not part.startswith("_")
+            and isinstance(value, (list, tuple))
+            and len(value) == 2
+            and value[0] not in (None, *LIBRARIES)
+        ):
             raise ValueError(
-                f"{source.name} takes its {name} from {value[0]!r}, but opening a folder imports {', '.join(LIBRARIES)} only: "
+                f"{name} takes its {part} from {value[0]!r}, but opening a folder imports {', '.join(LIBRARIES)} only: "
                 "build the pipeline yourself, and use HookedTextToImage.from_pipeline(pipe)."
             )
-    return index
 
 
 def component_class(source: Source, name: str, library: str, cls: str) -> Any:

@@ -13,6 +13,8 @@ import torch
 from diffusers import PixArtSigmaPipeline
 from safetensors.torch import load_file, save_file
 
+from dit_lens.remote import RemoteTextToImage
+from dit_lens.training import load_pipeline
 from hooked_models import GenerationCache, HookedTextToImage, ModelCheckError
 from hooked_models.store import Index, Store
 
@@ -45,6 +47,14 @@ def test_no_library_is_imported_because_a_folder_names_it(folder, evil, weights,
     shutil.copy(folder.parent / f"{evil}.py", folder / f"{evil}.py")
     with pytest.raises(ValueError, match=rf"{component} from 'evil_component', but opening a folder imports diffusers"):
         HookedTextToImage.from_pretrained(folder, weights=weights)
+    assert evil not in sys.modules
+
+
+def test_training_and_nnsight_import_no_more(folder, evil):
+    edit_json(folder / "model_index.json", vae=[evil, "Thing"])
+    for opened in (load_pipeline, RemoteTextToImage):
+        with pytest.raises(ValueError, match="vae from 'evil_component', but opening a folder imports diffusers"):
+            opened(str(folder))
     assert evil not in sys.modules
 
 

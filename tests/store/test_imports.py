@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import subprocess
 import sys
-
-import pytest
 
 MODELS = ("torch", "diffusers", "transformers", "transformer_lens", "accelerate", "safetensors", "pandas", "sklearn")
 
@@ -25,10 +21,3 @@ def test_the_store_loads_no_model_code():
         *("dit_lens", "dit_lens.store", "hooked_models", "hooked_models.lazy_imports", "hooked_models.store"),
         *(f"hooked_models.store.{name}" for name in ("folder", "hashing", "writing")),
     }
-
-
-@pytest.mark.parametrize("name", ["folder", "hashing", "writing"])
-def test_examples_run(name):
-    found = doctest.testmod(importlib.import_module(f"hooked_models.store.{name}"))
-    assert found.attempted > 2
-    assert not found.failed
