@@ -1,11 +1,23 @@
-"""A server that speaks NDIF's protocol: sending it a trace, waiting for the result, and saying what went wrong."""
+"""A server that speaks NDIF's protocol: sending it a trace, waiting for the result, and saying what went wrong.
+
+Every exchange with the server has a deadline: one `timeout` for the whole of a request, from the comparison of versions to the
+result. Answers of any other form than NDIF's become a ServerError, and results are loaded without pickled code.
+"""
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from threading import Thread
 from typing import Any, TypeVar
+
+import torch
+
+from hooked_models.arguments import number
 
 Result = TypeVar("Result")
 
@@ -13,6 +25,8 @@ POLL, PATIENCE = 0.05, 3.0
 """Seconds before the first look at a run's status (later ones are rarer), and for which a server may be silent."""
 COMPARED = {"nnsight": 2, "diffusers": 2, "transformers": 1}
 """Packages whose versions must agree, and in how many numbers: they decide the names of modules and the format of requests."""
+LONGEST_MESSAGE, LARGEST_ENVIRONMENT = 300, 2**20
+"""Characters of a server's text that a message quotes, and bytes of its list of packages."""
 
 
 class ServerError(RuntimeError):
@@ -20,8 +34,8 @@ class ServerError(RuntimeError):
 
     Args:
         message: one sentence, and what to do.
-        remote_traceback: what the server said of a run that failed.
-        lost: whether there was no answer at all.
+        remote_traceback: the server's traceback of a run that failed.
+        lost: True if there was no answer at all.
     """
 
     def __init__(self, message: str, remote_traceback: str = "", lost: bool = False) -> None:
@@ -35,7 +49,10 @@ class Server:
     Args:
         host: "http://…" or "https://…"; None for nnsight's own setting (`NDIF_HOST`).
         api_key: None for nnsight's own setting (`NDIF_API_KEY`). It is sent with requests, and never printed or raised.
-        timeout: seconds to wait for a run.
+        timeout: seconds for a request as a whole.
+
+    Raises:
+        ValueError: the address has no scheme, or `timeout` is no positive number.
     """
 
     def __init__(self, host: str | None, api_key: str | None, timeout: float) -> None:
@@ -43,26 +60,28 @@ class Server:
         self.host: str = (host or nnsight.CONFIG.API.HOST).rstrip("/")
         if not self.host.startswith(("http://", "https://")):
             raise ValueError(f"remote={self.host!r}: write the address with its scheme, as in 'http://{self.host}'.")
-        self.timeout = timeout
+        self.timeout = number("timeout", timeout)
+        if self.timeout <= 0:
+            raise ValueError(f"timeout={timeout!r}: give a positive number of seconds.")
         self._api_key = api_key
         self._compared = False
+        self._deadline = math.inf
 
     def __repr__(self) -> str:
         return f"Server({self.host!r}, timeout={self.timeout:g})"
 
     def backend(self, model_key: str) -> Any:
-        """What a trace or session takes as `backend`.
+        """The `backend` of a trace or session; its time, `timeout`, begins here.
 
         Raises:
             ServerError: there is no answer, or its packages are of other versions than ours.
         """
-        from nnsight.intervention.backends.remote import RemoteBackend
-
+        self._deadline = time.monotonic() + self.timeout
         if not self._compared:
             self._compare_versions()
             self._compared = True
         # Not the websocket: waiting there has no end when the server hangs, and a run is lost with the connection.
-        return RemoteBackend(model_key, host=self.host, api_key=self._api_key, blocking=False)
+        return _backend_class()(self, model_key, self._api_key)
 
     def wait(self, backend: Any) -> dict[str, Any]:
         """The saved values of a run that was sent, by their names in the traced block.
@@ -70,10 +89,10 @@ class Server:
         Raises:
             ServerError: the run failed, the server does not answer any more, or `timeout` is over.
         """
-        pause, sent, lost_at = POLL, time.monotonic(), None
+        pause, lost_at = POLL, None
         while True:
             try:
-                result, lost_at = self.asked(backend), None
+                result, lost_at = backend(), None
             except ServerError as error:
                 if not error.lost:
                     raise
@@ -86,59 +105,123 @@ class Server:
                     "heard of. If the server has died, so has the run: start it and run again.",
                     lost=True,
                 )
-            if time.monotonic() > sent + self.timeout:
+            if time.monotonic() > self._deadline:
                 raise ServerError(
                     f"No result within {self.timeout:g} s: the run {backend.job_id} is {_name(backend.status)} at {self.host}. "
-                    "Say timeout=… for more, or ask for less: fewer steps, prompts or tensors."
+                    "Say timeout=… for more, or request less: fewer steps, prompts or tensors."
                 )
-            time.sleep(pause)
+            time.sleep(min(pause, max(0.0, self._deadline - time.monotonic())))
             pause = min(1.0, 1.3 * pause)
 
-    def asked(self, ask: Callable[[], Result]) -> Result:
-        """What `ask` returns; its errors of nnsight and httpx as ServerErrors."""
+    def exchange(self, talk: Callable[[], Result]) -> Result:
+        """The value of `talk`, which speaks with the server and nothing else, before the deadline.
+
+        httpx limits the silence between two bytes, not the whole: a server that sends a byte a second never exceeds it. So `talk`
+        runs in a thread of its own, which is left behind when the time is over.
+
+        Raises:
+            ServerError: the time is over, there is no answer, or it is no answer of NDIF's.
+        """
+        outcome: list[Any] = []
+
+        def run() -> None:
+            try:
+                outcome.append((talk(), None))
+            except Exception as error:  # whatever a foreign answer does to the parsers of nnsight, pydantic and httpx
+                outcome.append((None, error))
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(max(0.0, self._deadline - time.monotonic()))
+        if not outcome:
+            raise ServerError(
+                f"{self.host} has not answered within {self.timeout:g} s: say timeout=… for more, or see whether it is busy."
+            )
+        value, error = outcome[0]
+        if error is None:
+            return value
+        raise self._explained(error)  # out here, where it has no context: that would be the request, whose headers hold the key
+
+    def _explained(self, error: Exception) -> ServerError:
         import httpx
         from nnsight.intervention.backends.remote import RemoteError
 
-        try:
-            return ask()
-        except (RemoteError, httpx.HTTPError) as error:
-            cause: Any = error.__cause__ if isinstance(error, RemoteError) else error
-            explained = self._explained(error, getattr(cause, "response", None), cause)
-        raise explained  # out here, where it has no context: that would be the request, whose headers hold the key
-
-    def _explained(self, error: Exception, response: Any, cause: Any) -> ServerError:
-        import httpx
-
+        if isinstance(error, ServerError):
+            return error
+        cause: Any = error.__cause__ if isinstance(error, RemoteError) else error
+        response = getattr(cause, "response", None) if isinstance(cause, httpx.HTTPError) else None
         if response is not None and response.status_code in (401, 403):
             return ServerError(f"{self.host} refused the API key: say api_key=…, or set NDIF_API_KEY.")
         if response is not None:
-            said = str(error).removeprefix("Failed to send request: ")
+            said = _short(str(error).removeprefix("Failed to send request: "))
             return ServerError(f"{self.host} refused the run (HTTP {response.status_code}): {said}")
         if isinstance(cause, httpx.TransportError):
             return ServerError(
                 f"No server answers at {self.host} ({type(cause).__name__}): is it running, and the address right?", lost=True
             )
+        if not isinstance(error, RemoteError):
+            return ServerError(
+                f"{self.host} answers, but not as an NDIF server does ({type(error).__name__}: {_short(str(error))}): is the "
+                "address right?"
+            )
         text = str(error).strip()
         last = text.splitlines()[-1] if text else "it did not say why"
-        return ServerError(f"The run failed at {self.host}: {last}", remote_traceback=text)
+        return ServerError(f"The run failed at {self.host}: {_short(last)}", remote_traceback=text)
 
     def _compare_versions(self) -> None:
-        import httpx
-
-        def ask() -> dict[str, Any]:
-            response = httpx.get(f"{self.host}/env", timeout=httpx.Timeout(10.0, read=60.0))
-            if response.status_code == 404:
-                return {}  # a server that does not tell
-            return response.raise_for_status().json().get("packages", {})
-
-        theirs = self.asked(ask)
+        theirs = self.exchange(self._packages)
         for package, numbers in COMPARED.items():
-            ours, found = version(package), str(theirs.get(package, ""))
+            ours, found = version(package), _short(str(theirs.get(package, "")), 40)
             if found and found.split(".")[:numbers] != ours.split(".")[:numbers]:
                 raise ServerError(
                     f"{self.host} runs {package} {found}, and here is {ours}: the names of modules or the format of requests "
                     f"may differ. Install {package} {'.'.join(found.split('.')[:numbers])}.* here, or the same as here there."
                 )
+
+    def _packages(self) -> dict[str, Any]:
+        import httpx
+
+        text = b""
+        with httpx.stream("GET", f"{self.host}/env", timeout=self.timeout) as response:
+            if response.status_code == 404:
+                return {}  # a server that does not tell
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                text += chunk
+                if len(text) > LARGEST_ENVIRONMENT:
+                    raise ValueError(f"a list of packages of more than {LARGEST_ENVIRONMENT} bytes")
+        packages = json.loads(text)["packages"]
+        if not isinstance(packages, dict):
+            raise ValueError("a list of packages that is no object")
+        return packages
+
+
+def _backend_class() -> Any:
+    """nnsight's backend, whose every exchange has our deadline, and which loads no pickled code.
+
+    A function, because nnsight is imported where it is needed only.
+    """
+    from nnsight.intervention.backends.remote import RemoteBackend
+
+    class Backend(RemoteBackend):
+        def __init__(self, server: Server, model_key: str, api_key: str | None) -> None:
+            super().__init__(model_key, host=server.host, api_key=api_key, blocking=False)
+            self.server = server
+
+        def _post(self, request: Any, blob: bytes) -> Any:
+            return self.server.exchange(lambda: RemoteBackend._post(self, request, blob))
+
+        def poll(self, tracer: Any = None) -> Any:
+            return self.server.exchange(lambda: RemoteBackend.poll(self, tracer))
+
+        def finalize(self, content: bytes) -> Any:
+            if self.compress:
+                import zstandard
+
+                content = zstandard.ZstdDecompressor().decompress(content)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    return Backend
 
 
 def import_nnsight() -> Any:
@@ -151,4 +234,10 @@ def import_nnsight() -> Any:
 
 
 def _name(status: Any) -> str:
-    return "in an unknown state" if status is None else str(getattr(status, "value", status))
+    return "in an unknown state" if status is None else _short(str(getattr(status, "value", status)), 40)
+
+
+def _short(text: str, length: int = LONGEST_MESSAGE) -> str:
+    """At most `length` characters of a server's text, in one line."""
+    line = " ".join(text[: 4 * length].split())
+    return line if len(line) <= length else line[:length] + "…"

@@ -70,7 +70,7 @@ def test_no_server(folder) -> None:
 
 
 def test_waiting_has_an_end(folder, server: Served) -> None:
-    refused(folder, f"{server.url}/stuck", r"No result within 0\.2 s: the run \w+ is QUEUED", timeout=0.2)
+    refused(folder, f"{server.url}/stuck", r"No result within 2 s: the run \w+ is QUEUED", timeout=2)
 
 
 def test_a_server_that_dies(folder, server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
