@@ -97,6 +97,7 @@ def _block() -> Iterator[Hook]:
     yield Hook(at + "hook_resid_mid", STREAM)
     yield Hook(at + "hook_cross_attn_in", INPUT, flag=FORK)
     yield from _attention("cross_attn", "text_", "d_caption")
+    yield Hook(at + "hook_cross_attn_out_pre_gate", STREAM)
     yield Hook(at + "hook_cross_attn_out", STREAM)
     yield Hook(at + "hook_resid_mid_cross", STREAM)
     yield from _attention("image_attn", "", "d_model")

@@ -16,12 +16,45 @@ from torch import nn
 from ..hooks import HookedModule
 from ..pipelines.checks import check_denoiser, failures_of, refuse
 from ..pixart.dit import HookedDiT
-from . import class_dit, flux, flux3, lumina2, prx, sana, sd3
+from . import (
+    aura_flow,
+    bria,
+    chroma,
+    class_dit,
+    cogvideox,
+    cogview4,
+    ernie_image,
+    flux,
+    flux2,
+    flux3,
+    glm_image,
+    hidream,
+    hunyuan_dit,
+    hunyuan_video,
+    ideogram4,
+    kandinsky5,
+    krea2,
+    longcat_image,
+    ltx,
+    lumina2,
+    ovis_image,
+    prx,
+    qwen_image,
+    sana,
+    sd3,
+    wan,
+    z_image,
+)
 from .adapter import Family, FamilyModel
 from .check import failures
 from .class_dit import HookedClassDiT
 
-SUPPORTED: dict[str, Family] = {module.FAMILY.transformer: module.FAMILY for module in (sd3, flux, sana, flux3, lumina2, prx)}
+LISTED = (
+    *(sd3, flux, flux2, flux3, qwen_image, z_image, sana, chroma, cogview4, lumina2, aura_flow, hunyuan_dit, krea2),
+    *(longcat_image, bria, ovis_image, prx, hidream, ernie_image, kandinsky5, glm_image, ideogram4),
+    *(wan, ltx, hunyuan_video, cogvideox),
+)
+SUPPORTED: dict[str, Family] = {module.FAMILY.transformer: module.FAMILY for module in LISTED}
 """The class of the transformer → its family."""
 NATIVE: dict[str, type[HookedModule]] = {
     "PixArtTransformer2DModel": HookedDiT,
@@ -30,8 +63,7 @@ NATIVE: dict[str, type[HookedModule]] = {
 }
 """Of these, every tensor has a name."""
 UNSUPPORTED: dict[str, str] = {
-    "WanTransformer3DModel": "it draws video; its positions have an axis of time, which the shared names lack",
-    "CogVideoXTransformer3DModel": "it draws video; its positions have an axis of time, which the shared names lack",
+    "QwenImage21Transformer2DModel": "its attention calls the kernel several times in one call, for a prefix and the rest",
 }
 """Looked at and left out, with the reason."""
 

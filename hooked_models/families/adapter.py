@@ -13,9 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks import HookedModule, NoLanguageModel, UnknownHookError
@@ -223,15 +221,3 @@ class FamilyModel(NoLanguageModel, HookedModule):
                 "that cache, or call set_default_attn_processor() and set_attention_backend('native')."
             )
         return output
-
-
-def random(*shape: int) -> Float[Tensor, "..."]:
-    """Normal numbers, the same in every call."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def image_ids(n_axes: int, device: Any) -> Float[Tensor, "6 axis"]:
-    """Places of 2 × 3 image tokens: rows in axis 1, columns in axis 2."""
-    places = torch.zeros(6, n_axes, device=device)
-    places[:, 1], places[:, 2] = torch.arange(6, device=device) // 3, torch.arange(6, device=device) % 3
-    return places

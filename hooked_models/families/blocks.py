@@ -70,7 +70,7 @@ def two_streams(
     writes = {
         "attn_out_pre_gate": Write(attn, ("image", "text")),
         "mlp_out_pre_gate": Write(mlp, ("image",)),
-        "text_mlp_out_pre_gate": Write(text_mlp, ("text",)),
+        "text_mlp_out_pre_gate": Write(text_mlp, ("text",), call=int(text_mlp == mlp)),  # one MLP, called for each
     }
     if image_attn is not None:
         attentions["image_attn"] = Attention(image_attn, "image", "image")
@@ -94,20 +94,38 @@ def one_stream(
     return Blocks(path, {"attn": Attention(attn, weights=weights or {})}, {enters: "joint"}, ("joint",), writes)
 
 
-def fused_weights(block: Any) -> Tensor:
-    """The attention's columns of FLUX's `proj_out`, which reads heads and MLP at once."""
-    return block.proj_out.weight[:, : block.attn.inner_dim]
+def weight(path: str, part: int = 0, parts: int = 1) -> Callable[[Any], Tensor]:
+    """Weight of a Linear in a block, or one of equal parts of its outputs."""
+    return lambda block: block.get_submodule(path).weight.chunk(parts)[part]
 
 
-def parallel_streams(path: str) -> Blocks:
-    """FLUX's single blocks: attention and MLP side by side, one projection for both; the streams enter and leave apart."""
+def of_heads(path: str) -> Callable[[Any], Tensor]:
+    """Attention's columns of a Linear that reads heads and MLP at once."""
+    return lambda block: block.get_submodule(path).weight[:, : block.attn.inner_dim]
+
+
+def parallel_streams(path: str, joined: bool = False, leaves: tuple[str, ...] = ("text", "image")) -> Blocks:
+    """FLUX's single blocks: attention and MLP side by side, one projection for both.
+
+    `joined`: the streams enter and leave as one tensor.
+    """
     return Blocks(
         path,
-        {"attn": Attention("attn", weights={"O": fused_weights})},
-        {"hidden_states": "image", "encoder_hidden_states": "text"},
-        ("text", "image"),
+        {"attn": Attention("attn", weights={"O": of_heads("proj_out")})},
+        {"hidden_states": "joint"} if joined else {"hidden_states": "image", "encoder_hidden_states": "text"},
+        ("joint",) if joined else leaves,
         {"attn_mlp_out_pre_gate": Write("proj_out", ("joint",))},
     )
+
+
+def width_sizes(heads: str, width: str) -> Callable[[Any], tuple[int, int, int]]:
+    """n_heads, d_head and d_model of a config that names the number of heads and the width."""
+
+    def sizes(live: Any) -> tuple[int, int, int]:
+        n_heads, d_model = live.config[heads], live.config[width]
+        return n_heads, d_model // n_heads, d_model
+
+    return sizes
 
 
 def cross_attending(

@@ -1,8 +1,9 @@
 """The class-conditional DiT, with a name for every tensor: PixArt's block without text, modulated by timestep and class.
 
-Source: `DiTTransformer2DModel` and `BasicTransformerBlock` with `norm_type="ada_norm_zero"` (diffusers 0.42); Peebles and Xie
-(arXiv 2212.09748). Traps: every block embeds timestep and class anew, with weights of its own; the norm before the MLP has
-another epsilon than the one before attention; the last layer is modulated by the first block's embedding.
+Source: `DiTTransformer2DModel` and `BasicTransformerBlock` with `norm_type="ada_norm_zero"`
+(diffusers 0.42); Peebles and Xie (arXiv 2212.09748). Traps: every block embeds timestep and class
+anew, with weights of its own; the norm before the MLP has another epsilon than the one before
+attention; the last layer is modulated by the first block's embedding.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..pixart.block import MLP, Block, LayerNorm, Modulation, ModulationHooks, m
 from ..pixart.cache import DiTCache
 from ..pixart.config import DiTConfig
 from ..pixart.patch_model import PatchModel
-from .adapter import random
+from .samples import random
 
 
 class ClassAdaLN(ModulationHooks):

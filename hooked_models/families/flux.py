@@ -1,4 +1,4 @@
-"""FLUX.1: two streams in one attention, [text, image], then blocks of one stream; rotary position codes.
+"""FLUX.1: two streams in one attention, [text, image], then blocks of one stream.
 
 Source: `FluxTransformer2DModel` and `FluxAttnProcessor` (diffusers 0.42).
 """
@@ -7,25 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import FluxTransformer2DModel
 
-from .adapter import Family, image_ids, random
+from .adapter import Family
 from .blocks import parallel_streams, two_streams
 from .layout import ids, in_order
+from .samples import normal, packed, times
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
-    guidance = {"guidance": torch.tensor([3.5, 3.5], device=device, dtype=dtype)} if config.guidance_embeds else {}
-    return {
-        "hidden_states": random(2, 6, config.in_channels).to(device, dtype),
-        "encoder_hidden_states": random(2, 5, config.joint_attention_dim).to(device, dtype),
-        "pooled_projections": random(2, config.pooled_projection_dim).to(device, dtype),
-        "timestep": torch.tensor([0.9, 0.2], device=device, dtype=dtype),
-        "img_ids": image_ids(3, device),
-        "txt_ids": torch.zeros(5, 3, device=device),
-    } | guidance
+    config = transformer.config
+    pooled = {"pooled_projections": normal(transformer, 2, config.pooled_projection_dim)}
+    guidance = {"guidance": 4 * times(transformer)} if config.guidance_embeds else {}
+    return packed(transformer, 3) | pooled | guidance
 
 
 def small() -> Any:

@@ -1,31 +1,24 @@
 """FLUX.3: blocks of the image alone, then blocks of both streams; attention and MLP side by side.
 
-Source: `Flux3Transformer2DModel` and `Flux3AttnProcessor` (diffusers 0.42). Blocks of the text alone,
-which run before, have no names here.
+Source: `Flux3Transformer2DModel` and `Flux3AttnProcessor` (diffusers 0.42). Blocks of the text
+alone, which run before, have no names here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import Flux3Transformer2DModel
 
-from .adapter import Family, image_ids, random
+from .adapter import Family
 from .blocks import Attention, Blocks, Write
 from .layout import ids, in_order
+from .samples import packed, times
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
-    target = {"target_timestep": torch.tensor([0.8, 0.1], device=device, dtype=dtype)} if config.flow_map else {}
-    return {
-        "hidden_states": random(2, 6, config.in_channels).to(device, dtype),
-        "encoder_hidden_states": random(2, 5, config.joint_attention_dim).to(device, dtype),
-        "timestep": torch.tensor([0.9, 0.2], device=device, dtype=dtype),
-        "img_ids": image_ids(4, device),
-        "txt_ids": torch.zeros(5, 4, device=device),
-    } | target
+    target = {"target_timestep": times(transformer) - 0.1} if transformer.config.flow_map else {}
+    return packed(transformer, 4) | target
 
 
 def small() -> Any:

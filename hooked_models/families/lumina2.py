@@ -1,8 +1,8 @@
 """Lumina 2: one stream, each row its own text, then its image, then padding; heads share keys.
 
-Source: `Lumina2Transformer2DModel` and `Lumina2AttnProcessor2_0` (diffusers 0.42). Trap: a row's image
-begins where that row's text ends, so positions differ from row to row. Refiners of text and image run
-before the blocks that are named here.
+Source: `Lumina2Transformer2DModel` and `Lumina2AttnProcessor2_0` (diffusers 0.42). Trap: a row's
+image begins where that row's text ends, so positions differ from row to row. Refiners of text and
+image run before the blocks that are named here.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import Lumina2Transformer2DModel
 
-from .adapter import Family, random
-from .blocks import one_stream
+from .adapter import Family
+from .blocks import one_stream, width_sizes
 from .layout import IMAGE, TEXT, Layout, patches, ragged
+from .samples import normal, patch_pixels, text_mask, times
 
 
 def layout(live: Any, given: Mapping[str, Any]) -> Layout:
@@ -25,12 +25,11 @@ def layout(live: Any, given: Mapping[str, Any]) -> Layout:
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
-    config, device, dtype, p = transformer.config, transformer.device, transformer.dtype, transformer.config.patch_size
     return {
-        "hidden_states": random(2, config.in_channels, 2 * p, 3 * p).to(device, dtype),
-        "timestep": torch.tensor([0.9, 0.2], device=device, dtype=dtype),
-        "encoder_hidden_states": random(2, 5, config.cap_feat_dim).to(device, dtype),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device).bool(),
+        "hidden_states": patch_pixels(transformer, transformer.config.in_channels),
+        "timestep": times(transformer),
+        "encoder_hidden_states": normal(transformer, 2, 5, transformer.config.cap_feat_dim),
+        "encoder_attention_mask": text_mask(transformer),
     }
 
 
@@ -45,11 +44,7 @@ FAMILY = Family(
     transformer="Lumina2Transformer2DModel",
     blocks=(one_stream("layers", attn_out="norm2", mlp_out="ffn_norm2"),),
     layout=layout,
-    sizes=lambda live: (
-        live.config.num_attention_heads,
-        live.config.hidden_size // live.config.num_attention_heads,
-        live.config.hidden_size,
-    ),
+    sizes=width_sizes("num_attention_heads", "hidden_size"),
     inputs=inputs,
     small=small,
     notes="text positions beyond a row's own text are padding; outputs pass a norm, then a tanh gate",

@@ -1,6 +1,7 @@
 """SANA: linear attention within the image, softmax attention to the text.
 
-Source: `SanaTransformer2DModel`, `SanaLinearAttnProcessor2_0` and `SanaAttnProcessor2_0` (diffusers 0.42); arXiv 2410.10629.
+Source: `SanaTransformer2DModel`, `SanaLinearAttnProcessor2_0` and `SanaAttnProcessor2_0` (diffusers
+0.42); arXiv 2410.10629.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from diffusers import SanaTransformer2DModel
 
-from .adapter import Family, random
+from .adapter import Family
 from .blocks import Write, cross_attending
 from .layout import in_order, patches
+from .samples import normal, patch_pixels, text_mask, times
 
 CROSS = cross_attending("transformer_blocks", attn=None, mlp="", gated=())
 LINEAR: dict[str, Write] = {
@@ -24,13 +25,11 @@ BLOCKS = replace(CROSS, writes={**LINEAR, **CROSS.writes})
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
-    p = config.patch_size
     return {
-        "hidden_states": random(2, config.in_channels, 2 * p, 3 * p).to(device, dtype),
-        "encoder_hidden_states": random(2, 5, config.caption_channels).to(device, dtype),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device),
-        "timestep": torch.tensor([901, 17], device=device),
+        "hidden_states": patch_pixels(transformer, transformer.config.in_channels),
+        "encoder_hidden_states": normal(transformer, 2, 5, transformer.config.caption_channels),
+        "encoder_attention_mask": text_mask(transformer).long(),
+        "timestep": times(transformer, 1000),
     }
 
 

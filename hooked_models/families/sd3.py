@@ -1,27 +1,28 @@
 """Stable Diffusion 3 and 3.5: both streams in one attention, [image, text].
 
-Source: `SD3Transformer2DModel` and `JointAttnProcessor2_0` (diffusers 0.42); Esser et al. (arXiv 2403.03206).
+Source: `SD3Transformer2DModel` and `JointAttnProcessor2_0` (diffusers 0.42); Esser et al. (arXiv
+2403.03206).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import SD3Transformer2DModel
 
-from .adapter import Family, random
+from .adapter import Family
 from .blocks import two_streams
 from .layout import in_order, patches
+from .samples import normal, patch_pixels, times
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
-    config, p = transformer.config, transformer.config.patch_size
+    config = transformer.config
     return {
-        "hidden_states": random(2, config.in_channels, 2 * p, 3 * p).to(transformer.device, transformer.dtype),
-        "encoder_hidden_states": random(2, 5, config.joint_attention_dim).to(transformer.device, transformer.dtype),
-        "pooled_projections": random(2, config.pooled_projection_dim).to(transformer.device, transformer.dtype),
-        "timestep": torch.tensor([901, 17], device=transformer.device),
+        "hidden_states": patch_pixels(transformer, config.in_channels),
+        "encoder_hidden_states": normal(transformer, 2, 5, config.joint_attention_dim),
+        "pooled_projections": normal(transformer, 2, config.pooled_projection_dim),
+        "timestep": times(transformer, 1000),
     }
 
 

@@ -107,15 +107,15 @@ class FamilyHeads(AttentionCore):
             q, k = (layout.image_first(x, (s,), dim=2) for x, s in ((query, self.queries), (key, self.keys)))
             bias = self._bias(layout, attn_mask, is_causal, query, key)
         if self.on_qk is not None:
-            self.on_qk(q.transpose(1, 2), k.transpose(1, 2), bias)
+            seen = bias if bias is None else bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
+            self.on_qk(q.transpose(1, 2), k.transpose(1, 2), seen)
         if not explicit:
             z = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
             return self._through(self.hook_z, z, layout, self.queries)
         scores = q @ k.mT * self.scale
         scores = self.hook_attn_scores(scores if bias is None else scores + bias)
-        pattern = scores.softmax(dim=-1)
-        if bias is not None:  # as in torch, a query that may look at no key gets zeros
-            pattern = pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+        dead = (scores == -torch.inf).all(-1, keepdim=True)  # as in torch, a query that may look at no key gets zeros
+        pattern = scores.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
         z = self.hook_pattern(pattern) @ layout.image_first(value, (self.keys,), dim=2)
         z = self.hook_z(z.transpose(1, 2)).transpose(1, 2)
         return layout.as_model(z, (self.queries,), dim=2)

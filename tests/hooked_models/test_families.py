@@ -71,7 +71,7 @@ def test_the_output_is_the_originals_fused_and_explicit(case) -> None:
     unwatched = predicted(model(**inputs))
     assert torch.equal(unwatched, reference) if isinstance(model, FamilyModel) else (unwatched - reference).abs().max() < 1e-5
     output, _ = model.run_with_cache(**inputs)
-    assert (predicted(output) - reference).abs().max() < 1e-4
+    assert (predicted(output) - reference).abs().max() < 1e-4 * reference.abs().max().clamp(min=1)
     assert torch.equal(predicted(model.wrapped(**inputs)), reference)  # the original is as it was
 
 
@@ -96,7 +96,7 @@ def test_attention_is_what_its_hooks_say(case) -> None:
         products = torch.einsum("bqhd,bkhd->bhqk", q, k) * model.cfg.d_head**-0.5
         seen = scores > -1000
         assert torch.allclose(products[seen], scores[seen], atol=1e-4)
-        assert torch.allclose(scores.softmax(-1), pattern, atol=1e-6)
+        assert torch.allclose(scores.softmax(-1).nan_to_num(0.0), pattern, atol=1e-6)  # a padded query may look at no key
         assert torch.allclose(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z, atol=1e-5)
 
 
@@ -104,8 +104,8 @@ def test_every_hooks_return_value_is_used(case) -> None:
     model, inputs = case
     reference = predicted(model(**inputs))
     for name in model.names(lambda name: name.startswith(("blocks.0.", "blocks.1."))):
-        if "adaln" in name or ".ln" in name or name.endswith(("hook_shift", "hook_scale")):
-            continue
+        if f"blocks.{model.cfg.n_layers - 1}.hook_text_mlp" in name:
+            continue  # the last block's text is read by nobody
 
         def scramble(tensor: Tensor, hook: Any) -> Tensor:
             return tensor + torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def test_writing_what_was_read_changes_nothing(case) -> None:
     assert torch.equal(written, reference)
     patterns = model.names(lambda name: name.endswith("hook_pattern"))
     written = predicted(model.run_with_hooks(fwd_hooks=[(name, lambda x, hook: x.clone()) for name in patterns], **inputs))
-    assert (written - reference).abs().max() < 1e-4
+    assert (written - reference).abs().max() < 1e-4 * reference.abs().max().clamp(min=1)
 
 
 def test_a_write_at_one_position_acts_on_that_position(case) -> None:
@@ -271,9 +271,10 @@ def test_one_token_shows_at_its_own_position_alone(case) -> None:
                     assert moved == [] or model.family.mixers
                     continue
                 start = layout.n_image if stream == "text" and side == "joint" else 0
-                length = layout.n_image if stream == "image" else layout.text_mask.shape[1]
                 assert start + token in moved
-                assert set(moved) <= set(range(start, start + length))
+                if side == "joint":
+                    text = range(layout.n_image, layout.n_image + layout.n_text[row])
+                    assert not {*moved} & {*(text if stream == "image" else range(layout.n_image))}
 
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
@@ -285,9 +286,15 @@ def test_a_synopsis_is_the_patterns_group_sums_and_makes_no_pattern(case, reduce
         n_q, n_k = cache[f"{first}.hook_pattern"].shape[2:]
         generator = torch.Generator().manual_seed(0)
         queries, keys = ((torch.rand(2, n, 3, generator=generator) > 0.5).float() for n in (n_q, n_k))
+        queries *= cache[f"{first}.hook_pattern"].any(-1).any(1)[..., None]  # a padded query that looks at no key is in no group
         with pytest.MonkeyPatch.context() as patch:
             if reduce == "sum" and n_k > model.cfg.d_head:  # a smaller pattern is smaller than the queries
-                patch.setattr(Tensor, "softmax", lambda *args, **kwargs: pytest.fail("a pattern was made"))
+                softmax = Tensor.softmax
+
+                def narrow(x: Tensor, *args: Any, softmax: Any = softmax, **kwargs: Any) -> Tensor:
+                    return pytest.fail("a pattern was made") if x.ndim == 4 else softmax(x, *args, **kwargs)
+
+                patch.setattr(Tensor, "softmax", narrow)
             found = attention_in_call(model, inputs, queries, keys, kind, reduce)
         for layer in range(model.cfg.n_layers):
             values = found.sel(layer=layer).values if "layer" in found.coords else found.values[:, layer]
