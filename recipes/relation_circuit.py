@@ -75,7 +75,8 @@ def main(config: Config) -> None:
         bits = stage(config.out, f"{label}-bits", model, two_variables, sets, config.images)
         paths = stage(config.out, f"{label}-paths", model, frozen_paths, union(sets), config.looks)
         aligned = stage(config.out, f"{label}-das", model, distributed_alignment, union(sets), config.looks)
-        claims += [*set_claims(label, chosen, drawn), *axis_claims(label, drawn), *step_claims(label, drawn)]
+        of_images = [*set_claims(label, chosen, drawn), *axis_claims(label, drawn), *step_claims(label, drawn)]
+        claims += [replace(claim, basis=f"{config.images} images, a noise each, 1 run") for claim in of_images]
         claims += [*abstraction_claims(label, bits, aligned), *path_claims(label, paths)]
         parts[label] = chosen, drawn, paths
         tables[label] = drawn.assign(heads=" ".join(union(sets)))
@@ -248,6 +249,7 @@ def set_claims(name: str, chosen: pd.DataFrame, rows: pd.DataFrame) -> list[Clai
     random = rows[rows["condition"].str.startswith("random ")]
     losses = {head: layout_change(rows, "set", f"without {head}") for head in whole}
     least = max(losses, key=lambda head: losses[head].mean)
+    fewer = among(rows, f"without {least}", "opposite")
     binding = rows.groupby("condition")["binding"].mean()
     n = int((rows["condition"] == "set").sum())
     everything = proportion(rows.loc[rows["condition"] == "set", "opposite"].to_numpy(float))
@@ -270,6 +272,7 @@ def set_claims(name: str, chosen: pd.DataFrame, rows: pd.DataFrame) -> list[Clai
             (0.2, 1),
             ", ".join(f"{head} {-change.mean:.2f}" for head, change in losses.items()),
         ),
+        Claim(f"{name}: opposite relation drawn without {least}, of images that bind", "–", fewer, None),
     ]
 
 

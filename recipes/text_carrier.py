@@ -33,7 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from dit_lens import scenes, variance
 from dit_lens.intervene.interchange import Interchange
 from dit_lens.readout.screening import AXES, ENDS
-from dit_lens.stats import Interval, clustered_mean, finite, paired_difference
+from dit_lens.stats import Interval, clustered_mean, finite, paired_difference, proportion
 from dit_lens.task import DIRECTIONS, PHRASES
 from dit_lens.text.prompts import Role
 from dit_lens.training.dynamics import layout
@@ -44,7 +44,21 @@ from .claims import Claim, report, stage
 WORDS: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2", "eos")
 CELLS = ("dial-0.25", "dial-0.5", "dial-0.75", "fused", "causal")
 """Runs whose two axes are the ten cells of the claim."""
+ROUNDING = 1e-5
+"""Relative size below which a component's variation is rounding, which standardising would blow up."""
 TIE, CARRIES = 0.02, -0.5
+IMAGES_OF = "t5-micro"
+EXCHANGES: dict[str, tuple[Role, list[str] | None]] = {
+    "first shape word, all heads": ("shape1", None),
+    "relation words, all heads": ("relation", None),
+    "first shape word, L1H1 alone": ("shape1", ["L1H1"]),
+}
+TURNED: dict[tuple[str, str], tuple[float, float]] = {
+    ("first shape word, all heads", "vertical"): (0.75, 1.0),
+    ("relation words, all heads", "horizontal"): (0.65, 1.0),
+    ("first shape word, L1H1 alone", "vertical"): (0.65, 1.0),
+}
+"""Predicted share of turned layouts; 0 … .15 of the other axis."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,8 @@ class Config:
     """Models shown beside them, which are no cells: their carriers were known before."""
     scenes: int = 48
     """Scenes of each axis."""
+    images: int = 24
+    """Images of each axis and condition."""
     out: Path = Path("results/text_carrier")
 
 
@@ -70,7 +86,11 @@ def main(config: Config) -> None:
         moved = stage(config.out, f"{name}-moved", model, exchanged, config.scenes)
         tables.append(moved.merge(read, on=["axis", "word"]).assign(model=name))
     table = pd.concat(tables, ignore_index=True)
-    report("Which word carries a relation", claims_of(table), config.out, cells=[name for name in CELLS if name in models])
+    model = HookedTextToImage.from_pretrained(IMAGES_OF)
+    images = stage(config.out, f"{IMAGES_OF}-images", model, drawn, config.images)
+    claims = [*claims_of(table), *image_claims(images)]
+    report("Which word carries a relation", claims, config.out, cells=[name for name in CELLS if name in models])
+    images.to_parquet(config.out / "images.parquet", index=False)
     table.to_parquet(config.out / "text_carrier.parquet", index=False)
     figure(table).savefig(config.out / "text_carrier.png", dpi=150)
 
@@ -100,6 +120,7 @@ def readable(model: HookedTextToImage) -> pd.DataFrame:
 
 def held_out_r2(x: Float[np.ndarray, "prompt d"], y: Float[np.ndarray, " prompt"], factors: pd.DataFrame) -> float:
     """Ridge regression, six folds of whole combinations of shapes and colours."""
+    x = np.where(x.std(axis=0) > ROUNDING * np.sqrt((x**2).mean()), x, 0.0)
     cells = (factors["shape1"].astype(str) + factors["shape2"].astype(str) + factors["color1"].astype(str)).to_numpy()
     ridge = make_pipeline(StandardScaler(), Ridge(10.0))
     return float(r2_score(y, cross_val_predict(ridge, x, y, groups=cells, cv=GroupKFold(6))))
@@ -121,6 +142,43 @@ def exchanged(model: HookedTextToImage, n: int) -> pd.DataFrame:
             moved = layout(model.decode(out), wanted)
             rows.append(pd.DataFrame({"axis": axis, "word": word, "scene": np.arange(n), "base": base, "moved": moved}))
     return pd.concat(rows, ignore_index=True)
+
+
+@torch.no_grad()
+def drawn(model: HookedTextToImage, n: int) -> pd.DataFrame:
+    """A row an axis, exchange and image: layout and relation, the opposite's and the prompt's own."""
+    pool = scenes.sample(16 * n, seed=22, split="all", color_words="both")
+    rows = []
+    for axis in AXES:
+        wanted = [scene for scene in pool if scene.relation in ENDS[axis]][:n]
+        opposite = [scenes.opposite(scene) for scene in wanted]
+        swap = Interchange(model, wanted, opposite)
+        conditions = {"none": [], **{name: swap.hooks(heads, word) for name, (word, heads) in EXCHANGES.items()}}
+        for condition, hooks in conditions.items():
+            images = model.run_with_hooks(swap.texts, seed=list(range(8000, 8000 + len(wanted))), fwd_hooks=hooks)
+            judged = {
+                "turned": scenes.layout(images, opposite)["layout"],
+                "kept": scenes.layout(images, wanted)["layout"],
+                "opposite": scenes.evaluate(images, opposite)["relation_loose"],
+                "binding": scenes.evaluate(images, wanted)["unique_binding"],
+            }
+            values = {name: value.values.astype(float) for name, value in judged.items()}
+            rows.append(pd.DataFrame({"axis": axis, "condition": condition, "scene": np.arange(len(wanted)), **values}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def image_claims(images: pd.DataFrame) -> list[Claim]:
+    """Which exchange turns which axis."""
+    claims = []
+    for (condition, axis), part in images.groupby(["condition", "axis"], sort=False):
+        if condition != "none":
+            beside = f"kept {part['kept'].mean():.2f}; opposite relation {part['opposite'].mean():.2f}; "
+            beside += f"binding {part['binding'].mean():.2f}"
+            what = f"{IMAGES_OF}, images: {condition}, {axis} scenes turned"
+            expected = TURNED.get((str(condition), str(axis)), (0.0, 0.15))
+            basis = f"{len(part)} images, a noise each, 1 run"
+            claims.append(Claim(what, "–", proportion(part["turned"].to_numpy(float)), expected, beside, basis=basis))
+    return claims
 
 
 def predicted_word(part: pd.DataFrame) -> str:

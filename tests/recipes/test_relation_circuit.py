@@ -48,13 +48,14 @@ def made_up() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 def test_claims_of_a_set_and_its_figure(tmp_path):
     sets, images, paths = made_up()
     claims = relation_circuit.set_claims("model", sets, images)
-    size, drawn, random, least = claims
+    size, drawn, random, least, fewer = claims
     assert size.here.mean == 2
     assert drawn.here == proportion(np.ones(40))
     assert random.here == proportion(np.zeros(40))
     assert least.what.endswith("L2H2")
     assert least.here.mean == pytest.approx(0.25)
     assert least.here.low < 0.25 < least.here.high
+    assert fewer.here.mean == 0.75
     assert [claim.here.mean for claim in relation_circuit.step_claims("model", images)] == [1, 0]
     assert [claim.verdict for claim in relation_circuit.path_claims("model", paths)] == [
         "not as predicted",
