@@ -94,9 +94,9 @@ class Server:
             try:
                 result, lost_at = backend(), None
             except ServerError as error:
-                if not error.lost:
+                if not error.lost and time.monotonic() < self._deadline:
                     raise
-                result, lost_at = None, lost_at or time.monotonic()
+                result, lost_at = None, lost_at or time.monotonic() if error.lost else None
             if result is not None:
                 return result
             if lost_at is not None and time.monotonic() > lost_at + PATIENCE:
