@@ -43,7 +43,8 @@ def harmed(
     kill_at_operations(user, expected, at / "kills", kills, rng, tally)
     kill_at_times(user, expected, at / "moments", moments, rng, tally)
     fail_at_operations(user, expected, at / "failures", failures, rng, tally)
-    fill_the_disk(user, expected, at / "disks", [max(4, round(size * 1.5 * i / disks)) for i in range(disks)], tally)
+    largest = max(48, round(1.5 * size))
+    fill_the_disk(user, expected, at / "disks", [4 + (largest - 4) * i // disks for i in range(disks)], tally)
     start_two(user, expected, at / "twice", twice, tally)
     if user.name not in UNLISTED:
         damage_every_file(user, expected, at / "whole", at / "damaged", flips, rng, tally, only)
