@@ -96,6 +96,10 @@ class GenerationCache(ActivationCache):
         middle = "" if inner in self.model.names.sampler.hook_dict else f"{branch}."
         return self[f"steps.{step}.{middle}{inner}"]
 
+    def __fingerprint__(self) -> dict[str, Tensor]:
+        """Return what the cache is known by in the settings of results: its tensors, not its model."""
+        return dict(self.cache_dict)
+
     def _noise(self, step: int) -> Tensor:
         alpha, sigma = self.noise_levels[step]
         return (self[f"steps.{step}.hook_latent"] - alpha * self[f"steps.{step}.hook_x0"]) / sigma

@@ -14,9 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from dit_lens.intervene.interventions import Replace
+from hooked_models import HookedTextToImage
 from hooked_models.store import digest, fingerprint
 from hooked_models.store.hashing import globals_read, source_tree, tree_text
 
+from ..hooked_models.pipelines import PROMPTS, tiny_pipeline
 from . import hashed
 
 FILE = Path(sys.modules["hooked_models.store.hashing"].__file__)
@@ -132,3 +135,12 @@ def test_modules_objects_and_arrays_count_by_content():
 def test_what_has_no_content_is_refused():
     with pytest.raises(TypeError, match="A lock has no content that could be compared between processes"):
         fingerprint({"lock": threading.Lock()})
+
+
+def test_a_cache_counts_by_its_tensors(tmp_path):
+    model = HookedTextToImage.from_pipeline(tiny_pipeline())
+    settings = {"num_steps": 1, "names_filter": "blocks.0.attn.hook_z"}
+    caches = [model.run_with_cache(PROMPTS, seed, **settings)[1] for seed in (0, 0, 1)]
+    caches.append(model.run_with_cache(PROMPTS, 0, **settings, out=tmp_path)[1])
+    first, again, other, on_disk = (fingerprint(Replace(cache)) for cache in caches)
+    assert first == again == on_disk != other
