@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q -n logical --dist worksteal
 
-.PHONY: demo test test-slow test-all test-types test-core lint bench notebooks recipes setup clean
+.PHONY: demo test test-slow test-all test-types test-core lint bench notebooks recipes docs setup clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.relation_head
@@ -51,6 +51,10 @@ notebooks: export DIFFUSERS_VERBOSITY = error
 notebooks: export PYTHONWARNINGS = ignore
 notebooks: $(READY)
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+
+# the site: docs/_build/html/index.html; warnings are errors
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -b html -W --keep-going docs docs/_build/html
 
 setup: $(READY)
 

@@ -13,12 +13,12 @@ path patching on a set of paths as in Goldowsky-Dill et al. (arXiv 2304.05969).
 
 A variant says what is frozen, that is, which paths from sender to receiver count:
 
-``direct``        Everything: a receiver's input is x_r + Σ_s (source_s − original_s), summed over the senders that write to it.
-                  Into a later step, only what the solver carries of the network output at the sender's own step; the steps
-                  between add nothing. In one call, for two heads, it is TransformerLens' ``get_act_patch_direct_path``.
-``through_mlps``  Heads, but not MLPs: Wang et al. (arXiv 2211.00593), appendix B, where a receiver's recorded input replaces
-                  its original one, so that P has no paths from one receiver to another. Else it is the same.
-``exact``         Nothing: all paths from senders to receivers.
+- ``direct``: everything. A receiver's input is x_r + Σ_s (source_s − original_s), summed over the senders that write to it.
+  Into a later step, only what the solver carries of the network output at the sender's own step; the steps between add
+  nothing. In one call, for two heads, it is TransformerLens' ``get_act_patch_direct_path``.
+- ``through_mlps``: heads, but not MLPs. Wang et al. (arXiv 2211.00593), appendix B, where a receiver's recorded input
+  replaces its original one, so that P has no paths from one receiver to another. Else it is the same.
+- ``exact``: nothing. All paths from senders to receivers count.
 
 Or freeze any of ``attn``, ``cross_attn``, ``mlp`` and ``steps`` (no path enters a denoiser call by its latents and leaves it
 by its output, unless it passes a receiver there).

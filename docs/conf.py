@@ -1,0 +1,66 @@
+"""Sphinx configuration of the documentation site; `make docs` builds it, warnings are errors."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+project = "dit_lens"
+author = "the dit_lens maintainers"
+release = version = metadata.version("dit_lens")
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "**.py"]
+html_theme = "furo"
+html_title = "dit_lens"
+html_theme_options = {"source_directory": "docs/"}
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are executed by `make notebooks`, and their output is committed
+
+autodoc_typehints = "none"  # shapes stand in the signatures
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_mock_imports: list[str] = []
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+copybutton_prompt_text = ">>> "
+default_role = "literal"  # single backticks are code
+suppress_warnings = [
+    "ref.python",  # a parameter and an attribute of the same name
+    "misc.highlighting_failure",
+    "myst.xref_missing",  # links from docstrings and from pages that also stand in the repository, checked by a test
+]
+
+
+def _copy_notebooks() -> None:
+    """Sphinx reads below its own folder only."""
+    target = HERE / "tutorials"
+    for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
+        shutil.copy(notebook, target / notebook.name)
+
+
+_copy_notebooks()
+
+
+def _plain_docstring(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Read indented paragraphs of a module's docstring as code, and bars around a word as absolute values."""
+    text = re.sub(r"\|(\w+)\|", r"\\|\1\\|", "\n".join(lines))
+    if what == "module":
+        text = re.sub(r"(?<=\n)\n((?: {4}.*\n?)+)", r"\n::\n\n\1", text)
+    lines[:] = text.split("\n")
+
+
+def setup(app: object) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _plain_docstring, priority=400)  # type: ignore[attr-defined]
