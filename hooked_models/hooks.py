@@ -18,7 +18,9 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
+from .hook_points import ScopedHookPoint
 from .hooks_table import POSITIONS, Axes, HookPart, axis_of, hook_row
+from .scopes import scope, scopes
 
 HookFunction = Callable[..., Tensor | None]
 """``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on with."""
@@ -82,9 +84,9 @@ def has_hooks(point: HookPoint) -> bool:
         >>> has_hooks(point), has_hooks(HookPoint())
         (True, False)
     """
-    own = vars(point)
-    attached = own["fwd_hooks"] or own["bwd_hooks"] or own["_forward_hooks"] or own["_backward_hooks"]
-    return bool(attached) or "forward" in own
+    here = point.hook_state() if isinstance(point, ScopedHookPoint) else vars(point)
+    attached = here["fwd_hooks"] or here["bwd_hooks"] or here["_forward_hooks"] or here["_backward_hooks"]
+    return bool(attached) or "forward" in vars(point)
 
 
 watched = has_hooks
@@ -198,21 +200,43 @@ class HookedModule(HookedRootModule):
     ) -> Iterator[HookedModule]:
         """TransformerLens' ``hooks``, with every name checked before the first hook is attached.
 
-        At the end only the hook points that were given hooks are looked at: TransformerLens goes over all, for every call.
+        The hooks act in the block and the thread that attach them. With ``reset_hooks_end=False`` they stay attached, for all.
         """
         fwd: list[Any] = [(name, hook) for where, hook in fwd_hooks for name in self._hooked(where)]
         bwd: list[Any] = [(name, hook) for where, hook in bwd_hooks for name in self._hooked(where)]
         level = self.context_level + 1
-        try:
-            with super().hooks(fwd, bwd, reset_hooks_end=False):
+        if not reset_hooks_end:
+            for direction, pairs in (("fwd", fwd), ("bwd", bwd)):
+                for name, hook in pairs:
+                    self.hook_dict[name].add_hook(hook, direction, level=level)
+            yield self
+            return
+        with scope(self) as inner:
+            for direction, pairs in (("fwd", fwd), ("bwd", bwd)):
+                for name, hook in pairs:
+                    self.hook_dict[name].attach_in(inner, hook, direction, level)
+            try:
                 yield self
-        finally:
-            if reset_hooks_end:
+            finally:
                 if clear_contexts:
                     self.clear_contexts()
-                for name in {name for name, _ in (*fwd, *bwd)}:
-                    self.hook_dict[name].remove_hooks("both", level=level)
                 self.is_caching = False
+
+    @property
+    def context_level(self) -> int:
+        """The number of ``hooks`` blocks of this module that the caller is in, as in TransformerLens."""
+        return sum(each.owner is self for each in scopes())
+
+    @context_level.setter
+    def context_level(self, level: int) -> None:
+        """TransformerLens sets it to 0 when a module is made."""
+
+    def setup(self) -> None:
+        """TransformerLens' ``setup``; hooks of the module's points belong to the block and thread that attach them."""
+        super().setup()
+        for point in self.hook_dict.values():
+            if type(point) is HookPoint:
+                point.__class__ = ScopedHookPoint
 
     def add_hook(
         self,

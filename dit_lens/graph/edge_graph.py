@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hooked_models import HookedDiT
+from hooked_models.scopes import scope
 
 from .nodes import Node
 
@@ -57,13 +58,13 @@ def share(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[Any, 
 
 @contextmanager
 def edge_flags(dit: HookedDiT) -> Iterator[None]:
-    """The denoiser with a hook for every sender's contribution and every receiver's own input, for the time of the block."""
-    flags = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
-    before = {flag: getattr(dit.cfg, flag) for flag in flags}
-    try:
-        for flag in flags:
-            getattr(dit, f"set_{flag}")(True)
+    """A hook for every sender's contribution and every receiver's own input, in the runs that this block makes.
+
+    Raises:
+        ValueError: cfg.use_attn_in is on, which excludes separate inputs.
+    """
+    if dit.cfg.use_attn_in:
+        raise ValueError("use_split_qkv_input and use_attn_in exclude each other: call set_use_attn_in(False) first")
+    with scope() as inner:
+        inner.values |= {(id(dit.cfg), flag): True for flag in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")}
         yield
-    finally:
-        for flag, value in before.items():
-            getattr(dit, f"set_{flag}")(value)

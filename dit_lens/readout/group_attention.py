@@ -18,6 +18,7 @@ from hooked_models.generation.loops import Call
 from hooked_models.generation.names import Branch
 from hooked_models.hooks import HookedModule, watched
 from hooked_models.pixart.text_state import TextState
+from hooked_models.scopes import scope
 
 from ..intervene.portable_ops import sums_of_attention, sums_of_pattern
 
@@ -96,14 +97,9 @@ def reading(model: HookedModule, readers: Mapping[Any, _Reader]) -> Iterator[Non
     """Have each attention read: what a pattern is made of or, where somebody looks at the pattern and may change it, that."""
     explicit = [one for one in readers if watched(one.hook_attn_scores) or watched(one.hook_pattern)]
     fused = [one for one in readers if one not in explicit]
-    for one in fused:
-        one.on_qk = readers[one].read
-    try:
-        with model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
-            yield
-    finally:
-        for one in fused:
-            one.on_qk = None
+    with scope() as inner, model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
+        inner.values |= {(id(one), "on_qk"): readers[one].read for one in fused}
+        yield
 
 
 @dataclass(repr=False)  # TransformerLens asks every hook for it, and it would print the tensors

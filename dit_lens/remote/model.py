@@ -138,6 +138,9 @@ class RemoteTextToImage(HookedTextToImage):
         if (opened := getattr(self, "nnsight", None)) is not None:
             opened.pipeline.register_modules(scheduler=scheduler)
 
+    def check_wrapped(self) -> None:
+        """Nothing: the model that runs is the pipeline itself, with whatever was changed in it."""
+
     # What cannot be
 
     def digest(self) -> str:
@@ -369,7 +372,7 @@ class RemoteTextToImage(HookedTextToImage):
 
     def _checked_hooks(self, num_steps: int, guidance: float) -> list[Attached]:
         self.check_hooks(num_steps, guidance)
-        if any(attached.direction == "bwd" for attached in self._attached):
+        if any(attached.direction == "bwd" for attached in self.attached):
             raise NotImplementedError(NO_GRADIENTS)
         return self.firing_in_run(num_steps, guidance)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, SupportsIndex
+from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,10 +17,12 @@ from transformer_lens.hook_points import HookPoint
 
 from ..hooks import HookedModule, HookFunction, watched
 from ..pipelines.pipeline_model import PipelineModel
+from ..scopes import lookup, scope, scopes
 from .names import Branch, GenerationHookPoint, GenerationNames, Site
 from .sampling import Solver, solver_of
 
 Hooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
+_CONTEXTS: ContextVar[WeakKeyDictionary[Any, dict[str, dict[str, Any]]] | None] = ContextVar("contexts of hooks", default=None)
 
 
 class SamplerHooks(HookedModule):
@@ -47,6 +51,8 @@ class Attached:
     function: HookFunction
     direction: Literal["fwd", "bwd"] = "fwd"
     is_permanent: bool = False
+    level: int | None = None
+    """Of the `hooks` block that it belongs to, as in TransformerLens."""
 
     @property
     def site(self) -> Site:
@@ -60,13 +66,21 @@ def attach(
     hooks: Iterable[Attached],
     module: Callable[[str], HookedModule],
     rows: Callable[[Branch], slice] | None = None,
+    contexts: dict[str, dict[str, Any]] | None = None,
 ) -> Iterator[None]:
-    """Attach hooks inside the `module` of their part, each restricted to the `rows` of its branch, for the block."""
+    """Attach hooks inside the `module` of their part, each restricted to the `rows` of its branch, for the block.
+
+    Args:
+        contexts: by name, the `ctx` that all hooks of a name share.
+    """
     per_point: dict[tuple[str, str, str], list[HookFunction]] = {}
     for attached in hooks:
         site = attached.site
         part = rows(site.branch) if rows is not None and site.branch is not None else None
-        function = partial(on_rows, attached.function, GenerationHookPoint(site), part)
+        point = GenerationHookPoint(site)
+        if contexts is not None:
+            point.ctx = contexts.setdefault(site.name, {})
+        function = partial(on_rows, attached.function, point, part)
         per_point.setdefault((site.part, attached.direction, site.inner), []).append(function)
     with ExitStack() as stack:
         for part_name in {part for part, _, _ in per_point}:
@@ -143,14 +157,31 @@ class HookedGeneration(PipelineModel, HookedRootModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._attached: list[Attached] = []
+        self._kept: list[Attached] = []
+
+    @property
+    def attached(self) -> tuple[Attached, ...]:
+        """The hooks that a run made here has: those of the blocks that the caller is in, and those that were added for good."""
+        return tuple(lookup(("attached", self), self._kept, list))
+
+    def contexts(self) -> dict[str, dict[str, Any]]:
+        """Name → the `ctx` that hooks of that name share in this thread, forward and backward, until it is cleared."""
+        known = _CONTEXTS.get()
+        if known is None:
+            _CONTEXTS.set(known := WeakKeyDictionary())
+        return known.setdefault(self, {})
+
+    def _lists(self) -> Iterator[list[Attached]]:
+        """The lists of attached hooks that count here: of the scopes around, and of those added for good."""
+        yield from [each.values["attached", self] for each in scopes() if ("attached", self) in each.values]
+        yield self._kept
 
     def _resolve(self, where: str | Callable[[str], bool]) -> Site | Callable[[str], bool]:
         return self.names.site(where) if isinstance(where, str) else where
 
     def firing(self, chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]) -> Iterator[Attached]:
         """The attached hooks whose site is `chosen`, in the order of attachment; predicates are asked of `sites`."""
-        return select(self._attached, chosen, sites)
+        return select(self.attached, chosen, sites)
 
     def firing_in_run(self, num_steps: int, guidance: float) -> list[Attached]:
         """Every attached hook, at every site of a whole generation."""
@@ -165,7 +196,7 @@ class HookedGeneration(PipelineModel, HookedRootModule):
 
     def refuse_hooks(self, why: str) -> None:
         """Raise ValueError if anything is attached, here or to a module inside; `why` begins the message."""
-        if self._attached or self.hooked_inside:
+        if self.attached or self.hooked_inside:
             raise ValueError(f"{why}, and hooks are attached to the model: reset_hooks() first.")
 
     @contextmanager
@@ -176,7 +207,7 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[HookedGeneration]:
-        """Attach hooks by full name (or by a predicate on full names) for the time of the block.
+        """Attach hooks by full name (or by a predicate on full names) for the runs that this block makes, in this thread.
 
         `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`.
         It edits in place or returns what to go on with.
@@ -187,14 +218,21 @@ class HookedGeneration(PipelineModel, HookedRootModule):
             UnknownHookError: no such name; the nearest one is suggested.
             ValueError: the name is held back by a flag.
         """
-        new = [Attached(self._resolve(where), fn, "fwd") for where, fn in fwd_hooks]
-        new += [Attached(self._resolve(where), fn, "bwd") for where, fn in bwd_hooks]
-        self._attached = self._attached + new
-        try:
+        level = 1 + sum(each.owner is self for each in scopes())
+        new = [Attached(self._resolve(where), fn, "fwd", level=level) for where, fn in fwd_hooks]
+        new += [Attached(self._resolve(where), fn, "bwd", level=level) for where, fn in bwd_hooks]
+        if not reset_hooks_end:
+            for known in self._lists():
+                known.extend(new)
             yield self
-        finally:
-            if reset_hooks_end:
-                self._attached = [attached for attached in self._attached if not any(attached is ours for ours in new)]
+            return
+        with scope(self) as inner:
+            inner.values["attached", self] = [*self.attached, *new]
+            try:
+                yield self
+            finally:
+                if clear_contexts:
+                    self.contexts().clear()
 
     def add_hook(
         self,
@@ -206,8 +244,9 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """Attach a hook until `reset_hooks()`, a permanent one until `reset_hooks(including_permanent=True)`."""
-        new = [Attached(self._resolve(name), hook, dir, is_permanent)]
-        self._attached = new + self._attached if prepend else self._attached + new
+        new = Attached(self._resolve(name), hook, dir, is_permanent, level)
+        for known in self._lists():
+            known.insert(0 if prepend else len(known), new)
 
     def reset_hooks(
         self,
@@ -217,9 +256,15 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         level: int | None = None,
     ) -> None:
         """Remove hooks, here and in the models inside. Arguments as in TransformerLens."""
-        self._attached = [
-            a for a in self._attached if direction not in ("both", a.direction) or (a.is_permanent and not including_permanent)
-        ]
+
+        def stays(hook: Attached) -> bool:
+            others = direction not in ("both", hook.direction) or (level is not None and hook.level != level)
+            return others or (hook.is_permanent and not including_permanent)
+
+        for known in self._lists():
+            known[:] = filter(stays, known)
+        if clear_contexts:
+            self.contexts().clear()
         for module in (self.dit, self.names.text_encoder, self.sampler_hooks):
             if module is not None:
                 module.reset_hooks(clear_contexts, direction, including_permanent, level)
@@ -249,20 +294,20 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         """Raise ValueError for hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
         solver = self.solver(num_steps)
         steps = range(len(solver)) if part is None else part
-        for where in [attached.where for attached in self._attached if not isinstance(attached.where, Site)]:
+        for where in [attached.where for attached in self.attached if not isinstance(attached.where, Site)]:
             sites = (s for s in self.names.sites(steps=steps) if s.fires(guidance > 1, solver.forms_x0))
             if not any(where(s.name) for s in sites if part is None or not s.part.endswith("text_encoder")):
                 raise ValueError(
                     f"A predicate ({where!r}) selects no hook: this run goes over steps {steps.start} to {steps.stop - 1}, with "
                     f"names such as {next(iter(self.names))!r}."
                 )
-        for attached in self._attached:
+        for attached in self.attached:
             if (made_for := getattr(attached.function, "num_steps", None)) not in (None, num_steps):
                 raise ValueError(
                     f"{attached.function!r} was made for a run of {made_for} steps, and this one has {num_steps}: "
                     f"Intervention.hooks(…, num_steps={num_steps})."
                 )
-        for site in {attached.where for attached in self._attached if isinstance(attached.where, Site)}:
+        for site in {attached.where for attached in self.attached if isinstance(attached.where, Site)}:
             self.names.site(site.name)  # raises if its flag has been switched off since it was attached
             if (reason := why_silent(site, steps, guidance, solver, encodes=part is None)) is not None:
                 raise ValueError(f"{site.name} does not fire: {reason}")

@@ -6,6 +6,7 @@ Source of the arithmetic: `PixArtSigmaPipeline.__call__` (diffusers 0.42), which
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from ..pixart.text_state import TextState
 from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from ..text_encoders.t5 import HookedT5Encoder
 from ..text_encoders.words import encode_text
+from ..wrapping import Wrapped
 from .cache import KEEPS_BATCH, GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer
@@ -38,6 +40,8 @@ from .views import StepView
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch text_pos"]
 DEFAULT_STEPS = 14
+_TOKENIZING = threading.Lock()
+"""A tokenizer keeps its padding as state while it works."""
 DEFAULT_GUIDANCE = 4.5
 
 
@@ -66,6 +70,10 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         self.dit = transformer if isinstance(transformer, HookedDiT) else HookedDiT(transformer)
         empty_prompts.skip(self.dit)
         self.text_encoder = hooked_encoder(text_encoder)
+        encoder = self.text_encoder if isinstance(self.text_encoder, HookedT5Encoder) else None
+        hooked = [part for part in (self.dit, encoder) if part is not None]
+        self.wrapped_parts = [Wrapped(part.wrapped, part) for part in hooked]
+        self.check_wrapped()
         self.codec = codec
         self.tokenizer = tokenizer
         self.scheduler = scheduler
@@ -74,6 +82,11 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         self.names = GenerationNames(self.dit, self.sampler_hooks, with_hooks, lambda: self.count_steps(DEFAULT_STEPS))
         self.loop = PixArtLoop(self.dit.cfg.in_channels)
         # No setup(): it would rename the hook points of the models inside.
+
+    def check_wrapped(self) -> None:
+        """Raise ValueError if a wrapped module was changed in a way that this model would ignore."""
+        for part in self.wrapped_parts:
+            part.check()
 
     # What the model is
 
@@ -132,9 +145,9 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             torch.Size([2, 3])
         """
         texts = self.prompt_texts(prompts)
-        tokens = self.tokenizer(
-            texts, padding="longest" if length is None else "max_length", max_length=length, return_tensors="pt"
-        )
+        with _TOKENIZING:
+            padding = "longest" if length is None else "max_length"
+            tokens = self.tokenizer(texts, padding=padding, max_length=length, return_tensors="pt")
         ids = tokens.input_ids
         limit = length or self.max_sequence_length
         if ids.shape[1] > limit:
@@ -173,7 +186,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         self._use("text_encoder")
         tokens = tokens.to(self.text_encoder.device)
         mask = (tokens != PAD_ID).long()
-        with attach(self._firing_in("text_encoder"), self.names.module):
+        with attach(self._firing_in("text_encoder"), self.names.module, contexts=self.contexts()):
             cond = self.text_encoder(tokens, attention_mask=mask)[0].to(self.device, self.dit.dtype)
         if guidance <= 1:
             self._use("dit")
@@ -182,7 +195,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         null_tokens = nn.functional.pad(null_tokens, (0, tokens.shape[1] - null_tokens.shape[1]), value=PAD_ID)
         null_tokens = null_tokens.expand(len(tokens), -1)  # a row a prompt, so that hooks can tell them apart
         null_mask = (null_tokens != PAD_ID).long()
-        with attach(self._firing_in("null_text_encoder"), self.names.module):
+        with attach(self._firing_in("null_text_encoder"), self.names.module, contexts=self.contexts()):
             uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(self.device, self.dit.dtype)
         self._use("dit")
         return self.dit.encode_text(torch.cat([uncond, cond]), torch.cat([null_mask, mask]).to(self.device))
@@ -233,6 +246,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         tokens = (prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
         if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
             raise ValueError(f"guidance={guidance!r}: give a finite number.")
+        self.check_wrapped()
         solver = self.solver(num_steps)
         self.check_hooks(solver.num_steps, guidance)
         seeds = tuple(seed_of_each(seed, len(tokens)))
@@ -260,7 +274,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             rows: step → the rows that are computed there, in place of all from `leave` on; others are taken from `record`.
             denoise, after: see `passes.Pass`.
         """
-        hooks = tuple(self._attached)
+        hooks = self.attached
         leaving = rows or (from_step(leave) if leave else lambda step: None)
         visitor = Pass(self, inputs, hooks, record, leaving, denoise, after)
         latent = self.loop(inputs, visitor, len(inputs.solver) if until is None else until)
@@ -314,7 +328,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         Args:
             latents: as the scheduler scales them for the denoiser, of all rows of the call, branch after branch.
         """
-        return Pass(self, inputs, tuple(self._attached)).call(call, None, latents, timestep, text)
+        return Pass(self, inputs, self.attached).call(call, None, latents, timestep, text)
 
     def size_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
         """The image sizes [batch 2] and aspect ratios [batch 1] that a denoiser is conditioned on; None if it is on none."""
@@ -338,7 +352,8 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         image = self.codec.decode(latent / self.codec.config.scaling_factor, return_dict=False)[0]
         attached = self.firing(lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)])
         known = {id(hook.function) for hook in hooks}
-        with attach([*hooks, *(hook for hook in attached if id(hook.function) not in known)], self.names.module):
+        several = [*hooks, *(hook for hook in attached if id(hook.function) not in known)]
+        with attach(several, self.names.module, contexts=self.contexts()):
             return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
 
     # Views and caches

@@ -184,9 +184,10 @@ class GenerationNames(Mapping[str, HookPoint]):
         """Kept for the next time, for as long as no flag lets other hooks fire."""
         modules = [self.dit] if self.text_encoder is None else [self.dit, self.text_encoder]
         firing = [module.names(None) for module in modules], steps, branches
-        if self._known[0] != firing:
-            self._known = firing, list(self.sites(steps=steps, branches=branches))
-        return self._known[1]
+        known = self._known  # read once: another thread may replace it
+        if known[0] != firing:
+            self._known = known = firing, list(self.sites(steps=steps, branches=branches))
+        return known[1]
 
     def select(
         self,

@@ -93,7 +93,7 @@ class Pass:
     def call(self, call: Call, rows: Rows, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
         """The denoiser's prediction for some of the run's rows, with the hooks inside it in place."""
         inside = [hook for hook in self._firing(call.step, "dit") if hook.site.branch in call.branches]
-        with attach(inside, self.model.names.module, call.part):
+        with attach(inside, self.model.names.module, call.part, self.model.contexts()):
             return self.compute(call, rows, x, timestep, text)
 
     def out(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
@@ -150,7 +150,8 @@ class Pass:
         """A tensor between calls as its hooks leave it."""
         if len(tensor) == 0 or not self._watched(step, inner):
             return tensor
-        with attach([hook for hook in self._firing(step, "sampler") if hook.site.inner == inner], self.model.names.module):
+        hooks = [hook for hook in self._firing(step, "sampler") if hook.site.inner == inner]
+        with attach(hooks, self.model.names.module, contexts=self.model.contexts()):
             return self.model.sampler_hooks.hook_dict[inner](tensor)
 
     def _through_x0(self, step: int, latent: Tensor, out: Tensor) -> Tensor:

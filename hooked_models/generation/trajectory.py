@@ -203,6 +203,7 @@ class Run:
         until = len(self) if until is None else until
         if not step < until <= len(self):
             raise ValueError(f"until={until}: a fork from step {step} can stop before steps {step + 1} to {len(self)}.")
+        self.model.check_wrapped()
         if self.inputs.weights and stamp(self.model.dit) != self.inputs.weights:
             raise ValueError("The denoiser's weights have changed since this trajectory was made: make it again.")
         self.model.check_hooks(self.inputs.num_steps, self.inputs.guidance, range(step, until))

@@ -22,8 +22,9 @@ from ..pixart.cache import DiTCache
 from ..pixart.config import DiTConfig
 from ..pixart.dit import FOLD_FIRST, HookedDiT
 from ..pixart.text_state import TextState
+from .loops import Call
 from .names import Branch
-from .trajectory import Run
+from .trajectory import Run, stamp
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -162,16 +163,19 @@ class DenoiserView(View):
         positions = text.text.shape[1] if pos == "text" else latents.shape[-2] * latents.shape[-1] // p**2
         super().__init__(dit, len(latents), positions, pos)
         self.latents, self.timestep, self.text, self.sizes, self.returns = latents, timestep, text, sizes, returns
+        self.weights = stamp(dit)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """[batch out_channels height width], or [batch pos d_vocab] with `returns="patches"`."""
         rows = self.rows(tokens).to(self.latents.device)
         sizes = {name: None if size is None else size[rows] for name, size in self.sizes.items()}
-        text = self.text.take(rows)
+        text, latents = self.text.take(rows), self.latents[rows]
         if torch.is_grad_enabled():  # a graph of its own, so that every call can be differentiated
+            latents, text = _open(latents), self.dit.encode_text(_open(text.text), text.bias)
+        elif stamp(self.dit) != self.weights:
             text = self.dit.encode_text(text.text, text.bias)
         out = self.dit(
-            self.latents[rows],
+            latents,
             timestep=self.timestep[rows],
             added_cond_kwargs=sizes,
             text_state=text,
@@ -212,15 +216,21 @@ class StepView(View):
         """Images [batch 3 height width], or the step's x0 or guided output [batch channel rows columns]."""
         part = self.run.take(self.rows(tokens))
         if self.returns == "images":
-            return part.fork(self.step).images
+            return part.fork(self.step, denoise=self._denoise).images
         found: list[Tensor] = []
 
         def read(tensor: Tensor, hook: HookPoint) -> None:
             found.append(tensor)
 
         # a step ends with the next latents; the prediction is read by a hook, gradient and all
-        part.fork(self.step, [(f"steps.{self.step}.hook_{self.returns}", read)], until=self.step + 1)
+        part.fork(self.step, [(f"steps.{self.step}.hook_{self.returns}", read)], until=self.step + 1, denoise=self._denoise)
         return found[0]
+
+    def _denoise(self, call: Call, rows: Any, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
+        """The denoiser; with gradients enabled, the view's step begins a graph of its own, whatever requires gradients."""
+        if torch.is_grad_enabled() and call.step == self.step:
+            x, text = _open(x), self.dit.encode_text(_open(text.text), text.bias)
+        return self.run.model.denoise(x, timestep, text)
 
     @contextmanager
     def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Iterator[View]:
@@ -235,6 +245,11 @@ class StepView(View):
 
         with self.run.model.hooks(here(fwd_hooks), here(bwd_hooks), **kwargs):
             yield self
+
+
+def _open(tensor: Tensor) -> Tensor:
+    """A tensor that gradients reach."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 def _as_canonical(function: HookFunction, point: HookPoint) -> HookFunction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -56,6 +56,21 @@ def save_pipeline(pipe: Any, save_directory: str | Path, push_to_hub: bool = Fal
 def _trained_length(pipeline_class: Any) -> int:
     """The default of the pipeline's own call; looking a signature up takes longer than tokenising a prompt."""
     return int(inspect.signature(pipeline_class.__call__).parameters["max_sequence_length"].default)
+
+
+def refusing(pipeline_class: Any, model: Any) -> Any:
+    """A pipeline class whose calls raise ValueError while hooks of whole generations, which it does not fire, are attached."""
+
+    @wraps(pipeline_class.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.attached:
+            raise ValueError(
+                "Hooks of a whole generation do not fire in a diffusers pipeline's own call: use model.run_with_hooks(…), or "
+                "attach them to model.dit."
+            )
+        return pipeline_class.__call__(self, *args, **kwargs)
+
+    return type(pipeline_class.__name__, (pipeline_class,), {"__call__": call, "__module__": pipeline_class.__module__})
 
 
 class PipelineModel(nn.Module):
@@ -129,7 +144,10 @@ class PipelineModel(nn.Module):
 
     @classmethod
     def from_pipeline(cls: type[Model], pipe: Any) -> Model:
-        """Around a live PixArt-α or PixArt-Σ pipeline; its modules are used, not copied, and put into evaluation mode."""
+        """Around a live PixArt-α or PixArt-Σ pipeline; its modules are used, not copied, and put into evaluation mode.
+
+        Their weights no longer require gradients, so that a run builds no graph: `model.requires_grad_(True)` to train them.
+        """
         if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
             raise TypeError(f"HookedTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not {type(pipe).__name__}.")
         for name, part in (("transformer", pipe.transformer), ("text_encoder", pipe.text_encoder)):
@@ -140,6 +158,8 @@ class PipelineModel(nn.Module):
                 )
         model = cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()
         model.pipeline_class = type(pipe)
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            part.requires_grad_(False)
         return model
 
     def as_diffusers(self) -> Any:
@@ -147,7 +167,7 @@ class PipelineModel(nn.Module):
 
         Its `save_pretrained` writes the modules that the hooked ones wrap.
         """
-        pipe = self.pipeline_class(self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler)
+        pipe = refusing(self.pipeline_class, self)(self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler)
         pipe.save_pretrained = partial(save_pipeline, pipe)
         return pipe
 

@@ -16,6 +16,7 @@ from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks import has_hooks
+from ..scopes import Scoped
 
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
@@ -38,7 +39,7 @@ class AttentionCore(nn.Module):
     """``softmax(scale · q kᵀ + bias) v`` of every head."""
 
     scale: float
-    on_qk: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
+    on_qk: Any = Scoped(None)
     """Optional callback ``(q, k, bias)``, called after the q and k hooks with tensors [batch pos head d_head]; lets a
     reducer work without materialising the pattern."""
 

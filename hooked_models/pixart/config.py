@@ -7,6 +7,8 @@ from typing import Any
 
 from transformer_lens.config import TransformerLensConfig
 
+from ..scopes import Scoped
+
 
 @dataclass(kw_only=True)
 class HookedConfig(TransformerLensConfig):
@@ -76,3 +78,9 @@ class DiTConfig(HookedConfig):
             interpolation_scale=float(transformer.pos_embed.interpolation_scale),
             use_additional_conditions=transformer.use_additional_conditions,
         )
+
+
+for _flag in ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in"):
+    _scoped = Scoped(False)  # so that a block can switch it on for its own runs alone
+    _scoped.__set_name__(HookedConfig, _flag)
+    setattr(HookedConfig, _flag, _scoped)

@@ -299,6 +299,7 @@ class HookedDiT(PatchModel):
         if text is None:
             raise ValueError("pass encoder_hidden_states, or a text_state from encode_text")
         if self.text_hooks_active:
-            text = writable(text, has_hooks(self.hook_text))  # this is the caller's tensor
+            in_graph = next(self.parameters()).requires_grad
+            text = writable(text, in_graph and has_hooks(self.hook_text))  # this is the caller's tensor
         caption = self.hook_caption(self.project_caption(self.hook_text(text)))
         return [BlockText(caption, bias=bias)] * self._cfg.n_layers

@@ -19,7 +19,7 @@ PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the cha
 
 
 def writable(constant: Tensor, hooked: bool) -> Tensor:
-    """Copy an input or buffer, so that a hook may write into it; make it a leaf that requires grad if hooked."""
+    """Copy an input or buffer, so that a hook may write into it; make it a leaf that requires grad if `hooked` in a graph."""
     if hooked and torch.is_grad_enabled() and not constant.requires_grad:
         constant = constant.detach().requires_grad_()
     return constant.clone()
@@ -78,7 +78,8 @@ class PatchModel(NoLanguageModel, HookedModule):
                 self._cfg.d_model, (rows, columns), base_size=base, interpolation_scale=scale, device=latents.device
             ).float()[None]
         # Copied for each row: a hook that edits one row in place must not reach the others, or the buffer.
-        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), has_hooks(self.hook_pos_embed)))
+        in_graph = latents.requires_grad or next(self.parameters()).requires_grad
+        code = self.hook_pos_embed(writable(code.repeat(latents.shape[0], 1, 1), in_graph and has_hooks(self.hook_pos_embed)))
         return (patches + code).to(patches.dtype)
 
     def from_patches(

@@ -255,9 +255,11 @@ def test_a_view_can_be_differentiated_again_and_again(bound: Bound, generation: 
     step_view, step_tokens = generation.at(1, ("red circle", "blue square"), num_steps=2)
     for view, tokens, model in ((bound.view, bound.tokens, bound.dit), (step_view, step_tokens, generation)):
         gradients = []
+        model.requires_grad_(True)
         for _ in range(2):
             metric(view(tokens)).backward()
             gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
             model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
         assert gradients[0][0] is not None
         equal([g for g in gradients[0] if g is not None], [g for g in gradients[1] if g is not None])

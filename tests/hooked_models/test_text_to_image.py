@@ -207,7 +207,7 @@ def test_hooks_that_a_run_never_reaches_are_refused(model):
     consistency = HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=CMStochasticIterativeScheduler()))
     with pytest.raises(ValueError, match="clean-image prediction"):
         consistency.run_with_hooks(PROMPTS, fwd_hooks=[("steps.0.hook_x0", keep)])
-    assert model._attached == []  # nothing is left behind by an error
+    assert model.attached == ()  # nothing is left behind by an error
 
 
 def test_hooks_are_gone_after_the_block_and_added_ones_stay_until_reset(model):
