@@ -159,10 +159,17 @@ class FamilyModel(NoLanguageModel, HookedModule):
             wrapped = self._modules["wrapped"]
         if name.startswith("__") or hasattr(wrapped, name):
             return getattr(wrapped, name)
-        raise AttributeError(
-            f"{self.family.name} is hooked here as a denoiser alone, one call at a time, and has no {name!r}: for prompts, "
-            "steps, interventions and sweeps open its pipeline with HookedTextToImage.from_pipeline(pipe)."
+        raise AttributeError(self._alone(repr(name)))
+
+    def _alone(self, what: str) -> str:
+        return (
+            f"{self.family.name} is hooked here as a denoiser alone, one call at a time, and has no {what}: for prompts, steps, "
+            "interventions and sweeps open its pipeline with HookedTextToImage.from_pipeline(pipe)."
         )
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise TypeError: a denoiser alone takes no prompts."""
+        raise TypeError(self._alone("text encoder"))
 
     def canonical_name(self, name: str) -> str:
         """As in HookedModule; says why an attention without a pattern has no hooks."""

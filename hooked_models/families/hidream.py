@@ -38,17 +38,10 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 8,
-        "num_attention_heads": 2,
-        "axes_dims_rope": (4, 2, 2),
-    }
+    size = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "patch_size": 2}
     text = {"caption_channels": [12, 8], "text_emb_dim": 16, "llama_layers": (0, 1), "max_resolution": (8, 8)}
-    return HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_routed_experts=2, num_activated_experts=1, **size, **text
-    )
+    more = {"num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (4, 2, 2)}
+    return HiDreamImageTransformer2DModel(in_channels=4, out_channels=4, **size, **text, **more)
 
 
 OF_TEXT = {"Q_text": "to_q_t", "K_text": "to_k_t", "V_text": "to_v_t", "O_text": "to_out_t"}

@@ -44,16 +44,9 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "hidden_size": 32,
-        "num_layers": 4,
-        "patch_size": 2,
-        "sample_size": 8,
-    }
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "hidden_size": 32, "num_layers": 4, "sample_size": 8}
     text = {"cross_attention_dim": 12, "cross_attention_dim_t5": 8, "pooled_projection_dim": 6, "text_len": 5, "text_len_t5": 6}
-    return HunyuanDiT2DModel(in_channels=4, **size, **text)
+    return HunyuanDiT2DModel(in_channels=4, patch_size=2, **size, **text)
 
 
 FAMILY = Family(

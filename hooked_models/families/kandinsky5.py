@@ -49,18 +49,12 @@ ATTENTIONS = {
     "attn": Attention("self_attention", "image", "image", OF["self_attention"]),
     "cross_attn": Attention("cross_attention", "image", "text", OF["cross_attention"]),
 }
-WRITES = {"attn": "self_attention", "cross_attn": "cross_attention", "mlp": "feed_forward"}
-BLOCKS = Blocks(
-    "visual_transformer_blocks",
-    ATTENTIONS,
-    {"visual_embed": "image"},
-    ("image",),
-    {f"{name}_out_pre_gate": Write(path, ("image",)) for name, path in WRITES.items()},
-)
+PARTS = {"attn": "self_attention", "cross_attn": "cross_attention", "mlp": "feed_forward"}
+WRITES = {f"{name}_out_pre_gate": Write(path, ("image",)) for name, path in PARTS.items()}
 FAMILY = Family(
     name="Kandinsky 5",
     transformer="Kandinsky5Transformer3DModel",
-    blocks=(BLOCKS,),
+    blocks=(Blocks("visual_transformer_blocks", ATTENTIONS, {"visual_embed": "image"}, ("image",), WRITES),),
     layout=in_order("image", grid),
     inputs=inputs,
     small=small,

@@ -35,16 +35,8 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 def small() -> Any:
     sizes = {"num_attention_heads": 4, "attention_head_dim": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
-    return SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        cross_attention_dim=16,
-        caption_channels=12,
-        sample_size=3,
-        patch_size=1,
-        **sizes,
-    )
+    text = {"cross_attention_dim": 16, "caption_channels": 12}
+    return SanaTransformer2DModel(in_channels=4, out_channels=4, num_layers=2, sample_size=3, patch_size=1, **text, **sizes)
 
 
 FAMILY = Family(

@@ -318,7 +318,8 @@ class StreamTap:
         parts = [batch_first(x, self.axes) for x in given]
         for stream, part in zip(streams, parts, strict=True):
             layout.check(str(self.point.name), part.shape[1], (stream,))
-        joined = layout.image_first(torch.cat(parts, dim=1), streams)
+        batch = max(map(len, parts))  # one text may serve all rows
+        joined = layout.image_first(torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1), streams)
         joined = layout.as_model(same_shape(self.point, joined), streams)
         new = list(tensors)
         for (_, i), x, part in zip(there, given, joined.split([p.shape[1] for p in parts], dim=1), strict=True):

@@ -24,9 +24,7 @@ MULTIPLE = 32
 def layout(live: Any, given: Mapping[str, Any]) -> Layout:
     latents, texts = given["x"], given["cap_feats"]
     if isinstance(latents[0], list) or len({x.shape for x in latents}) > 1:
-        raise LayoutError(
-            "Z-Image is hooked with one image a row, all of one size; pass rows of other sizes in calls of their own."
-        )
+        raise LayoutError("Z-Image is hooked with one image a row, all of one size: call it once for each size.")
     patch, frame = given.get("patch_size", 2), given.get("f_patch_size", 1)
     frames, rows, columns = latents[0].shape[1] // frame, latents[0].shape[2] // patch, latents[0].shape[3] // patch
     image, lengths = rows * columns * frames, [len(text) for text in texts]
@@ -44,16 +42,8 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {
-        "dim": 32,
-        "n_layers": 2,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "axes_dims": [4, 6, 6],
-        "axes_lens": [128, 64, 64],
-    }
-    return ZImageTransformer2DModel(in_channels=4, cap_feat_dim=12, **size)
+    size = {"dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    return ZImageTransformer2DModel(in_channels=4, cap_feat_dim=12, axes_dims=[4, 6, 6], axes_lens=[128, 64, 64], **size)
 
 
 FAMILY = Family(

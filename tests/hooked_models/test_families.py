@@ -254,6 +254,31 @@ def output_weights(attention: Any) -> list[Tensor]:
     return weights
 
 
+def test_weights_of_a_head_are_views_that_move_that_head(case) -> None:
+    model, inputs = case
+    if not isinstance(model, FamilyModel):
+        return
+    for sublayer in (sublayers(model)[0], sublayers(model)[-1]):
+        attention = model.get_submodule(sublayer)
+        width = model.cfg.n_heads * model.cfg.d_head
+        assert attention.W_Q.shape[0] == attention.W_V.shape[0] == attention.W_O.shape[0] == model.cfg.n_heads
+        assert attention.W_Q.shape[2] == attention.W_O.shape[1] == model.cfg.d_head
+        assert attention.W_O.flatten(0, 1).shape == (width, model.cfg.d_model)
+        for which in "QKV":
+            name, weight = f"{sublayer}.hook_{which.lower()}", getattr(attention, f"W_{which}")
+            if torch.equal(weight[0], weight[1]):  # shared keys and values are repeated, not views
+                assert which in "KV"
+                continue
+            before = model.run_with_cache(**inputs, names_filter=name)[1][name]
+            kept = weight[1].clone()
+            weight[1] += torch.randn(kept.shape, generator=torch.Generator().manual_seed(0))
+            after = model.run_with_cache(**inputs, names_filter=name)[1][name]
+            weight[1] = kept
+            moved = (before != after).any(dim=3).any(dim=1).any(dim=0)
+            assert bool(moved[1])
+            assert which != "V" or moved.sum() == 1  # queries and keys may be normed across heads
+
+
 def test_one_token_shows_at_its_own_position_alone(case) -> None:
     """In block 0, before anything mixes positions; where refiners do, in the image or in the text alone."""
     model, inputs = case

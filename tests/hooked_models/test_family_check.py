@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_lens import Intervention, sweep
 from hooked_models import ModelCheckError, families
 from hooked_models.families.blocks import Attention, Blocks, one_stream, two_streams
 from hooked_models.families.layout import ids, in_order, patches
@@ -217,5 +218,14 @@ def test_a_denoiser_alone_says_how_to_open_its_pipeline() -> None:
             AttributeError, match=rf"FLUX.1 is hooked here as a denoiser alone.*no '{tool}'.*from_pipeline\(pipe\)"
         ):
             getattr(model, tool)
+    with pytest.raises(TypeError, match=r"FLUX.1 is hooked here as a denoiser alone.*from_pipeline\(pipe\)"):
+        model.to_tokens(["red circle"])
+    head = Intervention("blocks.0.attn.hook_z", heads=[0])
+    for tool in (
+        lambda: head.hooks(model, ["red circle"]),
+        lambda: sweep.plan(model, ["red circle"], [0], [head], {"mean": torch.mean}),
+    ):
+        with pytest.raises((AttributeError, TypeError), match=r"denoiser alone.*from_pipeline\(pipe\)"):
+            tool()
     assert model.config.num_layers == 2
     assert not hasattr(model, "no_such_attribute")

@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from hooked_models import families
+
 from .pipelines import PROMPTS
 from .tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline
 
@@ -35,3 +37,30 @@ def test_a_tiny_pipeline_draws_by_its_prompts_and_survives_its_folder(name: str,
     opened = DiffusionPipeline.from_pretrained(tmp_path)
     opened.set_progress_bar_config(disable=True)
     assert torch.equal(images(opened, call), drawn)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_hooked_transformer_stands_in_its_pipeline(name: str) -> None:
+    """Without hooks and with hooks that only look, images are bitwise the plain pipeline's; positions are the latents'."""
+    pipe, call = tiny_pipeline(name)
+    drawn = images(pipe, call)
+    pipe.transformer = model = families.hook(pipe.transformer)
+    assert torch.equal(images(pipe, call), drawn)
+    assert model.layout is None
+    fired: dict[str, int] = {}
+
+    def look(tensor: Tensor, hook: Any) -> None:
+        fired[hook.name] = fired.get(hook.name, 0) + 1
+
+    fused = model.names(lambda name: not name.endswith(("hook_pattern", "hook_attn_scores")))
+    with model.hooks([(one, look) for one in fused]):
+        assert torch.equal(images(pipe, call), drawn)
+    assert len(set(fired.values())) == 1
+    assert set(fired) == set(fused)
+    rows, columns, frames = model.layout.grid
+    pixels = drawn.shape[-1] * drawn.shape[-2]
+    assert pixels % (rows * columns) == 0
+    assert rows == columns
+    assert frames == (2 if name == "Wan" else 1)
+    with model.hooks([(lambda name: name.endswith("hook_pattern"), look)]):
+        assert (images(pipe, call) - drawn).abs().max() < 1e-4
