@@ -30,7 +30,7 @@ def circuit_figure(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame, pd.Data
         colors = dict(zip(heads, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
         draw_circuit(left, sets, images, paths, colors)
         draw_bars(right, images, colors)
-        left.set_title(f"{name}: {len(heads)} heads decide the layout", loc="left", fontsize=11)
+        left.set_title(f"{name}: words, heads, layout, objects", loc="left", fontsize=11)
     axes[0][1].set_title("opposite layout drawn, 95 % interval", loc="left", fontsize=11)
     return whole
 
@@ -39,7 +39,7 @@ def draw_circuit(
     ax: Axes, sets: pd.DataFrame, images: pd.DataFrame, paths: pd.DataFrame, colors: Mapping[str, tuple[float, ...]]
 ) -> None:
     """Lines from words: share of gain². Lines to the layout: turned layouts lost without the head."""
-    ax.set(xlim=(-0.12, 3.25), ylim=(-0.12, 1.12))
+    ax.set(xlim=(-0.36, 3.25), ylim=(-0.12, 1.12))
     ax.set_axis_off()
     levels = dict(zip(colors, np.linspace(0.95, 0.05, len(colors)) if len(colors) > 1 else [0.5], strict=True))
     means = images.groupby("condition")[list(TURNS.values())].mean()

@@ -14,6 +14,7 @@ most, by at least .5. Prompts of each axis alone.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +79,8 @@ class Config:
 
 def main(config: Config) -> None:
     tables = []
-    folders = {name: config.runs / name / "pipeline" for name in CELLS}
-    models = {name: str(folder) for name, folder in folders.items() if folder.exists()} | {name: name for name in config.bundled}
+    models = {name: str(config.runs / name / "pipeline") for name in CELLS if finished(config.runs / name)}
+    models |= {name: name for name in config.bundled}
     for name, source in models.items():
         model = HookedTextToImage.from_pretrained(source)
         read = stage(config.out, f"{name}-readable", model, readable)
@@ -93,6 +94,14 @@ def main(config: Config) -> None:
     images.to_parquet(config.out / "images.parquet", index=False)
     table.to_parquet(config.out / "text_carrier.parquet", index=False)
     figure(table).savefig(config.out / "text_carrier.png", dpi=150)
+
+
+def finished(run: Path) -> bool:
+    """Whether a training run has done all its steps; a pipeline is there before that, too."""
+    if not (run / "pipeline").exists():
+        return False
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return bool(steps[-1] == json.loads((run / "settings.json").read_text())["steps"])
 
 
 @torch.no_grad()

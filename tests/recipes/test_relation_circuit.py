@@ -41,7 +41,7 @@ def made_up() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     hits = {"none": [0] * 40, "set": [1] * 40, "without L1H0": [0] * 40, "without L2H2": [1] * 30 + [0] * 10}
     hits |= {"random 0": [0] * 40, "steps 0-3": [1] * 40, "steps 4-13": [0] * 40, "vertical": [1] * 40, "horizontal": [0] * 40}
     images = pd.concat([rows_of(condition, some) for condition, some in hits.items()], ignore_index=True)
-    paths = pd.DataFrame({"frozen": np.repeat(list(relation_das.PARTS), 5), "lost": np.repeat([0.1, 0.0, 0.9], 5)})
+    paths = pd.DataFrame({"frozen": np.repeat(list(relation_das.PARTS), 5), "lost": np.repeat([0.1, 0.02, 0.9], 5)})
     return sets, images, paths
 
 
