@@ -148,6 +148,9 @@ predicted range ("replicates", or "as predicted" of what is not in the paper), o
 Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338), whose models
 are larger and whose data differ (docs/scenes.md).
 
+What they say together is on [one page](../docs/findings.md); predictions that are not in a docstring are in
+[PREDICTIONS.md](PREDICTIONS.md).
+
 {chr(10).join(overview)}
 
 Two are not here: `relation_head`, the short demonstration (`make demo`), and `pixart_sigma`, which needs a GPU and the pretrained
