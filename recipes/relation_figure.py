@@ -23,7 +23,7 @@ WIDEST = 7.0
 def circuit_figure(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]) -> Figure:
     """A row a model: its circuit, and what its images show. `parts`: model → (sets, images, paths) of `relation_circuit`."""
     whole, axes = plt.subplots(
-        len(parts), 2, figsize=(12, 3.5 * len(parts)), width_ratios=(1.7, 1), layout="constrained", squeeze=False
+        len(parts), 2, figsize=(9.2, 4.1 * len(parts)), width_ratios=(1.9, 1), layout="constrained", squeeze=False
     )
     for (left, right), (name, (sets, images, paths)) in zip(axes, parts.items(), strict=True):
         heads = sorted(sets["head"].unique())
@@ -31,7 +31,7 @@ def circuit_figure(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame, pd.Data
         draw_circuit(left, sets, images, paths, colors)
         draw_bars(right, images, colors)
         left.set_title(f"{name}: words, heads, layout, objects", loc="left", fontsize=11)
-    axes[0][1].set_title("opposite layout drawn, 95 % interval", loc="left", fontsize=11)
+    axes[0][1].set_title("opposite layout drawn", loc="left", fontsize=11)
     return whole
 
 
@@ -39,7 +39,7 @@ def draw_circuit(
     ax: Axes, sets: pd.DataFrame, images: pd.DataFrame, paths: pd.DataFrame, colors: Mapping[str, tuple[float, ...]]
 ) -> None:
     """Lines from words: share of gain². Lines to the layout: turned layouts lost without the head."""
-    ax.set(xlim=(-0.36, 3.25), ylim=(-0.12, 1.12))
+    ax.set(xlim=(-0.42, 3.3), ylim=(-0.3, 1.12))
     ax.set_axis_off()
     levels = dict(zip(colors, np.linspace(0.95, 0.05, len(colors)) if len(colors) > 1 else [0.5], strict=True))
     means = images.groupby("condition")[list(TURNS.values())].mean()
@@ -59,8 +59,8 @@ def draw_circuit(
         ax.text(1, at, head, ha="center", va="center", fontsize=9, color="white", fontweight="bold", zorder=3)
     box(ax, 3, 0.5, "objects")
     through = paths.groupby("frozen", sort=False)["lost"].mean()
-    told = "turn that is lost with it frozen:\n" + "\n".join(f"{kind} {value:+.2f}" for kind, value in through.items())
-    ax.text(2.62, -0.1, told, ha="left", va="bottom", fontsize=9)
+    told = "; ".join(f"{kind} {value:.2f}" for kind, value in through.items())
+    ax.text(-0.4, -0.3, f"share of the turn that is lost where one part behind\nis frozen: {told}", va="bottom", fontsize=9)
     for x, what in ((0.6, "share of gain²"), (1.42, "lost without it")):
         ax.text(x, 1.08, what, ha="center", fontsize=9, style="italic")
 
@@ -73,8 +73,8 @@ def box(ax: Axes, x: float, y: float, text: str) -> None:
 def draw_bars(ax: Axes, images: pd.DataFrame, colors: Mapping[str, tuple[float, ...]]) -> None:
     """Share of images with the opposite layout by condition."""
     rows: list[tuple[str, Interval, object]] = []
-    names = {"none": "no interchange", "set": "all heads of the set", **{f"without {head}": f"without {head}" for head in colors}}
-    names |= {"random": "random sets", "steps 0-3": "set, steps 0 to 3", "steps 4-13": "set, steps 4 to 13"}
+    names = {"none": "none", "set": "all", **{f"without {head}": f"without {head}" for head in colors}}
+    names |= {"random": "random sets", "steps 0-3": "all, steps 0–3", "steps 4-13": "all, steps 4–13"}
     for condition, label in names.items():
         part = images[images["condition"].str.startswith(condition) & (images["both_colors"] == 1)]
         if len(part):

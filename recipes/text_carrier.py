@@ -261,7 +261,7 @@ def control_claims(axis: str, wide: pd.DataFrame, base: pd.Series[float]) -> lis
 def figure(table: pd.DataFrame) -> Figure:
     """A panel an axis: models by words, coloured by the change of the layout, with R² written in and the prediction framed."""
     names = list(dict.fromkeys(table["model"]))
-    whole, axes = plt.subplots(1, len(AXES), figsize=(11, 0.62 * len(names) + 1.9), layout="constrained")
+    whole, axes = plt.subplots(1, len(AXES), figsize=(9.2, 0.62 * len(names) + 2.1), layout="constrained")
     for ax, axis in zip(axes, AXES, strict=True):
         part = table[table["axis"] == axis]
         change = (part["moved"] - part["base"]).groupby([part["model"], part["word"]]).mean().unstack().loc[names, list(WORDS)]
@@ -273,7 +273,7 @@ def figure(table: pd.DataFrame) -> Figure:
         for i, name in enumerate(names):
             j = WORDS.index(predicted_word(part[part["model"] == name]))
             ax.add_patch(plt.Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, linewidth=2))
-        words = ["colour 1", "shape 1", "relation", "colour 2", "shape 2", "EOS"]
+        words = ["colour\n1", "shape\n1", "rela-\ntion", "colour\n2", "shape\n2", "EOS"]
         ax.set_xticks(range(len(WORDS)), words, fontsize=10)
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [], fontsize=10)
         ax.set_title(f"{axis} relations", fontsize=11)
