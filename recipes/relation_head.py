@@ -31,6 +31,7 @@ PROMPTS = (
     "blue circle is to the lower right of red square",
 )
 WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
+CHANGE = "change in relation"
 METRICS = ("color", "shape", "unique_binding", "relation_loose", "relation_given_both")
 DIRECTION_WORDS = ("above", "below", "left", "right")
 FIGURE_STEPS = (0, 1, 2, 4, 8, 13)
@@ -79,13 +80,13 @@ def main(config: Config) -> None:
     )
     table = compare(effects)
     title = f"Relation words masked in some heads ({config.pairs} images, same prompts and noise), mean [95 % interval]"
-    show(console, title, table)
+    show(console, title, as_text(table))
 
     config.out.mkdir(parents=True, exist_ok=True)
     ranking.to_csv(config.out / "screening.csv", index=False)
-    table.to_csv(config.out / "knockout.csv")
+    table.to_csv(config.out / "knockout.csv", index=False)
     facts = {"model": config.model, "heads": found, "pairs": config.pairs, "controls": config.controls, "seed": config.seed}
-    write_json(config.out / "result.json", facts)
+    write_json(config.out / "result.json", {**facts, "results": table.to_dict("records")})
     for head in found[:2]:
         maps = {word: circuits.position_word_map(model.dit, head, screening.word_vector(model, word)) for word in DIRECTION_WORDS}
         figure = viz.relation_head_figure(head, PROMPTS, images, attention_to_relation(model, cache, head), maps)
@@ -124,14 +125,26 @@ def attention_to_relation(model: HookedTextToImage, cache: object, head: str) ->
 
 
 def compare(effects: xr.Dataset) -> pd.DataFrame:
-    """Accuracy of every condition, and its paired change of the loose relation against no knock-out."""
-    rows = {}
+    """Mean and 95 % interval of every condition's accuracies, and of its paired change of the loose relation.
+
+    Returns:
+        Columns knocked_out, metric, mean, low, high; a row for each condition and metric.
+    """
+    rows = []
     for condition in effects["condition"].values:
         one = effects.sel(condition=condition)
-        rows[condition] = {metric: str(stats.clustered_mean(one[metric].values.astype(float))) for metric in METRICS}
-        change = stats.Interval(*one["relation_loose_effect"].values)
-        rows[condition]["change in relation"] = str(change) if condition != "none" else ""
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("knocked out")
+        found = {metric: stats.clustered_mean(one[metric].values.astype(float)) for metric in METRICS}
+        if condition != "none":
+            found[CHANGE] = stats.Interval(*one["relation_loose_effect"].values)
+        rows += [{"knocked_out": condition, "metric": metric, **value._asdict()} for metric, value in found.items()]
+    return pd.DataFrame(rows)
+
+
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `compare` as one text for each condition and metric."""
+    texts = [str(stats.Interval(*row)) for row in table[list(stats.Interval._fields)].itertuples(index=False)]
+    wide = table.assign(text=texts).pivot(index="knocked_out", columns="metric", values="text").fillna("")
+    return wide.loc[table["knocked_out"].unique(), table["metric"].unique()].rename_axis("knocked out").rename_axis(None, axis=1)
 
 
 def show(console: Console, title: str, frame: pd.DataFrame) -> None:

@@ -1,9 +1,8 @@
-"""The recipes on heads: their computations against planted circuits, made-up tables and independent runs; each whole, slow."""
+"""The recipes on heads: their computations against planted circuits, made-up tables and independent runs."""
 
 from __future__ import annotations
 
 import functools
-import json
 
 import numpy as np
 import pandas as pd
@@ -289,46 +288,7 @@ def test_the_difference_of_independent_estimates():
     assert found == pytest.approx((0.4, -0.1, 0.9))
 
 
-# Whole recipes, small
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention_synopsis", "relation_heads", "object_heads"])
-def test_a_recipe_runs_and_goes_on_where_it_was(name, tmp_path, monkeypatch, capsys):
-    small = {
-        "attention_synopsis": lambda: attention_synopsis.Config(scenes=12, comparison="", out=tmp_path),
-        "relation_heads": lambda: relation_heads.Config(looked=12, singles=2, pairs=3, out=tmp_path),
-        "object_heads": lambda: object_heads.Config(scenes=12, patched=2, out=tmp_path),
-    }[name]()
-    recipe = {"attention_synopsis": attention_synopsis, "relation_heads": relation_heads, "object_heads": object_heads}[name]
-    recipe.main(small)  # type: ignore[attr-defined]
-    first = capsys.readouterr().out
-    claims = json.loads((tmp_path / "claims.json").read_text())["claims"]
-    assert len(claims) >= 6
-    assert len(pd.read_parquet(tmp_path / "claims.parquet")) == len(claims)
-    assert len(list(tmp_path.glob("*.png"))) >= 2
-
-    def measured_again(*_: object) -> None:
-        raise AssertionError("what was measured is measured again")
-
-    for module, function in ((attention_synopsis, "reading"), (relation_heads, "first_look"), (object_heads, "path_effects")):
-        monkeypatch.setattr(module, function, measured_again)
-    recipe.main(small)  # type: ignore[attr-defined]
-    assert capsys.readouterr().out == first
-
-
-@pytest.mark.slow
-def test_the_bottleneck_measures_what_is_missing_and_no_more(tmp_path, monkeypatch):
-    folders = {name: tmp_path / name for name in ("robustness", "fusion", "heads", "out")}
-    hide, mask = t5_fusion.knockouts, relation_heads.group_knockouts
-    monkeypatch.setattr(t5_fusion, "RESAMPLES", 2)
-    monkeypatch.setattr(t5_fusion, "knockouts", lambda model, n, controls, seed: hide(model, 2, controls, seed))
-    monkeypatch.setattr(relation_heads, "group_knockouts", lambda model, found, n, seed: mask(model, found, 2, seed))
-    bottleneck.main(bottleneck.Config(**folders))
-    written = json.loads((folders["out"] / "claims.json").read_text())
-    assert set(written["bottleneck"]) == {"rte-micro", "t5-micro"}
-    assert sum("minus" in row["claim"] for row in written["claims"]) == 3
-    assert len(list((folders["heads"] / "stages").glob("*/*.parquet"))) == 1
+# Names
 
 
 def test_heads_are_parsed_as_they_are_named():

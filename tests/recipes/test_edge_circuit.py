@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,8 +9,7 @@ import torch
 
 from dit_lens import scenes
 from dit_lens.task import DIRECTIONS
-from recipes import edge_circuit
-from recipes.edge_circuit import Config, enough, layout_readout, pairs, smallest_size
+from recipes.edge_circuit import enough, layout_readout, pairs, smallest_size
 
 
 def test_pairs_are_opposites_of_as_many_words():
@@ -51,19 +48,3 @@ def test_the_smallest_size_keeps_enough_at_every_larger_size():
         clean=10.0, corrupt=0.0
     )
     assert smallest_size(table) == 4
-
-
-@pytest.mark.slow
-def test_it_runs_from_end_to_end_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(edge_circuit, "SHARES", (0.05, 0.5))
-    monkeypatch.setattr(edge_circuit, "HALVINGS", 1)
-    config = Config(model="rte-nano", ig_steps=1, out=tmp_path)
-    edge_circuit.main(config)
-    told = json.loads((tmp_path / "claims.json").read_text())
-    assert len(told["claims"]) == 5 + 7 + 2
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()}
-    edge_circuit.main(config)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()} == before
-    assert json.loads((tmp_path / "claims.json").read_text()) == told
-    assert (tmp_path / "faithfulness.png").exists()
-    assert (tmp_path / "circuit.png").exists()

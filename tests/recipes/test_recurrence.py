@@ -1,8 +1,6 @@
-"""The recipe on sizes and seeds: its rules on made-up tables, exchanges against patched runs; whole, slow."""
+"""The recipe on sizes and seeds: its rules on made-up tables, exchanges against patched runs."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pandas as pd
@@ -119,21 +117,3 @@ def test_an_exchange_in_all_heads_is_a_run_whose_word_was_replaced_before_cross_
     others = ablation.random_heads(model, some, np.random.default_rng(0))
     drawn = {part: {(one.site[:9], one.heads) for one in others if one.site.endswith(part)} for part in ("hook_k", "hook_v")}
     assert drawn["hook_k"] == drawn["hook_v"]  # both of the same heads
-
-
-@pytest.mark.slow
-def test_it_runs_from_end_to_end_and_goes_on(tmp_path, monkeypatch, capsys):
-    config = recurrence.Config(rte=("rte-nano", "rte-micro/seed-1"), t5=("t5-micro",), looks=4, images=4, out=tmp_path)
-    recurrence.main(config)
-    first = capsys.readouterr().out
-    claims = json.loads((tmp_path / "claims.json").read_text())["claims"]
-    names = {*config.rte, *config.t5}
-    assert {name for claim in claims for name in names if claim["claim"].startswith(f"{name}:")} == names
-    assert (tmp_path / "recurrence.png").exists()
-
-    def again(*_: object) -> None:
-        raise AssertionError("what was measured is measured again")
-
-    monkeypatch.setattr(HookedTextToImage, "forward", again)
-    recurrence.main(config)
-    assert capsys.readouterr().out == first

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ import torch
 from dit_lens import scenes
 from dit_lens.sweep import ShareOf
 from hooked_models import HookedTextToImage
-from recipes import three_objects
 from recipes.three_objects import agreement, clause_masks, exchanged
 
 TRIOS = scenes.sample_trios(64, seed=0)
@@ -68,15 +65,3 @@ def test_agreement_is_one_for_proportional_profiles_and_zero_for_disjoint_ones()
     other = agreement(one, one[:, ::-1])
     assert abs(other.mean) < 0.05
     assert other.low <= other.mean <= other.high
-
-
-@pytest.mark.slow
-def test_it_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
-    config = three_objects.Config("rte-micro", scenes=4, knockouts=4, shares=4, out=tmp_path)
-    three_objects.main(config)
-    first = json.loads((tmp_path / "claims.json").read_text())
-    stages = {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()}
-    three_objects.main(config)
-    assert json.loads((tmp_path / "claims.json").read_text()) == first
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()} == stages
-    assert {"knockout.png", "shares.png"} <= {path.name for path in tmp_path.iterdir()}

@@ -1,0 +1,90 @@
+"""Every recipe runs at smoke settings, leaves its claims and figures, and measures nothing a second time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from matplotlib import pyplot
+
+from hooked_models import HookedTextToImage
+from recipes import edge_circuit, relation_head, relation_heads, run_all, t5_fusion
+
+SMOKE: dict[str, dict[str, Any]] = {
+    "accuracy_table": {"models": ("rte-micro", "rte-trios-micro")},
+    "attention_synopsis": {"model": "rte-nano", "scenes": 6, "comparison": ""},
+    "bottleneck": {},
+    "edge_circuit": {"model": "rte-nano", "ig_steps": 1},
+    "improve_relations": {"tasks": ("rte-nano",), "choosing": 2, "reporting": 2},
+    "learning_dynamics": {"runs": ("rte-nano", "rte-nopos-micro", "not there")},
+    "object_heads": {"model": "rte-nano", "scenes": 6, "patched": 1},
+    "positions_needed": {},
+    "recurrence": {"rte": ("rte-nano", "rte-micro/seed-1"), "t5": (), "looks": 3, "images": 3},
+    "relation_circuit": {"models": ("rte-nano",), "looks": 16, "images": 6},
+    "relation_heads": {"looked": 4, "singles": 1, "pairs": 2},
+    "robustness": {},
+    "t5_fusion": {"rte": "rte-nano", "knockouts": 2, "prompts": 2, "doses": (1.0,)},
+    "three_objects": {"model": "rte-micro", "scenes": 2, "knockouts": 2, "shares": 2},
+}
+"""Recipe → its smallest settings."""
+DRAWS_AGAIN = ("edge_circuit", "object_heads")
+"""Recipes that run the model for a figure, after all that they measure."""
+FOLDERS = {"bottleneck": ("robustness", "fusion", "heads")}
+"""Folders of other recipes that a recipe reads and fills."""
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch):
+    """Counts that are no settings."""
+    monkeypatch.setattr(edge_circuit, "SHARES", (0.05, 0.5))
+    monkeypatch.setattr(edge_circuit, "HALVINGS", 1)
+    monkeypatch.setattr(edge_circuit, "RELATIONS", ("above", "left"))
+    monkeypatch.setattr(t5_fusion, "RESAMPLES", 2)
+    yield
+    pyplot.close("all")
+
+
+def test_every_recipe_has_smoke_settings() -> None:
+    assert set(SMOKE) == set(run_all.FIGURES)
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_a_recipe_runs_and_goes_on_where_it_was(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = importlib.import_module(f"recipes.{name}"), tmp_path / "out"
+    if name == "bottleneck":  # which measures at the other recipes' own sizes
+        hide, mask = t5_fusion.knockouts, relation_heads.group_knockouts
+        monkeypatch.setattr(t5_fusion, "knockouts", lambda model, n, controls, seed: hide(model, 2, controls, seed))
+        monkeypatch.setattr(relation_heads, "group_knockouts", lambda model, found, n, seed: mask(model, found, 2, seed))
+    config = recipe.Config(**SMOKE[name], **{folder: tmp_path / folder for folder in FOLDERS.get(name, ())}, out=out)
+    recipe.main(config)
+    printed, written = capsys.readouterr().out, json.loads((out / "claims.json").read_text())
+    assert len(written["claims"]) == len(pd.read_parquet(out / "claims.parquet")) >= 3
+    assert all(claim["verdict"] for claim in written["claims"])
+    assert (out / run_all.FIGURES[name]).exists() or name == "learning_dynamics"  # whose figures are named by run
+    assert list(out.glob("*.png"))
+    stages = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stages/*.parquet")}
+
+    def measured_again(*_: object, **__: object) -> None:
+        raise AssertionError("what was measured is measured again")
+
+    if stages and name not in DRAWS_AGAIN:
+        monkeypatch.setattr(HookedTextToImage, "forward", measured_again)
+    recipe.main(config)
+    assert capsys.readouterr().out == printed
+    assert json.loads((out / "claims.json").read_text()) == written
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stages/*.parquet")} == stages
+
+
+def test_the_demonstration_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    relation_head.main(relation_head.Config(pairs=2, out=tmp_path))
+    assert "relation heads" in capsys.readouterr().out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"screening.csv", "knockout.csv", "result.json", "L2H2.png", "attention.html"} <= names
+    table = pd.read_csv(tmp_path / "knockout.csv")
+    assert all(pd.api.types.is_numeric_dtype(table[column]) for column in ("mean", "low", "high"))
