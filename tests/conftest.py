@@ -1,11 +1,72 @@
-"""For the whole suite."""
+"""Settings of the whole suite, and the models that many tests share.
+
+Shared models are for reading: a test that changes weights builds its own. The packages are imported inside of fixtures, because
+the import hook that checks types (`make test-types`) is installed after this file is read.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import hypothesis
+import pytest
 import torch
+
+if TYPE_CHECKING:
+    from dit_lens.planted import Kind, PlantedTruth
+    from hooked_models import HookedDiT, HookedTextToImage
 
 # Workers share the cores, and threads of their own would only wait for one another; and a child that is forked has only one.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def tiny_dit() -> HookedDiT:
+    """A random PixArt denoiser in which every parameter matters."""
+    from hooked_models import HookedDiT
+
+    from .hooked_models.tiny import tiny_transformer
+
+    return HookedDiT(tiny_transformer())
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> HookedTextToImage:
+    """A random text-to-image model in which every parameter matters, 4 × 4 latents."""
+    from hooked_models import HookedTextToImage
+
+    from .hooked_models.pipelines import tiny_pipeline
+
+    return HookedTextToImage.from_pipeline(tiny_pipeline())
+
+
+@pytest.fixture(scope="session")
+def trained_micro() -> HookedTextToImage:
+    """The bundled rte-micro."""
+    from hooked_models import HookedTextToImage
+
+    return HookedTextToImage.from_pretrained("rte-micro")
+
+
+@pytest.fixture(scope="session")
+def trained_nano() -> HookedTextToImage:
+    """The bundled rte-nano."""
+    from hooked_models import HookedTextToImage
+
+    return HookedTextToImage.from_pretrained("rte-nano")
+
+
+@pytest.fixture(scope="session")
+def planted_model() -> Callable[..., tuple[HookedTextToImage, PlantedTruth]]:
+    """`planted_circuit(kind, seed)`, each built once."""
+    from dit_lens.planted import planted_circuit
+
+    @functools.lru_cache(maxsize=4)
+    def build(kind: Kind, seed: int = 0) -> tuple[HookedTextToImage, PlantedTruth]:
+        return planted_circuit(kind, seed)
+
+    return build

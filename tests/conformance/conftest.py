@@ -13,10 +13,7 @@ from hooked_models.pixart.folding import FoldedDiT
 
 from ..hooked_models.pipelines import tiny_pipeline
 from ..hooked_models.tiny import tiny_transformer
-from .oracles import TIMESTEP, Bound, bind
-
-TESTS = pytest.StashKey[list[pytest.Item]]()
-"""Every test of this folder, those included that a run leaves out."""
+from .oracles import TESTS, TIMESTEP, Bound, bind
 
 
 @pytest.hookimpl(tryfirst=True)

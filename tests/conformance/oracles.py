@@ -18,6 +18,9 @@ TIMESTEP = 437.0
 ROWS = 6
 """Pairs of a clean and a corrupted input."""
 
+TESTS = pytest.StashKey[list[pytest.Item]]()
+"""Every test of this folder, those included that a run leaves out."""
+
 
 def tool(name: str, on: str, verdict: str = "exact", *, check: str, note: str = "") -> pytest.MarkDecorator:
     """Says what a test establishes: which tool, on which models (of `table.MODELS`), how it fares, and against what."""

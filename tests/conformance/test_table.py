@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from . import table
-from .conftest import TESTS
+from .oracles import TESTS
 
 
 def test_the_page_is_up_to_date(pytestconfig: pytest.Config) -> None:

@@ -25,8 +25,8 @@ def model() -> HookedTextToImage:
 
 
 @pytest.fixture(scope="module")
-def trained() -> HookedTextToImage:
-    return HookedTextToImage.from_pretrained("rte-micro")
+def trained(trained_micro) -> HookedTextToImage:
+    return trained_micro
 
 
 def hooks(model: HookedTextToImage, interventions, **kwargs):

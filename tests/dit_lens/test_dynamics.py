@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dit_lens import planted, scenes, viz
+from dit_lens import scenes, viz
 from dit_lens.task import OPPOSITE
 from dit_lens.task.rendering import shape_mask
 from dit_lens.training import dynamics
@@ -37,8 +37,8 @@ def course() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(dynamics.COLUMNS)).astype({"layer": "Int64", "head": "Int64"})
 
 
-def test_a_planted_circuit_is_measured_as_what_it_is():
-    model, truth = planted.planted_circuit("two-stage", seed=0)
+def test_a_planted_circuit_is_measured_as_what_it_is(planted_model):
+    model, truth = planted_model("two-stage", 0)
     table = dynamics.measure(model, WANTED[:6], step=7, samples=70)
     assert list(table.columns) == list(dynamics.COLUMNS)
     assert set(table["step"]) == {7}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dit_lens import attribution, planted
+from dit_lens import attribution
 from dit_lens.graph.faithfulness import (
     Areas,
     areas,
@@ -26,8 +26,8 @@ SEEDS, STEPS = [0, 1], 2
 
 
 @pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pretrained("rte-nano")
+def model(trained_nano) -> HookedTextToImage:
+    return trained_nano
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def test_circuits_do_not_disturb_each_other(model, edges):
 
 
 @pytest.mark.slow
-def test_a_planted_circuits_doors_suffice_and_are_necessary():
+def test_a_planted_circuits_doors_suffice_and_are_necessary(planted_model):
     """Of all edges from the relation word, those that were planted keep the whole relation, and nothing is left without them."""
-    model, truth = planted.planted_circuit("two-stage", seed=0)
+    model, truth = planted_model("two-stage", 0)
     clean, corrupt = (f"red circle is {phrase} blue square" for phrase in ("directly above", "directly below"))
     heads = [f"cross_attn.L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
     rows = [(step, "text[relation]", f"{head}.{part}") for step in range(14) for head in heads for part in "kv"]

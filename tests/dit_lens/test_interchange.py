@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_lens import planted, scenes
+from dit_lens import scenes
 from dit_lens.intervene.interchange import Interchange, matched_sets
 from hooked_models import HookedTextToImage
 
@@ -31,8 +31,8 @@ def test_every_word_in_every_head_is_the_source_prompt(nano):
         torch.testing.assert_close(untouched, nano(swap.texts, seed=0), rtol=0, atol=1e-5)
 
 
-def test_planted_relation_heads_of_one_axis_turn_that_axis_alone():
-    model, truth = planted.planted_circuit("two-stage", seed=0)
+def test_planted_relation_heads_of_one_axis_turn_that_axis_alone(planted_model):
+    model, truth = planted_model("two-stage", 0)
     swap = Interchange(model, WANTED, [scenes.opposite(s) for s in WANTED])
     axes = np.array([scenes.axis_of(s.relation) for s in WANTED])
     assert {"vertical", "horizontal"} == set(axes)

@@ -20,8 +20,8 @@ N, TEMPLATE = 8, "no is"
 
 
 @pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return planted.planted_circuit("two-stage", seed=0)[0]
+def model(planted_model) -> HookedTextToImage:
+    return planted_model("two-stage", 0)[0]
 
 
 @pytest.fixture(scope="module")

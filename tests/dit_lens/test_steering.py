@@ -21,8 +21,8 @@ FAST = {"num_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def micro() -> HookedTextToImage:
-    return HookedTextToImage.from_pretrained("rte-micro")
+def micro(trained_micro) -> HookedTextToImage:
+    return trained_micro
 
 
 @pytest.fixture(scope="module", params=["rte", "t5"])

@@ -6,7 +6,6 @@ import errno
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,30 +22,14 @@ from dit_lens.store import fingerprint
 from dit_lens.sweep import results
 from hooked_models import HookedTextToImage, UnknownHookError
 
-from ..hooked_models.pipelines import tiny_pipeline
 from ..killing import killed
-
-PROMPTS = ["red circle is above blue square", "blue square is above circle red", "circle is left of red square"]
-SEEDS = [3, 4]
-STEPS = 3
-
-
-def tiny(dtype: torch.dtype = torch.float64) -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline("t5").to(dtype))
+from .sweeps import METRICS, PROMPTS, SEEDS, STEPS, durable, pixels, shards, tiny
 
 
 @pytest.fixture(scope="module")
 def model() -> HookedTextToImage:
     return tiny()
 
-
-def pixels(images: Tensor) -> dict[str, Tensor]:
-    """Numbers that say an image apart from others."""
-    flat = images.flatten(1)
-    return {"first": flat[:, 0], "middle": flat[:, flat.shape[1] // 2], "mean": flat.mean(dim=1)}
-
-
-METRICS = {"image": sweep.Metric(pixels), "latent": sweep.Metric(pixels, on="latent")}
 
 ACTIONS = {
     "zero": "zero",
@@ -420,21 +403,6 @@ def test_misspelt_sites_and_attached_hooks(model):
 
 
 # What is on disk
-
-
-def durable() -> dict[str, Intervention]:
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), steps=range(STEPS))
-    return {
-        **cells,
-        "mean": Intervention("blocks.0.attn.hook_z", steps=1, action="mean"),
-        "untouched": Intervention(
-            "blocks.0.cross_attn.hook_pattern", tokens=[[True] + [False] * 6] + [[False] * 7] * 2, steps=1, missing="ignore"
-        ),
-    }
-
-
-def shards(folder: Path) -> pd.DataFrame:
-    return pd.concat([pd.read_parquet(path) for path in sorted(folder.glob("cells-*.parquet"))], ignore_index=True)
 
 
 @pytest.mark.parametrize(("when", "after"), [("decode", 2), ("decode", 5), ("replace", 1), ("replace", 4), ("fsync", 2)])

@@ -25,7 +25,7 @@ from dit_lens.sweep.execute import Execution
 from dit_lens.sweep.results import Results
 from hooked_models import HookedTextToImage
 
-from .test_sweep import METRICS, PROMPTS, SEEDS, STEPS, durable, shards, tiny
+from .sweeps import METRICS, PROMPTS, SEEDS, STEPS, durable, shards, tiny
 
 
 @pytest.fixture(scope="module")

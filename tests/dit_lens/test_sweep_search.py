@@ -9,12 +9,12 @@ import xarray as xr
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from dit_lens import planted, sweep
+from dit_lens import sweep
 from dit_lens.intervene.interventions import Intervention, Replace, Scale
 from dit_lens.stats import count_bound, rank_correlation
 from hooked_models import HookedTextToImage
 
-from .test_sweep import PROMPTS, SEEDS, STEPS, tiny
+from .sweeps import PROMPTS, SEEDS, STEPS, tiny
 
 SMALL = 1e-4
 
@@ -184,9 +184,9 @@ def test_what_has_no_score_is_refused(model, arguments, error, message):
 
 
 @pytest.mark.slow
-def test_the_planted_circuit_stands_at_the_top():
+def test_the_planted_circuit_stands_at_the_top(planted_model):
     """Exhaustively, and in the scores by step; attribution passes over a saturated head (measured: L1H4), as its bound allows."""
-    model, truth = planted.planted_circuit("two-stage", seed=0)
+    model, truth = planted_model("two-stage", 0)
     needed = [head for head in truth.relation_heads if head.what.startswith("vertical")]
     needed += [head for head in truth.helper_heads if head.role == "presence"]
     layer = needed[0].layer

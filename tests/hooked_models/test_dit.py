@@ -18,7 +18,7 @@ from transformer_lens import ActivationCache
 from hooked_models.hooks import UnknownHookError
 from hooked_models.pixart.dit import DiTConfig, HookedDiT, TextState
 
-from .tiny import tiny_inputs, tiny_transformer
+from .tiny import look, tiny_inputs, tiny_transformer
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
@@ -46,10 +46,6 @@ def build(variant: str, dtype: torch.dtype) -> tuple[nn.Module, HookedDiT, dict[
     config, inputs = VARIANTS[variant]
     transformer = tiny_transformer(**config).to(dtype)
     return transformer, HookedDiT(transformer), tiny_inputs(transformer, **inputs)
-
-
-def look(tensor: Tensor, hook: Any) -> None:
-    """A hook that changes nothing, but makes its HookPoint watched."""
 
 
 def set_flags(dit: HookedDiT, result: bool = False, split: bool = False, attn_in: bool = False, mlp_in: bool = False) -> None:

@@ -66,3 +66,7 @@ def tiny_inputs(
         "timestep": torch.tensor([901, 17, 500])[:batch],
         "added_cond_kwargs": sizes,
     }
+
+
+def look(tensor: torch.Tensor, hook: Any) -> None:
+    """A hook that changes nothing, but makes its HookPoint watched."""

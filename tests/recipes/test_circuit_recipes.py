@@ -168,10 +168,10 @@ def test_a_first_look_is_the_run_with_the_word_masked():
 
 
 @pytest.mark.slow
-def test_weights_and_patterns_name_the_planted_relation_heads():
+def test_weights_and_patterns_name_the_planted_relation_heads(planted_model):
     """The vertical ones: most of `relation_head.WORDS` are vertical, so screening asks for those. Decoys that share their ramps
     pass both ways, so a knock-out has to be the third."""
-    model, truth = planted.planted_circuit("two-stage", seed=0)
+    model, truth = planted_model("two-stage", 0)
     seen = attention_synopsis.by_object(attention_synopsis.labelled([attention_synopsis.reading(model, 8, 0)]))
     tables = (relation_heads.by_weights(screened(model)[0]), relation_heads.by_attention(seen))
     weights, patterns = ({*table.index[table["named"]]} for table in tables)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dit_lens import planted, scenes
+from dit_lens import scenes
 from dit_lens.stats import proportion
 from recipes import relation_circuit, relation_das, relation_figure, text_carrier
 
@@ -74,8 +74,8 @@ def test_a_subspace_is_exchanged_and_the_rest_stays():
     torch.testing.assert_close(mixed @ rest, one @ rest)
 
 
-def test_vertical_and_horizontal_heads_of_a_planted_circuit_are_two_variables():
-    model, truth = planted.planted_circuit("two-stage", seed=0)
+def test_vertical_and_horizontal_heads_of_a_planted_circuit_are_two_variables(planted_model):
+    model, truth = planted_model("two-stage", 0)
     sets = {
         axis: [f"L{h.layer}H{h.head}" for h in truth.relation_heads if h.what.startswith(axis)]
         for axis in ("vertical", "horizontal")

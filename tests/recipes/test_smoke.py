@@ -28,12 +28,13 @@ SMOKE: dict[str, dict[str, Any]] = {
     "relation_heads": {"looked": 4, "singles": 1, "pairs": 2},
     "robustness": {},
     "t5_fusion": {"rte": "rte-nano", "knockouts": 2, "prompts": 2, "doses": (1.0,)},
+    "text_carrier": {"bundled": ("rte-nano",), "scenes": 3},
     "three_objects": {"model": "rte-micro", "scenes": 2, "knockouts": 2, "shares": 2},
 }
 """Recipe → its smallest settings."""
 DRAWS_AGAIN = ("edge_circuit", "object_heads")
 """Recipes that run the model for a figure, after all that they measure."""
-FOLDERS = {"bottleneck": ("robustness", "fusion", "heads")}
+FOLDERS = {"bottleneck": ("robustness", "fusion", "heads"), "text_carrier": ("runs",)}
 """Folders of other recipes that a recipe reads and fills."""
 
 

@@ -14,7 +14,7 @@ from dit_lens import Add, Intervention, Replace, Scale, synopsis
 from dit_lens.remote import CLEAN, RemoteTextToImage
 from hooked_models import HookedTextToImage, UnknownHookError, list_models
 
-from .conftest import Served
+from .served import Served
 
 PROMPTS = ["red circle is above blue square", "blue square is left of red circle", "red square is above blue circle"]
 RUN: dict[str, Any] = {"seed": [3, 4, 5], "num_steps": 3}

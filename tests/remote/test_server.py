@@ -13,8 +13,8 @@ import torch
 from dit_lens.remote import RemoteTextToImage, ServerError
 from dit_lens.remote import server as server_module
 
-from .conftest import Served
 from .ndif_server import SECRET
+from .served import Served
 
 PROMPT = "red circle is above blue square"
 

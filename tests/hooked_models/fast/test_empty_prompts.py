@@ -12,8 +12,7 @@ from hooked_models import HookedDiT, HookedTextToImage
 from hooked_models.fast import empty_prompts
 
 from ..pipelines import PROMPTS, tiny_pipeline
-from ..test_dit import look
-from ..tiny import tiny_inputs, tiny_transformer
+from ..tiny import look, tiny_inputs, tiny_transformer
 
 
 @pytest.fixture(autouse=True)
