@@ -1,4 +1,4 @@
-"""How long one waits before anything happens: `import hooked_models`, and `dit-lens --help`, each in a process of its own.
+"""Processor time until a name can be used: `import hooked_models`, its main class, and `dit-lens`, each in a process of its own.
 
 `python -m benchmarks.imports` prints processor seconds beside those of importing what the packages stand on, taking turns.
 """
@@ -21,6 +21,8 @@ SIDES = {
     "torch, diffusers, transformer_lens": "import torch, diffusers, transformer_lens",
     "the same, with the pipeline's classes": "import torch, transformer_lens; from diffusers import PixArtSigmaPipeline",
     "hooked_models": "import hooked_models",
+    "HookedTextToImage": "from hooked_models import HookedTextToImage",
+    "dit-lens models": "import sys; sys.argv = ['dit-lens', 'models']\nfrom dit_lens.cli import main\nmain()",
     "dit-lens --help": "import sys; sys.argv = ['dit-lens', '--help']\nfrom dit_lens.cli import main\n"
     "try: main()\nexcept SystemExit: pass",
 }
