@@ -170,9 +170,9 @@ def word_vectors(model: HookedTextToImage, pairs: int, word: str, at: variance.S
     wanted = asked(pairs)
     texts = [str(prompt) for prompt in wanted]
     encoded = variance.encode(model, model.to_tokens(texts), at)
-    said = [f"{prompt.second}." if word == "second" else str(getattr(prompt, word)) for prompt in wanted]
+    said = [str(getattr(prompt, word)) for prompt in wanted]
     places = [prompts.phrase_mask(model, [text], phrase)[0].nonzero().flatten() for text, phrase in zip(texts, said, strict=True)]
-    last = [int(of[-2 if phrase.endswith(".") else -1]) for of, phrase in zip(places, said, strict=True)]  # not the full stop
+    last = [int(of[-1]) for of in places]
     factors = pd.DataFrame({"relation": [p.side for p in wanted], "objects": [f"{p.first} {p.second}" for p in wanted]})
     return encoded[torch.arange(len(texts)), last], factors
 

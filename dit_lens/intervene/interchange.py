@@ -11,6 +11,7 @@ Source: interchange interventions, Geiger et al. (arXiv 2106.02997); keys and va
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -87,7 +88,8 @@ class Interchange:
         found = []
         for head in sorted({head for heads in sets for head in heads}):
             here = torch.tensor([head in heads for heads in sets], device=words.device)
-            found += self.of([head], words & here[:, None], steps)
+            # a head that is none of a prompt's own has nothing to do in it
+            found += [replace(one, missing="ignore") for one in self.of([head], words & here[:, None], steps)]
         return found
 
     def hooks(

@@ -70,7 +70,6 @@ def detector(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_it_runs_from_end_to_end_and_goes_on(folder, detector, tmp_path, capsys):
     config = Config(str(folder), device="cpu", detector=str(detector), smoke=True, out=tmp_path)
     pixart_sigma.main(config)
