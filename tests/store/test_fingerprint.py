@@ -23,7 +23,7 @@ from ..hooked_models.pipelines import PROMPTS, tiny_pipeline
 from . import hashed
 
 FILE = Path(sys.modules["hooked_models.store.hashing"].__file__)
-PYENV = Path("/root/.pyenv/versions")
+PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
 SCALE = 2.0
 
 
@@ -36,6 +36,7 @@ def printed(python: str | Path, seed: str) -> list[str]:
 def test_hashes_are_the_same_in_every_process_and_python_version():
     here = printed(sys.executable, "0")
     assert len({line.split()[0] for line in here}) == len(here) == len(hashed.VALUES)
+    assert digest(*here) == "f67b01e0311207c8"  # whatever Python this is
     others = [sys.executable, *PYENV.glob("3.1[1-9]*/bin/python")]
     for python in others:
         assert printed(python, "1") == here, python
