@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks import HookedModule, NoLanguageModel, UnknownHookError
@@ -61,6 +61,8 @@ class Family:
     """Modules of a block, besides attention kernels, that mix positions."""
     spreads: frozenset[str] = frozenset()
     """Streams in which one token's input reaches the others before the first block ("image", "text")."""
+    no_gradient: str = ""
+    """Why gradients through the model are wrong, if they are."""
     no_pattern: Mapping[str, str] = field(default_factory=dict)
     """Attentions that have no pattern, and why."""
     notes: str = ""
@@ -167,6 +169,11 @@ class FamilyModel(NoLanguageModel, HookedModule):
             "interventions and sweeps open its pipeline with HookedTextToImage.from_pipeline(pipe)."
         )
 
+    def _refuse_gradient(self, gradient: Tensor) -> None:
+        raise NotImplementedError(
+            f"{self.family.name} has no gradients to trust: {self.family.no_gradient}; use patching instead."
+        )
+
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Raise TypeError: a denoiser alone takes no prompts."""
         raise TypeError(self._alone("text encoder"))
@@ -207,6 +214,7 @@ class FamilyModel(NoLanguageModel, HookedModule):
         Raises:
             SilentHookError: a hook point that is watched was not reached.
             LayoutError: a tensor has other positions than the family declares.
+            NotImplementedError: in a backward pass, where the family's gradients are wrong.
         """
         taps = [tap for tap in self._taps if tap.watched()]
         if not taps:
@@ -218,6 +226,8 @@ class FamilyModel(NoLanguageModel, HookedModule):
                 for handle in tap.attach(layout):
                     stack.callback(handle.remove)
             output = self.wrapped(*args, **kwargs)
+        if self.family.no_gradient and output[0].requires_grad:
+            output[0].register_hook(self._refuse_gradient)
         skipped = set(given.get("skip_layers") or ())
         silent = [name for tap in taps if tap.layer not in skipped for name in tap.silent()]
         if silent:

@@ -55,5 +55,6 @@ FAMILY = Family(
     inputs=inputs,
     small=small,
     text="encoder_hidden_states_t5",
+    no_gradient="diffusers runs its experts without them",
     notes="text positions are T5's, the last Llama layer's, and those of the block's own Llama layer",
 )

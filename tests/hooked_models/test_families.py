@@ -254,6 +254,52 @@ def output_weights(attention: Any) -> list[Tensor]:
     return weights
 
 
+def test_axes_are_those_of_the_tensors(case) -> None:
+    model, inputs = case
+    if not isinstance(model, FamilyModel):
+        return
+    _, cache = model.run_with_cache(**inputs)
+    layout, cfg = model.layout, model.cfg
+    widths = {"batch": 2, "head": cfg.n_heads, "d_head": cfg.d_head, "d_model": cfg.d_model}
+    for name, tensor in cache.items():
+        axes = model.axes(name)
+        assert len(axes) == tensor.ndim, name
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if axis in widths:
+                assert size == widths[axis], (name, axis)
+            else:
+                stream = "joint" if axis.startswith("joint") else "text" if "text" in axis else "image"
+                assert size == layout.length(stream), (name, axis)
+
+
+def test_gradients_through_writes_are_those_of_finite_differences(case) -> None:
+    """Of the output's sum, in what a hook scales: a stream that enters, queries, z, and what a module gives."""
+    model, inputs = case
+    if not isinstance(model, FamilyModel):
+        return
+    sublayer = sublayers(model)[0]
+    names = ["blocks.0.hook_resid_pre", f"{sublayer}.hook_q", f"{sublayer}.hook_z", "blocks.1.hook_resid_post"]
+
+    def scaled(name: str, by: Tensor) -> Tensor:
+        hook = (name, lambda x, hook: x * (1 + by * torch.linspace(-1, 1, x.shape[1]).reshape(1, -1, *[1] * (x.ndim - 2))))
+        weights = torch.linspace(-1, 1, reference.numel()).reshape(reference.shape)
+        return (predicted(model.run_with_hooks(fwd_hooks=[hook], **inputs)) * weights).sum()
+
+    reference = predicted(model(**inputs))
+    for name in names:
+        by = torch.zeros((), requires_grad=True)
+        with torch.enable_grad():
+            total = scaled(name, by)
+        if model.family.no_gradient:
+            with pytest.raises(NotImplementedError, match="has no gradients to trust"):
+                torch.autograd.grad(total, by)
+            continue
+        (slope,) = torch.autograd.grad(total, by)
+        step = torch.tensor(2e-3)
+        difference = (scaled(name, step) - scaled(name, -step)) / (2 * step)
+        assert abs(slope - difference) < 0.03 * abs(difference) + 1e-3 * reference.abs().sum(), name
+
+
 def test_weights_of_a_head_are_views_that_move_that_head(case) -> None:
     model, inputs = case
     if not isinstance(model, FamilyModel):
@@ -350,6 +396,8 @@ def test_weights_are_the_wrapped_ones_and_gradients_reach_them(case) -> None:
     model, inputs = case
     parameters = {id(parameter) for parameter in model.wrapped.parameters()}
     assert {id(parameter) for parameter in model.parameters()} == parameters
+    if isinstance(model, FamilyModel) and model.family.no_gradient:
+        return
     with torch.enable_grad():
         output = model.run_with_hooks(fwd_hooks=[(f"{sublayers(model)[0]}.hook_pattern", lambda p, hook: p)], **inputs)
         predicted(output).sum().backward()
