@@ -57,7 +57,7 @@ def clustered_means(
     return np.array([_interval(table, signed) for table in values.astype(float)]).reshape(len(values), 3)
 
 
-def _interval(values: Float[np.ndarray, "cluster repeat"], signed: bool) -> Interval:
+def _interval(values: Float[np.ndarray, "cluster repeat"], signed: bool, verdicts: bool = True) -> Interval:
     valid = ~np.isnan(values)
     counts = valid.sum(axis=1)
     sums, counts = np.where(valid, values, 0.0).sum(axis=1)[counts > 0], counts[counts > 0]
@@ -70,7 +70,7 @@ def _interval(values: Float[np.ndarray, "cluster repeat"], signed: bool) -> Inte
     variance = clusters / (clusters - 1) * ((sums - mean * counts) ** 2).sum() / total**2
     t = student.ppf(0.975, clusters - 1)
     found = values[valid]
-    if not np.isin(found, (-1, 0, 1) if signed else (0, 1)).all():
+    if not (verdicts and np.isin(found, (-1, 0, 1) if signed else (0, 1)).all()):
         half = t * np.sqrt(variance)
         return Interval(mean, mean - half, mean + half)
     n = float(clusters)
@@ -110,8 +110,14 @@ def proportion(hits: Float[np.ndarray, " n"]) -> Interval:
 
 
 def paired_difference(before: Float[np.ndarray, "cluster repeat"], after: Float[np.ndarray, "cluster repeat"]) -> Interval:
-    """Mean of after − before over pairs (same prompt, same noise), with `clustered_mean`'s interval."""
-    return clustered_mean(after - before, signed=True)
+    """Mean of after − before over pairs (same prompt, same noise), with `clustered_mean`'s interval.
+
+    It is one of verdicts where before and after are zeros and ones, else Student's t, even if nothing changes.
+    """
+    both = np.concatenate([before.ravel(), after.ravel()]).astype(float)
+    if np.isin(both[~np.isnan(both)], (0, 1)).all():
+        return clustered_mean(after - before, signed=True)
+    return _interval((after - before).astype(float), signed=True, verdicts=False)
 
 
 def finite(value: float | int) -> Interval:

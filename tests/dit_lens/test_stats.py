@@ -87,6 +87,7 @@ def test_no_interval_is_of_zero_width_but_that_of_a_finite_population():
     assert stats.clustered_mean(never)[1:] == pytest.approx(proportion_confint(0, 64, method="beta"))
     low, high = stats.paired_difference(never + 1, never + 1)[1:]
     assert low == -high == pytest.approx(-1.959964 / 66, rel=1e-5)
+    assert stats.paired_difference(never + 0.9, never + 0.9) == (0, 0, 0)  # numbers, not verdicts: nothing varies
     assert str(stats.finite(18)) == "18.000"
     assert np.isnan(stats.clustered_mean(np.array([[0.3, 0.4]]))[1:]).all()
 
