@@ -28,7 +28,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     "relation_heads": {"looked": 4, "singles": 1, "pairs": 2},
     "robustness": {},
     "t5_fusion": {"rte": "rte-nano", "knockouts": 2, "prompts": 2, "doses": (1.0,)},
-    "text_carrier": {"bundled": ("rte-nano",), "scenes": 3},
+    "text_carrier": {"bundled": ("rte-nano",), "scenes": 3, "images": 2},
     "three_objects": {"model": "rte-micro", "scenes": 2, "knockouts": 2, "shares": 2},
 }
 """Recipe → its smallest settings."""
