@@ -103,8 +103,9 @@ def test_a_planted_circuits_doors_suffice_and_are_necessary(planted_model):
     with torch.no_grad():
         whole, opposite = model([clean, corrupt], 0)
     assert 0 < true.sum() < len(edges) / 5
-    torch.testing.assert_close(images[0], whole, atol=0.01, rtol=0)  # planted steps are steep, not infinitely
-    torch.testing.assert_close(images[1], opposite, atol=0.01, rtol=0)
+    # planted steps are steep, not infinitely; those of the horizontal heads are the less steep ones
+    torch.testing.assert_close(images[0], whole, atol=0.02, rtol=0)
+    torch.testing.assert_close(images[1], opposite, atol=0.02, rtol=0)
     assert float((images[2] - whole).abs().max()) > 0.5
 
 
