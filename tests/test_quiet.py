@@ -15,7 +15,6 @@ from hooked_models import HookedTextToImage, list_models
 def test_loading_and_drawing_is_silent(name: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # of diffusers' solver
         model = HookedTextToImage.from_pretrained(name)
         with torch.no_grad():
             model(["red circle is above blue square"], seed=0, num_steps=2)
