@@ -178,7 +178,7 @@ def damaged(folder: str, path: Path) -> Path:
         (["evaluate", "{folder}", "--n", "0"], "at least one scene"),
         (["evaluate", "{folder}", "--prompts", "a horse"], "no caption of the task"),
         (["sweep", "{folder}", "--prompts", "red", "--site", "blocks.*.hook_y"], "no hook is called|hook_y"),
-        (["synopsis", "{folder}", "--prompts", "red", "--key-group", "blue"], "does not contain 'blue'"),
+        (["synopsis", "{folder}", "--prompts", "red", "--key-group", "blue"], "has no 'blue'"),
     ],
 )
 def test_errors_are_one_line(arguments, message, folder, monkeypatch, tmp_path):
