@@ -290,9 +290,9 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         """
         return len(self.solver(num_steps))
 
-    def check_hooks(self, num_steps: int, guidance: float, part: range | None = None) -> None:
+    def check_hooks(self, num_steps: int, guidance: float, part: range | None = None, solver: Solver | None = None) -> None:
         """Raise ValueError for hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
-        solver = self.solver(num_steps)
+        solver = solver or self.solver(num_steps)
         steps = range(len(solver)) if part is None else part
         for where in [attached.where for attached in self.attached if not isinstance(attached.where, Site)]:
             sites = (s for s in self.names.sites(steps=steps) if s.fires(guidance > 1, solver.forms_x0))

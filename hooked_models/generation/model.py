@@ -356,6 +356,10 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         with attach(several, self.names.module, contexts=self.contexts()):
             return self.sampler_hooks.hook_image((image / 2 + 0.5).clamp(0, 1))
 
+    def images_of(self, run: Run) -> Float[Tensor, "batch 3 height width"]:
+        """The images of a finished run: with its own hooks on them, then with those attached to the model by now."""
+        return self.decode(run.latent, run.hooks)
+
     # Views and caches
 
     def at(

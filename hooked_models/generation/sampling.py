@@ -193,6 +193,26 @@ def _prepared(scheduler: Any, num_steps: int, device: torch.device) -> Solver:
     return solver if device.type == "cpu" else replace(solver, scheduler=_with_timesteps(scheduler, num_steps, device))
 
 
+def solver_prepared(scheduler: Any, num_steps: int) -> Solver:
+    """A scheduler that a pipeline has prepared for a run, tried as in `solver_of`.
+
+    Raises:
+        ValueError: it cannot be repeated.
+    """
+    prepared = copy.deepcopy(scheduler)
+    vars(prepared).pop("step", None)  # a pipeline's stand-in
+    for name, value in vars(prepared).items():
+        if name in ("_begin_index", "_step_index"):
+            setattr(prepared, name, None)
+        elif isinstance(value, Tensor):
+            setattr(prepared, name, value.cpu())
+    takes = frozenset(inspect.signature(prepared.step).parameters)
+    try:
+        return _tried(Solver(prepared, num_steps, takes))
+    except _NotUsable as error:
+        raise ValueError(f"{type(scheduler).__name__} cannot be used here: {error}. Please {CHOOSE}.") from None
+
+
 def _with_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> Any:
     prepared = copy.deepcopy(scheduler)
     with _quiet():

@@ -168,11 +168,11 @@ class Run:
         """The final images, in [0, 1]. Raises ValueError for a run that was stopped before its last step."""
         if len(self.record) < len(self):
             raise ValueError(f"There are no images: this trajectory was stopped before step {len(self.record)}.")
-        return self.model.decode(self.latent, self.hooks)
+        return self.model.images_of(self)
 
     def take(self, rows: Int[Tensor, " row"]) -> Run:
         """The same run for some rows of its batch; rows may repeat."""
-        rows = rows.to(self.inputs.tokens.device)
+        rows = rows.to(self.latent.device)
         return replace(self, inputs=self.inputs.take(rows), record=self.record.take(rows), latent=self.latent[rows])
 
     def repeat(self, times: int) -> Run:
@@ -206,7 +206,7 @@ class Run:
         self.model.check_wrapped()
         if self.inputs.weights and stamp(self.model.dit) != self.inputs.weights:
             raise ValueError("The denoiser's weights have changed since this trajectory was made: make it again.")
-        self.model.check_hooks(self.inputs.num_steps, self.inputs.guidance, range(step, until))
+        self.model.check_hooks(self.inputs.num_steps, self.inputs.guidance, range(step, until), self.inputs.solver)
 
 
 Trajectory = Run

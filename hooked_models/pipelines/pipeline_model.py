@@ -144,12 +144,16 @@ class PipelineModel(nn.Module):
 
     @classmethod
     def from_pipeline(cls: type[Model], pipe: Any) -> Model:
-        """Around a live PixArt-α or PixArt-Σ pipeline; its modules are used, not copied, and put into evaluation mode.
+        """Around a live pipeline; its modules are used, not copied, and put into evaluation mode.
+
+        A pipeline other than PixArt-α's and PixArt-Σ's becomes a `generation.pipeline.HookedPipeline`, which runs its own loop.
 
         Their weights no longer require gradients, so that a run builds no graph: `model.requires_grad_(True)` to train them.
         """
         if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
-            raise TypeError(f"HookedTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not {type(pipe).__name__}.")
+            from ..generation.pipeline import HookedPipeline  # whose base this is
+
+            return HookedPipeline.from_pipeline(pipe)
         for name, part in (("transformer", pipe.transformer), ("text_encoder", pipe.text_encoder)):
             if len(devices := {str(p.device) for p in part.parameters()}) > 1:
                 raise ValueError(
