@@ -27,17 +27,10 @@ import torch
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "ctypes.dlsym")
 ADVICE = (
-    "run again",
-    "choose",
-    "restore",
-    "make room",
-    "wait",
-    "free some",
-    "train again",
-    "writes one",
-    "no model_index",
-    "give a",
+    *("run again", "train again", "save the pipeline again", "restore", "choose", "make room", "free some", "wait"),
+    *("writes one", "has no model_index.json", "give a"),
 )
+"""What to do, in our sentences; the last three are of folders that hold nothing yet."""
 RIGHT, SENTENCE = "right", "sentence"
 
 
