@@ -12,29 +12,36 @@ from statsmodels.stats.proportion import proportion_confint
 
 
 class Interval(NamedTuple):
-    """An estimate and its 95 % interval."""
+    """An estimate and its 95 % interval.
+
+    Example:
+        >>> print(Interval(0.5, 0.4, 0.6))
+        0.500 [0.400, 0.600]
+    """
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        """The mean and its interval; the mean alone of a finite population."""
+        """Mean and bounds with three decimals; the mean alone if the bounds are equal."""
         return f"{self.mean:.3f}" if self.low == self.high else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def clustered_mean(values: Float[np.ndarray, "cluster repeat"], signed: bool = False) -> Interval:
-    """Mean over everything that is not NaN, with an interval for independent clusters.
+    """Mean over all values that are not NaN, with an interval for independent clusters.
 
-    Seeds of one prompt are not independent draws, so an accuracy over prompts × seeds has its prompts as clusters.
+    Seeds of one prompt are not independent draws, so an accuracy over prompts × seeds has its
+    prompts as clusters.
 
     Args:
-        values: NaN where there is none.
-        signed: a difference of two verdicts, in −1, 0 and 1; zeros and ones are then no proportion.
+        values: NaN marks a missing value.
+        signed: True for differences of two verdicts (−1, 0 or 1), whose zeros and ones are no
+            proportion.
 
     Returns:
-        Of zeros and ones a `proportion`, of verdicts' differences an Agresti–Min interval, else Student's t. Bounds are NaN
-        of fewer than two clusters.
+        For zeros and ones a `proportion`, for differences of verdicts an Agresti–Min interval, else
+        Student's t. The bounds are NaN for fewer than two clusters.
 
     Example:
         >>> print(clustered_mean(np.array([[1.0], [2.0], [4.0]])))
@@ -48,11 +55,16 @@ def clustered_mean(values: Float[np.ndarray, "cluster repeat"], signed: bool = F
 def clustered_means(
     values: Float[np.ndarray, "condition cluster repeat"], signed: bool = False
 ) -> Float[np.ndarray, "condition bound"]:
-    """`clustered_mean` of every condition: mean, low, high.
+    """Apply `clustered_mean` to each condition; returns its mean, low and high bound.
 
-    Clusters of unequal size: the variance is that of the ratio estimator (Cochran 1977, Sampling Techniques, § 6.3). Verdicts
-    with repeats: the size of an independent sample of equal variance takes the place of n (Korn & Graubard 1998, Survey
-    Methodology 24, p. 193).
+    Clusters of unequal size: the variance is that of the ratio estimator (Cochran 1977, Sampling
+    Techniques, § 6.3). Verdicts with repeats: n is the size of an independent sample of equal
+    variance (Korn & Graubard 1998, Survey Methodology 24, p. 193).
+
+    Example:
+        >>> values = np.array([[[0.1, 0.3], [0.2, np.nan], [0.4, 0.2]]])
+        >>> clustered_means(values).round(3).tolist()
+        [[0.24, 0.082, 0.398]]
     """
     return np.array([_interval(table, signed) for table in values.astype(float)]).reshape(len(values), 3)
 
@@ -86,9 +98,15 @@ def _wilson(share: float, n: float | int) -> Interval:
 
 
 def paired_proportions(difference: float, discordant: float, n: float | int) -> Interval:
-    """Difference of two proportions of the same n things, from the share of things whose two verdicts differ.
+    """Difference of two proportions over the same n units.
 
-    Source: Agresti & Min 2005, Statistics in Medicine 24, p. 729: Wald's interval after half a thing is added to each cell.
+    Source: Agresti & Min 2005, Statistics in Medicine 24, p. 729: Wald's interval after half a unit
+    is added to each cell.
+
+    Args:
+        difference: mean of after − before.
+        discordant: share of units whose two verdicts differ.
+        n: number of units, or the effective size of a clustered sample.
 
     Example:
         >>> print(paired_proportions(0.0, 0.0, 64))
@@ -101,18 +119,28 @@ def paired_proportions(difference: float, discordant: float, n: float | int) -> 
 
 
 def proportion(hits: Float[np.ndarray, " n"]) -> Interval:
-    """Share of ones among independent zeros and ones that are not NaN; NaN of nothing.
+    """Share of ones among independent zeros and ones that are not NaN; NaN if there are none.
 
-    Wilson's interval; exact (Clopper & Pearson) where none or all are ones.
+    Wilson's interval; exact (Clopper & Pearson) if all values are equal.
+
+    Example:
+        >>> print(proportion(np.array([1.0, 1.0, 0.0, 1.0, np.nan])))
+        0.750 [0.301, 0.954]
     """
     valid = hits[~np.isnan(hits)]
     return _wilson(float(valid.mean()), len(valid)) if len(valid) else Interval(np.nan, np.nan, np.nan)
 
 
 def paired_difference(before: Float[np.ndarray, "cluster repeat"], after: Float[np.ndarray, "cluster repeat"]) -> Interval:
-    """Mean of after − before over pairs (same prompt, same noise), with `clustered_mean`'s interval.
+    """Mean of after − before over pairs (same prompt, same noise); interval of `clustered_mean`.
 
-    It is one of verdicts where before and after are zeros and ones, else Student's t, even if nothing changes.
+    If before and after are zeros and ones, the differences are those of verdicts; else the interval is
+    Student's t, even if nothing changes.
+
+    Example:
+        >>> before, after = np.array([[1.0], [1.0], [1.0]]), np.array([[0.0], [0.0], [1.0]])
+        >>> print(paired_difference(before, after))
+        -0.667 [-0.981, 0.181]
     """
     both = np.concatenate([before.ravel(), after.ravel()]).astype(float)
     if np.isin(both[~np.isnan(both)], (0, 1)).all():
@@ -121,14 +149,27 @@ def paired_difference(before: Float[np.ndarray, "cluster repeat"], after: Float[
 
 
 def finite(value: float | int) -> Interval:
-    """A number of a finite population that was counted whole, such as all heads of a model: it has no interval."""
+    """Value over a finite population that was counted in full: both bounds equal it.
+
+    Example:
+        >>> print(finite(0.25))
+        0.250
+    """
     return Interval(value, value, value)
 
 
 def rank_correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[Interval, float]:
-    """Spearman's ρ with its interval, and the p-value that there is none (scipy's). NaN for constants and for less than 4 pairs.
+    """Spearman's ρ with its 95 % interval, and scipy's p-value of ρ = 0.
 
-    Source of the interval: Bonett & Wright 2000, Psychometrika 65, p. 23: normal in arctanh ρ, variance (1 + ρ²/2) / (n − 3).
+    NaN for constants and for fewer than 4 pairs.
+
+    Source of the interval: Bonett & Wright 2000, Psychometrika 65, p. 23: normal in arctanh ρ, with
+    variance (1 + ρ²/2) / (n − 3).
+
+    Example:
+        >>> rho, p = rank_correlation(np.arange(8.0), np.array([0.0, 2, 1, 3, 4, 6, 5, 7]))
+        >>> print(rho, round(p, 4))
+        0.952 [0.664, 0.994] 0.0003
     """
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Interval(np.nan, np.nan, np.nan), np.nan
@@ -139,9 +180,20 @@ def rank_correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> 
 
 
 def count_bound(hits: int, drawn: int, total: int, level: float = 0.95) -> int:
-    """At most so many of `total` things have a property that `hits` of `drawn` ones, drawn without replacement, had.
+    """Upper confidence bound on the number of units with a property, out of `total`.
 
-    The largest count under which so few hits have a probability above 1 − level (hypergeometric; one-sided and exact).
+    Hypergeometric, one-sided and exact: the largest count under which at most `hits` among `drawn`
+    units have a probability above 1 − level.
+
+    Args:
+        hits: units with the property in the sample.
+        drawn: size of the sample, drawn without replacement.
+        total: size of the population.
+        level: confidence.
+
+    Example:
+        >>> count_bound(0, 50, 1000)
+        56
     """
     if drawn == total:
         return hits

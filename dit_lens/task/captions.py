@@ -1,6 +1,7 @@
-"""Sentences for a scene other than the one that models are trained on.
+"""Prompts for a scene other than those of the training set.
 
-Source: Wang, Fan, Pan (arXiv 2601.06338), section A.8: fillers, a dropped "is", inverted order, colour synonyms.
+Source: Wang, Fan, Pan (arXiv 2601.06338), section A.8: fillers, a dropped "is", inverted order,
+color synonyms.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from .scene import COLORS, DIRECTIONS, IMAGE_SIZE, PHRASES, RADIUS, SHAPES, Scen
 
 
 class Template(NamedTuple):
-    """How a sentence is put together, and which words stand for colours."""
+    """Order of the parts of a prompt, and its color words."""
 
     text: str
-    """With {object1}, {phrase} and {object2}; an object is its colour, if the scene names it, and its shape."""
+    """With {object1}, {phrase} and {object2}; an object is its color, if the scene names it, and its shape."""
     red: str = "red"
     blue: str = "blue"
 
@@ -35,14 +36,19 @@ TEMPLATES: dict[str, Template] = {
     "crimson": Template("{object1} is {phrase} {object2}", red="crimson"),
     "navy": Template("{object1} is {phrase} {object2}", blue="navy"),
 }
-"""Name → template. Object 1 is the scene's, whichever the sentence names first."""
+"""Name → template. Object 1 is the scene's, in either order of the prompt."""
 
 
 def word(scene: Scene, template: str = TRAINED) -> str:
-    """The scene's sentence by one of `TEMPLATES`, with the scene's own phrase.
+    """Prompt of a scene in one of `TEMPLATES`, with the scene's own phrase.
 
     Raises:
         ValueError: there is no such template.
+
+    Example:
+        >>> scene = from_caption("red circle is above blue square")
+        >>> word(scene, "inverted"), word(scene, "crimson")
+        ('above blue square is red circle', 'crimson circle is above blue square')
     """
     if template not in TEMPLATES:
         raise ValueError(f"There is no template {template!r}: choose {', '.join(map(repr, TEMPLATES))}.")
@@ -56,12 +62,13 @@ def word(scene: Scene, template: str = TRAINED) -> str:
 
 
 def from_caption(text: str) -> Scene:
-    """The scene that a caption describes, its objects on either side of the image's centre.
+    """Scene described by a caption, its objects on either side of the image's centre.
 
-    A color that the caption leaves out is the other object's opposite; object 1 is red where both are left out.
+    A color that the caption leaves out is the other object's opposite; object 1 is red if both are
+    left out.
 
     Raises:
-        ValueError: the sentence is no caption of the task.
+        ValueError: the text is no caption of the task.
 
     Example:
         >>> scene = from_caption("red circle is above blue square")

@@ -19,14 +19,14 @@ def image_groups_from_images(
     grid: tuple[int, int] = (8, 8),
     threshold: float | None = None,
 ) -> dict[str, Float[Tensor, "image pos"]] | dict[str, Bool[Tensor, "image pos"]]:
-    """Each image token's share of every object and of the background, by the evaluator's own judgement of pixels' colours.
+    """Each image token's share of every object and of the background, by the evaluator's own judgement of pixels' colors.
 
     An object of less than the evaluator's smallest area is not there: its group is empty. Where something else is wrong with
-    an object (its shape, say, or its colour appears twice), the pixels of its colour still count.
+    an object (its shape, say, or its color appears twice), the pixels of its color still count.
 
     Args:
         images: in [0, 1].
-        scenes: what the images should show. Groups are then "object1", "object2" and "background", else one for each colour and
+        scenes: what the images should show. Groups are then "object1", "object2" and "background", else one for each color and
             "background".
         grid: rows and columns of image tokens.
         threshold: None for shares, which add up to 1 at every token; else tokens belong to an object that covers at least this

@@ -20,10 +20,10 @@ from .rendering import PIXELS, shape_mask
 from .scene import BAND, COLORS, DIRECTIONS, IMAGE_SIZE, SHAPES, Scene, Trio, relation_between
 
 COLOR_MARGIN = 0.5
-"""A pixel is red if R − (G + B)/2 exceeds this, blue likewise: half-way between grey background (0) and pure colour (1),
+"""A pixel is red if R − (G + B)/2 exceeds this, blue likewise: half-way between grey background (0) and pure color (1),
 so that a blurred edge stays where it was. No pixel can be both."""
 COLOR_TOLERANCE = 0.25
-"""A region's mean colour is at most this far from the pure colour, in every channel: no pink, orange or maroon."""
+"""A region's mean color is at most this far from the pure color, in every channel: no pink, orange or maroon."""
 MIN_AREA = 100
 """Pixels: anything smaller is a speck."""
 MIN_IOU = 0.85
@@ -54,7 +54,7 @@ DESCRIPTIONS = {
 def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene | Trio]) -> xr.Dataset:
     """Judge 128 × 128 images in [0, 1] by the scenes that they should show: one verdict an image, whatever its pixels.
 
-    Only what a prompt can say counts (shapes, colours, relation), not the scene's positions. Pixels outside [0, 1] are
+    Only what a prompt can say counts (shapes, colors, relation), not the scene's positions. Pixels outside [0, 1] are
     clipped, NaN is taken for background. Variables, all over dim `image`: `color shape unique_binding relation_strict
     relation_loose` (bool), `relation_given_both x1 y1 x2 y2` (float, NaN without unique binding; centres in whole
     pixels), `n_stray n_objects` (int); each carries its `DESCRIPTIONS` entry. The scene's parts are coordinates, so that

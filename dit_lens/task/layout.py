@@ -1,6 +1,6 @@
-"""Where an image's two colours lie, whatever shapes they have: did the relation change, or was an object lost?
+"""Where an image's two colors lie, whatever shapes they have: did the relation change, or was an object lost?
 
-A relation that needs both shapes also falls when a shape is not drawn. The layout knows colours alone, so it tells these apart,
+A relation that needs both shapes also falls when a shape is not drawn. The layout knows colors alone, so it tells these apart,
 and it has a verdict for each axis, because networks may read the two axes by different heads from different words.
 """
 
@@ -44,7 +44,7 @@ def axis_of(relation: Relation) -> Axis:
 def layout(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene]) -> xr.Dataset:
     """Judge images by the places of red and blue alone: a verdict an image, blind to shapes.
 
-    A colour's place is the centre of the bounding box of its largest region. Variables over dim `image`: `dx dy` (pixels),
+    A color's place is the centre of the bounding box of its largest region. Variables over dim `image`: `dx dy` (pixels),
     `x_sign y_sign` (float), `layout` (bool); each carries its `LAYOUT_DESCRIPTIONS` entry. Coordinates: `relation`, `axis`
     (`axis_of`).
 

@@ -1,4 +1,4 @@
-"""From a `Scene` to pixels: no anti-aliasing, no noise, so one scene has exactly one image."""
+"""Images of scenes: no anti-aliasing and no noise, so one scene has exactly one image."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ PALETTE = np.array([BACKGROUND, *PIXELS.values()], dtype=np.float32) / 255
 
 @cache
 def shape_mask(shape: Shape) -> Bool[np.ndarray, "height width"]:
-    """The pixels of one shape inside its own bounding box; both sides are odd, so the box has a centre pixel.
+    """Pixels of one shape inside its own bounding box.
 
-    Circle and square span 2·RADIUS + 1 = 33 pixels; the triangle is equilateral with side 32 and 29 rows (the height 27.7
-    rounded up to an odd count of rows).
+    Both sides are odd, so the box has a centre pixel. Circle and square span 2·RADIUS + 1 = 33
+    pixels; the triangle is equilateral with side 32 and 29 rows (the height 27.7 rounded up to an
+    odd number of rows).
+
+    Example:
+        >>> shape_mask("square").shape, shape_mask("triangle").shape
+        ((33, 33), (29, 33))
     """
     side = 2 * RADIUS
     height = 28 if shape == "triangle" else side
@@ -46,7 +51,15 @@ def half_size(shape: Shape) -> tuple[int, int]:
 
 
 def render(scenes: Sequence[Scene | Trio]) -> Float[Tensor, "image 3 height width"]:
-    """Draw scenes: RGB in [0, 1], 128 × 128. Where objects overlap (natural distribution only), the later covers the earlier."""
+    """Draw scenes: RGB in [0, 1], 128 × 128.
+
+    If objects overlap (natural distribution only), the later covers the earlier.
+
+    Example:
+        >>> from dit_lens import scenes
+        >>> render(scenes.sample(2, seed=0)).shape
+        torch.Size([2, 3, 128, 128])
+    """
     paint = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=np.intp)
     for canvas, scene in zip(paint, scenes, strict=True):
         for shape, color, x, y in scene.objects:

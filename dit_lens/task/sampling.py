@@ -1,4 +1,4 @@
-"""Scenes without end, each a pure function of a seed and an index."""
+"""Endless sequences of scenes, each scene a pure function of a seed and an index."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Distribution = Literal["balanced", "natural"]
 ColorWords = Literal["optional", "both"]
 
 CHUNK = 64
-"""Scenes share a random generator in chunks of this many, so that `sample(n, seed)` is a prefix of `sample(m > n, seed)`."""
+"""Number of scenes that share a random generator, so that `sample(n, seed)` is a prefix of `sample(m > n, seed)`."""
 ANCHOR_OFFSET = 28
-"""Pixels from the image's centre to the layouts that a curriculum starts from."""
+"""Pixels from the image's centre to an object in the eight layouts of `spread=0`."""
 
 
 def sample(
@@ -49,15 +49,29 @@ def sample(
     red_first: float = 0.5,
     without: Relation | None = None,
 ) -> list[Scene]:
-    """Draw scenes number `start` … `start + n − 1` of the endless sequence that `seed` names.
+    """Draw the scenes with indices `start` … `start + n − 1` of the endless sequence of `seed`.
 
-    `split`: "train" never yields a combination of `HELD_OUT`, "held_out" yields only those.
-    `distribution`: "balanced" draws the relation uniformly and positions uniformly among those that realise it without overlap;
-    "natural" is the original's (paper, data set `objectRel_pilot2`): both centres uniform, relation derived, overlap allowed.
-    `color_words`: "optional" names each colour with probability one half, as in the original training set.
-    `spread` and `red_first` are curricula ("balanced" only). `spread` in [0, 1]: 0 keeps both objects within 2 px of eight fixed
-    layouts, 1 is the whole distribution. `red_first`: how often the red object is named first. `without`: a relation that no
-    scene has ("balanced" only).
+    Args:
+        split: "train" leaves out the combinations of `HELD_OUT`, "held_out" draws only those.
+        distribution: "balanced" draws the relation uniformly, and positions uniformly among those
+            that realise it without overlap; "natural" is the original's (paper, data set
+            `objectRel_pilot2`): both centres uniform, relation derived, overlap allowed.
+        color_words: "optional" names each color with probability one half, as in the original
+            training set.
+        spread: curriculum in [0, 1] ("balanced" only): 0 keeps both objects within 2 px of eight
+            fixed layouts, 1 is the whole distribution.
+        red_first: probability that the red object is named first ("balanced" only).
+        without: a relation to leave out ("balanced" only).
+
+    Raises:
+        ValueError: an option is unknown, or `spread` or `red_first` lies outside of [0, 1].
+
+    Example:
+        >>> from dit_lens.task import caption
+        >>> for scene in sample(2, seed=0, color_words="both"):
+        ...     print(caption(scene))
+        red circle is diagonally down and left from blue square
+        red triangle is diagonally up and right from blue square
     """
     if not (0 <= spread <= 1 and 0 <= red_first <= 1):
         raise ValueError(f"spread and red_first must lie in [0, 1], not {spread} and {red_first}.")
@@ -73,13 +87,16 @@ def sample(
 
 
 def refuse_unknown(value: str, choices: Any) -> None:
-    """Raise ValueError unless `value` is one of a Literal's."""
+    """Raise ValueError unless `value` is among the values of a Literal type."""
     if value not in get_args(choices):
         raise ValueError(f"There is no {value!r} to choose: take {' or '.join(map(repr, get_args(choices)))}.")
 
 
 def window(n: int, start: int, draw: Callable[[int], Sequence[T]]) -> list[T]:
-    """Number `start` … `start + n − 1` of an endless sequence of which `draw` makes chunk after chunk of `CHUNK`."""
+    """Items `start` … `start + n − 1` of an endless sequence.
+
+    `draw(i)` gives its i-th chunk of `CHUNK` items.
+    """
     found: list[T] = []
     for chunk in range(start // CHUNK, -(-(start + n) // CHUNK)):
         found += draw(chunk)[max(start - chunk * CHUNK, 0) : start + n - chunk * CHUNK]
@@ -119,7 +136,7 @@ def allowed(split: Split) -> tuple[Combination, ...]:
 @cache
 def _candidates(split: Split, relation: Relation, color1: Color) -> tuple[Combination, ...]:
     cells = [c for c in allowed(split) if c.relation == relation]
-    return tuple(c for c in cells if c.color1 == color1) or tuple(cells)  # "held_out" lacks some colour orders
+    return tuple(c for c in cells if c.color1 == color1) or tuple(cells)  # "held_out" lacks some color orders
 
 
 def _balanced(
@@ -150,7 +167,10 @@ def _place(rng: np.random.Generator, c: Combination, spread: float) -> tuple[int
 
 @cache
 def _centre_pairs(direction: int, spread: float) -> Int[np.ndarray, "pair 2"]:
-    """Every (first, second) coordinate along one axis whose difference has the sign `direction` beyond `BAND`, or is level."""
+    """Coordinates of both centres along one axis that realise a direction.
+
+    `direction`: the sign of first − second beyond `BAND`; 0 for level within `BAND`.
+    """
     low, high = CENTRE_RANGE
     first, second = (a.ravel() for a in np.meshgrid(np.arange(low, high + 1), np.arange(low, high + 1), indexing="ij"))
     difference = first - second

@@ -1,8 +1,9 @@
-"""What a scene *is*: coloured shapes, the relation between two of them, and the sentence that says so.
+"""Scenes: two colored shapes, the relation between them, and the prompt that describes it.
 
-Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338),
-data set `objectRel_pilot2`. Two things differ on purpose: objects do not overlap, and an object's centre is the centre of
-the bounding box that is drawn (the original's triangles sit 4.6 px low, which costs left/right accuracy on perfect images).
+Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion
+Transformers* (arXiv 2601.06338), data set `objectRel_pilot2`. Two things differ on purpose: objects
+do not overlap, and an object's centre is the centre of the bounding box that is drawn (the
+original's triangles sit 4.6 px low, which costs left/right accuracy on perfect images).
 """
 
 from __future__ import annotations
@@ -56,14 +57,21 @@ OPPOSITE = {relation: next(r for r, d in DIRECTIONS.items() if d == (-x, -y)) fo
 WORDS: tuple[str, ...] = tuple(
     sorted({*SHAPES, *COLORS, "is", *itertools.chain(*(p.split() for ps in PHRASES.values() for p in ps))})
 )
-"""Every word that a caption can contain."""
+"""All words of the captions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The ground truth of one image. Object 1 is the one that the caption names first.
+    """Ground truth of one image. Object 1 is the one named first in the caption.
 
     Positions are pixel coordinates of bounding-box centres, x to the right and y down.
+
+    Example:
+        >>> scene = Scene("circle", "red", 64, 40, "square", "blue", 64, 90, "above", "above")
+        >>> scene.combination
+        Combination(shape1='circle', shape2='square', color1='red', relation='above')
+        >>> scene.objects
+        (('circle', 'red', 64, 40), ('square', 'blue', 64, 90))
     """
 
     shape1: Shape
@@ -81,21 +89,28 @@ class Scene:
 
     @property
     def combination(self) -> Combination:
-        """The compositional cell this scene belongs to; see `HELD_OUT`."""
+        """Compositional cell of the scene; see `HELD_OUT`."""
         return Combination(self.shape1, self.shape2, self.color1, self.relation)
 
     @property
     def objects(self) -> tuple[tuple[Shape, Color, int, int], ...]:
-        """(shape, colour, x, y) of every object, in the order of the caption."""
+        """(shape, color, x, y) of each object, in the order of the caption."""
         return (self.shape1, self.color1, self.x1, self.y1), (self.shape2, self.color2, self.x2, self.y2)
 
 
 @dataclass(frozen=True, slots=True)
 class Trio:
-    """Three objects and two relations, as two scenes that share object 1: object 3 is the second object of `second`.
+    """Three objects and two relations, as two scenes that share object 1.
 
-    Beyond the original, whose images hold two objects. All three shapes differ; object 2 has the other colour than object 1,
-    object 3 has either; the caption names both colours ("red circle is above blue square and left of red triangle").
+    Object 3 is the second object of `second`. Beyond the original, whose images hold two objects.
+    All three shapes differ; object 2 has the other color than object 1, object 3 has either; the
+    caption names both colors ("red circle is above blue square and left of red triangle").
+
+    Example:
+        >>> first = Scene("circle", "red", 64, 40, "square", "blue", 64, 90, "above", "above")
+        >>> second = Scene("circle", "red", 64, 40, "triangle", "red", 100, 40, "left", "left of")
+        >>> caption(Trio(first, second))
+        'red circle is above blue square and left of red triangle'
     """
 
     first: Scene
@@ -103,13 +118,18 @@ class Trio:
 
     @property
     def objects(self) -> tuple[tuple[Shape, Color, int, int], ...]:
-        """(shape, colour, x, y) of every object, in the order of the caption."""
+        """(shape, color, x, y) of each object, in the order of the caption."""
         return (*self.first.objects, self.second.objects[1])
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """One of 96 cells: ordered pair of shapes, colour order (the second colour is the other one), relation."""
+    """One of 96 cells: ordered pair of shapes, first color (the second is the other one), relation.
+
+    Example:
+        >>> len(COMBINATIONS), Combination("triangle", "circle", "red", "above") in HELD_OUT
+        (96, True)
+    """
 
     shape1: Shape
     shape2: Shape
@@ -123,7 +143,7 @@ COMBINATIONS: tuple[Combination, ...] = tuple(
 
 HELD_OUT: frozenset[Combination] = frozenset(
     {
-        # Each relation at least once, five of either colour order, no ordered pair of shapes more than twice:
+        # Each relation at least once, five of either color order, no ordered pair of shapes more than twice:
         # every part of a held-out combination is common in training, only the whole is new.
         Combination("triangle", "circle", "red", "above"),
         Combination("circle", "triangle", "blue", "below"),
@@ -137,16 +157,28 @@ HELD_OUT: frozenset[Combination] = frozenset(
         Combination("square", "circle", "blue", "above"),
     }
 )
-"""The 10 combinations that no model of this project is ever trained on."""
+"""The 10 combinations left out of the training of every model of this project."""
 
 
 def other_color(color: Color) -> Color:
-    """The colour of the other object: a scene always holds one red and one blue object."""
+    """Color of the other object: a scene always holds one red and one blue object.
+
+    Example:
+        >>> other_color("red")
+        'blue'
+    """
     return "blue" if color == "red" else "red"
 
 
 def relation_between(x1: int, y1: int, x2: int, y2: int) -> Relation:
-    """The relation of object 1 to object 2 by the original's rule: level within `BAND` on x, else level on y, else diagonal."""
+    """Relation of object 1 to object 2, by the original's rule.
+
+    Vertical if level within `BAND` on x, else horizontal if level on y, else diagonal.
+
+    Example:
+        >>> relation_between(64, 40, 66, 90), relation_between(40, 40, 90, 90)
+        ('above', 'upper_left')
+    """
     dx, dy = x1 - x2, y1 - y2
     if abs(dx) <= BAND:
         return "above" if dy < 0 else "below"
@@ -158,16 +190,32 @@ def relation_between(x1: int, y1: int, x2: int, y2: int) -> Relation:
 
 
 def opposite(scene: Scene) -> Scene:
-    """What a caption asks for that says the opposite relation in as many words, of the same objects (which are not moved)."""
+    """Scene of the opposite relation, in the counterpart phrase of equal length, at the same
+    positions.
+
+    Example:
+        >>> scene = Scene("circle", "red", 64, 40, "square", "blue", 64, 90, "above", "higher than")
+        >>> caption(opposite(scene))
+        'red circle is lower than blue square'
+    """
     relation = OPPOSITE[scene.relation]
     return replace(scene, relation=relation, phrase=PHRASES[relation][PHRASES[scene.relation].index(scene.phrase)])
 
 
 def caption(scene: Scene | Trio, phrase: str | None = None) -> str:
-    """The sentence for a scene: `"[color1] shape1 is PHRASE [color2] shape2"`, for a trio with `"and PHRASE color3 shape3"`.
+    """Prompt of a scene: `"[color1] shape1 is PHRASE [color2] shape2"`.
 
-    `phrase` replaces the scene's own wording, in a trio the first. A phrase of another relation is allowed (that is how a
-    corrupted prompt is made).
+    A trio's prompt goes on with `"and PHRASE color3 shape3"`.
+
+    Args:
+        scene: a color that the scene does not name (`names_color1`, `names_color2`) is left out.
+        phrase: replaces the scene's own phrase (the first one of a trio). A phrase of another
+            relation is allowed: it makes a corrupted prompt.
+
+    Example:
+        >>> scene = Scene("circle", "red", 64, 40, "square", "blue", 64, 90, "above", "above")
+        >>> caption(scene), caption(scene, "left of")
+        ('red circle is above blue square', 'red circle is left of blue square')
     """
     if isinstance(scene, Trio):
         return f"{caption(scene.first, phrase)} and {scene.second.phrase} {scene.second.color2} {scene.second.shape2}"

@@ -1,4 +1,4 @@
-"""Scenes of three objects and two relations without end, each a pure function of a seed and an index; see `scene.Trio`."""
+"""Endless sequences of trios (`scene.Trio`), each trio a pure function of a seed and an index."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ from .scene import (
 TRIO_PHRASES: dict[Relation, tuple[str, ...]] = {
     relation: tuple(phrase for phrase in phrases if " and " not in phrase) for relation, phrases in PHRASES.items()
 }
-"""The 14 phrases without an "and" of their own, which could be taken for the one between the relations."""
+"""The 14 phrases without "and", so that the only "and" of a prompt is the one between its relations."""
 
 
 def sample_trios(n: int, seed: int, *, start: int = 0, split: Split = "train") -> list[Trio]:
-    """Draw trios number `start` … `start + n − 1` of the endless sequence that `seed` names.
+    """Draw the trios with indices `start` … `start + n − 1` of the endless sequence of `seed`.
 
-    The two relations are different ones; centres realise both, and no two objects overlap or touch. In split "train" neither
-    relation makes a combination of `HELD_OUT`, in "held_out" the first does.
+    The two relations differ, the centres realise both, and no two objects overlap or touch.
+
+    Args:
+        split: "train" leaves out the combinations of `HELD_OUT` in both relations; in "held_out"
+            the first relation makes one of them.
+
+    Example:
+        >>> from dit_lens.task import caption
+        >>> caption(sample_trios(1, seed=0)[0])
+        'red triangle is right of blue circle and to the lower left of blue square'
     """
     refuse_unknown(split, Split)
 
@@ -55,7 +63,7 @@ def _draw(rng: np.random.Generator, split: Split) -> Trio:
         if (split == "train" and any(held_out)) or (split == "held_out" and not held_out[0]):
             continue
         centres = _place(rng, shapes, relations)
-        if centres is None:  # A few pairs of relations leave little room: drawn anew, they are a little rarer.
+        if centres is None:  # Little room for this pair of relations: draw anew, which makes such pairs slightly rarer.
             continue
         scenes = []
         for i, color in ((1, other_color(color1)), (2, color3)):
@@ -68,7 +76,7 @@ def _draw(rng: np.random.Generator, split: Split) -> Trio:
 def _place(
     rng: np.random.Generator, shapes: Sequence[Shape], relations: Sequence[Relation], attempts: int = 50
 ) -> list[tuple[int, int]] | None:
-    """Centres of the three objects, or None if so many attempts fail."""
+    """Centres of the three objects, or None if all attempts fail."""
     low, high = CENTRE_RANGE
     sizes = [half_size(shape) for shape in shapes]
     for _ in range(attempts):
@@ -82,7 +90,7 @@ def _place(
         if (
             len(centres) == len(shapes)
             and all(
-                abs(x1 - x2) > w1 + w2 + 1 or abs(y1 - y2) > h1 + h2 + 1  # objects of one colour that touch would be one region
+                abs(x1 - x2) > w1 + w2 + 1 or abs(y1 - y2) > h1 + h2 + 1  # objects of one color that touch would be one region
                 for i, ((x1, y1), (w1, h1)) in enumerate(zip(centres, sizes, strict=True))
                 for (x2, y2), (w2, h2) in zip(centres[:i], sizes[:i], strict=True)
             )
@@ -92,7 +100,7 @@ def _place(
 
 
 def _across(at: int, direction: int) -> tuple[int, int]:
-    """Along one axis, where the other object may be (first and beyond last) if the first is `at`, in `direction` from it."""
+    """Range (first, beyond last) of the other object's coordinate, if the first is at `at`."""
     low, high = CENTRE_RANGE
     if direction == 0:
         return max(low, at - BAND), min(high, at + BAND) + 1
