@@ -1,10 +1,12 @@
-"""Where named things are in a picture: an open-vocabulary detector's boxes, or anybody's, and the relation between two of them.
+"""Object boxes from an open-vocabulary detector, and the relative position of two objects.
 
-    boxes = detect(sorted(Path("images").glob("*.png")), labels, "google/owlv2-base-patch16-ensemble")
-    pair_positions(boxes, pairs)  # both there? where is the first, seen from the second?
+    boxes = detect(sorted(Path("images").glob("*.png")), labels,
+    "google/owlv2-base-patch16-ensemble") pair_positions(boxes, pairs)  # are both there, and where
+    is the first relative to the second?
 
-For models that draw more than the two-object task, whose judge is `dit_lens.scenes.evaluate`. Source of the idea: T2I-CompBench
-(Huang et al., arXiv 2307.06350), which reads spatial relations from the centres of detected boxes.
+For models that draw more than the two-object task, whose judge is `dit_lens.scenes.evaluate`.
+Source of the idea: T2I-CompBench (Huang et al., arXiv 2307.06350), which reads spatial relations
+from the centres of detected boxes.
 """
 
 from __future__ import annotations
@@ -20,25 +22,31 @@ from rich.progress import track
 from transformers import pipeline
 
 COLUMNS = ("image", "label", "score", "xmin", "ymin", "xmax", "ymax")
-"""Of a table of boxes: the picture's file name, what is in the box, how sure that is, and pixels from the upper left corner."""
+"""Columns of a table of boxes: image file name, object, confidence, and pixels from the upper left corner."""
 
 
 def detect(
     images: Sequence[Path], labels: Mapping[str, Sequence[str]], model: str, threshold: float = 0.2, device: str | None = None
 ) -> pd.DataFrame:
-    """Boxes of named things.
+    """Boxes of named objects, by a zero-shot detector.
 
     Args:
-        images: picture files.
-        labels: file name → what to look for in it.
-        model: a zero-shot object detector of transformers (OWL-ViT, OWLv2, Grounding DINO): folder or hub id.
-        threshold: the least score of a box.
+        images: image files.
+        labels: file name → names of the objects to find in that image.
+        model: a zero-shot object detector of transformers (OWL-ViT, OWLv2, Grounding DINO): folder
+            or hub id.
+        threshold: smallest score of a box.
+        device: as in `transformers.pipeline`.
 
     Returns:
-        A row a box, columns `COLUMNS`.
+        One row a box, columns `COLUMNS`.
 
     Raises:
         OSError: there is no such model, or it cannot be reached.
+
+    Example:
+        >>> labels = {"a.png": ["cat", "dog"]}
+        >>> boxes = detect([Path("a.png")], labels, "google/owlv2-base-patch16")  # doctest: +SKIP
     """
     find = pipeline("zero-shot-object-detection", model=model, device=device)
     rows = []
@@ -49,10 +57,16 @@ def detect(
 
 
 def read_boxes(path: Path) -> pd.DataFrame:
-    """A table of boxes from a CSV or Parquet file.
+    r"""Table of boxes from a CSV or Parquet file.
 
     Raises:
-        ValueError: it lacks a column.
+        ValueError: a column of `COLUMNS` is missing.
+
+    Example:
+        >>> text = "image,label,score,xmin,ymin,xmax,ymax\na.png,cat,0.9,0,0,10,10\n"
+        >>> _ = Path("boxes.csv").write_text(text)
+        >>> read_boxes(Path("boxes.csv")).shape
+        (1, 7)
     """
     table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     if missing := [column for column in COLUMNS if column not in table]:
@@ -61,14 +75,23 @@ def read_boxes(path: Path) -> pd.DataFrame:
 
 
 def pair_positions(boxes: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
-    """Where the first of two things lies, seen from the second, by the centres of the surest box of each.
+    """Position of one object relative to another, by the centres of the highest-scoring box of
+    each.
 
     Args:
         boxes: columns `COLUMNS`.
-        pairs: picture's file name → its two labels.
+        pairs: image file name → its two labels.
 
     Returns:
-        A row a picture, index image: `both` (each has a box), `dx` and `dy` in pixels (y down), NaN unless both.
+        One row an image, index image: `both` (each has a box), `dx` and `dy` in pixels (y down),
+        NaN unless both.
+
+    Example:
+        >>> rows = [("a.png", "cat", 0.9, 0, 0, 10, 10), ("a.png", "dog", 0.8, 30, 0, 40, 20)]
+        >>> pair_positions(pd.DataFrame(rows, columns=list(COLUMNS)), {"a.png": ("cat", "dog")})
+               both    dx   dy
+        image
+        a.png  True -30.0 -5.0
     """
     best = boxes.sort_values("score").drop_duplicates(["image", "label"], keep="last").set_index(["image", "label"])
     x, y = (best["xmin"] + best["xmax"]) / 2, (best["ymin"] + best["ymax"]) / 2

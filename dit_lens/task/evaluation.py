@@ -1,10 +1,11 @@
-"""How well a model draws what sentences say: by split, relation, phrase and template, with intervals.
+"""Accuracy of a model by split, relation, phrase and template, with intervals.
 
     rows = evaluate_model(model)  # one row an image
     accuracies(rows, ["split", "relation"])  # Wilson intervals
     template_effects(rows)  # paired with the trained template: same scenes, same noise
 
-Source of metrics and templates: Wang, Fan, Pan (arXiv 2601.06338), sections A.5 and A.8; the judge is `dit_lens.scenes.evaluate`.
+Source of metrics and templates: Wang, Fan, Pan (arXiv 2601.06338), sections A.5 and A.8; the judge
+is `dit_lens.scenes.evaluate`.
 """
 
 from __future__ import annotations
@@ -45,10 +46,16 @@ def score(
     guidance: float = 4.5,
     batch_size: int = BATCH,
 ) -> xr.Dataset:
-    """Judge one image for each scene: `scenes.evaluate`'s variables over dim scene.
+    """Draw and judge one image for each scene: the variables of `scenes.evaluate`, over dim scene.
 
-    Scene i is drawn from noise i at every call, so two models, or two states of one, are compared in pairs, and a mean over
-    scenes is one over noises, too.
+    Scene i has noise seed i at each call, so two models, or two states of one, are compared in
+    pairs, and a mean over scenes is also a mean over noises.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> verdict = score(model, scenes.sample(4, seed=0), num_steps=2)
+        >>> dict(verdict.sizes), verdict["unique_binding"].dtype
+        ({'scene': 4}, dtype('bool'))
     """
     images = []
     for start in range(0, len(wanted), batch_size):
@@ -58,13 +65,24 @@ def score(
 
 
 def summarise(verdict: xr.Dataset) -> pd.DataFrame:
-    """One row a metric: mean, low and high end of the 95 % interval over scenes."""
+    """One row a metric: mean, low and high end of the 95 % interval over scenes.
+
+    Example:
+        >>> drawn = scenes.sample(4, seed=0)
+        >>> summarise(scenes.evaluate(scenes.render(drawn), drawn)).loc["shape"].round(3).tolist()
+        [1.0, 0.398, 1.0]
+    """
     rows = {name: clustered_mean(verdict[name].values.astype(float)[:, None]) for name in METRICS}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(Interval._fields)).rename_axis("metric")
 
 
 def known_templates(model: HookedTextToImage) -> list[str]:
-    """Those of `TEMPLATES` whose every word the model's tokenizer has."""
+    """Names of the `TEMPLATES` whose words are all in the vocabulary of the model's tokenizer.
+
+    Example:
+        >>> known_templates(HookedTextToImage.from_pretrained("rte-nano"))[:4]
+        ['is', 'no is', 'no is, the second', 'the second']
+    """
     scene = scenes.sample(1, seed=0, color_words="both")[0]
     unknown = getattr(model.tokenizer, "unk_token_id", UNKNOWN_ID)
     return [name for name in TEMPLATES if unknown not in model.tokenizer(word(scene, name)).input_ids]
@@ -77,22 +95,35 @@ def evaluate_model(
     scene_seed: int = 100,
     out: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Draw and judge `n` held-out and `n` trained scenes, and `n` // 4 of the latter by every other template.
+    """Draw and judge `n` held-out scenes, `n` trained scenes, and `n` // 4 of the latter in each
+    other template.
 
-    Scene i has noise seed i under every template, so templates pair; images of one condition share nothing, so their
-    proportions have binomial intervals. 14 steps of the model's own scheduler, guidance 4.5.
+    Scene i has noise seed i under every template, so templates pair; images of one condition share
+    nothing, so their proportions have binomial intervals. Uses 14 steps of the model's own
+    scheduler and guidance 4.5.
 
     Args:
-        templates: of `TEMPLATES`; all whose words the model knows unless given. The trained one is always there.
-        out: a folder for finished batches: a call that was stopped goes on from there when it is repeated.
+        templates: names of `TEMPLATES`; by default, all `known_templates`. The trained one is
+            always included.
+        scene_seed: seed of the sequences of scenes.
+        out: a folder for finished batches, from which an interrupted call goes on when it is
+            repeated.
 
     Returns:
-        A row an image: split template prompt relation phrase shape1 color1 shape2 color2 scene seed, the judge's verdicts
-        (`METRICS` as 0 or 1, `relation_given_both` NaN without both objects) and centres in pixels (NaN likewise).
+        One row an image: split template prompt relation phrase shape1 color1 shape2 color2 scene
+        seed, the judge's verdicts (`METRICS` as 0 or 1, `relation_given_both` NaN without both
+        objects) and centres in pixels (NaN likewise).
 
     Raises:
-        ValueError: there is no such template, the model lacks its words, `out` holds an evaluation of something else, or
-            hooks are attached, of which a folder could not tell.
+        ValueError: there is no such template, the model lacks its words, `out` holds an evaluation
+            with other settings, or `out` is given and hooks are attached, which its settings cannot
+            record.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> rows = evaluate_model(model, n=1, templates=[])
+        >>> len(rows), rows["split"].tolist()
+        (2, ['held_out', 'train'])
     """
     others = [name for name in (known_templates(model) if templates is None else templates) if name != TRAINED]
     jobs: list[tuple[Split, str, int, Scene]] = []
@@ -126,9 +157,20 @@ def evaluate_model(
 
 
 def accuracies(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS) -> pd.DataFrame:
-    """Share of images that each metric accepts, with its 95 % Wilson interval: a row a group and metric.
+    """Share of images accepted by each metric, with its 95 % Wilson interval: one row a group and
+    metric.
 
-    Columns: those of `by`, metric, images (that the metric applies to), mean, low, high.
+    Args:
+        rows: of `evaluate_model`.
+        by: columns that define the groups.
+
+    Returns:
+        Columns: those of `by`, metric, images (those the metric applies to), mean, low, high.
+
+    Example:
+        >>> rows = pd.DataFrame({"split": ["train"] * 4, "color": [1.0, 1.0, 1.0, 0.0]})
+        >>> accuracies(rows, ["split"], ["color"]).round(3).values.tolist()
+        [['train', 'color', 4, 0.75, 0.301, 0.954]]
     """
     found = []
     for group, part in rows.groupby(list(by), sort=False):
@@ -139,10 +181,24 @@ def accuracies(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = M
 
 
 def template_effects(rows: pd.DataFrame, metrics: Sequence[str] = METRICS[:-1]) -> pd.DataFrame:
-    """What a template changes against the trained one on the same scenes and noise: a row a template and metric.
+    """Change of each metric by each template, relative to the trained one on the same scenes and
+    noise.
 
-    Columns template, metric, images, mean, low, high: paired differences with 95 % intervals. The metrics "drift_x" and
-    "drift_y" are how far, in pixels, the first object moves against the second, where both images have both objects.
+    Args:
+        rows: of `evaluate_model`.
+
+    Returns:
+        One row a template and metric. Columns template, metric, images, mean, low, high: paired
+        differences with 95 % intervals. The metrics "drift_x" and "drift_y" are the change, in
+        pixels, of the first object's position relative to the second, over pairs of images that
+        both have both objects.
+
+    Example:
+        >>> same = {"split": "train", "x1": 9, "x2": 9, "y1": 9, "y2": 9}
+        >>> table = {"template": ["is", "is", "no is", "no is"], "scene": [0, 1, 0, 1]}
+        >>> rows = pd.DataFrame(table | same | {"color": [1.0, 1.0, 1.0, 0.0]})
+        >>> template_effects(rows, ["color"])[["template", "metric", "mean"]].values.tolist()
+        [['no is', 'color', -0.5], ['no is', 'drift_x', 0.0], ['no is', 'drift_y', 0.0]]
     """
     trained = rows[(rows["split"] == "train") & (rows["template"] == TRAINED)].set_index("scene")
     found = []
@@ -163,7 +219,14 @@ def _offset(rows: pd.DataFrame, axis: str) -> pd.Series:
 
 
 def to_markdown(rows: pd.DataFrame) -> str:
-    """The tables of a model card: by split, relation, phrase and template."""
+    """Tables of a model card: accuracy by split, relation, phrase and template.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> text = to_markdown(evaluate_model(model, n=1, templates=[]))
+        >>> text.splitlines()[0]
+        'By split: combinations that were trained, and those that never were'
+    """
     plain, of_train = rows[rows["template"] == TRAINED], rows[rows["split"] == "train"]
     order = {phrase: i for i, phrase in enumerate(phrase for phrases in PHRASES.values() for phrase in phrases)}
     by_phrase = plain[plain["split"] == "train"].sort_values(
@@ -187,7 +250,16 @@ def to_markdown(rows: pd.DataFrame) -> str:
 
 
 def wide(table: pd.DataFrame, key: str) -> str:
-    """A markdown table with a row for each value of `key` and "mean [low, high]" in a column for each metric."""
+    """Markdown table with one row for each value of `key`, and "mean [low, high]" in one column for
+    each metric.
+
+    Example:
+        >>> rows = pd.DataFrame({"split": ["train"] * 4, "color": [1.0, 1.0, 1.0, 0.0]})
+        >>> print(wide(accuracies(rows, ["split"], ["color"]), "split"))
+        | split | images | color |
+        |---|---|---|
+        | train | 4 | 0.750 [0.301, 0.954] |
+    """
     metrics = list(dict.fromkeys(table["metric"]))
     lines = [f"| {key} | images | {' | '.join(metrics)} |", f"|{'---|' * (len(metrics) + 2)}"]
     for value, part in table.groupby(key, sort=False):

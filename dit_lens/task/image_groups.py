@@ -1,4 +1,4 @@
-"""Which image tokens show which object: the image groups of a synopsis, from pixels."""
+"""Image groups of a synopsis: the image tokens that show each object, from pixels."""
 
 from __future__ import annotations
 
@@ -19,21 +19,30 @@ def image_groups_from_images(
     grid: tuple[int, int] = (8, 8),
     threshold: float | None = None,
 ) -> dict[str, Float[Tensor, "image pos"]] | dict[str, Bool[Tensor, "image pos"]]:
-    """Each image token's share of every object and of the background, by the evaluator's own judgement of pixels' colors.
+    """Share of each object and of the background in each image token, by the judge's color classes.
 
-    An object of less than the evaluator's smallest area is not there: its group is empty. Where something else is wrong with
-    an object (its shape, say, or its color appears twice), the pixels of its color still count.
+    An object with fewer pixels than the judge's `MIN_AREA` is absent: its group is empty. Other
+    faults of an object (a wrong shape, or a second region of its color) do not matter: all pixels
+    of its color count.
 
     Args:
         images: in [0, 1].
-        scenes: what the images should show. Groups are then "object1", "object2" and "background", else one for each color and
-            "background".
+        scenes: the scenes of the prompts. Groups are then "object1", "object2" and "background"; by
+            default, one for each color and "background".
         grid: rows and columns of image tokens.
-        threshold: None for shares, which add up to 1 at every token; else tokens belong to an object that covers at least this
-            share of them, and to the background if to none (an object may span patches without covering half of any).
+        threshold: by default, groups are shares that add up to 1 at every token. With a threshold
+            they are booleans: a token belongs to each object that covers at least this share of it,
+            and to the background if no object does (an object may span patches without covering
+            half of any).
 
     Raises:
-        ValueError: there is not one scene for each image, or patches are no whole pixels.
+        ValueError: scenes and images differ in number, or the images do not divide into the grid.
+
+    Example:
+        >>> from dit_lens.task import sample
+        >>> groups = image_groups_from_images(render(sample(2, seed=0)))
+        >>> {name: tuple(group.shape) for name, group in groups.items()}
+        {'red': (2, 64), 'blue': (2, 64), 'background': (2, 64)}
     """
     height, width = images.shape[-2:]
     if height % grid[0] or width % grid[1]:
@@ -60,9 +69,15 @@ def image_groups_from_images(
 def image_groups_from_scenes(
     scenes: Sequence[Scene], grid: tuple[int, int] = (8, 8), threshold: float | None = None
 ) -> dict[str, Float[Tensor, "image pos"]] | dict[str, Bool[Tensor, "image pos"]]:
-    """As `image_groups_from_images`, of the scenes' own images.
+    """Apply `image_groups_from_images` to the scenes' own images.
 
-    A prompt leaves positions open: a generated image shows its objects elsewhere. These are the groups of runs that start from
-    a scene's image, or of analyses of the ground truth.
+    A prompt leaves positions open, so a generated image has its objects elsewhere. These groups are
+    for runs that start from a scene's image, and for analyses of the ground truth.
+
+    Example:
+        >>> from dit_lens.task import sample
+        >>> groups = image_groups_from_scenes(sample(2, seed=0), threshold=0.25)
+        >>> groups["object1"].sum(dim=1).tolist()
+        [4, 3]
     """
     return image_groups_from_images(render(scenes), scenes, grid, threshold)

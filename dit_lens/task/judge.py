@@ -1,8 +1,9 @@
-"""A judge of generated images: are the right objects there, and do they stand in the right relation?
+"""Judge of generated images: presence of the right objects, and their relation.
 
-The metrics are those of Wang, Fan, Pan (arXiv 2601.06338, `cv2_eval_utils.py`); the detector is our own. One labelling
-of the whole batch finds the objects, sums over their pixels measure them, and an object *is* the ideal shape that it
-overlaps most. `docs/scenes.md` has the ceilings: what perfect images score.
+The metrics are those of Wang, Fan, Pan (arXiv 2601.06338, `cv2_eval_utils.py`); the detector is our
+own. One labelling of the whole batch finds the objects, sums over their pixels measure them, and an
+object *is* the ideal shape that it overlaps most. `docs/scenes.md` has the ceilings: the scores of
+perfect images.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ of one. The ideal circle and square reach 0.84 with each other, so this leaves l
 MAX_SCALE = 1.2
 """A region's side (square root of its area) is at most this factor off the ideal shape's: radii of 14 … 19 px for 16."""
 CHUNK = 32
-"""Images that are labelled at once: enough to amortise the calls, few enough to stay in the processor's cache."""
+"""Images labelled at once: enough to amortise the calls, few enough to stay in the processor's cache."""
 
 DESCRIPTIONS = {
     "color": "a region of each of the scene's two colours is there, whatever its shape",
@@ -48,26 +49,37 @@ DESCRIPTIONS = {
     "n_stray": "regions of one of the colours that have none of the shapes",
     "n_objects": "objects: regions that have one of the shapes and one of the colours",
 }
-"""What each variable of `evaluate`'s Dataset says (its `description` attribute)."""
+"""The `description` attribute of each variable of `evaluate`'s Dataset."""
 
 
 def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene | Trio]) -> xr.Dataset:
-    """Judge 128 × 128 images in [0, 1] by the scenes that they should show: one verdict an image, whatever its pixels.
+    """Judge 128 × 128 images in [0, 1] against their scenes: one verdict an image.
 
-    Only what a prompt can say counts (shapes, colors, relation), not the scene's positions. Pixels outside [0, 1] are
-    clipped, NaN is taken for background. Variables, all over dim `image`: `color shape unique_binding relation_strict
-    relation_loose` (bool), `relation_given_both x1 y1 x2 y2` (float, NaN without unique binding; centres in whole
-    pixels), `n_stray n_objects` (int); each carries its `DESCRIPTIONS` entry. The scene's parts are coordinates, so that
-    `evaluate(…).groupby("relation").mean()` is the table by relation.
-
-    `relation_strict` implies `relation_loose` unless both offsets are within 5 px, which needs overlap; for diagonal
+    Only the content of the prompt counts (shapes, colors, relation), not the scene's positions.
+    Pixels outside of [0, 1] are clipped, NaN counts as background. `relation_strict` implies
+    `relation_loose` unless both offsets are within 5 px, which needs overlap; for diagonal
     relations the two are the same.
 
-    Of trios a verdict holds if it does for both pairs of objects; `relation1_loose` and `relation2_loose` are those of each pair
-    alone, `x3` and `y3` the third object's centre, and `relation2`, `phrase2`, `shape3`, `color3` coordinates.
+    Returns:
+        Variables over dim `image`: `color shape unique_binding relation_strict relation_loose`
+        (bool), `relation_given_both x1 y1 x2 y2` (float, NaN without unique binding; centres in
+        whole pixels), `n_stray n_objects` (int); each has its `DESCRIPTIONS` entry. The scene's
+        parts are coordinates, so that `evaluate(…).groupby("relation").mean()` is the table by
+        relation.
+
+        For trios, a verdict holds if it does for both pairs of objects; `relation1_loose` and
+        `relation2_loose` are the verdicts of each pair, `x3` and `y3` the third object's centre,
+        and `relation2`, `phrase2`, `shape3`, `color3` are coordinates.
 
     Raises:
-        ValueError: if the images are not `len(scenes)` RGB images of 128 × 128 pixels.
+        ValueError: the images are not `len(scenes)` RGB images of 128 × 128 pixels.
+
+    Example:
+        >>> from dit_lens import scenes
+        >>> drawn = scenes.sample(4, seed=0)
+        >>> verdict = evaluate(scenes.render(drawn), drawn)
+        >>> verdict["unique_binding"].values.tolist(), verdict["n_objects"].values.tolist()
+        ([True, True, True, True], [2, 2, 2, 2])
     """
     expected = (len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)
     if tuple(images.shape) != expected:
@@ -139,7 +151,9 @@ def _indices(vocabulary: tuple[str, ...], words: Sequence[str]) -> Int[np.ndarra
 
 
 def color_classes(images: Float[Tensor, "image 3 height width"]) -> UInt8[np.ndarray, "image height width"]:
-    """Of every pixel 1 + its index into `COLORS`, or 0 for background, by `COLOR_MARGIN`."""
+    """Color class of each pixel: 1 + its index into `COLORS`, or 0 for background, by
+    `COLOR_MARGIN`.
+    """
     pixels = images.detach().float().cpu().clamp(0, 1).numpy()
     red, blue, gray = pixels[:, 0], pixels[:, 2], pixels.mean(axis=1)
     classes = np.zeros(gray.shape, dtype=np.uint8)
@@ -151,9 +165,11 @@ def color_classes(images: Float[Tensor, "image 3 height width"]) -> UInt8[np.nda
 def _census(
     images: Float[Tensor, "image 3 height width"],
 ) -> tuple[Int[np.ndarray, "image shape color"], Float[np.ndarray, "image shape color xy"]]:
-    """How many regions of each kind an image holds, and where: their centre's (x, y) in pixels, their sum if several.
+    """Number of regions of each kind in each image, and the (x, y) of their centres in pixels,
+    summed if there are several.
 
-    The last index of `shape` and of `color` means none of them; a region that has both is an object.
+    The last index of `shape` and of `color` means none of them; a region that has both is an
+    object.
     """
     pixels = images.float().cpu().clamp(0, 1).flatten(2).numpy()
     n, _, size = pixels.shape

@@ -1,7 +1,8 @@
-"""Where an image's two colors lie, whatever shapes they have: did the relation change, or was an object lost?
+"""Positions of an image's two colors, whatever shapes they have.
 
-A relation that needs both shapes also falls when a shape is not drawn. The layout knows colors alone, so it tells these apart,
-and it has a verdict for each axis, because networks may read the two axes by different heads from different words.
+A relation metric that needs both shapes also falls when a shape is not drawn. The layout uses
+colors alone, so it separates a changed relation from a lost object. It has a verdict for each axis,
+because networks may read the two axes by different heads from different words.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ LAYOUT_DESCRIPTIONS = {
     "y_sign": "the same, y down",
     "layout": "the first-named object's colour is beyond the other's in every direction that the relation names",
 }
-"""What each variable of `layout`'s Dataset says (its `description` attribute)."""
+"""The `description` attribute of each variable of `layout`'s Dataset."""
 
 
 def axis_of(relation: Relation) -> Axis:
-    """Which axis a relation is on.
+    """Axis of a relation.
 
     Example:
         >>> axis_of("above"), axis_of("upper_left")
@@ -42,16 +43,18 @@ def axis_of(relation: Relation) -> Axis:
 
 
 def layout(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene]) -> xr.Dataset:
-    """Judge images by the places of red and blue alone: a verdict an image, blind to shapes.
+    """Judge images by the positions of red and blue alone, independently of shapes.
 
-    A color's place is the centre of the bounding box of its largest region. Variables over dim `image`: `dx dy` (pixels),
-    `x_sign y_sign` (float), `layout` (bool); each carries its `LAYOUT_DESCRIPTIONS` entry. Coordinates: `relation`, `axis`
-    (`axis_of`).
+    The position of a color is the centre of the bounding box of its largest region.
+
+    Returns:
+        Variables over dim `image`: `dx dy` (pixels), `x_sign y_sign` (float), `layout` (bool); each
+        has its `LAYOUT_DESCRIPTIONS` entry. Coordinates: `relation`, `axis` (`axis_of`).
 
     Example:
         >>> from dit_lens import scenes
-        >>> wanted = scenes.sample(4, seed=0)
-        >>> bool(layout(scenes.render(wanted), wanted)["layout"].all())
+        >>> drawn = scenes.sample(4, seed=0)
+        >>> bool(layout(scenes.render(drawn), drawn)["layout"].all())
         True
     """
     places = np.array([[_place(classes == 1 + i) for i in range(len(COLORS))] for classes in color_classes(images)])
@@ -74,7 +77,7 @@ def layout(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene
 
 
 def _place(mask: Bool[np.ndarray, "height width"]) -> tuple[float, float]:
-    """(x, y) of the middle of the largest region's bounding box; NaN where it has fewer than `MIN_AREA` pixels."""
+    """Centre (x, y) of the largest region's bounding box; NaN for fewer than `MIN_AREA` pixels."""
     labels, _ = ndimage.label(mask)
     areas = np.bincount(labels.ravel())[1:]
     if not len(areas) or areas.max() < MIN_AREA:

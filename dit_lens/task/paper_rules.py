@@ -1,8 +1,9 @@
-"""The paper's judge, reimplemented, to stand beside ours on the same images.
+"""The paper's judge, reimplemented, for comparison with ours on the same images.
 
-Source: Wang, Fan, Pan (arXiv 2601.06338), `cv2_eval_utils.py`: threshold each channel, approximate contours by polygons, name
-shapes by the number of vertices. Two of its habits are kept because they are what differs: a triangle's centre is taken with a
-theoretical height, about one pixel too high; a stray region counts as an object of whatever shape its outline has.
+Source: Wang, Fan, Pan (arXiv 2601.06338), `cv2_eval_utils.py`: threshold each channel, approximate
+contours by polygons, name shapes by the number of vertices. Two of its habits are kept because they
+make the difference: a triangle's centre is taken with a theoretical height, about one pixel too
+high; a stray region counts as an object of the shape that its outline has.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 from .scene import BAND, DIRECTIONS, RADIUS, Scene, relation_between
 
 BRIGHT = 180
-"""A channel's pixels above this, of 255, belong to an object."""
+"""Pixels of a channel above this value (of 255) belong to an object."""
 SMALLEST = 100
 """Square pixels: a contour with less area is dropped."""
 TOLERANCE = 0.04
-"""Of a contour's length: how far its polygon may be from it."""
+"""Largest distance of a contour from its polygon, as a share of the contour's length."""
 
 
 VERDICTS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose")
@@ -31,7 +32,7 @@ PLACES = ("x1", "y1", "x2", "y2")
 
 
 class Found(NamedTuple):
-    """An object as the paper's detector describes it."""
+    """Object found by the paper's detector."""
 
     shape: str
     color: str
@@ -40,12 +41,15 @@ class Found(NamedTuple):
 
 
 def paper_verdicts(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene]) -> xr.Dataset:
-    """Judge images by the paper's rules: `VERDICTS` (bool) and `PLACES` (pixels; NaN without unique binding) over `image`.
+    """Judge images by the paper's rules.
+
+    Returns:
+        `VERDICTS` (bool) and `PLACES` (pixels; NaN without unique binding) over dim `image`.
 
     Example:
         >>> from dit_lens import scenes
-        >>> wanted = scenes.sample(4, seed=0)
-        >>> bool(paper_verdicts(scenes.render(wanted), wanted)["unique_binding"].all())
+        >>> drawn = scenes.sample(4, seed=0)
+        >>> bool(paper_verdicts(scenes.render(drawn), drawn)["unique_binding"].all())
         True
     """
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().numpy()
@@ -72,7 +76,7 @@ def _judge(objects: Sequence[Found], scene: Scene) -> tuple[float, ...]:
 
 
 def detect_objects(image: Float[np.ndarray, "3 height width"]) -> list[Found]:
-    """Every object of an image with values from 0 to 255, channel by channel."""
+    """All objects of an image with values from 0 to 255, channel by channel."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
     found = []
     for channel in range(3):
