@@ -1,4 +1,4 @@
-"""What a head computes, read off its weights, and what its attention scores are made of."""
+"""Weight readouts of cross-attention heads, and the additive terms of their attention scores."""
 
 from __future__ import annotations
 
@@ -32,11 +32,17 @@ def _name(head: Head) -> str:
 
 
 def position_word_maps(dit: HookedDiT, vectors: Float[Tensor, "word d_text"]) -> Float[Tensor, "layer head word pos"]:
-    """How much each image position asks for each word, by position code alone: (E_pos W_Q + b_Q) · caption(word) W_K.
+    """Attention score of each word at each image position by position code alone.
 
-    Cross-attention reads the raw residual stream, so this is an exact additive term of the attention score (before the
-    division by √d_head). The key bias adds the same map to every word, which softmax cannot see: it is left out, unlike in
-    the paper. Source: arXiv 2601.06338, section 4.1 and appendix B.7.
+    Computes (E_pos W_Q + b_Q) · caption(word) W_K for every cross-attention head, before the
+    division by √d_head. Cross-attention reads the raw residual stream, so this is an exact additive
+    term of the score. The key bias adds the same map to every word, which softmax cancels: it is
+    left out, unlike in the paper. Source: arXiv 2601.06338, section 4.1 and appendix B.7.
+
+    Example:
+        >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit
+        >>> position_word_maps(dit, torch.zeros(2, dit.cfg.d_text)).shape
+        torch.Size([3, 3, 2, 64])
     """
     caption = dit.project_caption(vectors.to(dit.device, dit.dtype))  # [word d_model]
     maps = []
@@ -49,10 +55,15 @@ def position_word_maps(dit: HookedDiT, vectors: Float[Tensor, "word d_text"]) ->
 
 
 def position_word_map(dit: HookedDiT, head: Head, vector: Float[Tensor, " d_text"]) -> xr.DataArray:
-    """`position_word_maps` for one head and one word, as a picture with dims (y, x), y down.
+    """Map of one head and one word from `position_word_maps`, with dims (y, x), y down.
 
     Raises:
         ValueError: the model has no such head.
+
+    Example:
+        >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit
+        >>> dict(position_word_map(dit, "L2H1", torch.zeros(dit.cfg.d_text)).sizes)
+        {'y': 8, 'x': 8}
     """
     layer, index = _cross_head(dit, head)
     side = dit.cfg.sample_size // dit.cfg.patch_size
@@ -65,12 +76,23 @@ def position_word_map(dit: HookedDiT, head: Head, vector: Float[Tensor, " d_text
 def content_word_scores(
     dit: HookedDiT, head: Head, content: Mapping[str, Float[Tensor, " d_model"]], vectors: Mapping[str, Float[Tensor, " d_text"]]
 ) -> xr.DataArray:
-    """How much a residual-stream direction asks for a word in one cross-attention head: dims (content, word).
+    """Scores of residual-stream directions (queries) with words (keys) in one cross-attention head.
 
-    Before the division by √d_head, without biases. `content` may be rows of what another head writes (`ov_outputs`), as tensors.
+    Args:
+        content: name → direction, such as a row of another head's `ov_outputs`, as a tensor.
+        vectors: word → its vector in text-encoder space.
+
+    Returns:
+        Dims (content, word), before the division by √d_head, without biases.
 
     Raises:
         ValueError: the model has no such head.
+
+    Example:
+        >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit
+        >>> content, word = torch.ones(dit.cfg.d_model), torch.ones(dit.cfg.d_text)
+        >>> content_word_scores(dit, "L2H1", {"ones": content}, {"above": word}).dims
+        ('content', 'word')
     """
     layer, index = _cross_head(dit, head)
     attn = dit.blocks[layer].cross_attn
@@ -86,12 +108,17 @@ def content_word_scores(
 
 @torch.no_grad()
 def ov_outputs(dit: HookedDiT, head: Head, vectors: Mapping[str, Float[Tensor, " d_text"]]) -> xr.DataArray:
-    """What one cross-attention head adds to the residual stream where it attends to a word alone: dims (word, d_model).
+    """Output of one cross-attention head that attends to a single word: dims (word, d_model).
 
-    Without biases: differences between words are what the head can tell.
+    Without biases, which are the same for all words.
 
     Raises:
         ValueError: the model has no such head.
+
+    Example:
+        >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit
+        >>> dict(ov_outputs(dit, "L2H1", {"above": torch.ones(dit.cfg.d_text)}).sizes)
+        {'word': 1, 'd_model': 192}
     """
     layer, index = _cross_head(dit, head)
     attn = dit.blocks[layer].cross_attn
@@ -104,22 +131,32 @@ def ov_outputs(dit: HookedDiT, head: Head, vectors: Mapping[str, Float[Tensor, "
 
 @torch.no_grad()
 def logit_terms(cache: ActivationCache, head: Head, expand_heads: bool = False) -> xr.DataArray:
-    """One cross-attention head's scores as a sum over who asked (parts of the residual stream) and what was there (text, bias).
+    """Scores of one cross-attention head as a sum over parts of the residual stream and of the keys.
 
-    score[q, k] = scale · Σ (part_q W_Q)(part_k W_K): exact, because cross-attention reads the residual stream without a norm.
+    score[q, k] = scale · Σ (part_q W_Q)(part_k W_K): exact, because cross-attention reads the
+    residual stream without a norm.
 
     Args:
-        cache: of one denoiser call (`cache.at(step=…)`, or a view's), with the residual stream's writes and `hook_caption`.
-        expand_heads: split what each earlier cross-attention wrote into its heads ("cross_L1H0", biases apart); needs their z.
+        cache: of one denoiser call (`cache.at(step=…)`, or a view's), with the outputs added to the
+            residual stream and `hook_caption`.
+        expand_heads: split the output of each earlier cross-attention into its heads ("cross_L1H0",
+            biases apart); needs their z.
 
     Returns:
-        dims (prompt, query_part, key_part, image_pos, text_pos). query_part: "embed" (the latent), "pos_embed", "0_attn_out", …,
-        "bias"; key_part: "text", "bias" (no pattern can depend on this one). Summed over both: `hook_attn_scores` without the
-        −10,000 on pads.
+        Dims (prompt, query_part, key_part, image_pos, text_pos). query_part: "embed" (the latent),
+        "pos_embed", "0_attn_out", …, "bias"; key_part: "text", "bias" (the pattern does not depend
+        on this one). Summed over both: `hook_attn_scores` without the −10,000 on pads.
 
     Raises:
         ValueError: the model has no such head.
-        KeyError: a write of an earlier layer is not in the cache.
+        KeyError: the output of an earlier layer is not in the cache.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> _, cache = model.run_with_cache("red circle is above blue square", num_steps=1)
+        >>> terms = logit_terms(cache.at(step=0), "L1H0")
+        >>> dict(terms.sizes)
+        {'prompt': 1, 'query_part': 7, 'key_part': 2, 'image_pos': 64, 'text_pos': 7}
     """
     dit: HookedDiT = getattr(cache.model, "dit", cache.model)
     layer, index = _cross_head(dit, head)
@@ -154,18 +191,27 @@ def logit_terms(cache: ActivationCache, head: Head, expand_heads: bool = False) 
 def two_head_maps(
     model: HookedTextToImage, prompt: str, senders: Head | Sequence[Head], receiver: Head, gain: float = 1.0
 ) -> xr.Dataset:
-    """Does what one head writes into the position code change what a later head looks for? From weights and one prompt's text.
+    """Score maps of a head, with and without the output of earlier heads in the position code.
 
-    `alone` is the receiver's score map of every token by position code alone; for `composed`, `gain` times what the senders write
-    (each with the attention that the position code alone gives it) has been added to the position code. Source: arXiv 2601.06338,
-    section 4.2: the object head's map is flat until the relation head has tagged the positions. A control: other senders.
+    From weights and the text of one prompt. `alone` is the receiver's score map of every token by
+    position code alone; for `composed`, `gain` times the senders' outputs (each with the attention
+    given by position code alone) are added to the position code. Source: arXiv 2601.06338, section
+    4.2: the object head's map is flat until the relation head has tagged the positions. Control:
+    other senders.
 
     Returns:
-        `alone`, `composed`: dims (text_pos, y, x), y down, coordinate `token`; scores after the division by √d_head, without
-        the key bias. Every map is centred, as a constant over positions says nothing about where.
+        `alone`, `composed`: dims (text_pos, y, x), y down, coordinate `token`; scores after the
+        division by √d_head, without the key bias. Every map is
+        centred: a constant over positions carries no position.
 
     Raises:
         ValueError: no such head, or a sender does not come before the receiver.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> maps = two_head_maps(model, "red circle is above blue square", "L1H0", "L2H1")
+        >>> dict(maps["composed"].sizes)
+        {'text_pos': 7, 'y': 8, 'x': 8}
     """
     dit = model.dit
     tokens = model.to_tokens(prompt)
@@ -200,18 +246,26 @@ def two_head_maps(
 def composition_scores(
     dit: HookedDiT, kind: Literal["Q", "K", "V"] = "Q", sender: Sublayer = "cross_attn", receiver: Sublayer = "cross_attn"
 ) -> xr.DataArray:
-    """How much of what a head writes can be what a later head reads: ‖OV_s W_r‖ / (‖OV_s‖ ‖W_r‖), for all pairs.
+    """Composition score of every pair of heads: ‖OV_s W_r‖ / (‖OV_s‖ ‖W_r‖).
 
-    W_r is QK_r for queries ("Q"), QK_rᵀ for keys ("K") and OV_r for values ("V"). Cross-attention reads the residual stream by
-    its queries only, so Q-composition of two cross-attention heads is the path relation head → object head. Source: Elhage et al.
-    2021, "A Mathematical Framework for Transformer Circuits"; `transformer_lens.utilities.composition_scores`.
+    W_r is QK_r for queries ("Q"), QK_rᵀ for keys ("K") and OV_r for values ("V"). Cross-attention
+    reads the residual stream by its queries only, so Q-composition of two cross-attention heads is
+    the path relation head → object head. Source: Elhage et al. 2021, "A Mathematical Framework for
+    Transformer Circuits"; `transformer_lens.utilities.composition_scores`.
 
     Returns:
-        dims (sender_layer, sender_head, receiver_layer, receiver_head); NaN where the sender does not come first.
+        Dims (sender_layer, sender_head, receiver_layer, receiver_head); NaN unless the sender comes
+        first.
 
     Raises:
-        NotFoldedError: self-attention takes part, whose weights are complete only with the timestep folded into them.
+        NotFoldedError: self-attention takes part, whose weights are complete only with the timestep
+            folded into them.
         ValueError: keys or values of cross-attention, which come from the text alone.
+
+    Example:
+        >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit
+        >>> composition_scores(dit).shape
+        (3, 3, 3, 3)
     """
     if receiver == "cross_attn" and kind != "Q":
         raise ValueError(f"{kind}-composition with cross-attention does not exist: its keys and values come from the text alone.")

@@ -1,4 +1,4 @@
-"""Attention between groups of positions, summed up inside every attention of a run; no pattern is kept."""
+"""Attention between groups of positions, summed inside each attention; no pattern is kept."""
 
 from __future__ import annotations
 
@@ -32,15 +32,24 @@ def attention_between(
     keys: Mapping[Branch, Float[Tensor, "batch key_pos key_group"]],
     reduce: Literal["sum", "max"],
 ) -> Float[Tensor, "batch layer head step branch group key_group"]:
-    """Run again from the first state, and add up every attention of the sublayer as the hooks attached to the model leave it.
+    """Re-run from the first state and sum each attention of the sublayer, after the attached hooks.
 
     Args:
-        queries, keys: each position's weight in each group. Text positions beyond the run's are pads, which get no attention.
-        reduce: "sum" over pairs of positions, each with the product of their weights, or the largest entry among pairs where
-            neither weight is 0, and 0 if there is none.
+        queries, keys: weight of each position in each group. Text positions beyond the run's are
+            pads, which get no attention.
+        reduce: "sum" over pairs of positions, each with the product of their weights, or "max", the
+            largest entry among pairs of non-zero weights (0 if there is none).
 
     Returns:
         On the CPU, at least in float32. Branches as in `keys`.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> run = model.trajectory("red circle is above blue square", num_steps=2)
+        >>> image, text = torch.ones(1, 64, 1), torch.ones(1, 7, 1)
+        >>> attention_between(run, "cross_attn", image, {"cond": text}, "sum").shape
+        torch.Size([1, 3, 3, 2, 1, 1, 1])
     """
     model, text, cfg = run.model, run.inputs.text, run.model.cfg
     steps, device, n = len(run), model.device, len(queries)
@@ -55,7 +64,7 @@ def attention_between(
 
     def denoise(call: Call, rows: Any, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
         readers = [_Reader(queries, weights, one.scale, reduce, found[:, i, :, call.step]) for i, one in enumerate(attentions)]
-        with reading(model.dit, dict(zip(attentions, readers, strict=True))):  # by now hooks that are attached are in place
+        with reading(model.dit, dict(zip(attentions, readers, strict=True))):  # after the attached hooks
             return model.denoise(x, timestep, text)
 
     run.fork(0, denoise=denoise)
@@ -71,9 +80,10 @@ def attention_in_call(
     sublayer: str = "attn",
     reduce: Literal["sum", "max"] = "sum",
 ) -> Float[xr.DataArray, "row layer head query_group key_group"]:
-    """As `attention_between`, in one call of any hooked transformer (`hooked_models.families`): `model(**inputs)`.
+    """Apply `attention_between` to one call `model(**inputs)` of a hooked transformer of any family.
 
-    Positions of attention over both streams are [image, text]. Layers without this attention are NaN.
+    Positions of attention over both streams are [image, text]. Layers without this attention are
+    NaN.
     """
     cfg, device = model.cfg, queries.device
     shape = (len(queries), cfg.n_layers, cfg.n_heads, queries.shape[-1], keys.shape[-1])
@@ -85,7 +95,7 @@ def attention_in_call(
             attention: Any = model.get_submodule(f"blocks.{layer}.{sublayer}")
             readers[attention] = _Reader(queries.float(), keys.float(), attention.scale, reduce, found[:, layer])
     if not readers:
-        model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, and says why there is none
+        model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, with the reason
     with torch.no_grad(), reading(model, readers):
         model(**inputs)
     dims = ("row", "layer", "head", "query_group", "key_group")
@@ -94,7 +104,7 @@ def attention_in_call(
 
 @contextmanager
 def reading(model: HookedModule, readers: Mapping[Any, _Reader]) -> Iterator[None]:
-    """Have each attention read: what a pattern is made of or, where somebody looks at the pattern and may change it, that."""
+    """Attach a reader to each attention: to q and k, or to the pattern if hooks may change it."""
     explicit = [one for one in readers if watched(one.hook_attn_scores) or watched(one.hook_pattern)]
     fused = [one for one in readers if one not in explicit]
     with scope() as inner, model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
@@ -102,16 +112,16 @@ def reading(model: HookedModule, readers: Mapping[Any, _Reader]) -> Iterator[Non
         yield
 
 
-@dataclass(repr=False)  # TransformerLens asks every hook for it, and it would print the tensors
+@dataclass(repr=False)  # TransformerLens calls repr of every hook, which would print the tensors
 class _Reader:
-    """Adds up what it sees of one attention in one call, and keeps nothing else."""
+    """Accumulates the group attention of one attention in one call."""
 
     queries: Float[Tensor, "batch pos group"]
     keys: Float[Tensor, "batch key_pos key_group"]
     scale: float
     reduce: Literal["sum", "max"]
     found: Float[Tensor, "batch head group key_group"]
-    """Written to."""
+    """Accumulator, modified in place."""
 
     def read(
         self,
@@ -119,7 +129,10 @@ class _Reader:
         k: Float[Tensor, "row key_pos head d_head"],
         bias: Float[Tensor, "row #head _ key_pos"] | None,
     ) -> None:
-        """The last rows of the batch; in those before, all of the attention is the first key's (`TextState.n_empty_prompts`)."""
+        """Read the last rows of the batch, whose prompts are not empty.
+
+        In the rows before them, all attention is on the first key (`TextState.n_empty_prompts`).
+        """
         n = len(self.found) - len(q)
         queries, first = self.queries[:n, :, :, None], self.keys[:n, :1, None]  # [row pos group 1], [row 1 1 key_group]
         alone = (queries * first).sum(1) if self.reduce == "sum" else ((queries != 0) & (first != 0)).any(1)

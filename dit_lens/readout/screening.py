@@ -1,8 +1,9 @@
-"""Find the heads that turn a relation word into a place, from weights alone.
+"""Screening of cross-attention heads that turn a relation word into a position, from weights alone.
 
-Source: Wang, Fan, Pan (arXiv 2601.06338), section 4.1 and appendix B.7: the position-by-word score map of a relation head is
-a ramp along the relation's direction. Here the map is the part of it that a pattern can depend on (no key bias, no mean over
-positions), and every number of a head stands beside what chance gives.
+Source: Wang, Fan, Pan (arXiv 2601.06338), section 4.1 and appendix B.7: the position-by-word score
+map of a relation head is a ramp along the relation's direction. Here the map is the part of it that
+a pattern can depend on (no key bias, no mean over positions), and every number of a head has its
+chance level beside it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ WORD_DIRECTIONS: dict[str, Direction] = {
     **dict.fromkeys(("up", "upper", "higher"), (0, -1)),
     **dict.fromkeys(("down", "lower"), (0, 1)),
 }
-"""Where a word points, y down."""
+"""Word → (dx, dy), y down."""
 
-Heads = Float[Tensor, "layer head word"]
+HeadScores = Float[Tensor, "layer head word"]
 
 
 def ramp(direction: Direction, side: int) -> Float[Tensor, " pos"]:
-    """A plane that rises along `direction` over a `side` × `side` grid on [−1, 1]², row-major, mean zero."""
+    """Plane that rises along `direction` on a `side` × `side` grid over [−1, 1]², with mean zero.
+
+    Example:
+        >>> ramp((1, 0), 2).tolist()
+        [-1.0, 1.0, -1.0, 1.0]
+    """
     axis = torch.linspace(-1, 1, side, dtype=torch.float64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     length = (direction[0] ** 2 + direction[1] ** 2) ** 0.5
@@ -48,10 +54,19 @@ def ramp(direction: Direction, side: int) -> Float[Tensor, " pos"]:
 
 @torch.no_grad()
 def word_vector(model: HookedTextToImage, word: str, sentence: str = "red circle is {} blue square") -> Float[Tensor, " d_text"]:
-    """A word's vector as the text encoder gives it inside a sentence (the last token of the word).
+    """Text-encoder output at the last token of a word in a prompt.
+
+    Args:
+        word: replaces the {} of the sentence.
+        sentence: the prompt, with {} in place of the word.
 
     Raises:
-        ValueError: the sentence has no place for the word, or the encoder does not know it.
+        ValueError: the sentence has no {}, or the encoder does not know the word.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> word_vector(model, "above").shape
+        torch.Size([256])
     """
     if "{}" not in sentence:
         raise ValueError("sentence needs a {} where the word goes.")
@@ -86,19 +101,22 @@ def half_differences(
 def phrase_contrasts(
     model: HookedTextToImage, pairs: Mapping[str, tuple[str, str]], sentence: str = "red circle is {} blue square"
 ) -> dict[str, Float[Tensor, " d_model"]]:
-    """Axis → half the difference of two phrases in caption space, summed over their tokens.
+    """Half the difference of two phrases in caption space, summed over their tokens, for each axis.
 
     Args:
-        model: the text encoder and the caption projection of this model are used.
-        pairs: axis → (phrase at its positive end, at its negative end), with as many tokens.
-        sentence: where the phrases stand.
+        model: source of the text encoder and the caption projection.
+        pairs: axis → (phrase at its positive end, at its negative end), with equal numbers of
+            tokens.
+        sentence: the prompt, with {} in place of the phrase.
 
     Raises:
-        ValueError: two phrases differ in their number of tokens, so what stands behind them is elsewhere.
+        ValueError: two phrases differ in their number of tokens, so the words behind them are at
+            different positions.
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> phrase_contrasts(model, {"horizontal": ("to the right of", "to the left of")})["horizontal"].shape
+        >>> pair = {"horizontal": ("to the right of", "to the left of")}
+        >>> phrase_contrasts(model, pair)["horizontal"].shape
         torch.Size([192])
     """
     found = {}
@@ -120,7 +138,7 @@ def phrase_contrasts(
 
 @torch.no_grad()
 def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"]]) -> pd.DataFrame:
-    """How steeply each cross-attention head's scores rise along an axis when its word turns from one end to the other.
+    """Slope of each cross-attention head's scores along an axis, for half its words' difference.
 
     The gain is the projection of the map Ẽ_pos W_Q · W_Kᵀ c / √d_head on the axis' unit ramp, in units of attention scores; c is
     half the difference of two words or phrases, so neither the key bias nor anything that both share is in it. Each axis has its
@@ -132,8 +150,8 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
             `phrase_contrasts`). Differences mean something there only: the projection of text to caption space is not linear.
 
     Returns:
-        One row a head and axis, by axis and strongest first: layer, head, axis, gain (positive: the head looks where the word
-        points), share (of the sum of gain² over all heads), cosine (of map and ramp), `p` that a gain of this size comes by
+        One row a head and axis, by axis and strongest first: layer, head, axis, gain (positive: the head attends in the
+        direction of the word), share (of the sum of gain² over all heads), cosine (of map and ramp), `p` that a gain of this size comes by
         chance, and `p_family`, the same for any head of the axis (Holm). Chance is the larger of two: c turned into a random
         direction, for which gain² / (|c|² |slope|²) has a Beta(1/2, (d − 1)/2) distribution; and the grid's positions permuted,
         for which the cosine is that of a Pearson correlation. The statistic is the gain in both.
@@ -192,28 +210,38 @@ def screen_heads(
     null_draws: int = 500,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Rank every cross-attention head by how well its position-by-word maps match the words' ramps.
+    """Rank cross-attention heads by the match of their position-by-word maps to the words' ramps.
 
-    The map of a head and a word is Ẽ_pos W_Q · W_Kᵀ c: Ẽ_pos the position code without its mean over positions, c the word's
-    caption vector. The key bias gives every word the same map, which softmax cannot see, and is left out.
+    The map of a head and a word is Ẽ_pos W_Q · W_Kᵀ c: Ẽ_pos is the position code without its mean
+    over positions, c the word's caption vector. The key bias gives every word the same map, which
+    softmax cancels, and is left out.
 
     Args:
-        vectors: word → its vector, in text-encoder space or, with `at="caption"`, as cross-attention reads it. Differences of
-            vectors, such as effect vectors of a variance partition, are meaningful in caption space only: the projection to it
-            is not linear.
-        directions: word → (dx, dy), y down; `WORD_DIRECTIONS` unless given.
-        null_draws, seed: for the two controls behind `p`.
+        vectors: word → its vector, in text-encoder space or, with `at="caption"`, after the caption
+            projection. Differences of vectors, such as effect vectors of a variance partition, are
+            meaningful in caption space only: the projection to it is not linear.
+        directions: word → (dx, dy), y down; by default, `WORD_DIRECTIONS`.
+        null_draws, seed: of the two controls behind `p`.
 
     Returns:
-        One row a head, strongest first: layer, head, cosine (of map and ramp, mean over words; negative: the head looks away from
-        where the word points), projection (of the map onto the unit ramp, mean over words), energy (norm of the map, mean over
-        words), and how often chance does as well. For this the words are first averaged by direction and centred, so that a ramp
-        which all of them share counts for nothing; then it is the share of draws in which |projection| is as large:
-        `p_words`, the words' caption vectors turned together into random directions (their lengths and angles stay);
-        `p_positions`, the positions of the grid permuted; `p`, the larger of the two. Not corrected for the number of heads.
+        One row a head, largest |projection| first: layer, head, cosine (of map and ramp, mean over
+        words; negative: the head attends opposite to the word's direction), projection (of the map
+        onto the unit ramp, mean over words), energy (norm of the map, mean over words), and the
+        chance levels. For these the words are first averaged by direction and centred, so that a
+        ramp common to all of them does not count; each is the share of draws with a |projection| at
+        least as large: `p_words`, with the words' caption vectors turned together into random
+        directions (their lengths and angles stay); `p_positions`, with the positions of the grid
+        permuted; `p`, the larger of the two. Not corrected for the number of heads.
 
     Raises:
-        ValueError: a word has no direction, or there is none.
+        ValueError: a word has no direction, or there is no word.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> vectors = {word: word_vector(model, word) for word in ("above", "below", "left")}
+        >>> table = screen_heads(model.dit, vectors, null_draws=99)
+        >>> list(table.columns)[:5], len(table) == model.cfg.n_layers * model.cfg.n_heads
+        (['layer', 'head', 'cosine', 'projection', 'energy'], True)
     """
     directions = WORD_DIRECTIONS if directions is None else directions
     if unknown := [word for word in vectors if word not in directions]:
@@ -230,9 +258,11 @@ def screen_heads(
     caption = (dit.project_caption(words) if at == "text" else words).double().cpu()
     ramps = F.normalize(torch.stack([ramp(directions[word], side) for word in vectors]), dim=1)
     given = torch.einsum("wc,lhce->lhwe", caption, keys)
-    projection: Heads = torch.einsum("wp,pd,lhde,lhwe->lhw", ramps, position, queries, given)  # no map is ever formed
+    projection: HeadScores = torch.einsum("wp,pd,lhde,lhwe->lhw", ramps, position, queries, given)  # no map is ever formed
     covariance = torch.einsum("pd,pf->df", position, position)
-    energy: Heads = torch.einsum("lhwe,lhde,df,lhfg,lhwg->lhw", given, queries, covariance, queries, given).clamp(min=0).sqrt()
+    energy: HeadScores = (
+        torch.einsum("lhwe,lhde,df,lhfg,lhwg->lhw", given, queries, covariance, queries, given).clamp(min=0).sqrt()
+    )
 
     pointing = list(dict.fromkeys(directions[word] for word in vectors))
     of_direction = torch.stack([caption[[directions[word] == d for word in vectors]].mean(0) for d in pointing])

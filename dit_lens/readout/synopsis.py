@@ -1,28 +1,29 @@
-"""Attention synopsis: how much every head's image regions attend to every part of the prompt, or to each other, step by step.
+"""Attention synopsis: each head's attention from image regions to prompt parts or to each other.
 
-    images = model(prompts, seed=0)
-    groups = image_groups_from_images(images, scenes)
-    seen = attention_synopsis(model, prompts, seed=0, image_groups=groups, reduce="mass")
-    rank_heads(seen, "object2", "relation", step=0)  # which heads' second object reads the relation word?
+    images = model(prompts, seed=0) groups = image_groups_from_images(images, scenes) found =
+    attention_synopsis(model, prompts, seed=0, image_groups=groups, reduce="mass") rank_heads(found,
+    "object2", "relation", step=0)  # heads whose second object attends to the relation word
 
-No pattern is ever kept. The queries attend once more through the fused kernel, with the groups' indicators in place of values:
-that is each query's attention to each group, exactly, and the image regions average it. Of a text of no more tokens than a head
-has channels the pattern is smaller than the queries, and is made and dropped. ``reduce`` says how:
+No pattern is kept. The queries attend once more through the fused kernel, with the groups'
+indicators in place of values: this gives each query's attention to each group, exactly, and the
+image regions average it. If a text has at most as many tokens as a head has channels, the pattern
+is smaller than the queries, and is made and dropped. ``reduce`` is one of:
 
 ========  ======================================================================================================================
-``sum``   Over the image group's tokens (queries) and the other group's (keys). Grows with the sizes of both.
-``mass``  What a token of the image group pays to the whole other group, on average: 1 over all groups that share out the keys.
-``mean``  What a token of the image group pays to one token of the other, on average: comparable between groups.
-``max``   The largest entry of the pattern there. This one needs rows of the pattern, which are made and dropped in chunks, each
-          no larger than the queries.
+``sum``   Sum over the image group's tokens (queries) and the other group's (keys). Grows with the sizes of both.
+``mass``  Mean attention from a query in the image group to all keys of the other group; sums to 1 over a partition of the keys.
+``mean``  Mean attention from a query in the image group to one key of the other group: comparable between groups.
+``max``   Largest entry of the pattern there. The only one that needs rows of the pattern, which are made and dropped in chunks,
+          each no larger than the queries.
 ========  ======================================================================================================================
 
-Steps stay apart: reduce them as the question needs (`.sel(step=0)`, `.mean("step")`, `.max("step")`). A group that has no token
-in a prompt, such as a colour that it does not name, is NaN there, which xarray's reductions leave out.
+Steps stay apart: reduce them as needed (`.sel(step=0)`, `.mean("step")`, `.max("step")`). A group
+without a token in a prompt, such as a color that it does not name, is NaN there, which xarray's
+reductions leave out.
 
-Source: Wang, Fan, Pan (arXiv 2601.06338), section 4.1, whose scores are sums, maximised over steps, over words without EOS. Here
-all tokens of a role count, EOS and pads are groups, self-attention has its synopsis too, and `rank_heads` gives intervals and a
-control.
+Source: Wang, Fan, Pan (arXiv 2601.06338), section 4.1, whose scores are sums, maximised over steps,
+over words without EOS. Here all tokens of a role count, EOS and pads are groups, self-attention has
+its synopsis too, and `rank_heads` gives intervals and a control.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ __all__ = ["attention_synopsis", "image_groups_from_images", "image_groups_from_
 
 Reduce = Literal["sum", "mass", "mean", "max"]
 Groups = Mapping[str, Shaped[Tensor, "*prompt pos"]]
-"""Name → which positions belong to it: [pos], the same for every prompt, or [prompt pos]; booleans, or shares in [0, 1]."""
+"""Name → its positions: [pos], the same for every prompt, or [prompt pos]; booleans, or shares in [0, 1]."""
 TextGroups = Mapping[str, Shaped[Tensor, "*prompt pos"] | Role | Word | Sequence[Role | Word]]
-"""The same of text, or name → roles and words (`prompts.word`)."""
+"""Name → its text positions, as in `Groups`, or roles and words (`prompts.word`)."""
 
 
 @torch.no_grad()
@@ -83,27 +84,38 @@ def attention_synopsis(
     batch_size: int = 16,
     out: str | Path | None = None,
 ) -> xr.DataArray:
-    """The attention between groups of tokens during whole generations, `batch_size` prompts at a time.
+    """Attention between groups of tokens during whole generations, `batch_size` prompts at a time.
 
     Args:
         seed: as in `HookedTextToImage.forward`: an int gives every prompt the same noise.
-        sublayer: "cross_attn", image ← text, or "attn", image ← image, whose keys are grouped as its queries are.
-        image_groups: positions row by row on the model's own grid; None for all of them as one group, "image".
+        sublayer: "cross_attn", image ← text, or "attn", image ← image, with the same groups for
+            keys as for queries.
+        image_groups: positions row by row on the model's own grid; by default, one group of all,
+            "image".
         reduce: see the module.
-        text_groups: name → positions of `model.to_tokens(prompts)`, or a role, `prompts.word("cat")` or several; None for all
-            roles of `dit_lens.prompts`. The unconditional branch reads no prompt: all roles but EOS and pad, and groups that
-            are given here, are NaN in it.
-        interventions: what is done to the model meanwhile; "mean" and "resample" are those of a batch.
-        out: a folder for finished batches: a call that was stopped goes on from there when it is repeated.
+        text_groups: name → positions of `model.to_tokens(prompts)`, or a role,
+            `prompts.word("cat")` or several; by default, all roles of `dit_lens.prompts`. The
+            unconditional branch reads no prompt: all roles but EOS and pad, and groups that are
+            given here, are NaN in it.
+        interventions: applied during the generations; "mean" and "resample" are those of a batch.
+        out: a folder for finished batches, from which an interrupted call goes on when it is
+            repeated.
 
     Returns:
-        Dims (prompt, layer, head, step, branch, image_group, text_group), or key_group in the place of text_group for
-        self-attention; at guidance ≤ 1 the only branch is "cond". Sizes of groups stand beside: `image_tokens`
-        (prompt, image_group), `key_tokens` (prompt, branch, text_group). `seed` stands beside `prompt`.
+        Dims (prompt, layer, head, step, branch, image_group, text_group), with key_group in place
+        of text_group for self-attention; at guidance ≤ 1 the only branch is "cond". Coordinates
+        hold the sizes of groups, `image_tokens` (prompt, image_group) and `key_tokens` (prompt,
+        branch, text_group), and `seed` along `prompt`.
 
     Raises:
-        ValueError: groups, seeds and prompts do not go together; "max" with shares; or `out` holds a synopsis of another model,
-            other prompts or other settings, which the message names.
+        ValueError: groups, seeds and prompts do not go together; "max" with shares; or `out` holds
+            a synopsis of another model, other prompts or other settings, which the message names.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> found = attention_synopsis(model, "red circle is above blue square", num_steps=2)
+        >>> found.sizes["step"], found["text_group"].values.tolist()
+        (2, ['color1', 'shape1', 'relation', 'color2', 'shape2', 'filler', 'eos', 'pad'])
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = seed_of_each(seed, len(texts))
@@ -139,7 +151,7 @@ def attention_synopsis(
         if isinstance(model, RemoteTextToImage):
             with model.hooks(hooks):
                 return plan.take(rows).measure_remotely(model, texts[rows], seeds[rows], num_steps, guidance)
-        on_text = ["text_encoder." in name for name, _ in hooks]  # these fire before the first step, where a fork begins
+        on_text = ["text_encoder." in name for name, _ in hooks]  # fire before the first step, at which a fork begins
         with model.hooks(itertools.compress(hooks, on_text)):
             run = model.trajectory(texts[rows], seeds[rows], num_steps, guidance, until=0)
         with model.hooks(hook for hook, early in zip(hooks, on_text, strict=True) if not early):
@@ -161,10 +173,19 @@ def trajectory_synopsis(
     *,
     text_groups: Groups | None = None,
 ) -> xr.DataArray:
-    """`attention_synopsis` of one trajectory, which is run again from its first state, with the hooks attached to its model.
+    """Apply `attention_synopsis` to one trajectory.
+
+    It is re-run from its first state, with the hooks attached to its model.
 
     Raises:
-        ValueError: as in `attention_synopsis`, or a hook is attached to the text encoder, which is not run again.
+        ValueError: as in `attention_synopsis`, or a hook is attached to the text encoder, which is
+            not run again.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> run = model.trajectory("red circle is above blue square", num_steps=2)
+        >>> trajectory_synopsis(run, reduce="mass").sizes["branch"]
+        2
     """
     model, tokens = trajectory.model, trajectory.inputs.tokens
     run = Generation(trajectory)
@@ -178,7 +199,7 @@ def trajectory_synopsis(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is grouped how; `keys` by branch, over text positions in cross-attention, else over image positions."""
+    """Groups and reduction; `keys` by branch, over text or (self-attention) image positions."""
 
     sublayer: Sublayer
     reduce: Reduce
@@ -220,17 +241,17 @@ class _Plan:
         return cls(sublayer, reduce, list(image_groups), image, names, keys)
 
     def take(self, rows: slice) -> _Plan:
-        """The groups of some prompts."""
+        """Plan for some of the prompts."""
         return replace(self, image=self.image[rows], keys={branch: keys[rows] for branch, keys in self.keys.items()})
 
     def measure(self, run: Trajectory) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
-        """What `reduce` asks for, NaN where a group is empty."""
+        """Reduced attention of a run; NaN for empty groups."""
         return self._reduced(attention_between(run, self.sublayer, self.image, self.keys, self._kind))
 
     def measure_remotely(
         self, model: RemoteTextToImage, texts: Sequence[str], seeds: Sequence[int], num_steps: int, guidance: float
     ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
-        """The same of one run through nnsight, added up where the model is."""
+        """Reduced attention of one run through nnsight, summed on the model's server."""
         found = model.attention_between(
             texts, seeds, self.sublayer, self.image, self.keys, self._kind, num_steps=num_steps, guidance=guidance
         )
@@ -293,22 +314,31 @@ def rank_heads(
     shuffles: int = 999,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Heads by how much `image_group` attends to `text_group` (or, in self-attention, to that group of keys), most first.
+    """Rank heads by attention from `image_group` to `text_group`, the group of keys.
 
-    Groups of different sizes compare fairly under reduce="mean"; under "sum" and "mass", long groups win by their length.
+    Groups of different sizes are comparable under reduce="mean"; under "sum" and "mass", long
+    groups win by their length.
 
     Args:
         step: one denoising step, or the mean or maximum over all.
         shuffles, seed: of the control.
 
     Returns:
-        Columns ``layer head mean low high control p``: mean over prompts (over seeds of equal prompts first) with its 95 %
-        interval over prompts; ``control`` is the mean over shuffles, in each of which every prompt's
-        groups exchange their labels at random, pads and empty groups left out; ``p`` is the share of shuffles, counting the
-        observed one, that reach the mean. Prompts that lack either group do not count.
+        Columns ``layer head mean low high control p``, largest mean first: mean over prompts (over
+        seeds of equal prompts first) with its 95 % interval over prompts; ``control`` is the mean
+        over shuffles, in each of which every prompt's groups exchange their labels at random, pads
+        and empty groups left out; ``p`` is the share of shuffles, counting the observed one, that
+        reach the mean. Prompts that lack either group do not count.
 
     Raises:
         ValueError: there is no such group, step or branch, or no prompt has both groups.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = ["red circle is above blue square", "blue circle is below red square"]
+        >>> found = attention_synopsis(model, texts, num_steps=1)
+        >>> rank_heads(found, "image", "relation", shuffles=99).shape
+        (9, 7)
     """
     keys = str(synopsis.dims[-1])
     chosen = {"image_group": image_group, keys: text_group, "branch": branch} | ({} if isinstance(step, str) else {"step": step})
@@ -326,7 +356,7 @@ def rank_heads(
 
     rng, present = np.random.default_rng(seed), np.isfinite(values[:, 0])
     shuffled = np.empty((shuffles, values.shape[1]))
-    for i in range(shuffles):  # of a random order of a prompt's labels, only which group gets this one matters
+    for i in range(shuffles):  # of a random order of the labels, only the group that gets this label matters
         labels = np.where(present, rng.random(present.shape), -1).argmax(axis=1)
         shuffled[i] = values[np.arange(len(values)), :, labels].mean(axis=0)
     intervals = [clustered_mean(column[:, None]) for column in values[:, :, target].T]
