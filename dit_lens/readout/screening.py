@@ -151,7 +151,8 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
 
     Returns:
         One row a head and axis, by axis and strongest first: layer, head, axis, gain (positive: the head attends in the
-        direction of the word), share (of the sum of gain² over all heads), cosine (of map and ramp), `p` that a gain of this size comes by
+        direction of the word),
+        share (of the sum of gain² over all heads), cosine (of map and ramp), `p` that a gain of this size comes by
         chance, and `p_family`, the same for any head of the axis (Holm). Chance is the larger of two: c turned into a random
         direction, for which gain² / (|c|² |slope|²) has a Beta(1/2, (d − 1)/2) distribution; and the grid's positions permuted,
         for which the cosine is that of a Pearson correlation. The statistic is the gain in both.
