@@ -130,7 +130,7 @@ def _span(
             raise ValueError(f"There are no images: a trajectory was stopped before step {last}.")
         return 0, len(solver), chosen
     if len(chosen) != 1:
-        raise ValueError(f"returns={returns!r} is predicted by a single step: name one, steps=0 to {last}.")
+        raise ValueError(f"returns={returns!r}: a single step predicts it; name one, steps=0 to {last}.")
     if returns == "x0" and not solver.forms_x0:
         raise ValueError(f"{solver.name} forms no clean-image prediction that is known here: use returns='out'.")
     return chosen[0], chosen[0], chosen

@@ -56,7 +56,9 @@ class HookedPipeline(NoLanguageModel, HookedGeneration):
         """
         for needed in ("transformer", "scheduler", "prepare_latents", "encode_prompt"):
             if getattr(pipe, needed, None) is None:
-                raise TypeError(f"{type(pipe).__name__} has no {needed}: a pipeline that draws by a transformer has one.")
+                raise TypeError(
+                    f"{type(pipe).__name__} has no {needed}: HookedTextToImage takes PixArt and others that draw by one."
+                )
         return cls(pipe)
 
     @property

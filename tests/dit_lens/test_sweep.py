@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_lens import scenes, sweep
 from dit_lens.intervene.interventions import Add, Intervention, Replace, Scale
-from dit_lens.stats import clustered_mean, clustered_means
+from dit_lens.stats import clustered_mean, clustered_means, paired_difference
 from dit_lens.store import fingerprint
 from dit_lens.sweep import results
 from hooked_models import HookedTextToImage, UnknownHookError
