@@ -1,4 +1,4 @@
-"""What a caption's word vectors tell: linear probes of a text encoder, one layer and one word at a time."""
+"""Linear probes of a text encoder's word vectors, one layer and one word at a time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ SPLITS = ("captions", "combinations", "wordings", "never_read")
 
 
 def probe_captions() -> pd.DataFrame:
-    """The 264 captions that name both colours: 96 combinations × the wordings of their relation (paper, prompt set b).
+    """The 264 captions that name both colors: 96 combinations × the wordings of their relation
+    (paper, prompt set b).
 
-    Columns: text, shape1, color1, relation, shape2, color2, dx, dy (`scenes.DIRECTIONS`), combination (number), wording (number
-    within the relation), held_out.
+    Returns:
+        Columns text, shape1, color1, relation, shape2, color2, dx, dy (`scenes.DIRECTIONS`),
+        combination (number), wording (number within the relation), held_out.
+
+    Example:
+        >>> probe_captions().shape
+        (264, 11)
     """
     rows = []
     for number, c in enumerate(COMBINATIONS):
@@ -46,14 +52,25 @@ def probe_captions() -> pd.DataFrame:
 def word_vectors(
     encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, captions: pd.DataFrame, word: Word, layers: bool = True
 ) -> dict[int, Float[np.ndarray, "caption d_text"]]:
-    """The vector of one word of every caption, by layer: 0 is the word embedding, the last is the encoder's output.
+    """Vectors of one word of every caption, by layer: 0 is the word embedding, the last is the
+    encoder's output.
 
-    With `layers` false only the output, as the last layer's number (1 for an encoder without layers).
+    Args:
+        layers: False for the output only, under the last layer's number (1 for an encoder without
+            layers).
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> encoder, captions = model.text_encoder, probe_captions()
+        >>> found = word_vectors(encoder, model.tokenizer, captions, "shape2", layers=False)
+        >>> {layer: vectors.shape for layer, vectors in found.items()}
+        {1: (264, 256)}
     """
     texts = list(captions.text)
     tokens = tokenizer(texts, padding="longest", return_tensors="pt", return_offsets_mapping=True)
     which = 1 if word.endswith("2") else 0
-    starts = [  # the first shape or colour is at the caption's first such word, the second at its last
+    starts = [  # the first shape or color is at the caption's first such word, the second at its last
         (text.rindex if which else text.index)(value) for text, value in zip(texts, captions[word], strict=True)
     ]
     places = [
@@ -69,13 +86,24 @@ def word_vectors(
 
 
 def probe(vectors: Float[np.ndarray, "caption d_text"], captions: pd.DataFrame, target: str, split: str) -> float:
-    """How well a linear probe reads a target from vectors of captions it was not fitted on.
+    """Accuracy of a linear probe for a target, on captions it was not fitted on.
 
-    A share of right answers (logistic regression), except for "direction": R² of (dx, dy) by ridge regression, whose chance
-    level is 0 even for a code of the word's position, because opposite relations have wordings of the same lengths.
+    Args:
+        vectors: of `word_vectors`.
+        captions: of `probe_captions`.
+        target: one of `TARGETS`. The result is the share of right answers (logistic regression);
+            for "direction", R² of (dx, dy) by ridge regression, whose chance level is 0 even for a
+            code of the word's position, because opposite relations have wordings of the same
+            lengths.
+        split: "captions", five random folds; "combinations", five folds of whole combinations;
+            "wordings", folds that leave out one wording of every relation; "never_read", fit on the
+            trained combinations and tested on `scenes.HELD_OUT`.
 
-    `split`: "captions" five random folds; "combinations" five folds of whole combinations; "wordings" folds that leave out one
-    wording of every relation; "never_read" fits on the trained combinations and tests on `scenes.HELD_OUT`.
+    Example:
+        >>> captions = probe_captions()
+        >>> vectors = captions[["dx", "dy"]].to_numpy(float)
+        >>> round(probe(vectors, captions, "direction", "never_read"), 2)
+        1.0
     """
     held_out = captions.held_out.to_numpy()
     labels = captions[["dx", "dy"]].to_numpy(float) if target == "direction" else captions[target].to_numpy()
@@ -108,7 +136,7 @@ def probe_table(
     splits: Sequence[str] = ("combinations",),
     layers: bool = True,
 ) -> xr.DataArray:
-    """Every probe of one word: dims (layer, target, split); see `probe` for what a number is."""
+    """All probes of one word: dims (layer, target, split), values as in `probe`."""
     captions = probe_captions()
     vectors = word_vectors(encoder, tokenizer, captions, word, layers)
     values = [[[probe(v, captions, target, split) for split in splits] for target in targets] for v in vectors.values()]
@@ -117,11 +145,13 @@ def probe_table(
 
 
 def place_score(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """R² of an object's own direction, seen from the other object, read by one linear probe from the vectors of both shape words.
+    """R² of an object's own direction, seen from the other object, by one probe for both shape
+    words.
 
-    "circle" in "circle is above square" and in "square is below circle" ask for one answer, in "circle is below square" for the
-    opposite: vectors that hold the sentence's words, or the word's place in it, or both side by side, score 0. Ridge regression,
-    five folds of whole combinations, encoder output.
+    "circle" in "circle is above square" and in "square is below circle" have the same label, in
+    "circle is below square" the opposite: vectors that hold the prompt's words, or the word's
+    position in it, or both side by side, score 0. Ridge regression, five folds of whole
+    combinations, encoder output.
     """
     captions = probe_captions()
     vectors, labels = [], []
@@ -137,7 +167,12 @@ def place_score(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def cosines(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, word: Word = "shape2") -> pd.Series:
-    """Mean cosine between two captions' vectors of one word (encoder output) that differ in only one respect, and in any."""
+    """Mean cosine between two captions' vectors of one word (encoder output), by the one respect in
+    which the captions differ.
+
+    Returns:
+        "only the wording", "only shape1", …, and "any two".
+    """
     captions = probe_captions()
     vectors = next(iter(word_vectors(encoder, tokenizer, captions, word, layers=False).values()))
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -148,7 +183,7 @@ def cosines(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, word: 
     wordings = np.logical_and.reduce([same[f] for f in fields]) & other
     rows = {"only the wording": float(similarity[wordings].mean())}
     for changed in fields:
-        alike = np.logical_and.reduce([same[f] for f in fields if f != changed]) & ~same[changed]
-        rows[f"only {changed}"] = float(similarity[alike].mean())
+        matched = np.logical_and.reduce([same[f] for f in fields if f != changed]) & ~same[changed]
+        rows[f"only {changed}"] = float(similarity[matched].mean())
     rows["any two"] = float(similarity[other].mean())
     return pd.Series(rows, name="cosine")

@@ -46,7 +46,12 @@ RELATION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Word:
-    """A word or phrase of a prompt, as a value of `tokens=`; see `word`."""
+    """Word or phrase of a prompt, as a value of `tokens=`; see `word`.
+
+    Example:
+        >>> str(Word("cat", nth=2))
+        "word('cat', nth=2)"
+    """
 
     text: str
     nth: int | None = None
@@ -87,7 +92,7 @@ Tokens: TypeAlias = (
     | Integer[Tensor, "prompt pos"]
     | Shaped[np.ndarray, "*prompt pos"]
 )
-"""What `tokens=` may be; the module docstring describes the forms."""
+"""Accepted values of `tokens=`; the module docstring describes the forms."""
 TokenChoice: TypeAlias = tuple[str | Word, ...] | tuple[int, ...] | tuple[tuple[bool, ...], ...]
 """`Tokens` in one hashable form: words and roles, positions, or a mask."""
 
@@ -196,7 +201,12 @@ def _word_roles(words: Sequence[TextWord]) -> list[Role]:
 
 
 def by_role(roles: Sequence[Sequence[Role]]) -> dict[Role, Bool[Tensor, "prompt text_pos"]]:
-    """Equally long `token_roles` of several prompts as one mask for each role."""
+    """Masks by role from equally long `token_roles` of several prompts.
+
+    Example:
+        >>> by_role([["relation", "eos"], ["shape1", "eos"]])["eos"].tolist()
+        [[False, True], [False, True]]
+    """
     return {role: torch.tensor([[found == role for found in row] for row in roles]) for role in get_args(Role)}
 
 
@@ -239,10 +249,20 @@ def token_mask(
 
 
 def position_mask(choice: TokenChoice, n: int, length: int, where: str) -> Bool[Tensor, "prompt pos"] | None:
-    """The mask of positions, or a mask checked; None for words and roles. `where` names the sequence in messages.
+    """Mask of positions, or a mask after a check of its shape; None for words and roles.
+
+    Args:
+        choice: from `as_choice`.
+        n: number of prompts.
+        length: number of positions.
+        where: name of the sequence in messages.
 
     Raises:
         ValueError: a position lies outside, or a mask has another shape.
+
+    Example:
+        >>> position_mask(as_choice([0, 3]), 1, 5, "the text").int().tolist()
+        [[1, 0, 0, 1, 0]]
     """
     first = choice[0]
     if isinstance(first, tuple):
@@ -259,12 +279,19 @@ def position_mask(choice: TokenChoice, n: int, length: int, where: str) -> Bool[
 
 
 def token_counts(model: HookedTextToImage, texts: Sequence[str], choice: TokenChoice, length: int) -> list[tuple[int, ...]]:
-    """For each prompt, the number of tokens that each role or word of `choice` selects."""
+    """Number of tokens of each role or word of `choice`, for each prompt.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> token_counts(model, ["red circle above square"], as_choice(["shape1", "filler"]), 5)
+        [(1, 0)]
+    """
     return [tuple(_spelled(model, text, choice, length).sum(dim=1).tolist()) for text in texts]
 
 
 def _spelled(model: HookedTextToImage, text: str, choice: TokenChoice, length: int) -> Bool[Tensor, "role_or_word text_pos"]:
-    """The tokens of each role and word of `choice` in one prompt."""
+    """Tokens of each role and word of `choice` in one prompt."""
     encoded = _encoded(model, text, length)
     roles, mask = _roles(encoded), torch.zeros(len(choice), len(encoded.ids), dtype=torch.bool)
     for row, one in zip(mask, choice, strict=True):
@@ -280,10 +307,19 @@ def _spelled(model: HookedTextToImage, text: str, choice: TokenChoice, length: i
 def check_found(
     model: HookedTextToImage, texts: Sequence[str], choice: TokenChoice, mask: Bool[Tensor, "prompt pos"], fix: str = ""
 ) -> None:
-    """Raise ValueError for the first prompt whose row of `mask` is empty; the message lists its words and their roles.
+    """Raise ValueError for the first prompt whose row of `mask` is empty; the message lists its
+    words and their roles.
 
     Args:
-        fix: what else can be done about it, the end of the message.
+        fix: end of the message: another remedy.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model, texts = HookedTextToImage.from_pretrained("rte-nano"), ["circle"]
+        >>> check_found(model, texts, as_choice("relation"), torch.zeros(1, 2, dtype=torch.bool))
+        Traceback (most recent call last):
+            ...
+        ValueError: 'circle' has no relation token. Its words are circle (shape1): ...
     """
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if not empty:
@@ -306,14 +342,28 @@ def _occurrence(found: Word) -> str:
 
 
 def role_mask(model: HookedTextToImage, prompts: str | Sequence[str], role: Role) -> Bool[Tensor, "prompt text_pos"]:
-    """The tokens of `model.to_tokens(prompts)` that play a role; a prompt may have none."""
+    """Tokens of `model.to_tokens(prompts)` with a role; a prompt may have none.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> role_mask(model, "red circle is above blue square", "relation").int().tolist()
+        [[0, 0, 0, 1, 0, 0, 0]]
+    """
     return token_mask(model, prompts, role, missing="ignore")
 
 
 def phrase_mask(model: HookedTextToImage, prompts: str | Sequence[str], phrase: str) -> Bool[Tensor, "prompt text_pos"]:
-    """The tokens of `model.to_tokens(prompts)` that spell a word or phrase: `token_mask` of `word(phrase)`.
+    """Tokens of `model.to_tokens(prompts)` that spell a word or phrase: `token_mask` of
+    `word(phrase)`.
 
     Raises:
         ValueError: a prompt does not contain it.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> phrase_mask(model, "red circle is left of square", "left of").int().tolist()
+        [[0, 0, 0, 1, 1, 0, 0]]
     """
     return token_mask(model, prompts, word(phrase))

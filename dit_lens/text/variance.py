@@ -1,11 +1,14 @@
-"""What a word's vector carries: variance partition over a factorial set of prompts, and the vector of every factor's level.
+"""Variance partition of word vectors over a factorial set of prompts, and the effect vector of each
+factor's level.
 
-    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role="shape2", at="caption")
-    table = variance.partition(vectors, factors[["color2", "shape2", "shape1", "relation"]], interactions=["color2:shape2"])
-    effects = variance.effect_vectors(vectors, factors[["shape2", "relation"]])  # what `dit_lens.steering` adds and subtracts
+    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role="shape2",
+    at="caption") table = variance.partition(vectors, factors[["color2", "shape2", "shape1",
+    "relation"]], interactions=["color2:shape2"]) effects = variance.effect_vectors(vectors,
+    factors[["shape2", "relation"]])  # added and subtracted by `dit_lens.steering`
 
-Source: Wang, Fan, Pan (arXiv 2601.06338), appendix B.6 (`variance_partition_with_effects.py`). Sums of squares are those of
-Anderson 2001 (PERMANOVA, Austral Ecology 26) for Euclidean distances: ordinary ANOVA sums, added over the vector's components.
+Source: Wang, Fan, Pan (arXiv 2601.06338), appendix B.6 (`variance_partition_with_effects.py`). Sums
+of squares are those of Anderson 2001 (PERMANOVA, Austral Ecology 26) for Euclidean distances:
+ordinary ANOVA sums, added over the vector's components.
 """
 
 from __future__ import annotations
@@ -46,7 +49,14 @@ RELATION_OF = {phrase: str(relation) for relation, phrases in PHRASES.items() fo
 
 
 def factorial_prompts(phrases: Sequence[str] | None = None) -> list[str]:
-    """All ordered pairs of shapes × both orders of colours × `phrases`: by default all 22, then the paper's 264 prompts."""
+    """All ordered pairs of shapes × both orders of colors × `phrases`.
+
+    By default all 22 phrases, which gives the paper's 264 prompts.
+
+    Example:
+        >>> len(factorial_prompts()), factorial_prompts(["above"])[0]
+        (264, 'red triangle is above blue circle')
+    """
     phrases = [phrase for of_relation in PHRASES.values() for phrase in of_relation] if phrases is None else phrases
     orders = itertools.product(itertools.permutations(SHAPES, 2), COLORS, phrases)
     return [f"{color} {first} is {phrase} {other_color(color)} {second}" for (first, second), color, phrase in orders]
@@ -60,20 +70,28 @@ def word_vectors(
     at: Space = "text",
     pool: Literal["last", "mean"] = "last",
 ) -> tuple[Float[Tensor, "prompt d"], pd.DataFrame]:
-    """The text encoder's vector at a role's tokens, in every prompt, and what the prompts say.
+    """Text-encoder vectors at a role's tokens in each prompt, and the factors of the prompts.
 
     Args:
-        prompts: sentences of the two-object task, or scenes, whose captions are read.
-        at: "text" for the encoder's output, "caption" for what cross-attention reads (after the caption projection).
-        pool: which of the role's tokens, if it has several in a prompt: the last, or their mean.
+        prompts: prompts of the two-object task, or scenes, whose captions are used.
+        at: "text" for the encoder's output, "caption" for the input of cross-attention (after the
+            caption projection).
+        pool: "last" or "mean" over the role's tokens, if it has several in a prompt.
 
     Returns:
-        Vectors [prompt d], d = d_text or d_model, and factors, a row a prompt: color1 shape1 relation phrase color2 shape2 as the
-        prompt words them ("" for a colour it leaves out; a phrase of `PHRASES` counts as its relation), and `position`, the
-        token's index. Colours of two objects are each other's opposites, so one of them is enough.
+        Vectors [prompt d], d = d_text or d_model, and factors, one row a prompt: color1 shape1
+        relation phrase color2 shape2 as worded in the prompt ("" for a missing color; a phrase of
+        `PHRASES` counts as its relation), and `position`, the token's index. The colors of the two
+        objects are each other's opposites, so one of them is enough.
 
     Raises:
         ValueError: a prompt has no such token.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> vectors, factors = word_vectors(model, "red circle is above blue square", "relation")
+        >>> vectors.shape, factors["phrase"][0], int(factors["position"][0])
+        (torch.Size([1, 256]), 'above', 3)
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     texts = [caption(prompt) if isinstance(prompt, Scene) else prompt for prompt in prompts]
@@ -91,10 +109,16 @@ def word_vectors(
 
 
 def encode(model: HookedTextToImage, tokens: torch.Tensor, at: Space, batch_size: int = 64) -> Float[Tensor, "prompt text_pos d"]:
-    """The text encoder's output for token ids [prompt text_pos], or what the caption projection makes of it.
+    """Text-encoder output for token ids [prompt text_pos], before ("text") or after ("caption") the
+    caption projection.
 
     Raises:
-        ValueError: another space than "text" and "caption".
+        ValueError: a space other than "text" and "caption".
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> encode(model, model.to_tokens(["red circle is above blue square"]), "caption").shape
+        torch.Size([1, 7, 192])
     """
     if at not in get_args(Space):
         raise ValueError(f"at={at!r}: choose 'text' (before the caption projection) or 'caption' (after it).")
@@ -104,25 +128,36 @@ def encode(model: HookedTextToImage, tokens: torch.Tensor, at: Space, batch_size
 
 
 def phrase_span(model: HookedTextToImage, prompt: str) -> slice:
-    """The tokens of a prompt's relation phrase: all between the first object (and "is") and the second.
+    """Tokens of a prompt's relation phrase: all between the first object (and "is") and the second.
 
     Raises:
         ValueError: the prompt does not name two objects.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> phrase_span(model, "red circle is to the left of blue square")
+        slice(3, 7, None)
     """
     return _Sentence(model, prompt).phrase_span()
 
 
 def factors_of(model: HookedTextToImage, prompt: str) -> dict[str, str]:
-    """What a prompt says of its two objects: a row of `word_vectors`' factors.
+    """Factors of one prompt: a row of `word_vectors`' factors, without the position.
 
     Raises:
         ValueError: the prompt does not name two objects.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> found = factors_of(model, "red circle is left of square")
+        >>> found["color1"], found["color2"], found["relation"], found["phrase"]
+        ('red', '', 'left', 'left of')
     """
     return _Sentence(model, prompt).factors()
 
 
 class _Sentence:
-    """A prompt's tokens and their roles, found once."""
+    """Tokens of a prompt and their roles."""
 
     def __init__(self, model: HookedTextToImage, prompt: str) -> None:
         self.prompt = prompt
@@ -154,7 +189,7 @@ def _words(strings: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Term:
-    """A factor, or several in interaction."""
+    """Factor, or interaction of several."""
 
     name: str
     factors: tuple[str, ...]
@@ -164,7 +199,9 @@ class _Term:
     columns: Float[np.ndarray, "n column"]
 
     def margin_of(self, other: _Term) -> bool:
-        """Whether `other` is an interaction that this term is part of (`a` and `a:b` of `a:b:c`)."""
+        """True if `other` is an interaction that contains this term (`a:b:c` contains `a` and
+        `a:b`).
+        """
         return set(self.factors) < set(other.factors)
 
 
@@ -205,7 +242,7 @@ def _terms(factors: Factors, interactions: Interactions, n: int) -> list[_Term]:
 def _basis(
     columns: Float[np.ndarray, "n column"], given: Float[np.ndarray, "n given"] | None = None
 ) -> Float[np.ndarray, "n rank"]:
-    """An orthonormal basis of the centred columns, of what is left of them beside `given` (orthonormal, centred)."""
+    """Orthonormal basis of the centred columns, after removal of `given` (orthonormal, centred)."""
     columns = columns - columns.mean(axis=0)
     scale = np.linalg.norm(columns)
     if given is not None:
@@ -231,38 +268,49 @@ def _as_array(vectors: Vectors) -> Float[np.ndarray, "n d"]:
 def partition(
     vectors: Vectors, factors: Factors, interactions: Interactions = (), permutations: int = 999, seed: int = 0
 ) -> pd.DataFrame:
-    """How much of the vectors' variance each factor explains.
+    """Share of the vectors' variance explained by each factor.
 
-    Factors are categories, coded to sum to zero. All sums of squares are added over the d components, and R² are shares of the
-    total around the mean.
+    Factors are categories, coded to sum to zero. All sums of squares are added over the d
+    components, and R² are shares of the total around the mean.
 
     Args:
         factors: name → a value for each vector. The order matters for the sequential column only.
-        interactions: terms such as "shape1:relation" of two or more of the factors, or "all" for every pair.
+        interactions: terms such as "shape1:relation" of two or more of the factors, or "all" for
+            every pair.
         permutations, seed: of the permutation test.
 
     Returns:
-        A row a term, then `residual` and `total` (only df, sequential). Columns:
+        One row a term, then `residual` and `total` (only df, sequential). Columns:
 
-        - ``df``: of the term, beside the factors that it is made of.
-        - ``r2_sequential`` (ANOVA type I): gained when the term joins those above it. Adds up, with the residual, to 1.
-        - ``r2_marginal``: of the term alone (an interaction: beside its own factors).
-        - ``r2_partial`` (type II): gained beside all terms that do not contain it; without interactions, this is type III too.
-        - ``df_partial``: what is left of df beside those.
-        - ``partial_eta2``: SS / (SS + SS residual), SS being the partial one; NaN if both are 0.
-        - ``p``: of the partial share, by Freedman & Lane 1983: the residuals of the model with all terms that do not contain this
-          one are permuted; the statistic is pseudo-F (as partial η², which orders alike). At least 1 / (permutations + 1).
-        - ``aliased_with``: terms that explain the very same differences ("" for none). A term with nothing of its own has NaN.
+        - ``df``: of the term, after the factors that it is made of.
+        - ``r2_sequential`` (ANOVA type I): gain when the term joins those above it. Adds up, with
+          the residual, to 1.
+        - ``r2_marginal``: of the term alone (of an interaction: after its own factors).
+        - ``r2_partial`` (type II): gain after all terms that do not contain it; without
+          interactions, this is type III too.
+        - ``df_partial``: remaining df after those terms.
+        - ``partial_eta2``: SS / (SS + SS residual), with the partial SS; NaN if both are 0.
+        - ``p``: of the partial share, by Freedman & Lane 1983: permutes the residuals of the model
+          with all terms that do not contain this one; the statistic is pseudo-F (as partial η²,
+          which has the same order). At least 1 / (permutations + 1).
+        - ``aliased_with``: terms that explain the same differences ("" for none). A term with
+          nothing of its own has NaN.
 
         In a balanced orthogonal design the three shares are equal.
 
     Raises:
         ValueError: factors and vectors do not go together, or the vectors do not vary.
+
+    Example:
+        >>> vectors = np.array([[0.0, 0.0], [0.0, 1.0], [3.0, 0.0], [3.0, 1.0]])
+        >>> table = partition(vectors, {"x": [0, 0, 1, 1], "y": [0, 1, 0, 1]}, permutations=9)
+        >>> table["r2_partial"].dropna().round(3).to_dict()
+        {'x': 0.9, 'y': 0.1}
     """
     values = _as_array(vectors)
     n, centred = len(values), values - values.mean(axis=0)
     terms = _terms(factors, interactions, n)
-    if centred.shape[1] > n:  # a rotation into the n dimensions that the vectors span keeps all sums of squares
+    if centred.shape[1] > n:  # a rotation into the span of the vectors keeps all sums of squares
         centred = np.linalg.qr(centred.T).R.T
     total = (centred**2).sum()
     if total <= (ROUNDING**2) * max((values**2).sum(), np.finfo(float).tiny):
@@ -309,12 +357,12 @@ def _freedman_lane(
     permutations: int,
     rng: np.random.Generator,
 ) -> tuple[float, float]:
-    """(partial η², p) of the term that `basis` spans beside the reduced model, whose residuals are given."""
+    """(partial η², p) of the term spanned by `basis`, given the residuals of the reduced model."""
     left, rank = (residuals**2).sum(), basis.shape[1]
     if not rank:
         return np.nan, np.nan
     if left <= ROUNDING * total:
-        return np.nan, 1.0  # nothing is left to explain, in no permutation
+        return np.nan, 1.0  # no variance is left to explain
     ordered = np.hstack([basis, _basis(full, basis)]).T
 
     def eta2(rows: np.ndarray) -> float:
@@ -336,16 +384,24 @@ def _aliases(term: _Term, terms: Sequence[_Term], own: Mapping[str, np.ndarray])
 
 
 def effect_vectors(vectors: Vectors, factors: Factors, interactions: Interactions = ()) -> dict[str, xr.DataArray]:
-    """The vector that each level of each factor adds to the mean: least squares, summing to zero over every factor's levels.
+    """Effect vector of each level of each factor, by least squares; they sum to zero over the
+    levels.
 
     Returns:
-        `"mean"`: the intercept, dims (d,), which is the mean of a balanced set; each factor: dims (factor, d); each interaction:
-        dims (factor, factor, …, d). Axes carry the levels, so `effects["relation"].sel(relation="left")` is a vector, and the
-        sum of all entries is, by broadcasting, the fitted vector of every combination of levels.
+        `"mean"`: the intercept, dims (d,), which is the mean of a balanced set; each factor: dims
+        (factor, d); each interaction: dims (factor, factor, …, d). Axes carry the levels, so
+        `effects["relation"].sel(relation="left")` is a vector, and the sum of all entries is, by
+        broadcasting, the fitted vector of every combination of levels.
 
     Raises:
-        ValueError: as in `partition`; or a term is aliased with others (or lacks some combination of levels), so that its
-            vectors are not determined.
+        ValueError: as in `partition`; or a term is aliased with others (or lacks some combination
+            of levels), so that its vectors are not determined.
+
+    Example:
+        >>> vectors = np.array([[0.0, 0.0], [0.0, 1.0], [3.0, 0.0], [3.0, 1.0]])
+        >>> effects = effect_vectors(vectors, {"x": [0, 0, 1, 1], "y": [0, 1, 0, 1]})
+        >>> effects["x"].sel(x=1).values.round(6).tolist()
+        [1.5, 0.0]
     """
     values = _as_array(vectors)
     n = len(values)

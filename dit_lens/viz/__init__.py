@@ -1,4 +1,4 @@
-"""Figures. Needs the extra `viz` (matplotlib)."""
+"""Figures and an interactive page. Needs the extra `viz` (matplotlib)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page to walk through a model's cross-attention: word ↔ place, by layer, head and step."""
+"""Self-contained HTML page for a model's cross-attention: word ↔ position, by layer, head and step."""
 
 from __future__ import annotations
 
@@ -23,18 +23,29 @@ from hooked_models.generation.cache import GenerationCache
 def attention_page(
     cache: GenerationCache, prompts: list[str], images: Float[Tensor, "prompt 3 height width"], path: str | Path
 ) -> Path:
-    """Write the page: any browser opens it, nothing is fetched, prompts are text and never markup.
+    """Write the page. It opens in any browser, fetches nothing, and shows prompts as text, never as
+    markup.
 
     Args:
-        cache: of one generation, with `cross_attn.hook_pattern` of the layers, heads and steps to show (pads are left out):
-            `model.run_with_cache(prompts, names_filter=lambda name: name.endswith("cross_attn.hook_pattern"))`.
+        cache: of one generation, with `cross_attn.hook_pattern` of the layers, heads and steps to
+            show (pads are left out): `model.run_with_cache(prompts, names_filter=lambda name:
+            name.endswith("cross_attn.hook_pattern"))`.
         prompts: those of the cache, in its order.
-        images: the generated images, of any size; their aspect ratio gives the grid of image positions.
+        images: the generated images, of any size; their aspect ratio gives the grid of image
+            positions.
         path: the file; weights are stored to ±0.4 % of full attention, one byte each.
 
     Raises:
         KeyError: no cross-attention pattern is in the cache.
         ValueError: the number of prompts is not the cache's, or its patterns are summaries.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model, prompts = HookedTextToImage.from_pretrained("rte-nano"), ["red circle is above square"]
+        >>> keep = lambda name: name.endswith("cross_attn.hook_pattern")
+        >>> images, cache = model.run_with_cache(prompts, num_steps=2, names_filter=keep)
+        >>> attention_page(cache, prompts, images, "page.html").name
+        'page.html'
     """
     model = cache.model
     layers = [
@@ -77,7 +88,9 @@ def attention_page(
 
 
 def _grid(places: int, ratio: float) -> tuple[int, int]:
-    """Rows and columns of a number of image positions, in the image's ratio of height to width, as nearly as there are."""
+    """Rows and columns of a number of image positions, nearest to the image's ratio of height to
+    width.
+    """
     divisors = [rows for rows in range(1, places + 1) if places % rows == 0]
     rows = min(divisors, key=lambda rows: abs(math.log(rows**2 / places / ratio)))
     return rows, places // rows

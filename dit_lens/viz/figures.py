@@ -1,4 +1,6 @@
-"""Figures for papers and notebooks, each from a labelled result of this package. All return a matplotlib Figure."""
+"""Figures for papers and notebooks, each from a labelled result of this package. All return a
+matplotlib Figure.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,36 @@ DIVERGING, SEQUENTIAL = "RdBu_r", "magma"
 
 
 def bare(ax: Axes) -> Axes:
-    """The axes without ticks."""
+    """Remove the ticks of axes, and return them.
+
+    Example:
+        >>> len(bare(plt.figure().subplots()).get_xticks())
+        0
+    """
     ax.set_xticks([])
     ax.set_yticks([])
     return ax
 
 
 def head_step_map(values: xr.DataArray, label: str = "", top: int | None = None) -> Figure:
-    """Heads × steps as a heat map; numbers of either sign get a diverging scale around 0, all others start at 0.
+    """Heat map of heads × steps. Signed values get a diverging scale around 0, others a scale from
+    0.
 
     Args:
-        values: dims layer, head, step and nothing else (average over prompts first); NaN stays white.
-        label: what the numbers are.
-        top: only so many heads, those with the largest values in magnitude; heads keep the model's order.
+        values: dims layer, head, step and nothing else (average over prompts first); NaN stays
+            white.
+        label: name and unit of the values.
+        top: number of heads to draw, those with the largest absolute values; heads keep the model's
+            order.
 
     Raises:
         ValueError: `values` has other dims.
+
+    Example:
+        >>> values = xr.DataArray(np.ones((2, 3, 4)), dims=("layer", "head", "step"))
+        >>> values = values.assign_coords(layer=range(2), head=range(3), step=range(4))
+        >>> len(head_step_map(values, top=2).axes[0].get_yticks())
+        2
     """
     if set(values.dims) != {"layer", "head", "step"}:
         raise ValueError(f"head_step_map needs dims layer, head and step, not {', '.join(map(str, values.dims))}.")
@@ -60,14 +76,22 @@ def word_maps(
     image: Float[Tensor, "3 height width"],
     title: str = "",
 ) -> Figure:
-    """Where one head looks for each word of a prompt: maps over the image, on one scale from 0.
+    """Attention of one head to each token of a prompt: maps over the image, on one scale from 0.
 
     Args:
-        maps: attention of every position to every token (a pattern's [query key], transposed); a square, rows first.
+        maps: attention of every position to every token (a pattern's [query key], transposed);
+            positions of a square image, row by row.
         tokens: as `model.to_str_tokens(prompt)`.
+        image: drawn first, and in gray below each map.
 
     Raises:
-        ValueError: there are not as many maps as tokens.
+        ValueError: maps and tokens differ in number.
+
+    Example:
+        >>> import torch
+        >>> figure = word_maps(np.ones((2, 16)), ["▁red", "▁circle"], torch.zeros(3, 32, 32))
+        >>> [ax.get_title() for ax in figure.axes[:3]]
+        ['image', 'red', 'circle']
     """
     values = np.asarray(maps, dtype=float)
     if len(values) != len(tokens):
@@ -104,10 +128,16 @@ def word_maps(
 def ramp_gallery(
     maps: Mapping[str, Mapping[str, xr.DataArray]], title: str = "position code × word, from weights alone"
 ) -> Figure:
-    """Position-by-word score maps: a row a head, a column a word; each row is centred and has a symmetric scale of its own.
+    """Position-by-word score maps: one row a head, one column a word; each row is centred, with its
+    own symmetric scale.
 
     Args:
-        maps: head → word → map with dims (y, x), as `circuits.position_word_map` gives them.
+        maps: head → word → map with dims (y, x), from `circuits.position_word_map`.
+
+    Example:
+        >>> values = xr.DataArray(np.eye(4), dims=("y", "x"))
+        >>> ramp_gallery({"L2H1": {"above": values, "below": -values}}).axes[0].get_ylabel()
+        'L2H1'
     """
     words = list(dict.fromkeys(word for row in maps.values() for word in row))
     figure, grid = plt.subplots(
@@ -129,11 +159,16 @@ def ramp_gallery(
 
 
 def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str = "r2_partial") -> Figure:
-    """Shares of variance by factor, a group of bars for every term and a bar for every table.
+    """Shares of variance by factor: one group of bars for each term, one bar for each table.
 
     Args:
         parts: one `variance.partition`, or several by name ("before projection" → …).
-        column: which of its columns; terms with NaN (aliased) are marked.
+        column: a column of the tables; terms with NaN (aliased) are marked.
+
+    Example:
+        >>> table = pd.DataFrame({"r2_partial": [0.7, 0.2]}, index=["shape2", "relation"])
+        >>> [text.get_text() for text in variance_bars(table).axes[0].get_xticklabels()]
+        ['shape2', 'relation']
     """
     tables = {"": parts} if isinstance(parts, pd.DataFrame) else dict(parts)
     terms = [term for term in next(iter(tables.values())).index if term not in ("residual", "total")]
@@ -162,7 +197,15 @@ def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str 
 def dose_response_curves(
     table: pd.DataFrame, metrics: Sequence[str] = ("target_loose", "original_loose", "unique_binding")
 ) -> Figure:
-    """`steering.summarise`: each metric against the dose, steered and controls, with 95 % bands."""
+    """Curves of `steering.summarise`: each metric against the dose, steered and controls, with 95 %
+    bands.
+
+    Example:
+        >>> rows = [("steered", k, "unique_binding", 1 - k, 0.9 - k, 1.0) for k in (0.0, 0.5)]
+        >>> table = pd.DataFrame(rows, columns=["kind", "k", "metric", "mean", "low", "high"])
+        >>> dose_response_curves(table, ["unique_binding"]).axes[0].get_title()
+        'unique binding'
+    """
     kinds = [kind for kind in dict.fromkeys(table["kind"]) if "−" not in kind]
     figure, axes = plt.subplots(
         1, len(metrics), figsize=(2.9 * len(metrics), 2.8), layout="constrained", squeeze=False, sharey=True
@@ -182,10 +225,19 @@ def dose_response_curves(
 
 
 def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
-    """A run's `dynamics.parquet`: accuracies and the layout dipole above, screening of some heads below, by samples seen.
+    """Curves of a run's `dynamics.parquet`, by samples seen: accuracies and the layout dipole
+    above, screening of heads below.
 
     Args:
-        heads: source of the screening ("words", "shape1", "shape2") → (layer, head) of those to draw; a panel each.
+        table: columns quantity, samples, value, low, high, source, layer, head.
+        heads: source of the screening ("words", "shape1", "shape2") → (layer, head) of the heads to
+            draw; one panel each.
+
+    Example:
+        >>> names = ["quantity", "samples", "value", "low", "high", "source", "layer", "head"]
+        >>> rows = [("color", n, 0.5, 0.4, 0.6, "", 0, 0) for n in (10, 100)]
+        >>> len(learning_curves(pd.DataFrame(rows, columns=names), {"words": [(2, 1)]}).axes)
+        2
     """
     figure, axes = plt.subplots(1 + len(heads), 1, figsize=(7, 2.6 * (1 + len(heads))), sharex=True, layout="constrained")
     axes = np.atleast_1d(axes)

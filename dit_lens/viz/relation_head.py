@@ -1,4 +1,4 @@
-"""One picture of a relation head: what it looks at while images are made, and what its weights say it would look at."""
+"""Figure of a relation head: its attention during denoising, and the score maps of its weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,22 @@ def relation_head_figure(
     attention: xr.DataArray,
     weight_maps: Mapping[str, xr.DataArray],
 ) -> Figure:
-    """Rows of (prompt, image, attention to the relation words at some steps); below, position-by-word maps of the weights.
+    """Rows of (prompt, image, attention to the relation words at some steps); below,
+    position-by-word maps of the weights.
 
     Args:
-        attention: dims (prompt, step, y, x), attention mass on the relation words; drawn on one scale from 0.
+        head: name in the titles.
+        attention: dims (prompt, step, y, x), attention mass on the relation words; drawn on one
+            scale from 0.
         weight_maps: word → (y, x) score map; each is centred and drawn on one symmetric scale.
+
+    Example:
+        >>> import torch
+        >>> grid = xr.DataArray([[[[0.1, 0.2], [0.3, 0.4]]]], dims=("prompt", "step", "y", "x"))
+        >>> grid, images = grid.assign_coords(step=[0]), torch.zeros(1, 3, 8, 8)
+        >>> weights = {"above": grid[0, 0]}
+        >>> type(relation_head_figure("L2H1", ["circle above square"], images, grid, weights)).__name__
+        'Figure'
     """
     steps = attention.sizes["step"]
     columns = 1 + steps
