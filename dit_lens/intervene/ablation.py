@@ -1,11 +1,12 @@
-"""Ablations that show something: presets over `Intervention`, and what they do to generated scenes, beside matched controls.
+"""Ablation presets, matched random controls, and their effect on scene accuracy.
 
-    conditions = {"relation head": knockout_role("relation", heads="L2H2"), "no relation words": knockout_role("relation")}
-    effects = ablation_effects(model, scenes.sample(64, seed=1, color_words="both"), conditions, seeds=[0, 1])
-    effects["relation_loose_effect"].to_pandas()
+    conditions = {"relation head": knockout_role("relation", heads="L2H2"), "no relation words":
+    knockout_role("relation")} effects = ablation_effects(model, scenes.sample(64, seed=1,
+    color_words="both"), conditions, seeds=[0, 1]) effects["relation_loose_effect"].to_pandas()
 
-Source: Wang, Fan, Pan (arXiv 2601.06338), sections 4.2 and 5. What differs: all tokens of a role are masked, heads can also be
-zeroed, averaged or resampled, and every condition has the same noise, an interval and random heads and tokens to compare with.
+Source: Wang, Fan, Pan (arXiv 2601.06338), sections 4.2 and 5. Differences: all tokens of a role are
+masked, heads can also be zeroed, averaged or resampled, and every condition has the same noise, an
+interval and random heads and tokens as controls.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ def knockout_role(
 ) -> list[Intervention]:
     """Hide tokens from cross-attention, whose patterns renormalise over the others.
 
-    By default in all heads of all layers: the words are dropped from the prompt as its mask would do, for the steps that are
-    given (`slice(5)`: before the fifth).
+    By default in all heads of all layers: the words are dropped from the prompt, as by its mask, at
+    the given steps (`slice(5)`: before the fifth).
 
     Args:
-        role: a role, `prompts.word("cat")`, several, positions or a mask, as `tokens` of an `Intervention`.
+        role: a role, `prompts.word("cat")`, several, positions or a mask, as `tokens` of an
+            `Intervention`.
         heads: "L2H8", or several.
         layers: one or several, in place of heads.
         missing: "ignore" leaves prompts alone that have no such token.
@@ -90,10 +92,18 @@ def ablate_heads(
     steps: Steps = None,
     branch: Branches = "cond",
 ) -> list[Intervention]:
-    """Replace what heads ("L2H8", or several) pass on (`hook_z`, at all positions), by an action: "zero", "mean", "resample", ….
+    """Apply an action to the output of heads before W_O (`hook_z`, at all positions).
+
+    Args:
+        heads: "L2H8", or several.
+        action: "zero", "mean", "resample", ….
 
     Raises:
         ValueError: a head is misspelt.
+
+    Example:
+        >>> [(one.site, one.heads) for one in ablate_heads(["L2H8", "L2H9"], "mean")]
+        [('blocks.2.cross_attn.hook_z', (8, 9))]
     """
     return [
         Intervention(f"blocks.{layer}.{sublayer}.hook_z", numbers, None, steps, branch, action)
@@ -114,14 +124,23 @@ def _by_layer(heads: str | Sequence[str]) -> dict[int, list[int]]:
 def random_heads(
     model: HookedTextToImage, interventions: Sequence[Intervention], rng: np.random.Generator, exclude: Sequence[str] = ()
 ) -> list[Intervention]:
-    """The same on other heads: as many, drawn from the same sublayer within the same range of layers.
+    """Repeat interventions on equally many random heads of the same sublayer and range of layers.
 
-    The range is widened by a layer on each side while it has too few other heads. Interventions on all heads stay as they are.
-    `exclude`: heads ("L2H1") that are no control, such as others that were found with those acted on; only a model that has too
-    few besides them lends these, too.
+    The range is widened by a layer on each side while it has too few other heads. Interventions on
+    all heads stay as they are.
+
+    Args:
+        rng: generator of the draw.
+        exclude: heads ("L2H1") never drawn as controls, unless too few others exist.
 
     Raises:
         ValueError: the model has too few other heads.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> control = random_heads(model, ablate_heads("L1H0"), np.random.default_rng(0))
+        >>> control[0].site, control[0].heads != (0,)
+        ('blocks.1.cross_attn.hook_z', True)
     """
     used: dict[str, set[tuple[int, int]]] = {}
     for intervention in interventions:
@@ -180,12 +199,21 @@ def _other_heads(
 def random_tokens(
     model: HookedTextToImage, prompts: Sequence[str], interventions: Sequence[Intervention], rng: np.random.Generator
 ) -> list[Intervention]:
-    """The same on other tokens of each prompt: as many, drawn from those that no intervention selects.
+    """Repeat interventions on equally many random tokens of each prompt that no intervention
+    selects.
 
-    EOS is drawn where a prompt has no other word left, a pad never. Interventions on all tokens stay as they are.
+    EOS is drawn only if a prompt has no other word left, a pad never. Interventions on all tokens
+    stay as they are.
 
     Raises:
         ValueError: a prompt has too few other tokens.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> hide, rng = knockout_role("relation"), np.random.default_rng(0)
+        >>> control = random_tokens(model, ["red circle is above blue square"], hide, rng)
+        >>> [sum(row) for row in control[0].tokens]
+        [1]
     """
     masks = {i: i.token_masks(model, prompts) for i in interventions if i.tokens is not None}
     drawn: dict[Any, Tensor] = {}
@@ -195,13 +223,13 @@ def random_tokens(
             controls.append(intervention)
             continue
         selected, exist = masks[intervention]
-        what = intervention.tokens, selected.shape  # equal numbers may be places of an image and of a sentence
-        if what not in drawn:
+        key = intervention.tokens, selected.shape  # equal numbers may be positions of an image and of a prompt
+        if key not in drawn:
             taken = torch.stack([other for other, _ in masks.values() if other.shape == selected.shape]).any(dim=0)
-            drawn[what] = _other_tokens(selected, exist, taken, rng)
-        # the empty prompt has no role's tokens, so neither has its control
+            drawn[key] = _other_tokens(selected, exist, taken, rng)
+        # an empty prompt has no token of a role, so neither has its control
         branch = "cond" if intervention.names_words and intervention.branch == "both" else intervention.branch
-        controls.append(replace(intervention, tokens=drawn[what], branch=branch))
+        controls.append(replace(intervention, tokens=drawn[key], branch=branch))
     return controls
 
 
@@ -240,29 +268,38 @@ def ablation_effects(
     batch: int = 64,
     rng: int = 0,
 ) -> xr.Dataset:
-    """What each condition does to scenes: their verdicts, and their paired change against no intervention.
+    """Verdicts of scenes under each condition, and their paired change from no intervention.
 
-    All conditions draw the same scenes from the same noise, in the same batches. A condition whose interventions name heads is
-    repeated on random heads, one whose interventions name tokens on random tokens of the same prompts (`random_heads`,
-    `random_tokens`): in each case `controls` times.
+    All conditions draw the same scenes from the same noise, in the same batches. A condition whose
+    interventions name heads is repeated `controls` times on random heads (`random_heads`), one
+    whose interventions name tokens on random tokens of the same prompts (`random_tokens`).
 
     Args:
         wanted: one prompt each (`scenes.caption`).
-        conditions: name → what is done, all at once.
+        conditions: name → interventions, applied together.
         seeds: of the noise; the same for all scenes, or for each its own.
         controls: draws of each kind; every one costs as much as a condition.
-        exclude: heads that are no control, see `random_heads`.
-        batch: images generated at once; "mean" and "resample" look at these.
+        exclude: heads never drawn as controls, see `random_heads`.
+        batch: images generated at once; "mean" and "resample" are over these.
         rng: seed of controls and "resample".
 
     Returns:
-        A Dataset with dims (condition, scene, seed). Every variable of `scenes.evaluate` is there, and for each of `VERDICTS`
-        `{verdict}_effect`, dims (condition, interval): the mean of condition − "none" over the same images, and its 95 %
-        interval over scenes (`stats.paired_difference`). Coordinates of condition: `kind` ("none", "condition",
-        "random heads", "random tokens") and `control_for`, the condition that a control belongs to.
+        A Dataset with dims (condition, scene, seed). It has every variable of `scenes.evaluate`,
+        and for each of `VERDICTS` `{verdict}_effect`, dims (condition, interval): the mean of
+        condition − "none" over the same images, and its 95 % interval over scenes
+        (`stats.paired_difference`). Coordinates of condition: `kind` ("none", "condition", "random
+        heads", "random tokens") and `control_for`, the condition that a control belongs to.
 
     Raises:
-        ValueError: seeds and scenes do not fit, a condition is called "none", or no control matches one.
+        ValueError: seeds and scenes do not fit, a condition is called "none", or no control matches
+            one.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> drawn, conditions = scenes.sample(2, seed=0), {"hide": knockout_role("relation")}
+        >>> found = ablation_effects(model, drawn, conditions, [0], controls=1, num_steps=1)
+        >>> found["condition"].values.tolist()
+        ['none', 'hide', 'hide | random tokens 1']
     """
     if "none" in conditions:
         raise ValueError("The condition 'none' is added by itself: give yours another name.")
@@ -323,7 +360,7 @@ def _plans(
     exclude: Sequence[str],
     rng: np.random.Generator,
 ) -> list[tuple[str, str, str, list[Intervention]]]:
-    """(name, kind, control_for, interventions) of everything that is run."""
+    """(name, kind, control_for, interventions) of all conditions, with "none" and the controls."""
     plans: list[tuple[str, str, str, list[Intervention]]] = [("none", "none", "", [])]
     for name, several in conditions.items():
         interventions = [several] if isinstance(several, Intervention) else several

@@ -1,6 +1,6 @@
-"""What an intervention does to one tensor: an action and row-indexed tensors, as a hook function.
+"""Effect of an intervention on one tensor: an action and row-indexed tensors, as a hook function.
 
-`dit_lens.intervene.interventions` says what the actions mean, and makes edits.
+`dit_lens.intervene.interventions` describes the actions, and makes edits.
 """
 
 from __future__ import annotations
@@ -26,11 +26,19 @@ from .portable_ops import edited
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Put a value there: a tensor, or tensors by hook name (full, or as within the denoiser, then for all steps and branches).
+    """Replace the selected entries by a value.
 
-    A tensor has the activation's shape, with as many rows as prompts or one for all, or broadcasts to its last axes. A cache of
-    other prompts makes this activation patching; its means over prompts, `{name: t.mean(0) for name, t in cache.items()}`,
-    make it mean ablation with a reference.
+    Args:
+        value: a tensor, or tensors by hook name (full, or as within the denoiser, then for all
+            steps and branches). A tensor has the activation's shape, with as many rows as prompts
+            or one for all, or broadcasts to its last axes. A cache of other prompts makes this
+            activation patching; its means over prompts, `{name: t.mean(0) for name, t in
+            cache.items()}`, make it mean ablation with a reference.
+
+    Example:
+        >>> from dit_lens import Intervention
+        >>> Intervention("blocks.1.hook_mlp_out", action=Replace(torch.zeros(192))).action
+        Replace()
     """
 
     value: Tensor | Mapping[str, Tensor] | ActivationCache = field(repr=False)
@@ -44,7 +52,13 @@ class Replace:
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiply by a number."""
+    """Multiply the selected entries by a number.
+
+    Example:
+        >>> from dit_lens import Intervention
+        >>> Intervention("blocks.1.cross_attn.hook_z", heads=[0], action=Scale(0.5)).action
+        Scale(factor=0.5)
+    """
 
     factor: float
 
@@ -54,7 +68,13 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Add:
-    """Add a tensor, shaped as in `Replace`."""
+    """Add a tensor to the selected entries, shaped as in `Replace`.
+
+    Example:
+        >>> from dit_lens import Intervention
+        >>> Intervention("hook_caption", tokens="relation", action=Add(torch.ones(192))).action
+        Add()
+    """
 
     vector: Tensor = field(repr=False)
 
@@ -63,7 +83,7 @@ class Add:
 
 
 def _check_real(action: str, value: Any) -> None:
-    """Raise ValueError for what is no tensor of real, finite numbers."""
+    """Raise ValueError unless the value is a tensor of real, finite numbers."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{action}({value!r}): give a tensor (torch.tensor(…)).")
     if value.is_complex() or value.dtype == torch.bool or not bool(value.isfinite().all()):
@@ -76,33 +96,34 @@ Action = Literal["zero", "mean", "resample", "knockout"] | Replace | Scale | Add
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Edit:
-    """What an intervention does to one tensor of a generation, for rows 0, 1, …: a hook function.
+    """Effect of an intervention on one tensor of a generation, for rows 0, 1, …: a hook function.
 
-    Everything a row needs stands in row-indexed tensors, so that rows can be taken, in any order and repeatedly.
+    All properties of a row are in row-indexed tensors, so that rows can be taken, in any order and
+    repeatedly.
     """
 
     site: Site
     action: Action
     where: Bool[Tensor, "row ..."]
-    """The entries that change; as many axes as the tensor, 1 along those that are taken whole."""
+    """Mask of the entries that change; as many axes as the tensor, 1 along those that are selected whole."""
     prompt: Int[Tensor, " row"]
-    """Equal numbers for equal prompts."""
+    """Group ids: equal for equal prompts."""
     alike: Int[Tensor, " row"]
-    """Rows of equal numbers can lend each other what is selected ("resample")."""
+    """Group ids: rows with equal ids may exchange values under "resample"."""
     pooled: int | None = None
-    """The token axis, where selected tokens correspond in order, and not by position."""
+    """The token axis, if selected tokens correspond in order and not by position; else None."""
     seed: int = 0
     values: Tensor | None = None
-    """Of `Replace` and `Add`: one row each if it has all axes and as many rows, else the same for all."""
+    """Values of `Replace` and `Add`: one row each if it has all axes and as many rows, else the same for all."""
     num_steps: int | None = None
-    """Of the run whose steps these are, where the intervention did not count them one by one."""
+    """Number of steps of the run, if the intervention's steps depend on it; else None."""
 
-    def __repr__(self) -> str:  # TransformerLens asks every hook for it, and printing tensors takes longer than a step
+    def __repr__(self) -> str:  # TransformerLens calls repr of every hook, and printing tensors takes longer than a step
         action = self.action if isinstance(self.action, str) else type(self.action).__name__
         return f"Edit({self.site.name}, {action}, {len(self.where)} rows)"
 
     def take(self, rows: Int[Tensor, " taken"]) -> Edit:
-        """The same edit for a batch made of these rows; "mean" and "resample" then look at these rows."""
+        """Edit for a batch made of these rows; "mean" and "resample" are then over these rows."""
         values = self.values
         if values is not None and values.ndim == self.where.ndim and len(values) == len(self.where):
             values = values[rows.to(values.device)]
@@ -112,12 +133,13 @@ class Edit:
 
     @property
     def looks_around(self) -> bool:
-        """Whether what becomes of a row depends on the other rows."""
+        """True if the edit mixes rows of the batch."""
         return self.action in ("mean", "resample")
 
     @staticmethod
     def join(edits: Sequence[Edit]) -> Edit:
-        """The rows of several edits, one after the other: edits of one site with equal actions that look at no other row.
+        """Concatenate the rows of several edits of one site with equal actions that do not mix
+        rows.
 
         Two `Replace` (or `Add`) are equal actions here, whatever their values.
         """
@@ -131,11 +153,13 @@ class Edit:
         return replace(first, where=_stacked([edit.where for edit in edits]), prompt=prompt, alike=alike, values=values)
 
     def on(self, rows: Int[Tensor, " row"]) -> HookFunction:
-        """A hook that makes this edit in the given rows of a larger batch, and leaves the others as they are."""
+        """Hook that applies this edit to the given rows of a larger batch, and leaves the others as
+        they are.
+        """
         return RowEdits(((self, rows),))
 
     def check(self) -> None:
-        """Raise ValueError for an action that these rows, on their own, give no meaning to."""
+        """Raise ValueError if the action is undefined for these rows on their own."""
         if self.action == "resample":
             _ = self.sources
         if self.action == "mean" and len(self.where) == 1 and self.pooled is None:
@@ -153,10 +177,10 @@ class Edit:
 
     @cached_property
     def sources(self) -> Int[Tensor, " row"]:
-        """For "resample": the row, of another prompt, that each row takes its values from.
+        """Source row of each row, of another prompt, for "resample".
 
         Raises:
-            ValueError: too few prompts that are alike.
+            ValueError: too few prompts that can exchange values.
         """
         rng, source = np.random.default_rng(self.seed), np.arange(len(self.where))
         touched = self.where.flatten(1).any(dim=1).cpu().numpy()
@@ -166,13 +190,13 @@ class Edit:
         return torch.from_numpy(source)
 
     def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
-        """The tensor as it goes on. Raises ValueError for a tensor of another shape than the edit was made for."""
+        """Edited tensor. Raises ValueError for a shape other than the edit was made for."""
         self.check_shape(tensor.shape)
         return edited(tensor, **self.arguments)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """What `dit_lens.intervene.portable_ops.edited` does this edit from."""
+        """Arguments of `dit_lens.intervene.portable_ops.edited` for this edit."""
         kind = self.action if isinstance(self.action, str) else type(self.action).__name__.lower()
         found: dict[str, Any] = {"kind": kind, "where": self.where, "values": self.values, "pooled": self.pooled}
         if isinstance(self.action, Scale):
@@ -201,7 +225,7 @@ class RowEdits:
         return f"RowEdits({', '.join(repr(edit) for edit, _ in self.parts)})"
 
     def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
-        """The tensor as it goes on; rows that no edit is about keep their values exactly."""
+        """Edited tensor. Rows without an edit keep their values exactly."""
         edited = tensor.clone()
         for edit, rows in self.parts:
             here = rows.to(tensor.device)

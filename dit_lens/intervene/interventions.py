@@ -63,7 +63,7 @@ ACTIONS = ("zero", "mean", "resample", "knockout")
 
 @dataclass(frozen=True)
 class Intervention:
-    """One thing to do to one tensor (or that of every layer, or step); the module describes the actions.
+    """One action on one tensor (or that of every layer, or step); the module describes the actions.
 
     Args:
         site: a name within the denoiser ("blocks.2.cross_attn.hook_z"; "blocks.*.…" for every layer), "text_encoder.…" of one

@@ -1,7 +1,8 @@
-"""What an edit does to a tensor, and sums over a pattern: arithmetic that also runs where dit_lens is not installed.
+"""Tensor edits and sums over patterns: arithmetic that also runs on a server without dit_lens.
 
-`dit_lens.remote` sends these functions along, as source. Therefore they refer to torch alone (in annotations too) and to
-each other, and nothing may be wrapped around them: `no_type_check` keeps run-time type checkers away.
+`dit_lens.remote` sends these functions along, as source. Therefore they refer to torch alone (in
+annotations too) and to each other, and must not be decorated otherwise: `no_type_check` keeps
+run-time type checkers away.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASKED = -10000.0
-"""The score of a masked key: what PixArt adds for a pad. Finite, so that no row can become NaN."""
+"""Score of a masked key, as PixArt adds for a pad. Finite, so that no row can become NaN."""
 
 
 @no_type_check
@@ -62,11 +63,12 @@ def edited(
 
 @no_type_check
 def sums_of_pattern(pattern: Tensor, queries: Tensor, keys: Tensor, reduce: str) -> Tensor:
-    """A pattern [batch head pos key_pos] between groups [batch pos group]: [batch head group key_group].
+    """Sum a pattern [batch head pos key_pos] between groups [batch pos group]: [batch head group
+    key_group].
 
     Args:
-        queries, keys: each position's weight in each group.
-        reduce: "sum" over pairs of positions, or the "max" among pairs where neither weight is 0.
+        queries, keys: weight of each position in each group.
+        reduce: "sum" over pairs of positions, or the "max" among pairs of non-zero weights.
     """
     if reduce == "max":
         return _largest(pattern, queries, keys)
@@ -77,9 +79,10 @@ def sums_of_pattern(pattern: Tensor, queries: Tensor, keys: Tensor, reduce: str)
 def sums_of_attention(
     q: Tensor, k: Tensor, bias: Tensor | None, scale: float, queries: Tensor, keys: Tensor, reduce: str
 ) -> Tensor:
-    """The same of the pattern that q and k [batch pos head d_head] make, of which there is never more than `q` is large.
+    """Apply `sums_of_pattern` to the pattern of q and k [batch pos head d_head], made in chunks no
+    larger than `q`.
 
-    `bias` broadcasts to it.
+    `bias` broadcasts to the pattern.
     """
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if reduce == "sum" and k.shape[2] <= k.shape[3] and q.dtype in (torch.float32, torch.float64):

@@ -1,14 +1,16 @@
-"""Embedding arithmetic: add vectors to a prompt's words, and see what is drawn.
+"""Embedding arithmetic: add vectors to a prompt's words, and judge the images.
 
-    images = steering.swap_relation(model, ["red circle is left of blue square"], from_="left", to="right", k=1.0)
-    doses = steering.dose_response(model, scenes.sample(32, seed=0), ks=(0, 0.5, 1, 1.5, 2))
-    steering.summarise(doses)
+    images = steering.swap_relation(model, ["red circle is left of blue square"], from_="left",
+    to="right", k=1.0) doses = steering.dose_response(model, scenes.sample(32, seed=0), ks=(0, 0.5,
+    1, 1.5, 2)) steering.summarise(doses)
 
-Vectors are added in the conditional branch, at every step, before ("text") or after ("caption") the caption projection. Text is
-encoded once; hooks on its copies in the denoiser make it be projected anew, so this works whatever the text encoder is.
+Vectors are added in the conditional branch, at every step, before ("text") or after ("caption") the
+caption projection. Text is encoded once; hooks on its copies in the denoiser make the projection
+run again, so this works with any text encoder.
 
-Source: Wang, Fan, Pan (arXiv 2601.06338), section on T5: e − V_from + k·V_to on the second object's word. Here both vectors are
-multiplied by k, so k = 0 is no change. What the original lacks are the doses and the controls.
+Source: Wang, Fan, Pan (arXiv 2601.06338), section on T5: e − V_from + k·V_to on the second object's
+word. Here both vectors are multiplied by k, so k = 0 is no change. The doses and the controls are
+additions to the original.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ SITES: dict[Space, str] = {"text": "hook_text", "caption": "hook_caption"}
 JUDGED = {f"{goal}_{how}": (goal, f"relation_{how}") for goal in ("target", "original") for how in ("strict", "loose")}
 METRICS = (*JUDGED, "offset", "color", "shape", "unique_binding")
 QUIET_BATCHES = 4
-"""Up to so many batches there is no progress bar."""
+"""Largest number of batches without a progress bar."""
 
 Target = Literal["phrase"] | Role
 
@@ -61,17 +63,25 @@ def steer(
     guidance: float = DEFAULT_GUIDANCE,
     batch_size: int = 32,
 ) -> Float[Tensor, "prompt 3 height width"]:
-    """Images in [0, 1] of prompts to whose words k · vector is added. In batches of `batch_size`.
+    """Images in [0, 1] of prompts with k · vector added to their words, in batches of `batch_size`.
 
     Args:
-        vector: one for the chosen tokens of all prompts, or one for every token of `model.to_tokens(prompts)`.
-        tokens: roles, words (`prompts.word`), positions or a mask that the vector is added to; None only where every token has
-            its own vector.
+        vector: one for the chosen tokens of all prompts, or one for every token of
+            `model.to_tokens(prompts)`.
+        tokens: roles, words (`prompts.word`), positions or a mask that the vector is added to; None
+            only if every token has its own vector.
         at: the space of the vector: before or after the caption projection.
+        k: dose.
         seed: as in the model's own call.
 
     Raises:
         ValueError: a prompt has no such token, or vector and tokens do not go together.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> prompt, vector = "red circle is above blue square", torch.ones(256)
+        >>> steer(model, prompt, vector, "relation", k=0.5, num_steps=2).shape
+        torch.Size([1, 3, 128, 128])
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if vector.ndim == 3:
@@ -99,7 +109,7 @@ def _generate(
     num_steps: int,
     guidance: float,
 ) -> Float[Tensor, "prompt 3 height width"]:
-    """One batch. `added` may go on beyond these prompts' longest, with zeros."""
+    """Images of one batch. `added` may extend beyond the longest of these prompts, with zeros."""
     length = model.to_tokens(texts).shape[1]
     hooks = Intervention(SITES[at], action=Add(added[:, :length])).hooks(model, texts, num_steps=num_steps)
     return model.run_with_hooks(texts, seed=seeds, num_steps=num_steps, guidance=guidance, fwd_hooks=hooks)
@@ -128,14 +138,23 @@ def swap_relation(
     guidance: float = DEFAULT_GUIDANCE,
     batch_size: int = 32,
 ) -> Float[Tensor, "prompt 3 height width"]:
-    """Images in [0, 1] of prompts whose relation is moved by k · (V_to − V_from); see `swap_vectors`.
+    """Images in [0, 1] of prompts whose relation is moved by k · (V_to − V_from); see
+    `swap_vectors`.
 
     Args:
-        from_: what the prompts say: a relation ("upper_left"), or one phrase of it.
-        to: what is to be drawn: a relation, or a phrase.
+        from_: relation of the prompts ("upper_left"), or one phrase of it.
+        to: relation or phrase to draw instead.
+        k: dose.
 
     Raises:
-        ValueError: a prompt says something else, or the two cannot be swapped in this way (the message says in which they can).
+        ValueError: a prompt has another relation, or the two cannot be swapped in this way (the
+            message has the alternative).
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> prompt = "red circle is left of blue square"
+        >>> swap_relation(model, prompt, "left", "right", num_steps=2).shape
+        torch.Size([1, 3, 128, 128])
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     for text in texts:
@@ -150,25 +169,33 @@ def swap_relation(
 def swap_vectors(
     model: HookedTextToImage, prompts: Sequence[str], to: Sequence[str], tokens: Target = "phrase", at: Space = "text"
 ) -> Float[Tensor, "prompt text_pos d"]:
-    """V_to − V_from for every token of `model.to_tokens(prompts)`; zero where nothing is to change.
+    """V_to − V_from for every token of `model.to_tokens(prompts)`; zero for tokens that do not
+    change.
 
     Args:
-        to: for each prompt, the relation or phrase to go to.
-        tokens: which words carry the change.
+        to: relation or phrase to go to, for each prompt.
+        tokens: words that carry the change:
 
-            - "phrase": every word of the relation phrase, place by place. `to`'s phrase is the one with as many tokens as the
-              prompt's that keeps most of them (above ↔ below, left ↔ right, diagonals among themselves, "left of" → "directly
-              above").
-            - "relation": only the words that have a direction, the rest of the phrase stays ("to the left of" → "to the above
-              of").
-            - another role, such as "shape2": effect vectors of the relation at that word (`variance.effect_vectors` over the 264
-              prompts, with shapes and colours as the other factors). This is the paper's, for encoders that mix words.
+            - "phrase": every word of the relation phrase, token by token. The phrase of `to` is the
+              one with equally many tokens that keeps most of the prompt's (above ↔ below, left ↔
+              right, diagonals among themselves, "left of" → "directly above").
+            - "relation": only the words that have a direction; the rest of the phrase stays ("to
+              the left of" → "to the above of").
+            - another role, such as "shape2": effect vectors of the relation at that word
+              (`variance.effect_vectors` over the 264 prompts, with shapes and colors as the other
+              factors). This is the paper's method, for encoders that mix words.
 
-        The first two are means over the 12 pairs of objects of the difference that the words make, so they are the
-        difference of two sum-to-zero effects, with equal position codes.
+        The first two are means of the words' differences over the 12 pairs of objects, so they are
+        the difference of two sum-to-zero effects, with equal position codes.
 
     Raises:
         ValueError: there is no such phrase, or nothing to change.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> vectors = swap_vectors(model, ["red circle is left of blue square"], ["right"])
+        >>> vectors.shape, vectors[0].norm(dim=-1).bool().int().tolist()
+        (torch.Size([1, 8, 256]), [0, 0, 0, 1, 0, 0, 0, 0])
     """
     said = [factors_of(model, prompt) for prompt in prompts]
     width = encode(model, model.to_tokens(prompts[:1]), at).shape[-1]
@@ -193,7 +220,7 @@ def swap_vectors(
 
 
 def _counterpart(model: HookedTextToImage, phrase: str, to: str, whole: bool) -> str:
-    """The wording that takes the place of `phrase`, token by token: that of `to`'s phrases which has most tokens in common."""
+    """Phrase of `to` that replaces `phrase` token by token: the one with most tokens in common."""
 
     def pieces(wording: str) -> list[str]:
         return model.to_str_tokens(wording)[:-1]
@@ -225,7 +252,9 @@ def _substituted(phrase: str, other: str) -> str | None:
 
 
 def _word_difference(model: HookedTextToImage, phrase: str, target: str, at: Space) -> Float[Tensor, "phrase_pos d"]:
-    """What `target` in the place of `phrase` changes in the phrase's own tokens, mean over the pairs of objects."""
+    """Mean change of the phrase's own tokens, over the pairs of objects, if `target` replaces
+    `phrase`.
+    """
     means = []
     for wording in (phrase, target):
         sentences = factorial_prompts([wording])
@@ -253,25 +282,39 @@ def dose_response(
     guidance: float = DEFAULT_GUIDANCE,
     batch_size: int = 32,
 ) -> xr.Dataset:
-    """Move the relation of scenes' captions by k · (V_to − V_from), in growing doses and beside controls, and judge the images.
+    """Dose–response of adding k · (V_to − V_from) to the relation of scenes' captions, with
+    controls.
 
-    All conditions of a scene and seed start from the same noise. Controls are drawn `draws` times, anew for every scene:
+    All conditions of a scene and seed start from the same noise. Controls are drawn `draws` times,
+    anew for every scene:
 
     - "random_vector": at the same tokens, vectors of random direction and the same norm;
     - "wrong_token": the same vectors at as many other tokens of the prompt (EOS included).
 
     Args:
-        to: a relation, a relation for each of the scenes' relations, or None for each one's opposite.
+        wanted: scenes to draw.
+        to: a relation, a relation for each of the scenes' relations, or None for each one's
+            opposite.
+        ks: doses.
         tokens, at: as in `swap_vectors`.
 
     Returns:
-        dims (condition, k, scene, seed), `kind` being a coordinate of conditions: "steered" or a control's name. Variables:
-        `{target,original}_{strict,loose}` (`evaluate`'s relation, by the relation gone to and by the caption's own; a diagonal
-        layout is loosely two cardinal relations, so unless `to` is the opposite look at the strict ones), `offset` (px from
-        object 2 to object 1 along the direction gone to; NaN without unique binding), `color`, `shape`, `unique_binding`.
+        Dims (condition, k, scene, seed), with `kind` as a coordinate of conditions: "steered" or a
+        control's name. Variables: `{target,original}_{strict,loose}` (`evaluate`'s relation, for
+        the target relation and for the caption's own; a diagonal layout loosely satisfies two
+        cardinal relations, so use the strict ones unless `to` is the opposite), `offset` (px from
+        object 2 to object 1 along the target direction; NaN without unique binding), `color`,
+        `shape`, `unique_binding`.
 
     Raises:
-        ValueError: as `swap_vectors`; or a scene's relation is already the one to go to.
+        ValueError: as in `swap_vectors`; or a scene already has the target relation.
+
+    Example:
+        >>> from dit_lens import scenes
+        >>> model, drawn = HookedTextToImage.from_pretrained("rte-nano"), scenes.sample(2, seed=0)
+        >>> found = dose_response(model, drawn, ks=(0, 1), draws=1, num_steps=1)
+        >>> found["condition"].values.tolist(), found["k"].values.tolist()
+        (['steered', 'random_vector 0', 'wrong_token 0'], [0, 1])
     """
     of_relation = OPPOSITE if to is None else dict.fromkeys(DIRECTIONS, to) if isinstance(to, str) else to
     goals = [of_relation[scene.relation] for scene in wanted]
@@ -348,8 +391,15 @@ def _judge(
 def summarise(doses: xr.Dataset) -> pd.DataFrame:
     """Means of `dose_response` and their 95 % intervals: columns kind, k, metric, mean, low, high.
 
-    Rows "steered − random_vector" and "steered − wrong_token" are paired differences: same scene, same noise, control averaged
-    over its draws. Intervals resample scenes whole.
+    Rows "steered − random_vector" and "steered − wrong_token" are paired differences: same scene,
+    same noise, control averaged over its draws. Intervals treat scenes as clusters.
+
+    Example:
+        >>> from dit_lens import scenes
+        >>> model, drawn = HookedTextToImage.from_pretrained("rte-nano"), scenes.sample(2, seed=0)
+        >>> table = summarise(dose_response(model, drawn, ks=(0, 1), draws=1, num_steps=1))
+        >>> table["kind"].unique().tolist()[:3]
+        ['steered', 'random_vector', 'wrong_token']
     """
     rows = []
     for metric, k in itertools.product(METRICS, range(doses.sizes["k"])):

@@ -1,4 +1,6 @@
-"""Models whose circuit is known because it was put there: a ground truth for methods that find circuits."""
+"""Models with a circuit that is known by construction: a ground truth for methods that find
+circuits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Heads and hidden units as linear algebra: what reads what and writes what, and how it becomes the weights of a PixArt block."""
+"""Heads and hidden units as linear algebra, by the features they read and write, and their PixArt
+weights.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ COPIES = 6
 
 @dataclass
 class Head:
-    """One head: rows r of queries and keys (the score is Σ_r (q_r·x)(k_r·text)), rows of values and what they become."""
+    """One head: rows r of queries and keys (the score is Σ_r (q_r·x)(k_r·text)), rows of values and
+    their outputs.
+    """
 
     q: Float[Tensor, "rank d_in"]
     k: Float[Tensor, "rank d_kv"]

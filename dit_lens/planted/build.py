@@ -1,4 +1,4 @@
-"""From a kind and a seed to a model and its truth."""
+"""Construction of a planted model and its truth from a kind and a seed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ N_HEADS = 8
 D_HEAD = 24
 D_TEXT = 256
 CONSTANT = 50.0
-"""Length of the constant direction, beside about 7 of the position code and 5 of everything else."""
+"""Length of the constant direction; the position code has about 7, everything else 5."""
 
 RELATION_HEADS: dict[str, str] = {
     f"side{k}_{axis}": f"{WORD_AXIS[axis]} word: marks the side where object {k} goes" for k in OBJECTS for axis in AXES
@@ -58,29 +58,39 @@ HELPER_HEADS: dict[str, tuple[HeadRole, str]] = {
 
 
 def planted_circuit(kind: Kind | str = "two-stage", seed: int = 0) -> tuple[HookedTextToImage, PlantedTruth]:
-    """A model whose weights are set, not trained, so that it draws two-object scenes by a known circuit; float32, on the CPU.
+    """Model with weights set by hand, not trained, so that it draws two-object scenes by a known
+    circuit.
 
-    Captions are those of `dit_lens.scenes` with both colours named, in any of the 22 phrases; a caption without a relation is
-    drawn in a layout that the noise chooses. `seed` decides the places of heads and hidden units, directions and word vectors.
-    The clock is made for 14 steps: a timestep within 35 of 606 or 107 (as 20, 25 and 30 steps have) spoils the image.
+    Float32, on the CPU. Captions are those of `dit_lens.scenes` with both colors named, in any of
+    the 22 phrases; a caption without a relation is drawn in a layout chosen by the noise. The clock
+    is made for 14 steps: a timestep within 35 of 606 or 107 (as 20, 25 and 30 steps have) spoils
+    the image.
 
     Args:
-        kind: "two-stage": separate vertical and horizontal relation heads read plain word vectors; "fused": the relation is in
-            the second shape word's contextual vector instead; "rotated": two-stage in random gauges, with weight noise (0.1 %)
-            and leaking distractors; "no-relation": two-stage with idle heads of the same norms in the relation heads' places,
-            all other weights equal.
+        kind: "two-stage": separate vertical and horizontal relation heads read plain word vectors;
+            "fused": the relation is in the second shape word's contextual vector instead;
+            "rotated": two-stage in random gauges, with weight noise (0.1 %) and leaking
+            distractors; "no-relation": two-stage with idle heads of the same norms in the relation
+            heads' places, all other weights equal.
+        seed: of the places of heads and hidden units, directions and word vectors.
 
     Raises:
         ValueError: there is no such kind.
 
-    Source: the two-stage mechanism of Wang, Fan, Pan (arXiv 2601.06338). `docs/planted_circuit.md` has the algebra.
+    Source: the two-stage mechanism of Wang, Fan, Pan (arXiv 2601.06338). `docs/planted_circuit.md`
+    has the algebra.
+
+    Example:
+        >>> model, truth = planted_circuit("two-stage", seed=0)
+        >>> model.cfg.n_layers, [str(head) for head in truth.object_heads]
+        (6, ['cross_attn.L5H7', 'cross_attn.L5H3'])
     """
     if kind not in get_args(Kind):
         raise ValueError(f"There is no planted circuit {kind!r}: choose one of {', '.join(get_args(Kind))}.")
 
     chosen: Kind = kind  # type: ignore[assignment]
 
-    def stream(number: int) -> torch.Generator:  # one for each purpose, so that kinds of one seed share what they can
+    def stream(number: int) -> torch.Generator:  # one for each purpose, so that kinds of one seed share weights
         return torch.Generator().manual_seed(100 * seed + number)
 
     hidden = kind == "rotated"
@@ -118,7 +128,7 @@ def planted_circuit(kind: Kind | str = "two-stage", seed: int = 0) -> tuple[Hook
 
 
 def empty_transformer() -> Any:
-    """All parameters zero."""
+    """PixArt transformer with all parameters zero."""
     transformer = PixArtTransformer2DModel(
         num_layers=N_LAYERS,
         num_attention_heads=N_HEADS,
@@ -138,7 +148,7 @@ def empty_transformer() -> Any:
 
 
 def text_encoder(kind: Kind, seed: int) -> tuple[PreTrainedModel, RandomTokenEncoder]:
-    """The encoder, and the table of word vectors and places in it."""
+    """Text encoder, and the table of word vectors and positions in it."""
     if kind == "fused":
         moved = [*VERTICAL, *HORIZONTAL]
         encoder = FusedTokenEncoder(FusedTokenEncoderConfig(scenes.WORDS, moved=moved, d_model=D_TEXT, seed=seed)).eval()
@@ -148,7 +158,10 @@ def text_encoder(kind: Kind, seed: int) -> tuple[PreTrainedModel, RandomTokenEnc
 
 
 def install(build: Assembly, transformer: Any, generator: torch.Generator, mixed: bool) -> dict[Placed, int]:
-    """Write heads and units into the blocks, in random order; returns the heads' numbers. `mixed`: in random gauges."""
+    """Write heads and units into the blocks, in random order; returns the heads' numbers.
+
+    `mixed`: in random gauges.
+    """
     plain = torch.eye(D_HEAD, dtype=torch.float64)
     places: dict[Placed, int] = {}
     for number, (block, layer) in enumerate(zip(transformer.transformer_blocks, build.layers, strict=True)):

@@ -36,7 +36,7 @@ CAPTION_FEATURES = (
     *COLORS,
 )
 
-# What is read off the latents, and what is drawn (`surroundings.patches_in_and_out`)
+# Features read from the latents, and features drawn (`surroundings.patches_in_and_out`)
 SEEN_WHEN: tuple[tuple[str, When], ...] = (("mark", "late"), ("noise", "early"))
 SEEN = tuple(Wire("embed", 0, "", "out", name, when) for name, when in SEEN_WHEN)
 DRAWN = tuple(
@@ -49,16 +49,16 @@ SINK = 40.0
 RAMP = 16.0
 """Logits per token along the relation's direction, in horizontal heads."""
 STEEPNESS = {"x": 1.0, "y": 4.0}
-"""Of a relation head's scores, by axis. The unlike sizes are for methods that pool the axes: they see the steeper one alone."""
+"""Slope of a relation head's scores, by axis. They differ so that methods which pool the axes find the steeper one alone."""
 CLOSED = 160.0
-"""Lead of EOS at steps at which a head is to do nothing."""
+"""Score lead of EOS at steps at which a head is idle."""
 OBJECT = 60.0
 TAGGED = 60.0
 PEAK = 3000.0
 """Logits per standard deviation of the noise: two tokens that come within a few thousandths of a tie still spoil a layout."""
 
 FORBID = 7.0
-"""More than a coordinate can speak for what it forbids."""
+"""Negative weight large enough to veto any positive evidence from coordinates."""
 
 
 def on_lattice(axis: str, sign: int = 1) -> dict[str, float]:
@@ -88,7 +88,9 @@ def plant(build: Assembly) -> None:
 
 
 def read_latents(build: Assembly) -> None:
-    """Layer 0: where the noise has its peak decides how the layout is shifted. MLP 1: later, marks in the latents become tags."""
+    """Layer 0: the peak of the noise shifts the layout. MLP 1: later, marks in the latents become
+    tags.
+    """
     build.head("attn", 0, "peak", [({"one": 1}, {"noise": PEAK})], [({axis: 1}, {f"peak_{axis}": 1}) for axis in AXES], "early")
     build.step(0, {"clock_late": 1, "one": -0.5}, {"late": 1})
     for axis in AXES:
@@ -100,7 +102,9 @@ def read_latents(build: Assembly) -> None:
 
 
 def relation_heads(build: Assembly) -> None:
-    """Layer 1: a place on the side that a word names, or on the other side, attends to the word; else to EOS."""
+    """Layer 1: positions on the side named by a word (or on the other side) attend to the word;
+    others to EOS.
+    """
     for axis in AXES:
         word, steep = WORD_AXIS[axis], STEEPNESS[axis]
         sink: tuple[Terms, Terms] = ({"one": SINK * steep, "late": CLOSED}, {"eos": 1})
@@ -116,7 +120,7 @@ def relation_heads(build: Assembly) -> None:
 
 
 def default_layout(build: Assembly) -> None:
-    """MLP 1: no word on either axis, so the noise decides who stands left."""
+    """MLP 1: without a word on either axis, the noise decides the object on the left."""
     silent = {**{f"side{k}_{axis}": -FORBID for k in OBJECTS for axis in AXES}, "late": -FORBID, "one": 1.5}
     for k, sign in zip(OBJECTS, (1, -1), strict=True):
         build.step(1, plus(silent, on_lattice("x", -sign), {"low_peak": -FORBID}), {f"side{k}_x": 1}, "early")
@@ -124,7 +128,9 @@ def default_layout(build: Assembly) -> None:
 
 
 def anchors(build: Assembly) -> None:
-    """MLP 2: on each axis, is this token the anchor's? MLP 3: on both (AND), in a sentence with objects, while it is early."""
+    """MLP 2: is this token the anchor's on one axis? MLP 3: on both (AND), in a prompt with
+    objects, at early steps.
+    """
     for k, other in (OBJECTS, OBJECTS[::-1]):
         for axis, sign in product(AXES, (1, -1)):
             beyond = {"one": -0.5, f"side{k}_{axis}": -2.0, f"side{other}_{axis}": 4.0}
@@ -133,7 +139,9 @@ def anchors(build: Assembly) -> None:
 
 
 def locators(build: Assembly) -> None:
-    """Layer 4: every token learns where the tag is; MLP 4 compares that with its own place, for each half of an object."""
+    """Layer 4: every token gets the tag's position; MLP 4 compares it with its own, for each half
+    of an object.
+    """
     for k in OBJECTS:
         values: list[tuple[Terms, Terms]] = [({axis: 1}, {f"at_{axis}{k}": 1}) for axis in AXES]
         seen: tuple[Terms, Terms] = ({f"tag{k}": 1}, {f"seen{k}": 1})
@@ -149,7 +157,7 @@ def locators(build: Assembly) -> None:
 
 
 def objects(build: Assembly) -> None:
-    """Layer 5: object k's tokens read its shape and colour; MLP 5 turns (quarter, shape, colour) into a patch."""
+    """Layer 5: object k's tokens read its shape and color; MLP 5 turns (quarter, shape, color) into a patch."""
     sink: tuple[Terms, Terms] = ({"one": 10 + CLOSED, "late": -CLOSED}, {"eos": 1})
     part: Literal["shape", "color"]
     for part, words in (("shape", SHAPES), ("color", COLORS)):

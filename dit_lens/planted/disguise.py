@@ -1,4 +1,6 @@
-"""What the "rotated" kind does to finished weights: gauges that change nothing, and noise that changes little."""
+"""Changes of finished weights for the "rotated" kind: gauges without any effect, and noise with a
+small one.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,10 @@ def stretch(d: int, generator: torch.Generator) -> Float[Tensor, " d"]:
 
 @torch.no_grad()
 def modulate_at_random(transformer: Any, generator: torch.Generator) -> None:
-    """adaLN shifts, scales and gates of every channel at random, undone in the weights beside them: the function is the same.
+    """Set adaLN shifts, scales and gates at random, undone in the adjacent weights.
 
-    Scales and shifts are in the modulation that all blocks share, gates in each block's own table.
+    The function of the network is the same. Scales and shifts are in the modulation that all blocks
+    share, gates in each block's own table.
     """
     d = transformer.inner_dim
     shared = transformer.adaln_single.linear
@@ -47,7 +50,7 @@ def modulate_at_random(transformer: Any, generator: torch.Generator) -> None:
 
 
 def undo(linear: nn.Linear, shift: Float[Tensor, " d"], scale: Float[Tensor, " d"]) -> None:
-    """Make `linear` give for scale · x + shift what it gave for x."""
+    """Change `linear` so that its output for scale · x + shift is the former one for x."""
     linear.weight.div_(scale)
     linear.bias.sub_(linear.weight @ shift)
 

@@ -1,4 +1,6 @@
-"""Heads that are not the circuit: decoys, which look like it by half, and idle heads, which fill the rest with equal norms."""
+"""Distractors: decoys, which share half of their weights with the circuit, and idle heads of equal
+norms.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ Placed = tuple[Sublayer, int, str]
 def random_head(build: Assembly, sublayer: Sublayer, norms: Sequence[float], generator: torch.Generator) -> Head:
     """Attends at random, reads at random, writes to directions that nobody reads; its four matrices have the norms given.
 
-    Its values leave out the constant direction, so what it writes is small.
+    Its values leave out the constant direction, so its output is small.
     """
     everything = torch.eye(build.residual.d, dtype=torch.float64)
     source = build.residual.frame[:, 1:] if sublayer == "attn" else build.caption.frame
@@ -27,10 +29,10 @@ def random_head(build: Assembly, sublayer: Sublayer, norms: Sequence[float], gen
 
 
 def plant_decoys(build: Assembly, generator: torch.Generator) -> dict[Placed, str]:
-    """Add them; returns what each one is."""
+    """Add the decoys; returns a description of each."""
 
     def unread(head: Head) -> Head:
-        """The same head, but what it writes goes where nobody reads."""
+        """The same head, with outputs along directions that nothing reads."""
         random = build.residual.spare @ torch.randn(
             build.residual.spare.shape[1], len(head.o), generator=generator, dtype=torch.float64
         )
@@ -70,7 +72,7 @@ def plant_decoys(build: Assembly, generator: torch.Generator) -> dict[Placed, st
 
 
 def fill(build: Assembly, n_heads: int, generator: torch.Generator) -> list[Placed]:
-    """Idle heads in all free places, each with the norms of some head of the same sublayer."""
+    """Add idle heads in all free places, each with the norms of some head of the same sublayer."""
     idle: list[Placed] = []
     for sublayer in ("attn", "cross_attn"):
         models = [head.norms for layer in build.layers for head in layer.heads[sublayer].values()]
@@ -84,7 +86,9 @@ def fill(build: Assembly, n_heads: int, generator: torch.Generator) -> list[Plac
 
 
 def leak(build: Assembly, heads: Sequence[Placed], amount: float, generator: torch.Generator) -> None:
-    """Let heads also write, at random and `amount` as strongly, to the directions that are read."""
+    """Add weak random outputs of heads, `amount` as strong, along directions that the circuit
+    reads.
+    """
     features = build.residual.frame[:, 1:]
     for sublayer, layer, name in heads:
         head = build.layers[layer].heads[sublayer][name]

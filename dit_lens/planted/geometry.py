@@ -1,4 +1,4 @@
-"""Named directions: how the planted model writes a number into a vector, and how it reads one back."""
+"""Named directions, by which the planted model writes numbers into a vector and reads them back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Float[Te
 
 
 class Space:
-    """An orthonormal frame with a name for each direction: writing is the direction itself, and so is reading."""
+    """Orthonormal frame with a name for each direction; a feature is written and read along its
+    direction.
+    """
 
     def __init__(self, frame: Float[Tensor, "d direction"], names: Sequence[str]) -> None:
         if len(names) > frame.shape[1]:
@@ -49,7 +51,7 @@ class ResidualSpace(Space):
     """
 
     def __init__(self, code: Float[Tensor, "pos d"], names: Sequence[str], constant: float, generator: torch.Generator) -> None:
-        code = code.double() - code.double().mean(dim=1, keepdim=True)  # what LayerNorm leaves of it
+        code = code.double() - code.double().mean(dim=1, keepdim=True)  # after LayerNorm's centring
         d = code.shape[1]
         occupied = torch.linalg.svd(torch.cat([code, torch.ones(1, d, dtype=torch.float64)]), full_matrices=False)
         taken = occupied.Vh[occupied.S.gt(1e-6 * occupied.S[0])]
@@ -62,7 +64,7 @@ class ResidualSpace(Space):
         self.positions = {"x": functionals[:, 0], "y": functionals[:, 1]}
         self.constant = constant
         self.gain = (d / (constant**2 + float(code.pow(2).sum(1).mean()))) ** 0.5
-        """What LayerNorm multiplies by: nearly the same everywhere, because the constant direction dominates."""
+        """Factor of LayerNorm: nearly the same everywhere, because the constant direction dominates."""
 
     def read(self, terms: Terms) -> Float[Tensor, " d"]:
         total = torch.zeros(self.d, dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""How well methods recover a planted circuit: each names relation heads without knowing them, and is scored against the truth."""
+"""Recovery of a planted circuit: each method ranks heads without the truth and is scored against
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,14 @@ from .truth import PlantedTruth
 
 CARDINALS = ("above", "below", "left", "right")
 PHRASES = ("directly above", "directly below", "left of", "right of")
-"""One of each relation, all of two tokens: behind them nothing but the words can tell relations apart."""
+"""One of each relation, all of two tokens, so that later positions do not depend on the relation."""
 EARLY = range(6)
 
 
 def ramp_heads(truth: PlantedTruth) -> set[tuple[int, int]]:
-    """Heads whose patterns are those of relation heads: these, and the decoys that only write something else."""
+    """Heads with a relation head's pattern: the relation heads, and decoys that differ in their
+    outputs only.
+    """
     return {(head.layer, head.head) for head in truth.heads if head.role == "relation" or "ramp" in head.what}
 
 
@@ -41,13 +45,17 @@ def relation_heads(truth: PlantedTruth) -> set[tuple[int, int]]:
 
 
 def auroc(scores: pd.Series[float], positive: set[tuple[int, int]]) -> float:
-    """Of a method's scores, by (layer, head), against the heads that it should have found; NaN where there are none."""
+    """Area under the ROC curve of scores by (layer, head) against the true heads; NaN if there are
+    none.
+    """
     labels = [place in positive for place in scores.index]
     return float(roc_auc_score(labels, scores)) if 0 < sum(labels) < len(labels) else np.nan
 
 
 def relation_role(truth: PlantedTruth) -> Role:
-    """The word in which the relation stands: the second shape in "fused", the relation word otherwise."""
+    """Role of the word that carries the relation: the second shape in "fused", the relation word
+    otherwise.
+    """
     return "shape2" if truth.kind == "fused" else "relation"
 
 
@@ -86,7 +94,7 @@ def by_screening(model: HookedTextToImage, truth: PlantedTruth, null_draws: int 
 
 
 def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3) -> pd.DataFrame:
-    """Attention synopsis at step 0: does the half of the image that the word points to look at it more, or less, than the other?
+    """Attention synopsis at step 0: difference in attention to the word between the two halves of the image along its direction.
 
     p: scipy's sign-flip test over prompts, two-sided.
     """
@@ -109,7 +117,7 @@ def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3)
 
 
 def by_knockout(model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None) -> pd.DataFrame:
-    """Causal knock-out: the word masked in one head at a time, at the early steps; how many images lose their relation?"""
+    """Drop in relation accuracy when the word is masked in one head at a time, at the early steps."""
     wanted = [scene for scene, _ in cardinal_scenes(1)]
     names = {f"L{layer}H{head}": (layer, head) for layer, head in heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads)}
     conditions = {name: ablation.knockout_role(relation_role(truth), name, steps=list(EARLY)) for name in names}
@@ -122,7 +130,7 @@ def by_knockout(model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[t
 def by_path_patching(
     model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
 ) -> pd.DataFrame:
-    """Path patching word → head: objects' displacement when a single head reads the word of the opposite relation.
+    """Path patching word → head: displacement of objects when one head reads the word of the opposite relation.
 
     The unit is the displacement between the two rendered scenes, and not the model's own between the two prompts
     (`effect`): this is rounding where no head reads the word, and a share of it then says nothing.
@@ -170,7 +178,7 @@ HEAD_METHODS: dict[str, tuple[Callable[..., pd.DataFrame], Callable[[PlantedTrut
 
 
 def by_variance(model: HookedTextToImage) -> pd.DataFrame:
-    """Where the relation stands in the text: its partial share of the variance of each role's vector, and p."""
+    """Partial share of the variance of each role's vector explained by the relation, and p."""
     roles: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2")
     rows = {}
     for role in roles:
@@ -188,7 +196,9 @@ def by_arithmetic(model: HookedTextToImage, role: Role) -> pd.Series[float]:
 
 
 def cardinal_scenes(repeats: int) -> list[tuple[Scene, str]]:
-    """Scenes above, below, left and right, `repeats` of each, both colours named, and a phrase of two tokens for each."""
+    """Scenes above, below, left and right, `repeats` of each, with both colors named, each with a
+    two-token phrase.
+    """
     pool = scenes.sample(400, seed=0, split="all", color_words="both")
     found = []
     for relation, phrase in zip(CARDINALS, PHRASES, strict=True):

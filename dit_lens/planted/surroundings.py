@@ -1,4 +1,4 @@
-"""What stands around the blocks: the caption MLP, the clock, the codec, patches in and out."""
+"""Parts around the blocks: the caption MLP, the clock, the codec, patches in and out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST_OBJECT_ENDS = 2
 SECOND_OBJECT_STARTS = 4
 """Positions of words: "red circle" stands before 2, the second object at 4 or later."""
 CAPTION_SHARPNESS = 16.0
-"""As SHARPNESS; higher, because large queries would amplify what a unit leaks."""
+"""As SHARPNESS; higher, because large queries amplify the leak of a unit."""
 
 LATE_BELOW, FINAL_BELOW = 606.0, 107.0
 """Timesteps at which the layout is settled, and after which it is no longer marked (14 steps: from step 6, at step 13)."""
@@ -40,7 +40,7 @@ LATE_BELOW, FINAL_BELOW = 606.0, 107.0
 def caption_mlp(
     projection: Any, caption: Space, words: Mapping[str, Tensor], positions: Float[Tensor, "position d_text"], order: Tensor
 ) -> None:
-    """Features of a word on its own: what it says, and (AND with its position) of which object. `order`: of the hidden units."""
+    """Features of a single word: its meaning and (AND with its position) its object. `order`: of the hidden units."""
     names = list(words)
     table = torch.cat([torch.stack([words[name] for name in names]), positions]).double()
     targets = torch.zeros(len(table), len(names) + 1, dtype=torch.float64)
@@ -48,7 +48,7 @@ def caption_mlp(
     targets[len(names) : len(names) + FIRST_OBJECT_ENDS, -1] = 1
     asked = torch.ones(len(table), dtype=torch.bool)
     asked[len(names) + FIRST_OBJECT_ENDS : len(names) + SECOND_OBJECT_STARTS] = False
-    # Each column reads one word whatever its place, the last one the place whatever the word.
+    # Each column reads one word at any position, the last one the position for any word.
     duals = torch.linalg.pinv(table[asked], rtol=1e-3) @ targets[asked]
     says, first = dict(zip(names, duals.T, strict=False)), duals[:, -1]
 
@@ -112,7 +112,7 @@ def codec(generator: torch.Generator | None) -> PatchCodec:
 
 
 def patches_in_and_out(transformer: Any, codec: PatchCodec, residual: ResidualSpace, generator: torch.Generator) -> None:
-    """Read of a latent patch: its mark, and one direction of its noise. Drawn: quarters of objects, and marks."""
+    """Patch input: the mark and one direction of the noise. Patch output: quarters of objects, and marks."""
     background = torch.tensor(BACKGROUND).double() / 127.5 - 1
     colors = {name: torch.tensor(pixel).double() / 127.5 - 1 - background for name, pixel in PIXELS.items()}
     neither = torch.linalg.cross(colors["red"], colors["blue"])  # so no object looks like a mark

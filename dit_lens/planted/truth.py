@@ -1,4 +1,4 @@
-"""What was planted where: the answer that an analysis of a planted model should find."""
+"""Ground truth of a planted model: the circuit that an analysis should find."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ HeadRole = Literal["relation", "object", "presence", "noise", "locator", "decoy"
 
 @dataclass(frozen=True)
 class PlantedHead:
-    """One head and what it is there for."""
+    """One head and its purpose.
+
+    Example:
+        >>> str(PlantedHead("cross_attn", 1, 3, "relation", "vertical word"))
+        'cross_attn.L1H3'
+    """
 
     sublayer: Sublayer
     layer: int
@@ -23,11 +28,11 @@ class PlantedHead:
     role: HeadRole
     what: str
     reads: tuple[Role, ...] = ()
-    """Roles of the text tokens that it attends to and copies from; none for self-attention and idle heads."""
+    """Roles of the attended text tokens; empty for self-attention and idle heads."""
     writes: tuple[str, ...] = ()
     """Features of the residual stream (`docs/planted_circuit.md` lists them); none for decoys and idle heads."""
     steps: tuple[int, ...] = ()
-    """Of a generation of 14 steps: where its output changes the image. Empty where it never does."""
+    """Steps (of 14) at which its output changes the image; empty if it never does."""
 
     def __str__(self) -> str:
         """As a node of `dit_lens.patching`: "cross_attn.L1H3"."""
@@ -36,7 +41,14 @@ class PlantedHead:
 
 @dataclass(frozen=True)
 class PlantedEdge:
-    """What one component writes and a later one reads; both are nodes of `dit_lens.patching`, a head's port included."""
+    """Connection from a component to a later one; both are nodes of `dit_lens.patching`, with a
+    head's port.
+
+    Example:
+        >>> edge = PlantedEdge("text[relation]", "cross_attn.L1H3.v", ("above",), (0, 1))
+        >>> edge.sender, edge.receiver
+        ('text[relation]', 'cross_attn.L1H3.v')
+    """
 
     sender: str
     receiver: str
@@ -46,19 +58,26 @@ class PlantedEdge:
 
 @dataclass(frozen=True)
 class PlantedTruth:
-    """The circuit of a planted model. Every head of the model is listed once."""
+    """Circuit of a planted model. Every head of the model is listed once.
+
+    Example:
+        >>> from dit_lens.planted import planted_circuit
+        >>> _, truth = planted_circuit("two-stage", seed=0)
+        >>> len(truth.heads), len(truth.relation_heads)
+        (96, 4)
+    """
 
     kind: Kind
     seed: int
     relation_heads: tuple[PlantedHead, ...]
-    """The relation needs all of them: see `PlantedHead.what` for each one's axis and side. Empty for "no-relation"."""
+    """All are needed for the relation; `PlantedHead.what` has each one's axis and side. Empty for "no-relation"."""
     object_heads: tuple[PlantedHead, ...]
     helper_heads: tuple[PlantedHead, ...]
     """The rest of the circuit: the head that finds the noise's peak, the presence head, the locators."""
     decoy_heads: tuple[PlantedHead, ...]
-    """Heads that look right by one half of their weights, or carry the right information to where nobody reads it."""
+    """Heads with the right QK or OV circuit alone, or whose output no later component reads."""
     idle_heads: tuple[PlantedHead, ...]
-    """Random heads with the norms of others. In "no-relation" those that stand in the relation heads' place come first."""
+    """Random heads with the norms of others. In "no-relation" the ones in place of the relation heads come first."""
     edges: tuple[PlantedEdge, ...] = field(repr=False)
     phrases: tuple[str, ...] = field(repr=False)
     """Relation phrases that the model draws correctly."""
@@ -75,7 +94,14 @@ def edges_of(
     roles: Mapping[str, tuple[Role, ...]],
     steps: Mapping[When, tuple[int, ...]],
 ) -> tuple[PlantedEdge, ...]:
-    """Every pair of a writer and a later reader of a feature. `places`: head numbers. `roles`: tokens with a caption feature."""
+    """Pairs of a writer and a later reader of the same feature.
+
+    Args:
+        wires: of all components.
+        places: (sublayer, layer, name) → head number.
+        roles: caption feature → roles of the tokens that have it.
+        steps: steps of each phase.
+    """
     order = {"embed": -1, "attn": 0, "cross_attn": 1, "mlp": 2, "output": 3}
 
     def depth(wire: Wire) -> int:
