@@ -208,7 +208,7 @@ class Intervention:
     def _edits(
         self, model: HookedTextToImage, sites: Sequence[Site], texts: Sequence[str], uncond: bool, seed: int
     ) -> list[Edit]:
-        """Of sites that differ in step and layer only, in runs of `texts`."""
+        """Edits for sites that differ in step and layer only, in runs of `texts`."""
         site, n = sites[0], len(texts)
         layout = layout_of(model, site)
         read, words = texts_read(model, texts, uncond)

@@ -1,4 +1,4 @@
-"""What a sweep measures: a function of one of the tensors between denoiser calls, or of the image."""
+"""Metrics of a sweep: functions of one of the tensors between denoiser calls, or of the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .. import task as scenes
 from ..readout.screening import ramp
 
 Values = Tensor | np.ndarray | Mapping[str, Any]
-"""One number for each row [batch], or several such by name."""
+"""One number for each row [batch], or several by name."""
 
 OWN = -1
 """Stands for the first step that an intervention touches."""
@@ -28,7 +28,7 @@ BETWEEN = ("hook_latent", "hook_x0", "hook_out", "hook_out_cond", "hook_out_unco
 
 
 class Read(NamedTuple):
-    """A tensor that metrics are given."""
+    """Tensor that a metric is computed from."""
 
     inner: str
     """`hook_image`, `latent` (after the last step), or one of `BETWEEN`."""
@@ -47,7 +47,7 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for every row of a tensor.
+    """Number, or several by name, for each row of a tensor.
 
     Args:
         function: tensor [batch …] → [batch], or several such by name. It is given the rows of many cells at once.
@@ -85,7 +85,7 @@ class Metric:
         return values
 
     def read(self, model: HookedTextToImage, num_steps: int, guidance: float) -> Read:
-        """What it reads in runs of `model`. Raises ValueError if they have no such tensor."""
+        """Tensor of the metric in runs of `model`. Raises ValueError if they have no such tensor."""
         step, inner = None, SHORT.get(self.on)
         if inner is not None:
             step = None if inner in (FINAL, "latent") else OWN
@@ -114,7 +114,18 @@ def scene_metric(
     wanted: Sequence[scenes.Scene],
     verdicts: Sequence[str] = ("color", "shape", "unique_binding", "relation_loose", "relation_strict"),
 ) -> Metric:
-    """The verdicts of `scenes.evaluate` as a metric of several values; `wanted` are the scenes of the prompts, in order."""
+    """Verdicts of `scenes.evaluate` as a metric of several values.
+
+    Args:
+        wanted: scenes of the prompts, in order.
+        verdicts: variables of `scenes.evaluate`.
+
+    Example:
+        >>> drawn = scenes.sample(2, seed=0)
+        >>> metric = scene_metric(drawn, ["shape"])
+        >>> metric.function(scenes.render(drawn), np.arange(2))
+        {'shape': array([1., 1.])}
+    """
 
     def judge(images: Tensor, prompt: np.ndarray) -> dict[str, np.ndarray]:
         found = scenes.evaluate(images, [wanted[row] for row in prompt])
@@ -124,10 +135,16 @@ def scene_metric(
 
 
 def relation_metric(wanted: Sequence[scenes.Scene]) -> Metric:
-    """How far the first object stands from the second in the direction of their relation; `wanted` as in `scene_metric`.
+    """Offset of the first object from the second along their relation, as a smooth function of the
+    image.
 
-    The mean of (its colour's channel − the other's) · a plane that rises along the relation: smooth, so that it can be
-    attributed, where verdicts cannot.
+    The mean of (its color's channel − the other's) · a plane that rises along the relation:
+    differentiable, unlike verdicts, so that it can be attributed. `wanted` as in `scene_metric`.
+
+    Example:
+        >>> drawn = scenes.sample(2, seed=0)
+        >>> bool((relation_metric(drawn).function(scenes.render(drawn), np.arange(2)) > 0).all())
+        True
     """
 
     def offset(images: Tensor, prompt: np.ndarray) -> Tensor:
@@ -139,18 +156,30 @@ def relation_metric(wanted: Sequence[scenes.Scene]) -> Metric:
 
 
 def displacement(tensor: Float[Tensor, "batch ..."], baseline: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
-    """How far a tensor is from where it was without intervention, ‖tensor − baseline‖ / ‖baseline‖.
+    """Relative distance of a tensor from its baseline, ‖tensor − baseline‖ / ‖baseline‖.
 
-    `Metric(displacement, on="eps", given=("baseline",))` is an intervention's one-step effect on the predicted noise.
+    `Metric(displacement, on="eps", given=("baseline",))` is an intervention's one-step effect on
+    the predicted noise.
+
+    Example:
+        >>> displacement(torch.tensor([[3.0, 0.0]]), torch.tensor([[2.0, 0.0]])).tolist()
+        [0.5]
     """
     return (tensor - baseline).flatten(1).norm(dim=1) / baseline.flatten(1).norm(dim=1)
 
 
 @dataclass(frozen=True)
 class ShareOf:
-    """How much of a whole change an intervention brings about: its own change, projected on the whole and in units of it.
+    """Share of a whole change that an intervention causes: its own change projected on the whole,
+    in units of the whole.
 
-    `Metric(ShareOf(corrupt - clean), on="x0", given=("baseline", "prompt"))`, where each prompt has its own whole change.
+    `Metric(ShareOf(corrupt - clean), on="x0", given=("baseline", "prompt"))`; each prompt has its
+    own whole change.
+
+    Example:
+        >>> share = ShareOf(torch.tensor([[2.0, 0.0]]))
+        >>> share(torch.tensor([[1.5, 1.0]]), torch.tensor([[1.0, 0.0]]), np.array([0])).tolist()
+        [0.25]
     """
 
     whole: Float[Tensor, "prompt ..."]
