@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
-    from .codec import PatchCodec
     from .generation.cache import CacheTooLargeError, GenerationCache
     from .generation.model import HookedTextToImage
     from .generation.trajectory import Trajectory
-    from .hooks import NotFoldedError, UnknownHookError
+    from .hooks.module import NotFoldedError, UnknownHookError
     from .pipelines.checks import ModelCheckError
+    from .pipelines.codec import PatchCodec
     from .pipelines.hub import list_models
     from .pixart.cache import DiTCache
     from .pixart.dit import HookedDiT
@@ -57,7 +57,7 @@ __getattr__, __dir__ = attach(
         # diffusers gets a third-party component's base class from its package (pipeline_loading_utils.get_class_obj…)
         "ModelMixin": "/diffusers:ModelMixin",
         "PreTrainedModel": "/transformers:PreTrainedModel",
-        "PatchCodec": "codec:PatchCodec",
+        "PatchCodec": "pipelines.codec:PatchCodec",
         "CacheTooLargeError": "generation.cache:CacheTooLargeError",
         "GenerationCache": "generation.cache:GenerationCache",
         "HookedTextToImage": "generation.model:HookedTextToImage",
@@ -86,6 +86,7 @@ redirect(
         "cache": "generation.cache",
         "cache_folder": "generation.cache_store",
         "checks": "pipelines.checks",
+        "codec": "pipelines.codec",
         "config": "pixart.config",
         "digest": "store.hashing",
         "dit": "pixart.dit",
@@ -93,7 +94,7 @@ redirect(
         "folding": "pixart.folding",
         "fused_encoder": "text_encoders.fused_tokens",
         "generation_hooks": "generation.hooks",
-        "hooked_module": "hooks",
+        "hooked_module": "hooks.module",
         "hub": "pipelines.hub",
         "loading": "pipelines.loading",
         "names": "generation.names",

@@ -25,7 +25,7 @@ def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
             "/" makes the module absolute.
 
     Example:
-        >>> get, names = attach("hooked_models", {"PatchCodec": "codec:PatchCodec"})
+        >>> get, names = attach("hooked_models", {"PatchCodec": "pipelines.codec:PatchCodec"})
         >>> get("PatchCodec").__name__, names()
         ('PatchCodec', ['PatchCodec'])
     """
@@ -49,13 +49,13 @@ def redirect(package: str, moved: Mapping[str, str]) -> None:
         moved: old module → new module, both relative to the package.
 
     Example:
-        >>> redirect("hooked_models", {"patch_codec": "codec"})
+        >>> redirect("hooked_models", {"patch_codec": "pipelines.codec"})
         >>> import warnings
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
         ...     from hooked_models.patch_codec import PatchCodec
         >>> str(caught[-1].message)
-        'hooked_models.patch_codec is now hooked_models.codec; the old path goes in version 0.3.'
+        'hooked_models.patch_codec is now hooked_models.pipelines.codec; the old path goes in version 0.3.'
     """
     table = {f"{package}.{old}": f"{package}.{new}" for old, new in moved.items()}
     # first: a folder that git left behind for its __pycache__ would pass for a namespace package

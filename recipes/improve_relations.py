@@ -48,7 +48,7 @@ from dit_lens.task.captions import TRAINED
 from dit_lens.text.prompts import Role
 from dit_lens.training.dynamics import layout, relation_vectors
 from hooked_models import HookedTextToImage
-from hooked_models.hooks import HookFunction
+from hooked_models.hooks.module import HookFunction
 
 from .claims import Claim, report, stage
 from .dose_figure import dose_figure

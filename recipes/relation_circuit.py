@@ -31,7 +31,7 @@ from dit_lens.task import DIRECTIONS, PHRASES, Scene
 from dit_lens.task.scene import Relation
 from dit_lens.training.dynamics import axis_contrasts, color_moment
 from hooked_models import HookedTextToImage
-from hooked_models.hooks import HookFunction
+from hooked_models.hooks.module import HookFunction
 
 from .claims import Claim, report, stage
 from .relation_das import distributed_alignment, frozen_paths

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hooked_models import HookedDiT
-from hooked_models.scopes import scope
+from hooked_models.hooks.scopes import scope
 
 from .nodes import Node
 

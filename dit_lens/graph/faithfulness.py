@@ -34,7 +34,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.model import DEFAULT_STEPS
-from hooked_models.hooks import HookFunction
+from hooked_models.hooks.module import HookFunction
 
 from ..stats import Interval
 from ..text.prompts import Role, by_role, token_roles

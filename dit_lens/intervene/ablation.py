@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
-from hooked_models.hooks_table import layer_of
+from hooked_models.hooks.table import layer_of
 
 from .. import task as scenes
 from ..readout.circuits import parse_head

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models.arguments import number
+from hooked_models.generation.arguments import number
 from hooked_models.generation.names import Site
-from hooked_models.hooks import HookFunction
+from hooked_models.hooks.module import HookFunction
 
 from .portable_ops import edited
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.views import StepView
-from hooked_models.hooks import HookFunction
+from hooked_models.hooks.module import HookFunction
 
 from ..readout.circuits import parse_head
 from ..task import Scene, caption

@@ -42,12 +42,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.arguments import integer, integers, one_of
+from hooked_models.generation.arguments import integer, integers, one_of
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import BRANCHES, Branch, Part, Site
 from hooked_models.generation.views import StepView
-from hooked_models.hooks import HookFunction
-from hooked_models.hooks_table import Hook, hook_row, layer_of
+from hooked_models.hooks.module import HookFunction
+from hooked_models.hooks.table import Hook, hook_row, layer_of
 
 from ..readout.circuits import parse_head
 from ..text.prompts import TokenChoice, Tokens, Word, as_choice, check_found, position_mask, token_counts, token_mask

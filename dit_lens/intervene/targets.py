@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.names import Site
-from hooked_models.hooks import unknown_hook
-from hooked_models.hooks_table import JOINT_POSITIONS, POSITIONS, TEXT_POSITIONS, HookPart, axis_of
+from hooked_models.hooks.module import unknown_hook
+from hooked_models.hooks.table import JOINT_POSITIONS, POSITIONS, TEXT_POSITIONS, HookPart, axis_of
 from hooked_models.text_encoders.random_tokens import PAD_ID
 
 

@@ -16,9 +16,9 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import Trajectory
 from hooked_models.generation.loops import Call
 from hooked_models.generation.names import Branch
-from hooked_models.hooks import HookedModule, watched
+from hooked_models.hooks.module import HookedModule, watched
+from hooked_models.hooks.scopes import scope
 from hooked_models.pixart.text_state import TextState
-from hooked_models.scopes import scope
 
 from ..intervene.portable_ops import sums_of_attention, sums_of_pattern
 

@@ -28,7 +28,7 @@ from hooked_models.generation.hooks import Attached
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
 from hooked_models.generation.names import Branch, Site
 from hooked_models.generation.sampling import Seeds
-from hooked_models.hooks import NameFilter
+from hooked_models.hooks.module import NameFilter
 from hooked_models.pipelines.hub import resolve
 from hooked_models.pipelines.loading import check_libraries
 from hooked_models.store import digest

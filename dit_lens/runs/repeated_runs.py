@@ -15,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import HookedDiT, Trajectory
 from hooked_models.generation.names import BRANCHES, FINAL, Branch
 from hooked_models.generation.views import DenoiserView
-from hooked_models.hooks import HookFunction
+from hooked_models.hooks.module import HookFunction
 from hooked_models.pixart.text_state import TextState
 
 from ..graph.nodes import Place

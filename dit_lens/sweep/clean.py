@@ -17,7 +17,7 @@ from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.generation.names import Branch
 from hooked_models.generation.sampling import Solver
 from hooked_models.generation.trajectory import Inputs, Record
-from hooked_models.hooks import HookFunction
+from hooked_models.hooks.module import HookFunction
 
 from .metrics import Read
 

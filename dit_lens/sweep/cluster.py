@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from hooked_models import HookedTextToImage
-from hooked_models.hooks import HookedModule
+from hooked_models.hooks.module import HookedModule
 from hooked_models.pipelines.hub import Source
 
 from .clean import Fork

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Integer, Shaped
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.arguments import integer
+from hooked_models.generation.arguments import integer
 from hooked_models.text_encoders.words import EncodedText, TextWord, encode_text, split_words
 
 from ..task import COLORS, SHAPES

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import HookedModule
+from ..hooks.module import HookedModule
 from ..pipelines.checks import check_denoiser, failures_of, refuse
 from ..pixart.dit import HookedDiT
 from . import (

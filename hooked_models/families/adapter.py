@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import HookedModule, NoLanguageModel, UnknownHookError
-from ..hooks_table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
+from ..hooks.module import HookedModule, NoLanguageModel, UnknownHookError
+from ..hooks.table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
 from .blocks import Blocks

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks_table import JOINT_POSITIONS, TEXT_POSITIONS
+from ..hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 from ..pipelines.checks import TOLERANCE
 from .adapter import FamilyModel, submodule
 from .layout import Layout, LayoutError

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import watched
+from ..hooks.module import watched
 from ..pixart.attention import AttentionCore
 from .layout import Layout
 from .weights import Weights

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from ..hooks import HookedModule, NameFilter
-from ..hooks_table import axis_sizes
+from ..hooks.module import HookedModule, NameFilter
+from ..hooks.table import axis_sizes
 from ..pipelines.hub import recorded_source
 from ..pixart.cache import DiTCache, expand_shorthand, look_up
 from .cache_store import IMAGES, LazyTensors, open_cache

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import HookFunction, watched
-from ..hooks_table import axis_of
+from ..hooks.module import HookFunction, watched
+from ..hooks.table import axis_of
 from .names import BRANCHES, Site, parse_head
 from .trajectory import Inputs
 

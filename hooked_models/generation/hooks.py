@@ -15,9 +15,9 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import HookedModule, HookFunction, watched
+from ..hooks.module import HookedModule, HookFunction, watched
+from ..hooks.scopes import lookup, scope, scopes
 from ..pipelines.pipeline_model import PipelineModel
-from ..scopes import lookup, scope, scopes
 from .names import Branch, GenerationHookPoint, GenerationNames, Site
 from .sampling import Solver, solver_of
 

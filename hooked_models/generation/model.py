@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from ..fast import empty_prompts
-from ..hooks import HookedModule, NameFilter, NoLanguageModel
+from ..hooks.module import HookedModule, NameFilter, NoLanguageModel
+from ..hooks.wrapping import Wrapped
 from ..pipelines.resolution import nearest_resolution
 from ..pixart.config import DiTConfig
 from ..pixart.dit import HookedDiT
@@ -26,7 +27,6 @@ from ..pixart.text_state import TextState
 from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from ..text_encoders.t5 import HookedT5Encoder
 from ..text_encoders.words import encode_text
-from ..wrapping import Wrapped
 from .cache import KEEPS_BATCH, GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer

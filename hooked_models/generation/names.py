@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import HookedModule, NameFilter, UnknownHookError, unknown_hook
-from ..hooks_table import Hook, hook_row, layer_of
+from ..hooks.module import HookedModule, NameFilter, UnknownHookError, unknown_hook
+from ..hooks.table import Hook, hook_row, layer_of
 
 Branch = Literal["cond", "uncond"]
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..hooks import watched
+from ..hooks.module import watched
 from ..pixart.text_state import TextState
 from .hooks import Attached, Buckets, attach
 from .loops import Call

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import families
-from ..hooks import NameFilter, NoLanguageModel
+from ..hooks.module import NameFilter, NoLanguageModel
 from .cache import GenerationCache
 from .capture import Recorder
 from .hooks import Attached, HookedGeneration, SamplerHooks, attach, select

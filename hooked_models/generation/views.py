@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
-from ..hooks import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
+from ..hooks.module import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
 from ..pixart.cache import DiTCache
 from ..pixart.config import DiTConfig
 from ..pixart.dit import FOLD_FIRST, HookedDiT

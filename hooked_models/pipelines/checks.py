@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import HookedModule
+from ..hooks.module import HookedModule
 from ..pixart.dit import HookedDiT
 from ..text_encoders.t5 import HookedT5Encoder
 

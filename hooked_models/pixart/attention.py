@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import has_hooks
-from ..scopes import Scoped
+from ..hooks.module import has_hooks
+from ..hooks.scopes import Scoped
 
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:

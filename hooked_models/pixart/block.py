@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import has_hooks
+from ..hooks.module import has_hooks
 from .attention import Attention, bias_of, weight_of
 
 

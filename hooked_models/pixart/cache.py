@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
-from ..hooks import NotFoldedError
+from ..hooks.module import NotFoldedError
 
 Stack = Float[Tensor, "component *batch_and_pos d_model"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformer_lens.config import TransformerLensConfig
 
-from ..scopes import Scoped
+from ..hooks.scopes import Scoped
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import NotFoldedError, has_hooks
+from ..hooks.module import NotFoldedError, has_hooks
 from .block import Block, BlockText, LayerNorm, modulate
 from .cache import DiTCache
 from .config import DiTConfig

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks import HookedModule, NoLanguageModel, has_hooks
+from ..hooks.module import HookedModule, NoLanguageModel, has_hooks
 from .config import DiTConfig
 
 PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the channel is the fastest axis

@@ -15,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedConfig, PreTrainedModel, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..hooks import HookedModule
+from ..hooks.module import HookedModule
 from ..pixart.config import HookedConfig
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")

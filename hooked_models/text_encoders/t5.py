@@ -21,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers import T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..hooks import HookedModule, has_hooks
+from ..hooks.module import HookedModule, has_hooks
 from ..pixart.attention import Attention, weight_of
 from ..pixart.block import LayerNorm
 from ..pixart.config import HookedConfig

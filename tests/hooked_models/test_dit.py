@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPip
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 
-from hooked_models.hooks import UnknownHookError
+from hooked_models.hooks.module import UnknownHookError
 from hooked_models.pixart.dit import DiTConfig, HookedDiT, TextState
 
 from .tiny import look, tiny_inputs, tiny_transformer

@@ -12,8 +12,8 @@ from diffusers import DPMSolverMultistepScheduler
 
 from hooked_models import HookedTextToImage, families
 from hooked_models.generation.cache import activation_shape
-from hooked_models.hooks_page import page
-from hooked_models.hooks_table import HOOKS, axis_sizes, hook_row
+from hooked_models.hooks.page import page
+from hooked_models.hooks.table import HOOKS, axis_sizes, hook_row
 
 from .pipelines import PROMPTS, tiny_pipeline
 from .test_families import KINDS, small
@@ -98,4 +98,4 @@ def test_layers_of_sites() -> None:
 
 def test_the_page_is_the_tables() -> None:
     written = Path(__file__).parents[2] / "docs" / "hooks.md"
-    assert written.read_text() == page(), "run: python -m hooked_models.hooks_page > docs/hooks.md"
+    assert written.read_text() == page(), "run: python -m hooked_models.hooks.page > docs/hooks.md"

@@ -18,9 +18,9 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
-from .hook_points import ScopedHookPoint
-from .hooks_table import POSITIONS, Axes, HookPart, axis_of, hook_row
+from .points import ScopedHookPoint
 from .scopes import scope, scopes
+from .table import POSITIONS, Axes, HookPart, axis_of, hook_row
 
 HookFunction = Callable[..., Tensor | None]
 """``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on with."""
@@ -37,7 +37,7 @@ class UnknownHookError(KeyError):
         >>> HookedTextToImage.from_pretrained("rte-nano").dit.add_hook("blocks.0.atn.hook_z", print)
         Traceback (most recent call last):
         ...
-        hooked_models.hooks.UnknownHookError: no hook is called 'blocks.0.atn.hook_z'; did you mean 'blocks.0.attn.hook_z'?
+        hooked_models.hooks.module.UnknownHookError: no hook is called 'blocks.0.atn.hook_z'; did you mean 'blocks.0.attn.hook_z'?
     """
 
     def __str__(self) -> str:  # KeyError would print the repr of the sentence
@@ -52,7 +52,7 @@ class NotFoldedError(ValueError):
         >>> HookedTextToImage.from_pretrained("rte-nano").dit.W_U
         Traceback (most recent call last):
         ...
-        hooked_models.hooks.NotFoldedError: W_U ignores the timestep's shift, scale and gate: use model.fold_timestep(t), ...
+        hooked_models.hooks.module.NotFoldedError: W_U ignores the timestep's shift, scale and gate: use ...
     """
 
 

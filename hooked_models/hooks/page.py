@@ -1,17 +1,17 @@
 """Writes docs/hooks.md, "every hook and its shape", from the table of hooks.
 
-python -m hooked_models.hooks_page > docs/hooks.md
+python -m hooked_models.hooks.page > docs/hooks.md
 """
 
 from __future__ import annotations
 
-from .generation.model import HookedTextToImage
-from .hooks_table import HOOKS, Hook, axis_sizes
+from ..generation.model import HookedTextToImage
+from .table import HOOKS, Hook, axis_sizes
 
 EXAMPLE = "t5-micro"
 INTRODUCTION = f"""# Every hook and its shape
 
-Written from the table `HOOKS` (`python -m hooked_models.hooks_page > docs/hooks.md`); a test compares it with runs.
+Written from the table `HOOKS` (`python -m hooked_models.hooks.page > docs/hooks.md`); a test compares it with runs.
 
 Names are full names, as `model.hook_dict`, caches, `run_with_hooks` and `names_filter` use them: `{{s}}` is a denoising
 step from 0, `{{branch}}` is `cond` or `uncond`, `{{l}}` a layer. Within a denoiser (`model.dit`, `cache.at(step=…)`) and
