@@ -133,7 +133,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         return texts
 
     def to_tokens(self, prompts: str | Sequence[str], length: int | None = None) -> Int[Tensor, "batch text_pos"]:
-        """Token ids of `prompt_texts(prompts)` with EOS, padded to the longest prompt or to `length`.
+        """Tokenize `prompt_texts(prompts)`: ids with EOS, padded to the longest prompt or to `length`.
 
         Raises:
             ValueError: a prompt is too long, or has a word outside of the encoder's vocabulary (which the message names;
@@ -154,7 +154,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             raise ValueError(f"A prompt has {ids.shape[1]} tokens, but {limit} is the longest that this model reads: shorten it.")
         if self.tokenizer.unk_token_id in ids.unique().tolist():
             self._check_known(texts)
-        return ids.to(self.device)
+        return ids if self.device.type == "meta" else ids.to(self.device)  # without weights, tokens keep their values
 
     def _check_known(self, texts: Sequence[str]) -> None:
         """Raise ValueError that names the words outside of the vocabulary, unless they are allowed."""
