@@ -193,7 +193,7 @@ def said_by(scheduler: Any, cache: Any, steps: int) -> dict[int, Tensor]:
 def test_numbers_of_steps():
     model = model_with(diffusers.DPMSolverMultistepScheduler())
     for wrong in (0, -1, 1.5, True, "3", None):
-        with pytest.raises(ValueError, match="give a whole number"):
+        with pytest.raises(ValueError, match=r"num_steps=.*give an integer"):
             model.solver(wrong)
     for wrong in (1500, 5_000_000):
         with pytest.raises(ValueError, match="1000 timesteps"):

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from hooked_models.arguments import is_several, shown
 from hooked_models.generation.names import Branch
 
 FORMS = (
@@ -61,9 +62,9 @@ class Node:
         """Raises ValueError, with the forms allowed, for any other."""
         if isinstance(text, Node):
             return text
-        found = _FORM.fullmatch(text)
+        found = _FORM.fullmatch(text) if isinstance(text, str) else None
         if found is None:
-            raise ValueError(f"{text!r} is no node: write {FORMS}.")
+            raise ValueError(f"{shown(text)} is no node: write {FORMS}.")
         layer, head, tokens = found["layer"] or found["mlp"], found["head"], found["tokens"]
         return cls(
             kind=re.split(r"[.\[]", text)[0],  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ class Nodes:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        names = [self.names] if isinstance(self.names, (str, Node)) else self.names
+        names: Any = self.names if is_several(self.names) else [self.names]
         return tuple(map(Node.parse, names))
 
     def __str__(self) -> str:

@@ -26,6 +26,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.arguments import integer
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from hooked_models.hooks.table import layer_of
 
@@ -301,6 +302,7 @@ def ablation_effects(
         >>> found["condition"].values.tolist()
         ['none', 'hide', 'hide | random tokens 1']
     """
+    controls, batch = integer("controls", controls, 0), integer("batch", batch, 1)
     if "none" in conditions:
         raise ValueError("The condition 'none' is added by itself: give yours another name.")
     if np.ndim(seeds) not in (1, 2) or (np.ndim(seeds) == 2 and len(seeds) != len(wanted)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models.generation.arguments import number
+from hooked_models.arguments import number, shown
 from hooked_models.generation.names import Site
 from hooked_models.hooks.module import HookFunction
 
@@ -47,7 +47,7 @@ class Replace:
         if isinstance(self.value, Tensor):
             _check_real("Replace", self.value)
         elif not hasattr(self.value, "keys"):
-            raise ValueError(f"Replace({self.value!r}): give a tensor (torch.tensor(…)), or tensors by hook name.")
+            raise ValueError(f"Replace({shown(self.value)}): give a tensor (torch.tensor(…)), or tensors by hook name.")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Add:
 def _check_real(action: str, value: Any) -> None:
     """Raise ValueError unless the value is a tensor of real, finite numbers."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{action}({value!r}): give a tensor (torch.tensor(…)).")
+        raise ValueError(f"{action}({shown(value)}): give a tensor (torch.tensor(…)).")
     if value.is_complex() or value.dtype == torch.bool or not bool(value.isfinite().all()):
         kind = "of not finite numbers" if value.is_floating_point() else f"of {value.dtype}"
         raise ValueError(f"{action} of a tensor {kind}: give real, finite numbers.")

@@ -42,7 +42,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.generation.arguments import integer, integers, one_of
+from hooked_models.arguments import chosen_steps, integer, integers, is_several, one_of, shown
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import BRANCHES, Branch, Part, Site
 from hooked_models.generation.views import StepView
@@ -52,7 +52,7 @@ from hooked_models.hooks.table import Hook, hook_row, layer_of
 from ..readout.circuits import parse_head
 from ..text.prompts import TokenChoice, Tokens, Word, as_choice, check_found, position_mask, token_counts, token_mask
 from .edits import Action, Add, Edit, Replace, Scale, along
-from .targets import Layout, chosen_steps, counts_from_the_end, find_hooks, layout_of, positions_there, texts_read
+from .targets import Layout, counts_from_the_end, find_hooks, layout_of, positions_there, texts_read
 
 __all__ = ["Action", "Add", "Edit", "Intervention", "Replace", "Scale"]
 
@@ -100,7 +100,7 @@ class Intervention:
     def __post_init__(self) -> None:
         """Bring every field into one hashable form, so that equal interventions compare equal."""
         if not isinstance(self.site, str):
-            raise ValueError(f"site={self.site!r}: give the name of a hook, such as 'blocks.2.cross_attn.hook_z'.")
+            raise ValueError(f"site={shown(self.site)}: give the name of a hook, such as 'blocks.2.cross_attn.hook_z'.")
         self._set("heads", _as_heads(self.site, self.heads))
         self._set("tokens", None if self.tokens is None else as_choice(self.tokens))
         self._set("steps", _as_steps(self.steps))
@@ -196,7 +196,7 @@ class Intervention:
                 raise ValueError(message.format(site=self.site))
         if self.action == "knockout":
             inners = [inner.replace("hook_pattern", "hook_attn_scores") for inner in inners]
-        steps = [None] if row.fires == "once" else chosen_steps(self.steps, num_steps)
+        steps: list[Any] = [None] if row.fires == "once" else list(chosen_steps(self.steps, num_steps))
         if part == "sampler":
             return [Site("sampler", inners[0], step) for step in steps]
         branches: tuple[Branch, ...] = BRANCHES if self.branch == "both" else (self.branch,)
@@ -343,8 +343,8 @@ def _as_heads(site: str, heads: Any) -> tuple[int, ...] | None:
         if layer_of(site) != layer:
             raise ValueError(f"{heads} is no head of {site!r}: write a site with 'blocks.{layer}.', or heads=[{head}].")
         return (head,)
-    if not hasattr(heads, "__iter__") or getattr(heads, "shape", None) == ():
-        raise ValueError(f"heads={heads!r}: give a sequence of numbers, heads=[{heads!r}].")
+    if not is_several(heads):
+        raise ValueError(f"heads={shown(heads)}: give a sequence of numbers, heads=[{shown(heads)}].")
     if named := [head for head in heads if isinstance(head, str)]:
         raise ValueError(f"heads={list(heads)}: give numbers, the layer is the site's; or one head, heads={named[0]!r}.")
     if not (found := integers("heads", heads)):
@@ -355,14 +355,13 @@ def _as_heads(site: str, heads: Any) -> tuple[int, ...] | None:
 def _as_steps(steps: Any) -> int | tuple[int, ...] | slice | None:
     if steps is None or isinstance(steps, slice):
         return steps
-    several = hasattr(steps, "__iter__") and getattr(steps, "shape", None) != ()
-    return integers("steps", steps) if several else integer("steps", steps)
+    return integers("steps", steps) if is_several(steps) else integer("steps", steps)
 
 
 def _check_action(action: Any) -> None:
     if not isinstance(action, (Replace, Scale, Add)) and not (isinstance(action, str) and action in ACTIONS):
         raise ValueError(
-            f"action={action!r}: choose 'zero', 'mean', 'resample', 'knockout', Replace(value), Scale(a) or Add(vector)."
+            f"action={shown(action)}: choose 'zero', 'mean', 'resample', 'knockout', Replace(value), Scale(a) or Add(vector)."
         )
 
 

@@ -31,6 +31,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.arguments import integer, number
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from hooked_models.generation.sampling import Seeds, seed_of_each
 
@@ -83,6 +84,7 @@ def steer(
         >>> steer(model, prompt, vector, "relation", k=0.5, num_steps=2).shape
         torch.Size([1, 3, 128, 128])
     """
+    k, batch_size = number("k", k), integer("batch_size", batch_size, 1)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if vector.ndim == 3:
         if tokens is not None or len(vector) != len(texts):

@@ -23,17 +23,6 @@ def counts_from_the_end(steps: Any) -> bool:
     return min(steps if isinstance(steps, tuple) else (steps,)) < 0
 
 
-def chosen_steps(steps: Any, num_steps: int) -> list[int]:
-    every = range(num_steps)
-    if steps is None or isinstance(steps, slice):
-        chosen = list(every if steps is None else every[steps])
-    else:
-        chosen = [step + num_steps if step < 0 else step for step in (steps if isinstance(steps, tuple) else (steps,))]
-    if not chosen or not set(chosen).issubset(every):
-        raise ValueError(f"steps={steps} are not among this run's steps, 0 to {num_steps - 1} (num_steps={num_steps}).")
-    return chosen
-
-
 def find_hooks(model: HookedTextToImage, site: str) -> tuple[HookPart, list[str]]:
     """The part of a generation that a site lies in, and its canonical names there: one, or one for every layer."""
     names = model.names

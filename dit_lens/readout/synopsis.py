@@ -46,6 +46,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
+from hooked_models.arguments import integer, mapping, one_of, shown
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from hooked_models.generation.names import BRANCHES, Branch
 from hooked_models.generation.sampling import Seeds, seed_of_each
@@ -117,6 +118,7 @@ def attention_synopsis(
         >>> found.sizes["step"], found["text_group"].values.tolist()
         (2, ['color1', 'shape1', 'relation', 'color2', 'shape2', 'filler', 'eos', 'pad'])
     """
+    batch_size = integer("batch_size", batch_size, 1)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = seed_of_each(seed, len(texts))
     tokens = model.to_tokens(texts)
@@ -128,6 +130,8 @@ def attention_synopsis(
     def positions(group: Any) -> Tensor:
         return group if isinstance(group, Tensor) else token_mask(model, texts, group, length=length)
 
+    if text_groups is not None:
+        mapping("text_groups", text_groups, "positions, a role or prompts.word('…')")
     groups = roles if text_groups is None else {name: positions(group) for name, group in text_groups.items()}
 
     branches = BRANCHES if guidance > 1 else BRANCHES[:1]
@@ -220,9 +224,8 @@ class _Plan:
         text_groups: Groups | Callable[[], list[list[Role]]],
         reduce: Reduce,
     ) -> _Plan:
-        for value, options in ((sublayer, get_args(Sublayer)), (reduce, get_args(Reduce))):
-            if value not in options:
-                raise ValueError(f"{value!r}: choose {' or '.join(map(repr, options))}.")
+        one_of("sublayer", sublayer, get_args(Sublayer))
+        one_of("reduce", reduce, get_args(Reduce))
         pos = (model.cfg.sample_size // model.cfg.patch_size) ** 2
         image_groups = {"image": torch.ones(pos, dtype=torch.bool)} if image_groups is None else image_groups
         image = _stack(image_groups, n, pos, "image")
@@ -293,6 +296,8 @@ def _stack(groups: Mapping[Any, Tensor], n: int, pos: int, what: str) -> Float[T
         raise ValueError(f"There is no {what} group: name at least one.")
     columns = []
     for name, positions in groups.items():
+        if not isinstance(positions, Tensor):
+            raise ValueError(f"The {what} group {name!r} is {shown(positions)}: give a tensor of its positions.")
         if tuple(positions.shape) not in ((pos,), (n, pos)):
             raise ValueError(
                 f"The {what} group {name!r} has shape {tuple(positions.shape)}: for {n} prompts with {pos} {what} positions it "

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hooked_models.generation.arguments import number
+from hooked_models.arguments import number
 
 Result = TypeVar("Result")
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import xarray as xr
 
 from hooked_models import HookedTextToImage
+from hooked_models.arguments import integer, integers, mapping, number
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 from .metrics import OWN, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
@@ -75,17 +76,16 @@ def plan(
         ValueError: an intervention or a metric has no meaning in these runs, a seed stands twice, or hooks are attached.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    numbers = [seeds] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    numbers, guidance = list(integers("seeds", seeds, -(2**63), 2**64 - 1)), number("guidance", guidance)
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"seeds={numbers}: give at least one, and each once.")
-    if not metrics:
-        raise ValueError("There is nothing to measure: give metrics={name: function of images}.")
+    if not mapping("metrics", metrics, "function of images or Metric"):
+        raise ValueError("metrics is empty, so that nothing is measured: give metrics={name: function of images}.")
     taken = {"intervention", "prompt", "seed", "layer", "head", "step", "interval", "cell", "error"}
     if clash := [name for name in metrics if name in taken or name.endswith(("_baseline", "_effect"))]:
         raise ValueError(f"A metric cannot be called {clash[0]!r}, which has a meaning in the results: give it another name.")
     model.refuse_hooks("A sweep compares with the model as it is")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch={batch}: at least one row runs at a time.")
+    batch = None if batch is None else integer("batch", batch, 1)
     wrapped = {name: metric if isinstance(metric, Metric) else Metric(metric) for name, metric in metrics.items()}
     reads = {name: metric.read(model, num_steps, guidance) for name, metric in wrapped.items()}
     treatments, steps = resolve(model, texts, interventions, num_steps, guidance, rng), model.count_steps(num_steps)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.arguments import shown
 from hooked_models.generation.names import FINAL
 
 from .. import task as scenes
@@ -62,6 +63,10 @@ class Metric:
     on: str = "image"
     given: Sequence[Literal["baseline", "prompt"]] = ()
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError(f"The metric {shown(self.function)} is no function: give one of images [batch 3 height width].")
+
     def __call__(
         self,
         tensor: Float[Tensor, "batch ..."],
@@ -107,7 +112,10 @@ class Metric:
 def _array(value: Any) -> np.ndarray:
     if isinstance(value, Tensor):
         value = value.detach().to("cpu", torch.float64 if not value.is_complex() else None).numpy()
-    return np.asarray(value, dtype=np.float64)
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"the metric gave {shown(value)}: return one number for each row, [batch].") from None
 
 
 def scene_metric(

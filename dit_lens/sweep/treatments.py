@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.arguments import is_several, shown
 from hooked_models.generation.cache import activation_shape
 from hooked_models.generation.names import FINAL, Branch, Site
 
@@ -139,6 +140,15 @@ def _layer(site: Site, layers: int) -> int:
     return layers if site.inner.startswith("ln_final.") else 0
 
 
+def _conditions(interventions: Any) -> Iterable[Any]:
+    return interventions.values() if isinstance(interventions, Mapping) else interventions
+
+
+def _is_condition(one: Any) -> bool:
+    several = [one] if isinstance(one, Intervention) else one
+    return isinstance(several, (list, tuple)) and bool(several) and all(isinstance(each, Intervention) for each in several)
+
+
 def resolve(
     model: HookedTextToImage,
     texts: Sequence[str],
@@ -153,9 +163,14 @@ def resolve(
         UnknownHookError, ValueError: as `Intervention.hooks` and a run with these hooks; or a name stands twice.
     """
     interventions = [interventions] if isinstance(interventions, Intervention) else interventions
+    if not is_several(interventions) or not all(map(_is_condition, _conditions(interventions))):
+        raise ValueError(
+            f"interventions={shown(interventions)}: give an Intervention, several (one condition each, which may be lists), or "
+            "a dict of named ones."
+        )
     named = list(interventions.items()) if isinstance(interventions, Mapping) else [("", one) for one in interventions]
     if not named:
-        raise ValueError("There is no intervention to sweep over.")
+        raise ValueError("interventions is empty: give at least one to sweep over.")
     length, steps = model.to_tokens(texts).shape[1], model.count_steps(num_steps)
     found = []
     for label, several in named:

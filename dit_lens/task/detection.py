@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import pipeline
 
+from hooked_models.arguments import number
+
 COLUMNS = ("image", "label", "score", "xmin", "ymin", "xmax", "ymax")
 """Columns of a table of boxes: image file name, object, confidence, and pixels from the upper left corner."""
 
@@ -86,6 +88,9 @@ def pair_positions(boxes: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]) ->
         One row an image, index image: `both` (each has a box), `dx` and `dy` in pixels (y down),
         NaN unless both.
 
+    Raises:
+        ValueError: the boxes lack a column, or a score or coordinate is no finite number.
+
     Example:
         >>> rows = [("a.png", "cat", 0.9, 0, 0, 10, 10), ("a.png", "dog", 0.8, 30, 0, 40, 20)]
         >>> pair_positions(pd.DataFrame(rows, columns=list(COLUMNS)), {"a.png": ("cat", "dog")})
@@ -93,6 +98,11 @@ def pair_positions(boxes: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]) ->
         image
         a.png  True -30.0 -5.0
     """
+    if missing := [column for column in COLUMNS if column not in boxes]:
+        raise ValueError(f"The boxes have no column {', '.join(missing)}: they need {', '.join(COLUMNS)}.")
+    for column in COLUMNS[2:]:
+        for value in boxes[column]:
+            number(f"boxes[{column!r}]", value)
     best = boxes.sort_values("score").drop_duplicates(["image", "label"], keep="last").set_index(["image", "label"])
     x, y = (best["xmin"] + best["xmax"]) / 2, (best["ymin"] + best["ymax"]) / 2
     first, second = ([(image, pair[part]) for image, pair in pairs.items()] for part in (0, 1))

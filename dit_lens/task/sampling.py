@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Int
+
+from hooked_models.arguments import integer, number, one_of
 
 from .rendering import half_size
 from .scene import (
@@ -33,6 +35,7 @@ ColorWords = Literal["optional", "both"]
 
 CHUNK = 64
 """Number of scenes that share a random generator, so that `sample(n, seed)` is a prefix of `sample(m > n, seed)`."""
+LARGEST_SEED, MOST_SCENES = 2**64 - 1, 10**8
 ANCHOR_OFFSET = 28
 """Pixels from the image's centre to an object in the eight layouts of `spread=0`."""
 
@@ -73,10 +76,11 @@ def sample(
         red circle is diagonally down and left from blue square
         red triangle is diagonally up and right from blue square
     """
-    if not (0 <= spread <= 1 and 0 <= red_first <= 1):
-        raise ValueError(f"spread and red_first must lie in [0, 1], not {spread} and {red_first}.")
-    for value, choices in ((split, Split), (distribution, Distribution), (color_words, ColorWords)):
-        refuse_unknown(value, choices)
+    spread, red_first = number("spread", spread, 0, 1), number("red_first", red_first, 0, 1)
+    seed = integer("seed", seed, 0, LARGEST_SEED)
+    one_of("split", split, get_args(Split))
+    one_of("distribution", distribution, get_args(Distribution))
+    one_of("color_words", color_words, get_args(ColorWords))
 
     def draw(chunk: int) -> list[Scene]:
         rng = np.random.default_rng((seed, chunk))
@@ -86,17 +90,12 @@ def sample(
     return window(n, start, draw)
 
 
-def refuse_unknown(value: str, choices: Any) -> None:
-    """Raise ValueError unless `value` is among the values of a Literal type."""
-    if value not in get_args(choices):
-        raise ValueError(f"There is no {value!r} to choose: take {' or '.join(map(repr, get_args(choices)))}.")
-
-
 def window(n: int, start: int, draw: Callable[[int], Sequence[T]]) -> list[T]:
     """Items `start` … `start + n − 1` of an endless sequence.
 
     `draw(i)` gives its i-th chunk of `CHUNK` items.
     """
+    n, start = integer("n", n, 0, MOST_SCENES), integer("start", start, 0, LARGEST_SEED)
     found: list[T] = []
     for chunk in range(start // CHUNK, -(-(start + n) // CHUNK)):
         found += draw(chunk)[max(start - chunk * CHUNK, 0) : start + n - chunk * CHUNK]

@@ -12,6 +12,8 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from hooked_models.arguments import integer, one_of
+
 Shape = Literal["triangle", "circle", "square"]
 Color = Literal["red", "blue"]
 Relation = Literal["above", "below", "left", "right", "upper_left", "upper_right", "lower_left", "lower_right"]
@@ -86,6 +88,17 @@ class Scene:
     phrase: str
     names_color1: bool = True
     names_color2: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for shapes, colors or relations that the task lacks. A relation that the coordinates contradict is
+        allowed: that is how a scene asks for what it does not show (`opposite`)."""
+        for name in ("shape1", "shape2"):
+            one_of(name, getattr(self, name), SHAPES)
+        for name in ("color1", "color2"):
+            one_of(name, getattr(self, name), COLORS)
+        one_of("relation", self.relation, RELATIONS)
+        for name in ("x1", "y1", "x2", "y2"):
+            integer(name, getattr(self, name), 0, IMAGE_SIZE)
 
     @property
     def combination(self) -> Combination:

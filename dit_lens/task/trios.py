@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 
+from hooked_models.arguments import integer, one_of
+
 from .rendering import half_size
-from .sampling import CHUNK, Split, refuse_unknown, window
+from .sampling import CHUNK, LARGEST_SEED, Split, window
 from .scene import (
     BAND,
     CENTRE_RANGE,
@@ -45,7 +48,8 @@ def sample_trios(n: int, seed: int, *, start: int = 0, split: Split = "train") -
         >>> caption(sample_trios(1, seed=0)[0])
         'red triangle is right of blue circle and to the lower left of blue square'
     """
-    refuse_unknown(split, Split)
+    one_of("split", split, get_args(Split))
+    seed = integer("seed", seed, 0, LARGEST_SEED)
 
     def draw(chunk: int) -> list[Trio]:
         rng = np.random.default_rng((seed, chunk, 3))

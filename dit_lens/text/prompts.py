@@ -27,7 +27,7 @@ from jaxtyping import Bool, Integer, Shaped
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.generation.arguments import integer
+from hooked_models.arguments import integer, shown
 from hooked_models.text_encoders.words import EncodedText, TextWord, encode_text, split_words
 
 from ..task import COLORS, SHAPES
@@ -77,7 +77,7 @@ def word(text: str, nth: SupportsIndex | None = None) -> Word:
         [[0, 0, 0, 0, 0, 1, 0, 0]]
     """
     if not isinstance(text, str) or not split_words(text):
-        raise ValueError(f"text={text!r} of prompts.word contains no word: give a word or phrase, such as 'left of'.")
+        raise ValueError(f"text={shown(text)} of prompts.word contains no word: give a word or phrase, such as 'left of'.")
     return Word(text, None if nth is None else integer("nth", nth, low=1))
 
 
@@ -112,13 +112,13 @@ def as_choice(tokens: Any) -> TokenChoice:
     if isinstance(tokens, (str, Word)):
         tokens = [tokens]
     if not isinstance(tokens, (Sequence, range)):
-        raise ValueError(f"tokens={tokens!r}: give {FORMS}; a single position is [{tokens!r}].")
+        raise ValueError(f"tokens={shown(tokens)}: give {FORMS}; a single position is [0].")
     if len(tokens) == 0:
         raise ValueError("tokens is empty, so that nothing is selected: leave it out for all tokens, or name at least one.")
     kinds = {_kind(one) for one in tokens}
     if len(kinds) > 1 or kinds == {None}:
         mixed = "mixes " + " and ".join(sorted(map(str, kinds))) if None not in kinds else "is none of the known forms"
-        raise ValueError(f"tokens={list(tokens)!r} {mixed}: give {FORMS}.")
+        raise ValueError(f"tokens={shown(list(tokens))} {mixed}: give {FORMS}.")
     if kinds == {"words"}:
         return tuple(_role_or_word(one) for one in tokens)
     if kinds == {"positions"}:
@@ -146,13 +146,14 @@ def _role_or_word(one: Any) -> str | Word:
     if isinstance(one, Word) or one in get_args(Role):
         return one
     raise ValueError(
-        f"{one!r} is no role of a token: choose {', '.join(get_args(Role))}; or select the word itself by prompts.word({one!r})."
+        f"{shown(one)} is no role of a token: choose {', '.join(get_args(Role))}; or select the word itself by "
+        f"prompts.word({shown(one)})."
     )
 
 
 def _boolean(value: Any) -> bool:
     if value not in (0, 1):
-        raise ValueError(f"A mask of tokens holds {value!r}: give booleans [prompt pos].")
+        raise ValueError(f"A mask of tokens holds {shown(value)}: give booleans [prompt pos].")
     return bool(value)
 
 

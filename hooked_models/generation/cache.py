@@ -14,13 +14,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from ..hooks.module import HookedModule, NameFilter
+from ..arguments import integer, one_of, shown
+from ..hooks.module import HookedModule, NameFilter, unknown_hook
 from ..hooks.table import axis_sizes
 from ..pipelines.hub import recorded_source
 from ..pixart.cache import DiTCache, expand_shorthand, look_up
 from .cache_store import IMAGES, LazyTensors, open_cache
 from .capture import TEXT_KV, Heads, Patterns, Recorder, head_axis, heads_by_layer
-from .names import FINAL, Branch, Site
+from .names import BRANCHES, FINAL, Branch, Site
 
 if TYPE_CHECKING:
     from .model import HookedTextToImage
@@ -89,12 +90,27 @@ class GenerationCache(ActivationCache):
             if key not in self.cache_dict and key.startswith("steps.") and key.endswith(".eps"):
                 return self._noise(int(key.split(".")[1]))
             return look_up(self.cache_dict, key if key in self.cache_dict else self.model.names.site(key).name)
-        if len(key) < 4:
-            raise KeyError(f"Say which step: cache[name, layer, sublayer, step], or cache.at(step=…)[{key!r}].")
+        if not isinstance(key, tuple) or not 4 <= len(key) <= 5:
+            raise KeyError(f"Say which step: cache[name, layer, sublayer, step], or cache.at(step=…)[{shown(key)}].")
         name, layer, sublayer, step, branch = (*key, "cond")[:5]
+        return self[f"steps.{self._step(step)}.{self._inner(name, layer, sublayer, branch)}"]
+
+    def _step(self, step: Any) -> int:
+        """A cached step; negative ones count the cached steps from the end."""
+        found, steps = integer("step", step), self.steps
+        found = steps[found] if -len(steps) <= found < 0 else found
+        if found not in steps:
+            raise KeyError(f"Nothing is cached at step {step}: this cache has steps {steps}.")
+        return found
+
+    def _inner(self, name: Any, layer: Any, sublayer: Any, branch: Any) -> str:
+        """The name after the step: with the branch, where the tensor belongs to one."""
         inner = expand_shorthand(name, layer, sublayer, self.model.cfg.n_layers)
-        middle = "" if inner in self.model.names.sampler.hook_dict else f"{branch}."
-        return self[f"steps.{step}.{middle}{inner}"]
+        if inner in self.model.names.sampler.hook_dict:
+            return inner
+        if inner not in self.model.dit.mod_dict:
+            raise unknown_hook(inner, [known for known in self.model.dit.mod_dict if "hook_" in known])
+        return f"{one_of('branch', branch, BRANCHES)}.{self.model.dit.mod_dict[inner].name}"
 
     def __fingerprint__(self) -> dict[str, Tensor]:
         """Return what the cache is known by in the settings of results: its tensors, not its model."""
@@ -122,7 +138,7 @@ class GenerationCache(ActivationCache):
         Raises:
             KeyError: nothing was cached there.
         """
-        prefix = f"steps.{step}.{branch}."
+        prefix = f"steps.{self._step(step)}.{one_of('branch', branch, BRANCHES)}."
         found = {k.removeprefix(prefix): self.cache_dict[k] for k in self.cache_dict if k.startswith(prefix)}
         if not found:
             raise KeyError(f"Nothing is cached at step {step}, branch {branch!r}; steps with entries: {self.steps}.")
@@ -130,11 +146,10 @@ class GenerationCache(ActivationCache):
 
     def stack(self, name: str, layer: int | None = None, sublayer: str | None = None, branch: Branch = "cond") -> Tensor:
         """One tensor over the cached steps: [step batch …], steps ascending (`cache.steps`)."""
-        inner = expand_shorthand(name, layer, sublayer, self.model.cfg.n_layers)
-        middle = "" if inner in self.model.names.sampler.hook_dict else f"{branch}."
-        names = [full for s in self.steps if (full := f"steps.{s}.{middle}{inner}") in self.cache_dict]
+        inner = self._inner(name, layer, sublayer, branch)
+        names = [full for s in self.steps if (full := f"steps.{s}.{inner}") in self.cache_dict]
         if not names:
-            return look_up(self.cache_dict, f"steps.*.{middle}{inner}")  # raises
+            return look_up(self.cache_dict, f"steps.*.{inner}")  # raises
         return torch.stack([self.cache_dict[full] for full in names])
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> GenerationCache:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from ..arguments import integer, is_several, one_of, shown
 from ..hooks.module import HookFunction, watched
 from ..hooks.table import axis_of
 from .names import BRANCHES, Site, parse_head
@@ -39,12 +40,16 @@ def heads_by_layer(heads: Heads | None, n_layers: int, n_heads: int) -> dict[int
     if heads is None:
         return None
     chosen: dict[int, set[int]] = {}
-    for head in [heads] if isinstance(heads, (str, int, tuple)) else heads:
-        pairs = [(layer, head) for layer in range(n_layers)] if isinstance(head, int) else [parse_head(head)]
+    several = is_several(heads) and not isinstance(heads, tuple)
+    for head in list(heads) if several else [heads]:  # type: ignore[arg-type]
+        named = isinstance(head, (str, tuple))
+        pairs = [parse_head(head)] if named else [(layer, integer("heads", head)) for layer in range(n_layers)]  # type: ignore[arg-type]
         for layer, index in pairs:
             if not (0 <= layer < n_layers and 0 <= index < n_heads):
                 raise ValueError(f"There is no head {head}: the model has {n_layers} layers of {n_heads} heads.")
             chosen.setdefault(layer, set()).add(index)
+    if not chosen:
+        raise ValueError(f"heads={shown(heads)}: name at least one, such as 'L2H8', or leave heads out for all.")
     return {layer: sorted(indices) for layer, indices in sorted(chosen.items())}
 
 
@@ -75,6 +80,7 @@ class Recorder:
     _text: dict[tuple[str, Any], tuple[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        one_of("patterns", self.patterns, get_args(Patterns))
         if self.heads is not None:
             self.sites = [site for site in self.sites if head_axis(site) is None or site.layer in self.heads]
         if not self.sites:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks.module import HookedModule, HookFunction, watched
+from ..arguments import shown
+from ..hooks.module import HookedModule, HookFunction, as_hooks, watched
 from ..hooks.scopes import lookup, scope, scopes
 from ..pipelines.pipeline_model import PipelineModel
 from .names import Branch, GenerationHookPoint, GenerationNames, Site
@@ -106,7 +107,12 @@ def on_rows(
 ) -> Tensor | None:
     """`function` on some rows of a tensor, with `point` as its hook; works on activations and on gradients."""
     seen = tensor if rows is None else tensor[rows]
-    replaced: Any = function(seen, hook=point)
+    try:
+        replaced: Any = function(seen, hook=point)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # from within the hook
+        raise TypeError(f"The hook {shown(function)} takes other arguments: write it as fn(tensor, hook).") from error
     if replaced is None:
         if rows is None or not seen.requires_grad:
             return None  # an edit in place has reached `tensor` through the view
@@ -114,7 +120,7 @@ def on_rows(
     if isinstance(replaced, tuple):  # TransformerLens lets a backward hook return (gradient,)
         (replaced,) = replaced
     if not isinstance(replaced, Tensor) or replaced.shape != seen.shape:
-        got = f"a tensor of {list(replaced.shape)}" if isinstance(replaced, Tensor) else repr(replaced)
+        got = f"a tensor of {list(replaced.shape)}" if isinstance(replaced, Tensor) else shown(replaced)
         raise ValueError(f"A hook at {point.name} got {list(seen.shape)} and returned {got}: return the whole tensor, or None.")
     if rows is None:
         return replaced
@@ -219,8 +225,8 @@ class HookedGeneration(PipelineModel, HookedRootModule):
             ValueError: the name is held back by a flag.
         """
         level = 1 + sum(each.owner is self for each in scopes())
-        new = [Attached(self._resolve(where), fn, "fwd", level=level) for where, fn in fwd_hooks]
-        new += [Attached(self._resolve(where), fn, "bwd", level=level) for where, fn in bwd_hooks]
+        new = [Attached(self._resolve(where), fn, "fwd", level=level) for where, fn in as_hooks(fwd_hooks)]
+        new += [Attached(self._resolve(where), fn, "bwd", level=level) for where, fn in as_hooks(bwd_hooks)]
         if not reset_hooks_end:
             for known in self._lists():
                 known.extend(new)
@@ -244,7 +250,8 @@ class HookedGeneration(PipelineModel, HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """Attach a hook until `reset_hooks()`, a permanent one until `reset_hooks(including_permanent=True)`."""
-        new = Attached(self._resolve(name), hook, dir, is_permanent, level)
+        ((where, function),) = as_hooks([(name, hook)])
+        new = Attached(self._resolve(where), function, dir, is_permanent, level)
         for known in self._lists():
             known.insert(0 if prepend else len(known), new)
 

@@ -5,9 +5,8 @@ Source of the arithmetic: `PixArtSigmaPipeline.__call__` (diffusers 0.42), which
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,18 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from ..arguments import (
+    chosen_steps,
+    diffusers_names,
+    initial_latents,
+    integer,
+    is_several,
+    number,
+    one_of,
+    shown,
+    token_ids,
+    torch_device,
+)
 from ..fast import empty_prompts
 from ..hooks.module import HookedModule, NameFilter, NoLanguageModel
 from ..hooks.wrapping import Wrapped
@@ -43,6 +54,8 @@ DEFAULT_STEPS = 14
 _TOKENIZING = threading.Lock()
 """A tokenizer keeps its padding as state while it works."""
 DEFAULT_GUIDANCE = 4.5
+LONGEST_TEXT, LARGEST_SIDE = 2**16, 2**14
+"""Tokens of a padded prompt, and pixels of an image's side."""
 
 
 def hooked_encoder(encoder: nn.Module) -> nn.Module:
@@ -120,11 +133,13 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             >>> HookedTextToImage.from_pretrained("rte-micro", weights=False).prompt_texts(" Red circle")
             ['red circle']
         """
+        if isinstance(prompts, Mapping) or not (isinstance(prompts, str) or is_several(prompts)):
+            raise ValueError(f"prompts={shown(prompts)}: give a string or several, or token ids as one tensor.")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("prompts is empty: give at least one prompt.")
         if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-            raise ValueError(f"prompts holds {wrong[0]!r}, which is no string: give strings, or token ids as one tensor.")
+            raise ValueError(f"prompts holds {shown(wrong[0])}, which is no string: give strings, or token ids as one tensor.")
         texts = [prompt.lower().strip() for prompt in prompts]
         if self.clean_caption:
             if not (is_bs4_available() and is_ftfy_available()):
@@ -145,6 +160,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             torch.Size([2, 3])
         """
         texts = self.prompt_texts(prompts)
+        length = None if length is None else integer("length", length, 1, LONGEST_TEXT)
         with _TOKENIZING:
             padding = "longest" if length is None else "max_length"
             tokens = self.tokenizer(texts, padding=padding, max_length=length, return_tensors="pt")
@@ -174,6 +190,12 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         """The tokens of one prompt as strings."""
         ids = self.to_tokens(prompt)[0] if isinstance(prompt, str) else prompt
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(ids.tolist())]
+
+    def _token_ids(self, tokens: Tensor) -> Tensor:
+        return token_ids(tokens, getattr(getattr(self.text_encoder, "cfg", None), "d_vocab", len(self.tokenizer)))
+
+    def _initial(self, latents: Any, batch: int) -> Tensor:
+        return initial_latents(latents, batch, self.cfg.in_channels, self.cfg.patch_size)
 
     def encode(self, tokens: Int[Tensor, "batch text_pos"], guidance: float = DEFAULT_GUIDANCE) -> TextState:
         """Text features, captions, keys and values, computed once for all steps; with guidance for rows [uncond; cond].
@@ -205,6 +227,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
 
     # Running
 
+    @diffusers_names
     def forward(
         self,
         prompts: Prompts,
@@ -223,6 +246,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         """
         return self.trajectory(prompts, seed, num_steps, guidance, latents).images
 
+    @diffusers_names
     def trajectory(
         self,
         prompts: Prompts,
@@ -237,21 +261,19 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         `until` stops before that step: the run then has no images, but can be forked up to there.
         """
         inputs = self.prepare(prompts, seed, num_steps, guidance, latents)
-        if until is not None and not 0 <= until <= len(inputs.solver):
-            raise ValueError(f"until={until}: this run can stop before steps 0 to {len(inputs.solver)}.")
+        until = None if until is None else integer("until", until, 0, len(inputs.solver))
         return self.run(inputs, until=until)
 
     def prepare(self, prompts: Prompts, seed: Seeds, num_steps: int, guidance: float, latents: Tensor | None = None) -> Inputs:
         """Everything that a generation is computed from: text encoded, noise drawn, hooks checked. Arguments as in `forward`."""
-        tokens = (prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
-        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-            raise ValueError(f"guidance={guidance!r}: give a finite number.")
+        guidance = number("guidance", guidance)
+        tokens = (self._token_ids(prompts) if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
         self.check_wrapped()
         solver = self.solver(num_steps)
         self.check_hooks(solver.num_steps, guidance)
         seeds = tuple(seed_of_each(seed, len(tokens)))
         drawn = latents is None
-        noise = self.noise(seeds, len(tokens)) if latents is None else latents
+        noise = self.noise(seeds, len(tokens)) if latents is None else self._initial(latents, len(tokens))
         noise = noise.to(self.device, self.dit.dtype)
         return Inputs(tokens, self.encode(tokens, guidance), noise, seeds, drawn, guidance, solver, stamp(self.dit))
 
@@ -297,12 +319,16 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         `binning` takes the trained size with the nearest aspect ratio, as diffusers' pipelines do; `resolution.resize_and_crop`
         gives the images the size that was requested.
         """
-        grid = (self.cfg.sample_size,) * 2
+        batch, grid = integer("batch", batch, 1, 10**6), (self.cfg.sample_size,) * 2
         if height is not None or width is not None:
             if height is None or width is None:
                 raise ValueError("Give height and width in pixels, or neither for the trained size.")
+            smallest = self.image_size((self.cfg.patch_size,) * 2)[0]
+            height, width = (integer(name, side, smallest, LARGEST_SIDE) for name, side in (("height", height), ("width", width)))
             if binning:
                 height, width = nearest_resolution(height, width, self.cfg.sample_size)
+            if height % smallest or width % smallest:
+                raise ValueError(f"height={height}, width={width}: give multiples of {smallest} pixels, the size of a patch.")
             pixels = self.image_size((1, 1))[0]
             grid = (height // pixels, width // pixels)
         return seeded_noise(seed_of_each(seed, batch), (self.cfg.in_channels, *grid))
@@ -362,6 +388,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
 
     # Views and caches
 
+    @diffusers_names
     def at(
         self,
         step: int,
@@ -387,14 +414,11 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         Raises:
             ValueError: the run has no such step or branch, or its scheduler forms no x0.
         """
-        solver = self.solver(num_steps)
-        if not 0 <= step < len(solver):
-            raise ValueError(f"There is no step {step}: this run has steps 0 to {len(solver) - 1}.")
-        if branch not in BRANCHES or pos not in ("image", "text") or returns not in ("images", "x0", "out"):
-            raise ValueError(
-                f"branch={branch!r}, pos={pos!r}, returns={returns!r}: branch is 'cond' or 'uncond', pos 'image' or 'text', and "
-                "returns 'images', 'x0' or 'out'."
-            )
+        solver, guidance = self.solver(num_steps), number("guidance", guidance)
+        (step,) = chosen_steps(integer("step", step), len(solver))
+        one_of("branch", branch, BRANCHES)
+        one_of("pos", pos, ("image", "text"))
+        one_of("returns", returns, ("images", "x0", "out"))
         if branch == "uncond" and guidance <= 1:
             raise ValueError(f"At guidance {guidance:g} there is no unconditional branch.")
         if returns == "x0" and not solver.forms_x0:
@@ -404,6 +428,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         view = StepView(run, step, branch, pos, returns)
         return view, view.to_tokens()
 
+    @diffusers_names
     def run_with_cache(
         self,
         prompts: Prompts,
@@ -445,8 +470,11 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         """
         if remove_batch_dim:
             raise TypeError(KEEPS_BATCH)
-        tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
-        solver = self.solver(num_steps)
+        tokens = self._token_ids(prompts) if isinstance(prompts, Tensor) else self.to_tokens(prompts)
+        solver, guidance = self.solver(num_steps), number("guidance", guidance)
+        latents = None if latents is None else self._initial(latents, len(tokens))
+        max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, 0)
+        device = None if device is None else torch_device(device)
         sites = self.names.select(names_filter, steps, branch, len(solver), guidance > 1, solver.forms_x0)
         recorder = Recorder(self, sites, heads_by_layer(heads, self.cfg.n_layers, self.cfg.n_heads), patterns, device)
         size = estimate_recorded(recorder, len(tokens), tokens.shape[1], None if latents is None else latents.shape[-2:])
@@ -455,7 +483,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             with torch.no_grad():
                 images = record_to_folder(recorder, out, (tokens, seed, num_steps, guidance, latents))
             return images, GenerationCache.load(out, self)
-        refuse_if_too_large(size, max_bytes, self.device if device is None else torch.device(device))
+        refuse_if_too_large(size, max_bytes, device or self.device)
         with self.hooks(recorder.hooks()):
             recorder.inputs = inputs = self.prepare(tokens, seed, num_steps, guidance, latents)
             images = self.run(inputs).images

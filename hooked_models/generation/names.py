@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks.module import HookedModule, NameFilter, UnknownHookError, unknown_hook
+from ..arguments import chosen_steps, integer, one_of, shown
+from ..hooks.module import HookedModule, NameFilter, UnknownHookError, as_names, unknown_hook
 from ..hooks.table import Hook, hook_row, layer_of
 
 Branch = Literal["cond", "uncond"]
@@ -27,11 +28,11 @@ def parse_head(head: Head) -> tuple[int, int]:
     Raises:
         ValueError: the text has another form.
     """
-    if isinstance(head, tuple):
-        return head
-    match = re.fullmatch(r"[Ll](\d+)[Hh](\d+)", head)
+    if isinstance(head, tuple) and len(head) == 2:
+        return integer("layer", head[0], 0), integer("head", head[1], 0)
+    match = re.fullmatch(r"[Ll](\d+)[Hh](\d+)", head) if isinstance(head, str) else None
     if match is None:
-        raise ValueError(f"{head!r} names no head: write a layer and a head from 0, such as 'L2H8'.")
+        raise ValueError(f"{shown(head)} names no head: write a layer and a head from 0, such as 'L2H8' or (2, 8).")
     return int(match[1]), int(match[2])
 
 
@@ -192,7 +193,7 @@ class GenerationNames(Mapping[str, HookPoint]):
     def select(
         self,
         names_filter: NameFilter = None,
-        steps: int | Sequence[int] | slice | None = None,
+        steps: SupportsIndex | Iterable[SupportsIndex] | slice | None = None,
         branch: Branch | Literal["both"] = "cond",
         num_steps: int | None = None,
         guided: bool = True,
@@ -204,12 +205,8 @@ class GenerationNames(Mapping[str, HookPoint]):
             UnknownHookError: a name does not exist.
             ValueError: nothing is selected, or a step lies outside of the run.
         """
-        every = range(self.num_steps if num_steps is None else num_steps)
-        if isinstance(steps, int):
-            steps = [steps]
-        chosen = every[steps] if isinstance(steps, slice) else every if steps is None else steps
-        if outside := [s for s in chosen if s not in every]:
-            raise ValueError(f"steps={outside} lie outside of this run, which has steps 0 to {len(every) - 1}.")
+        chosen = chosen_steps(steps, self.num_steps if num_steps is None else num_steps)
+        one_of("branch", branch, (*BRANCHES, "both"))
 
         def wanted(site: Site) -> bool:
             at_step = steps is None if site.step is None else site.step in chosen
@@ -217,11 +214,11 @@ class GenerationNames(Mapping[str, HookPoint]):
             return at_step and in_branch and site.fires(guided, forms_x0)
 
         if names_filter is None or callable(names_filter):
-            every_site = self._sites(tuple(sorted(set(chosen))), BRANCHES if branch == "both" else (branch,))
+            every_site = self._sites(tuple(chosen), BRANCHES if branch == "both" else (branch,))
             sites = [s for s in every_site if wanted(s) and (not names_filter or names_filter(s.name))]
         else:
             sites = []
-            for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+            for name in as_names(names_filter):
                 if name in self.dit.mod_dict:  # a denoiser's name stands for itself at every chosen step and branch
                     inner = self.dit.canonical_name(name)
                     sites += [s for step in chosen for b in BRANCHES if wanted(s := Site("dit", inner, step, b))]

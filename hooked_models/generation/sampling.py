@@ -16,12 +16,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ..arguments import integer, integers, is_several
 
 Latents = Float[Tensor, "batch channel rows columns"]
 Seeds = SupportsIndex | Iterable[SupportsIndex]
@@ -151,7 +152,7 @@ def solver_of(scheduler: Any, num_steps: SupportsIndex, device: torch.device | s
         >>> len(solver_of(HeunDiscreteScheduler(), 5))
         9
     """
-    steps = checked_count(num_steps)
+    steps = integer("num_steps", num_steps, 1)
     state = dict(vars(scheduler))
     key = (id(scheduler), steps, str(device), *((n, id(v), getattr(v, "_version", None)) for n, v in state.items()))
     with _PREPARING:
@@ -161,17 +162,6 @@ def solver_of(scheduler: Any, num_steps: SupportsIndex, device: torch.device | s
         while len(_PREPARED) > REMEMBERED:
             _PREPARED.popitem(last=False)
         return _PREPARED[key][1]
-
-
-def checked_count(num_steps: Any) -> int:
-    """`num_steps` as an integer of at least 1. Raises ValueError for anything else."""
-    try:
-        count = -1 if isinstance(num_steps, bool) else index(num_steps)
-    except TypeError:
-        count = -1
-    if count < 1:
-        raise ValueError(f"num_steps={num_steps!r}: give a whole number; an image takes at least one step.")
-    return count
 
 
 def _prepared(scheduler: Any, num_steps: int, device: torch.device) -> Solver:
@@ -314,25 +304,17 @@ def seed_of_each(seed: Seeds, batch: int) -> list[int]:
 
     Raises:
         ValueError: another number of seeds, or something that is no integer from -2**63 to 2**64 - 1.
+
+    Example:
+        >>> seed_of_each(3, 2), seed_of_each([0, 1], 2)
+        ([3, 3], [0, 1])
     """
-    try:
-        try:
-            seeds = [_integer(seed)] * batch
-        except TypeError:
-            seeds = [_integer(one) for one in seed]  # type: ignore[union-attr]
-    except TypeError:
-        raise ValueError(f"seed={seed!r}: give an integer for all prompts, or one for each.") from None
+    seeds = list(integers("seed", seed, -(2**63), 2**64 - 1))
+    if not is_several(seed):
+        return seeds * batch
     if len(seeds) != batch:
-        raise ValueError(f"There are {len(seeds)} seeds for {batch} prompts: give one each, or a single one for all.")
-    if outside := [one for one in seeds if not -(2**63) <= one < 2**64]:
-        raise ValueError(f"seed={outside[0]} is no seed of torch, which lie between -2**63 and 2**64 - 1.")
+        raise ValueError(f"seed holds {len(seeds)} seeds for {batch} prompts: give one each, or a single one for all.")
     return seeds
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    return index(value)
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "batch channel rows columns"]:

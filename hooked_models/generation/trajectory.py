@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..arguments import chosen_steps, integer, row_indices
 from ..pixart.text_state import TextState
 from .hooks import Attached, Hooks
 from .loops import branches_of
@@ -19,6 +20,8 @@ from .sampling import Solver
 if TYPE_CHECKING:
     from .model import HookedTextToImage
 
+MOST_COPIES = 10**6
+"""Of a run."""
 Stamp = tuple[tuple[int, int], ...]
 """Identity and version of every tensor of a module."""
 
@@ -172,12 +175,12 @@ class Run:
 
     def take(self, rows: Int[Tensor, " row"]) -> Run:
         """The same run for some rows of its batch; rows may repeat."""
-        rows = rows.to(self.latent.device)
+        rows = row_indices(rows, len(self.inputs)).to(self.latent.device)
         return replace(self, inputs=self.inputs.take(rows), record=self.record.take(rows), latent=self.latent[rows])
 
     def repeat(self, times: int) -> Run:
         """The whole batch `times` times over, one copy after the other, so that a fork can treat the copies differently."""
-        return self.take(torch.arange(len(self.inputs)).repeat(times))
+        return self.take(torch.arange(len(self.inputs)).repeat(integer("times", times, 1, MOST_COPIES)))
 
     def fork(self, step: int, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), until: int | None = None, **how: Any) -> Run:
         """Run again from `step` on, with hooks: bitwise what a full run with these hooks gives, at (T − step)/T of its cost.
@@ -191,6 +194,8 @@ class Run:
                 weights have changed since, so that the steps before would be another model's.
         """
         with self.model.hooks(fwd_hooks, bwd_hooks):
+            (step,) = chosen_steps(integer("step", step), len(self))
+            until = None if until is None else integer("until", until, step + 1, len(self))
             self.check_fork(step, until)
             return self.model.run(self.inputs, self.record, step, until, **how)
 

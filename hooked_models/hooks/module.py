@@ -18,6 +18,7 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
+from ..arguments import is_several, shown
 from .points import ScopedHookPoint
 from .scopes import scope, scopes
 from .table import POSITIONS, Axes, HookPart, axis_of, hook_row
@@ -98,6 +99,37 @@ def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
     return UnknownHookError(f"no hook is called {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
 
 
+def as_names(names: Any) -> list[str]:
+    """One hook name or several as a list.
+
+    Raises:
+        ValueError: there is none, or one is no string.
+    """
+    found = [names] if isinstance(names, str) else list(names) if is_several(names) else None
+    if not found or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{shown(names)} is no hook name: give one, several, or a predicate on names.")
+    return found
+
+
+def as_hooks(hooks: Any) -> list[tuple[str | Callable[[str], bool], HookFunction]]:
+    """`fwd_hooks` as pairs (name or predicate, function).
+
+    Raises:
+        ValueError: it is something else; the message shows the form.
+    """
+    form = "give a list of pairs [(name, function), …], such as Intervention(…).hooks(model, prompts)"
+    if isinstance(hooks, Mapping) or not is_several(hooks):
+        raise ValueError(f"fwd_hooks={shown(hooks)}: {form}.")
+    pairs = list(hooks)
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise ValueError(f"fwd_hooks holds {shown(pair)}: {form}.")
+        where, function = pair
+        if not (isinstance(where, str) or callable(where)) or not callable(function):
+            raise ValueError(f"The hook ({shown(where)}, {shown(function)}) is no name or predicate with a function: {form}.")
+    return [(where, function) for where, function in pairs]
+
+
 class HookedModule(HookedRootModule):
     """A HookedRootModule with strict names, aliases, flags that gate hooks, and an ActivationCache as its cache."""
 
@@ -133,10 +165,8 @@ class HookedModule(HookedRootModule):
         A predicate (or None) passes over hooks that are gated off, unless it selects nothing else: that is an error, as
         it is for a name. Raises what ``canonical_name`` raises.
         """
-        if isinstance(where, str):
-            return [self.canonical_name(where)]
         if where is not None and not callable(where):
-            return list(dict.fromkeys(map(self.canonical_name, where)))
+            return list(dict.fromkeys(map(self.canonical_name, as_names(where))))
         selected = [name for name in self.hook_dict if where is None or where(name)]
         firing = [name for name in selected if self._missing_flag(name) is None]
         if selected and not firing:
@@ -202,8 +232,8 @@ class HookedModule(HookedRootModule):
 
         The hooks act in the block and the thread that attach them. With ``reset_hooks_end=False`` they stay attached, for all.
         """
-        fwd: list[Any] = [(name, hook) for where, hook in fwd_hooks for name in self._hooked(where)]
-        bwd: list[Any] = [(name, hook) for where, hook in bwd_hooks for name in self._hooked(where)]
+        fwd: list[Any] = [(name, hook) for where, hook in as_hooks(fwd_hooks) for name in self._hooked(where)]
+        bwd: list[Any] = [(name, hook) for where, hook in as_hooks(bwd_hooks) for name in self._hooked(where)]
         level = self.context_level + 1
         if not reset_hooks_end:
             for direction, pairs in (("fwd", fwd), ("bwd", bwd)):

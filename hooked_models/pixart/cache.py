@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
+from ..arguments import integer, shown
 from ..hooks.module import NotFoldedError
 
 Stack = Float[Tensor, "component *batch_and_pos d_model"]
@@ -27,6 +28,8 @@ def expand_shorthand(name: str, layer: int | None, sublayer: str | None, n_layer
     Without a sublayer, q, k, v, z, attn_scores, pattern and result mean self-attention, and pre and post the MLP, as in
     TransformerLens (whose own expansion gives self-attention for cross-attention too).
     """
+    if not isinstance(name, str):
+        raise KeyError(f"{shown(name)} is no hook name: give one such as 'z' or 'resid_pre'.")
     if name.startswith("cross_") and name.removeprefix("cross_") in PER_ATTENTION:
         name, sublayer = name.removeprefix("cross_"), "cross_attn"
     if layer is None:
@@ -35,8 +38,9 @@ def expand_shorthand(name: str, layer: int | None, sublayer: str | None, n_layer
         sublayer = "attn"
     if sublayer is None and name in ("pre", "post"):
         sublayer = "mlp"
-    if sublayer is not None and sublayer not in SUBLAYERS:
-        raise KeyError(f"There is no sublayer {sublayer!r}: choose from {', '.join(dict.fromkeys(SUBLAYERS.values()))}.")
+    if sublayer is not None and not (isinstance(sublayer, str) and sublayer in SUBLAYERS):
+        raise KeyError(f"There is no sublayer {shown(sublayer)}: choose from {', '.join(dict.fromkeys(SUBLAYERS.values()))}.")
+    layer = integer("layer", layer)
     if not -n_layers <= layer < n_layers:
         raise KeyError(f"There is no layer {layer}: this model has {n_layers}, from 0.")
     name = {"resid_mid2": "resid_mid_cross"}.get(name, name)

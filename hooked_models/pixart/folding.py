@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..arguments import number
 from .attention import weight_of
 from .dit import HookedDiT
 
@@ -105,6 +106,7 @@ def fold_timestep(dit: HookedDiT, timestep: float, sizes: Mapping[str, Tensor | 
     ``b + W shift``; one whose output is gated gets ``gate W`` and ``gate b``. The timestep's path is left with shift 0,
     scale 0 and gate 1 at every input.
     """
+    timestep = number("timestep", timestep, 0)
     live: Any = copy.deepcopy(dit.wrapped)
     live.register_to_config(attention_bias=True)  # the shift needs biases, and a folder has them everywhere or nowhere
     for block in live.transformer_blocks:

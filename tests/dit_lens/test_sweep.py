@@ -374,8 +374,8 @@ def test_a_metric_that_fails_in_one_cell_is_reported_with_it(model):
     ("arguments", "message"),
     [
         ({"seeds": [1, 1]}, "each once"),
-        ({"interventions": []}, "no intervention"),
-        ({"metrics": {}}, "nothing to measure"),
+        ({"interventions": []}, "interventions is empty"),
+        ({"metrics": {}}, "nothing is measured"),
         ({"metrics": {"m": sweep.Metric(pixels, on="hook_z")}}, "choose image"),
         ({"metrics": {"m": sweep.Metric(pixels, on="steps.3.hook_x0")}}, "steps 0 to 2"),
         ({"metrics": {"m": lambda images: images}}, "one number for each row"),
@@ -383,7 +383,7 @@ def test_a_metric_that_fails_in_one_cell_is_reported_with_it(model):
         ({"metrics": {"m": sweep.Metric(pixels, on="x0")}, "interventions": [Intervention("hook_image")]}, "touches none"),
         ({"interventions": [Intervention("blocks.0.attn.hook_z", steps=3)]}, "0 to 2"),
         ({"interventions": [Intervention("hook_latent", action=Add(torch.zeros(5)))]}, "does not broadcast"),
-        ({"batch": 0}, "at least one row"),
+        ({"batch": 0}, "batch=0: give an integer of at least 1"),
         ({"executor": "slurm"}, "choose 'local'"),
     ],
 )

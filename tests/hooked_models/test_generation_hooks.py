@@ -164,7 +164,7 @@ def test_what_is_no_seed_and_no_run(model):
     for seed in (1.5, [0.5, 1.0]):
         with pytest.raises(ValueError, match="give an integer"):
             getattr(seed_of_each, "__wrapped__", seed_of_each)(seed, 2)  # past the type checker, as a user calls it
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError, match="num_steps=0: give an integer of at least 1"):
         model(PROMPTS, num_steps=0)
 
 

@@ -115,7 +115,9 @@ def test_images_of_other_sizes_are_those_of_diffusers(size: tuple[int, int], tmp
 
 def test_other_sizes_without_a_table(folder: Path) -> None:
     model = HookedTextToImage.from_pretrained(folder, check=False)
-    assert model.noise(height=20, width=40, binning=False).shape == (1, 4, 10, 20)
+    assert model.noise(height=24, width=40, binning=False).shape == (1, 4, 12, 20)
+    with pytest.raises(ValueError, match="height=20, width=40: give multiples of 8 pixels"):
+        model.noise(height=20, width=40, binning=False)
     with pytest.raises(ValueError, match="sample_size=16 has no table"):
         model.noise(height=20, width=40)
 
