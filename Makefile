@@ -6,14 +6,16 @@ NEWEST ?=
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))$(if $(NEWEST),-newest)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := $(BIN)/python -m pytest -q -n logical --dist worksteal
+TYPES ?=
+comma := ,
+PYTEST := $(BIN)/python -m pytest -q -n logical --dist worksteal $(if $(TYPES),--jaxtyping-packages=dit_lens$(comma)hooked_models$(comma)beartype.beartype)
 
-.PHONY: demo test test-slow test-all test-types test-core lint bench notebooks recipes docs setup clean
+.PHONY: demo test test-slow test-all test-core lint bench notebooks recipes docs setup clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.relation_head
 
-# the default suite: everything that takes no more than seconds
+# the default suite: everything that takes no more than seconds; TYPES=1 checks the types and shapes of every call, too
 test: lint
 	$(PYTEST)
 
@@ -22,10 +24,6 @@ test-slow: $(READY)
 	$(PYTEST) -m 'slow and not gpu and not network'
 
 test-all: test test-slow
-
-# the default suite with every call's types and shapes checked
-test-types: $(READY)
-	$(PYTEST) --jaxtyping-packages=dit_lens,hooked_models,beartype.beartype
 
 # the library alone, without recipes and notebooks: for a second Python
 test-core: $(READY)

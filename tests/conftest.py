@@ -1,7 +1,7 @@
 """Settings of the whole suite, and the models that many tests share.
 
 Shared models are for reading: a test that changes weights builds its own. The packages are imported inside of fixtures, because
-the import hook that checks types (`make test-types`) is installed after this file is read.
+the import hook that checks types (`make test TYPES=1`) is installed after this file is read.
 """
 
 from __future__ import annotations
