@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
-
 import torch
 
 from hooked_models import HookedDiT
-from hooked_models.fast import empty_prompts, enter_at_layers
+from hooked_models.fast import enter_at_layers
 
 from ..tiny import tiny_inputs, tiny_transformer
 
@@ -29,7 +27,3 @@ def test_rows_enter_where_they_are_told():
         assert (found - output.sample).abs().max() < 1e-12
         first = enter_at_layers.denoise_from(dit, latents[:1], {1: cache["blocks.0.hook_resid_post"][1:]}, t, sizes, state)
         assert (first - output.sample).abs().max() < 1e-12
-
-
-def test_examples_run():
-    assert doctest.testmod(enter_at_layers).failed == doctest.testmod(empty_prompts).failed == 0
