@@ -126,7 +126,7 @@ def one_of(name: str, value: Any, options: Sequence[Any]) -> Any:
     raise ValueError(f"{name}={shown(value)}: choose {' or '.join(map(repr, options))}.")
 
 
-def chosen_steps(steps: Any, n: int) -> list[int]:
+def chosen_steps(steps: Any, n: int, name: str = "steps") -> list[int]:
     """Some of `n` denoising steps, ascending and each once: one, several or a slice, negative ones from the end; None for all.
 
     Raises:
@@ -140,11 +140,11 @@ def chosen_steps(steps: Any, n: int) -> list[int]:
         try:
             found = list(range(n)[steps])
         except TypeError:
-            raise ValueError(f"steps={shown(steps)}: give a slice of integers, such as slice(5).") from None
+            raise ValueError(f"{name}={shown(steps)}: give a slice of integers, such as slice(5).") from None
     else:
-        found = list(range(n)) if steps is None else [one + n if one < 0 else one for one in integers("steps", steps)]
+        found = list(range(n)) if steps is None else [one + n if one < 0 else one for one in integers(name, steps)]
     if not found or not set(found) <= set(range(n)):
-        raise ValueError(f"steps={shown(steps)} are not among this run's steps, 0 to {n - 1}.")
+        raise ValueError(f"{name}={shown(steps)}: this run has steps 0 to {n - 1}.")
     return sorted(set(found))
 
 

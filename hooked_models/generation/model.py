@@ -415,7 +415,7 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
             ValueError: the run has no such step or branch, or its scheduler forms no x0.
         """
         solver, guidance = self.solver(num_steps), number("guidance", guidance)
-        (step,) = chosen_steps(integer("step", step), len(solver))
+        (step,) = chosen_steps(integer("step", step), len(solver), "step")
         one_of("branch", branch, BRANCHES)
         one_of("pos", pos, ("image", "text"))
         one_of("returns", returns, ("images", "x0", "out"))

@@ -194,7 +194,7 @@ class Run:
                 weights have changed since, so that the steps before would be another model's.
         """
         with self.model.hooks(fwd_hooks, bwd_hooks):
-            (step,) = chosen_steps(integer("step", step), len(self))
+            (step,) = chosen_steps(integer("step", step), len(self), "step")
             until = None if until is None else integer("until", until, step + 1, len(self))
             self.check_fork(step, until)
             return self.model.run(self.inputs, self.record, step, until, **how)

@@ -361,7 +361,7 @@ def test_selection_by_step_branch_and_name(model):
     sliced = model.run_with_cache(PROMPTS, names_filter=lambda n: n.endswith("hook_q"), steps=slice(0, 14, 7), branch="uncond")[1]
     assert {name.split(".")[1] for name in sliced} == {"0", "7"}
     assert all(".uncond." in name for name in sliced)
-    with pytest.raises(ValueError, match="lie outside"):
+    with pytest.raises(ValueError, match="steps=14: this run has steps 0 to 13"):
         model.run_with_cache(PROMPTS, steps=14)
     with pytest.raises(ValueError, match="Nothing would be cached"):
         model.run_with_cache(PROMPTS, names_filter=lambda n: False)
