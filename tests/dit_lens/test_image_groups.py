@@ -46,7 +46,8 @@ def test_a_threshold_is_reached_by_the_share_that_equals_it() -> None:
 
 def test_objects_are_those_of_the_scene_wherever_they_lie() -> None:
     drawn = sample(24, seed=0, color_words="both")
-    groups = image_groups_from_scenes(drawn, grid=(8, 8))
+    groups = image_groups_from_scenes(drawn)
+    assert {tuple(group.shape) for group in groups.values()} == {(24, 64)}
     images = render(drawn)
     for row, scene in enumerate(drawn):
         for number, (shape, color, x, y) in enumerate(scene.objects, start=1):
@@ -59,6 +60,14 @@ def test_objects_are_those_of_the_scene_wherever_they_lie() -> None:
             inside = images[row, :, y, x]
             assert inside[channel] > 0.9
             assert inside[2 - channel] < 0.1
+
+
+def test_a_grid_may_have_more_columns_than_rows() -> None:
+    image = torch.ones(1, 3, 64, 128)
+    image[:, :, :16, 112:] = RED[:, None, None]
+    groups = image_groups_from_images(image, grid=(4, 8))
+    assert groups["red"].reshape(4, 8).nonzero().tolist() == [[0, 7]]
+    assert groups["red"].sum() == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest, multinomial
+from scipy.stats import binom, binomtest, multinomial, spearmanr
 from scipy.stats import t as student
 from statsmodels.stats.proportion import proportion_confint
 
@@ -97,3 +98,67 @@ def test_continuous_repeats_are_students_interval_of_cluster_means():
     means = values.mean(axis=1)
     half = student.ppf(0.975, 11) * means.std(ddof=1) / np.sqrt(12)
     assert stats.clustered_mean(values) == pytest.approx((means.mean(), means.mean() - half, means.mean() + half))
+
+
+@pytest.mark.parametrize("n", [4, 5, 9, 30])
+def test_a_rank_correlation_is_bonett_and_wrights(n):
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=n)
+    y = np.roll(x, 1) + rng.normal(size=n)
+    (rho, low, high), p = stats.rank_correlation(x, y)
+    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
+    assert rho == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert (rho, p) == pytest.approx(tuple(spearmanr(x, y)))
+    half = 1.959964 * np.sqrt((1 + rho**2 / 2) / (n - 3))
+    assert np.arctanh([low, high]) == pytest.approx([np.arctanh(rho) - half, np.arctanh(rho) + half], abs=1e-4)
+    for constant in ((x, np.ones(n)), (np.ones(n), y), (x[:3], y[:3])):
+        assert np.isnan([*stats.rank_correlation(*constant)[0], stats.rank_correlation(*constant)[1]]).all()
+    perfect, _ = stats.rank_correlation(x, -np.exp(x))
+    assert perfect.mean == pytest.approx(-1)
+    assert perfect.low == pytest.approx(-1)
+    assert -1 < perfect.high < 0 or n < 9
+
+
+@pytest.mark.parametrize(("drawn", "total"), [(1, 6), (3, 6), (5, 6), (10, 30)])
+def test_a_bound_on_a_count_is_the_largest_that_the_sample_does_not_exclude(drawn, total):
+    """Against sums over all samples of the population."""
+    for hits, level in itertools.product(range(drawn + 1), (0.61, 0.95)):
+        likely = []
+        for count in range(hits, total - drawn + hits + 1):
+            ways = [math.comb(count, seen) * math.comb(total - count, drawn - seen) for seen in range(hits + 1)]
+            if sum(ways) / math.comb(total, drawn) > 1 - level:
+                likely.append(count)
+        assert stats.count_bound(hits, drawn, total, level) == max(likely)
+    assert stats.count_bound(2, total, total) == 2
+    assert stats.count_bound(0, 10, 30) == stats.count_bound(0, 10, 30, 0.95)
+
+
+def test_a_paired_difference_stays_within_its_range():
+    assert stats.paired_proportions(1.0, 1.0, 5).high == 1
+    assert stats.paired_proportions(-1.0, 1.0, 5).low == -1
+    assert stats.paired_proportions(0.9, 0.9, 40).high < 1
+
+
+def test_one_cluster_has_a_mean_and_no_interval_and_none_has_neither():
+    assert stats.clustered_mean(np.array([[1.0, 0.0, 1.0, 1.0]])).mean == 0.75
+    assert np.isnan(stats.clustered_mean(np.array([[1.0, 0.0, 1.0, 1.0]]))[1:]).all()
+    assert np.isnan(stats.clustered_mean(np.full((3, 2), np.nan))).all()
+    assert np.isnan(stats.proportion(np.full(3, np.nan))).all()
+
+
+def test_verdicts_with_repeats_have_the_size_of_an_independent_sample_of_their_variance():
+    values = (np.random.default_rng(1).random((30, 6)) < np.linspace(0.1, 0.9, 30)[:, None]).astype(float)
+    mean, spread = values.mean(), values.mean(axis=1).var(ddof=1) / 30
+    size = min(values.var() / spread * (1.959964 / student.ppf(0.975, 29)) ** 2, values.size)
+    assert 30 < size < 180
+    expected = proportion_confint(mean * size, size, method="wilson")
+    assert stats.clustered_mean(values) == pytest.approx((mean, *expected), rel=1e-5)
+    alike = np.repeat([[1.0], [0.0]], [3, 5], axis=0).repeat(4, axis=1)  # repeats that add nothing
+    few = values_of_clusters(alike)
+    assert stats.clustered_mean(alike) == pytest.approx(few, rel=1e-5)
+
+
+def values_of_clusters(values: np.ndarray) -> tuple[float, ...]:
+    n, mean = len(values), values.mean()
+    size = mean * (1 - mean) / (values[:, 0].var(ddof=1) / n) * (1.959964 / student.ppf(0.975, n - 1)) ** 2
+    return (mean, *proportion_confint(mean * size, size, method="wilson"))
