@@ -130,3 +130,13 @@ def test_what_a_head_writes_and_reads(model: HookedTextToImage) -> None:
         np.testing.assert_allclose(written.sel(word=word), caption[word] @ dit.cross_OV.AB[0, 1], atol=1e-12)
         expected = caption[word] @ dit.cross_OV.AB[0, 1] @ dit.cross_QK.AB[1, 0] @ caption[other]
         assert float(scores.sel(content=word, word=other)) == pytest.approx(float(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("head", ["L2H0", "L0H2", (2, 0), (0, 2), (1, -1), (-1, 1), (0.5, 1), "H1", "L1"])
+def test_a_head_that_is_not_there_is_refused(head: object) -> None:
+    dit = HookedTextToImage.from_pipeline(tiny_pipeline()).dit
+    assert (dit.cfg.n_layers, dit.cfg.n_heads) == (2, 2)
+    map_of = getattr(circuits.position_word_map, "__wrapped__", circuits.position_word_map)  # past the type checker
+    with pytest.raises(ValueError, match=r"no head|names no head|give an integer"):
+        map_of(dit, head, torch.zeros(16))
+    assert circuits.position_word_map(dit, (1, 1), torch.zeros(16)).shape == (2, 2)

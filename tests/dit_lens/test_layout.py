@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dit_lens import scenes
+from dit_lens.task.judge import MIN_AREA
 from dit_lens.task.paper_rules import detect_objects
 
 WANTED = scenes.sample(200, seed=3, split="all", color_words="both")
@@ -84,3 +85,19 @@ def test_the_papers_triangle_is_about_a_pixel_high():
         x, y = np.array([d[1:] for d in differences if d[0] == shape]).T
         assert abs(x).max() <= 1
         assert set(y) == ({-1} if shape == "triangle" else {0})
+
+
+def test_an_object_is_the_largest_region_of_its_color_from_the_smallest_area_on():
+    image = torch.full((3, 128, 128), 0.5)
+    blue = torch.tensor([0.0, 0.0, 1.0])[:, None, None]
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    image[:, 10:22, 10:22] = red  # read first, and smaller than the next
+    image[:, 60:90, 20:50] = red
+    image[:, 70:80, 90 : 90 + MIN_AREA // 10] = blue
+    scene = scenes.Scene("square", "red", 35, 75, "circle", "blue", 98, 75, "left", "left of")
+    assert MIN_AREA % 10 == 0
+    seen = scenes.layout(image[None], [scene])
+    assert seen["dx"].item() == 34.5 - (90 + (MIN_AREA // 10 - 1) / 2)
+    assert seen["dy"].item() == 0
+    image[:, 79, 90] = 0.5  # one pixel fewer than an object has
+    assert np.isnan(scenes.layout(image[None], [scene])["dx"].item())
