@@ -283,3 +283,13 @@ def test_options_that_do_not_exist_are_refused():
     for options in ({"split": "heldout"}, {"distribution": "uniform"}, {"color_words": "all"}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}='{next(iter(options.values()))}': choose"):
             getattr(sample, "__wrapped__", sample)(2, seed=0, **options)  # past the type checker, as a user calls it
+
+
+def test_centres_reach_both_ends_of_their_range_and_a_shared_centre_is_below():
+    drawn = sample(4000, 0, split="all", distribution="natural")
+    coordinates = [value for scene in drawn for value in (scene.x1, scene.y1, scene.x2, scene.y2)]
+    assert (min(coordinates), max(coordinates)) == (17, 111)
+    assert relation_between(50, 50, 50, 50) == "below"  # the original's rule: not above, so below
+    assert relation_between(50, 49, 55, 50) == "above"
+    assert relation_between(50, 50, 56, 55) == "left"
+    assert relation_between(50, 50, 56, 56) == "upper_left"
