@@ -46,7 +46,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
 from hooked_models.generation.names import BRANCHES, FINAL, Branch
-from hooked_models.generation.views import DenoiserView
+from hooked_models.pixart.views import DenoiserView
 
 from ..runs.repeated_runs import Call, Generation
 from ..text.prompts import Role

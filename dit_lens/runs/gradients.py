@@ -22,8 +22,8 @@ from hooked_models import HookedDiT, Trajectory
 from hooked_models.generation.loops import Call
 from hooked_models.generation.names import FINAL
 from hooked_models.generation.trajectory import Record
-from hooked_models.generation.views import DenoiserView
 from hooked_models.pixart.text_state import TextState
+from hooked_models.pixart.views import DenoiserView
 
 Metric = Callable[[Tensor], Tensor]
 """Differentiable; from the output [batch …] to one number for each prompt [batch] (a scalar will do for a single prompt)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_models import HookedDiT, Trajectory
 from hooked_models.generation.names import FINAL
-from hooked_models.generation.views import DenoiserView
+from hooked_models.pixart.views import DenoiserView
 
 from .gradients import CallChain, Chain, chain
 

@@ -14,9 +14,9 @@ from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedDiT, Trajectory
 from hooked_models.generation.names import BRANCHES, FINAL, Branch
-from hooked_models.generation.views import DenoiserView
 from hooked_models.hooks.module import HookFunction
 from hooked_models.pixart.text_state import TextState
+from hooked_models.pixart.views import DenoiserView
 
 from ..graph.nodes import Place
 from ..text.prompts import Role, token_roles

@@ -79,7 +79,7 @@ class GenerationCache(ActivationCache):
             source = facts["source"] and recorded_source(*facts["source"])
             if not source:
                 raise ValueError(f"{folder} does not say which model it is of: pass it, GenerationCache.load(folder, model).")
-            from .model import HookedTextToImage  # which makes caches
+            from .. import HookedTextToImage  # looked up in the table of public names
 
             model = HookedTextToImage.from_pretrained(source, revision=facts["source"][1], weights=False)
         heads = None if facts.get("heads") is None else {int(layer): some for layer, some in facts["heads"].items()}

@@ -18,7 +18,6 @@ from transformer_lens.hook_points import HookPoint
 from ..arguments import shown
 from ..hooks.module import HookedModule, HookFunction, as_hooks, watched
 from ..hooks.scopes import lookup, scope, scopes
-from ..pipelines.pipeline_model import PipelineModel
 from .names import Branch, GenerationHookPoint, GenerationNames, Site
 from .sampling import Solver, solver_of
 
@@ -155,9 +154,12 @@ class Buckets:
         return list(select((hook for _, hook in near), chosen, lambda: names.sites(steps=[step])))
 
 
-class HookedGeneration(PipelineModel, HookedRootModule):
+class HookedGeneration(HookedRootModule):
     """The side of `HookedTextToImage` that attaches hooks: by full name, and only where a run would reach them."""
 
+    dit: Any
+    scheduler: Any
+    device: Any
     names: GenerationNames
     sampler_hooks: SamplerHooks
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from ..arguments import (
 )
 from ..fast import empty_prompts
 from ..hooks.module import HookedModule, NameFilter, NoLanguageModel
-from ..hooks.wrapping import Wrapped
+from ..hooks.wrapping import Wrapped, stamp
+from ..pipelines.pipeline_model import PipelineModel
 from ..pipelines.resolution import nearest_resolution
 from ..pixart.config import DiTConfig
 from ..pixart.dit import HookedDiT
@@ -45,8 +47,9 @@ from .hooks import Attached, HookedGeneration, SamplerHooks, attach, select
 from .loops import Call, PixArtLoop
 from .names import BRANCHES, FINAL, Branch, GenerationNames, Part, Site
 from .passes import Denoise, Pass, Rows, from_step
+from .pipeline import HookedPipeline
 from .sampling import Seeds, seed_of_each, seeded_noise
-from .trajectory import Inputs, Record, Run, stamp
+from .trajectory import Inputs, Record, Run
 from .views import StepView
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch text_pos"]
@@ -65,7 +68,7 @@ def hooked_encoder(encoder: nn.Module) -> nn.Module:
     return HookedT5Encoder(encoder) if isinstance(encoder, T5EncoderModel) else encoder
 
 
-class HookedTextToImage(NoLanguageModel, HookedGeneration):
+class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
     """A PixArt pipeline whose every tensor has a name at every denoising step and guidance branch.
 
     Names are `text_encoder.…`, `null_text_encoder.…`, `steps.{s}.{cond|uncond}.{name in the denoiser}`,
@@ -95,6 +98,34 @@ class HookedTextToImage(NoLanguageModel, HookedGeneration):
         self.names = GenerationNames(self.dit, self.sampler_hooks, with_hooks, lambda: self.count_steps(DEFAULT_STEPS))
         self.loop = PixArtLoop(self.dit.cfg.in_channels)
         # No setup(): it would rename the hook points of the models inside.
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any) -> Any:
+        """Around a live pipeline; its modules are used, not copied, and put into evaluation mode.
+
+        Their weights no longer require gradients, so that a run builds no graph: `model.requires_grad_(True)` to train them.
+
+        Returns:
+            A `HookedTextToImage` of PixArt-α's and PixArt-Σ's pipelines; of any other, a `generation.pipeline.HookedPipeline`,
+            which runs its own loop.
+
+        Raises:
+            ValueError: a part is spread over several devices, or the transformer is of no known family.
+            TypeError: the pipeline has no loop of denoiser calls that can be followed.
+        """
+        if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
+            return HookedPipeline.from_pipeline(pipe)
+        for name, part in (("transformer", pipe.transformer), ("text_encoder", pipe.text_encoder)):
+            if len(devices := {str(p.device) for p in part.parameters()}) > 1:
+                raise ValueError(
+                    f"The {name} is spread over {', '.join(sorted(devices))}; hooked, it must be on one device: load it without "
+                    "offloading or device map, then use enable_cpu_offload()."
+                )
+        model = cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()
+        model.pipeline_class = type(pipe)
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            part.requires_grad_(False)
+        return model
 
     def check_wrapped(self) -> None:
         """Raise ValueError if a wrapped module was changed in a way that this model would ignore."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .. import families
 from ..hooks.module import NameFilter, NoLanguageModel
+from ..hooks.wrapping import stamp
+from ..pipelines.pipeline_model import PipelineModel
 from .cache import GenerationCache
 from .capture import Recorder
 from .hooks import Attached, HookedGeneration, SamplerHooks, attach, select
@@ -20,12 +22,12 @@ from .names import FINAL, Branch, GenerationNames, Site
 from .passes import Denoise, Pass, Rows, from_step
 from .pipeline_loop import Bound, PipelineInputs, PipelineLoop
 from .sampling import Seeds, seed_of_each
-from .trajectory import Record, Run, stamp
+from .trajectory import Record, Run
 
 DEFAULT_STEPS = 14
 
 
-class HookedPipeline(NoLanguageModel, HookedGeneration):
+class HookedPipeline(NoLanguageModel, PipelineModel, HookedGeneration):
     """A diffusers pipeline whose denoiser is of a known family, hooked by step and branch as `HookedTextToImage`.
 
     Names are `steps.{s}.{cond|uncond}.{name in the denoiser}`, `steps.{s}.hook_{latent,out_cond,out_uncond,out,x0}` and

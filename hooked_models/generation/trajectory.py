@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import chosen_steps, integer, row_indices
+from ..hooks.wrapping import Stamp, stamp
 from ..pixart.text_state import TextState
 from .hooks import Attached, Hooks
 from .loops import branches_of
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
 
 MOST_COPIES = 10**6
 """Of a run."""
-Stamp = tuple[tuple[int, int], ...]
-"""Identity and version of every tensor of a module."""
-
-
-def stamp(module: nn.Module) -> Stamp:
-    """A mark that changes when a parameter or buffer is replaced or written to (but for writes through `.data`)."""
-    return tuple((id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers()))
 
 
 @dataclass(frozen=True)

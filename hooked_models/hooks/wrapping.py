@@ -5,6 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 STANDARD_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+Stamp = tuple[tuple[int, int], ...]
+"""Identity and version of every tensor of a module."""
+
+
+def stamp(module: nn.Module) -> Stamp:
+    """A mark that changes when a parameter or buffer is replaced or written to (but for writes through `.data`)."""
+    return tuple((id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers()))
 
 
 class Wrapped:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from ..store import digest, replace_folder
@@ -144,27 +144,8 @@ class PipelineModel(nn.Module):
 
     @classmethod
     def from_pipeline(cls: type[Model], pipe: Any) -> Model:
-        """Around a live pipeline; its modules are used, not copied, and put into evaluation mode.
-
-        A pipeline other than PixArt-α's and PixArt-Σ's becomes a `generation.pipeline.HookedPipeline`, which runs its own loop.
-
-        Their weights no longer require gradients, so that a run builds no graph: `model.requires_grad_(True)` to train them.
-        """
-        if not isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
-            from ..generation.pipeline import HookedPipeline  # whose base this is
-
-            return HookedPipeline.from_pipeline(pipe)
-        for name, part in (("transformer", pipe.transformer), ("text_encoder", pipe.text_encoder)):
-            if len(devices := {str(p.device) for p in part.parameters()}) > 1:
-                raise ValueError(
-                    f"The {name} is spread over {', '.join(sorted(devices))}; hooked, it must be on one device: load it without "
-                    "offloading or device map, then use enable_cpu_offload()."
-                )
-        model = cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()
-        model.pipeline_class = type(pipe)
-        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-            part.requires_grad_(False)
-        return model
+        """Around a live pipeline; its modules are used, not copied."""
+        raise NotImplementedError
 
     def as_diffusers(self) -> Any:
         """A new pipeline of the kind the model came in, with the hooked modules inside: their hooks fire in its calls.

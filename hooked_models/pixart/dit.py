@@ -7,7 +7,7 @@ Source: ``PixArtTransformer2DModel`` in diffusers/models/transformers/pixart_tra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +17,20 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
+from ..arguments import number
 from ..hooks.module import NotFoldedError, has_hooks
 from .block import Block, BlockText, LayerNorm, modulate
 from .cache import DiTCache
 from .config import DiTConfig
+from .folding import Unembed, folded
 from .patch_model import PatchModel, writable
 from .text_state import TextState, additive_bias
-
-if TYPE_CHECKING:
-    from ..generation.views import DenoiserView
-    from .folding import FoldedDiT
+from .views import FOLD_FIRST, DenoiserView
 
 ONLY_FOLDED = (
     *("unembed", "W_U", "b_U", "tokens_to_residual_directions", "to_single_token"),
     *("accumulated_bias", "tl_parameters", "blocks_with"),
 )
-FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
 
 
 class HookedDiT(PatchModel):
@@ -167,9 +165,10 @@ class HookedDiT(PatchModel):
             timestep: in the scheduler's units.
             added_cond_kwargs: the size conditions [1 …], for a model that is conditioned on them.
         """
-        from .folding import fold_timestep  # a folded model is a HookedDiT
-
-        return fold_timestep(self, timestep, added_cond_kwargs)
+        timestep = number("timestep", timestep, 0)
+        with torch.no_grad():
+            t_emb = self.embed_timestep(torch.tensor([timestep], device=self.device), added_cond_kwargs, self.dtype)
+        return FoldedDiT(folded(self.wrapped, t_emb), timestep).train(self.training)
 
     def __getattr__(self, name: str) -> Any:
         if self.folded_timestep is None and name in ONLY_FOLDED:
@@ -256,8 +255,6 @@ class HookedDiT(PatchModel):
             pos: the positions that a sweep "by position" goes over.
             returns: the tensor that metrics get: the output, or its patches [row pos d_vocab], as logits are.
         """
-        from ..generation.views import DenoiserView  # a view of this
-
         times = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         with torch.no_grad():  # where a gradient is wanted, each call encodes its rows anew
             state = self.encode_text(text, text_mask)
@@ -303,3 +300,61 @@ class HookedDiT(PatchModel):
             text = writable(text, in_graph and has_hooks(self.hook_text))  # this is the caller's tensor
         caption = self.hook_caption(self.project_caption(self.hook_text(text)))
         return [BlockText(caption, bias=bias)] * self._cfg.n_layers
+
+
+class FoldedDiT(HookedDiT):
+    """A HookedDiT that is right at one timestep, with the attributes that TransformerLens' weight-based tools read.
+
+    Its "tokens" are output channels: index ``(p · patch_size + q) · out_channels + c`` of a position's patch.
+    """
+
+    def __init__(self, transformer: nn.Module, timestep: float) -> None:
+        super().__init__(transformer)
+        self.folded_timestep = timestep
+        self.unembed = Unembed(self.proj_out)
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.unembed.b_U
+
+    def tokens_to_residual_directions(self, tokens: int | str | Int[Tensor, "*any"]) -> Float[Tensor, "*any d_model"]:
+        """Columns of W_U, by output channel. Raises TypeError for words: an image has none."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
+
+    def to_single_token(self, token: str) -> int:
+        """Raise TypeError: an output channel has no name."""
+        raise TypeError(f"output channels are numbers from 0 to {self._cfg.d_vocab - 1}, not words such as {token!r}")
+
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
+        """Sum of the biases of all writes before ``layer`` (``mlp_input``: before its MLP), cross-attention included."""
+        total = torch.zeros(self._cfg.d_model, device=self.device, dtype=self.dtype)
+        for block in self.blocks[:layer]:
+            total = total + block.attn.b_O + block.cross_attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)
+        if mlp_input:
+            total = total + self.blocks[layer].attn.b_O + self.blocks[layer].cross_attn.b_O
+        return total
+
+    def reset_parameters(self) -> None:
+        """Raise ValueError: new weights would lose the folded timestep."""
+        raise ValueError("re-initialise the model itself, then fold it again: fold_timestep(t)")
+
+    def blocks_with(self, sublayer: str) -> list[tuple[int, nn.Module]]:
+        """List (layer, block) of every block that has the sublayer."""
+        return [(layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, sublayer)]
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Map TransformerLens' name of each weight to its tensor (views)."""
+        named: dict[str, Tensor] = {"unembed.W_U": self.W_U, "unembed.b_U": self.b_U}
+        for layer, block in enumerate(self.blocks):
+            for kind, attn in (("attn", block.attn), ("cross_attn", block.cross_attn)):
+                for weight in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"):
+                    named[f"blocks.{layer}.{kind}.{weight}"] = getattr(attn, weight)
+            for weight in ("W_in", "b_in", "W_out", "b_out"):
+                named[f"blocks.{layer}.mlp.{weight}"] = getattr(block.mlp, weight)
+        return named

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hooked_models import HookedDiT, HookedTextToImage
-from hooked_models.pixart.folding import FoldedDiT
+from hooked_models.pixart.dit import FoldedDiT
 
 from ..hooked_models.pipelines import tiny_pipeline
 from ..hooked_models.tiny import tiny_transformer

@@ -10,7 +10,7 @@ from diffusers import PixArtTransformer2DModel
 
 from hooked_models import HookedDiT, NotFoldedError
 from hooked_models.pixart.config import DiTConfig
-from hooked_models.pixart.folding import FoldedDiT
+from hooked_models.pixart.dit import FoldedDiT
 
 from .tiny import tiny_inputs, tiny_transformer
 

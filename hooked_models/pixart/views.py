@@ -1,0 +1,208 @@
+"""Views that TransformerLens' tools take for a language model: "tokens" in, hooks under canonical names.
+
+The tools pass token tensors around and read their shape, nothing else. So a view keeps the real inputs in a table, and
+its tokens are int64 row numbers of that table, repeated over the positions (image or text) that a sweep shall run over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import Slice
+
+from ..hooks.module import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
+from ..hooks.wrapping import stamp
+from .cache import DiTCache
+from .config import DiTConfig
+from .text_state import TextState
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+
+    from .dit import HookedDiT
+
+FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
+Positions = Literal["image", "text"]
+Tokens = Int[Tensor, "batch pos"]
+HookList = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
+
+
+class View(NoLanguageModel):
+    """What both views share; a subclass says how rows of its table are run.
+
+    Attributes that a view lacks are the denoiser's (`cfg`, `hook_dict`, `W_U`, flags, …).
+    """
+
+    dit: HookedDiT
+
+    def __init__(self, dit: HookedDiT, rows: int, positions: int, pos: Positions) -> None:
+        super().__init__()
+        self.__dict__["dit"] = dit  # not a child: a view owns no weights
+        self.pos: Positions = pos
+        self.table = torch.arange(rows)[:, None].repeat(1, positions)
+        self.train(dit.training)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["dit"], name)
+
+    @property
+    def cfg(self) -> DiTConfig:
+        """The denoiser's configuration. Said here, because a runtime-checked protocol does not ask `__getattr__`."""
+        return self.dit.cfg
+
+    @property
+    def owner(self) -> nn.Module:
+        """The model that the view runs."""
+        return self.dit
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The owner's, so that a tool which freezes or resets its `model` reaches them, or says that it cannot."""
+        return self.owner.named_parameters(*args, **kwargs)
+
+    @property
+    def blocks(self) -> Any:
+        """The denoiser's blocks; unless it is folded, their output weights refuse to be read."""
+        return self.dit.blocks if self.dit.folded_timestep is not None else [_Gated(block) for block in self.dit.blocks]
+
+    def to_tokens(self, rows: int | str | Sequence[int] | Sequence[str] | Tensor | None = None) -> Tokens:
+        """The tokens that stand for some rows of the table (all of them unless said). Raises TypeError for text."""
+        if isinstance(rows, str) or (isinstance(rows, (list, tuple)) and any(isinstance(row, str) for row in rows)):
+            return super().to_tokens(rows)
+        return self.table if rows is None else self.table[torch.as_tensor(rows).reshape(-1)]
+
+    def rows(self, tokens: Tokens) -> Int[Tensor, " batch"]:
+        """The rows that tokens stand for. Raises ValueError for tokens that are not this view's."""
+        if tokens.ndim != 2 or not bool((tokens == tokens[:, :1]).all()) or not bool((tokens < len(self.table)).all()):
+            raise ValueError(
+                f"these are no tokens of this view: take rows of the ones it came with (row numbers below {len(self.table)}, "
+                "each repeated over the positions), or view.to_tokens(rows)"
+            )
+        return tokens[:, 0]
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Run some rows of the table."""
+        raise NotImplementedError
+
+    @contextmanager
+    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Iterator[View]:
+        """Attach hooks by canonical name."""
+        raise NotImplementedError
+        yield self
+
+    def run_with_hooks(
+        self,
+        tokens: Tokens,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        *,
+        return_type: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`forward` with hooks under canonical names. Further arguments as in `HookedRootModule.hooks`.
+
+        Raises:
+            TypeError: `return_type` is a language model's ("logits", "loss"): a view returns images or predictions.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, **kwargs):
+            return self(tokens, return_type=return_type)
+
+    def run_with_cache(
+        self,
+        tokens: Tokens,
+        names_filter: NameFilter = None,
+        device: str | torch.device | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        pos_slice: Any = None,
+        return_type: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ActivationCache]:
+        """`(output, cache)`; `pos_slice` slices the view's own kind of positions, image or text.
+
+        `incl_bwd` also caches gradients (`…_grad`) of a scalar output. The rest as in `HookedRootModule.run_with_cache`.
+        """
+        store: dict[str, Tensor] = {}
+        positions = Slice.unwrap(pos_slice)
+
+        def keep(suffix: str, tensor: Tensor, hook: HookPoint) -> None:
+            axis = self.dit.position_axis(str(hook.name), self.pos)
+            part = tensor.detach() if axis is None else positions.apply(tensor.detach(), dim=axis)
+            store[str(hook.name) + suffix] = part.to(device or part.device, copy=True)  # a later hook may write in place
+
+        names = self.dit.names(names_filter)
+        backward = [(name, partial(keep, "_grad")) for name in names] if incl_bwd else []
+        with self.hooks([(name, partial(keep, "")) for name in names], backward, **kwargs):
+            out = self(tokens, return_type=return_type)
+            if incl_bwd:
+                out.backward()
+        cache = DiTCache(store, self.dit)
+        return out, cache.remove_batch_dim(len(tokens)) if remove_batch_dim else cache
+
+
+class DenoiserView(View):
+    """One denoiser call for each row of a table of inputs; made by `HookedDiT.bind`."""
+
+    def __init__(
+        self,
+        dit: HookedDiT,
+        latents: Float[Tensor, "row channel rows columns"],
+        timestep: Shaped[Tensor, " row"],
+        text: TextState,
+        sizes: Mapping[str, Tensor | None],
+        pos: Positions,
+        returns: Literal["out", "patches"],
+    ) -> None:
+        p = dit.cfg.patch_size
+        positions = text.text.shape[1] if pos == "text" else latents.shape[-2] * latents.shape[-1] // p**2
+        super().__init__(dit, len(latents), positions, pos)
+        self.latents, self.timestep, self.text, self.sizes, self.returns = latents, timestep, text, sizes, returns
+        self.weights = stamp(dit)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """[batch out_channels height width], or [batch pos d_vocab] with `returns="patches"`."""
+        rows = self.rows(tokens).to(self.latents.device)
+        sizes = {name: None if size is None else size[rows] for name, size in self.sizes.items()}
+        text, latents = self.text.take(rows), self.latents[rows]
+        if torch.is_grad_enabled():  # a graph of its own, so that every call can be differentiated
+            latents, text = with_gradient(latents), self.dit.encode_text(with_gradient(text.text), text.bias)
+        elif stamp(self.dit) != self.weights:
+            text = self.dit.encode_text(text.text, text.bias)
+        out = self.dit(
+            latents,
+            timestep=self.timestep[rows],
+            added_cond_kwargs=sizes,
+            text_state=text,
+            return_dict=False,
+        )[0]
+        return out if self.returns == "out" else self.dit.patches(out)
+
+    @contextmanager
+    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Iterator[View]:
+        """`HookedDiT.hooks`."""
+        with self.dit.hooks(fwd_hooks, bwd_hooks, **kwargs):
+            yield self
+
+
+def with_gradient(tensor: Tensor) -> Tensor:
+    """A tensor that gradients reach."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+class _Gated:
+    """A block, attention or MLP of an unfolded model, whose output weights lack the timestep's gate."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("W_O", "b_O", "W_out", "b_out"):
+            raise NotFoldedError(f"{name} ignores the timestep's gate, so it is not what is added to the residual: {FOLD_FIRST}")
+        found = getattr(self._module, name)
+        return _Gated(found) if name in ("attn", "mlp") else found
