@@ -77,19 +77,20 @@ def sums_of_pattern(pattern: Tensor, queries: Tensor, keys: Tensor, reduce: str)
 
 @no_type_check
 def sums_of_attention(
-    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, queries: Tensor, keys: Tensor, reduce: str
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, queries: Tensor | None, keys: Tensor, reduce: str
 ) -> Tensor:
     """Apply `sums_of_pattern` to the pattern of q and k [batch pos head d_head], made in chunks no
     larger than `q`.
 
-    `bias` broadcasts to the pattern.
+    `bias` broadcasts to the pattern. Without `queries`, under "sum", each query is a group of its
+    own: [batch head pos key_group].
     """
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if reduce == "sum" and k.shape[2] <= k.shape[3] and q.dtype in (torch.float32, torch.float64):
         # A short text: the whole pattern is no larger than the queries, and faster made with keys before queries.
         scores = (k * scale) @ q.mT
         pattern = (scores if bias is None else scores + bias.mT).softmax(dim=2)
-        return queries.mT[:, None] @ (pattern.mT @ keys.to(pattern.dtype)[:, None]).to(queries.dtype)
+        return _add_up(pattern.mT @ keys.to(pattern.dtype)[:, None], queries)
     if reduce == "sum":
         # at 1024 px a few heads at a time, on small images all
         size = max(1, 2**20 // (q.shape[0] * q.shape[2] * q.shape[3]))
@@ -117,7 +118,9 @@ def _group_mass(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, keys: T
 
 
 @no_type_check
-def _add_up(mass: Tensor, queries: Tensor) -> Tensor:
+def _add_up(mass: Tensor, queries: Tensor | None) -> Tensor:
+    if queries is None:
+        return mass
     return torch.einsum("bpi,bhpk->bhik", queries, mass.to(queries.dtype))
 
 

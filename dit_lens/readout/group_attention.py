@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import xarray as xr
@@ -102,8 +102,18 @@ def attention_in_call(
     return xr.DataArray(found.cpu().numpy(), dims=dims, name=f"{sublayer} {reduce}")
 
 
+class Reader(Protocol):
+    """A reducer of one attention in one call: of q, k and bias, or of its pattern where hooks make that."""
+
+    def read(self, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+        """Called with q [batch pos head d_head], k and the bias of the scores."""
+
+    def read_pattern(self, pattern: Tensor, hook: HookPoint) -> None:
+        """Called with the pattern [batch head pos key_pos]."""
+
+
 @contextmanager
-def reading(model: HookedModule, readers: Mapping[Any, _Reader]) -> Iterator[None]:
+def reading(model: HookedModule, readers: Mapping[Any, Reader]) -> Iterator[None]:
     """Attach a reader to each attention: to q and k, or to the pattern if hooks may change it."""
     explicit = [one for one in readers if watched(one.hook_attn_scores) or watched(one.hook_pattern)]
     fused = [one for one in readers if one not in explicit]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer, shown
-from hooked_models.text_encoders.words import EncodedText, TextWord, encode_text, split_words
+from hooked_models.text_encoders.words import EncodedText, TextWord, split_words
 
 from ..task import COLORS, SHAPES
 
@@ -172,11 +172,7 @@ def token_roles(model: HookedTextToImage, prompt: str, length: int | None = None
         >>> token_roles(model, "red circle, above a square")
         ['color1', 'shape1', 'filler', 'relation', 'filler', 'shape2', 'eos']
     """
-    return _roles(_encoded(model, prompt, length))
-
-
-def _encoded(model: HookedTextToImage, prompt: str, length: int | None) -> EncodedText:
-    return encode_text(model.tokenizer, model.prompt_texts(prompt)[0], length)
+    return _roles(model.encoded_texts(prompt, length)[0])
 
 
 def _roles(encoded: EncodedText) -> list[Role]:
@@ -221,13 +217,17 @@ def token_mask(
     *,
     length: int | None = None,
     missing: Literal["error", "ignore"] = "error",
+    **options: Any,
 ) -> Bool[Tensor, "prompt text_pos"]:
-    """The selected tokens of `model.to_tokens(prompts)`.
+    """The selected tokens of `model.to_tokens(prompts)`, or the selected text positions of a pipeline's denoiser.
+
+    Where several text encoders of a pipeline give tokens, a word is all that spell it.
 
     Args:
         tokens: one of the forms of the module.
         length: of the tokens, by default that of the longest prompt.
         missing: "ignore" lets a prompt have none of them; by default that is an error.
+        options: of a pipeline's call, such as `max_sequence_length`, which its text positions depend on.
 
     Raises:
         ValueError: a prompt has none of the tokens (the message lists its words), a position lies outside of the text, or a
@@ -240,10 +240,10 @@ def token_mask(
         [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
     """
     texts, choice = [prompts] if isinstance(prompts, str) else list(prompts), as_choice(tokens)
-    length = model.to_tokens(texts).shape[1] if length is None else length
-    mask = position_mask(choice, len(texts), length, "the text")
+    encoded = model.encoded_texts(texts, length, **options)
+    mask = position_mask(choice, len(texts), len(encoded[0].ids), "the text")
     if mask is None:
-        mask = torch.stack([_spelled(model, text, choice, length).any(dim=0) for text in texts])
+        mask = torch.stack([_spelled(text, choice).any(dim=0) for text in encoded])
     if missing == "error":
         check_found(model, texts, choice, mask)
     return mask
@@ -288,12 +288,11 @@ def token_counts(model: HookedTextToImage, texts: Sequence[str], choice: TokenCh
         >>> token_counts(model, ["red circle above square"], as_choice(["shape1", "filler"]), 5)
         [(1, 0)]
     """
-    return [tuple(_spelled(model, text, choice, length).sum(dim=1).tolist()) for text in texts]
+    return [tuple(_spelled(text, choice).sum(dim=1).tolist()) for text in model.encoded_texts(texts, length)]
 
 
-def _spelled(model: HookedTextToImage, text: str, choice: TokenChoice, length: int) -> Bool[Tensor, "role_or_word text_pos"]:
+def _spelled(encoded: EncodedText, choice: TokenChoice) -> Bool[Tensor, "role_or_word text_pos"]:
     """Tokens of each role and word of `choice` in one prompt."""
-    encoded = _encoded(model, text, length)
     roles, mask = _roles(encoded), torch.zeros(len(choice), len(encoded.ids), dtype=torch.bool)
     for row, one in zip(mask, choice, strict=True):
         if isinstance(one, Word):
@@ -328,9 +327,8 @@ def check_found(
     text, first = texts[empty[0]], choice[0]
     if isinstance(first, tuple):
         raise ValueError(f"tokens is a mask whose row {empty[0]}, of {text!r}, selects nothing: fill it{fix}.")
-    encoded = _encoded(model, text, None)
-    spelled = [encoded.text[start:end] for _, start, end in encoded.words]
-    words = [f"{word} ({role})" for word, role in zip(spelled, _word_roles(encoded.words), strict=True)]
+    found = split_words(text)
+    words = [f"{text[word.start : word.end]} ({role})" for word, role in zip(found, _word_roles(found), strict=True)]
     named = " or ".join(_occurrence(one) if isinstance(one, Word) else f"{one} token" for one in choice)
     raise ValueError(
         f"{text!r} has no {named}. Its words are {', '.join(words) or 'none'}: select by another role or by "

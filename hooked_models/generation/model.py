@@ -39,7 +39,7 @@ from ..pixart.dit import HookedDiT
 from ..pixart.text_state import TextState
 from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from ..text_encoders.t5 import HookedT5Encoder
-from ..text_encoders.words import encode_text
+from ..text_encoders.words import EncodedText, encode_text
 from .cache import KEEPS_BATCH, GenerationCache, estimate_recorded, refuse_if_does_not_fit, refuse_if_too_large
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer
@@ -216,6 +216,17 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
                 f"The text encoder does not know {', '.join(map(repr, words))} in {next(iter(unknown))!r} and would read <unk>: "
                 "use other words, or set model.allow_unknown_words = True."
             )
+
+    def encoded_texts(self, prompts: str | Sequence[str], length: int | None = None) -> list[EncodedText]:
+        """Each prompt as it is tokenised, with character offsets, padded to the longest or to `length`.
+
+        Example:
+            >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
+            >>> model.encoded_texts("red circle")[0].spans
+            [(0, 3), (4, 10), (0, 0)]
+        """
+        length = self.to_tokens(prompts).shape[1] if length is None else length
+        return [encode_text(self.tokenizer, text, length) for text in self.prompt_texts(prompts)]
 
     def to_str_tokens(self, prompt: str | Int[Tensor, " text_pos"]) -> list[str]:
         """The tokens of one prompt as strings."""

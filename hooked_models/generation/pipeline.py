@@ -14,6 +14,7 @@ from .. import families
 from ..hooks.module import NameFilter, NoLanguageModel
 from ..hooks.wrapping import stamp
 from ..pipelines.pipeline_model import PipelineModel
+from ..text_encoders.words import EncodedText
 from .cache import GenerationCache
 from .capture import Recorder
 from .hooks import Attached, HookedGeneration, SamplerHooks, attach, select
@@ -22,6 +23,7 @@ from .names import FINAL, Branch, GenerationNames, Site
 from .passes import Denoise, Pass, Rows, from_step
 from .pipeline_loop import Bound, PipelineInputs, PipelineLoop
 from .sampling import Seeds, seed_of_each
+from .text_positions import encoded_at_positions
 from .trajectory import Record, Run
 
 DEFAULT_STEPS = 14
@@ -114,6 +116,12 @@ class HookedPipeline(NoLanguageModel, PipelineModel, HookedGeneration):
         self, prompts: str | Sequence[str], seed: Seeds = 0, num_steps: int = DEFAULT_STEPS, **options: Any
     ) -> PipelineInputs:
         """Everything that a generation is computed from: text encoded, hooks checked, the calls of a step known."""
+        inputs = self.loop.prepare(self._inputs(prompts, seed, num_steps, options))
+        self.check_hooks(num_steps, inputs.guidance, solver=inputs.solver)
+        return inputs
+
+    def _inputs(self, prompts: str | Sequence[str], seed: Seeds, num_steps: int, options: dict[str, Any]) -> PipelineInputs:
+        """The inputs of a run, before anything is encoded."""
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         known = inspect.signature(type(self.pipe).__call__).parameters
         if "guidance" in options:
@@ -126,10 +134,20 @@ class HookedPipeline(NoLanguageModel, PipelineModel, HookedGeneration):
         latents = options.pop("latents", None)
         options["num_inference_steps"] = num_steps
         seeds = tuple(seed_of_each(seed, len(texts)))
-        inputs = PipelineInputs(self.pipe, texts, options, seeds, latents, weights=stamp(self.dit))
-        inputs = self.loop.prepare(inputs)
-        self.check_hooks(num_steps, inputs.guidance, solver=inputs.solver)
-        return inputs
+        return PipelineInputs(self.pipe, texts, options, seeds, latents, weights=stamp(self.dit))
+
+    def encoded_texts(self, prompts: str | Sequence[str], length: int | None = None, **options: Any) -> list[EncodedText]:
+        """Each prompt with one entry for each text position of the denoiser: which of its characters stand there.
+
+        Args:
+            length: not used here; the pipeline decides it.
+            options: of the run's call, such as `max_sequence_length`.
+
+        Raises:
+            ValueError: the pipeline changes a prompt's words before it encodes them.
+        """
+        inputs = self._inputs(prompts, 0, 1, options)
+        return encoded_at_positions(inputs, self.dit.family.text)
 
     def run(
         self,

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class PipelineInputs:
 class _Transformer:
     """Stands in for the transformer of a running pipeline."""
 
-    def __init__(self, running: _Running, module: Any) -> None:
+    def __init__(self, running: Running, module: Any) -> None:
         self._running, self._module = running, module
 
     def __getattr__(self, name: str) -> Any:
@@ -147,7 +148,7 @@ class _Transformer:
         return Transformer2DModelOutput(sample=prediction)
 
 
-class _Running:
+class Running:
     """One pass of a pipeline's call with its stand-ins."""
 
     def __init__(self, inputs: PipelineInputs, visitor: Visitor, until: int | None) -> None:
@@ -203,6 +204,7 @@ class _Running:
         return prepare_latents
 
     def _stepping(self, advance: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(advance)  # pipelines read from its signature if they may pass a generator
         def step(out: Tensor, timestep: Any, latent: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.solver is None:
                 self.solver = self.inputs.solver or solver_prepared(vars(self.pipe)["scheduler"], self.inputs.num_steps)
@@ -242,7 +244,7 @@ class _Running:
         return self.visitor.denoise(Call(self.step, branches, n), x, timestep, Bound(arguments, len(x)))  # type: ignore[arg-type]
 
 
-class _Trial:
+class Trial:
     """A visitor that finds out which calls a pipeline makes, by default without computing them."""
 
     def __init__(self, transformer: Any = None) -> None:
@@ -263,7 +265,7 @@ class _Trial:
         pass
 
 
-class _Answers(_Trial):
+class _Answers(Trial):
     """A visitor of a finished run, whose last latents are put in the place of what the scheduler makes."""
 
     def __init__(self, predictions: Mapping[Any, Tensor]) -> None:
@@ -279,26 +281,27 @@ class PipelineLoop:
 
     def __call__(self, inputs: PipelineInputs, visitor: Visitor, until: int) -> Float[Tensor, "batch ..."]:
         """The latents before step `until`, in the pipeline's own layout."""
-        return _Running(inputs, visitor, until).run(output_type="latent")
+        return Running(inputs, visitor, until).run(output_type="latent")
 
     @torch.no_grad()
     def prepare(self, inputs: PipelineInputs) -> PipelineInputs:
         """The inputs with text encoded, the scheduler as the pipeline prepares it, and the branches of its calls."""
         try:
-            running = _Running(inputs, _Trial(), 1)
+            running = Running(inputs, Trial(), 1)
             running.run(output_type="latent")
         except RuntimeError:  # the prediction has another shape than the latents: one step of the transformer itself
-            running = _Running(inputs, _Trial(inputs.pipe.transformer), 1)
+            running = Running(inputs, Trial(inputs.pipe.transformer), 1)
             running.run(output_type="latent")
         order = ("uncond", "cond") if list(running.branches) == ["uncond", "cond"] else tuple(running.branches)
         return replace(inputs, encoded=tuple(running.encoded), solver=running.solver, branches=order)
 
     def decode(self, inputs: PipelineInputs, record: Any, latent: Tensor) -> Float[Tensor, "batch 3 height width"]:
         """Images in [0, 1], by the pipeline's own decoding of the last latents."""
-        running = _Running(inputs, _Answers(record.predictions), None)
+        running = Running(inputs, _Answers(record.predictions), None)
         scheduler, last = vars(running.pipe)["scheduler"], len(record) - 1
         step = scheduler.step
 
+        @wraps(step)
         def answered(out: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             found = step(record.outs[running.step].to(out), timestep, sample, *args, **kwargs)
             return ((latent,) if isinstance(found, tuple) else type(found)(prev_sample=latent)) if running.step > last else found

@@ -79,6 +79,23 @@ class EncodedText:
     special: Sequence[bool]
     unknown: Sequence[bool]
 
+    @classmethod
+    def read(
+        cls, tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[Sequence[int]], mask: Sequence[int]
+    ) -> EncodedText:
+        """From what a tokenizer returned for one text: ids, offsets and attention mask."""
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+
+        def kind(token: int, attended: int) -> TokenKind:
+            if not attended or (token == pad and pad != eos):
+                return "pad"
+            return "eos" if token == eos else "text"
+
+        kinds = [kind(token, attended) for token, attended in zip(ids, mask, strict=True)]
+        unknown = [token == tokenizer.unk_token_id and kind == "text" for token, kind in zip(ids, kinds, strict=True)]
+        special = [token in tokenizer.all_special_ids and not odd for token, odd in zip(ids, unknown, strict=True)]
+        return cls(text, ids, [(start, end) for start, end in spans], kinds, special, unknown)
+
     @cached_property
     def words(self) -> list[TextWord]:
         """The words of the text, in order."""
@@ -161,15 +178,4 @@ def encode_text(tokenizer: Any, text: str, length: int | None = None) -> Encoded
         )
     padding = {"padding": "longest"} if length is None else {"padding": "max_length", "max_length": length}
     encoded = tokenizer(text, return_offsets_mapping=True, return_attention_mask=True, **padding)
-    ids, spans = encoded.input_ids, [(start, end) for start, end in encoded.offset_mapping]
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-
-    def kind(token: int, attended: int) -> TokenKind:
-        if not attended or (token == pad and pad != eos):
-            return "pad"
-        return "eos" if token == eos else "text"
-
-    kinds = [kind(token, attended) for token, attended in zip(ids, encoded.attention_mask, strict=True)]
-    unknown = [token == tokenizer.unk_token_id and kind == "text" for token, kind in zip(ids, kinds, strict=True)]
-    special = [token in tokenizer.all_special_ids and not odd for token, odd in zip(ids, unknown, strict=True)]
-    return EncodedText(text, ids, spans, kinds, special, unknown)
+    return EncodedText.read(tokenizer, text, encoded.input_ids, encoded.offset_mapping, encoded.attention_mask)

@@ -1,0 +1,221 @@
+"""Heat maps: attention from each place of the image to the words of the prompt, summed as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models import HookedTextToImage
+from hooked_models.arguments import chosen_steps, one_of
+from hooked_models.generation.loops import Call
+from hooked_models.generation.model import DEFAULT_STEPS
+from hooked_models.generation.sampling import Seeds
+from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
+
+from ..intervene.interventions import Steps
+from ..intervene.portable_ops import sums_of_attention
+from ..text.prompts import Word, token_mask, word
+from .group_attention import reading
+
+By = Literal["layer", "head", "step"]
+
+
+@torch.no_grad()
+def heatmap(
+    model: HookedTextToImage,
+    prompts: str | Sequence[str],
+    words: str | Word | Sequence[str | Word],
+    seed: Seeds = 0,
+    num_steps: int = DEFAULT_STEPS,
+    *,
+    by: Sequence[By] = (),
+    steps: Steps = None,
+    **options: Any,
+) -> xr.DataArray:
+    """Attention from each image position to the tokens of a word, in the conditional branch of a generation.
+
+    No pattern is kept: the queries attend once more through the fused kernel, with the words' indicators in place of values.
+    Attached hooks act. In models with joint attention a query's attention to all of the image and the text sums to 1, in
+    cross-attention its attention to the text. Source: Tang et al. 2022, arXiv 2210.04885 (DAAM), without its upsampling.
+
+    Args:
+        words: a word or phrase, `prompts.word("cat", nth=2)`, or several; tokens of all text encoders that spell one count.
+        by: dims to keep; the map is the mean over the others.
+        steps: denoising steps that count, by default all.
+        options: further arguments of the model's call (`guidance`, `height`, `max_sequence_length`, …).
+
+    Returns:
+        Dims (prompt, word, layer, head, step, y, x), those of `layer head step` that are in `by`; a video has `frame`
+        before `y`. Layers without attention to the text are left out.
+
+    Raises:
+        ValueError: a prompt lacks a word (the message lists its words), or there is no such step.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> found = heatmap(model, "red circle is above blue square", ["circle", "square"], num_steps=2, by=["layer"])
+        >>> dict(found.sizes)
+        {'prompt': 1, 'word': 2, 'layer': 3, 'y': 8, 'x': 8}
+    """
+    by = [one_of("by", dim, ("layer", "head", "step")) for dim in ([by] if isinstance(by, str) else by)]
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    several = [words] if isinstance(words, (str, Word)) else list(words)
+    run = model.trajectory(texts, seed, num_steps, until=0, **options)
+    chosen = [word(one) if isinstance(one, str) else one for one in several]
+    of_call = {name: value for name, value in options.items() if name not in ("guidance", "latents")}
+    native = not hasattr(model.dit, "layout")
+    masks = torch.stack([token_mask(model, texts, one, **({} if native else of_call)) for one in chosen], dim=-1)
+    at_steps = list(chosen_steps(steps, len(run)))
+    maps = _Maps(model, masks, [at_steps.index(s) if s in at_steps else None for s in range(len(run))], len(at_steps), by)
+
+    def denoise(call: Call, rows: Any, x: Tensor, timestep: Any, text: Any) -> Tensor:
+        if "cond" not in call.branches or call.step not in at_steps:
+            return model.denoise(x, timestep, text)
+        with reading(model.dit, {each.attention: each for each in maps.readers(call)}):
+            return model.denoise(x, timestep, text)
+
+    model.run(run.inputs, denoise=denoise)
+    return maps.labelled(texts, [one if isinstance(one, str) else str(one) for one in several], at_steps, run.latent)
+
+
+def text_attentions(dit: Any) -> dict[int, str]:
+    """Layer → the name of its attention whose keys hold text.
+
+    Raises:
+        ValueError: the denoiser has none.
+
+    Example:
+        >>> text_attentions(HookedTextToImage.from_pretrained("rte-nano").dit)[0]
+        'cross_attn'
+    """
+    found: dict[int, str] = {}
+    for name in dit.hook_dict:
+        if name.endswith(".hook_pattern") and dit.axes(name)[-1] in TEXT_POSITIONS + JOINT_POSITIONS:
+            _, layer, sublayer, _ = name.split(".")
+            found[int(layer)] = sublayer
+    if not found:
+        raise ValueError(f"{type(dit).__name__} has no attention to a text.")
+    return found
+
+
+@dataclass
+class _Maps:
+    """Sums of maps, over the dims that are not kept."""
+
+    model: HookedTextToImage
+    masks: Bool[Tensor, "prompt text_pos word"]
+    place: Sequence[int | None]
+    """Of each step among those that count."""
+    n_steps: int
+    by: Sequence[By]
+    sums: Float[Tensor, "prompt word layer head step pos"] | None = None
+    attentions: dict[int, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.attentions = text_attentions(self.model.dit)
+
+    def readers(self, call: Call) -> list[_Reader]:
+        """One for each attention to the text, for one denoiser call."""
+        dit: Any = self.model.dit
+        found = []
+        for number, (layer, name) in enumerate(self.attentions.items()):
+            joint = dit.axes(f"blocks.{layer}.{name}.hook_pattern")[-1] in JOINT_POSITIONS
+            found.append(_Reader(self, dit.get_submodule(f"blocks.{layer}.{name}"), number, call, joint))
+        return found
+
+    def add(self, number: int, step: int, found: Float[Tensor, "prompt head pos word"]) -> None:
+        """Add the maps of one attention at one step."""
+        n_prompts, n_heads, n_pos, n_words = found.shape
+        sizes = {"layer": len(self.attentions), "head": n_heads, "step": self.n_steps}
+        if self.sums is None:
+            kept = [size if dim in self.by else 1 for dim, size in sizes.items()]
+            self.sums = found.new_zeros(n_prompts, n_words, *kept, n_pos)
+        maps = found.permute(0, 3, 1, 2)
+        maps = maps if "head" in self.by else maps.sum(2, keepdim=True)
+        at_step = self.place[step]
+        assert at_step is not None
+        self.sums[:, :, number if "layer" in self.by else 0, :, at_step if "step" in self.by else 0] += maps
+
+    def labelled(self, prompts: Sequence[str], words: Sequence[str], steps: Sequence[int], latent: Tensor) -> xr.DataArray:
+        assert self.sums is not None
+        dit: Any = self.model.dit
+        coords: dict[str, Any] = {"layer": list(self.attentions), "head": range(dit.cfg.n_heads), "step": steps}
+        divisor = prod(len(values) for dim, values in coords.items() if dim not in self.by)
+        values = self.sums.div(divisor).squeeze([i for i, dim in enumerate(coords, start=2) if dim not in self.by])
+        rows, columns, frames = grid_of(dit, latent)
+        place: dict[str, int] = {"frame": frames, "y": rows, "x": columns} if frames > 1 else {"y": rows, "x": columns}
+        kept = {dim: values for dim, values in coords.items() if dim in self.by}
+        dims = ("prompt", "word", *kept, *place)
+        shaped = values.reshape(*values.shape[:-1], *place.values()).cpu().numpy()
+        return xr.DataArray(shaped, dims=dims, coords={"prompt": list(prompts), "word": list(words), **kept}, name="attention")
+
+
+def grid_of(dit: Any, latent: Float[Tensor, "batch ..."]) -> tuple[int, int, int]:
+    """Rows, columns and frames of the image positions of a denoiser's last call on latents like these.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> grid_of(model.dit, model.noise())
+        (8, 8, 1)
+    """
+    if (layout := getattr(dit, "layout", None)) is not None:
+        return layout.grid
+    rows, columns = (size // dit.cfg.patch_size for size in latent.shape[-2:])
+    return rows, columns, 1
+
+
+@dataclass(repr=False, eq=False)  # TransformerLens calls repr of every hook
+class _Reader:
+    """Adds the maps of one attention in one call."""
+
+    maps: _Maps
+    attention: Any
+    number: int
+    call: Call
+    joint: bool
+
+    def read(
+        self,
+        q: Float[Tensor, "row query_pos head d_head"],
+        k: Float[Tensor, "#row key_pos head d_head"],
+        bias: Float[Tensor, "#row #head _ key_pos"] | None,
+    ) -> None:
+        rows, places = self._rows(len(q)), slice(self._n_image(q.shape[1]))
+        q, k = q[rows, places], k.expand(len(q), -1, -1, -1)[rows]
+        if bias is not None:
+            bias = bias[rows] if len(bias) > 1 else bias
+            bias = bias[:, :, places] if bias.shape[2] > 1 else bias
+        found = sums_of_attention(q, k, bias, self.attention.scale, None, self._keys(k.shape[1], k), "sum")
+        self.maps.add(self.number, self.call.step, found.to(torch.promote_types(found.dtype, torch.float32)))
+
+    def read_pattern(self, pattern: Float[Tensor, "row head query_pos key_pos"], hook: HookPoint) -> None:
+        pattern = pattern[self._rows(len(pattern)), :, : self._n_image(pattern.shape[2])]
+        pattern = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+        keys = self._keys(pattern.shape[-1], pattern)
+        self.maps.add(self.number, self.call.step, pattern @ keys[:, None])
+
+    def _rows(self, given: int) -> slice:
+        """Rows of the conditional branch. Leading rows whose prompt is empty may be left out of what is given."""
+        part, missing = self.call.part("cond"), self.call.rows * len(self.call.branches) - given
+        return slice(part.start - missing, part.stop - missing)
+
+    def _n_image(self, n_queries: int) -> int:
+        layout = getattr(self.maps.model.dit, "layout", None)
+        return n_queries if layout is None else layout.n_image
+
+    def _keys(self, n_keys: int, like: Tensor) -> Float[Tensor, "prompt key_pos word"]:
+        """1 where a key is a token of a word."""
+        masks = self.maps.masks
+        keys = like.new_zeros(len(masks), n_keys, masks.shape[2])
+        start = self._n_image(0) if self.joint else 0
+        n = min(masks.shape[1], n_keys - start)
+        keys[:, start : start + n] = masks[:, :n].to(like)
+        return keys
