@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from ..hooks.wrapping import Wrapped
 from ..pixart.attention import Attention
 from ..pixart.block import MLP, Block, LayerNorm, Modulation, ModulationHooks, modulate
 from ..pixart.cache import DiTCache
@@ -121,6 +122,7 @@ class HookedClassDiT(PatchModel):
         self.hook_final_cond = HookPoint()  # [batch d_model]
         self.setup()
         self.train(transformer.training)
+        self.__dict__["wrapping"] = Wrapped(transformer, self)
 
     def forward(
         self,
@@ -133,8 +135,8 @@ class HookedClassDiT(PatchModel):
         """One denoiser call, as `DiTTransformer2DModel.forward`.
 
         Raises:
-            ValueError: for a missing timestep or class, in training mode (classes are dropped at random then), or for
-                `cross_attention_kwargs`.
+            ValueError: for a part of the wrapped module that was replaced since, a missing timestep or class,
+                `cross_attention_kwargs`, or in training mode (classes are dropped at random then).
         """
         if timestep is None or class_labels is None:
             raise ValueError("pass timestep and class_labels, one for each row of hidden_states")
@@ -142,6 +144,7 @@ class HookedClassDiT(PatchModel):
             raise ValueError("HookedClassDiT drops no classes at random: call .eval() on it")
         if cross_attention_kwargs:
             raise ValueError(f"HookedClassDiT has no use for cross_attention_kwargs: {', '.join(cross_attention_kwargs)}")
+        self.wrapping.check()
         x = self.embed(hidden_states)
         for block in self.blocks:
             x = block(x, timestep, class_labels)

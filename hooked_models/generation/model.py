@@ -31,7 +31,7 @@ from ..arguments import (
 )
 from ..fast import empty_prompts
 from ..hooks.module import HookedModule, NameFilter, NoLanguageModel
-from ..hooks.wrapping import Wrapped, stamp
+from ..hooks.wrapping import stamp
 from ..pipelines.pipeline_model import PipelineModel
 from ..pipelines.resolution import nearest_resolution
 from ..pixart.config import DiTConfig
@@ -86,9 +86,6 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         self.dit = transformer if isinstance(transformer, HookedDiT) else HookedDiT(transformer)
         empty_prompts.skip(self.dit)
         self.text_encoder = hooked_encoder(text_encoder)
-        encoder = self.text_encoder if isinstance(self.text_encoder, HookedT5Encoder) else None
-        hooked = [part for part in (self.dit, encoder) if part is not None]
-        self.wrapped_parts = [Wrapped(part.wrapped, part) for part in hooked]
         self.check_wrapped()
         self.codec = codec
         self.tokenizer = tokenizer
@@ -129,8 +126,9 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
 
     def check_wrapped(self) -> None:
         """Raise ValueError if a wrapped module was changed in a way that this model would ignore."""
-        for part in self.wrapped_parts:
-            part.check()
+        self.dit.wrapping.check()
+        if isinstance(self.text_encoder, HookedT5Encoder):
+            self.text_encoder.wrapping.check()
 
     # What the model is
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 STANDARD_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
@@ -12,6 +15,11 @@ Stamp = tuple[tuple[int, int], ...]
 def stamp(module: nn.Module) -> Stamp:
     """A mark that changes when a parameter or buffer is replaced or written to (but for writes through `.data`)."""
     return tuple((id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def is_foreign(hook: Callable[..., Any]) -> bool:
+    """True for a torch hook that may change something: transformers leaves its own, which record hidden states, in place."""
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 class Wrapped:
@@ -55,7 +63,8 @@ class Wrapped:
                 )
         for path, part in self.bypassed:
             own = vars(part)
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or ("forward" in own and part is not self.module):
+            hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+            if any(map(is_foreign, hooks)) or ("forward" in own and part is not self.module):
                 raise ValueError(
                     f"{path or kind} of the wrapped {kind} has a torch hook or a forward of its own, and the hooked model would "
                     "ignore it: attach hooks by name to the hooked model."

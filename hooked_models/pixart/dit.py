@@ -19,6 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 from ..arguments import number
 from ..hooks.module import NotFoldedError, has_hooks
+from ..hooks.wrapping import Wrapped
 from .block import Block, BlockText, LayerNorm, modulate
 from .cache import DiTCache
 from .config import DiTConfig
@@ -95,6 +96,7 @@ class HookedDiT(PatchModel):
             aliases["hook_resid_mid2"] = "hook_resid_mid_cross"
             self.add_aliases({f"blocks.{layer}.{alias}": f"blocks.{layer}.{name}" for alias, name in aliases.items()})
         self.train(transformer.training)
+        self.__dict__["wrapping"] = Wrapped(transformer, self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -201,7 +203,8 @@ class HookedDiT(PatchModel):
 
         Raises:
             ValueError: for a missing timestep, text or size condition, a state of another batch size, or
-                ``cross_attention_kwargs``, which have no meaning in PixArt.
+                ``cross_attention_kwargs``, which have no meaning in PixArt; a part of the wrapped module that was
+                replaced since (``Wrapped``).
         """
         if cross_attention_kwargs:
             raise ValueError(f"HookedDiT has no use for cross_attention_kwargs: {', '.join(cross_attention_kwargs)}")
@@ -210,6 +213,7 @@ class HookedDiT(PatchModel):
         if self.folded_timestep is not None and bool((timestep != self.folded_timestep).any()):
             raise ValueError(f"this model was folded at timestep {self.folded_timestep:g} and is wrong at any other")
 
+        self.wrapping.check()
         x = self.embed(hidden_states)
         t_emb, t_mod = self.embed_conditions(timestep, added_cond_kwargs, x.dtype)
         texts = self.text_by_block(len(x), encoder_hidden_states, encoder_attention_mask, text_state)

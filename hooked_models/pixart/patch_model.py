@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks.module import HookedModule, NoLanguageModel, has_hooks
+from ..hooks.wrapping import Wrapped
 from .config import DiTConfig
 
 PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"  # within a patch the channel is the fastest axis
@@ -33,6 +34,9 @@ class PatchModel(NoLanguageModel, HookedModule):
 
     wrapped: Any
     """The diffusers module; not registered as a child, because its leaves are, once each."""
+
+    wrapping: Wrapped
+    """Refuses, at each call, a wrapped module that was changed in a way that this one would ignore."""
 
     patch_embed: Any
     hook_embed: HookPoint

@@ -22,6 +22,7 @@ from transformers import T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..hooks.module import HookedModule, has_hooks
+from ..hooks.wrapping import Wrapped
 from ..pixart.attention import Attention, weight_of
 from ..pixart.block import LayerNorm
 from ..pixart.config import HookedConfig
@@ -217,6 +218,9 @@ class HookedT5Encoder(HookedModule):
     wrapped: Any
     """The transformers module; not registered as a child, because its leaves are, once each."""
 
+    wrapping: Wrapped
+    """Refuses, at each call, a wrapped module that was changed in a way that this one would ignore."""
+
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         if not isinstance(encoder, T5EncoderModel):
@@ -236,6 +240,7 @@ class HookedT5Encoder(HookedModule):
 
         self.setup()
         self.train(encoder.training)
+        self.__dict__["wrapping"] = Wrapped(encoder, self)
 
     # Attributes that pipelines and TransformerLens read; taken from the live weights, which may move.
 
@@ -275,9 +280,10 @@ class HookedT5Encoder(HookedModule):
             return_dict: False for a tuple; by default as in the wrapped module's config.
 
         Raises:
-            ValueError: in training mode, for both inputs or none, for a mask of another shape, and for
-                ``output_attentions`` or ``output_hidden_states``: use the cache.
+            ValueError: for a part of the wrapped module that was replaced since, in training mode, for both inputs or
+                none, for a mask of another shape, and for ``output_attentions`` or ``output_hidden_states``: use the cache.
         """
+        self.wrapping.check()
         if self.training and self.config.dropout_rate > 0:
             raise ValueError("HookedT5Encoder has no dropout: call .eval() on it (gradients flow in evaluation mode too)")
         if wanted := [name for name, value in unsupported.items() if value]:

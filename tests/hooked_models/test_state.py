@@ -230,8 +230,16 @@ def test_a_replaced_leaf_is_an_error_that_names_it(model, part):
     parent, _, name = part.rpartition(".")
     old = wrapped.get_submodule(part)
     run = model.trajectory(PROMPTS, num_steps=STEPS)
+    latents, text = model.noise(0, 2), model.encode(model.to_tokens(PROMPTS), 1.0).text
+    bound, tokens = model.dit.bind(latents, 500.0, text)
     setattr(wrapped.get_submodule(parent), name, nn.Linear(old.in_features, old.out_features))
-    for call in (lambda: model(PROMPTS, num_steps=1), lambda: run.fork(1)):
+    calls = (
+        lambda: model(PROMPTS, num_steps=1),
+        lambda: run.fork(1),
+        lambda: model.dit(latents, timestep=torch.tensor([500, 500]), encoder_hidden_states=text),
+        lambda: bound(tokens),
+    )
+    for call in calls:
         with pytest.raises(ValueError, match=part.replace(".", r"\.") + " of the wrapped PixArtTransformer2DModel was replaced"):
             call()
 
