@@ -149,7 +149,7 @@ def chosen_steps(steps: Any, n: int, name: str = "steps") -> list[int]:
 
 
 def mapping(name: str, value: Any, of: str) -> Mapping[str, Any]:
-    """A mapping whose keys are strings. `of` says what it holds, for the message.
+    """A mapping whose keys are strings. `of` names its content, for the message.
 
     Raises:
         ValueError: it is none.

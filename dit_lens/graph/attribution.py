@@ -6,8 +6,8 @@
     found.scores["cross_attn"].sel(step=3, layer=2, head=1)
     found.verify(k=10, sample=30).spearman                                     # against exact patching
 
-A node's score is Σ (source − original) · ∂metric/∂activation: what patching it from the source run into the original one
-would add to the metric, were the model linear (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348). An edge's
+A node's score is Σ (source − original) · ∂metric/∂activation: the change of the metric if it were patched from the source
+run into the original one, to first order (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348). An edge's
 is the sender's difference times the gradient at the receiver's input alone. TransformerLens' `attribution_patch` has the same
 convention and graph for a language model; its graph has no cross-attention. Integrated gradients take the gradient's mean
 between the runs instead of its value at the original (EAP-IG: Hanna et al., arXiv 2403.17806).
@@ -34,9 +34,9 @@ from hooked_models import HookedDiT
 
 from ..runs.gradients import Chain, Metric, gradients, modulates
 from ..runs.pairs import Pair, pair
-from .edge_graph import all_receivers, all_senders, edge_flags, read_at, share, written_at
+from .edge_graph import all_receivers, all_senders, edge_flags, index_of, input_hook, output_hook
 from .nodes import Node
-from .verification import Attribution, Edit, Verification, labelled, ranked
+from .verification import Attribution, Patch, Verification, labelled, ranked
 
 __all__ = ["NODES", "EdgeAttribution", "NodeAttribution", "Pair", "Verification", "edges", "nodes", "pair"]
 
@@ -75,18 +75,29 @@ def _quadrature(points: int) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class NodeAttribution(Attribution):
-    """Scores of nodes: a Dataset with one variable a kind, dims (step, branch, prompt, layer, head, pos or text_pos)."""
+    """Scores of nodes: a Dataset with one variable a kind, dims (step, branch, prompt, layer, head, pos or text_pos).
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = nodes(pair(below, above, steps=0), red, ["cross_attn", "mlp"])
+        >>> found.table().columns.tolist()  # one row a node, the largest score first
+        ['step', 'branch', 'layer', 'head', 'score', 'node']
+    """
 
     def table(self) -> pd.DataFrame:
         kinds = [ranked(self.scores[kind]).assign(node=kind) for kind in self.scores]
         return pd.concat(kinds).sort_values("score", key=np.abs, ascending=False, ignore_index=True)
 
-    def _edit(self, row: Any) -> Edit:
+    def _patch(self, row: Any) -> Patch:
         kind = row.node
         label = {dim: int(getattr(row, dim)) for dim in self.scores[kind].dims if dim not in ("prompt", "branch")}
         name = _template(kind).format(layer=label.get("layer"))
         index = tuple(label.get(dim, slice(None)) for dim in _dims(name))
-        return Edit(name, index, name, index)
+        return Patch(name, index, name, index)
 
 
 def _template(kind: str) -> str:
@@ -129,7 +140,7 @@ def nodes(
         kinds: of `NODES`, or any hook of the denoiser ("blocks.1.attn.hook_v", "blocks.{layer}.attn.hook_v").
         positions: keep image positions apart. Words are always kept apart.
         ig_steps: 1 is plain attribution patching; m > 1 averages gradients over m points between the runs.
-        ig_over: what is interpolated. "inputs" is EAP-IG: the text features (and latents, where they differ), for all nodes
+        ig_over: the interpolated tensors. "inputs" is EAP-IG: the text features (and latents, where they differ), for all nodes
             at once; m times the cost. Scores of "text" (and "embed") then add up to metric(source) − metric(original).
             "activations" goes, for one hook after another, from the original activation to the source's while the rest of the
             run stays original; scores add up to the exact effect of patching that hook. It costs m runs a hook.
@@ -138,6 +149,16 @@ def nodes(
         TypeError, ValueError: the metric is not differentiable, or does not give one number for each prompt; the inputs cannot
             be interpolated; or a node is the same in every run.
         UnknownHookError: a kind is neither of `NODES` nor a hook.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = nodes(pair(below, above), red, ["cross_attn"])
+        >>> dict(found.scores["cross_attn"].sizes)
+        {'step': 2, 'branch': 1, 'prompt': 1, 'layer': 3, 'head': 3}
     """
     layers = {kind: range(pair.dit.cfg.n_layers) if "{layer}" in _template(kind) else (None,) for kind in kinds}
     names = {kind: [_checked(pair.dit, _template(kind).format(layer=layer)) for layer in layers[kind]] for kind in kinds}
@@ -218,23 +239,38 @@ class EdgeAttribution(Attribution):
     cross-attention reads k and v, and nothing else of either.
 
     A receiver's column adds up to (source − original) · gradient of its whole input, a sender's row to its score as a node.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = edges(pair(below, above, steps=0), red)
+        >>> "text[3]" in found.scores["sender"], bool(found.scores.sel(sender="embed", receiver="mlp.L1").notnull())
+        (True, True)
     """
 
     def table(self) -> pd.DataFrame:
         return ranked(self.scores)
 
-    def _edit(self, row: Any) -> Edit:
+    def _patch(self, row: Any) -> Patch:
         sender, receiver, dit = Node.parse(row.sender), Node.parse(row.receiver), self.pair.dit
-        return Edit(read_at(dit, receiver), share(receiver, sender.tokens), written_at(dit, sender), share(sender, sender.tokens))
+        return Patch(
+            input_hook(dit, receiver),
+            index_of(receiver, sender.tokens),
+            output_hook(dit, sender),
+            index_of(sender, sender.tokens),
+        )
 
     def _flags(self) -> AbstractContextManager[None]:
         return edge_flags(self.pair.dit)
 
 
 def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
-    """Edge attribution patching (EAP): (source − original) of what a sender writes · ∂metric/∂(what a receiver reads).
+    """Edge attribution patching (EAP): (source − original) of the sender's output · ∂metric/∂(the receiver's input).
 
-    An edge leads from one denoiser call to the same call; what it does to later steps is in the gradient.
+    An edge leads from one denoiser call to the same call; its effect on later steps is in the gradient.
 
     Args:
         pair: two trajectories, or two denoiser calls.
@@ -242,16 +278,25 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
 
     Raises:
         TypeError, ValueError: as in `nodes`; or cfg.use_attn_in is on, which excludes separate q, k and v inputs.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> edges(pair(below, above, steps=0), red).table().columns.tolist()
+        ['step', 'branch', 'sender', 'receiver', 'score']
     """
     dit, path, found = pair.dit, _path(pair, ig_steps), {}
     senders, receivers = all_senders(dit, pair.original.text.text.shape[1]), all_receivers(dit)
     columns: dict[str, list[int]] = {}
     for j, node in enumerate(receivers):
-        columns.setdefault(read_at(dit, node), []).append(j)
-    written = list(dict.fromkeys(written_at(dit, node) for node in senders))
+        columns.setdefault(input_hook(dit, node), []).append(j)
+    written = list(dict.fromkeys(output_hook(dit, node) for node in senders))
 
     def scores(change: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Float[Tensor, "batch sender receiver"]:
-        sent = torch.stack([change[written_at(dit, node)][share(node)] for node in senders if node.kind != "text"], dim=1)
+        sent = torch.stack([change[output_hook(dit, node)][index_of(node)] for node in senders if node.kind != "text"], dim=1)
         depths = [node.depth(dit.cfg) for node in senders if node.kind != "text"]  # ascending
         table = sent.new_full((len(sent), len(senders), len(receivers)), torch.nan)
         for name, where in columns.items():

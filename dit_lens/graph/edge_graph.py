@@ -17,7 +17,7 @@ from .nodes import Node
 
 
 def all_senders(dit: HookedDiT, words: int) -> list[Node]:
-    """What is written: to the residual stream, in order, and then the words."""
+    """Senders: every component that writes to the residual stream, in order, and then the words."""
     heads = range(dit.cfg.n_heads)
     written = [Node("embed")]
     for layer in range(dit.cfg.n_layers):
@@ -27,7 +27,7 @@ def all_senders(dit: HookedDiT, words: int) -> list[Node]:
 
 
 def all_receivers(dit: HookedDiT) -> list[Node]:
-    """What is read, in order."""
+    """Receivers: every input that is read from the residual stream or the words, in order."""
     read = []
     for layer in range(dit.cfg.n_layers):
         for kind in ("attn", "cross_attn"):
@@ -36,22 +36,22 @@ def all_receivers(dit: HookedDiT) -> list[Node]:
     return [*read, Node("output")]
 
 
-def written_at(dit: HookedDiT, node: Node) -> str:
-    """The hook of a sender's contribution to what its readers read."""
+def output_hook(dit: HookedDiT, node: Node) -> str:
+    """The hook of a sender's contribution to its readers' inputs."""
     if node.kind in ("attn", "cross_attn"):
         return f"blocks.{node.layer}.{node.kind}.hook_result"
-    return "hook_caption" if node.kind == "text" else node.written(dit.cfg)
+    return "hook_caption" if node.kind == "text" else node.output_hook(dit.cfg)
 
 
-def read_at(dit: HookedDiT, node: Node) -> str:
+def input_hook(dit: HookedDiT, node: Node) -> str:
     """The hook of a receiver's own copy of its input."""
     if node.kind == "output":
-        return node.written(dit.cfg)
+        return node.output_hook(dit.cfg)
     return f"blocks.{node.layer}." + ("hook_mlp_in" if node.kind == "mlp" else f"{node.kind}.hook_{node.part}_input")
 
 
-def share(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[Any, ...]:
-    """A node's share, or what of it concerns some words, of a tensor [batch pos (head) d_model]."""
+def index_of(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[Any, ...]:
+    """Index of a node's share of a tensor [batch pos (head) d_model]; with `words`, of the first of them alone."""
     everywhere = slice(None) if words is None else words[0]
     return (slice(None), everywhere) if node.head is None else (slice(None), everywhere, node.head)
 

@@ -6,7 +6,7 @@
     images = run_circuits(model, clean, corrupt, seeds, edges, kept[None])
 
 A circuit is a set of edges of the conditional branch, an edge being a sender, a receiver and a denoising step. Along edges out
-of it, what is sent is that of the corrupt prompt's own run; all else follows from the circuit itself, latents included. So the
+of it, the corrupt prompt's own activations are sent; all else follows from the circuit itself, latents included. So the
 circuit of all edges is the clean run and that of none the corrupt run, exactly. The unconditional branch has no edges that differ
 but by the latents, which it is given as they become.
 
@@ -38,7 +38,7 @@ from hooked_models.hooks.module import HookFunction
 
 from ..stats import Interval
 from ..text.prompts import Role, by_role, token_roles
-from .edge_graph import all_receivers, all_senders, edge_flags, read_at, written_at
+from .edge_graph import all_receivers, all_senders, edge_flags, input_hook, output_hook
 
 RESAMPLES = 2000
 
@@ -51,6 +51,18 @@ def candidate_edges(model: HookedTextToImage, prompts: Sequence[str], scores: xr
     Args:
         prompts: of the original run that `scores` belong to, in order.
         scores: of `attribution.edges` on trajectories, conditional branch.
+
+    Example:
+        >>> from dit_lens import attribution
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = attribution.edges(attribution.pair(below, above), red)
+        >>> listed = candidate_edges(model, [texts[0]], found.scores)
+        >>> listed.columns.tolist()
+        ['step', 'sender', 'receiver', 'score']
     """
     of_branch = scores.sel(branch="cond")
     words = of_branch.sel(sender=[name for name in of_branch["sender"].values if name.startswith("text[")])
@@ -89,6 +101,19 @@ def run_circuits(
 
     Raises:
         ValueError: a prompt and its counterpart have different numbers of tokens.
+
+    Example:
+        >>> from dit_lens import attribution
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = attribution.edges(attribution.pair(below, above), red)
+        >>> listed = candidate_edges(model, [texts[0]], found.scores)
+        >>> kept = np.stack([np.arange(len(listed)) < size for size in (0, 50)])  # two circuits
+        >>> run_circuits(model, [texts[0]], [texts[1]], [0], listed, kept, num_steps=2).shape
+        torch.Size([2, 1, 3, 128, 128])
     """
     masks = [(model.to_tokens(texts) != model.tokenizer.pad_token_id) for texts in (clean, corrupt)]
     if masks[0].shape != masks[1].shape or not bool((masks[0] == masks[1]).all()):
@@ -111,7 +136,14 @@ def run_circuits(
 def cut_edges(
     model: HookedTextToImage, edges: pd.DataFrame, kept: Bool[np.ndarray, "circuit edge"], num_steps: int
 ) -> Float[Tensor, "step circuit sender receiver"]:
-    """1 for every edge that a circuit lacks; senders are those to the residual stream, then roles."""
+    """1 for every edge that a circuit lacks; senders are those to the residual stream, then roles.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> edges = pd.DataFrame({"step": [0, 0], "sender": ["embed"] * 2, "receiver": ["attn.L0H0.q", "mlp.L0"]})
+        >>> float(cut_edges(model, edges, np.array([[True, False]]), num_steps=1).sum())
+        1.0
+    """
     senders = {str(node): i for i, node in enumerate(all_senders(model.dit, 0))}
     senders |= {f"text[{role}]": len(senders) + i for i, role in enumerate(get_args(Role))}
     receivers = {str(node): i for i, node in enumerate(all_receivers(model.dit))}
@@ -139,11 +171,11 @@ class _Run:
     def hooks(self) -> list[tuple[str, HookFunction]]:
         dit = self.model.dit
         residual = all_senders(dit, 0)
-        written = dict.fromkeys(written_at(dit, node) for node in residual)
+        written = dict.fromkeys(output_hook(dit, node) for node in residual)
         depths, receivers = [node.depth(dit.cfg) for node in residual], all_receivers(dit)
         read: dict[str, list[int]] = {}
         for j, node in enumerate(receivers):
-            read.setdefault(read_at(dit, node), []).append(j)
+            read.setdefault(input_hook(dit, node), []).append(j)
         found: list[tuple[str, HookFunction]] = []
         for step, cut_here in enumerate(self.outside):
             prefix = f"steps.{step}.cond."
@@ -198,7 +230,12 @@ class _Run:
 
 
 class Areas(NamedTuple):
-    """Of a curve of faithfulness over the share of edges kept, from 0 to 1."""
+    """Areas of a curve of faithfulness over the share of edges kept, from 0 to 1.
+
+    Example:
+        >>> Areas(cpr=0.75, cmd=0.25).cpr
+        0.75
+    """
 
     cpr: float
     """Area under the curve: the more the better a circuit performs."""
@@ -209,18 +246,35 @@ class Areas(NamedTuple):
 def faithfulness(
     values: Float[np.ndarray, "*circuit prompt"], clean: Float[np.ndarray, " prompt"], corrupt: Float[np.ndarray, " prompt"]
 ) -> Float[np.ndarray, "*circuit"]:
-    """(m(circuit) − m(corrupt)) / (m(clean) − m(corrupt)), every m being the mean over prompts."""
+    """(m(circuit) − m(corrupt)) / (m(clean) − m(corrupt)), every m being the mean over prompts.
+
+    Example:
+        >>> float(faithfulness(np.array([3.0, 5.0]), clean=np.array([5.0, 7.0]), corrupt=np.array([1.0, 3.0])))
+        0.5
+    """
     return (values - corrupt).mean(axis=-1) / (clean - corrupt).mean()
 
 
 def areas(shares: Float[np.ndarray, " size"], curve: Float[np.ndarray, " size"]) -> Areas:
-    """CPR and CMD by the trapezoid rule, with the exact ends: the circuit of no edges (0) and of all (1)."""
+    """CPR and CMD by the trapezoid rule, with the exact ends: the circuit of no edges (0) and of all (1).
+
+    Example:
+        >>> areas(np.array([0.5]), np.array([1.0]))
+        Areas(cpr=0.75, cmd=0.25)
+    """
     x, f = np.concatenate([[0.0], shares, [1.0]]), np.concatenate([[0.0], curve, [1.0]])
     return Areas(float(np.trapezoid(f, x)), float(np.trapezoid(np.abs(1 - f), x)))
 
 
 def resampled(statistic: Callable[[np.ndarray], float], n: int, rng: int = 0) -> Interval:
-    """A statistic of `n` things (prompts, say), given by their numbers, with its 95 % bootstrap interval over them."""
+    """A statistic of `n` things (prompts, say), given by their numbers, with its 95 % bootstrap interval over them.
+
+    Example:
+        >>> heights = np.array([1.0, 2.0, 3.0, 4.0])
+        >>> found = resampled(lambda rows: float(heights[rows].mean()), 4)
+        >>> found.low < found.mean == 2.5 < found.high
+        True
+    """
     generator = np.random.default_rng(rng)
     drawn = [statistic(generator.integers(n, size=n)) for _ in range(RESAMPLES)]
     low, high = np.quantile(drawn, [0.025, 0.975])
@@ -230,7 +284,13 @@ def resampled(statistic: Callable[[np.ndarray], float], n: int, rng: int = 0) ->
 def random_circuits(
     edges: pd.DataFrame, sizes: Sequence[int], rng: np.random.Generator, like: Bool[np.ndarray, "size edge"] | None = None
 ) -> Bool[np.ndarray, "size edge"]:
-    """Nested random circuits of the given sizes; `like`: with as many edges at every step as these have."""
+    """Nested random circuits of the given sizes; `like`: with as many edges at every step as these have.
+
+    Example:
+        >>> edges = pd.DataFrame({"step": [0, 0, 1]})
+        >>> random_circuits(edges, [1, 2], np.random.default_rng(0)).sum(axis=1).tolist()
+        [1, 2]
+    """
     order = rng.permutation(len(edges))
     rank = np.empty(len(edges), dtype=int)
     rank[order] = np.arange(len(edges))

@@ -1,4 +1,4 @@
-"""The vocabulary of path patching: what can send, what can receive, and which of them a path joins."""
+"""The vocabulary of path patching: the components that send, those that receive, and the pairs that a path joins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FORM = re.compile(
 )
 
 Index = Any
-"""What stands between [ and ] when the part of a tensor [batch …] that a node owns is read or written."""
+"""Index (between [ and ]) of the part of a tensor [batch …] that a node owns."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Node:
     A head's q is a function of its input alone, so the input is patched at ``hook_q`` (k, v and ``mlp.hook_pre`` likewise):
     the intervention is that on ``hook_q_input``, without a copy of the residual stream for every head, and LayerNorm is
     recomputed.
+
+    Example:
+        >>> Node.parse("cross_attn.L2H1.q")
+        Node(kind='cross_attn', layer=2, head=1, part='q', tokens=None)
     """
 
     kind: Literal["attn", "cross_attn", "mlp", "text", "embed", "output", "image"]
@@ -96,7 +100,7 @@ class Node:
         if not sends and self.kind == "text":
             raise ValueError("text can only send: nothing in the denoiser writes to it.")
 
-    def written(self, cfg: Any) -> str:
+    def output_hook(self, cfg: Any) -> str:
         """The name in the denoiser of the tensor by which this node sends."""
         names = {
             "mlp": f"blocks.{self.layer}.hook_mlp_out",
@@ -106,12 +110,12 @@ class Node:
         }
         return names.get(self.kind, f"blocks.{self.layer}.{self.kind}.hook_z")
 
-    def read(self, cfg: Any) -> list[str]:
+    def input_hooks(self, cfg: Any) -> list[str]:
         """The names in the denoiser of the tensors that stand for this node's input."""
         if self.kind == "mlp":
             return [f"blocks.{self.layer}.mlp.hook_pre"]
         if self.kind in ("embed", "output"):
-            return [self.written(cfg)]
+            return [self.output_hook(cfg)]
         return [f"blocks.{self.layer}.{self.kind}.hook_{part}" for part in self.part or "qkv"]
 
     @property
@@ -128,9 +132,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Nodes:
-    """A set of nodes with the denoising steps and guidance branch that are meant; a single denoiser call has neither.
+    """A set of nodes at some denoising steps and in a guidance branch; a single denoiser call has neither.
 
-    `Nodes("cross_attn.L2H1", steps=3)`, `Nodes(["mlp.L0", "mlp.L1"], steps=[0, 1], branch="both")`.
+    Example:
+        >>> str(Nodes(["mlp.L0", "mlp.L1"], steps=[0, 1], branch="both"))
+        'mlp.L0+mlp.L1@0,1/both'
     """
 
     names: str | Node | Sequence[str | Node]
@@ -160,7 +166,7 @@ class Place(NamedTuple):
     branch: Branch
 
 
-def obstacle(from_: tuple[Node, Place], to: tuple[Node, Place], frozen: Collection[str], cfg: Any) -> str | None:
+def why_no_path(from_: tuple[Node, Place], to: tuple[Node, Place], frozen: Collection[str], cfg: Any) -> str | None:
     """Why no path leads from a sender to a receiver; None where one does."""
     (sender, sent), (receiver, received) = from_, to
     if receiver.kind == "cross_attn" and receiver.part != "q":

@@ -1,4 +1,4 @@
-"""Path patching: what a set of senders does to a result *by way of* a set of receivers, within a step and across steps.
+"""Path patching: the effect of senders on a result *by way of* receivers, within a step and across steps.
 
     original = model.trajectory("red circle is above blue square", seed=0)
     source = model.trajectory("red circle is below blue square", seed=0)
@@ -11,10 +11,10 @@ be the set of paths that start at a sender, reach a receiver's input by way of c
 any way. The result is computed with the senders' source values along P, and with original values along all other paths:
 path patching on a set of paths as in Goldowsky-Dill et al. (arXiv 2304.05969).
 
-A variant says what is frozen, that is, which paths from sender to receiver count:
+A variant says which components are frozen, that is, which paths from sender to receiver count:
 
 - ``direct``: everything. A receiver's input is x_r + Σ_s (source_s − original_s), summed over the senders that write to it.
-  Into a later step, only what the solver carries of the network output at the sender's own step; the steps between add
+  Into a later step, only the part of the network output at the sender's own step that the solver carries; the steps between add
   nothing. In one call, for two heads, it is TransformerLens' ``get_act_patch_direct_path``.
 - ``through_mlps``: heads, but not MLPs. Wang et al. (arXiv 2211.00593), appendix B, where a receiver's recorded input
   replaces its original one, so that P has no paths from one receiver to another. Else it is the same.
@@ -24,9 +24,9 @@ Or freeze any of ``attn``, ``cross_attn``, ``mlp`` and ``steps`` (no path enters
 by its output, unless it passes a receiver there).
 
 How it is computed: copies of the batch go through the model together. In SENT, senders have their source values and frozen
-components say what they say in REFERENCE. In REFERENCE, receivers' inputs are those of SENT; its result counts. That is exact
+components have their values of REFERENCE. In REFERENCE, receivers' inputs are those of SENT; its result counts. That is exact
 for any set of receivers: a path that has passed a receiver is in REFERENCE, on which frozen components depend like all others.
-While steps are frozen, CARRIED is SENT with the latents of REFERENCE, and says what SENT passes on to later steps.
+While steps are frozen, CARRIED is SENT with the latents of REFERENCE; it gives the output that SENT passes on to later steps.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from hooked_models.pixart.views import DenoiserView
 
 from ..runs.repeated_runs import Call, Generation
 from ..text.prompts import Role
-from .nodes import Index, Node, Nodes, Place, obstacle
+from .nodes import Index, Node, Nodes, Place, why_no_path
 
 __all__ = ["VARIANTS", "Node", "Nodes", "head_matrix", "path_patch", "path_patch_matrix"]
 
@@ -75,7 +75,7 @@ REFERENCE, SENT, CARRIED = 0, 1, 2
 
 @dataclass(frozen=True)
 class _Experiment:
-    """Two runs, a metric and what is frozen: all but senders and receivers."""
+    """Two runs, a metric and the kinds of components that are frozen (all but senders and receivers)."""
 
     original: Call | Generation
     source: Call | Generation
@@ -122,23 +122,29 @@ class _Experiment:
             node.check(self.original.dit.cfg, sends)
             if node.kind == "image" and self.metric_on != FINAL:
                 raise ValueError(f"image receives after the last step, but the metric is taken on {self.metric_on}.")
+        return [Place(step, branch) for step in self._steps(nodes) for branch in self._branches(nodes)]
+
+    def _steps(self, nodes: Nodes) -> Sequence[int]:
         last = self.original.step_of(self.metric_on)
         steps = range(last + 1) if nodes.steps is None else [nodes.steps] if isinstance(nodes.steps, int) else nodes.steps
         if outside := [step for step in steps if not 0 <= step <= last]:
             raise ValueError(f"{nodes}: step {outside[0]} is not among the steps 0 to {last} on which {self.metric_on} depends.")
+        return steps
+
+    def _branches(self, nodes: Nodes) -> tuple[Branch, ...]:
         branches = BRANCHES if nodes.branch == "both" else (nodes.branch,)
         if missing := [branch for branch in branches if branch not in self.original.branches]:
             raise ValueError(f"{nodes}: this run has no {missing[0]} branch.")
-        return [Place(step, branch) for step in steps for branch in branches]
+        return branches
 
-    def obstacle(self, senders: Nodes, receivers: Nodes) -> str | None:
+    def why_no_path(self, senders: Nodes, receivers: Nodes) -> str | None:
         """Why some sender reaches no receiver, or some receiver is not reached; None if all is joined."""
         cfg = self.original.dit.cfg
         sent = list(product(senders.nodes, self.places(senders, sends=True)))
         received = list(product(receivers.nodes, self.places(receivers, sends=False)))
 
         def first_reason(senders: Any, receivers: Any) -> str | None:
-            reasons = (obstacle(s, r, self.frozen, cfg) for s, r in product(senders, receivers))
+            reasons = (why_no_path(s, r, self.frozen, cfg) for s, r in product(senders, receivers))
             first = next(reasons)
             return None if first is None or None in reasons else first
 
@@ -151,7 +157,7 @@ class _Experiment:
         return None
 
     @property
-    def fresh(self) -> int:
+    def n_shared_copies(self) -> int:
         """The first copy that has no part in the computation."""
         return CARRIED + 1 if "steps" in self.frozen and isinstance(self.original, Generation) else SENT + 1
 
@@ -161,20 +167,21 @@ class _Experiment:
         Receivers of fresh copies are independent experiments. In those, frozen components are frozen at the original run: a
         set of receivers that paths join belongs into REFERENCE, alone.
         """
-        run, copies = self.original, max(self.fresh - 1, *receivers) + 1
+        copies = max(self.n_shared_copies - 1, *receivers) + 1
         sent_from = self.places(senders, sends=True)
         first, last = min(place.step for place in sent_from), max(self.last_step(nodes) for nodes in receivers.values())
-        transfer = partial(_transfer, copies=copies)
+        transfer = partial(_copy_rows, copies=copies)
         hooks = [(name, partial(transfer, source=a, target=b)) for name, a, b in self.freeze(range(first, last + 1))]
         for name, index, value in self.send(senders, sent_from):
-            hooks += [(name, partial(_give, copies=copies, index=index, value=value, target=b)) for b in range(SENT, self.fresh)]
+            hooks += [
+                (name, partial(_set_rows, copies=copies, index=index, value=value, target=b))
+                for b in range(SENT, self.n_shared_copies)
+            ]
         for copy, nodes in receivers.items():
-            targets = (copy, *range(CARRIED, self.fresh)) if copy == REFERENCE else (copy,)
-            for place, node in product(self.places(nodes, sends=False), nodes.nodes):
-                names = [] if node.kind == "image" else [run.name(place, inner) for inner in node.read(run.dit.cfg)]
-                take = partial(transfer, source=SENT, index=node.index)
-                hooks += [(name, partial(take, target=target)) for name in names for target in targets]
-        result = run.run([self.metric_on], hooks, copies, first)[self.metric_on].unflatten(0, (copies, -1))
+            targets = (copy, *range(CARRIED, self.n_shared_copies)) if copy == REFERENCE else (copy,)
+            for name, index in self.receive(nodes, first):
+                hooks += [(name, partial(transfer, source=SENT, index=index, target=target)) for target in targets]
+        result = self.original.run([self.metric_on], hooks, copies, first)[self.metric_on].unflatten(0, (copies, -1))
         # Whoever receives the final latents of SENT has its image.
         shown = {copy: SENT if any(n.kind == "image" for n in nodes.nodes) else copy for copy, nodes in receivers.items()}
         return {copy: self.measure(result[row]) for copy, row in shown.items()}
@@ -189,20 +196,27 @@ class _Experiment:
         run, cfg = self.original, self.original.dit.cfg
         for step in steps:
             for kind, layer, branch in product(self.frozen - {"steps"}, range(cfg.n_layers), run.branches):
-                name = run.name(Place(step, branch), Node.parse(f"{kind}.L{layer}").written(cfg))
-                yield from ((name, REFERENCE, copy) for copy in range(SENT, self.fresh))
-            if self.fresh > CARRIED:
+                name = run.name(Place(step, branch), Node.parse(f"{kind}.L{layer}").output_hook(cfg))
+                yield from ((name, REFERENCE, copy) for copy in range(SENT, self.n_shared_copies))
+            if self.n_shared_copies > CARRIED:
                 yield f"steps.{step}.hook_latent", REFERENCE, CARRIED
                 yield f"steps.{step}.hook_out", CARRIED, SENT
 
     def send(self, senders: Nodes, places: Sequence[Place]) -> Iterator[tuple[str, Index, Tensor]]:
         """(hook, part of its tensor, value in the source run)."""
         cfg = self.original.dit.cfg
-        sites = [(self.source.name(place, node.written(cfg)), node, place) for place in places for node in senders.nodes]
+        sites = [(self.source.name(place, node.output_hook(cfg)), node, place) for place in places for node in senders.nodes]
         values = self.source.run({name for name, *_ in sites})
         for name, node, place in sites:
             index = self.text_positions(node, place.branch) if node.kind == "text" else node.index
             yield name, index, values[name][index]
+
+    def receive(self, receivers: Nodes, first: int) -> Iterator[tuple[str, Index]]:
+        """(hook, part of its tensor) of every input, from step `first` on; no path leads into earlier steps."""
+        run = self.original
+        for place, node in product(self.places(receivers, sends=False), receivers.nodes):
+            if node.kind != "image" and place.step >= first:
+                yield from ((run.name(place, inner), node.index) for inner in node.input_hooks(run.dit.cfg))
 
     def text_positions(self, node: Node, branch: Branch) -> Bool[Tensor, "batch text_pos"]:
         ours, theirs = self.original.text_bias(branch), self.source.text_bias(branch)
@@ -238,12 +252,12 @@ class _Experiment:
 # The hooks. Each edits rows [copy · batch, …] in place.
 
 
-def _transfer(rows: Tensor, hook: HookPoint, *, copies: int, source: int, target: int, index: Index = ...) -> None:
+def _copy_rows(rows: Tensor, hook: HookPoint, *, copies: int, source: int, target: int, index: Index = ...) -> None:
     rows = rows.unflatten(0, (copies, -1))
     rows[target][index] = rows[source][index]
 
 
-def _give(rows: Tensor, hook: HookPoint, *, copies: int, target: int, index: Index, value: Tensor) -> None:
+def _set_rows(rows: Tensor, hook: HookPoint, *, copies: int, target: int, index: Index, value: Tensor) -> None:
     rows.unflatten(0, (copies, -1))[target][index] = value
 
 
@@ -269,7 +283,7 @@ def path_patch(
         senders, receivers: nodes as text (`Node` lists the forms), or `Nodes`, which says the steps (all of them unless said)
             and the branch (the conditional one).
         metric: a tensor [batch …] → [batch].
-        variant: ``direct``, ``through_mlps``, ``exact``, or what to freeze.
+        variant: ``direct``, ``through_mlps``, ``exact``, or the kinds of components to freeze.
         metric_on: the hook whose tensor the metric is given, such as "steps.3.hook_x0"; nothing after it is run. Unless said,
             the images, or the output of the denoiser call.
 
@@ -279,10 +293,20 @@ def path_patch(
 
     Raises:
         ValueError: no path leads to some receiver, or from some sender; there is no such node; the runs do not fit together.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = path_patch(above, below, "cross_attn.L0H1", "cross_attn.L1H0.q", red)
+        >>> found["effect"].dims
+        ('prompt',)
     """
     senders, receivers = _nodes(senders), _nodes(receivers)
     experiment = _Experiment.of(original, source, metric, variant, metric_on)
-    if reason := experiment.obstacle(senders, receivers):
+    if reason := experiment.why_no_path(senders, receivers):
         raise ValueError(reason)
     return experiment.dataset(["prompt"], experiment.patched(senders, {REFERENCE: receivers})[REFERENCE])
 
@@ -302,6 +326,17 @@ def path_patch_matrix(
 
     NaN where no path leads. One sender's receivers share a run, as further rows of its batch, `receivers_per_run` at a time;
     a receiver of several nodes or calls shares only where nothing is frozen.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> senders = [Nodes("cross_attn.L1H0", steps=1), Nodes("cross_attn.L2H0", steps=1)]
+        >>> found = path_patch_matrix(above, below, senders, [Nodes("mlp.L1", 1), Nodes("output", 1)], red)
+        >>> found["effect"].isnull().squeeze().values.tolist()  # nothing leads from layer 2 to layer 1
+        [[False, False], [True, False]]
     """
     experiment = _Experiment.of(original, source, metric, variant, metric_on)
     rows, columns = list(map(_nodes, senders)), list(map(_nodes, receivers))
@@ -311,12 +346,12 @@ def path_patch_matrix(
         return not experiment.frozen or len(nodes.nodes) == len(experiment.places(nodes, sends=False)) == 1
 
     for i, sender in enumerate(rows):
-        reached = [j for j, receiver in enumerate(columns) if experiment.obstacle(sender, receiver) is None]
+        reached = [j for j, receiver in enumerate(columns) if experiment.why_no_path(sender, receiver) is None]
         for j in (j for j in reached if not shares(columns[j])):
             patched[i, j] = experiment.patched(sender, {REFERENCE: columns[j]})[REFERENCE]
         together = [j for j in reached if shares(columns[j])]
         for start in range(0, len(together), receivers_per_run):
-            part = dict(enumerate(together[start : start + receivers_per_run], start=experiment.fresh))
+            part = dict(enumerate(together[start : start + receivers_per_run], start=experiment.n_shared_copies))
             for copy, values in experiment.patched(sender, {copy: columns[j] for copy, j in part.items()}).items():
                 patched[i, part[copy]] = values
     labels = {"sender": list(map(str, rows)), "receiver": list(map(str, columns))}
@@ -340,6 +375,16 @@ def head_matrix(
     Returns:
         patched and effect over (layer, head, receiver_layer, receiver_head, prompt). `how` is variant, metric_on and
         receivers_per_run.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = head_matrix(above, below, red, sender_steps=0, receiver_steps=0)
+        >>> found["effect"].shape
+        (3, 3, 3, 3, 1)
     """
     cfg = (original.model.dit if isinstance(original, Trajectory) else original.dit).cfg
     heads = list(product(range(cfg.n_layers), range(cfg.n_heads)))

@@ -23,7 +23,19 @@ from ..stats import Interval, rank_correlation
 
 @dataclass(frozen=True)
 class Verification:
-    """Exact patches, one cell at a time, beside the scores that predicted them."""
+    """Exact patches, one cell at a time, beside the scores that predicted them.
+
+    Example:
+        >>> from dit_lens import attribution
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> texts = "red circle is below blue square", "red circle is above blue square"
+        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = attribution.nodes(attribution.pair(below, above, steps=0), red, ["cross_attn"])
+        >>> found.verify(k=2, sample=3).table["drawn"].tolist()
+        ['top', 'top', 'sample', 'sample', 'sample']
+    """
 
     result: PatchingResult
     """One row a cell: first the top k, then the random sample (`index_df["drawn"]` says which). Metric values per prompt, with
@@ -38,8 +50,8 @@ class Verification:
         return self.result.index_df.assign(exact=self.result.effect().mean(-1).cpu().numpy())
 
 
-class Edit(NamedTuple):
-    """To a part of what passes one hook is added how a part of what passes a hook differs between the runs."""
+class Patch(NamedTuple):
+    """Adds the difference (source − original) at `sender[sender_part]` to `receiver[receiver_part]`."""
 
     receiver: str
     receiver_part: tuple[Any, ...]
@@ -49,7 +61,7 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class Attribution:
-    """What scores of nodes and edges have in common."""
+    """Scores of nodes or edges, with the runs and the metric that they are of."""
 
     scores: Any
     """Dims (step, branch, prompt, …); a denoiser call has no step and branch."""
@@ -60,7 +72,7 @@ class Attribution:
         """One row a cell, the largest mean over prompts (`score`, in magnitude) first."""
         raise NotImplementedError
 
-    def _edit(self, row: Any) -> Edit:
+    def _patch(self, row: Any) -> Patch:
         """The patch that a cell stands for."""
         raise NotImplementedError
 
@@ -81,22 +93,22 @@ class Attribution:
     def _patched(self, cells: pd.DataFrame) -> Float[Tensor, "cell batch"]:
         """The metric of the original run under each cell's patch."""
         values: dict[int, Tensor] = {}
-        edits = [self._edit(row) for row in cells.itertuples()]
+        patches = [self._patch(row) for row in cells.itertuples()]
         contexts = [self._context(row) for row in cells.itertuples()]
         with self._flags():
             for context in self.pair.contexts:
                 here = [i for i, other in enumerate(contexts) if other is context]
-                read = list(dict.fromkeys(context.prefix + edits[i].sender for i in here))
+                read = list(dict.fromkeys(context.prefix + patches[i].sender for i in here))
                 differences = self.pair.differences(context.step, read) if read else {}
                 for i in here:
-                    edit = edits[i]
-                    patch = partial(_add, edit.receiver_part, differences[context.prefix + edit.sender][edit.sender_part])
-                    run = self.pair.original.replay(context.step, [(context.prefix + edit.receiver, patch)])
+                    patch = patches[i]
+                    hook = partial(_add, patch.receiver_part, differences[context.prefix + patch.sender][patch.sender_part])
+                    run = self.pair.original.replay(context.step, [(context.prefix + patch.receiver, hook)])
                     values[i] = evaluate(self.metric, run.output)
         return torch.stack([values[i] for i in range(len(cells))])
 
     def _flags(self) -> AbstractContextManager[None]:
-        """The denoiser with the hooks that edits need."""
+        """The denoiser with the hooks that patches need."""
         return nullcontext()
 
     def _context(self, row: Any) -> Context:

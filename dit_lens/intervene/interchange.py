@@ -3,7 +3,7 @@
     swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
     images = model.run_with_hooks(swap.texts, seed=seeds, fwd_hooks=swap.hooks(["L2H1", "L1H0"]))
 
-Masking a word also takes away what it does beside the relation, and leaves a model free to fall back on a default; an interchange
+Masking a word also takes away its effect beside the relation, and leaves a model free to fall back on a default; an interchange
 gives it a valid word instead, so that the image has to change in a way that can be predicted.
 Source: interchange interventions, Geiger et al. (arXiv 2106.02997); keys and values as in Wang, Fan, Pan (arXiv 2601.06338), § 4.
 """

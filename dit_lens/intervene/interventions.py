@@ -1,4 +1,4 @@
-"""An intervention as data: where, which heads, which tokens, which steps, which branch, and what to do there.
+"""An intervention as data: where, which heads, which tokens, which steps, which branch, and the action there.
 
     hide = Intervention("blocks.2.cross_attn.hook_pattern", heads="L2H2", tokens="relation", action="knockout")
     images = model.run_with_hooks(prompts, seed=0, fwd_hooks=hide.hooks(model, prompts))
@@ -20,8 +20,8 @@ its head axis, tokens its axis of text positions or of image positions; in patte
 ``"knockout"``  Patterns and scores only: the selected keys are masked as PixArt masks a pad, by a score of -10000 before
                 the softmax, so the other keys share the attention in their old proportions and every row sums to one.
 Replace(value)  A tensor that broadcasts to the activation [batch …] of every site, or a cache or dict of them by name.
-Scale(a)        a times what was there.
-Add(vector)     what was there plus a tensor that broadcasts to it.
+Scale(a)        a times the activation.
+Add(vector)     the activation plus a tensor that broadcasts to it.
 ==============  ====================================================================================================
 
 Hooks of one site act in the order they are given. Hooks on scores or patterns make that layer's attention explicit instead
@@ -133,7 +133,7 @@ class Intervention:
         Args:
             model: or a view of one step (`model.at`), whose names are the denoiser's own; its step and branch must be among
                 the intervention's, and `prompts` be those of the rows that it is called with.
-            prompts: what the run will be called with, in order.
+            prompts: the prompts of the run, in order.
             num_steps: as in the run.
             seed: of "resample".
 

@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     head: int | None
     token: int | None
     kind: Literal["image", "text", "joint"] | None
-    """Of its positions."""
+    """Row numbers of its positions."""
 
 
 def layout_of(model: HookedTextToImage, site: Site) -> Layout:

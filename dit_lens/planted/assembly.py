@@ -21,7 +21,7 @@ SHARPNESS = 14.0
 """A unit's pre-activation per unit of its argument: GELU is 0 or linear, to 1e-3, from an argument of ±0.25 on."""
 HALF_STEP = 3.5
 COPIES = 6
-"""Of every unit: weight noise averages out over them."""
+"""Hidden units a logical unit is spread over: weight noise averages out."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 class Layer:
     heads: dict[Sublayer, dict[str, Head]] = field(default_factory=lambda: {"attn": {}, "cross_attn": {}})
     units: list[tuple[Tensor, float, Tensor]] = field(default_factory=list)
-    """Of the MLP: what a unit reads (after LayerNorm), its bias, what it writes."""
+    """Input weights of an MLP unit (after LayerNorm), its bias and its output weights."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Assembly:
     def step(self, layer: int, reads: Terms, writes: Terms, when: When = "always") -> None:
         """An MLP unit: writes in full where `reads` ≥ 0.45, nothing where it is ≤ −0.45. A difference of two GELUs, in COPIES.
 
-        "clock…" features are not in the residual: adaLN's shift adds them to what the MLP reads.
+        "clock…" features are not in the residual: adaLN's shift adds them to the MLP's input.
         """
         self.wires += [Wire("mlp", layer, "", "in", f, when) for f in reads] + [
             Wire("mlp", layer, "", "out", f, when) for f in writes

@@ -1,4 +1,4 @@
-"""nnsight's names and ours: modules renamed, and what `tracer.cache()` recorded, opened as one of our caches."""
+"""nnsight's names and ours: modules renamed, and recordings of `tracer.cache()` opened as one of our caches."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ INPUTS = {
 
 
 def open_cache(view: Any, model: HookedTextToImage | HookedDiT, guided: bool = True) -> GenerationCache | DiTCache:
-    """What `tracer.cache(…)` recorded, as a cache under our names.
+    """Open a recording of `tracer.cache(…)` as a cache under our names.
 
     Two kinds are opened. Of a trace of the hooked denoiser itself (`nnsight.NNsight(model.dit).trace(…)`), every HookPoint that
     was recorded becomes an entry of a DiTCache. Of a generation (`nnsight.DiffusionModel(…).generate(…)`, renamed or not), those
@@ -64,12 +64,23 @@ def open_cache(view: Any, model: HookedTextToImage | HookedDiT, guided: bool = T
     of a GenerationCache, for every step and branch.
 
     Args:
-        view: what `tracer.cache` returned, after the trace.
+        view: returned by `tracer.cache`, after the trace.
         model: the hooked denoiser that was traced, or the model of the generation (a `RemoteTextToImage` serves).
         guided: whether the generation's guidance was above 1, so that its rows are those of two branches.
 
     Raises:
         ValueError: nothing in it has a name here.
+
+    Example:
+        >>> import copy, nnsight, torch
+        >>> from hooked_models import HookedTextToImage
+        >>> dit = HookedDiT(copy.deepcopy(HookedTextToImage.from_pretrained("rte-nano").dit.wrapped))
+        >>> latents, text = torch.randn(1, 24, 16, 16), torch.randn(1, 5, dit.cfg.d_text)
+        >>> traced = nnsight.NNsight(dit)
+        >>> with torch.no_grad(), traced.trace(latents, text, torch.tensor([900.0]), return_dict=False) as tracer:
+        ...     view = tracer.cache()
+        >>> open_cache(view, dit)["pattern", 2, "cross_attn"].shape
+        torch.Size([1, 3, 64, 5])
     """
     found: dict[str, Tensor] = {}
     for path in view.keys():  # noqa: SIM118  (a view has no iterator)
@@ -112,6 +123,6 @@ def _in_diffusers(path: str) -> tuple[str | None, int | None]:
 
 
 def _values(entries: Any, kind: str) -> list[Any]:
-    """What was recorded, step by step."""
+    """Recorded values, step by step."""
     value = getattr(entries, kind)
     return value if isinstance(value, list) else [value]

@@ -1,12 +1,12 @@
-"""What runs inside an nnsight trace, on whatever machine the model is: hooks by our names on the modules of a diffusers pipeline.
+"""Code that runs inside an nnsight trace, on the model's machine: hooks by our names on the modules of a diffusers pipeline.
 
 nnsight sends this file's functions along as source. So: torch alone is imported, nothing is imported inside a function, no
-method calls `super()` without arguments, and nothing may be wrapped around them (`no_type_check`; for classes it is also what
+method calls `super()` without arguments, and nothing may be wrapped around them (`no_type_check`; for classes it also
 keeps run-time type checkers away). A trace must ask for tensors in the order in which the model computes them, or, from the
 second step on, it silently gets a later step's: the methods below read and write in that order, whatever the order of hooks.
 
-Only inputs and outputs of modules are touched. What lies between them inside a diffusers block is done again here, and only where
-somebody looks: the pattern (from q and k), what the gate leaves, a norm's scale, and, below a replaced residual, its sums.
+Only inputs and outputs of modules are touched. Tensors between them inside a diffusers block are computed again here, and only
+if a hook needs them: the pattern (from q and k), the gate's output, a norm's scale, and, below a replaced residual, its sums.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "g
 
 @no_type_check
 class Point:
-    """What a hook function gets as `hook`: the full `name`, `step`, `branch` and `layer()`."""
+    """The `hook` argument of a hook function: the full `name`, `step`, `branch` and `layer()`."""
 
     def __init__(self, name: str, inner: str, step: int | None = None, branch: str | None = None) -> None:
         self.name, self.inner, self.step, self.branch = name, inner, step, branch
@@ -43,16 +43,16 @@ class Point:
 
 @no_type_check
 class Walk:
-    """The hooks of one call of a model, and what they leave.
+    """The hooks of one call of a model, and the tensors that they keep.
 
     Args:
-        touches: name within the model → [(point, what)]: a hook function, the arguments of `edited`, which replaces by what the
-            earlier run had there if it has no values, or None to keep the tensor under the point's name.
+        touches: name within the model → [(point, action)]: a hook function, the arguments of `edited`, which puts the earlier
+            run's activation there if it has no values, or None to keep the tensor under the point's name.
         sums: attention ("blocks.2.cross_attn") → [(key, branch, queries, keys, reduce)] of its pattern, to be added up.
         kept, added: dicts to be filled, by full name and by key.
         rows: branch → its rows of the batch; the branch None has all.
         home: whether kept tensors move to the CPU, for the way home.
-        clean: what an earlier run kept, for edits that put it here.
+        clean: tensors that an earlier run kept, for edits that put them here.
     """
 
     def __init__(self, touches: Any, sums: Any, kept: dict, added: dict, rows: dict, home: bool, clean: Any) -> None:
@@ -60,7 +60,7 @@ class Walk:
         self.kept, self.added, self.rows, self.home, self.clean = kept, added, rows, home, clean
 
     def near(self, prefix: str) -> bool:
-        """Whether anything is touched whose name begins so."""
+        """True if a hook is attached at a name that begins with `prefix`."""
         return any(name.startswith(prefix) for name in (*self.touches, *self.sums))
 
     def hooks(self, *names: str) -> bool:
@@ -124,11 +124,11 @@ class Walk:
             envoy.output = envoy.weight * new if rms else new
 
     def looks(self, attention: str) -> bool:
-        """Whether anybody wants to see the scores or the pattern of an attention, or sums over it."""
+        """True if a hook or a group sum needs the scores or the pattern of an attention."""
         return attention in self.sums or self.hooks(f"{attention}.hook_attn_scores", f"{attention}.hook_pattern")
 
     def attention(self, name: str, linears: Any, heads: int, scale: float, bias: Callable) -> None:
-        """From q to z. `linears` are those of q, k, v and the output; `bias()` is what is added to the scores, or None."""
+        """From q to z. `linears` are those of q, k, v and the output; `bias()` is added to the scores, unless it is None."""
         read: dict[str, Tensor] = {}
         z, explicit = None, False
         for leaf, linear in zip(("q", "k", "v"), linears[:3], strict=True):
@@ -180,7 +180,7 @@ class Walk:
         return rows
 
     def block(self, block: Any, layer: int, cfg: dict) -> None:
-        """One PixArt block. `x` is its residual stream, `moved` whether that is no longer what the block's own code holds."""
+        """One PixArt block. `x` is its residual stream, `moved` says that it differs from that of the block's own code."""
         p, heads, scale = f"blocks.{layer}.", cfg["heads"], cfg["scale"]
         if not self.near(p):
             return
@@ -231,7 +231,7 @@ class Walk:
         self.output(block, p + "hook_resid_post")
 
     def denoiser(self, dit: Any, cfg: dict, a: float, b: float) -> None:
-        """One denoiser call, and what the pipeline makes of its output. A step's x0 is a · latent + b · out."""
+        """One denoiser call, and the pipeline's use of its output. A step's x0 is a · latent + b · out."""
         latent: Any = dit.input[self.rows["cond"]] if self.hooks("hook_latent", "hook_x0") else None
         self.visit("hook_latent", latent)
         if self.hooks("hook_embed", "hook_pos_embed"):
@@ -305,7 +305,7 @@ class Walk:
         self.output(encoder.final_layer_norm, "hook_out")
 
     def t5_bias(self, attn: Any, given: dict) -> Tensor:
-        """What a T5 attention adds to its scores: the first layer computes the position bias, the others are given it."""
+        """Bias of a T5 attention's scores: the first layer computes the position bias, the others are given it."""
         bias, mask = given.get("position_bias"), given.get("mask")
         if bias is None:
             bias = attn.relative_attention_bias.output.permute(2, 0, 1)[None]
@@ -335,7 +335,7 @@ def split(tensor: Tensor, heads: int) -> Tensor:
 
 @no_type_check
 def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
-    """What a trace of a generation does: `plan` is `dit_lens.remote.plan.make`'s, `clean` the tensors kept by an earlier run.
+    """Body of a trace of a generation: `plan` is `dit_lens.remote.plan.make`'s, `clean` the tensors kept by an earlier run.
 
     Returns a dict: the images [batch 3 height width] as "images", kept tensors by full name as "kept", sums by key as "added".
     """

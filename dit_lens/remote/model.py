@@ -6,7 +6,7 @@
     images = model.run_with_hooks(prompts, seed=0, fwd_hooks=hide.hooks(model, prompts))
 
 The weights stay where the server is; here the modules are empty, and serve for names, shapes and configuration. Every call is one
-request, which runs all denoising steps: docs/remote.md says how to host a server, and what was tried.
+request, which runs all denoising steps: docs/remote.md says how to host a server, and how it was tested.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ NO_GRADIENTS = (
 
 
 class RemoteTextToImage(HookedTextToImage):
-    """A PixArt pipeline opened by nnsight's `DiffusionModel`; what a `HookedTextToImage` does in one go, it does too.
+    """A PixArt pipeline opened by nnsight's `DiffusionModel`, for everything that a `HookedTextToImage` does in one run.
 
     That is: calls, `run_with_cache`, `run_with_hooks`, `hooks`, every `Intervention`, `synopsis.attention_synopsis`,
-    `ablation.ablation_effects`, and `patch`. Hook functions are sent along as source, with what they refer to, and run where the
-    model is: they get rows and `hook` as ever, but cannot write to variables here. Tensors between two steps and a few others
-    have limits, which an error explains.
+    `ablation.ablation_effects`, and `patch`. Hook functions are sent along as source, with everything they refer to, and run
+    where the model is: they get rows and `hook` as ever, but cannot write to variables here. Tensors between two steps and a few
+    others have limits, which an error explains.
 
     Args:
         repo_or_path: a hub id, a pipeline folder or a bundled name. A server opens it under the same name or path.
@@ -73,6 +73,11 @@ class RemoteTextToImage(HookedTextToImage):
         FileNotFoundError: there is no such model.
         TypeError: it is no PixArt pipeline.
         ValueError: it names a library that opening a model must not import.
+
+    Example:
+        >>> model = RemoteTextToImage("rte-nano")  # in this process
+        >>> model("red circle is above blue square", seed=0, num_steps=2).shape
+        torch.Size([1, 3, 128, 128])
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class RemoteTextToImage(HookedTextToImage):
         timeout: float = 600.0,
     ) -> None:
         nnsight = import_nnsight()
-        nnsight.register("dit_lens")  # the server has no dit_lens: what it needs of it travels as source
+        nnsight.register("dit_lens")  # the server has no dit_lens: the parts it needs travel as source
         source = resolve(repo_or_path)
         # A class of another library exists only as a whole, loaded: nnsight cannot build it empty.
         index = _index(source, revision)
@@ -141,7 +146,7 @@ class RemoteTextToImage(HookedTextToImage):
     def check_wrapped(self) -> None:
         """Nothing: the model that runs is the pipeline itself, with whatever was changed in it."""
 
-    # What cannot be
+    # Unsupported
 
     def digest(self) -> str:
         """Hash of the model's name and the server's address, if its weights are on another machine."""
@@ -236,8 +241,8 @@ class RemoteTextToImage(HookedTextToImage):
             head = Intervention("blocks.2.cross_attn.hook_z", heads=[2], steps=0, action=Replace(CLEAN))
             model.patch("red circle is above blue square", "red circle is below blue square", {"L2H2": [head]})["L2H2"]
 
-        What the clean run has at the sites of `Replace(CLEAN)` never leaves the model's machine. Positions correspond by number,
-        so `clean` and `corrupt` are as many prompts, with equally many tokens.
+        Activations of the clean run at the sites of `Replace(CLEAN)` never leave the model's machine. Positions correspond by
+        number, so `clean` and `corrupt` are as many prompts, with equally many tokens.
 
         Args:
             conditions: name → interventions, all at once; of the corrupt prompts.
@@ -382,7 +387,7 @@ class RemoteTextToImage(HookedTextToImage):
         return None if self.server is None else self.server.backend(self.model_key)
 
     def _answer(self, ask: Callable[[], Any], backend: Any) -> Any:
-        """What was saved as `found` in a trace: at once, or when the server has run it."""
+        """The value saved as `found` in a trace: at once, or when the server has run it."""
         if self.server is None:
             return ask()
         ask()

@@ -81,7 +81,7 @@ def make(
         attached: hooks, in the order in which they act.
         length, grid: text positions, and rows and columns of the latents.
         keep: sites whose tensors, as hooks leave them, are returned.
-        home: whether what is kept comes home, or stays with the model, for the next run of a session.
+        home: True to return kept tensors to the client, False to leave them with the model, for the next run of a session.
         patching: whether there is an earlier run for `CLEAN` to mean.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A server that speaks NDIF's protocol: sending it a trace, waiting for the result, and saying what went wrong.
+"""A server that speaks NDIF's protocol: send it a trace, wait for the result, and explain failures.
 
 Every exchange with the server has a deadline: one `timeout` for the whole of a request, from the comparison of versions to the
 result. Answers of any other form than NDIF's become a ServerError, and results are loaded without pickled code.
@@ -33,9 +33,13 @@ class ServerError(RuntimeError):
     """A server could not be asked, or a run failed there.
 
     Args:
-        message: one sentence, and what to do.
+        message: one sentence, and the remedy.
         remote_traceback: the server's traceback of a run that failed.
         lost: True if there was no answer at all.
+
+    Example:
+        >>> ServerError("http://localhost:1 does not answer: start it.", lost=True).lost
+        True
     """
 
     def __init__(self, message: str, remote_traceback: str = "", lost: bool = False) -> None:

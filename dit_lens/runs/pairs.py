@@ -24,13 +24,21 @@ class Context:
 
     step: int
     prefix: str
-    """Of hook names, such as "steps.3.cond."."""
+    """Prefix of hook names, such as "steps.3.cond."."""
     coords: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An original run and a source run, and the denoiser calls that a question is about."""
+    """An original run and a source run, and the denoiser calls that a question is about.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> below, above = (model.trajectory(f"red circle is {word} blue square", num_steps=2) for word in ("below", "above"))
+        >>> pair(below, above).differences(0, ["steps.0.cond.hook_text"])["steps.0.cond.hook_text"].shape
+        torch.Size([1, 7, 256])
+    """
 
     dit: HookedDiT = field(repr=False)
     original: Any = field(repr=False)

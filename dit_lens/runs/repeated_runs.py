@@ -24,7 +24,7 @@ from ..text.prompts import Role, token_roles
 Hooks = Sequence[tuple[str, HookFunction]]
 
 OUTPUT = "output"
-"""What a denoiser call returns; no hook's name."""
+"""Key of a denoiser call's output; no hook's name."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Call:
     view: DenoiserView
     num_steps = 1
     result = OUTPUT
-    """What a metric is taken on unless said."""
+    """Tensor that a metric is taken on by default."""
 
     def __len__(self) -> int:
         return len(self.view.latents)
@@ -49,7 +49,7 @@ class Call:
 
     @property
     def conditions(self) -> dict[str, Tensor | None]:
-        """What gates depend on: equal in two runs, a head's z means the same contribution in both."""
+        """Inputs that gates depend on: equal in two runs, a head's z means the same contribution in both."""
         return {"timestep": self.view.timestep, **self.view.sizes}
 
     def step_of(self, name: str) -> int:
@@ -61,7 +61,7 @@ class Call:
         return inner
 
     def text_bias(self, branch: Branch) -> Float[Tensor, "batch text_pos"]:
-        """What is added to the scores: 0 where the text may be attended to."""
+        """Bias of the scores: 0 where the text may be attended to."""
         return _bias(self.view.text)
 
     def roles(self) -> list[list[Role]]:

@@ -1,4 +1,4 @@
-"""Causal sweeps: many interventions on many prompts and seeds, with what they share computed once.
+"""Causal sweeps: many interventions on many prompts and seeds; shared work is done once.
 
     cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(6), heads=range(3), steps=range(14))
     plan = sweep.plan(model, prompts, seeds=[0, 1], interventions=cells, metrics={"height": height})
@@ -9,8 +9,8 @@
 A cell is an intervention in the run of one prompt with one seed, and its value is that of the run
 `model.run_with_hooks(prompts, seed=seed, fwd_hooks=intervention.hooks(model, prompts))` in this prompt's row.
 
-What cells share is computed once: text, keys and values; the clean run up to the first step that an intervention touches; there,
-the layers before the first that it touches, and the guidance branch that it leaves alone. What differs are rows of a batch, and
+Cells share text, keys and values; the clean run up to the first step that an intervention touches; there,
+the layers before the first that it touches, and the guidance branch that it leaves alone. The rest are rows of a batch, and
 each touched site has one hook, which makes the edits of all rows. Metrics that look at one step end there, and images are decoded
 only where a metric looks at them.
 """
@@ -61,7 +61,7 @@ def plan(
     batch: int | None = None,
     rng: int = 0,
 ) -> Plan:
-    """A sweep that has not run yet: `plan(…).explain()` says what it will take, `plan(…).run(out)` runs it.
+    """Plan a sweep without running it: `plan(…).explain()` gives its cost, `plan(…).run(out)` runs it.
 
     Args:
         prompts: "mean" and "resample" look at all of them (with the same seed's noise).
@@ -74,6 +74,16 @@ def plan(
     Raises:
         UnknownHookError: no such site; the nearest one is suggested.
         ValueError: an intervention or a metric has no meaning in these runs, a seed stands twice, or hooks are attached.
+
+    Example:
+        >>> from dit_lens import Intervention, sweep
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> plan.runs, plan.cells
+        (1, 3)
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     numbers, guidance = list(integers("seeds", seeds, -(2**63), 2**64 - 1)), number("guidance", guidance)
@@ -135,6 +145,16 @@ def run(
             fails on every run without intervention.
         ImportError: executor="ray", and Ray is not installed.
         RuntimeError: workers are lost again and again.
+
+    Example:
+        >>> from dit_lens import Intervention, sweep
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> found = sweep.run(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> dict(found["red"].sizes)
+        {'intervention': 3, 'prompt': 1, 'seed': 1}
     """
     found = plan(model, prompts, seeds, interventions, metrics, num_steps=num_steps, guidance=guidance, batch=batch, rng=rng)
     return found.run(out, executor, workers)

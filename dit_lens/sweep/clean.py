@@ -27,7 +27,7 @@ Rows = Int[np.ndarray, " row"]
 
 @dataclass(frozen=True)
 class Fork:
-    """What a treatment makes of some rows, which run together."""
+    """One re-run: the rows of a condition, which run together, and where it departs from the clean run."""
 
     condition: int
     rows: Rows
@@ -46,7 +46,7 @@ class Clean:
     model: Any
     """As in a plan."""
     inputs: Inputs
-    """Of the prompts, one row each."""
+    """Text states of the prompts, one row each."""
     seeds: Sequence[int]
     rows: Rows
     record: Record
@@ -60,7 +60,7 @@ class Clean:
 
     @property
     def steps(self) -> int:
-        """Of a run."""
+        """Inputs of a run of these rows."""
         return len(self.record)
 
     def take(self, rows: Rows) -> Trajectory:
@@ -110,7 +110,7 @@ class Clean:
         )
 
     def expect(self, forks: Sequence[Fork]) -> None:
-        """Say which forks there will be, so that what they begin with is computed for all of them at once."""
+        """Announce the forks, so that their starting points are computed for all of them at once."""
         wanted: dict[tuple[int, Branch], set[int]] = {}
         for fork in forks:
             for branch, layer in fork.starts:
@@ -147,7 +147,7 @@ class Clean:
         self.residuals = kept
 
     def residual(self, step: int, branch: Branch, layer: int, rows: Rows) -> Float[Tensor, "row pos d_model"]:
-        """What enters a layer, for rows that `prepare` was told of."""
+        """Residual stream that enters a layer, for rows given to `prepare`."""
         have, tensors = self.residuals[step, branch]
         return tensors[layer][index_of(np.searchsorted(have, rows), self.model)]
 

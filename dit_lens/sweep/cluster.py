@@ -42,7 +42,7 @@ class Worker:
         self.work = work.on(self.model)
 
     def digest(self) -> str:
-        """Of the model."""
+        """Device of the model."""
         return self.model.digest()
 
     @torch.no_grad()

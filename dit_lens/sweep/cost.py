@@ -1,4 +1,4 @@
-"""What a sweep will take: work is counted, and its speed measured on a few denoising steps of random latents.
+"""The cost of a sweep: work is counted, and its speed measured on a few denoising steps of random latents.
 
 The unit is a *row-layer*: one block of the denoiser for one row of a batch. A fork that begins at layer 4 of 6 costs 2 of them at
 its first step, and all of them in both guidance branches at every later one.
@@ -32,7 +32,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """What a sweep will take, and what it would without sharing."""
+    """Cost of a sweep, with and without sharing."""
 
     cells: int
     forks: int
@@ -44,10 +44,10 @@ class Cost:
     naive_layers: int
     """Row-layers if every cell were a whole generation."""
     images: int
-    """That are decoded."""
+    """Images that are decoded."""
     flops: float
     bytes: int
-    """Of activations of one batch, and of the runs without intervention that are kept."""
+    """Bytes of one batch's activations, and of the runs without intervention that are kept."""
     seconds: float
 
     @property
@@ -70,14 +70,14 @@ class Cost:
 
 
 def batch_size(plan: Plan) -> int:
-    """Rows that run together: what fits into half of the free memory, up to what a batch gains from."""
+    """Rows that run together: as many as fit into half of the free memory, and no more than a device gains from."""
     device = plan.model.device
     most = LARGEST_BATCH.get(device.type, OTHERWISE_LARGEST)
     return int(np.clip(free_bytes(device) // 2 // _bytes_of_row(plan), 1, most))
 
 
 def cost_of(plan: Plan) -> Cost:
-    """Count the work, and time a step of one row and of a full batch: what lies between is interpolated."""
+    """Count the work, and time a step of one row and of a full batch; sizes between are interpolated."""
     branches: list[Branch] = ["cond", "uncond"] if plan.guidance > 1 else ["cond"]
     layers, steps = plan.model.cfg.n_layers, plan.steps
     batches = list(plan.batches(plan.forks, plan.batch))
@@ -139,7 +139,7 @@ def _rows_at(forks: Sequence[Fork], branches: Sequence[Branch], layers: int) -> 
 
 @torch.no_grad()
 def seconds_of_step(plan: Plan, rows: int) -> float:
-    """Of one denoising step of so many rows, sampler and guidance included: the median of several, after one that warms up."""
+    """Seconds of one denoising step of n rows, sampler and guidance included: the median of several, after a warm-up."""
     model, inputs = plan.model, plan.inputs()
     some = inputs_of(model, inputs, range(rows), np.arange(rows) * len(inputs))
     times = []
@@ -182,7 +182,7 @@ def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
 
 
 def _bytes_of_row(plan: Plan) -> int:
-    """Of the activations of one row of a batch, in all its guidance branches, at their peak, and of its image."""
+    """Peak bytes of the activations of one row of a batch, in all its guidance branches, and of its image."""
     cfg, branches = plan.model.cfg, 2 if plan.guidance > 1 else 1
     pos, size = (cfg.sample_size // cfg.patch_size) ** 2, plan.model.dit.dtype.itemsize
     hidden = pos * (2 * cfg.d_mlp + 12 * cfg.d_model)
@@ -192,7 +192,7 @@ def _bytes_of_row(plan: Plan) -> int:
 
 
 def _bytes_of_run(plan: Plan) -> int:
-    """Of one run without intervention: latents and outputs of all steps, in all branches."""
+    """Bytes of one run without intervention: latents and outputs of all steps, in all branches."""
     cfg, branches = plan.model.cfg, 2 if plan.guidance > 1 else 1
     latent = cfg.in_channels * cfg.sample_size**2
     out = cfg.out_channels * cfg.sample_size**2

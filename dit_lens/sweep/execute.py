@@ -38,7 +38,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch of forks needs: the plan, the runs without intervention, and what metrics are in them."""
+    """Context of a batch of forks: the plan, the runs without intervention, and their metrics."""
 
     plan: Plan
     clean: Clean
@@ -132,7 +132,7 @@ class Execution:
 
     @cached_property
     def steps_read(self) -> set[Read]:
-        """What metrics read, with the steps at which they do."""
+        """Tensors that metrics read, with their steps."""
         firsts = {treatment.first for treatment in self.plan.treatments}
         return {read.at(first) for read in self.plan.reads.values() for first in firsts}
 
@@ -192,6 +192,6 @@ def metric_of(plan: Plan, column: str) -> str | None:
 
 
 def depends_on_condition(plan: Plan, column: str) -> bool:
-    """Whether a column's baseline is taken at another step in another condition."""
+    """True if a column's baseline is taken at another step in another condition."""
     name = metric_of(plan, column)
     return name is not None and plan.reads[name].step == OWN

@@ -111,7 +111,7 @@ class Batch:
         return [read for read in reads if (read.step == step and some) or (read.step == OWN and own)]
 
     def clean_tensor(self, read: Read) -> Tensor:
-        """What is read in the runs without intervention."""
+        """Metric inputs of the runs without intervention."""
         at = self.clean.index(self.rows)
         if read.step is None or read.step >= 0:
             return self.clean.found[read][at]
@@ -148,7 +148,7 @@ class Batch:
             yield k, edit if alone else edit.take(torch.from_numpy(self.prompts[own]))
 
     def _edits(self, step: int, active: np.ndarray) -> dict[tuple[str, str, Branch | None], RowEdits]:
-        """(part, name in it, branch) → what is done there at a step, in rows of `active`."""
+        """(part, name in it, branch) → the edits there at a step, in rows of `active`."""
         place = np.full(len(self.rows), -1)
         place[active] = np.arange(len(active))
         here = [

@@ -55,8 +55,14 @@ class Metric:
         on: the tensor. "image" [batch 3 height width] in [0, 1]; "latent", the final one; "x0", "out" (guided) or "eps" of the
             first step that an intervention touches: its one-step effect, for which nothing after that step is run; or one of a
             step that is named, as "steps.5.hook_x0" (`hook_latent`, `hook_out`, `hook_out_cond`, `hook_out_uncond`, `eps`).
-        given: what else the function is called with, by these keywords: `baseline`, the same tensor without intervention
+        given: further keyword arguments of the function: `baseline`, the same tensor without intervention
             [batch …], and `prompt`, the index of each row's prompt, an integer array [batch].
+
+    Example:
+        >>> import torch
+        >>> moved = Metric(lambda x0, baseline: (x0 - baseline).flatten(1).norm(dim=1), on="x0", given=["baseline"])
+        >>> moved(torch.ones(1, 4), torch.zeros(1, 4), np.array([0]))
+        {'': array([2.])}
     """
 
     function: Callable[..., Values]

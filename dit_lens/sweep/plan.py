@@ -1,4 +1,4 @@
-"""A sweep before it runs: which cells, what they share, what they cost; and then the run."""
+"""A sweep before it runs: its cells, the work they share, the cost; and then the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,18 @@ from .treatments import Treatment
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What `sweep.plan` makes of its arguments."""
+    """A sweep that is ready to run; made by `sweep.plan`.
+
+    Example:
+        >>> from dit_lens import Intervention, sweep
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> plan, plan.cells
+        (Plan(3 interventions, 1 prompts, 1 seeds: explain()), 3)
+    """
 
     model: Any
     """A HookedTextToImage; None while a plan travels to a worker that has its own."""
@@ -37,11 +48,11 @@ class Plan:
     treatments: Sequence[Treatment]
     metrics: Mapping[str, Metric]
     reads: Mapping[str, Read]
-    """Of each metric."""
+    """Metric → the tensor it reads."""
     num_steps: int
     """As requested of the scheduler."""
     steps: int
-    """Of a run: evaluations of the denoiser."""
+    """Steps of a run: evaluations of the denoiser."""
     guidance: float
     rng: int
     chosen_batch: int | None = None
@@ -56,12 +67,12 @@ class Plan:
 
     @property
     def cells(self) -> int:
-        """Of every treatment, one a run."""
+        """Number of cells: one for each condition, prompt and seed."""
         return len(self.treatments) * self.runs
 
     @cached_property
     def forks(self) -> list[Fork]:
-        """What has to run, in an order in which neighbours share most; all other cells are those of the clean run."""
+        """Runs to make, ordered so that neighbours share most; all other cells equal those of the clean run."""
         found: list[Fork] = []
         for condition, treatment in enumerate(self.treatments):
             if (until := self._until(treatment)) is not None:
@@ -102,7 +113,7 @@ class Plan:
 
     @cached_property
     def batch(self) -> int:
-        """Rows that run together: what fits into half of the free memory, unless chosen."""
+        """Rows that run together: by default as many as fit into half of the free memory."""
         return batch_size(self) if self.chosen_batch is None else self.chosen_batch
 
     def batches(self, forks: Sequence[Fork], batch: int) -> Iterator[list[Fork]]:
@@ -120,7 +131,7 @@ class Plan:
 
     @cached_property
     def cost(self) -> Cost:
-        """What it will take; measured on a few denoiser calls of random latents, for a second or so."""
+        """Expected cost; measured on a few denoiser calls of random latents, in a second or so."""
         return cost_of(self)
 
     def explain(self) -> str:
@@ -142,7 +153,7 @@ class Plan:
 
     @torch.no_grad()
     def inputs(self) -> Inputs:
-        """Of a run of the prompts, one row each."""
+        """Inputs of a run of the prompts, one row each."""
         return self.model.trajectory(self.model.to_tokens(self.prompts), 0, self.num_steps, self.guidance, until=0).inputs
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Told(NamedTuple):
-    """What the bar wants to be told."""
+    """Callbacks that advance the progress bar."""
 
     finished: Callable[[int], None]
     """Cells."""

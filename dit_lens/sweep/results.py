@@ -1,6 +1,6 @@
 """Where a sweep's numbers go: a table, one row a cell, that survives being killed; and from it the Dataset.
 
-On disk the table is Parquet shards in a folder (`dit_lens.store`), which knows by hashes what they are of: model, prompts, seeds,
+On disk the table is Parquet shards in a folder (`dit_lens.store`), which records hashes of its origin: model, prompts, seeds,
 interventions, metrics. Columns: `cell` = condition · (prompts · seeds) + seed index · prompts +
 prompt; the metrics; `{metric}_baseline`, the same run's without intervention; `error`, empty where all went well.
 """
@@ -61,7 +61,7 @@ class Results:
         return self.table["cell"].to_numpy(dtype=np.int64)
 
     def add(self, rows: pd.DataFrame) -> None:
-        """Take rows, and write what has come together if it is time."""
+        """Add rows, and write those that have come together if it is time."""
         self.parts.append(rows)
         if self.folder is not None:
             self.unsaved.append(rows)
@@ -69,7 +69,7 @@ class Results:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is not on disk yet, as one shard. A full disk is remembered, and the rows are kept for the next try."""
+        """Write the rows that are not on disk yet, as one shard. After a full disk they are kept for the next try."""
         self.flushed = time.monotonic()
         if self.folder is None or not self.unsaved:
             return

@@ -1,12 +1,12 @@
-"""What every condition may change, estimated for all of a plan's at once: the scores by which `two_stage` chooses.
+"""Estimated effects of all conditions of a plan at once: the scores by which `two_stage` chooses.
 
-Both ways take the metric's gradients at the runs without intervention, and multiply them with what a condition changes:
+Both methods take the metric's gradients at the runs without intervention, and multiply them with a condition's changes:
 
-- `"step"`: every touched step is run exactly, up to the guided output of the network. What that changes · ∂metric/∂output: no
+- `"step"`: every touched step is run exactly, up to the guided output of the network. Change there · ∂metric/∂output: no
   approximation within a step (saturated attention, masked keys, several layers), first order from it to the metric.
-- `"attribution"`: what the edits change of the tensors that they touch · ∂metric/∂activation. First order throughout, and no
+- `"attribution"`: change of the tensors that the edits touch · ∂metric/∂activation. First order throughout, and no
   run for any condition: the cost does not grow with their number. This is attribution patching (see `dit_lens.attribution`)
-  with the sweep's own edits in the place of a second run. A knocked-out key is scored by what becomes of the pattern, for a
+  with the sweep's own edits in the place of a second run. A knocked-out key is scored by the change of the pattern, for a
   masked score is no small change.
 """
 
@@ -64,7 +64,7 @@ def scores_of_seed(
 
 
 def _way(treatment: Treatment, read: Read, by: By) -> By | None:
-    """How a condition is scored: not at all where what it touches does not lie on the way from the inputs to the result."""
+    """Scoring method, or None if the touched tensors do not lie between the inputs and the result."""
     sites = [edit.site for edit in treatment.edits]
     own = read.at(treatment.first).step
     past = read.inner in ("hook_out_cond", "hook_out_uncond") and own in treatment.at  # these lie before the guided output
@@ -148,7 +148,7 @@ class _Part:
         return found
 
     def _changes(self, step: int, places: Sequence[int]) -> Iterator[tuple[int, Int[np.ndarray, " row"], Tensor]]:
-        """(place, rows of the clean run, what its edits at this step alone change of the guided output there)."""
+        """(place, rows of the clean run, change of the guided output there by its edits at this step alone)."""
         plan, clean = self.plan, self.clean
         place_of = {int(self.conditions[place]): place for place in places}
         seeds = np.unique(clean.rows // len(plan.prompts)).tolist()
@@ -170,7 +170,7 @@ class _Part:
     # "attribution"
 
     def _edits(self) -> dict[int, list[tuple[int, str, list[Edit]]]]:
-        """Step → (place among the conditions, hook, what is done there in turn)."""
+        """Step → (place among the conditions, hook, edits there in turn)."""
         found: dict[int, list[tuple[int, str, list[Edit]]]] = {}
         for place, condition in enumerate(self.conditions.tolist()):
             if self.ways[place] == "step":

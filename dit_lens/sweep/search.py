@@ -34,14 +34,25 @@ from .scores import By, scores_of_seed
 
 
 class Missed(NamedTuple):
-    """What the conditions that were not run may hold, judged by the random sample (each bound at the level asked for)."""
+    """Bounds on the effects of conditions that were not run, from the random sample (each at the given level).
+
+    Example:
+        >>> from dit_lens import Intervention, sweep
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> sweep.two_stage(plan, "red", k=1, sample=3).missed().most  # all three were run
+        0
+    """
 
     beyond: float
     """An effect's size."""
     sampled: int
     """Conditions outside of the top with a larger effect, that the sample came upon."""
     most: int
-    """Of those that were not run, at most so many have a larger effect."""
+    """Upper bound on the number of conditions that were not run and have a larger effect."""
     largest: float
     """The largest effect in the sample outside of the top …"""
     most_larger: int
@@ -50,10 +61,21 @@ class Missed(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """What `two_stage` found."""
+    """Scores of all conditions and exact effects of some; returned by `two_stage`.
+
+    Example:
+        >>> from dit_lens import Intervention, sweep
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> sweep.two_stage(plan, "red", k=1, sample=2).table["drawn"].tolist()[0]
+        'top'
+    """
 
     found: xr.Dataset
-    """Of the conditions that were run, as `sweep.run` gives it."""
+    """Results of the conditions that were run, as `sweep.run` gives them."""
     table: pd.DataFrame
     """One row a condition, the largest score first: `intervention`, `layer`, `head`, `step`; `score`; `drawn`: "top", "sample" or
     "unscored" for those that were run, "" for others; and `exact`, `low`, `high`, their effect with its interval."""
@@ -102,14 +124,15 @@ def two_stage(
 
     Args:
         metric: whose effect is looked for; of a metric with several values, one of them ("scene_relation_loose").
-        by: what is differentiated in its place: a function of the same tensor [batch …] → [batch]. For metrics that have no
+        by: a differentiable stand-in: a function of the same tensor [batch …] → [batch]. For metrics that have no
             slope: counts, verdicts, and distances from the run without intervention, which are smallest there.
         out: a folder, in which a search that was stopped goes on.
         executor, workers: of the exact runs, as in `sweep.run`.
         rng: seed of the sample.
-        score: "step", each touched step exactly and first order from there on, which finds what attention's saturation hides
-            from gradients; or "attribution", first order throughout, whose cost does not grow with the number of conditions.
-            Unless given, "step", but for a metric that is taken at the touched step itself, where it would save nothing.
+        score: "step", each touched step exactly and first order from there on, which finds effects that attention's saturation
+            hides from gradients; or "attribution", first order throughout, whose cost does not grow with the number of
+            conditions. Unless given, "step", but for a metric that is taken at the touched step itself, where it would save
+            nothing.
 
     Conditions that have no score (on the text encoder or the image; by attribution, on the timestep's modulation, which depends
     on no prompt, and on the latent that an ε is taken of) are run exactly too. Those on tensors between denoiser calls are scored
@@ -118,6 +141,17 @@ def two_stage(
     Raises:
         TypeError: the metric cannot be differentiated.
         ValueError: there is no such metric, it has no slope where it is taken, or k or sample is not positive.
+
+    Example:
+        >>> from dit_lens import Intervention, sweep
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> red = lambda images: images[:, 0].mean((1, 2))
+        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> found = sweep.two_stage(plan, "red", k=1, sample=2)
+        >>> len(found.table), "red_effect" in found.found
+        (3, True)
     """
     name = metric_of(plan, metric)
     if name is None:

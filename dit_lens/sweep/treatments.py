@@ -1,4 +1,6 @@
-"""The interventions of a sweep, resolved: what each touches, where it first does, and so what it shares with the clean run."""
+"""Interventions of a sweep, resolved: the tensors that each touches, the first of them, and so the work shared with the clean
+run.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,17 @@ def grid(
     heads: Iterable[int] | None = None,
     steps: Iterable[int] | None = None,
 ) -> dict[str, Intervention]:
-    """One intervention for every combination of what is given, by name ("L2H1 s3"); what is not given stays as it is.
-
-        grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(6), heads=range(3), steps=range(14))   # 252
+    """Make one intervention for every combination of the arguments, by name ("L2H1 s3"); omitted ones stay as they are.
 
     Args:
         layers: put in the place of the site's `*`.
 
     Raises:
         ValueError: layers are given, but the site has no `*`; or nothing is given.
+
+    Example:
+        >>> list(grid(Intervention("blocks.*.cross_attn.hook_z"), layers=[2], heads=[0, 1], steps=[3]))
+        ['L2H0 s3', 'L2H1 s3']
     """
     if layers is not None and "*" not in intervention.site:
         raise ValueError(f"layers take the place of a '*' in the site, and {intervention.site!r} has none.")
@@ -64,7 +68,7 @@ def grid(
 
 @dataclass(frozen=True, eq=False)
 class Treatment:
-    """What is done in one condition, in rows of the sweep's prompts."""
+    """Edits of one condition, in rows of the sweep's prompts."""
 
     label: str
     edits: tuple[Edit, ...]
@@ -72,11 +76,11 @@ class Treatment:
     coords: Mapping[str, int]
     """Layer, head and step, where it has just one; else −1."""
     steps: int
-    """Of a run."""
+    """Steps of a run."""
 
     @cached_property
     def joint(self) -> bool:
-        """Whether a prompt's run depends on the other prompts' (of the same noise), so that they must run together."""
+        """True if a prompt's run depends on the other prompts' (of the same noise), so that they must run together."""
         return any(edit.looks_around for edit in self.edits)
 
     @cached_property
@@ -96,7 +100,7 @@ class Treatment:
 
     @cached_property
     def at(self) -> dict[int, tuple[Edit, ...]]:
-        """Step → what is done there."""
+        """Step → its edits."""
         found: dict[int, list[Edit]] = {}
         for edit in self.edits:
             if edit.site.step is not None:
@@ -109,7 +113,7 @@ class Treatment:
         return 0 if self.before else min(self.at, default=self.steps)
 
     def starts(self, layers: int, step: int) -> dict[Branch, int]:
-        """Of a run that is the clean one up to `step`: branch → the layer from which on it differs there; others do not."""
+        """For a run that is clean up to `step`: branch → the layer from which on it differs there; others do not."""
         found: dict[Branch, int] = {}
         for edit in self.before:
             found["uncond" if edit.site.part == "null_text_encoder" else "cond"] = 0
@@ -124,7 +128,7 @@ class Treatment:
 
     @property
     def digest(self) -> str:
-        """Of what it does, wherever its tensors came from."""
+        """Hash of the edits, wherever their tensors came from."""
         parts: list[str | Tensor] = [self.label]
         for edit in self.edits:
             action = edit.action if isinstance(edit.action, str) else type(edit.action).__name__
@@ -134,7 +138,7 @@ class Treatment:
 
 
 def _layer(site: Site, layers: int) -> int:
-    """The first block that a site of the denoiser has an influence on; `layers`: what comes after the last."""
+    """The first block that a site of the denoiser has an influence on; `layers` for anything after the last."""
     if found := re.match(r"blocks\.(\d+)\.", site.inner):
         return int(found[1])
     return layers if site.inner.startswith("ln_final.") else 0

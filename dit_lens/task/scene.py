@@ -91,7 +91,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         """Raise ValueError for shapes, colors or relations that the task lacks. A relation that the coordinates contradict is
-        allowed: that is how a scene asks for what it does not show (`opposite`)."""
+        allowed: that is how a scene names the relation that it does not show (`opposite`)."""
         for name in ("shape1", "shape2"):
             one_of(name, getattr(self, name), SHAPES)
         for name in ("color1", "color2"):

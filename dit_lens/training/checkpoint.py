@@ -49,7 +49,7 @@ def save_checkpoint(
         ema: averaged parameters by name.
         optimizers: by name, whose parameters are the model's.
         facts: settings that must not change when the run is resumed (`load_checkpoint` compares them).
-        history: what was measured so far.
+        history: measurements so far.
     """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
     for name, optimizer in optimizers.items():

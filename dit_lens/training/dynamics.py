@@ -1,4 +1,4 @@
-"""What a model can do, and which heads do it, while it learns: accuracies, the layout dipole and weight-space screening.
+"""Abilities and heads of a model while it learns: accuracies, the layout dipole and weight-space screening.
 
 Source: Wang, Fan, Pan (arXiv 2601.06338) measure accuracies of checkpoints; the heads' screening scores over training are added.
 """
@@ -26,7 +26,7 @@ from ..text.prompts import Role
 
 SCREENED_WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
 SOURCES = ("words", "shape1", "shape2")
-"""What heads are screened with; see `measure`."""
+"""Vectors that heads are screened with; see `measure`."""
 NULL_DRAWS, SIGNIFICANT = 200, 0.05
 ROUNDING = 1e-6
 """Relative size below which an effect, or a head's map, is rounding."""
@@ -43,10 +43,10 @@ def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, sample
     """One row a number, columns `COLUMNS`.
 
     Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes, each with a noise of its own that
-    is the same at every call; for every head `cosine`, `projection`, `energy` and `p` of `screening.screen_heads`, by what it was
-    screened with (`source`): "words", the relation words' own vectors; "shape1" and "shape2", the effect vectors of the relation
-    on a shape word, after the caption projection; and its `gain_vertical` and `gain_horizontal` of `screening.screen_axes`.
-    """
+    is the same at every call; for every head `cosine`, `projection`, `energy` and `p` of `screening.screen_heads`, by the vectors
+    it was screened with (`source`): "words", the relation words' own vectors; "shape1" and "shape2", the effect vectors of the
+    relation on a shape word, after the caption projection; and its `gain_vertical` and `gain_horizontal` of
+    `screening.screen_axes`."""
     rows: list[dict[Any, Any]] = []
     for metric, (mean, low, high) in summarise(score(model, wanted)).iterrows():
         rows.append({"quantity": metric, "value": mean, "low": low, "high": high})
@@ -109,7 +109,7 @@ def axis_contrasts(model: HookedTextToImage) -> dict[str, dict[str, Float[Tensor
 
 
 def relation_vectors(model: HookedTextToImage, carrier: Role) -> dict[str, Float[Tensor, " d_model"]]:
-    """What each relation adds to the mean caption vector of the words that carry it, over the paper's 264 prompts.
+    """Contribution of each relation to the mean caption vector of its words, over the paper's 264 prompts.
 
     Exactly zero where it is rounding, as of words that an encoder does not mix: screening knows no scale, and would find heads.
     """
@@ -121,7 +121,7 @@ def relation_vectors(model: HookedTextToImage, carrier: Role) -> dict[str, Float
 
 
 def last_screening(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """Of a run's `dynamics.parquet`, what `screen` found at its last step with one source, by |projection|; or no rows."""
+    """Heads that `screen` found at the last step of a run's `dynamics.parquet` with one source, by |projection|; or no rows."""
     last = table[(table["step"] == table["step"].max()) & (table["source"] == source)]
     wide = last.pivot_table(index=["layer", "head"], columns="quantity", values="value").reset_index()
     columns = ["layer", "head", "cosine", "projection", "energy", "p"]

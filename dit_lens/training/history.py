@@ -1,4 +1,4 @@
-"""What a training run measured on its way: part of its checkpoint, and shown in files beside it.
+"""Measurements of a training run: part of its checkpoint, and shown in files beside it.
 
 The checkpoint decides: a run that goes on writes the files anew from it, whatever has become of them.
 """
@@ -29,8 +29,8 @@ class History:
     """Measurements of a run, in order.
 
     Args:
-        rows: what is logged, one dictionary a line of metrics.jsonl, each with its "step".
-        course: what `dynamics.measure` found at each of its points; None before the first.
+        rows: the log, one dictionary a line of metrics.jsonl, each with its "step".
+        course: results of `dynamics.measure` at each of its points; None before the first.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -148,7 +148,7 @@ def _train(config: TrainConfig, stack: ExitStack) -> Path:
                 history.log(run, {"step": done, "loss": round(mean, 5), "samples_per_second": round(speed, 1)})
                 progress.update(bar, completed=done, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} samples/s")
                 losses, clock = [], time.perf_counter()
-            paused = time.perf_counter()  # what is measured here does not count as training time
+            paused = time.perf_counter()  # measurements do not count as training time
             if (done % config.evaluate_every == 0 or done == config.steps) and run is not None:
                 accuracy = evaluate()
                 history.log(run, {"step": done, "samples": done * config.batch_size * accelerator.num_processes, **accuracy})
@@ -161,7 +161,7 @@ def _train(config: TrainConfig, stack: ExitStack) -> Path:
                     rows = dynamics.measure(ema_model, held_out, done, done * config.batch_size * accelerator.num_processes)
                 history.add(run, rows)
             clock += time.perf_counter() - paused
-            # last, so that a run killed before this line repeats what came after the checkpoint before
+            # last, so that a run killed before this line repeats the steps after the checkpoint before
             if done % config.checkpoint_every == 0 or done == config.steps:
                 save(done)
             accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""What the network is asked to predict, and how wrong it was. Each objective matches the scheduler that is saved with it."""
+"""Prediction targets of the network and their losses. Each objective matches the scheduler that is saved with it."""
 
 from __future__ import annotations
 

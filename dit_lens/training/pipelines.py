@@ -92,7 +92,7 @@ def build_text_encoder(encoder: str, moved_share: float = 1.0) -> tuple[PreTrain
 
     Raises:
         FileNotFoundError: `encoder` is none of these.
-        ValueError: what it names is not a T5.
+        ValueError: it names no T5.
     """
     if encoder in ("rte", "rte-nopos"):
         config = RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256, positions=encoder == "rte")

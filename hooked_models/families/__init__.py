@@ -3,8 +3,8 @@
     model = hook(pipe.transformer)
     output, cache = model.run_with_cache(**inputs, names_filter=lambda name: name.endswith("attn.hook_pattern"))
 
-Every family has `blocks.{l}.{attn or cross_attn}.hook_{q,k,v,attn_scores,pattern,z}`, and what `SUPPORTED` says of it.
-"""
+Every family has `blocks.{l}.{attn or cross_attn}.hook_{q,k,v,attn_scores,pattern,z}`, and the tensors that `SUPPORTED` lists for
+it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ NATIVE: dict[str, type[HookedModule]] = {
     "Transformer2DModel": HookedDiT,
     "DiTTransformer2DModel": HookedClassDiT,
 }
-"""Of these, every tensor has a name."""
+"""Classes in which every tensor has a name."""
 UNSUPPORTED: dict[str, str] = {
     "QwenImage21Transformer2DModel": "its attention calls the kernel several times in one call, for a prefix and the rest",
 }

@@ -1,4 +1,4 @@
-"""Other diffusion transformers, hooked from outside: `FamilyModel` runs diffusers' own forward and names what is inside.
+"""Other diffusion transformers, hooked from outside: `FamilyModel` runs diffusers' own forward and names the tensors inside.
 
 A `Family` declares where blocks, attentions and MLPs are and which positions are text. Queries and keys are seen as the attention
 kernel receives them, after norms and rotary codes; residual streams and outputs, as modules receive and return them. No part of a
@@ -103,7 +103,7 @@ class FamilyBlock(nn.Module):
 
 
 class FamilyModel(NoLanguageModel, HookedModule):
-    """A live transformer of a known family, with names for its attentions, residual streams and what is added to them.
+    """A live transformer of a known family, with names for its attentions, residual streams and everything added to them.
 
     `layout` has the positions of the last call that had a hook. Weights are the wrapped module's, which is not changed, takes the
     same arguments and can be replaced by this one in its pipeline.
@@ -148,7 +148,7 @@ class FamilyModel(NoLanguageModel, HookedModule):
         self.train(transformer.training)
 
     def __getattr__(self, name: str) -> Any:
-        """Hand on what a pipeline reads of its transformer (`config`, `dtype`, `cache_context`, …).
+        """Pass on the attributes that a pipeline reads of its transformer (`config`, `dtype`, `cache_context`, …).
 
         Raises:
             AttributeError: the wrapped module has no such attribute; the message names the way to whole generations.

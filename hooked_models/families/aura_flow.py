@@ -1,7 +1,7 @@
 """AuraFlow: eight registers, the text, then the image in one attention.
 
 Source: `AuraFlowTransformer2DModel` and `AuraFlowAttnProcessor2_0` (diffusers 0.42). Trap: a block
-adds its MLP's output to what entered it; attention's output reaches the stream through the MLP
+adds its MLP's output to its own input; attention's output reaches the stream through the MLP
 alone.
 """
 

@@ -26,7 +26,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Write:
-    """What a module of a block returns to the residual stream."""
+    """Output of a block's module that is added to the residual stream."""
 
     path: str
     streams: tuple[str, ...]

@@ -1,9 +1,8 @@
 """Checks of a family's declaration against the live model, made when it is hooked.
 
-Names must fire once each, patterns must be what the model reads, and every position must be where the family declares it. For the
-last, one image token (and one text token) of each row is changed, while what mixes positions, the attention kernels, returns what
-it returned before: then queries, keys, values and residual streams may change at that one position alone, in every block.
-"""
+Names must fire once each, patterns must be those the model reads, and every position must be where the family declares it. For
+the last, one image token (and one text token) of each row is changed, while the attention kernels, which mix positions, return
+their recorded outputs: then queries, keys, values and residual streams may change at that one position alone, in every block."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ PLACES = ("hook_q", "hook_k", "hook_v", "hook_resid_pre", "hook_resid_post")
 
 @torch.no_grad()
 def failures(model: FamilyModel) -> list[str]:
-    """What is wrong with a hooked model of a family, one sentence each."""
+    """List the faults of a hooked model of a family, one sentence each."""
     inputs = model.family.inputs(model.wrapped)
     reference = first(model.wrapped(**inputs))
     if not bool(reference.isfinite().all()):
@@ -97,7 +96,7 @@ def _patterns(model: FamilyModel, inputs: Mapping[str, Any], clean: Mapping[str,
 
 
 class _Pinned(TorchFunctionMode):
-    """Records what attention kernels return, in order, or returns what was recorded."""
+    """Records the outputs of attention kernels, in order, or returns the recorded ones."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class Tap(Protocol):
     layer: int
 
     def watched(self) -> bool:
-        """Return True if anybody could see or change what passes."""
+        """Return True if a hook could see or change the tensor."""
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
         """Streams of a point's (query) positions and of its key positions; None if it is not this tap's."""
@@ -54,7 +54,7 @@ class Tap(Protocol):
 
 
 class FamilyHeads(AttentionCore):
-    """One attention of a live model: what its kernel receives and returns, positions ordered [image, text].
+    """One attention of a live model: inputs and output of its kernel, positions ordered [image, text].
 
     `queries` and `keys` name the streams of either side.
     """
@@ -166,7 +166,7 @@ class FamilyHeads(AttentionCore):
         return layout.as_model(same_shape(point, ours).transpose(1, 2), (stream,), dim=2)
 
     def _bias(self, layout: Layout, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-        """Mask as what is added to scores [#batch #head query_pos key_pos], positions [image, text]."""
+        """Mask as a bias of the scores [#batch #head query_pos key_pos], positions [image, text]."""
         if causal:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         if mask is None:
@@ -337,7 +337,7 @@ def batch_first(x: Tensor, axes: Axes, like: Tensor | None = None) -> Float[Tens
 
 
 def same_shape(point: HookPoint, x: Tensor) -> Tensor:
-    """What a hook point makes of a tensor.
+    """Output of a hook point for a tensor.
 
     Raises:
         ValueError: a hook returns a tensor of another shape.

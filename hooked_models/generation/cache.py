@@ -38,6 +38,13 @@ class GenerationCache(ActivationCache):
 
     `cache["pattern", 2, "cross_attn", 0]` is (name, layer, sublayer, step); a fifth entry names the branch ("cond" unless
     said). `cache["steps.3.eps"]` is derived from the latent and the clean-image prediction of step 3.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> images, cache = model.run_with_cache("red circle above blue square", num_steps=2, names_filter="hook_text")
+        >>> cache.steps, cache["steps.1.cond.hook_text"].shape
+        ([0, 1], torch.Size([1, 6, 256]))
     """
 
     model: HookedTextToImage
@@ -56,7 +63,7 @@ class GenerationCache(ActivationCache):
 
     @classmethod
     def load(cls, folder: str | Path, model: HookedTextToImage | None = None) -> GenerationCache:
-        """What `run_with_cache(…, out=folder)` wrote; a tensor is read when it is asked for.
+        """Open the cache that `run_with_cache(…, out=folder)` wrote; a tensor is read on first use.
 
         Args:
             model: the one that it was made with; without it, a model without weights is opened, which has all names.
@@ -113,7 +120,7 @@ class GenerationCache(ActivationCache):
         return f"{one_of('branch', branch, BRANCHES)}.{self.model.dit.mod_dict[inner].name}"
 
     def __fingerprint__(self) -> dict[str, Tensor]:
-        """Return what the cache is known by in the settings of results: its tensors, not its model."""
+        """Identify the cache in the settings of results: by its tensors, not its model."""
         return dict(self.cache_dict)
 
     def _noise(self, step: int) -> Tensor:
@@ -127,13 +134,13 @@ class GenerationCache(ActivationCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, in memory or on disk; what several names share counts once."""
+        """Bytes held, in memory or on disk; a tensor with several names counts once."""
         if isinstance(self.cache_dict, LazyTensors):
             return self.cache_dict.nbytes
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.cache_dict.values()}.values())
 
     def at(self, step: int, branch: Branch = "cond") -> DiTCache:
-        """The cache of one denoiser call, under canonical names: what TransformerLens' tools expect.
+        """The cache of one denoiser call, under canonical names, as TransformerLens' tools expect it.
 
         Raises:
             KeyError: nothing was cached there.
@@ -171,7 +178,15 @@ class GenerationCache(ActivationCache):
 
 
 class CacheTooLargeError(MemoryError):
-    """The cache asked for would not fit into `max_bytes`; the message says how to narrow it."""
+    """The cache would not fit into `max_bytes`; the message says how to narrow it.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> model.run_with_cache("red circle above blue square", max_bytes=1000)
+        Traceback (most recent call last):
+        hooked_models.generation.cache.CacheTooLargeError: This cache would take ... MiB in ... tensors, more than ...
+    """
 
 
 def activation_shape(
@@ -200,7 +215,7 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class CacheEstimate:
-    """What a cache will take, from arithmetic alone. In memory or on disk, it is `nbytes`."""
+    """Size of a cache, from arithmetic alone. In memory or on disk, it is `nbytes`."""
 
     sizes: Mapping[str, int]
     """Name → bytes of its tensor."""
@@ -213,7 +228,7 @@ class CacheEstimate:
 
     @property
     def largest_step(self) -> int:
-        """Bytes of the step with the most: what a cache that is written to disk holds in memory."""
+        """Bytes of the largest step: the memory that a cache written to disk needs."""
         steps: dict[str, int] = {}
         for name, size in self.sizes.items():
             step = name.split(".")[1] if name.startswith("steps.") else name.split(".")[0]
@@ -247,7 +262,7 @@ def estimate(
     patterns: Patterns = "whole",
     grid: Sequence[int] | None = None,
 ) -> CacheEstimate:
-    """What `run_with_cache` with these arguments will take; nothing is run, and a model without weights will do.
+    """Estimate the cache of `run_with_cache` with these arguments; nothing is run, and a model without weights will do.
 
     Args:
         prompts: as there, or (how many, tokens of the longest with EOS).
@@ -264,7 +279,7 @@ def estimate(
 
 
 def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Sequence[int] | None = None) -> CacheEstimate:
-    """What a recorder will keep of one generation."""
+    """Estimate a recorder's tensors of one generation."""
     model, heads = recorder.model, recorder.heads
     rows, columns = grid or (model.cfg.sample_size,) * 2
     image = model.image_size((rows, columns))
@@ -288,7 +303,7 @@ def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Seque
 
 
 def refuse_if_too_large(estimate: CacheEstimate, max_bytes: int | None, device: torch.device) -> None:
-    """Raise CacheTooLargeError for a cache above `max_bytes`, by default a quarter of what is free."""
+    """Raise CacheTooLargeError for a cache above `max_bytes`, by default a quarter of the free memory."""
     limit = free_bytes(device) // 4 if max_bytes is None else max_bytes
     if estimate.nbytes <= limit:
         return

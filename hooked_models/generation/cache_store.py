@@ -1,8 +1,7 @@
 """A generation's cache on disk: a safetensors file for each step, written as the step ends, read when a tensor is asked for.
 
-`index.json` says what was run and kept. While the run lasts, `state.safetensors` holds the record of the steps so far, so
-that a run which was killed goes on there and ends with the same numbers.
-"""
+`index.json` has the run's arguments and the names kept. While the run lasts, `state.safetensors` holds the record of the steps so
+far, so that a run which was killed goes on there and ends with the same numbers."""
 
 from __future__ import annotations
 
@@ -80,7 +79,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, ...]) -> Float[Tensor, "batch 3 height width"]:
-    """Run a generation, or the rest of it, and write step by step what the recorder keeps.
+    """Run a generation, or the rest of it, and write the recorder's tensors step by step.
 
     `arguments` are those of `HookedTextToImage.prepare`. Returns the images.
 
@@ -141,7 +140,7 @@ def open_cache(folder: str | Path) -> Index | None:
 
 
 def remedy_for(folder: Path) -> str:
-    """What to do about a damaged cache."""
+    """Remedy for a damaged cache, for messages."""
     return f"delete the folder {folder} and run again"
 
 
@@ -149,12 +148,12 @@ class CacheFolder:
     """The folder of one generation.
 
     Raises:
-        ValueError: it holds another generation, the message says in what they differ; or another process writes to it.
+        ValueError: it holds another generation, and the message names the differences; or another process writes to it.
         OSError: a file is damaged, missing or cannot be written.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """`settings` decide what is in the folder, `facts` merely go with it."""
+        """`settings` decide the folder's content, `facts` merely go with it."""
         self.path = Path(path)
         new = Index.read(path, remedy_for(self.path)) is None
         self.store = Store(path, settings, facts=facts, remedy=remedy_for(self.path))

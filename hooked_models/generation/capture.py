@@ -1,4 +1,4 @@
-"""What a cache keeps, decided where tensors arise: of which heads, and whole patterns or what they add up to.
+"""The tensors that a cache keeps, chosen where they arise: some heads, and whole patterns or sums of them.
 
 At 1024 px a pattern of one layer of PixArt-XL is 16 × 4096² numbers for each prompt and branch. Where heads are chosen, or a
 summary is enough, patterns are computed from queries and keys, for the wanted rows and heads alone, in chunks that are never
@@ -59,13 +59,13 @@ def head_axis(site: Site) -> int | None:
 
 
 def entropy(pattern: Tensor) -> Tensor:
-    """Of each query's row, in nats."""
+    """Entropy of each query's row, in nats."""
     return torch.special.entr(pattern).sum(-1)
 
 
 @dataclass
 class Recorder:
-    """Hooks that keep what was chosen of each site's tensor, in `tensors`, until it is taken away."""
+    """Hooks that keep the chosen part of each site's tensor, in `tensors`, until it is taken away."""
 
     model: HookedTextToImage
     sites: Sequence[Site]
@@ -98,7 +98,7 @@ class Recorder:
                 yield site.name, self._keep
 
     def take(self) -> dict[str, Tensor]:
-        """What has been kept since the last call."""
+        """Take everything that was kept since the last call."""
         taken, self.tensors = self.tensors, {}
         return taken
 
@@ -129,7 +129,7 @@ class Recorder:
     # Patterns without the explicit attention
 
     def _from_queries(self, site: Site) -> bool:
-        """Whether a pattern is computed here: something of it is enough, and nobody else makes it be computed as a whole."""
+        """True if only a part of the pattern is needed, and no other hook requires it as a whole."""
         if site.part != "dit" or not site.inner.endswith(PATTERN) or (self.heads is None and self.patterns == "whole"):
             return False
         pair = [f"{site.inner.rpartition('.')[0]}.{leaf}" for leaf in PATTERN]
@@ -159,7 +159,7 @@ class Recorder:
         yield f"{stem}.hook_k", read_k
 
     def _summary(self, rows: Iterator[Tensor], shape: Sequence[int]) -> Tensor:
-        """Of a pattern [batch head query key] that comes in chunks of queries."""
+        """Summary of a pattern [batch head query key] that comes in chunks of queries."""
         if self.patterns == "received":
             return sum((part.float().sum(2) for part in rows), torch.zeros(()))
         per_row: dict[str, Callable[[Tensor], Tensor]] = {

@@ -44,7 +44,7 @@ class SamplerHooks(HookedModule):
 
 @dataclass(frozen=True)
 class Attached:
-    """One hook of a generation: where, what, and in which direction."""
+    """One hook of a generation: site, function and direction."""
 
     where: Site | Callable[[str], bool]
     """A predicate on full names is asked when a run is there: only the run knows its steps and branches."""
@@ -52,11 +52,11 @@ class Attached:
     direction: Literal["fwd", "bwd"] = "fwd"
     is_permanent: bool = False
     level: int | None = None
-    """Of the `hooks` block that it belongs to, as in TransformerLens."""
+    """Level of the `hooks` block that it belongs to, as in TransformerLens."""
 
     @property
     def site(self) -> Site:
-        """Of a hook that is no predicate's, as all are that `HookedGeneration.firing` gives."""
+        """The resolved site; a hook returned by `HookedGeneration.firing` always has one."""
         assert isinstance(self.where, Site)
         return self.where
 
@@ -93,7 +93,7 @@ def attach(
 
 
 def in_turn(functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint) -> Tensor | None:
-    """Several hooks as one, each given what the one before left (torch would hand every backward hook the first gradient)."""
+    """Compose hooks; each receives the previous one's output (torch would hand every backward hook the first gradient)."""
     changed = None
     for function in functions:
         replaced = function(tensor if changed is None else changed, hook=hook)
@@ -115,7 +115,7 @@ def on_rows(
     if replaced is None:
         if rows is None or not seen.requires_grad:
             return None  # an edit in place has reached `tensor` through the view
-        replaced = seen  # now part of the computation, so that a tool can differentiate by what its hook saw
+        replaced = seen  # now part of the computation, so that a tool can differentiate by its hook's input
     if isinstance(replaced, tuple):  # TransformerLens lets a backward hook return (gradient,)
         (replaced,) = replaced
     if not isinstance(replaced, Tensor) or replaced.shape != seen.shape:
@@ -198,7 +198,7 @@ class HookedGeneration(HookedRootModule):
 
     @property
     def hooked_inside(self) -> bool:
-        """Whether a hook was attached to a module inside, past the names of a generation."""
+        """True if a hook was attached to a module inside, past the names of a generation."""
         modules = (self.dit, self.names.text_encoder, self.sampler_hooks)
         return any(watched(point) for module in modules if module is not None for point in module.hook_dict.values())
 
@@ -218,7 +218,7 @@ class HookedGeneration(HookedRootModule):
         """Attach hooks by full name (or by a predicate on full names) for the runs that this block makes, in this thread.
 
         `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`.
-        It edits in place or returns what to go on with.
+        It edits in place or returns the new value.
 
         A predicate is asked of the names that a run fires, at the steps and in the branches that it has.
 

@@ -1,4 +1,4 @@
-"""The names of a whole generation: `steps.{s}.{cond|uncond}.{name in the denoiser}` and what stands around them."""
+"""The names of a whole generation: `steps.{s}.{cond|uncond}.{name in the denoiser}` and those around them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Site:
 
     @property
     def needs_uncond(self) -> bool:
-        """Whether the tensor exists only where guidance runs a second branch."""
+        """True if the tensor exists only where guidance runs a second branch."""
         return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
 
     def fires(self, guided: bool, forms_x0: bool) -> bool:
@@ -77,7 +77,7 @@ BLANK = HookPoint()
 
 
 class GenerationHookPoint(HookPoint):
-    """What a hook function receives during a generation: the full `name`, plus `step`, `branch` and a correct `layer()`."""
+    """The `hook` argument of a hook function during a generation: the full `name`, `step`, `branch` and a correct `layer()`."""
 
     step: int | None
     branch: Branch | None
@@ -99,7 +99,7 @@ class GenerationHookPoint(HookPoint):
         return self._layer
 
     def add_hook(self, *args: Any, **kwargs: Any) -> None:
-        """Raises TypeError: what a `hook_dict` of a generation holds are names, of tensors that only a run has."""
+        """Raise TypeError: a generation's `hook_dict` holds names, of tensors that only a run has."""
         raise TypeError(f"Attach it to the model, where runs find it: model.add_hook({self.name!r}, hook), or run_with_hooks.")
 
 
@@ -115,7 +115,7 @@ class GenerationNames(Mapping[str, HookPoint]):
 
     @property
     def num_steps(self) -> int:
-        """Of a generation of the default length."""
+        """Number of steps of a generation of the default length."""
         return self.count_steps()
 
     def site(self, name: str) -> Site:

@@ -26,7 +26,7 @@ from ..arguments import integer, integers, is_several
 
 Latents = Float[Tensor, "batch channel rows columns"]
 Seeds = SupportsIndex | Iterable[SupportsIndex]
-"""Of noise: one integer for every prompt, or one for each."""
+"""Seeds of noise: one integer for every prompt, or one for each."""
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 CHOOSE = "load the pipeline with another scheduler, such as DPMSolverMultistepScheduler"
@@ -70,7 +70,7 @@ class Solver:
 
     @property
     def forms_x0(self) -> bool:
-        """True if `x0` and `out` are known to be what the scheduler goes on from."""
+        """True if the scheduler is known to go on from `x0` and `out`."""
         return bool(self.noise_levels)
 
     @property
@@ -226,7 +226,7 @@ class _NotUsable(Exception):
 
 
 def _tried(solver: Solver) -> Solver:
-    """The solver with what a trial finds out: input scales, noise levels, and the source of its noise.
+    """The solver with the results of a trial: input scales, noise levels, and the source of its noise.
 
     Raises:
         _NotUsable: its rows depend on one another, on torch's global generator, or are not finite.
@@ -292,7 +292,7 @@ def _goes_on_from_x0(solver: Solver) -> bool:
     if any(not (math.isfinite(a + s) and s > 0 and (a > 0 or flow)) for a, s in solver.noise_levels):
         return False
     ones = torch.ones(TRIED)
-    low, high = (_pass(solver, (1, 2), (0, 1), ones * value)[0] for value in (-0.4, 0.4))  # what is left of the noise cancels
+    low, high = (_pass(solver, (1, 2), (0, 1), ones * value)[0] for value in (-0.4, 0.4))  # the rest of the noise cancels
     return bool(((high - low) / 0.8 - 1).abs().max() < 0.02)
 
 

@@ -1,4 +1,4 @@
-"""A run: what a generation was made from, and what its denoiser said, call by call; enough to run it again from any step."""
+"""A run: the inputs of a generation and its denoiser's predictions, call by call; enough to run it again from any step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .model import HookedTextToImage
 
 MOST_COPIES = 10**6
-"""Of a run."""
+"""Largest number of copies of a run."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Inputs:
     latents: Float[Tensor, "batch channel rows columns"]
     """Standard normal noise, before the scheduler scales it."""
     seeds: tuple[int, ...]
-    """Of each row's generator."""
+    """Seed of each row's generator."""
     drawn: bool
     """True if `latents` are the first numbers of these generators, False if they were given."""
     guidance: float
     solver: Solver
     weights: Stamp = ()
-    """Of the denoiser."""
+    """Stamp of the denoiser's weights."""
 
     def __len__(self) -> int:
         """Rows."""
@@ -88,7 +88,7 @@ Calls = Mapping[tuple[int, tuple[Branch, ...]], Float[Tensor, "branch_batch out_
 
 @dataclass(frozen=True)
 class Record:
-    """Of every step so far: the latents, what the denoiser said, and the guided prediction that the scheduler was given."""
+    """Latents, denoiser predictions, and the guided prediction given to the scheduler, of every step so far."""
 
     latents: tuple[Float[Tensor, "batch channel rows columns"], ...] = ()
     """As `hook_latent` left them."""
@@ -177,7 +177,7 @@ class Run:
         return self.take(torch.arange(len(self.inputs)).repeat(integer("times", times, 1, MOST_COPIES)))
 
     def fork(self, step: int, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), until: int | None = None, **how: Any) -> Run:
-        """Run again from `step` on, with hooks: bitwise what a full run with these hooks gives, at (T − step)/T of its cost.
+        """Run again from `step` on, with hooks: bitwise as a full run with these hooks, at (T − step)/T of its cost.
 
         Args:
             until: the step to stop before, as in `HookedTextToImage.trajectory`.

@@ -137,7 +137,7 @@ class HookedModule(HookedRootModule):
     """The part of a generation that this module is, in the table `HOOKS`."""
 
     cache_class: ClassVar[type[ActivationCache]] = ActivationCache
-    """What ``run_with_cache`` returns beside the output; built as ``cache_class(dict, model, has_batch_dim=…)``."""
+    """Class of the cache that ``run_with_cache`` returns; built as ``cache_class(dict, model, has_batch_dim=…)``."""
 
     def add_aliases(self, aliases: Mapping[str, str]) -> None:
         """Let hooks be attached under further names (alias → name); ``hook.name`` stays the canonical one.
@@ -163,7 +163,7 @@ class HookedModule(HookedRootModule):
         """The canonical names that ``where`` selects, without duplicates.
 
         A predicate (or None) passes over hooks that are gated off, unless it selects nothing else: that is an error, as
-        it is for a name. Raises what ``canonical_name`` raises.
+        it is for a name. Raises the errors of ``canonical_name``.
         """
         if where is not None and not callable(where):
             return list(dict.fromkeys(map(self.canonical_name, as_names(where))))
@@ -181,7 +181,7 @@ class HookedModule(HookedRootModule):
         return names
 
     def _missing_flag(self, name: str) -> str | None:
-        flag = self.hook_flags.get(str(self.mod_dict[name].name))  # an alias is gated as what it stands for
+        flag = self.hook_flags.get(str(self.mod_dict[name].name))  # an alias is gated as its canonical name
         return flag if flag is not None and not getattr(self.cfg, flag) else None
 
     # TransformerLens' flags; of no effect in a module that has no such hooks

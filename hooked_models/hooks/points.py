@@ -72,7 +72,7 @@ class ScopedHookPoint(HookPoint):
             self._on(state, HookPoint.remove_hooks, *args, **kwargs)
 
     def _states(self) -> Iterator[dict[str, Any]]:
-        """Of every scope around that has one, and the point's own."""
+        """Values of every scope around that has one, and the point's own."""
         yield from [scope.values[self] for scope in scopes() if self in scope.values]
         yield self.__dict__
 

@@ -1,6 +1,6 @@
 """State that belongs to a block of code in one thread: hooks, flags and observers of the run that it makes.
 
-A `with model.hooks(…)` block opens a scope. What is attached in it is found from inside the block alone: another thread that runs
+A `with model.hooks(…)` block opens a scope. Hooks attached in it are found from inside the block alone: another thread that runs
 the same model at the same time finds its own. A hook function is called in a scope apart, so that a run it makes has only the
 hooks that it is given itself. A thread starts without scopes; `contextvars.copy_context().run` takes those of its parent along.
 """
@@ -16,7 +16,7 @@ Key = Any
 
 
 class Scope:
-    """The state of a block, by owner and name; what is not in it is its parent's."""
+    """The state of a block, by owner and name; missing values are its parent's."""
 
     __slots__ = ("apart", "owner", "parent", "values")
 
@@ -65,7 +65,7 @@ def scopes() -> Iterator[Scope]:
 
 
 def lookup(key: Key, base: Any, apart: Callable[[], Any] | None = None) -> Any:
-    """The innermost value of a key, else `base`; in a scope apart, what `apart` makes (once) in its place."""
+    """The innermost value of a key, else `base`; in a scope apart, the result of `apart()` (made once) in its place."""
     current = _INNERMOST.get()
     while current is not None:
         if key in current.values:

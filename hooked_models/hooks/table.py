@@ -32,7 +32,7 @@ class Hook:
     Args:
         name: within its part, `{l}` for the layer.
         axes: of the tensor; axis 0 is the batch.
-        part: the denoiser, what stands between its calls ("sampler"), or the text encoder.
+        part: the denoiser, the sampler between its calls ("sampler"), or the text encoder.
         flag: of `cfg`, without which the hook does not fire; None for a hook that always fires.
     """
 
@@ -83,7 +83,7 @@ def _norm(name: str) -> Iterator[Hook]:
 
 
 def _block() -> Iterator[Hook]:
-    """Of every denoiser; each family has some of them."""
+    """Rows of every denoiser; each family has some of them."""
     at, modulation = "blocks.{l}.", ("batch", "one", "d_model")
     for vector in ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp"):
         yield Hook(f"{at}adaln.hook_{vector}", modulation)

@@ -1,4 +1,4 @@
-"""A check that a wrapped module still is the one that was wrapped: what was replaced or added since would be ignored."""
+"""A check that a wrapped module still is the one that was wrapped: later replacements and additions would be ignored."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checks of a hooked model against the module that it wraps, made when a model is loaded.
 
 A model from elsewhere may have an option, a layout or a library version that nobody has tried. Rather than be subtly wrong, it
-is refused, with the model and the versions named. What is checked, on a small random input: the output is that of the wrapped
+is refused, with the model and the versions named. Checks, on a small random input: the output is that of the wrapped
 module, fused and explicit; every name fires once; pattern rows sum to one; and editing the patterns changes the output.
 Source of the idea: nnterp (arXiv 2511.14465), which checks every model that it renames.
 """
@@ -26,15 +26,21 @@ if TYPE_CHECKING:
     from .pipeline_model import PipelineModel
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Of a difference to the wrapped module, as a share of its output's largest value. Sharp attention, such as a planted circuit's,
-magnifies rounding: fused and explicit attention then differ by a few parts in 10,000 in float32."""
+"""Allowed difference to the wrapped module, as a share of its output's largest value. Sharp attention, such as a planted
+circuit's, magnifies rounding: fused and explicit attention then differ by a few parts in 10,000 in float32."""
 LARGEST = 1e12
 """Size of a weight above which it is taken for damage or overflow."""
 LIBRARIES = ("diffusers", "transformers", "transformer_lens", "torch")
 
 
 class ModelCheckError(RuntimeError):
-    """A hooked model is not what it wraps, or its hooks do not do what their names say."""
+    """A hooked model differs from the module it wraps, or its hooks do not match their names.
+
+    Example:
+        >>> refuse("my-model", ["output differs from the original's"])
+        Traceback (most recent call last):
+        hooked_models.pipelines.checks.ModelCheckError: my-model failed its checks with diffusers ...
+    """
 
 
 @torch.no_grad()
@@ -42,7 +48,7 @@ def check_model(model: PipelineModel, name: str = "this model") -> None:
     """Check the denoiser and, if it is a T5, the text encoder.
 
     Raises:
-        ModelCheckError: with what failed, the model's name and the versions of the libraries.
+        ModelCheckError: names the faults, the model and the versions of the libraries.
     """
     failures = check_denoiser(model.dit)
     if isinstance(model.text_encoder, HookedT5Encoder):
@@ -82,7 +88,7 @@ def check_weights(pipe: Any, name: str = "this model") -> None:
 
 
 def check_denoiser(dit: HookedDiT) -> list[str]:
-    """What is wrong with a hooked PixArt, one sentence each."""
+    """List the faults of a hooked PixArt, one sentence each."""
     cfg, p = dit.cfg, dit.cfg.patch_size
     sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if cfg.use_additional_conditions:
@@ -99,7 +105,7 @@ def check_denoiser(dit: HookedDiT) -> list[str]:
 
 
 def check_text_encoder(encoder: HookedT5Encoder) -> list[str]:
-    """What is wrong with a hooked T5, one sentence each."""
+    """List the faults of a hooked T5, one sentence each."""
     ids: Int[Tensor, "2 6"] = torch.arange(12, device=encoder.device).reshape(2, 6) % encoder.cfg.d_vocab
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -114,7 +120,7 @@ def random_like(module: Any, *shape: int) -> Float[Tensor, "..."]:
 
 @torch.no_grad()
 def failures_of(hooked: HookedModule, original: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[str]) -> list[str]:
-    """Compare a hooked module with what it wraps, on one input.
+    """Compare a hooked module with the wrapped one, on one input.
 
     Args:
         sublayers: the attentions of a block that have a pattern.
@@ -157,7 +163,7 @@ def _check_patterns(hooked: HookedModule, inputs: Mapping[str, Any], sublayer: s
             return [f"{name} has rows that do not sum to one"]
 
     def run(edit: Callable[..., Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output, and z in each layer. Both runs have the same hooks, so what differs is the edit's doing alone."""
+        """The output, and z in each layer. Both runs have the same hooks, so differences come from the edit alone."""
         z: dict[str, Tensor] = {}
 
         def look(tensor: Tensor, hook: HookPoint) -> None:

@@ -25,7 +25,7 @@ class Source:
     """As given to `from_pretrained`."""
     folder: Path
     commit: str | None = None
-    """Of a hub model; `from_pretrained(name, revision=commit)` opens the same files again."""
+    """Commit of a hub model; `from_pretrained(name, revision=commit)` opens the same files again."""
 
     @property
     def lasting_name(self) -> str:
@@ -48,7 +48,7 @@ def resolve(name: str | Path) -> str:
 
     Raises:
         FileNotFoundError: `name` is neither a bundled model, nor a pipeline folder or training run, nor "owner/model".
-        OSError: a file of a training run's pipeline is not what was written.
+        OSError: a file of a training run's pipeline was damaged since it was written.
     """
     text = str(name)
     if text in list_models():

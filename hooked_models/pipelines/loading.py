@@ -1,4 +1,4 @@
-"""A pipeline folder as a live pipeline; what is in it is looked at before anything large is read.
+"""A pipeline folder as a live pipeline; its index is checked before anything large is read.
 
 Source: `PixArtAlphaPipeline` and `PixArtSigmaPipeline` (diffusers 0.42), whose folders these are. T5 was trained in bfloat16 and
 overflows in float16, where it is therefore never put; nor is an autoencoder whose configuration asks for `force_upcast`.

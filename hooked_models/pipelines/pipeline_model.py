@@ -74,7 +74,7 @@ def refusing(pipeline_class: Any, model: Any) -> Any:
 
 
 class PipelineModel(nn.Module):
-    """What `HookedTextToImage` can do because its parts are a pipeline's."""
+    """The methods of `HookedTextToImage` that concern its pipeline."""
 
     dit: Any
     text_encoder: Any
@@ -114,7 +114,7 @@ class PipelineModel(nn.Module):
             dtype: of the weights; in float16, T5 is loaded in bfloat16, which it was trained in.
             device_map: a device such as "cuda", or "balanced" for whole parts on several; see also `enable_cpu_offload`.
             weights: False reads configurations alone: all names and sizes, on the meta device, without a weight file.
-            check: look for weights that are not finite, and compare the hooked model with what it wraps (`pipelines.checks`).
+            check: test for weights that are not finite, and compare the hooked model with the wrapped one (`pipelines.checks`).
             clean_caption: clean prompts as diffusers does where beautifulsoup4 and ftfy are installed; see `to_tokens`.
             token, cache_dir, local_files_only: for the hub, as in diffusers.
             components: used in place of the folder's (`text_encoder=…`); `transformer` may be a folder or hub id.
@@ -168,7 +168,7 @@ class PipelineModel(nn.Module):
         save_pipeline(self.as_diffusers(), folder)
 
     def digest(self) -> str:
-        """Hash of what decides a generation (weights, settings, scheduler), wherever the model was loaded from.
+        """Hash of everything that decides a generation (weights, settings, scheduler), wherever the model was loaded from.
 
         Example:
             >>> from hooked_models import HookedTextToImage

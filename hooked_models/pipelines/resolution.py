@@ -34,5 +34,5 @@ def nearest_resolution(height: int, width: int, sample_size: int) -> tuple[int, 
 
 
 def resize_and_crop(images: Float[Tensor, "batch 3 _ __"], height: int, width: int) -> Float[Tensor, "batch 3 {height} {width}"]:
-    """Images of a trained size as the size that was asked for: what diffusers' pipelines return."""
+    """Resize images of a trained size to the requested one, as diffusers' pipelines do."""
     return PixArtImageProcessor.resize_and_crop_tensor(images, width, height)

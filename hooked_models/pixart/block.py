@@ -159,7 +159,7 @@ class BlockText(NamedTuple):
 class Block(nn.Module):
     """``x += gate · attn(adaLN(x)); x += cross_attn(x, text); x += gate · mlp(adaLN(x))``.
 
-    ``hook_attn_out``, ``hook_cross_attn_out`` and ``hook_mlp_out`` are exactly what is added: post-gate.
+    ``hook_attn_out``, ``hook_cross_attn_out`` and ``hook_mlp_out`` are exactly the terms added: post-gate.
 
     Example:
         >>> from hooked_models import HookedTextToImage

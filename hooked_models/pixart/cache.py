@@ -232,7 +232,7 @@ class DiTCache(ActivationCache):
     def stack_neuron_results(
         self, layer: int, *args: Any, mlp_input: bool = False, incl_remainder: bool = False, **kwargs: Any
     ) -> Any:
-        """As in TransformerLens, with cross-attention before the MLP's input; at layer 0, too, the remainder is what enters it.
+        """As in TransformerLens, with cross-attention before the MLP's input; at layer 0, too, the remainder is its input.
 
         Raises:
             NotFoldedError: on an unfolded model.

@@ -98,7 +98,7 @@ class PatchModel(NoLanguageModel, HookedModule):
         p = self._cfg.patch_size
         return rearrange(output, f"{PIXELS} -> {PATCHES}", p=p, q=p)
 
-    # diffusers' ModelMixin: what concerns weights and configuration goes to the wrapped module, whose weights these are
+    # diffusers' ModelMixin: calls on weights and configuration go to the wrapped module, whose weights these are
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the wrapped module, as diffusers does; `from_pretrained` of its class opens it."""

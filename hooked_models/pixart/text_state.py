@@ -26,7 +26,7 @@ class TextState:
     bias: Float[Tensor, "batch _ text_pos"] | None
     """Added to the cross-attention scores."""
     keys_values: tuple[KeysValues, ...]
-    """Of the cross-attentions, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
+    """Keys and values of the cross-attentions, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
 
     @cached_property
     def n_empty_prompts(self) -> int:

@@ -35,7 +35,7 @@ HookList = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
 
 
 class View(NoLanguageModel):
-    """What both views share; a subclass says how rows of its table are run.
+    """Base of both views; a subclass defines how rows of its table are run.
 
     Attributes that a view lacks are the denoiser's (`cfg`, `hook_dict`, `W_U`, flags, …).
     """

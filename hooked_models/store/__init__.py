@@ -3,8 +3,8 @@
     with Store(out, {"model": model.digest(), "metric": fingerprint(metric)}) as store:
         values = store.load_or("values.npy", make, write, read)
 
-Whoever kills the process, pulls the plug, fills the disk or starts it twice finds the old file or the new one; what somebody
-damages afterwards is named in one sentence that says what to do.
+A process that is killed, loses power, fills the disk or is started twice leaves the old file or the new one; later
+damage is named in one sentence, with its remedy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A folder of results that knows what they were made from and whether they are whole."""
+"""A folder of results with a record of their settings and of every file's digest."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ class Index:
     """The content of a folder's `index.json`: settings, facts, and the digest of every file.
 
     A file that is being replaced has two digests, its old one and its new one, until it is in its place.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with Store(folder, {"seed": 0}) as store:
+        ...     store.put("a.txt", lambda path: path.write_text("first"))
+        >>> index = Index.read(folder)
+        >>> index.settings, list(index.files)
+        ({'seed': 0}, ['a.txt'])
     """
 
     folder: Path
@@ -37,7 +46,7 @@ class Index:
     files: dict[str, list[Entry]] = field(default_factory=dict)
     """Name of a file → digests of its bytes; of a folder → files in it, with theirs."""
     remedy: str = AGAIN
-    """What to do about a damaged file: the end of a sentence."""
+    """Remedy for a damaged file: the end of a sentence."""
     checked: set[str] = field(default_factory=set)
 
     @classmethod
@@ -89,11 +98,11 @@ class Store(Index):
 
     Args:
         folder: made if need be. A file in it that the index does not list counts as not there.
-        settings: what decides the results, as JSON; see `fingerprint` for values that JSON has no form of.
-        facts: what goes with them and is not compared.
+        settings: values that decide the results, as JSON; see `fingerprint` for values that JSON has no form of.
+        facts: values that go with them and are not compared.
         may_change: names of settings that may differ from those before, and are then replaced.
         wait: wait for another process that writes to the folder, instead of raising.
-        remedy: what to do about a damaged file: the end of a sentence.
+        remedy: for a damaged file: the end of a sentence.
 
     Raises:
         ValueError: the folder holds results of other settings, or another process writes to it.
@@ -216,7 +225,7 @@ class Store(Index):
             read: reads it from there.
 
         Raises:
-            OSError: the file is damaged; the message says what to do.
+            OSError: the file is damaged; the message names the remedy.
 
         Example:
             >>> import tempfile
@@ -237,13 +246,13 @@ class Store(Index):
         return self.load_or(name, make, lambda values, path: np.save(path, values), partial(np.load, allow_pickle=False))
 
     def _expect(self, name: str, entry: Entry) -> None:
-        """List what is about to be put in a place, beside what stands there."""
+        """List a file that is about to be put in a place, beside the one that stands there."""
         self._coming = entry
         if before := self.files.get(name):
             self._write_index({**self.files, name: [*(old for old in before if old != entry), entry]})
 
     def _settle(self, name: str) -> None:
-        """List what was put in a place alone."""
+        """List the file that was put in a place alone."""
         self.files[name] = [self._coming]
         self.checked.add(name)
         self._write_index(self.files)

@@ -53,9 +53,9 @@ def digest(*parts: Any) -> str:
 def fingerprint(value: Any) -> str:
     """Hash a value of any kind by its content: 16 hexadecimal digits.
 
-    A function counts by its code (docstrings and comments do not), its defaults, its closure, and what it reads of its module:
-    data, and functions of the same module or of the user's own code, which count in the same way. Functions and classes of
-    installed libraries count by name. An object with a method `__fingerprint__` counts by what this returns.
+    A function counts by its code (docstrings and comments do not), its defaults, its closure, and the names it reads of its
+    module: data, and functions of the same module or of the user's own code, which count in the same way. Functions and classes
+    of installed libraries count by name. An object with a method `__fingerprint__` counts by its result.
 
     Raises:
         TypeError: the value holds something without comparable content, such as a lock or an open file.
@@ -139,7 +139,7 @@ class _Reader:
         return digest("function", own, *self.all(function.__defaults__, function.__kwdefaults__, cells), *self._read_of(function))
 
     def _read_of(self, function: FunctionType) -> list[str]:
-        """Hashes of what a function reads of its module; things without comparable content count by type."""
+        """Hashes of the names that a function reads of its module; things without comparable content count by type."""
         found = []
         for name, value in globals_read(function).items():
             if isinstance(value, (FunctionType, type)) and not _followed(value, function):
@@ -183,7 +183,7 @@ class _Reader:
         return digest("torch module", *parts, *(part for item in tensors.items() for part in item))
 
     def _object(self, value: Any) -> str:
-        """An object as pickle would take it apart, without what `cached_property` keeps in it."""
+        """An object as pickle would take it apart, without the values that `cached_property` keeps in it."""
         try:
             reduced = value.__reduce_ex__(4)
         except Exception:  # of a lock, a file, a generator, …
@@ -257,12 +257,12 @@ def globals_read(function: FunctionType) -> dict[str, Any]:
 
 
 def _followed(value: FunctionType | type, reader: FunctionType) -> bool:
-    """Whether a function's or class's own code counts where `reader` reads it."""
+    """True if a function's or class's own code counts where `reader` reads it."""
     return value.__module__ == reader.__module__ or not _is_library(value.__module__)
 
 
 def _is_library(name: str) -> bool:
-    """Whether a module is the standard library's, an installed package's or this project's."""
+    """True if a module is part of the standard library, an installed package or this project."""
     top = name.partition(".")[0]
     if top in OWN_PACKAGES or top in sys.stdlib_module_names:
         return True
@@ -271,7 +271,7 @@ def _is_library(name: str) -> bool:
 
 
 def _is_written(method: Any) -> bool:
-    """Whether somebody wrote a method, and not `dataclass` made it."""
+    """True for a method that was written, and not made by `dataclass`."""
     method = unwrap(method)
     home = getattr(method, "__globals__", {}).get("__name__", "")
     return isinstance(method, FunctionType) and method.__code__.co_filename != "<string>" and not _is_library(home)

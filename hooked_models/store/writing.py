@@ -49,7 +49,15 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a value as JSON, as `write_whole` does."""
+    """Write a value as JSON, as `write_whole` does.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "n.json")
+        >>> write_json(path, {"n": 7})
+        >>> json.loads(path.read_text())
+        {'n': 7}
+    """
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -60,7 +68,7 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
     Where the system cannot exchange two folders in one step (Linux can), a kill between two renames leaves neither in its place.
 
     Args:
-        folder: the folder; what it held before is gone afterwards.
+        folder: the folder; its old content is gone afterwards.
         write: fills the empty folder that it is given.
 
     Raises:
@@ -83,12 +91,12 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
                 sync(path)
             _put(part, folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)  # what was in the place before, or half of the new
+            shutil.rmtree(part, ignore_errors=True)  # the old content of the place, or half of the new
         sync(folder.parent)
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what a killed `write_whole` or `replace_folder` has left in a folder that nobody else writes to."""
+    """Remove leftovers of a killed `write_whole` or `replace_folder` in a folder that nobody else writes to."""
     for part in folder.glob(".*.part*"):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
@@ -155,6 +163,6 @@ def _put(part: Path, folder: Path) -> None:
 
 
 def _exchanged(a: Path, b: Path) -> bool:
-    """Whether the system has exchanged two paths in one step."""
+    """True if the system has exchanged two paths in one step."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     return renameat2 is not None and renameat2(-100, os.fsencode(a), -100, os.fsencode(b), EXCHANGE) == 0

@@ -447,6 +447,13 @@ def test_direct_paths_into_a_later_step_are_what_the_solver_carries(model, runs,
     agree(path_patch(*runs, *ends, weighted, "direct", metric_on="steps.3.hook_x0"), weighted(x0))
 
 
+def test_receivers_at_every_step_are_reached_from_the_senders_step_on(runs):
+    sender = Nodes("cross_attn.L0H1", steps=2)
+    every, later = (path_patch(*runs, sender, Nodes("attn.L1H0.k", steps), weighted) for steps in (None, [2, 3, 4]))
+    assert float(abs(later["patched"] - later["original"]).max()) > 1e-6
+    agree(every, torch.tensor(later["patched"].values))
+
+
 def test_freezing_the_steps_alone_leaves_the_paths_within_them(model, runs, caches):
     (out,) = record(model, ["steps.1.hook_out"], [z_from_source(caches, 1)])
     latent = solve(model, caches, {1: out})[3]

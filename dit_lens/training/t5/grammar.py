@@ -1,9 +1,9 @@
-"""Short texts about little worlds of coloured shapes: what the `t5-scenes` encoder is pre-trained on.
+"""Short texts about little worlds of coloured shapes, on which the `t5-scenes` encoder is pre-trained.
 
 A text is one to four sentences that are all true of one world of one to three objects: captions as `dit_lens.scenes` writes
 them, and around them paraphrases, fillers, colour synonyms, inverted and elliptic orders, questions, and entailments such as
 the inverse statement or who is the higher one. The later sentences give a word's context its use: to predict a missing word of
-"the lower shape is blue", what the text has said about each object must have been put together.
+"the lower shape is blue", the text's statements about each object must have been put together.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EXTREMES: dict[tuple[int, int], tuple[str, ...]] = {
     (-1, 0): ("leftmost", "left"),
     (1, 0): ("rightmost", "right"),
 }
-"""What the object that lies furthest in a direction (x right, y down) is called."""
+"""Name of the object that lies furthest in a direction (x right, y down)."""
 
 _TEMPLATE_WORDS = (
     *("the", "a", "an", "is", "are", "there", "which", "where", "what", "and", "one", "shape", "object", "color", "at"),
@@ -84,7 +84,7 @@ def relation_of(a: Thing, b: Thing) -> Relation:
 
 
 def may_say(a: Thing, b: Thing) -> bool:
-    """Whether "a is … b" is outside `scenes.HELD_OUT`: this encoder too never reads those ten combinations."""
+    """True if "a is … b" is outside `scenes.HELD_OUT`: this encoder too never reads those ten combinations."""
     return (a.shape, b.shape, a.color, relation_of(a, b)) not in _UNSAID or {a.color, b.color} != set(COLORS)
 
 
@@ -158,7 +158,7 @@ class Writer:
         return sentence
 
     def extreme(self, things: list[Thing], articles: float) -> str:
-        """ "the lower shape is blue square", "square is lower": what a reader concludes about one object."""
+        """ "the lower shape is blue square", "square is lower": a reader's conclusion about one object."""
         thing, word = self.extreme_thing(things)
         if self.chance(0.4):
             return f"{self.noun(thing, articles)} is {self.pick((f'the {word} one', f'the {word} {self.general()}', word))}"
@@ -205,7 +205,7 @@ class Writer:
         return f"{self.pick(('at', 'on'))} the {' '.join(words)}" if words else "in the picture"
 
     def placed_noun(self, thing: Thing) -> str:
-        """ "red circle", or "red circle at the top left": in one sentence, what a relation says of either object."""
+        """ "red circle", or "red circle at the top left": in one sentence, the place that a relation gives either object."""
         return f"{self.noun(thing, 0.0)} {self.place(thing)}" if self.chance(0.5) else self.noun(thing, 0.0)
 
     def noun(self, thing: Thing, articles: float, named: float = 0.65) -> str:
@@ -228,7 +228,7 @@ class Writer:
         return (a, b) if may_say(a, b) else (b, a)
 
     def extreme_thing(self, things: list[Thing]) -> tuple[Thing, str]:
-        """An object that alone lies furthest in some direction, and what that makes it."""
+        """An object that alone lies furthest in some direction, and its name for that."""
         found = []
         for (dx, dy), words in EXTREMES.items():
             reach = [t.x * dx + t.y * dy for t in things]

@@ -218,7 +218,7 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
             if entry:
                 history.log(run, entry)
                 clock = time.perf_counter()
-            # last, so that a run killed before this line repeats what came after the checkpoint before
+            # last, so that a run killed before this line repeats the steps after the checkpoint before
             if done % config.checkpoint_every == 0 or done == config.steps:
                 write = partial(save_checkpoint, step=done, model=model, ema={}, optimizers=optimizers)
                 run.put(CHECKPOINT, partial(write, facts=facts, history=history))
