@@ -1,4 +1,6 @@
-"""Write every bundled model's card, and README's table, from the files beside the weights. `python -m recipes.zoo_cards`
+"""Write every bundled model's card, and docs/models.md, from the files beside the weights.
+
+`python -m recipes.zoo_cards`.
 
 Nothing in a card is typed: numbers come from evaluation.parquet, dynamics.parquet and training.json (`recipes.bundle_model`).
 """
@@ -20,7 +22,7 @@ from dit_lens.training import PRESETS, dynamics
 from hooked_models import list_models
 from hooked_models.pipelines.hub import ZOO
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/models.md"
 BLOCK = re.compile(r"(<!-- models: recipes.zoo_cards -->\n).*?(<!-- end -->)", flags=re.S)
 SHOWN = ("color", "shape", "unique_binding", "relation_loose", "relation_strict")
 BAG_OF_WORDS = """
@@ -36,21 +38,21 @@ ENCODERS = {
 def main() -> None:
     for name in list_models():
         (ZOO / name / "README.md").write_text(card(ZOO / name))
-    README.write_text(readme(README.read_text()))
+    PAGE.write_text(page(PAGE.read_text()))
 
 
-def readme(text: str) -> str:
-    """README with its table of models made anew."""
+def page(text: str) -> str:
+    """The page of models with its table made anew."""
     lines = ["| model | size | text encoder | " + " | ".join(SHOWN) + " |", "|" + "---|" * (3 + len(SHOWN))]
     for name in list_models():
         facts, rows = training(ZOO / name), held_out(ZOO / name)
         size = PRESETS[facts["size"]]
         cells = [str(Interval(*row)) for row in rows.loc[list(SHOWN)].itertuples(index=False)]
-        encoder = re.sub(r"\]\(\.\./(.*?)\)", r"](hooked_models/zoo/\1)", ENCODERS[facts["encoder"]])
+        encoder = re.sub(r"\]\(\.\./(.*?)\)", r"](../hooked_models/zoo/\1)", ENCODERS[facts["encoder"]])
         shape = f"{size.layers} layers × {size.width}, {size.heads} heads"
-        lines.append(f"| [`{name}`](hooked_models/zoo/{name}/README.md) | {shape} | {encoder} | {' | '.join(cells)} |")
+        lines.append(f"| [`{name}`](../hooked_models/zoo/{name}/README.md) | {shape} | {encoder} | {' | '.join(cells)} |")
     if not BLOCK.search(text):
-        raise ValueError("README has no block for the table of models.")
+        raise ValueError("docs/models.md has no block for the table of models.")
     return BLOCK.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)
 
 

@@ -1,14 +1,18 @@
-"""The README's examples run, in order, on the bundled model."""
+"""The README's examples run, in order, on the bundled model; its badges say what pyproject.toml says; it stays short."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
-import torch
+from PIL import Image
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs/_static/relation_heads.webp"
 
 
 def test_the_examples_run_and_print_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,8 +20,25 @@ def test_the_examples_run_and_print_what_is_shown(capsys: pytest.CaptureFixture[
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(code, str(README), "exec"), names)
-    assert "upper half" in (printed := capsys.readouterr().out)
-    assert printed.strip() in text  # the output under the ten lines is real
-    assert isinstance(effects := names["effects"], torch.Tensor)
-    assert effects.shape == (6, 3)
-    assert names["folded"].folded_timestep == 999.0  # type: ignore[attr-defined]
+    printed = capsys.readouterr().out.strip()
+    assert printed.count("\n") == 2
+    assert f"```\n{printed}\n```" in text  # the output under the ten lines is real
+
+
+def test_badges_are_true() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    badges = dict(re.findall(r"!\[(.*?)\]\(https://img.shields.io/badge/(.*?)-\w+\)", README.read_text()))
+    assert list(badges) == [
+        f"python {project['requires-python'].replace('>=', '≥ ')}",
+        f"version {project['version']}",
+        f"license {project['license']}",
+    ]
+    assert [unquote(path).replace("-", " ") for path in badges.values()] == list(badges)
+
+
+def test_one_screen_and_a_picture() -> None:
+    text = README.read_text()
+    assert text.count("\n") <= 120
+    assert str(PICTURE.relative_to(ROOT)) in text
+    assert PICTURE.stat().st_size <= 1_000_000
+    assert getattr(Image.open(PICTURE), "n_frames", 1) == 15

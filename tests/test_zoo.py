@@ -1,4 +1,4 @@
-"""What is bundled: cards and README say what the files beside the weights say, sizes, and that the weights draw as recorded."""
+"""Bundled models: cards and docs/models.md say what the files beside the weights say, and the weights draw as recorded."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def test_cards_are_up_to_date(name):
 
 
 def test_the_table_of_models_is_up_to_date():
-    text = zoo_cards.README.read_text()
-    assert text == zoo_cards.readme(text), "run `python -m recipes.zoo_cards`"
-    assert all(f"[`{name}`](hooked_models/zoo/{name}/README.md)" in text for name in list_models())
+    text = zoo_cards.PAGE.read_text()
+    assert text == zoo_cards.page(text), "run `python -m recipes.zoo_cards`"
+    assert all(f"[`{name}`](../hooked_models/zoo/{name}/README.md)" in text for name in list_models())
 
 
 def test_a_card_states_what_was_not_reached():
