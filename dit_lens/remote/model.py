@@ -29,8 +29,8 @@ from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prom
 from hooked_models.generation.names import Branch, Site
 from hooked_models.generation.sampling import Seeds
 from hooked_models.hooks.module import NameFilter
+from hooked_models.pipelines.folder import check_libraries
 from hooked_models.pipelines.hub import resolve
-from hooked_models.pipelines.loading import check_libraries
 from hooked_models.store import digest
 
 from ..intervene.interventions import Intervention

@@ -18,8 +18,8 @@ from hooked_models import (
     RandomTokenEncoderConfig,
     word_tokenizer,
 )
-from hooked_models.pipelines.hub import ZOO, Source, resolve
-from hooked_models.pipelines.loading import read_index
+from hooked_models.pipelines.hub import ZOO, fetch
+from hooked_models.pipelines.loading import load_whole, open_pipeline
 
 from .. import task as scenes
 
@@ -114,12 +114,10 @@ def build_text_encoder(encoder: str, moved_share: float = 1.0) -> tuple[PreTrain
             f"The text encoder in {encoder} is a {model_type!r}; training reads a T5 encoder, 'rte', 'rte-nopos' or 'fused'."
         )
     precision = torch.float32 if folder.is_dir() else torch.bfloat16
-    return T5EncoderModel.from_pretrained(model_at, dtype=precision).eval(), AutoTokenizer.from_pretrained(tokenizer_at)
+    loaded = load_whole(T5EncoderModel, model_at, f"The text encoder in {encoder}", dtype=precision)
+    return loaded.eval(), AutoTokenizer.from_pretrained(tokenizer_at)
 
 
 def load_pipeline(name: str) -> PixArtSigmaPipeline:
     """A bundled model by name, or a pipeline folder, in float32. Raises ValueError if its index names foreign code."""
-    place = resolve(name)
-    if Path(place).is_dir():
-        read_index(Source(name, Path(place)))
-    return PixArtSigmaPipeline.from_pretrained(place, dtype=torch.float32)
+    return open_pipeline(fetch(name))

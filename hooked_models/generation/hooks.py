@@ -22,6 +22,8 @@ from .names import Branch, GenerationHookPoint, GenerationNames, Site
 from .sampling import Solver, solver_of
 
 Hooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
+OTHER_NAMES = {"transformer": "dit", "vae": "codec"}
+"""Name of a component in diffusers → here."""
 _CONTEXTS: ContextVar[WeakKeyDictionary[Any, dict[str, dict[str, Any]]] | None] = ContextVar("contexts of hooks", default=None)
 
 
@@ -166,6 +168,17 @@ class HookedGeneration(HookedRootModule):
     def __init__(self) -> None:
         super().__init__()
         self._kept: list[Attached] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            dit = self.__dict__.get("_modules", {}).get("dit")
+            there = OTHER_NAMES.get(name)
+            if there is None and (dit is None or not (hasattr(type(dit), name) or name in vars(dit)["_modules"])):
+                raise
+            kind = type(self).__name__
+            raise AttributeError(f"{kind} has no {name}: see model.{there or f'dit.{name}'}.") from None
 
     @property
     def attached(self) -> tuple[Attached, ...]:

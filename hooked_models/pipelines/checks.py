@@ -45,12 +45,12 @@ class ModelCheckError(RuntimeError):
 
 @torch.no_grad()
 def check_model(model: PipelineModel, name: str = "this model") -> None:
-    """Check the denoiser and, if it is a T5, the text encoder.
+    """Check a PixArt's denoiser and, if it is a T5, the text encoder. (`families.hook` checks other denoisers.)
 
     Raises:
         ModelCheckError: names the faults, the model and the versions of the libraries.
     """
-    failures = check_denoiser(model.dit)
+    failures = check_denoiser(model.dit) if isinstance(model.dit, HookedDiT) else []
     if isinstance(model.text_encoder, HookedT5Encoder):
         failures += check_text_encoder(model.text_encoder)
     refuse(name, failures)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..store import digest, replace_folder
 from .checks import check_model, check_weights
+from .folder import PIXART
 from .hub import Source, fetch
 from .loading import empty_pipeline, open_pipeline
 
@@ -109,6 +110,7 @@ class PipelineModel(nn.Module):
         """Open a bundled model by name, a pipeline folder, or a hub id. `model.source` records which, and at which commit.
 
         Args:
+            name: any pipeline of diffusers with a `transformer`; one that is no PixArt is drawn by its own loop.
             revision: a hub model's commit, tag or branch.
             variant: "fp16" for a repository's `*.fp16.safetensors`.
             dtype: of the weights; in float16, T5 is loaded in bfloat16, which it was trained in.
@@ -123,8 +125,8 @@ class PipelineModel(nn.Module):
             TypeError: there is no such component, or `dtype` is no torch dtype.
             FileNotFoundError: no such model, revision, component or weight file; or the hub cannot be reached.
             PermissionError: the model is gated.
-            ValueError: it is a pipeline of another kind.
-            OSError: a weight file is truncated.
+            ValueError: diffusers knows no such pipeline, it has no transformer, or a JSON file is damaged.
+            OSError: a weight file is truncated, or lacks a weight.
             ModelCheckError: a check failed; the message has the model and the versions.
         """
         if not isinstance(dtype, torch.dtype):  # which diffusers would load as float32
@@ -134,6 +136,8 @@ class PipelineModel(nn.Module):
             pipe = open_pipeline(source, variant=variant, dtype=dtype, device_map=device_map, **components)
         else:
             pipe = empty_pipeline(source, dtype)
+        if clean_caption and type(pipe).__name__ not in PIXART:
+            raise ValueError(f"clean_caption is for PixArt, and {source.name} is a {type(pipe).__name__}: clean its prompts.")
         if weights and check:
             check_weights(pipe, source.name)
         model = cls.from_pipeline(pipe)

@@ -264,7 +264,8 @@ def test_a_folder_has_no_revision(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "StableDiffusion3Pipeline"}, "is a StableDiffusion3Pipeline.*families"),
+        ({"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline, which has no transformer"),
+        ({"_class_name": "Pipeline4"}, "is a Pipeline4, which diffusers .* has not"),
         ({"transformer": ["diffusers", "SanaTransformer2DModel"]}, "has a SanaTransformer2DModel for its transformer"),
     ],
 )

@@ -82,6 +82,63 @@ def test_a_damaged_index_of_a_pipeline_is_a_sentence(folder, content):
         HookedTextToImage.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b'{"a": '])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae", "scheduler", "tokenizer"])
+def test_a_damaged_json_file_is_named(folder, part, content):
+    for file in (folder / part).glob("*.json"):
+        whole = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{part}/{file.name} is damaged: save or download"):
+            HookedTextToImage.from_pretrained(folder)
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_a_weight_that_is_missing_is_no_random_number(folder, part):
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(OSError, match=rf"{part} lacks 1 of its weights \({name}\), which would be drawn at random"):
+        HookedTextToImage.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (lambda found: found["weight_map"].popitem(), OSError, "lacks 1 of its weights"),
+        (lambda found: found.pop("weight_map"), ValueError, r"index\.json is damaged"),
+        (lambda found: found.update(weight_map=3), ValueError, r"index\.json is damaged"),
+        (lambda found: found["weight_map"].update(x=3), FileNotFoundError, "lacks transformer/3"),
+        (lambda found: found["weight_map"].update(x="../x.safetensors"), ValueError, r"index\.json is damaged"),
+    ],
+)
+def test_an_index_of_shards_lists_every_weight(tmp_path, edit, error, message):
+    folder = write_folder(tmp_path / "model", saved={"max_shard_size": 4000})
+    index = next((folder / "transformer").glob("*.index.json"))
+    found = json.loads(index.read_text())
+    edit(found)
+    index.write_text(json.dumps(found))
+    with pytest.raises(error, match=message):
+        HookedTextToImage.from_pretrained(folder)
+
+
+def test_a_denoisers_attributes_are_pointed_to(folder):
+    model = HookedTextToImage.from_pretrained(folder, weights=False)
+    for name, there in {
+        "blocks": "dit.blocks",
+        "W_pos": "dit.W_pos",
+        "QK": "dit.QK",
+        "transformer": "dit",
+        "vae": "codec",
+    }.items():
+        with pytest.raises(AttributeError, match=rf"HookedTextToImage has no {name}: see model\.{there}\."):
+            getattr(model, name)
+    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
+        getattr(model, "no_such")  # noqa: B009 (an attribute that is not there)
+
+
 def test_a_cache_opens_no_model_by_a_relative_name(folder, evil, tmp_path, monkeypatch):
     settings = {"num_steps": 1, "names_filter": "steps.0.hook_latent", "out": tmp_path / "cache"}
     HookedTextToImage.from_pretrained("model").run_with_cache(PROMPTS, **settings)  # the working folder is tmp_path

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hooked_models import families
+from hooked_models import HookedTextToImage, families
 
 from .pipelines import PROMPTS
 from .tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline
@@ -64,3 +65,20 @@ def test_a_hooked_transformer_stands_in_its_pipeline(name: str) -> None:
     assert frames == (2 if name == "Wan" else 1)
     with model.hooks([(lambda name: name.endswith("hook_pattern"), look)]):
         assert (images(pipe, call) - drawn).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["FLUX.1", "SD3", "Qwen-Image", "SANA"])
+def test_a_folder_of_any_pipeline_opens_by_the_same_call(name: str, tmp_path: Path) -> None:
+    pipe, call = tiny_pipeline(name)
+    pipe.save_pretrained(tmp_path)
+    call.pop("output_type")
+    steps = call.pop("num_inference_steps")
+    opened, live = HookedTextToImage.from_pretrained(tmp_path), HookedTextToImage.from_pipeline(pipe)
+    assert opened.source.folder == tmp_path
+    assert torch.equal(opened(PROMPTS, num_steps=steps, **call), live(PROMPTS, num_steps=steps, **call))
+    file = next((tmp_path / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors.popitem()
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(OSError, match="transformer lacks 1 of its weights"):
+        HookedTextToImage.from_pretrained(tmp_path)
