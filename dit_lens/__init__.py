@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from hooked_models.lazy_imports import attach, redirect
 
 if TYPE_CHECKING:
-    from . import planted, remote, stats, store, sweep, viz
+    from . import planted, readout, remote, stats, store, sweep, viz
     from . import task as scenes
     from .graph import attribution, faithfulness
     from .graph import path_patching as patching
-    from .intervene import ablation, steering
+    from .intervene import ablation, blocks, steering
     from .intervene.interventions import Add, Intervention, Replace, Scale
     from .readout import circuits, screening, synopsis
     from .task import detection, evaluation
@@ -27,6 +27,7 @@ __all__ = [
     "Scale",
     "ablation",
     "attribution",
+    "blocks",
     "circuits",
     "detection",
     "evaluation",
@@ -34,6 +35,7 @@ __all__ = [
     "patching",
     "planted",
     "prompts",
+    "readout",
     "remote",
     "scenes",
     "screening",
@@ -49,6 +51,7 @@ __all__ = [
 _MODULES = {
     "ablation": "intervene.ablation",
     "attribution": "graph.attribution",
+    "blocks": "intervene.blocks",
     "circuits": "readout.circuits",
     "detection": "task.detection",
     "evaluation": "task.evaluation",
@@ -67,7 +70,7 @@ __getattr__, __dir__ = attach(
     __name__,
     {
         **_MODULES,
-        **{name: name for name in ("planted", "remote", "stats", "store", "sweep", "viz")},
+        **{name: name for name in ("planted", "readout", "remote", "stats", "store", "sweep", "viz")},
         **{name: f"intervene.interventions:{name}" for name in ("Add", "Intervention", "Replace", "Scale")},
     },
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_lens import Intervention, prompts
-from dit_lens.readout.heatmap import heatmap
+from dit_lens.readout.heat_maps import heatmap
 from hooked_models import HookedTextToImage
 
 from ..hooked_models.pipelines import PROMPTS
