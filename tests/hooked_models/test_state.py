@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from hooked_models import HookedTextToImage
 
@@ -43,6 +46,43 @@ def test_a_plain_call_keeps_nothing_for_a_backward_pass(model):
     images.numpy()
     assert not images.requires_grad
     assert not any(tensor.requires_grad for tensor in (*run.latents, *cache.values()))
+
+
+class PeakBytes(TorchDispatchMode):
+    """Largest sum of the bytes of live storages that operators gave, over a block; a module's weights apart."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        weights = (*module.parameters(), *module.buffers())
+        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in weights}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(output):
+            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.live:
+                self.live[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, key)
+        self.peak = max(self.peak, self.now)
+        return output
+
+    def freed(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+def test_a_plain_call_takes_the_memory_that_it_takes_without_gradients(model):
+    def peak() -> int:
+        with PeakBytes(model) as counted:
+            model(PROMPTS, num_steps=STEPS)
+        return counted.peak
+
+    peak()  # what is encoded once and kept
+    plain = peak()
+    with torch.no_grad():
+        assert peak() == plain
+    model.dit.requires_grad_(True)
+    assert peak() > 2 * plain
 
 
 def test_a_graph_is_there_for_whoever_asks(model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,15 @@ def test_a_folder_of_any_pipeline_opens_by_the_same_call(name: str, tmp_path: Pa
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(OSError, match="transformer lacks 1 of its weights"):
         HookedTextToImage.from_pretrained(tmp_path)
+
+
+def test_no_part_of_a_folder_imports_foreign_code(tmp_path: Path) -> None:
+    pipe, _ = tiny_pipeline("FLUX.1")
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for part in ("text_encoder_2", "tokenizer_2", "extra"):
+        (tmp_path / "model_index.json").write_text(json.dumps({**index, part: ["antigravity", "Thing"]}))
+        for weights in (True, False):
+            with pytest.raises(ValueError, match=f"takes its {part} from 'antigravity'"):
+                HookedTextToImage.from_pretrained(tmp_path, weights=weights)
+    assert "antigravity" not in sys.modules
