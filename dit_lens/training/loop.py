@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,121 +55,174 @@ def train(config: TrainConfig) -> Path:
         ValueError: `out` holds a run with other settings, or another process is training in it.
         OSError: a file in `out` that the run goes on from is damaged or missing, or cannot be written.
     """
-    with ExitStack() as stack:
-        return _train(config, stack)
-
-
-def _train(config: TrainConfig, stack: ExitStack) -> Path:
     if config.evaluation_scenes < 1:
         raise ValueError(f"evaluation_scenes={config.evaluation_scenes}: a run looks at one scene at least.")
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # which only Accelerator would read, when the state is there already
-    config = replace(config, precision=resolve_precision(config.precision, PartialState(cpu=on_cpu).device))
-    accelerator = Accelerator(mixed_precision=config.precision)
-    facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    facts |= {"processes": accelerator.num_processes, "noises": "one a scene"}
-    with accelerator.main_process_first():
-        run = stack.enter_context(open_run(config.out, facts, MAY_CHANGE)) if accelerator.is_main_process else None
-        pipe = start_pipeline(config, run)
-    pipe.to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    disable_progress_bar()
-    model = deepcopy(pipe.transformer).train().requires_grad_(True)
-    ema = EMAModel(model.parameters(), config.ema_decay, use_ema_warmup=True, power=config.ema_power, foreach=True, inv_gamma=1.0)
-    shadow = dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))
-    optimizers = build_optimizers(model, config)
-
-    saved = config.out / CHECKPOINT
-    first = load_checkpoint(saved, model, shadow, optimizers, facts, MAY_CHANGE) if saved.exists() else 0
-    ema.optimization_step = first
-    history = History.read(config.out) if first else History()
-    if run is not None:
-        history.show(run)
-
-    if accelerator.device.type == "cpu":
-        model.set_attn_processor(AttnProcessor())  # 64 tokens: plain products beat CPU fused attention's backward by a third
-    if config.compile:
-        model.compile()
-    prepared = accelerator.prepare(model, *optimizers.values())
-    network, steppers = prepared[0], prepared[1:]
-
-    ema_model = HookedTextToImage.from_pipeline(pipe)
-    data = StepData(pipe, config, accelerator)
-    held_out = scenes.sample(config.evaluation_scenes, seed=1, split="held_out", color_words="both")
-    held_out_trios = scenes.sample_trios(config.evaluation_scenes if config.trios else 0, seed=1, split="held_out")
-    objective = OBJECTIVES[config.objective]()
-
-    def save(step: int) -> None:
-        if run is not None:
-            run.put(CHECKPOINT, lambda path: save_checkpoint(path, step, model, shadow, optimizers, facts, history))
-
-    def evaluate() -> dict[str, float]:
-        ema.copy_to(pipe.transformer.parameters())
-        with accelerator.autocast() if config.precision != "no" else nullcontext():
-            means = summarise(score(ema_model, held_out))["mean"]
-            early = dynamics.dipole(ema_model, held_out).mean()
-        accuracy = {str(name): float(mean) for name, mean in means.items()} | {"dipole": float(early)}
-        if held_out_trios:
-            accuracy |= {f"trio_{name}": mean for name, mean in summarise(score(ema_model, held_out_trios))["mean"].items()}
-        return {name: round(mean, 4) for name, mean in accuracy.items()}
-
-    record_at = dynamics.record_points(config.steps, config.dynamics_points)
-
-    with progress_bar(accelerator) as progress:
-        bar = progress.add_task("training", total=config.steps, completed=first, loss="", speed="", accuracy="")
-        losses: list[Tensor] = []
-        clock = time.perf_counter()
-        for step in range(first, config.steps):
-            clean, text, mask, generator = data(step)
-
-            def predict(noisy: Tensor, timestep: Tensor, text: Tensor = text, mask: Tensor = mask) -> Tensor:
-                return network(
-                    noisy,
-                    encoder_hidden_states=text,
-                    encoder_attention_mask=mask,
-                    timestep=timestep,
-                    added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-                    return_dict=False,
-                )[0].float()
-
-            loss = objective.loss(predict, clean, generator)
-            accelerator.backward(loss)
-            for optimizer in steppers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * config.learning_rate_factor(step)
-                optimizer.step()
-                optimizer.zero_grad()
-            ema.step(model.parameters())
-            losses.append(loss.detach())
-
-            done = step + 1
-            if done % LOG_EVERY == 0 and run is not None:
-                now = time.perf_counter()
-                speed = config.batch_size * accelerator.num_processes * len(losses) / (now - clock)
-                mean = torch.stack(losses).mean().item()
-                history.log(run, {"step": done, "loss": round(mean, 5), "samples_per_second": round(speed, 1)})
-                progress.update(bar, completed=done, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} samples/s")
-                losses, clock = [], time.perf_counter()
-            paused = time.perf_counter()  # measurements do not count as training time
-            if (done % config.evaluate_every == 0 or done == config.steps) and run is not None:
-                accuracy = evaluate()
-                history.log(run, {"step": done, "samples": done * config.batch_size * accelerator.num_processes, **accuracy})
-                summary = " ".join(f"{name} {accuracy[name]:.2f}" for name in ("dipole", "unique_binding", "relation_loose"))
-                progress.update(bar, accuracy=summary)
-                run.put_folder("pipeline", pipe.save_pretrained)
-            if done in record_at and run is not None:
-                ema.copy_to(pipe.transformer.parameters())
-                with accelerator.autocast() if config.precision != "no" else nullcontext():
-                    rows = dynamics.measure(ema_model, held_out, done, done * config.batch_size * accelerator.num_processes)
-                history.add(run, rows)
-            clock += time.perf_counter() - paused
-            # last, so that a run killed before this line repeats the steps after the checkpoint before
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                save(done)
-            accelerator.wait_for_everyone()
-    if run is not None and first >= config.steps:  # it had ended already, and whatever has become of its files is made good
-        ema.copy_to(pipe.transformer.parameters())
-        run.put_folder("pipeline", pipe.save_pretrained)
+    with ExitStack() as stack:
+        _Training(config, stack).run()
     return config.out / "pipeline"
+
+
+class _Training:
+    """A run in one process: its network, averages, optimisers, data and history.
+
+    Args:
+        config: settings of the run.
+        stack: closes the folder of the run, which the main process alone opens.
+    """
+
+    def __init__(self, config: TrainConfig, stack: ExitStack) -> None:
+        # Accelerator alone would read the variable, when the state is there already
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+        precision = resolve_precision(config.precision, PartialState(cpu=on_cpu).device)
+        self.config = config = replace(config, precision=precision)
+        self.accelerator = Accelerator(mixed_precision=precision)
+        self.facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+        self.facts |= {"processes": self.accelerator.num_processes, "noises": "one a scene"}
+        self.folder: Store | None = None
+        with self.accelerator.main_process_first():
+            if self.accelerator.is_main_process:
+                self.folder = stack.enter_context(open_run(config.out, self.facts, MAY_CHANGE))
+            self.pipe = start_pipeline(config, self.folder)
+        self.pipe.to(self.accelerator.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        disable_progress_bar()
+        self._prepare_network()
+        self.ema_model = HookedTextToImage.from_pipeline(self.pipe)
+        self.data = StepData(self.pipe, config, self.accelerator)
+        n_scenes = config.evaluation_scenes
+        self.held_out = scenes.sample(n_scenes, seed=1, split="held_out", color_words="both")
+        self.held_out_trios = scenes.sample_trios(n_scenes if config.trios else 0, seed=1, split="held_out")
+        self.objective = OBJECTIVES[config.objective]()
+        self.record_at = dynamics.record_points(config.steps, config.dynamics_points)
+
+    def _prepare_network(self) -> None:
+        """Make the network, its averages and optimisers, with the state of a checkpoint if any."""
+        config = self.config
+        self.model = model = deepcopy(self.pipe.transformer).train().requires_grad_(True)
+        self.ema = EMAModel(
+            model.parameters(),
+            config.ema_decay,
+            use_ema_warmup=True,
+            power=config.ema_power,
+            foreach=True,
+            inv_gamma=1.0,
+        )
+        names = (name for name, _ in model.named_parameters())
+        self.shadow = dict(zip(names, self.ema.shadow_params, strict=True))
+        self.optimizers = build_optimizers(model, config)
+
+        self.first, self.history = 0, History()
+        if (saved := config.out / CHECKPOINT).exists():
+            self.first = load_checkpoint(saved, model, self.shadow, self.optimizers, self.facts, MAY_CHANGE)
+        self.ema.optimization_step = self.first
+        if self.first:
+            self.history = History.read(config.out)
+        if self.folder is not None:
+            self.history.show(self.folder)
+
+        if self.accelerator.device.type == "cpu":
+            # 64 tokens: plain products beat CPU fused attention's backward by a third
+            model.set_attn_processor(AttnProcessor())
+        if config.compile:
+            model.compile()
+        self.network, *self.steppers = self.accelerator.prepare(model, *self.optimizers.values())
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.config.batch_size * self.accelerator.num_processes
+
+    def run(self) -> None:
+        """Make the remaining steps, and write the pipeline."""
+        config, self.losses = self.config, list[Tensor]()
+        with progress_bar(self.accelerator) as progress:
+            bar = progress.add_task("training", total=config.steps, loss="", speed="", accuracy="")
+            progress.update(bar, completed=self.first)
+            self.clock = time.perf_counter()
+            for step in range(self.first, config.steps):
+                loss = self.update(step)
+                if self.folder is not None:
+                    self.losses.append(loss)
+                    self.report(self.folder, step + 1, partial(progress.update, bar))
+                self.accelerator.wait_for_everyone()
+        if self.folder is not None and self.first >= config.steps:
+            # it had ended already, and whatever has become of its files is made good
+            self.ema.copy_to(self.pipe.transformer.parameters())
+            self.folder.put_folder("pipeline", self.pipe.save_pretrained)
+
+    def update(self, step: int) -> Float[Tensor, ""]:
+        """Make one step of the optimisers, and return its loss."""
+        clean, text, mask, generator = self.data(step)
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            return self.network(
+                noisy,
+                encoder_hidden_states=text,
+                encoder_attention_mask=mask,
+                timestep=timestep,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+                return_dict=False,
+            )[0].float()
+
+        loss = self.objective.loss(predict, clean, generator)
+        self.accelerator.backward(loss)
+        for optimizer in self.steppers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.config.learning_rate_factor(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+        return loss.detach()
+
+    def report(self, folder: Store, done: int, show: Callable[..., None]) -> None:
+        """Log, evaluate, measure and save after `done` steps, each if it is due."""
+        config = self.config
+        if done % LOG_EVERY == 0:
+            self.log_speed(folder, done, show)
+        paused = time.perf_counter()  # measurements do not count as training time
+        if done % config.evaluate_every == 0 or done == config.steps:
+            accuracy = self.evaluate()
+            samples = done * self.samples_per_step
+            self.history.log(folder, {"step": done, "samples": samples, **accuracy})
+            shown = ("dipole", "unique_binding", "relation_loose")
+            show(accuracy=" ".join(f"{name} {accuracy[name]:.2f}" for name in shown))
+            folder.put_folder("pipeline", self.pipe.save_pretrained)
+        if done in self.record_at:
+            with self.averaged_weights():
+                samples = done * self.samples_per_step
+                rows = dynamics.measure(self.ema_model, self.held_out, done, samples)
+            self.history.add(folder, rows)
+        self.clock += time.perf_counter() - paused
+        # last, so that a run killed before this line repeats the steps after the last checkpoint
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            state = self.model, self.shadow, self.optimizers, self.facts, self.history
+            folder.put(CHECKPOINT, lambda path: save_checkpoint(path, done, *state))
+
+    def log_speed(self, folder: Store, done: int, show: Callable[..., None]) -> None:
+        """Log mean loss and speed since the last call."""
+        seconds = time.perf_counter() - self.clock
+        speed = self.samples_per_step * len(self.losses) / seconds
+        mean = torch.stack(self.losses).mean().item()
+        row = {"step": done, "loss": round(mean, 5), "samples_per_second": round(speed, 1)}
+        self.history.log(folder, row)
+        show(completed=done, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} samples/s")
+        self.losses, self.clock = [], time.perf_counter()
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Put the averaged weights into the pipeline; its precision lasts for the block."""
+        self.ema.copy_to(self.pipe.transformer.parameters())
+        return self.accelerator.autocast() if self.config.precision != "no" else nullcontext()
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies on held-out scenes, and the layout dipole."""
+        with self.averaged_weights():
+            means = summarise(score(self.ema_model, self.held_out))["mean"]
+            early = dynamics.dipole(self.ema_model, self.held_out).mean()
+        accuracy = {str(name): float(mean) for name, mean in means.items()}
+        accuracy["dipole"] = float(early)
+        if self.held_out_trios:
+            trios = summarise(score(self.ema_model, self.held_out_trios))["mean"]
+            accuracy |= {f"trio_{name}": mean for name, mean in trios.items()}
+        return {name: round(mean, 4) for name, mean in accuracy.items()}
 
 
 def start_pipeline(config: TrainConfig, run: Store | None) -> PixArtSigmaPipeline:
