@@ -212,7 +212,7 @@ def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monk
     by_caption = {scenes.caption(scene): scene for scene in WANTED}
     swaps = {t: steering.swap_vectors(micro, [t], [scenes.OPPOSITE[s.relation]])[0] for t, s in by_caption.items()}
 
-    def draw(model, texts, added, at, seeds, num_steps, guidance):
+    def draw(model, texts, added, at, seeds, drawing):
         """Draws the opposite of what is said if all of V_to − V_from is there, in odd seeds; else what is said."""
         calls.append(len(texts))
         images = []
@@ -245,7 +245,7 @@ def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monk
 def test_controls_have_the_same_norms_at_the_same_or_at_other_tokens(micro, monkeypatch):
     given = {}
 
-    def record(model, texts, added, at, seeds, num_steps, guidance):
+    def record(model, texts, added, at, seeds, drawing):
         for text, row in zip(texts, added, strict=True):
             given.setdefault(text, []).append(row)
         return torch.zeros(len(texts), 3, 128, 128)
