@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ from hooked_models.text_encoders.random_tokens import DEFAULT_LENGTH, SPECIAL_TO
 
 from .. import task as scenes
 from ..text.prompts import Role
-from .assembly import Assembly, Sublayer, When, install_heads, install_units, well_conditioned
+from .assembly import Assembly, When, Wire, install_heads, install_units, well_conditioned
 from .circuit import AXES, CAPTION_FEATURES, DRAWN, N_LAYERS, OBJECTS, RESIDUAL_FEATURES, SEEN, WORD_AXIS, plant
 from .disguise import LEAK, modulate_at_random, perturb
 from .distractors import Placed, fill, leak, plant_decoys, random_head
@@ -177,48 +178,97 @@ def install(build: Assembly, transformer: Any, generator: torch.Generator, mixed
 
 
 def describe(
-    kind: Kind, seed: int, build: Assembly, places: dict[Placed, int], decoys: dict[Placed, str], idle: list[Placed]
+    kind: Kind,
+    seed: int,
+    build: Assembly,
+    places: dict[Placed, int],
+    decoys: dict[Placed, str],
+    idle: list[Placed],
 ) -> PlantedTruth:
-    scheduler = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
-    scheduler.set_timesteps(DEFAULT_STEPS)
-    is_late = (scheduler.timesteps < LATE_BELOW).tolist()
-    early = tuple(s for s, late in enumerate(is_late) if not late)
-    steps: dict[When, tuple[int, ...]] = {
-        "early": early,
-        "late": tuple(s for s, late in enumerate(is_late) if late),
-        "always": tuple(range(DEFAULT_STEPS)),
-    }
-    said_by: tuple[Role, ...] = ("shape2",) if kind == "fused" else ("relation",)
-    roles: dict[str, tuple[Role, ...]] = {name: (name,) for name in ("shape1", "shape2", "color1", "color2")}
-    roles |= dict.fromkeys(("vertical", "horizontal", "is_vertical", "is_horizontal"), said_by)
-    roles |= dict.fromkeys(scenes.SHAPES, ("shape1", "shape2")) | dict.fromkeys(scenes.COLORS, ("color1", "color2"))
-
-    def circuit_head(sublayer: Sublayer, layer: int, name: str, role: HeadRole, what: str) -> PlantedHead:
-        wires = [w for w in build.wires if (w.kind, w.layer, w.head) == (sublayer, layer, name)]
-        read = chain.from_iterable(roles.get(w.feature, ()) for w in wires if w.port in "kv" and sublayer == "cross_attn")
-        written = [w.feature for w in wires if w.port == "out"]
-        place = places[sublayer, layer, name]
-        return PlantedHead(
-            sublayer, layer, place, role, what, tuple(dict.fromkeys(read)), tuple(dict.fromkeys(written)), steps[wires[0].when]
-        )
-
-    def distractor(placed: Placed, role: HeadRole, what: str) -> PlantedHead:
-        return PlantedHead(placed[0], placed[1], places[placed], role, what)
-
-    circuit = {(w.kind, w.layer, w.head) for w in build.wires if w.head}
-    named = {name: (sublayer, layer) for sublayer, layer, name in circuit}
+    """Ground truth of a planted model, from its wires and the numbers of its heads."""
+    circuit = _Circuit(build.wires, places, _phases(), _feature_roles(kind))
     removed: list[Placed] = []
     if kind == "no-relation":
-        removed = [(*named.pop(name), name) for name in RELATION_HEADS]  # type: ignore[misc]
-    wires = [w for w in build.wires if not w.head or w.head in named] + [*SEEN, *DRAWN]
+        removed = [(*circuit.named.pop(name), name) for name in RELATION_HEADS]  # type: ignore[misc]
+    random = "random, with the norms of another head"
     return PlantedTruth(
         kind=kind,
         seed=seed,
-        relation_heads=tuple(circuit_head(*named[n], n, "relation", w) for n, w in RELATION_HEADS.items() if n in named),  # type: ignore[arg-type]
-        object_heads=tuple(circuit_head(*named[n], n, "object", w) for n, w in OBJECT_HEADS.items()),  # type: ignore[arg-type]
-        helper_heads=tuple(circuit_head(*named[n], n, role, w) for n, (role, w) in HELPER_HEADS.items()),  # type: ignore[arg-type]
-        decoy_heads=tuple(distractor(placed, "decoy", what) for placed, what in decoys.items()),
-        idle_heads=tuple(distractor(placed, "idle", "random, with the norms of another head") for placed in [*removed, *idle]),
-        edges=edges_of(wires, places, roles, steps),
+        relation_heads=circuit.heads({name: ("relation", what) for name, what in RELATION_HEADS.items()}),
+        object_heads=circuit.heads({name: ("object", what) for name, what in OBJECT_HEADS.items()}),
+        helper_heads=circuit.heads(HELPER_HEADS),
+        decoy_heads=tuple(circuit.distractor(placed, "decoy", what) for placed, what in decoys.items()),
+        idle_heads=tuple(circuit.distractor(placed, "idle", random) for placed in [*removed, *idle]),
+        edges=edges_of([*circuit.remaining, *SEEN, *DRAWN], places, circuit.roles, circuit.steps),
         phrases=tuple(chain.from_iterable(scenes.PHRASES.values())),
     )
+
+
+def _phases() -> dict[When, tuple[int, ...]]:
+    """Steps of each phase of a run of the default length."""
+    scheduler = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
+    scheduler.set_timesteps(DEFAULT_STEPS)
+    is_late = (scheduler.timesteps < LATE_BELOW).tolist()
+    return {
+        "early": tuple(step for step, late in enumerate(is_late) if not late),
+        "late": tuple(step for step, late in enumerate(is_late) if late),
+        "always": tuple(range(DEFAULT_STEPS)),
+    }
+
+
+def _feature_roles(kind: Kind) -> dict[str, tuple[Role, ...]]:
+    """Caption feature → roles of the tokens that have it."""
+    said_by: tuple[Role, ...] = ("shape2",) if kind == "fused" else ("relation",)
+    objects: tuple[Role, ...] = ("shape1", "shape2", "color1", "color2")
+    roles: dict[str, tuple[Role, ...]] = {str(name): (name,) for name in objects}
+    roles |= dict.fromkeys(("vertical", "horizontal", "is_vertical", "is_horizontal"), said_by)
+    roles |= dict.fromkeys(scenes.SHAPES, ("shape1", "shape2"))
+    return roles | dict.fromkeys(scenes.COLORS, ("color1", "color2"))
+
+
+class _Circuit:
+    """Named heads of the circuit, and their place in the model.
+
+    Attributes:
+        named: name of a head → its sublayer and layer.
+    """
+
+    def __init__(
+        self,
+        wires: list[Wire],
+        places: dict[Placed, int],
+        steps: dict[When, tuple[int, ...]],
+        roles: dict[str, tuple[Role, ...]],
+    ) -> None:
+        self.wires, self.places, self.steps, self.roles = wires, places, steps, roles
+        self.named = {wire.head: (wire.kind, wire.layer) for wire in wires if wire.head}
+
+    @property
+    def remaining(self) -> list[Wire]:
+        """Wires of the heads that are named, and of the MLPs."""
+        return [wire for wire in self.wires if not wire.head or wire.head in self.named]
+
+    def heads(self, purposes: Mapping[str, tuple[HeadRole, str]]) -> tuple[PlantedHead, ...]:
+        """The heads of these names that the model has: name → role and purpose."""
+        return tuple(self.head(name, role, what) for name, (role, what) in purposes.items() if name in self.named)
+
+    def head(self, name: str, role: HeadRole, what: str) -> PlantedHead:
+        sublayer, layer = self.named[name]
+        wires = [w for w in self.wires if (w.kind, w.layer, w.head) == (sublayer, layer, name)]
+        on_text = [w for w in wires if w.port in "kv" and sublayer == "cross_attn"]
+        read = chain.from_iterable(self.roles.get(wire.feature, ()) for wire in on_text)
+        written = [wire.feature for wire in wires if wire.port == "out"]
+        return PlantedHead(
+            sublayer,  # type: ignore[arg-type]
+            layer,
+            self.places[sublayer, layer, name],  # type: ignore[index]
+            role,
+            what,
+            tuple(dict.fromkeys(read)),
+            tuple(dict.fromkeys(written)),
+            self.steps[wires[0].when],
+        )
+
+    def distractor(self, placed: Placed, role: HeadRole, what: str) -> PlantedHead:
+        """A head outside of the circuit."""
+        return PlantedHead(placed[0], placed[1], self.places[placed], role, what)

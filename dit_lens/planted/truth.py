@@ -102,30 +102,36 @@ def edges_of(
         roles: caption feature → roles of the tokens that have it.
         steps: steps of each phase.
     """
-    order = {"embed": -1, "attn": 0, "cross_attn": 1, "mlp": 2, "output": 3}
-
-    def depth(wire: Wire) -> int:
-        return 3 * wire.layer + order[wire.kind]
-
-    def node(wire: Wire) -> str:
-        if wire.kind in ("embed", "output"):
-            return wire.kind
-        if not wire.head:
-            return f"mlp.L{wire.layer}"
-        port = "" if wire.port == "out" else f".{wire.port}"
-        return f"{wire.kind}.L{wire.layer}H{places[wire.kind, wire.layer, wire.head]}{port}"  # type: ignore[index]
-
+    writers = [wire for wire in wires if wire.port == "out"]
     found: dict[tuple[str, str, tuple[int, ...]], dict[str, None]] = {}
-    for reader in wires:
-        if reader.port == "out":
-            continue
+    for reader in (wire for wire in wires if wire.port != "out"):
         if reader.kind == "cross_attn" and reader.port in "kv":
-            for role in roles.get(reader.feature, ()):
-                found.setdefault((f"text[{role}]", node(reader), steps[reader.when]), {})[reader.feature] = None
-            continue
-        for writer in wires:
-            if writer.port == "out" and writer.feature == reader.feature and depth(writer) < depth(reader):
-                both = tuple(s for s in steps[writer.when] if s in steps[reader.when])
-                if both:
-                    found.setdefault((node(writer), node(reader), both), {})[reader.feature] = None
+            names = [f"text[{role}]" for role in roles.get(reader.feature, ())]
+            senders = [(name, steps[reader.when]) for name in names]
+        else:
+            sending = [writer for writer in writers if _reaches(writer, reader)]
+            senders = [(_node(writer, places), steps[writer.when]) for writer in sending]
+        for sender, sent in senders:
+            if when := tuple(step for step in sent if step in steps[reader.when]):
+                edge = sender, _node(reader, places), when
+                found.setdefault(edge, {})[reader.feature] = None
     return tuple(PlantedEdge(sender, receiver, tuple(names), when) for (sender, receiver, when), names in found.items())
+
+
+def _reaches(writer: Wire, reader: Wire) -> bool:
+    return writer.feature == reader.feature and _depth(writer) < _depth(reader)
+
+
+def _depth(wire: Wire) -> int:
+    return 3 * wire.layer + {"embed": -1, "attn": 0, "cross_attn": 1, "mlp": 2, "output": 3}[wire.kind]
+
+
+def _node(wire: Wire, places: Mapping[tuple[Sublayer, int, str], int]) -> str:
+    """Name of a wire's component, as in `dit_lens.patching`."""
+    if wire.kind in ("embed", "output"):
+        return wire.kind
+    if not wire.head:
+        return f"mlp.L{wire.layer}"
+    port = "" if wire.port == "out" else f".{wire.port}"
+    head = places[wire.kind, wire.layer, wire.head]  # type: ignore[index]
+    return f"{wire.kind}.L{wire.layer}H{head}{port}"

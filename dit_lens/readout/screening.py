@@ -9,6 +9,7 @@ chance level beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -201,6 +202,69 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
     return pd.concat(tables, ignore_index=True)
 
 
+@dataclass(frozen=True)
+class _HeadMaps:
+    """Position-by-word maps of all cross-attention heads, Ẽ_pos W_Q · W_Kᵀ c; none is ever formed."""
+
+    position: Float[Tensor, "pos d_model"]
+    queries: Float[Tensor, "layer head d_model d_head"]
+    keys: Float[Tensor, "layer head d_caption d_head"]
+
+    @classmethod
+    def of(cls, dit: HookedDiT) -> _HeadMaps:
+        position = dit.W_pos.double().cpu()
+        queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()
+        keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu()
+        return cls(position - position.mean(0), queries, keys)
+
+    def read(self, caption: Float[Tensor, "word d_caption"]) -> Float[Tensor, "layer head word d_head"]:
+        return torch.einsum("wc,lhce->lhwe", caption, self.keys)
+
+    def projection(self, ramps: Float[Tensor, "word pos"], caption: Float[Tensor, "word d_caption"]) -> HeadScores:
+        """Projection of each word's map on its ramp."""
+        read = self.read(caption)
+        return torch.einsum("wp,pd,lhde,lhwe->lhw", ramps, self.position, self.queries, read)
+
+    def energy(self, caption: Float[Tensor, "word d_caption"]) -> HeadScores:
+        """Norm of each word's map."""
+        read, queries = self.read(caption), self.queries
+        covariance = torch.einsum("pd,pf->df", self.position, self.position)
+        squares = torch.einsum("lhwe,lhde,df,lhfg,lhwg->lhw", read, queries, covariance, queries, read)
+        return squares.clamp(min=0).sqrt()
+
+    def chance(
+        self,
+        ramps: Float[Tensor, "word pos"],
+        caption: Float[Tensor, "word d_caption"],
+        draws: int,
+        seed: int,
+    ) -> dict[str, Float[np.ndarray, " layer_head"]]:
+        """Share of draws whose summed projection is as large: of turned words, of permuted positions."""
+        looking = torch.einsum("wp,pd,lhde->lhwe", ramps, self.position, self.queries)
+        read = self.read(caption)
+        size = (looking * read).sum((-1, -2)).abs()
+        frame = torch.linalg.qr(caption.T).R  # the words in an orthonormal frame of their span
+        generator = torch.Generator().manual_seed(seed)
+        turned, permuted = [], []
+        for _ in range(draws):
+            noise = torch.randn(caption.T.shape, generator=generator, dtype=torch.float64)
+            turned.append((torch.linalg.qr(noise).Q @ frame).T)
+            permuted.append(ramps[:, torch.randperm(len(self.position), generator=generator)])
+        found = {}
+        for name, maps, drawn in (
+            ("p_words", torch.einsum("lhwe,lhce->lhwc", looking, self.keys), turned),
+            (
+                "p_positions",
+                torch.einsum("lhwe,lhde,pd->lhwp", read, self.queries, self.position),
+                permuted,
+            ),
+        ):
+            nulls = maps.flatten(2) @ torch.stack(drawn).flatten(1).T  # [layer head draw]
+            count = (nulls.abs() >= size[..., None] * (1 - 1e-9)).sum(-1, dtype=torch.float64)
+            found[name] = ((1 + count) / (1 + draws)).flatten().numpy()
+        return found
+
+
 @torch.no_grad()
 def screen_heads(
     dit: HookedDiT,
@@ -250,43 +314,18 @@ def screen_heads(
     if not vectors:
         raise ValueError("There is no word to screen with.")
     side = dit.cfg.sample_size // dit.cfg.patch_size
-    position = dit.W_pos.double().cpu()
-    position = position - position.mean(0)
-    queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()  # [layer head d_model d_head]
-    keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu()
-
     words = torch.stack(list(vectors.values())).to(dit.device, dit.dtype)
     caption = (dit.project_caption(words) if at == "text" else words).double().cpu()
+    maps = _HeadMaps.of(dit)
     ramps = F.normalize(torch.stack([ramp(directions[word], side) for word in vectors]), dim=1)
-    given = torch.einsum("wc,lhce->lhwe", caption, keys)
-    projection: HeadScores = torch.einsum("wp,pd,lhde,lhwe->lhw", ramps, position, queries, given)  # no map is ever formed
-    covariance = torch.einsum("pd,pf->df", position, position)
-    energy: HeadScores = (
-        torch.einsum("lhwe,lhde,df,lhfg,lhwg->lhw", given, queries, covariance, queries, given).clamp(min=0).sqrt()
-    )
+    projection, energy = maps.projection(ramps, caption), maps.energy(caption)
 
     pointing = list(dict.fromkeys(directions[word] for word in vectors))
     of_direction = torch.stack([caption[[directions[word] == d for word in vectors]].mean(0) for d in pointing])
     if len(pointing) > 1:
         of_direction = of_direction - of_direction.mean(0)
     ramps = F.normalize(torch.stack([ramp(d, side) for d in pointing]), dim=1)
-    looking = torch.einsum("wp,pd,lhde->lhwe", ramps, position, queries)
-    read = torch.einsum("wc,lhce->lhwe", of_direction, keys)
-    size = (looking * read).sum((-1, -2)).abs()
-    frame = torch.linalg.qr(of_direction.T).R  # the words in an orthonormal frame of their span
-    generator = torch.Generator().manual_seed(seed)
-    turned, permuted = [], []
-    for _ in range(null_draws):
-        turned.append((torch.linalg.qr(torch.randn(of_direction.T.shape, generator=generator, dtype=torch.float64)).Q @ frame).T)
-        permuted.append(ramps[:, torch.randperm(len(position), generator=generator)])
-    exceeds = {}
-    for name, maps, draws in (
-        ("p_words", torch.einsum("lhwe,lhce->lhwc", looking, keys), turned),
-        ("p_positions", torch.einsum("lhwe,lhde,pd->lhwp", read, queries, position), permuted),
-    ):
-        nulls = maps.flatten(2) @ torch.stack(draws).flatten(1).T  # [layer head draw]
-        exceeds[name] = (nulls.abs() >= size[..., None] * (1 - 1e-9)).sum(-1, dtype=torch.float64)
-    p = {name: ((1 + count) / (1 + null_draws)).flatten().numpy() for name, count in exceeds.items()}
+    p = maps.chance(ramps, of_direction, null_draws, seed)
 
     layers, heads = np.meshgrid(np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij")
     table = pd.DataFrame(

@@ -1,8 +1,10 @@
 """Attention synopsis: each head's attention from image regions to prompt parts or to each other.
 
-    images = model(prompts, seed=0) groups = image_groups_from_images(images, scenes) found =
-    attention_synopsis(model, prompts, seed=0, image_groups=groups, reduce="mass") rank_heads(found,
-    "object2", "relation", step=0)  # heads whose second object attends to the relation word
+    images = model(prompts, seed=0)
+    groups = image_groups_from_images(images, scenes)
+    found = attention_synopsis(model, prompts, seed=0, image_groups=groups, reduce="mass")
+    # heads whose second object attends to the relation word
+    rank_heads(found, "object2", "relation", step=0)
 
 No pattern is kept. The queries attend once more through the fused kernel, with the groups'
 indicators in place of values: this gives each query's attention to each group, exactly, and the
@@ -122,20 +124,9 @@ def attention_synopsis(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = seed_of_each(seed, len(texts))
     tokens = model.to_tokens(texts)
-    length = tokens.shape[1]
-
-    def roles() -> list[list[Role]]:
-        return [token_roles(model, text, length) for text in texts]
-
-    def positions(group: Any) -> Tensor:
-        return group if isinstance(group, Tensor) else token_mask(model, texts, group, length=length)
-
-    if text_groups is not None:
-        mapping("text_groups", text_groups, "positions, a role or prompts.word('…')")
-    groups = roles if text_groups is None else {name: positions(group) for name, group in text_groups.items()}
-
     branches = BRANCHES if guidance > 1 else BRANCHES[:1]
-    plan = _Plan.make(model, len(texts), length, branches, sublayer, image_groups, groups, reduce)
+    groups = partial(_text_keys, model, texts, tokens.shape[1], branches, text_groups)
+    plan = _Plan.make(model, len(texts), branches, sublayer, image_groups, groups, reduce)
 
     settings: dict[str, Any] = {}
     if out is not None:
@@ -151,7 +142,7 @@ def attention_synopsis(
 
     def measure(start: int) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         rows = slice(start, start + batch_size)
-        hooks = [hook for each in interventions for hook in each.hooks(model, texts[rows], num_steps=num_steps)]
+        hooks = _hooks(model, interventions, texts[rows], num_steps)
         if isinstance(model, RemoteTextToImage):
             with model.hooks(hooks):
                 return plan.take(rows).measure_remotely(model, texts[rows], seeds[rows], num_steps, guidance)
@@ -166,6 +157,10 @@ def attention_synopsis(
     with nullcontext() if out is None else Store(out, settings) as store:
         parts = [measure(i) if store is None else store.array(f"{i:08d}.npy", partial(measure, i)) for i in bar]
     return plan.label(np.concatenate(parts), texts).assign_coords(seed=("prompt", seeds))
+
+
+def _hooks(model: HookedTextToImage, interventions: Sequence[Intervention], texts: Sequence[str], num_steps: int) -> list[Any]:
+    return [hook for each in interventions for hook in each.hooks(model, texts, num_steps=num_steps)]
 
 
 @torch.no_grad()
@@ -193,12 +188,53 @@ def trajectory_synopsis(
     """
     model, tokens = trajectory.model, trajectory.inputs.tokens
     run = Generation(trajectory)
-    groups = run.roles if text_groups is None else text_groups
-    plan = _Plan.make(model, len(run), tokens.shape[1], run.branches, sublayer, image_groups, groups, reduce)
+    length = tokens.shape[1]
+
+    def groups() -> _Keys:
+        if text_groups is None:
+            return _keys_by_role(model, run.roles(), length, run.branches)
+        return _keys_of(text_groups, len(run), length, run.branches)
+
+    plan = _Plan.make(model, len(run), run.branches, sublayer, image_groups, groups, reduce)
     return plan.label(plan.measure(trajectory), model.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
 # Groups
+
+_Keys = tuple[list[str], dict[Branch, Float[Tensor, "prompt text_pos group"]]]
+"""Names of text groups, and their positions by branch."""
+
+
+def _text_keys(
+    model: HookedTextToImage,
+    texts: Sequence[str],
+    length: int,
+    branches: Sequence[Branch],
+    text_groups: TextGroups | None,
+) -> _Keys:
+    if text_groups is None:
+        roles = [token_roles(model, text, length) for text in texts]
+        return _keys_by_role(model, roles, length, branches)
+    mapping("text_groups", text_groups, "positions, a role or prompts.word('…')")
+    positions = {
+        name: group if isinstance(group, Tensor) else token_mask(model, texts, group, length=length)
+        for name, group in text_groups.items()
+    }
+    return _keys_of(positions, len(texts), length, branches)
+
+
+def _keys_by_role(model: HookedTextToImage, roles: list[list[Role]], length: int, branches: Sequence[Branch]) -> _Keys:
+    """Groups of all roles; the unconditional branch has those of the empty prompt."""
+    empty = [token_roles(model, "", length)] * len(roles)
+    of_branch = {"cond": roles, "uncond": empty}
+    keys = {b: _stack(by_role(of_branch[b]), len(roles), length, "text") for b in branches}
+    return list(get_args(Role)), keys
+
+
+def _keys_of(groups: Groups, n: int, length: int, branches: Sequence[Branch]) -> _Keys:
+    """Given groups; the unconditional branch has none of their positions."""
+    cond = _stack(groups, n, length, "text")
+    return list(groups), {b: cond if b == "cond" else torch.zeros_like(cond) for b in branches}
 
 
 @dataclass(frozen=True)
@@ -217,11 +253,10 @@ class _Plan:
         cls,
         model: HookedTextToImage,
         n: int,
-        length: int,
         branches: Sequence[Branch],
         sublayer: Sublayer,
         image_groups: Groups | None,
-        text_groups: Groups | Callable[[], list[list[Role]]],
+        text_keys: Callable[[], _Keys],
         reduce: Reduce,
     ) -> _Plan:
         one_of("sublayer", sublayer, get_args(Sublayer))
@@ -231,14 +266,7 @@ class _Plan:
         image = _stack(image_groups, n, pos, "image")
         names, keys = list(image_groups), dict.fromkeys(branches, image)
         if sublayer == "cross_attn":
-            if isinstance(text_groups, Mapping):
-                names, cond = list(text_groups), _stack(text_groups, n, length, "text")
-                uncond = torch.zeros_like(cond)
-            else:
-                names = list(get_args(Role))
-                cond = _stack(by_role(text_groups()), n, length, "text")
-                uncond = _stack(by_role([token_roles(model, "", length)] * n), n, length, "text")
-            keys = {branch: cond if branch == "cond" else uncond for branch in branches}
+            names, keys = text_keys()
         if reduce == "max" and any(bool(((w != 0) & (w != 1)).any()) for w in (image, *keys.values())):
             raise ValueError("reduce='max' needs groups that hold a position or not: give booleans, such as shares > 0.25.")
         return cls(sublayer, reduce, list(image_groups), image, names, keys)

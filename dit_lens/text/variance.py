@@ -1,10 +1,11 @@
 """Variance partition of word vectors over a factorial set of prompts, and the effect vector of each
 factor's level.
 
-    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role="shape2",
-    at="caption") table = variance.partition(vectors, factors[["color2", "shape2", "shape1",
-    "relation"]], interactions=["color2:shape2"]) effects = variance.effect_vectors(vectors,
-    factors[["shape2", "relation"]])  # added and subtracted by `dit_lens.steering`
+    prompts = variance.factorial_prompts()
+    vectors, factors = variance.word_vectors(model, prompts, role="shape2", at="caption")
+    chosen = factors[["color2", "shape2", "shape1", "relation"]]
+    table = variance.partition(vectors, chosen, interactions=["color2:shape2"])
+    effects = variance.effect_vectors(vectors, factors[["shape2", "relation"]])  # for steering
 
 Source: Wang, Fan, Pan (arXiv 2601.06338), appendix B.6 (`variance_partition_with_effects.py`). Sums
 of squares are those of Anderson 2001 (PERMANOVA, Austral Ecology 26) for Euclidean distances:
@@ -15,174 +16,36 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models import HookedTextToImage
-from hooked_models.text_encoders.random_tokens import PAD_ID
+from .word_vectors import Space, encode, factorial_prompts, factors_of, phrase_span, word_vectors
 
-from ..task import COLORS, PHRASES, SHAPES, Scene, caption
-from ..task.scene import other_color
-from .prompts import Role, token_roles
+__all__ = [
+    "Space",
+    "effect_vectors",
+    "encode",
+    "factorial_prompts",
+    "factors_of",
+    "partition",
+    "phrase_span",
+    "word_vectors",
+]
 
 Vectors = Float[Tensor, "n d"] | Float[np.ndarray, "n d"]
 Factors = pd.DataFrame | Mapping[str, Sequence[Any]]
 Interactions = Sequence[str] | Literal["all"]
-Space = Literal["text", "caption"]
-"""Before or after the caption projection."""
 
 ROUNDING = 1e-9
 """Relative size below which a direction of the design, or a share of the variance, is rounding."""
 RESERVED = ("mean", "residual", "total", "d")
-RELATION_OF = {phrase: str(relation) for relation, phrases in PHRASES.items() for phrase in phrases}
-
-
-# Word vectors
-
-
-def factorial_prompts(phrases: Sequence[str] | None = None) -> list[str]:
-    """All ordered pairs of shapes × both orders of colors × `phrases`.
-
-    By default all 22 phrases, which gives the paper's 264 prompts.
-
-    Example:
-        >>> len(factorial_prompts()), factorial_prompts(["above"])[0]
-        (264, 'red triangle is above blue circle')
-    """
-    phrases = [phrase for of_relation in PHRASES.values() for phrase in of_relation] if phrases is None else phrases
-    orders = itertools.product(itertools.permutations(SHAPES, 2), COLORS, phrases)
-    return [f"{color} {first} is {phrase} {other_color(color)} {second}" for (first, second), color, phrase in orders]
-
-
-@torch.no_grad()
-def word_vectors(
-    model: HookedTextToImage,
-    prompts: str | Sequence[str | Scene],
-    role: Role,
-    at: Space = "text",
-    pool: Literal["last", "mean"] = "last",
-) -> tuple[Float[Tensor, "prompt d"], pd.DataFrame]:
-    """Text-encoder vectors at a role's tokens in each prompt, and the factors of the prompts.
-
-    Args:
-        prompts: prompts of the two-object task, or scenes, whose captions are used.
-        at: "text" for the encoder's output, "caption" for the input of cross-attention (after the
-            caption projection).
-        pool: "last" or "mean" over the role's tokens, if it has several in a prompt.
-
-    Returns:
-        Vectors [prompt d], d = d_text or d_model, and factors, one row a prompt: color1 shape1
-        relation phrase color2 shape2 as worded in the prompt ("" for a missing color; a phrase of
-        `PHRASES` counts as its relation), and `position`, the token's index. The colors of the two
-        objects are each other's opposites, so one of them is enough.
-
-    Raises:
-        ValueError: a prompt has no such token.
-
-    Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> vectors, factors = word_vectors(model, "red circle is above blue square", "relation")
-        >>> vectors.shape, factors["phrase"][0], int(factors["position"][0])
-        (torch.Size([1, 256]), 'above', 3)
-    """
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    texts = [caption(prompt) if isinstance(prompt, Scene) else prompt for prompt in prompts]
-    tokens = model.to_tokens(texts)
-    vectors, rows = [], []
-    for text, encoded in zip(texts, encode(model, tokens, at), strict=True):
-        sentence = _Sentence(model, text)
-        roles = sentence.roles
-        positions = [position for position, found in enumerate(roles) if found == role]
-        if not positions:
-            raise ValueError(f"{text!r} has no {role} token: leave the prompt out, or choose among {', '.join(roles)}.")
-        vectors.append(encoded[positions[-1]] if pool == "last" else encoded[positions].mean(dim=0))
-        rows.append(sentence.factors() | {"position": positions[-1]})
-    return torch.stack(vectors), pd.DataFrame(rows)
-
-
-def encode(model: HookedTextToImage, tokens: torch.Tensor, at: Space, batch_size: int = 64) -> Float[Tensor, "prompt text_pos d"]:
-    """Text-encoder output for token ids [prompt text_pos], before ("text") or after ("caption") the
-    caption projection.
-
-    Raises:
-        ValueError: a space other than "text" and "caption".
-
-    Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> encode(model, model.to_tokens(["red circle is above blue square"]), "caption").shape
-        torch.Size([1, 7, 192])
-    """
-    if at not in get_args(Space):
-        raise ValueError(f"at={at!r}: choose 'text' (before the caption projection) or 'caption' (after it).")
-    parts = [model.text_encoder(part, attention_mask=(part != PAD_ID).long())[0] for part in tokens.split(batch_size)]
-    text = torch.cat(parts).to(model.dit.dtype)
-    return text if at == "text" else model.dit.project_caption(text)
-
-
-def phrase_span(model: HookedTextToImage, prompt: str) -> slice:
-    """Tokens of a prompt's relation phrase: all between the first object (and "is") and the second.
-
-    Raises:
-        ValueError: the prompt does not name two objects.
-
-    Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> phrase_span(model, "red circle is to the left of blue square")
-        slice(3, 7, None)
-    """
-    return _Sentence(model, prompt).phrase_span()
-
-
-def factors_of(model: HookedTextToImage, prompt: str) -> dict[str, str]:
-    """Factors of one prompt: a row of `word_vectors`' factors, without the position.
-
-    Raises:
-        ValueError: the prompt does not name two objects.
-
-    Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> found = factors_of(model, "red circle is left of square")
-        >>> found["color1"], found["color2"], found["relation"], found["phrase"]
-        ('red', '', 'left', 'left of')
-    """
-    return _Sentence(model, prompt).factors()
-
-
-class _Sentence:
-    """Tokens of a prompt and their roles."""
-
-    def __init__(self, model: HookedTextToImage, prompt: str) -> None:
-        self.prompt = prompt
-        self.strings, self.roles = model.to_str_tokens(prompt), token_roles(model, prompt)
-
-    def phrase_span(self) -> slice:
-        roles = self.roles
-        if "shape1" not in roles or "shape2" not in roles:
-            raise ValueError(f"{self.prompt!r} does not name two objects, as 'red circle is above blue square' does.")
-        start = len(roles) - roles[::-1].index("shape1")
-        start += self.strings[start] == "▁is"
-        stop = next(position for position in range(start, len(roles)) if roles[position] in ("color2", "shape2"))
-        return slice(start, stop)
-
-    def factors(self) -> dict[str, str]:
-        parts: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2")
-        tokens = list(zip(self.strings, self.roles, strict=True))
-        said = {str(part): _words([string for string, role in tokens if role == part]) for part in parts}
-        phrase = _words(self.strings[self.phrase_span()])
-        return said | {"relation": RELATION_OF.get(phrase, said["relation"].replace(" ", "_")), "phrase": phrase}
-
-
-def _words(strings: Sequence[str]) -> str:
-    return "".join(strings).replace("▁", " ").strip()
-
 
 # The design
 
@@ -206,37 +69,49 @@ class _Term:
 
 
 def _terms(factors: Factors, interactions: Interactions, n: int) -> list[_Term]:
-    coded: dict[str, tuple[tuple[Any, ...], np.ndarray, np.ndarray]] = {}
-    for name, values in dict(factors).items():
-        name = str(name)
-        if len(values) != n:
-            raise ValueError(f"Factor {name!r} has {len(values)} values for {n} vectors.")
-        if name in RESERVED or ":" in name:
-            raise ValueError(f"A factor cannot be called {name!r}: rename it.")
-        found = pd.Categorical(list(values)).remove_unused_categories()
-        if (found.codes < 0).any():
-            raise ValueError(f"Factor {name!r} has missing values: leave those rows out.")
-        if len(found.categories) < 2:
-            raise ValueError(f"Factor {name!r} has a single level, {found.categories[0]!r}: leave it out.")
-        levels = len(found.categories)
-        coded[name] = tuple(found.categories), np.asarray(found.codes), np.vstack([np.eye(levels - 1), -np.ones(levels - 1)])
+    coded = {str(name): _coding(str(name), values, n) for name, values in dict(factors).items()}
     if not coded:
         raise ValueError("There is no factor.")
-
-    together = [":".join(pair) for pair in itertools.combinations(coded, 2)] if interactions == "all" else list(interactions)
-    terms = []
-    for name in [*coded, *together]:
-        parts = tuple(name.split(":"))
+    pairs = itertools.combinations(coded, 2)
+    together = [":".join(pair) for pair in pairs] if interactions == "all" else list(interactions)
+    for name in together:
+        parts = name.split(":")
         if unknown := [part for part in parts if part not in coded]:
             raise ValueError(f"There is no factor {unknown[0]!r}: the factors are {', '.join(coded)}.")
-        if len(set(parts)) < len(parts) or (name in together and len(parts) < 2):
+        if len(parts) < 2 or len(set(parts)) < len(parts):
             raise ValueError(f"{name!r} is no interaction: write 'a:b' for two different factors.")
-        contrasts, cells = np.ones((1, 1)), np.zeros(n, dtype=int)
-        for part in parts:
-            levels_, codes, own = coded[part]
-            contrasts, cells = np.kron(contrasts, own), cells * len(levels_) + codes
-        terms.append(_Term(name, parts, tuple(coded[part][0] for part in parts), contrasts, contrasts[cells]))
-    return terms
+    return [_term(name, coded, n) for name in [*coded, *together]]
+
+
+_Coding = tuple[tuple[Any, ...], np.ndarray, np.ndarray]
+"""Levels of a factor, the level of each vector, and contrasts [level column]."""
+
+
+def _coding(name: str, values: Collection[Any], n: int) -> _Coding:
+    """Code a factor so that its columns sum to zero over the levels."""
+    if len(values) != n:
+        raise ValueError(f"Factor {name!r} has {len(values)} values for {n} vectors.")
+    if name in RESERVED or ":" in name:
+        raise ValueError(f"A factor cannot be called {name!r}: rename it.")
+    found = pd.Categorical(list(values)).remove_unused_categories()
+    if (found.codes < 0).any():
+        raise ValueError(f"Factor {name!r} has missing values: leave those rows out.")
+    levels = len(found.categories)
+    if levels < 2:
+        raise ValueError(f"Factor {name!r} has a single level, {found.categories[0]!r}: leave it out.")
+    contrasts = np.vstack([np.eye(levels - 1), -np.ones(levels - 1)])
+    return tuple(found.categories), np.asarray(found.codes), contrasts
+
+
+def _term(name: str, coded: Mapping[str, _Coding], n: int) -> _Term:
+    parts = tuple(name.split(":"))
+    contrasts: np.ndarray = np.ones((1, 1))
+    cells = np.zeros(n, dtype=int)
+    for part in parts:
+        levels, codes, own = coded[part]
+        contrasts, cells = np.kron(contrasts, own), cells * len(levels) + codes
+    of_parts = tuple(coded[part][0] for part in parts)
+    return _Term(name, parts, of_parts, contrasts, contrasts[cells])
 
 
 def _basis(
@@ -315,7 +190,7 @@ def partition(
     total = (centred**2).sum()
     if total <= (ROUNDING**2) * max((values**2).sum(), np.finfo(float).tiny):
         raise ValueError("All vectors are equal: there is no variance to partition.")
-    own = {term.name: _basis(term.columns, _span_of([t for t in terms if t.margin_of(term)], n)) for term in terms}
+    own = {term.name: _own_basis(term, terms, n) for term in terms}
     full = _span_of(terms, n)
     rng = np.random.default_rng(seed)
 
@@ -325,7 +200,7 @@ def partition(
     rows, earlier = {}, list[_Term]()
     for term in terms:
         name = term.name
-        without = _span_of([t for t in terms if t is not term and not term.margin_of(t)], n)
+        without = _span_of(_not_containing(term, terms), n)
         last = _basis(term.columns, without)
         eta, p = _freedman_lane(centred - without @ (without.T @ centred), last, full, total, permutations, rng)
         df = own[name].shape[1]
@@ -347,6 +222,15 @@ def partition(
     if aliased := [f"{name} with {row['aliased_with']}" for name, row in rows.items() if row["aliased_with"]]:
         warnings.warn(f"Aliased: {'; '.join(aliased)}. What they share is in neither's partial share.", stacklevel=2)
     return table
+
+
+def _own_basis(term: _Term, terms: Sequence[_Term], n: int) -> Float[np.ndarray, "n rank"]:
+    """Basis of a term, after the factors that it is made of."""
+    return _basis(term.columns, _span_of([other for other in terms if other.margin_of(term)], n))
+
+
+def _not_containing(term: _Term, terms: Sequence[_Term]) -> list[_Term]:
+    return [other for other in terms if other is not term and not term.margin_of(other)]
 
 
 def _freedman_lane(

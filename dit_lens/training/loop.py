@@ -135,8 +135,7 @@ class _Training:
         """Make the remaining steps, and write the pipeline."""
         config, self.losses = self.config, list[Tensor]()
         with progress_bar(self.accelerator) as progress:
-            bar = progress.add_task("training", total=config.steps, loss="", speed="", accuracy="")
-            progress.update(bar, completed=self.first)
+            bar = progress.add_task("training", total=config.steps, completed=self.first, loss="", speed="", accuracy="")
             self.clock = time.perf_counter()
             for step in range(self.first, config.steps):
                 loss = self.update(step)
