@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import Trajectory
 from hooked_models.generation.loops import Call
 from hooked_models.generation.names import Branch
+from hooked_models.generation.trajectory import Run
 from hooked_models.hooks.module import HookedModule, watched
 from hooked_models.hooks.scopes import scope
 from hooked_models.pixart.text_state import TextState
@@ -120,6 +121,42 @@ def reading(model: HookedModule, readers: Mapping[Any, Reader]) -> Iterator[None
     with scope() as inner, model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
         inner.values |= {(id(one), "on_qk"): readers[one].read for one in fused}
         yield
+
+
+def run_reading(model: Any, inputs: Any, readers: Callable[[Call], Mapping[Any, Reader]]) -> Run:
+    """Generate from `inputs` while readers of attentions see the calls with a conditional branch.
+
+    Args:
+        model: a hooked text-to-image model; its attached hooks act.
+        readers: the readers of one call, by attention; empty for a call that does not count.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> begun = model.trajectory("red circle", num_steps=2, until=0)
+        >>> len(run_reading(model, begun.inputs, lambda call: {}).record)
+        2
+    """
+
+    def denoise(call: Call, rows: Any, x: Tensor, timestep: Any, text: Any) -> Tensor:
+        chosen = readers(call) if "cond" in call.branches else {}
+        with reading(model.dit, chosen) if chosen else nullcontext():
+            return model.denoise(x, timestep, text)
+
+    return model.run(inputs, denoise=denoise)
+
+
+def cond_rows(call: Call, given: int) -> slice:
+    """Rows of the conditional branch, of `given` rows of a call.
+
+    Leading rows whose prompt is empty may have been left out.
+
+    Example:
+        >>> cond_rows(Call(0, ("uncond", "cond"), 2), 4), cond_rows(Call(0, ("uncond", "cond"), 2), 2)
+        (slice(2, 4, None), slice(0, 2, None))
+    """
+    part, missing = call.part("cond"), call.rows * len(call.branches) - given
+    return slice(part.start - missing, part.stop - missing)
 
 
 @dataclass(repr=False)  # TransformerLens calls repr of every hook, which would print the tensors

@@ -23,7 +23,7 @@ from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 from ..intervene.interventions import Steps
 from ..intervene.portable_ops import sums_of_attention
 from ..text.prompts import Word, token_mask, word
-from .group_attention import reading
+from .group_attention import cond_rows, run_reading
 
 By = Literal["layer", "head", "step"]
 
@@ -76,13 +76,10 @@ def heatmap(
     at_steps = list(chosen_steps(steps, len(run)))
     maps = _Maps(model, masks, [at_steps.index(s) if s in at_steps else None for s in range(len(run))], len(at_steps), by)
 
-    def denoise(call: Call, rows: Any, x: Tensor, timestep: Any, text: Any) -> Tensor:
-        if "cond" not in call.branches or call.step not in at_steps:
-            return model.denoise(x, timestep, text)
-        with reading(model.dit, {each.attention: each for each in maps.readers(call)}):
-            return model.denoise(x, timestep, text)
+    def readers(call: Call) -> dict[Any, _Reader]:
+        return {each.attention: each for each in maps.readers(call)} if call.step in at_steps else {}
 
-    model.run(run.inputs, denoise=denoise)
+    run_reading(model, run.inputs, readers)
     return maps.labelled(texts, [one if isinstance(one, str) else str(one) for one in several], at_steps, run.latent)
 
 
@@ -188,7 +185,7 @@ class _Reader:
         k: Float[Tensor, "#row key_pos head d_head"],
         bias: Float[Tensor, "#row #head _ key_pos"] | None,
     ) -> None:
-        rows, places = self._rows(len(q)), slice(self._n_image(q.shape[1]))
+        rows, places = cond_rows(self.call, len(q)), slice(self._n_image(q.shape[1]))
         q, k = q[rows, places], k.expand(len(q), -1, -1, -1)[rows]
         if bias is not None:
             bias = bias[rows] if len(bias) > 1 else bias
@@ -197,15 +194,10 @@ class _Reader:
         self.maps.add(self.number, self.call.step, found.to(torch.promote_types(found.dtype, torch.float32)))
 
     def read_pattern(self, pattern: Float[Tensor, "row head query_pos key_pos"], hook: HookPoint) -> None:
-        pattern = pattern[self._rows(len(pattern)), :, : self._n_image(pattern.shape[2])]
+        pattern = pattern[cond_rows(self.call, len(pattern)), :, : self._n_image(pattern.shape[2])]
         pattern = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
         keys = self._keys(pattern.shape[-1], pattern)
         self.maps.add(self.number, self.call.step, pattern @ keys[:, None])
-
-    def _rows(self, given: int) -> slice:
-        """Rows of the conditional branch. Leading rows whose prompt is empty may be left out of what is given."""
-        part, missing = self.call.part("cond"), self.call.rows * len(self.call.branches) - given
-        return slice(part.start - missing, part.stop - missing)
 
     def _n_image(self, n_queries: int) -> int:
         layout = getattr(self.maps.model.dit, "layout", None)
