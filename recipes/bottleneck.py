@@ -33,8 +33,7 @@ from hooked_models import HookedTextToImage
 
 from . import relation_heads, t5_fusion
 from .claims import Claim, evaluation_of, report, stage
-from .knockouts import change
-from .relation_head import screened
+from .knockouts import change, screened
 
 WORDINGS = ("no is", "the second", "the both", "no is, the second", "crimson", "navy")
 """Templates that keep the order of the words."""

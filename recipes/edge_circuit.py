@@ -39,7 +39,7 @@ from dit_lens.training import dynamics
 from hooked_models import HookedT5Encoder, HookedTextToImage
 
 from .claims import Claim, report, stage
-from .relation_head import found_heads
+from .knockouts import found_heads
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Of edges kept; MIB's, from .5 % on."""

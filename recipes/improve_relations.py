@@ -8,7 +8,7 @@ branch and in the first five of 14 steps, in which places are decided:
 - steer: + k × the relation's own effect vector on the words that carry it, after the caption projection;
 - guide: guidance through the heads alone, z + w (z − z without those words), which is P + w (P − P without) on their patterns.
 
-`rte-nano` draws relations worst of the models that can know them; its heads are the ramps of `relation_head`, its carriers the
+`rte-nano` draws relations worst of the models that can know them; its heads are those of `knockouts.screened`, its carriers the
 relation words. `t5-micro` loses a quarter of its relations where a "the" precedes the second object. Its carrier is the paper's,
 the second shape word, for which it has no ramps, so its heads are those whose loss of that word harms the layout of the first
 clean-image prediction most; and, in a task of its own, the first shape word, for which it has (found by `recurrence`, after the
@@ -52,7 +52,7 @@ from hooked_models.hooks.module import HookFunction
 
 from .claims import Claim, report, stage
 from .dose_figure import dose_figure
-from .relation_head import WORDS, found_heads
+from .knockouts import WORDS, found_heads
 
 Method = Literal["scale", "sharpen", "steer", "guide"]
 METHODS: tuple[Method, ...] = get_args(Method)

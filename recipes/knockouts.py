@@ -13,13 +13,18 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from dit_lens import Intervention, ablation, scenes, sweep
+from dit_lens import Intervention, ablation, scenes, screening, sweep
 from dit_lens.stats import Interval, paired_difference
 from dit_lens.text.prompts import Role
 from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
 
 SHAPE_WORDS: list[Role] = ["shape1", "shape2"]
+
+WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
+"""Words that heads are screened with, of either axis together; `screening.screen_axes` keeps them apart."""
+FOUND_COSINE, FOUND_P = 0.5, 0.01
+"""A head is found if its maps are ramps, and more so than random vectors'."""
 
 Control = Literal["heads", "tokens"]
 Conditions = Mapping[str, tuple[Sequence[Intervention], Sequence[Control]]]
@@ -78,3 +83,22 @@ def change(rows: pd.DataFrame, condition: str, verdict: str, against: str = "non
         return Interval(np.nan, np.nan, np.nan)
     before, after = by_scene[against], by_scene[condition]
     return paired_difference(before.to_numpy()[:, None], after.loc[before.index].to_numpy()[:, None])
+
+
+# Heads by weights
+
+
+def relation_heads(ranking: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `screening.screen_heads` whose maps are ramps, and more so than random vectors'."""
+    return ranking[(ranking["cosine"].abs() >= FOUND_COSINE) & (ranking["p"] <= FOUND_P)]
+
+
+def found_heads(ranking: pd.DataFrame) -> list[str]:
+    """Their names ("L2H2"), strongest first."""
+    return [f"L{row.layer}H{row.head}" for row in relation_heads(ranking).itertuples()]
+
+
+def screened(model: HookedTextToImage) -> tuple[pd.DataFrame, list[str]]:
+    """`screening.screen_heads` with the relation words, and the heads that it names ("L2H2"), strongest first."""
+    ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
+    return ranking, found_heads(ranking)

@@ -7,7 +7,7 @@ takes shape accuracy from .90 to .76. What would falsify it: maps that are as st
 steep with other heads' writing; relation in what the head writes; shape words masked in it that cost no more than in random
 heads; or no effect of the relation heads on the layout by way of the object heads' queries.
 
-What differs: object heads are found by the synopsis, relation heads by screening (`recipes.relation_head`), all of them; a head
+What differs: object heads are found by the synopsis, relation heads by screening (`knockouts.screened`), all of them; a head
 that is both is an object head, because it is seen to read shapes. Path patching, which is not in the paper, replaces what the
 relation heads write by what they write under the opposite relation (same scene, same noise), as far as the object heads' queries
 see it. Controls: random heads of the same layers as senders, receivers and knock-outs, and random words. The layout (where
@@ -39,8 +39,7 @@ from hooked_models import HookedTextToImage
 from . import attention_synopsis as synopses
 from .circuit_figures import dependence_figure, effects_figure, maps_figure
 from .claims import Claim, report, stage
-from .knockouts import SHAPE_WORDS, Conditions, accuracy, change, knocked_out, names_of, scenes_of
-from .relation_head import screened
+from .knockouts import SHAPE_WORDS, Conditions, accuracy, change, knocked_out, names_of, scenes_of, screened
 from .t5_fusion import FACTORS, share_interval
 
 READS = 0.1

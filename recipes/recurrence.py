@@ -6,7 +6,7 @@ have them is not shown. What would falsify it: a size or seed that draws relatio
 or found heads that read the opposite relation and yet draw the caption's, or do so no less than random heads.
 
 A head is found if the maps of a word over positions are ramps, and more so than those of random vectors
-(`relation_head.relation_heads`; p is not corrected for the number of heads). Causally, heads are given the keys and values that a
+(`knockouts.relation_heads`; p is not corrected for the number of heads). Causally, heads are given the keys and values that a
 word has in the caption of the opposite relation (as many words, the same objects), nothing else is touched: if the relation is
 read there, the layout turns round. Which word carries it is asked of all heads at the first step, by the layout predicted there
 (cosine with the caption's, from 1 to −1); of the heads found, by images. Controls: as many random heads of the same layers. Where
@@ -42,8 +42,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.pipelines.hub import ZOO
 
 from .claims import Claim, report, stage
-from .knockouts import layout_metric
-from .relation_head import found_heads, relation_heads
+from .knockouts import found_heads, layout_metric, relation_heads
 
 READ: dict[str, dict[str, Role]] = {"rte": {"words": "relation"}, "t5": {"shape2": "shape2", "shape1": "shape1"}}
 """By text encoder: what heads are screened with (`dynamics.SOURCES`) → the word whose keys and values they are given."""
@@ -123,7 +122,7 @@ def last_screening(course: pd.DataFrame) -> pd.DataFrame:
 
 
 def strongest_half(ranking: pd.DataFrame) -> list[str]:
-    """`relation_head.found_heads`, at most half of all."""
+    """`knockouts.found_heads`, at most half of all."""
     return found_heads(ranking)[: len(ranking) // 2]
 
 

@@ -1,41 +1,42 @@
-"""Find a model's relation head from its weights, watch it at work, and knock it out. `python -m recipes.relation_head`
+"""Redraw images with the opposite relation, through four heads. `python -m recipes.relation_head`
 
-Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers* (arXiv 2601.06338),
-sections 4.1 and 4.2, figures 3B and 4. What differs: the screening has a null and takes heads of either sign (a head that looks
-away from where the word points tells the other object's side); the knock-out masks every relation word (the original: the first
-only), is compared with random heads and random words on the same noise, and has intervals; all heads found are also knocked out
-together, because a model may have several.
+Source: Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion Transformers*
+(arXiv 2601.06338), sections 4.1 and 4.2, who mask one head. Here four heads of `rte-micro` are given
+the keys and values of the opposite prompt ("below" for "above") and nothing else is changed; as many
+random heads of the same layers, another set for every image, are the control.
+
+`recipes.relation_circuit` finds such sets, and measures them with more images and conditions. Three
+of the four can be told from the weights alone: they hold nearly all gain² of an axis.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import tyro
-import xarray as xr
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from dit_lens import ablation, circuits, prompts, scenes, screening, stats, viz
+from dit_lens import scenes, screening, viz
+from dit_lens.intervene.interchange import Interchange, matched_sets
+from dit_lens.stats import Interval, proportion
 from dit_lens.store import write_json
+from dit_lens.training.dynamics import axis_contrasts
 from hooked_models import HookedTextToImage
 
-PROMPTS = (
-    "red circle is above blue square",
-    "blue triangle is below red circle",
-    "red square is to the left of blue triangle",
-    "blue circle is to the lower right of red square",
-)
-WORDS = ("above", "below", "left", "right", "upper", "lower", "higher")
-CHANGE = "change in relation"
-METRICS = ("color", "shape", "unique_binding", "relation_loose", "relation_given_both")
-DIRECTION_WORDS = ("above", "below", "left", "right")
-FIGURE_STEPS = (0, 1, 2, 4, 8, 13)
-FOUND_COSINE, FOUND_P = 0.5, 0.01  # a head is a relation head if its maps are ramps, and more so than random vectors'
+HEADS = {"rte-micro": ("L2H1", "L1H0", "L2H2", "L1H1"), "rte-mini": ("L1H0", "L2H1", "L2H5")}
+"""Bundled model → heads that `relation_circuit` found to be needed."""
+CONDITIONS = ("as prompted", "found heads", "random heads")
+SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Config:
 
     model: str = "rte-micro"
     """Bundled model, pipeline folder or hub id."""
-    pairs: int = 64
+    heads: tuple[str, ...] = ()
+    """Heads to exchange; by default those of `HEADS`."""
+    images: int = 32
     """Images a condition; all conditions share prompts and noise."""
-    controls: int = 1
-    """Draws of random heads, and of random words, that are knocked out for comparison with every condition."""
     seed: int = 0
     out: Path = Path("results/relation_head")
 
@@ -55,96 +56,100 @@ class Config:
 @torch.no_grad()
 def main(config: Config) -> None:
     console = Console()
+    heads = config.heads or HEADS.get(config.model, ())
+    if not heads:
+        raise SystemExit(f"No heads are known of {config.model}: name some, --heads L2H1 L1H0, or run recipes.relation_circuit.")
     model = HookedTextToImage.from_pretrained(config.model)
     console.print(f"[bold]{config.model}[/bold]: {model.cfg.n_layers} layers × {model.cfg.n_heads} heads")
+    show(console, "Share of gain² by axis, from the weights alone", shares(model, heads))
 
-    with console.status("generating, caching cross-attention over all layers, heads and steps"):
-        images, cache = model.run_with_cache(
-            PROMPTS, seed=config.seed, names_filter=lambda name: name.endswith("cross_attn.hook_pattern")
-        )
-    console.print(cache)
-
-    with console.status("screening heads in weight space"):
-        ranking, found = screened(model)
-    show(console, "Heads by alignment of position × word maps with the words' ramps", ranking.head(6).round(3))
-    console.print(f"relation heads (|cosine| ≥ {FOUND_COSINE}, p ≤ {FOUND_P}): {', '.join(found) or 'none'}")
-    if not found:
-        return
-
-    conditions = {head: ablation.knockout_role("relation", head) for head in found[:2]}
-    conditions[f"all {len(found)}"] = ablation.knockout_role("relation", found)
-    wanted = scenes.sample(config.pairs, seed=config.seed + 1, split="all", color_words="both")
-    noise = config.seed + np.arange(config.pairs)[:, None]
-    effects = ablation.ablation_effects(
-        model, wanted, conditions, noise, controls=config.controls, exclude=found, rng=config.seed
-    )
-    table = compare(effects)
-    title = f"Relation words masked in some heads ({config.pairs} images, same prompts and noise), mean [95 % interval]"
-    show(console, title, as_text(table))
+    wanted = scenes.sample(config.images, seed=config.seed + 12, split="all", color_words="both")
+    with console.status("drawing"):
+        images = drawn(model, heads, wanted, config.seed)
+    results = judged(images, wanted)
+    title = f"Keys and values of the opposite prompt ({config.images} images, same prompts and noise): share [95 % interval]"
+    show(console, title, results.drop(columns=list(Interval._fields)))
+    figure = redrawn_figure(images, wanted, heads, results)
 
     config.out.mkdir(parents=True, exist_ok=True)
-    ranking.to_csv(config.out / "screening.csv", index=False)
-    table.to_csv(config.out / "knockout.csv", index=False)
-    facts = {"model": config.model, "heads": found, "pairs": config.pairs, "controls": config.controls, "seed": config.seed}
-    write_json(config.out / "result.json", {**facts, "results": table.to_dict("records")})
-    for head in found[:2]:
-        maps = {word: circuits.position_word_map(model.dit, head, screening.word_vector(model, word)) for word in DIRECTION_WORDS}
-        figure = viz.relation_head_figure(head, PROMPTS, images, attention_to_relation(model, cache, head), maps)
-        figure.savefig(config.out / f"{head}.png", dpi=150)
-    viz.attention_page(cache, list(PROMPTS), images, config.out / "attention.html")
-    console.print(f"figures, tables and a page to walk through: {config.out}/")
+    figure.savefig(config.out / "redrawn.png", dpi=150)
+    results.to_csv(config.out / "redrawn.csv", index=False)
+    facts = {"model": config.model, "heads": list(heads), "images": config.images, "seed": config.seed}
+    write_json(config.out / "result.json", {**facts, "results": results.to_dict("records")})
+    console.print(f"figure and numbers: {config.out}/redrawn.png, redrawn.csv, result.json")
 
 
-def relation_heads(ranking: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `screening.screen_heads` whose maps are ramps, and more so than random vectors'."""
-    return ranking[(ranking["cosine"].abs() >= FOUND_COSINE) & (ranking["p"] <= FOUND_P)]
+def shares(model: HookedTextToImage, heads: Sequence[str]) -> pd.DataFrame:
+    """Share of the gain² of each axis of the given heads, and of the strongest other one (`screening.screen_axes`)."""
+    table = screening.screen_axes(model.dit, axis_contrasts(model)["words"])
+    names = [f"L{row.layer}H{row.head}" for row in table.itertuples()]
+    by_axis = table.assign(name=names).pivot(index="name", columns="axis", values="share")[list(screening.AXES)]
+    others = by_axis.drop(index=list(heads))
+    shown = pd.concat([by_axis.loc[list(heads)], others.max().to_frame(f"most of the other {len(others)}").T])
+    return shown.map("{:.3f}".format).rename_axis("head").rename_axis(None, axis=1)
 
 
-def found_heads(ranking: pd.DataFrame) -> list[str]:
-    """Their names ("L2H2"), strongest first."""
-    return [f"L{row.layer}H{row.head}" for row in relation_heads(ranking).itertuples()]
+def drawn(
+    model: HookedTextToImage, heads: Sequence[str], wanted: Sequence[scenes.Scene], seed: int
+) -> dict[str, Float[Tensor, "image 3 height width"]]:
+    """Images of each of `CONDITIONS`, from the same noise."""
+    swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
+    sets = list(matched_sets(model, heads, len(wanted), np.random.default_rng(seed)))
+    random = [hook for one in swap.of_each(sets, "relation") for hook in one.hooks(model, swap.texts)]
+    noise = list(range(seed + 500, seed + 500 + len(wanted)))
+    hooks = {"as prompted": [], "found heads": swap.hooks(heads, "relation"), "random heads": random}
+    return {name: model.run_with_hooks(swap.texts, seed=noise, fwd_hooks=hooks[name]) for name in CONDITIONS}
 
 
-def screened(model: HookedTextToImage) -> tuple[pd.DataFrame, list[str]]:
-    """`screening.screen_heads` with the relation words, and the heads that it names ("L2H2"), strongest first."""
-    ranking = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in WORDS})
-    return ranking, found_heads(ranking)
-
-
-def attention_to_relation(model: HookedTextToImage, cache: object, head: str) -> xr.DataArray:
-    """Attention mass of one head on the relation words: dims (prompt, step, y, x)."""
-    layer, index = circuits.parse_head(head)
-    side = model.cfg.sample_size // model.cfg.patch_size
-    words = prompts.role_mask(model, PROMPTS, "relation")
-    maps = []
-    for step in FIGURE_STEPS:
-        pattern = cache["pattern", layer, "cross_attn", step][:, index]  # type: ignore[index]  # [prompt query text_pos]
-        maps.append(torch.einsum("pqt,pt->pq", pattern, words.to(pattern)).reshape(len(PROMPTS), side, side))
-    stacked = torch.stack(maps, dim=1).cpu().numpy()
-    return xr.DataArray(stacked, dims=("prompt", "step", "y", "x"), coords={"step": list(FIGURE_STEPS)})
-
-
-def compare(effects: xr.Dataset) -> pd.DataFrame:
-    """Mean and 95 % interval of every condition's accuracies, and of its paired change of the loose relation.
-
-    Returns:
-        Columns knocked_out, metric, mean, low, high; a row for each condition and metric.
-    """
+def judged(images: Mapping[str, Float[Tensor, "image 3 height width"]], wanted: Sequence[scenes.Scene]) -> pd.DataFrame:
+    """A row a condition and verdict, of the images that bind: columns heads, relation, text, images, mean, low, high."""
+    turned = [scenes.opposite(scene) for scene in wanted]
     rows = []
-    for condition in effects["condition"].values:
-        one = effects.sel(condition=condition)
-        found = {metric: stats.clustered_mean(one[metric].values.astype(float)) for metric in METRICS}
-        if condition != "none":
-            found[CHANGE] = stats.Interval(*one["relation_loose_effect"].values)
-        rows += [{"knocked_out": condition, "metric": metric, **value._asdict()} for metric, value in found.items()]
+    for condition, some in images.items():
+        binding = scenes.evaluate(some, wanted)["unique_binding"].values
+        for relation, goal in (("as prompted", wanted), ("opposite", turned)):
+            found = proportion(scenes.evaluate(some, goal)["relation_loose"].values[binding].astype(float))
+            rows.append(
+                {"heads": condition, "relation drawn": relation, "share": str(found), "images": int(binding.sum())}
+                | found._asdict()
+            )
     return pd.DataFrame(rows)
 
 
-def as_text(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `compare` as one text for each condition and metric."""
-    texts = [str(stats.Interval(*row)) for row in table[list(stats.Interval._fields)].itertuples(index=False)]
-    wide = table.assign(text=texts).pivot(index="knocked_out", columns="metric", values="text").fillna("")
-    return wide.loc[table["knocked_out"].unique(), table["metric"].unique()].rename_axis("knocked out").rename_axis(None, axis=1)
+def redrawn_figure(
+    images: Mapping[str, Float[Tensor, "image 3 height width"]],
+    wanted: Sequence[scenes.Scene],
+    heads: Sequence[str],
+    results: pd.DataFrame,
+) -> Figure:
+    """A column a prompt: the image, redrawn with the found heads exchanged, and with random heads exchanged.
+
+    The first image of each relation whose plain image binds, then others of those.
+    """
+    binding = np.flatnonzero(scenes.evaluate(images[CONDITIONS[0]], wanted)["unique_binding"].values)
+    first = {wanted[i].relation: i for i in reversed(binding)}
+    chosen = [*sorted(first.values()), *(i for i in binding if i not in first.values())][:SHOWN]
+    opposite = results[results["relation drawn"] == "opposite"].set_index("heads")
+    with viz.style.applied():
+        figure, grid = plt.subplots(
+            len(images), len(chosen), figsize=(1.45 * len(chosen) + 1.3, 5.6), layout="constrained", squeeze=False
+        )
+        labels = (
+            "as prompted",
+            f"{' '.join(heads[:2])}\n{' '.join(heads[2:])}\nread the opposite",
+            "random heads\nread the opposite",
+        )
+        for row, label, some in zip(grid, labels, images.values(), strict=True):
+            for ax, i in zip(row, chosen, strict=True):
+                viz.bare(ax).imshow(some[i].permute(1, 2, 0).float().cpu().numpy())
+            row[0].text(-0.08, 0.5, label, ha="right", va="center", fontsize=10, transform=row[0].transAxes)
+        for ax, i in zip(grid[0], chosen, strict=True):
+            scene = wanted[i]
+            title = f"{scene.color1} {scene.shape1}\n{scene.phrase}\n{scene.color2} {scene.shape2}"
+            ax.set_title(title, fontsize=9)
+        told = "; ".join(f"{name} {share}" for name, share in opposite["share"].items() if name != CONDITIONS[0])
+        figure.suptitle(f"Opposite relation drawn, of the images that bind: {told}")
+    return figure
 
 
 def show(console: Console, title: str, frame: pd.DataFrame) -> None:

@@ -35,8 +35,18 @@ from hooked_models import HookedTextToImage
 from . import attention_synopsis as synopses
 from .circuit_figures import effects_figure, ramps_figure, steps_figure, ways_figure
 from .claims import Claim, report, stage
-from .knockouts import Conditions, accuracy, change, knocked_out, layout_metric, names_of, scenes_of
-from .relation_head import FOUND_COSINE, FOUND_P, screened
+from .knockouts import (
+    FOUND_COSINE,
+    FOUND_P,
+    Conditions,
+    accuracy,
+    change,
+    knocked_out,
+    layout_metric,
+    names_of,
+    scenes_of,
+    screened,
+)
 
 READS = 0.1
 """Attention at step 0 beyond the label shuffle's from which on the synopsis names a head (and its interval is above 0)."""

@@ -35,7 +35,7 @@ from dit_lens.task.scene import other_color
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, report, stage
-from .relation_head import WORDS, relation_heads
+from .knockouts import WORDS, relation_heads
 
 CLAUSES = {"relation1": "red circle is {} blue square", "relation2": "red circle is above blue square and {} red triangle"}
 LOST, KEPT = (-1.0, -0.15), (-0.1, 0.1)

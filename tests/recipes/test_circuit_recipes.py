@@ -22,7 +22,7 @@ from dit_lens.text.variance import encode
 from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
 from recipes import attention_synopsis, bottleneck, knockouts, object_heads, relation_heads, t5_fusion
-from recipes.relation_head import screened
+from recipes.knockouts import screened
 
 
 @functools.cache
@@ -170,7 +170,7 @@ def test_a_first_look_is_the_run_with_the_word_masked():
 
 @pytest.mark.slow
 def test_weights_and_patterns_name_the_planted_relation_heads(planted_model):
-    """The vertical ones: most of `relation_head.WORDS` are vertical, so screening asks for those. Decoys that share their ramps
+    """The vertical ones: most of `knockouts.WORDS` are vertical, so screening asks for those. Decoys that share their ramps
     pass both ways, so a knock-out has to be the third."""
     model, truth = planted_model("two-stage", 0)
     seen = attention_synopsis.by_object(attention_synopsis.labelled([attention_synopsis.reading(model, 8, 0)]))

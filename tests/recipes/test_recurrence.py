@@ -13,7 +13,7 @@ from dit_lens.training import dynamics
 from hooked_models import HookedTextToImage
 from hooked_models.pipelines.hub import ZOO
 from recipes import recurrence
-from recipes.relation_head import FOUND_COSINE, FOUND_P
+from recipes.knockouts import FOUND_COSINE, FOUND_P
 
 
 def ranking(cosines: list[float], p: float = 0.001) -> pd.DataFrame:

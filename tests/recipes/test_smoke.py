@@ -82,10 +82,15 @@ def test_a_recipe_runs_and_goes_on_where_it_was(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stages/*.parquet")} == stages
 
 
-def test_the_demonstration_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    relation_head.main(relation_head.Config(pairs=2, out=tmp_path))
-    assert "relation heads" in capsys.readouterr().out
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"screening.csv", "knockout.csv", "result.json", "L2H2.png", "attention.html"} <= names
-    table = pd.read_csv(tmp_path / "knockout.csv")
-    assert all(pd.api.types.is_numeric_dtype(table[column]) for column in ("mean", "low", "high"))
+def test_the_demonstration_redraws_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    relation_head.main(relation_head.Config(images=4, out=tmp_path))
+    assert "L1H1" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"redrawn.csv", "redrawn.png", "result.json"}
+    table = pd.read_csv(tmp_path / "redrawn.csv").set_index(["heads", "relation drawn"])["mean"]
+    assert table["found heads", "opposite"] == table["random heads", "as prompted"] == table["as prompted", "as prompted"] == 1
+    assert table["random heads", "opposite"] == table["found heads", "as prompted"] == 0
+
+
+def test_the_demonstration_says_what_it_needs() -> None:
+    with pytest.raises(SystemExit, match="--heads"):
+        relation_head.main(relation_head.Config(model="rte-nano"))
