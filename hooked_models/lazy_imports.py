@@ -55,7 +55,7 @@ def redirect(package: str, moved: Mapping[str, str]) -> None:
         ...     warnings.simplefilter("always")
         ...     from hooked_models.patch_codec import PatchCodec
         >>> str(caught[-1].message)
-        'hooked_models.patch_codec is now hooked_models.pipelines.codec; the old path goes in version 0.3.'
+        'hooked_models.patch_codec is now hooked_models.pipelines.codec; the old path goes ...
     """
     table = {f"{package}.{old}": f"{package}.{new}" for old, new in moved.items()}
     # first: a folder that git left behind for its __pycache__ would pass for a namespace package

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from hooked_models import HookedTextToImage
 
+    from ..intervene.interventions import Intervention
     from ..task import Scene
 
 Prompts = tuple[str, ...]
@@ -189,15 +190,14 @@ def synopsis_command(
         threshold: tokens covered at least to this share belong to an object; by default they count by their share.
         out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped run continues.
     """
-    from .. import task as scenes
     from ..readout import synopsis
 
     hooked = machine.load(model)
-    wanted = [] if prompts else scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
-    texts = list(prompts) or [scenes.caption(scene) for scene in wanted]
+    wanted, texts = _scenes(prompts, num_scenes, scene_seed)
     groups = _regions(hooked, wanted, texts, batch_size, threshold) if wanted else None
-    keys = key_group or ("relation" if sublayer == "cross_attn" else "object1" if wanted else "image")
-    folder = None if out is None or out.suffix in TABLES else out
+    region, other = ("object2", "object1") if wanted else ("image", "image")
+    region, keys = image_group or region, key_group or ("relation" if sublayer == "cross_attn" else other)
+    folder, file = _folder_or_file(out)
     seen = synopsis.attention_synopsis(
         hooked,
         texts,
@@ -209,11 +209,25 @@ def synopsis_command(
         batch_size=batch_size,
         out=folder,
     )
-    region = image_group or ("object2" if wanted else "image")
     table = synopsis.rank_heads(seen, region, keys, "mean" if step is None else step, branch)
     when = "mean over steps" if step is None else f"step {step}"
     title = f"{model}: {region} → {keys}, {reduce}, {when}, {branch}, {len(texts)} prompts"
-    show(table, None if folder else out, title)
+    show(table, file, title)
+
+
+def _scenes(prompts: Sequence[str], n: int, seed: int) -> tuple[list[Scene], list[str]]:
+    """Scenes to draw, none if there are prompts; and the prompts, or the scenes' captions."""
+    from .. import task as scenes
+
+    if prompts:
+        return [], list(prompts)
+    wanted = scenes.sample(n, seed=seed, split="all", color_words="both")
+    return wanted, [scenes.caption(scene) for scene in wanted]
+
+
+def _folder_or_file(out: Path | None) -> tuple[Path | None, Path | None]:
+    """`out` as a folder of results, or as the file of a table."""
+    return (None, out) if out is not None and out.suffix in TABLES else (out, None)
 
 
 def _regions(model: HookedTextToImage, wanted: Sequence[Scene], texts: list[str], batch: int, threshold: float | None) -> Any:
@@ -299,10 +313,9 @@ def sweep_command(
         out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped sweep continues.
     """
     from .. import sweep
-    from .. import task as scenes
     from ..intervene.interventions import Intervention
 
-    wanted = [] if prompts else scenes.sample(num_scenes, seed=scene_seed, split="all", color_words="both")
+    wanted, texts = _scenes(prompts, num_scenes, scene_seed)
     if prompts and metric != "displacement":
         raise ValueError(f"--metric {metric} judges scenes: leave --prompts out, or measure the displacement.")
     hooked = machine.load(model)
@@ -311,20 +324,18 @@ def sweep_command(
         "relation": sweep.relation_metric(wanted),
         "scene": sweep.scene_metric(wanted),
     }
-    several = Intervention(site, None if "head" in each else heads, tokens, None if "step" in each else steps, branch, action)
-    cells = sweep.grid(
-        several,
-        layers=(layers or range(hooked.cfg.n_layers)) if "layer" in each and "*" in site else None,
-        heads=(heads or range(hooked.cfg.n_heads)) if "head" in each else None,
-        steps=(steps or range(num_steps)) if "step" in each else None,
-    )
-    texts = list(prompts) or [scenes.caption(scene) for scene in wanted]
-    chosen: dict[str, Any] = {metric: measures[metric]}
-    plan = sweep.plan(hooked, texts, seeds, cells, chosen, num_steps=num_steps, guidance=guidance)
+    whole = Intervention(site, heads, tokens, steps, branch, action)
+    axes = {
+        "layer": layers or range(hooked.cfg.n_layers),
+        "head": heads or range(hooked.cfg.n_heads),
+        "step": steps or range(num_steps),
+    }
+    cells = _cells(whole, {axis: axes[axis] for axis in each if axis != "layer" or "*" in site})
+    plan = sweep.plan(hooked, texts, seeds, cells, {metric: measures[metric]}, num_steps=num_steps, guidance=guidance)
     if explain:
         say(plan.explain())
         return
-    folder, file = (None, out) if out is not None and out.suffix in TABLES else (out, None)
+    folder, file = _folder_or_file(out)
     column = "scene_relation_loose" if metric == "scene" else metric
     title = f"{model}, {len(texts)} prompts × {len(seeds)} seeds: effect on {metric}, after − before"
     if top is not None:
@@ -337,6 +348,15 @@ def sweep_command(
     show(_effects(found, column), file, title, show_rows)
     if failed := int((found["error"] != "").sum()):
         say(f"{failed} cells failed; the first: {next(filter(None, found['error'].values.flatten().tolist()))}")
+
+
+def _cells(whole: Intervention, axes: Mapping[str, Sequence[int]]) -> dict[str, Intervention]:
+    """One intervention for each combination of values; an axis that is not there stays whole."""
+    from .. import sweep
+
+    heads, steps = (None if "head" in axes else whole.heads), (None if "step" in axes else whole.steps)
+    one = replace(whole, heads=heads, steps=steps)
+    return sweep.grid(one, **{f"{axis}s": values for axis, values in axes.items()})
 
 
 def _effects(found: Any, column: str) -> pd.DataFrame:

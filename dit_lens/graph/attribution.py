@@ -2,9 +2,10 @@
 
     original = model.trajectory("red circle is below blue square", seed=0)
     source = model.trajectory("red circle is above blue square", seed=0)
-    found = attribution.nodes(attribution.pair(original, source), metric)      # heads, MLPs and words, at every step
+    pair = attribution.pair(original, source)
+    found = attribution.nodes(pair, metric)  # heads, MLPs and words, at every step
     found.scores["cross_attn"].sel(step=3, layer=2, head=1)
-    found.verify(k=10, sample=30).spearman                                     # against exact patching
+    found.verify(k=10, sample=30).spearman  # against exact patching
 
 A node's score is Σ (source − original) · ∂metric/∂activation: the change of the metric if it were patched from the source
 run into the original one, to first order (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348). An edge's

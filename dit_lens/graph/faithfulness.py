@@ -1,8 +1,8 @@
 """How much of a behaviour a circuit keeps: exact runs of sets of edges, and curves over their size.
 
     found = attribution.edges(attribution.pair(clean_run, corrupt_run), metric, ig_steps=3)
-    edges = candidate_edges(model, clean, found.scores)              # one row an edge: step, sender, receiver, score
-    kept = np.arange(len(edges)) < 100                               # the circuit: the 100 edges of largest score
+    edges = candidate_edges(model, clean, found.scores)  # step, sender, receiver, score
+    kept = np.arange(len(edges)) < 100  # the circuit: the 100 edges of largest score
     images = run_circuits(model, clean, corrupt, seeds, edges, kept[None])
 
 A circuit is a set of edges of the conditional branch, an edge being a sender, a receiver and a denoising step. Along edges out

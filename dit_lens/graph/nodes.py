@@ -27,18 +27,19 @@ Index = Any
 class Node:
     """A component of the denoiser, as one end of a path.
 
-    ========================= ============================================ ===============================================
-    form                      sends (its contribution to its readers)      receives (its input)
-    ========================= ============================================ ===============================================
-    ``attn.L2H1[.q|.k|.v]``   ``attn.hook_z`` of the head: its post-gate   the residual before ln1, as Q, K or V read it
-                              result, because the gate is the same         (all three unless said)
-    ``cross_attn.L2H1[.…]``   ``cross_attn.hook_z`` of the head            Q: the raw residual; K, V: the caption
-    ``mlp.L3``                ``hook_mlp_out``                             the residual before ln2
-    ``text[…]``               rows of ``hook_text``: positions or a role   –
-    ``embed``                 ``hook_embed``                               the same: all that the latents tell the network
-    ``output``                the final residual                           the same
-    ``image``                 –                                            the final latents, as the last solver step left them
-    ========================= ============================================ ===============================================
+    ======================= ============================== ==============================
+    form                    sends to its readers           receives
+    ======================= ============================== ==============================
+    ``attn.L2H1[.q|.k|.v]`` ``attn.hook_z`` of the head    the residual before ln1, as Q,
+                            (the gate is the same)         K or V (default: all) read it
+    ``cross_attn.L2H1[.…]`` ``cross_attn.hook_z``          Q: the raw residual;
+                            of the head                    K, V: the caption
+    ``mlp.L3``              ``hook_mlp_out``               the residual before ln2
+    ``text[…]``             rows of ``hook_text``          –
+    ``embed``               ``hook_embed``                 the same
+    ``output``              the final residual             the same
+    ``image``               –                              the final latents
+    ======================= ============================== ==============================
 
     A head's q is a function of its input alone, so the input is patched at ``hook_q`` (k, v and ``mlp.hook_pre`` likewise):
     the intervention is that on ``hook_q_input``, without a copy of the residual stream for every head, and LayerNorm is

@@ -2,8 +2,10 @@
 
     original = model.trajectory("red circle is above blue square", seed=0)
     source = model.trajectory("red circle is below blue square", seed=0)
-    path_patch(original, source, "cross_attn.L2H1", "cross_attn.L4H0.q", metric)          # at every step
-    path_patch(original, source, Nodes("text[relation]", steps=0), Nodes("mlp.L3", steps=2), metric, "exact")
+    # at every step
+    path_patch(original, source, "cross_attn.L2H1", "cross_attn.L4H0.q", metric)
+    words, mlp = Nodes("text[relation]", steps=0), Nodes("mlp.L3", steps=2)
+    path_patch(original, source, words, mlp, metric, "exact")
 
 The graph is the whole generation: text, embedding, heads and MLPs of every denoising step and guidance branch, joined by
 the residual stream; the sampler joins a step's network output to all steps after it (latents and multistep history). Let P

@@ -1,6 +1,7 @@
 """An intervention as data: where, which heads, which tokens, which steps, which branch, and the action there.
 
-    hide = Intervention("blocks.2.cross_attn.hook_pattern", heads="L2H2", tokens="relation", action="knockout")
+    pattern = "blocks.2.cross_attn.hook_pattern"
+    hide = Intervention(pattern, heads="L2H2", tokens="relation", action="knockout")
     images = model.run_with_hooks(prompts, seed=0, fwd_hooks=hide.hooks(model, prompts))
 
 It becomes hooks in two stages. `Intervention.resolve` turns words and head numbers into one `Edit` a tensor, which holds
@@ -11,18 +12,16 @@ It selects the entries of the chosen heads and tokens (all, where None). docs/ho
 its head axis, tokens its axis of text positions or of image positions; in patterns and scores the keys, which are words in
 `cross_attn`. A prompt in which nothing is selected is an error, unless `missing="ignore"`. The actions:
 
-==============  ====================================================================================================
-``"zero"``      0. On a pattern the attention is lost, the others' is not raised: see ``"knockout"`` for that.
-``"mean"``      The mean over the batch's rows, of this very run, position by position. On text positions, where prompts differ in
-                wording, a role (or mask) takes the mean over all selected tokens of all rows instead.
-``"resample"``  The activation of another prompt in the batch (the same donor at every step). On text positions a role's k-th
-                token is taken from that prompt's k-th, so only prompts with equally many are exchanged.
-``"knockout"``  Patterns and scores only: the selected keys are masked as PixArt masks a pad, by a score of -10000 before
-                the softmax, so the other keys share the attention in their old proportions and every row sums to one.
-Replace(value)  A tensor that broadcasts to the activation [batch …] of every site, or a cache or dict of them by name.
-Scale(a)        a times the activation.
-Add(vector)     the activation plus a tensor that broadcasts to it.
-==============  ====================================================================================================
+- ``"zero"``: 0. On a pattern the attention is lost, the others' is not raised: see ``"knockout"`` for that.
+- ``"mean"``: the mean over the batch's rows, of this very run, position by position. On text positions, where prompts
+  differ in wording, a role (or mask) takes the mean over all selected tokens of all rows instead.
+- ``"resample"``: the activation of another prompt in the batch (the same donor at every step). On text positions a role's
+  k-th token is taken from that prompt's k-th, so only prompts with equally many are exchanged.
+- ``"knockout"``: patterns and scores only: the selected keys are masked as PixArt masks a pad, by a score of -10000 before
+  the softmax, so the other keys share the attention in their old proportions and every row sums to one.
+- ``Replace(value)``: a tensor that broadcasts to the activation [batch …] of every site, or a cache or dict of them by name.
+- ``Scale(a)``: a times the activation.
+- ``Add(vector)``: the activation plus a tensor that broadcasts to it.
 
 Hooks of one site act in the order they are given. Hooks on scores or patterns make that layer's attention explicit instead
 of fused, for all rows of the batch: rows and branches that are not selected then keep their values up to rounding, else exactly.

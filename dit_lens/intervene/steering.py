@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -236,31 +236,46 @@ def dose_response(
 
     # a dose of 0 is the same for all
     doses = [(name, k) for name in conditions for k in ks if k != 0] + [("steered", 0.0)] * (0 in ks)
-    jobs = list(itertools.product(doses, range(len(texts)), seeds))
-
-    def judged(batch: Sequence[tuple[tuple[str, int | float], int, int]]) -> dict[str, np.ndarray]:
-        rows, noise = [row for _, row, _ in batch], [seed for *_, seed in batch]
-        added = torch.stack([k * conditions[name][row] for (name, k), row, _ in batch])
-        images = _generate(model, [texts[row] for row in rows], added, at, noise, how)
-        return _judge(images, [wanted[row] for row in rows], [goals[row] for row in rows])
-
+    jobs = [
+        (k * conditions[name][row], wanted[row], goals[row], seed)
+        for (name, k), row, seed in itertools.product(doses, range(len(texts)), seeds)
+    ]
     starts = _batches(len(jobs), batch_size, "dose and response")
-    parts = [judged(jobs[start : start + batch_size]) for start in starts]
-    values = {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
+    parts = [_draw_and_judge(model, jobs[start : start + batch_size], at, how) for start in starts]
+
     shape = (len(doses), len(texts), len(seeds))
     of_dose = {dose: place for place, dose in enumerate(doses)}
     places = [[of_dose[("steered", 0.0) if k == 0 else (name, k)] for k in ks] for name in conditions]
+    values = {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
     dims = ("condition", "k", "scene", "seed")
-    coords = {
-        "condition": list(conditions),
-        "kind": ("condition", [name.rpartition(" ")[0] or name for name in conditions]),
-        "k": list(ks),
-        "seed": list(seeds),
+    return xr.Dataset(
+        {name: (dims, value.reshape(shape)[places]) for name, value in values.items()},
+        {"k": list(ks), "seed": list(seeds), **_labels(conditions, wanted, goals)},
+    )
+
+
+def _draw_and_judge(
+    model: HookedTextToImage,
+    jobs: Sequence[tuple[Tensor, Scene, Relation, int]],
+    at: Space,
+    drawing: Drawing,
+) -> dict[str, np.ndarray]:
+    """Verdicts of one batch of (added vectors, scene, relation to go to, seed)."""
+    added, drawn, goals, seeds = zip(*jobs, strict=True)
+    texts = [caption(scene) for scene in drawn]
+    images = _generate(model, texts, torch.stack(added), at, seeds, drawing)
+    return _judge(images, drawn, goals)
+
+
+def _labels(conditions: Iterable[str], wanted: Sequence[Scene], goals: Sequence[Relation]) -> dict[str, Any]:
+    names = list(conditions)
+    return {
+        "condition": names,
+        "kind": ("condition", [name.rpartition(" ")[0] or name for name in names]),
         "relation": ("scene", [str(scene.relation) for scene in wanted]),
         "to": ("scene", [str(goal) for goal in goals]),
-        "caption": ("scene", texts),
+        "caption": ("scene", [caption(scene) for scene in wanted]),
     }
-    return xr.Dataset({n: (dims, v.reshape(shape)[places]) for n, v in values.items()}, coords)
 
 
 def _goals(wanted: Sequence[Scene], to: Relation | Mapping[Relation, Relation] | None) -> list[Relation]:

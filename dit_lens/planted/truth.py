@@ -105,17 +105,23 @@ def edges_of(
     writers = [wire for wire in wires if wire.port == "out"]
     found: dict[tuple[str, str, tuple[int, ...]], dict[str, None]] = {}
     for reader in (wire for wire in wires if wire.port != "out"):
-        if reader.kind == "cross_attn" and reader.port in "kv":
-            names = [f"text[{role}]" for role in roles.get(reader.feature, ())]
-            senders = [(name, steps[reader.when]) for name in names]
-        else:
-            sending = [writer for writer in writers if _reaches(writer, reader)]
-            senders = [(_node(writer, places), steps[writer.when]) for writer in sending]
-        for sender, sent in senders:
-            if when := tuple(step for step in sent if step in steps[reader.when]):
+        for sender, sent in _senders(reader, writers, places, roles):
+            if when := tuple(step for step in steps[sent] if step in steps[reader.when]):
                 edge = sender, _node(reader, places), when
                 found.setdefault(edge, {})[reader.feature] = None
     return tuple(PlantedEdge(sender, receiver, tuple(names), when) for (sender, receiver, when), names in found.items())
+
+
+def _senders(
+    reader: Wire,
+    writers: Sequence[Wire],
+    places: Mapping[tuple[Sublayer, int, str], int],
+    roles: Mapping[str, tuple[Role, ...]],
+) -> list[tuple[str, When]]:
+    """Everything that a reader reads, and when it is sent."""
+    if reader.kind == "cross_attn" and reader.port in "kv":
+        return [(f"text[{role}]", reader.when) for role in roles.get(reader.feature, ())]
+    return [(_node(writer, places), writer.when) for writer in writers if _reaches(writer, reader)]
 
 
 def _reaches(writer: Wire, reader: Wire) -> bool:

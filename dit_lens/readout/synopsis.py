@@ -11,13 +11,12 @@ indicators in place of values: this gives each query's attention to each group, 
 image regions average it. If a text has at most as many tokens as a head has channels, the pattern
 is smaller than the queries, and is made and dropped. ``reduce`` is one of:
 
-========  ======================================================================================================================
-``sum``   Sum over the image group's tokens (queries) and the other group's (keys). Grows with the sizes of both.
-``mass``  Mean attention from a query in the image group to all keys of the other group; sums to 1 over a partition of the keys.
-``mean``  Mean attention from a query in the image group to one key of the other group: comparable between groups.
-``max``   Largest entry of the pattern there. The only one that needs rows of the pattern, which are made and dropped in chunks,
-          each no larger than the queries.
-========  ======================================================================================================================
+- ``sum``: sum over the image group's tokens (queries) and the other group's (keys). Grows with the sizes of both.
+- ``mass``: mean attention from a query in the image group to all keys of the other group; sums to 1 over a partition of
+  the keys.
+- ``mean``: mean attention from a query in the image group to one key of the other group: comparable between groups.
+- ``max``: largest entry of the pattern there. The only one that needs rows of the pattern, which are made and dropped in
+  chunks, each no larger than the queries.
 
 Steps stay apart: reduce them as needed (`.sel(step=0)`, `.mean("step")`, `.max("step")`). A group
 without a token in a prompt, such as a color that it does not name, is NaN there, which xarray's

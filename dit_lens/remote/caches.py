@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from einops import rearrange
 from torch import Tensor
@@ -84,32 +85,43 @@ def open_cache(view: Any, model: HookedTextToImage | HookedDiT, guided: bool = T
     """
     found: dict[str, Tensor] = {}
     for path in view.keys():  # noqa: SIM118  (a view has no iterator)
-        entries = view[path]
         if isinstance(model, HookedDiT):
             name = path.removeprefix("model.")
-            if name in model.hook_dict:
-                found[name] = entries.output
+            found |= {name: view[path].output} if name in model.hook_dict else {}
             continue
-        name, layer = _in_diffusers(path)
-        if name is None:
-            continue
-        for kind, names in (("output", OUTPUTS), ("input", INPUTS)):
-            if name not in names or (layer is None) != (name in _OUTSIDE):
-                continue
-            inner = names[name] if layer is None else f"blocks.{layer}.{names[name]}"
-            for step, tensor in enumerate(_values(entries, kind)):
-                if not isinstance(tensor, Tensor):
-                    continue
-                if inner.rpartition(".")[2] in ("hook_q", "hook_k", "hook_v", "hook_z"):
-                    tensor = rearrange(tensor, "batch pos (head d_head) -> batch pos head d_head", head=model.cfg.n_heads)
-                halves = zip(("uncond", "cond"), tensor.chunk(2), strict=True) if guided else [("cond", tensor)]
-                found |= {f"steps.{step}.{branch}.{inner}": part for branch, part in halves}
+        for inner, kind in _names_here(path):
+            for step, tensor in enumerate(_values(view[path], kind)):
+                if isinstance(tensor, Tensor):
+                    parts = _branches(_by_head(tensor, inner, model.cfg.n_heads), guided)
+                    found |= {f"steps.{step}.{branch}.{inner}": part for branch, part in parts.items()}
     if not found:
         raise ValueError("Nothing that was recorded has a name here: cache modules of the denoiser, with include_inputs=True.")
     return DiTCache(found, model) if isinstance(model, HookedDiT) else GenerationCache(found, model)
 
 
 _OUTSIDE = ("adaln_single.emb", "adaln_single.linear", "caption_projection", "norm_out")
+
+
+def _names_here(path: str) -> Iterator[tuple[str, Literal["output", "input"]]]:
+    """(name in our denoiser, which tensor of the module) for a module's path."""
+    name, layer = _in_diffusers(path)
+    if name is None or (layer is None) != (name in _OUTSIDE):
+        return
+    prefix = "" if layer is None else f"blocks.{layer}."
+    if name in OUTPUTS:
+        yield prefix + OUTPUTS[name], "output"
+    if name in INPUTS:
+        yield prefix + INPUTS[name], "input"
+
+
+def _by_head(tensor: Tensor, name: str, n_heads: int) -> Tensor:
+    if name.rpartition(".")[2] not in ("hook_q", "hook_k", "hook_v", "hook_z"):
+        return tensor
+    return rearrange(tensor, "batch pos (head d_head) -> batch pos head d_head", head=n_heads)
+
+
+def _branches(tensor: Tensor, guided: bool) -> dict[str, Tensor]:
+    return dict(zip(("uncond", "cond"), tensor.chunk(2), strict=True)) if guided else {"cond": tensor}
 
 
 def _in_diffusers(path: str) -> tuple[str | None, int | None]:

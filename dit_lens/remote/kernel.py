@@ -129,8 +129,20 @@ class Walk:
 
     def attention(self, name: str, linears: Any, heads: int, scale: float, bias: Callable) -> None:
         """From q to z. `linears` are those of q, k, v and the output; `bias()` is added to the scores, unless it is None."""
+        read = self.qkv(name, linears, heads)
+        added = bias() if self.looks(name) else None
+        pattern = self.edited_pattern(name, read, added, scale)
+        self.add_up(name, read, pattern, added, scale)
+        z = None if pattern is None else (pattern @ read["v"].transpose(1, 2)).transpose(1, 2)
+        if z is not None or self.hooks(f"{name}.hook_z"):
+            written = self.visit(f"{name}.hook_z", split(linears[3].input, heads) if z is None else z)
+            z = z if written is None else written
+            if z is not None:
+                linears[3].input = z.flatten(2)
+
+    def qkv(self, name: str, linears: Any, heads: int) -> dict:
+        """Queries, keys and values [batch pos head d_head] as hooks leave them, where hooks or the pattern need them."""
         read: dict[str, Tensor] = {}
-        z, explicit = None, False
         for leaf, linear in zip(("q", "k", "v"), linears[:3], strict=True):
             if self.looks(name) or self.hooks(f"{name}.hook_{leaf}"):
                 read[leaf] = split(linear.output, heads)
@@ -138,32 +150,33 @@ class Walk:
                 if written is not None:
                     linear.output = written.flatten(2)
                     read[leaf] = written
-        if self.looks(name):
-            added = bias()
-        if self.hooks(f"{name}.hook_attn_scores", f"{name}.hook_pattern"):
-            q, k, v = (read[leaf].transpose(1, 2) for leaf in ("q", "k", "v"))
-            scores = q @ k.transpose(-1, -2) * scale
-            scores = scores if added is None else scores + added
-            new_scores = self.visit(f"{name}.hook_attn_scores", scores)
-            pattern = (scores if new_scores is None else new_scores).softmax(dim=-1)
-            new_pattern = self.visit(f"{name}.hook_pattern", pattern)
-            pattern = pattern if new_pattern is None else new_pattern
-            explicit = new_scores is not None or new_pattern is not None
-            z = (pattern @ v).transpose(1, 2) if explicit else None
+        return read
+
+    def edited_pattern(self, name: str, read: dict, bias: Any, scale: float) -> Any:
+        """The pattern if hooks have changed it or the scores, else None; shows it to its hooks."""
+        if not self.hooks(f"{name}.hook_attn_scores", f"{name}.hook_pattern"):
+            return None
+        q, k = (read[leaf].transpose(1, 2) for leaf in ("q", "k"))
+        scores = q @ k.transpose(-1, -2) * scale
+        scores = scores if bias is None else scores + bias
+        new_scores = self.visit(f"{name}.hook_attn_scores", scores)
+        pattern = (scores if new_scores is None else new_scores).softmax(dim=-1)
+        new_pattern = self.visit(f"{name}.hook_pattern", pattern)
+        if new_pattern is not None:
+            return new_pattern
+        return None if new_scores is None else pattern
+
+    def add_up(self, name: str, read: dict, pattern: Any, bias: Any, scale: float) -> None:
+        """Sums of the pattern between groups."""
         for key, branch, queries, keys, reduce in self.sums.get(name, ()):
             rows, at = self.rows.get(branch, slice(None)), read["q"].device
             groups = (queries.to(at), keys.to(at), reduce)
-            if explicit:
+            if pattern is not None:
                 found = sums_of_pattern(pattern[rows], *groups)
             else:
-                mask = None if added is None else added[rows]
+                mask = None if bias is None else bias[rows]
                 found = sums_of_attention(read["q"][rows], read["k"][rows], mask, scale, *groups)
             self.added[key] = found.detach().cpu()
-        if z is not None or self.hooks(f"{name}.hook_z"):
-            written = self.visit(f"{name}.hook_z", split(linears[3].input, heads) if z is None else z)
-            z = z if written is None else written
-            if z is not None:
-                linears[3].input = z.flatten(2)
 
     def modulation(self, block: Any, prefix: str) -> Tensor:
         """[row 6 d_model]: shift, scale and gate of the attention, then of the MLP."""
@@ -180,71 +193,71 @@ class Walk:
         return rows
 
     def block(self, block: Any, layer: int, cfg: dict) -> None:
-        """One PixArt block. `x` is its residual stream, `moved` says that it differs from that of the block's own code."""
-        p, heads, scale = f"blocks.{layer}.", cfg["heads"], cfg["scale"]
+        """One PixArt block: its sublayers pass on the residual stream where hooks have changed it, else None."""
+        p = f"blocks.{layer}."
         if not self.near(p):
             return
-        mod, x, moved = self.modulation(block, p), block.input, False
+        mod = self.modulation(block, p)
+        x = block.input
         written = self.visit(p + "hook_resid_pre", x)
         if written is not None:
             block.input = x = written
+        x = self.self_attention(block, p, cfg, mod, x)
+        x = self.cross_attention(block, p, cfg, x)
+        self.mlp(block, p, cfg, mod, x)
+        self.output(block, p + "hook_resid_post")
 
-        attn, cross = block.attn1, block.attn2
+    def self_attention(self, block: Any, p: str, cfg: dict, mod: Tensor, before: Tensor) -> Any:
+        """From ln1 to hook_resid_mid; `before`: the residual stream."""
+        attn, x = block.attn1, None
+        linears = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
         self.norm(block.norm1, p + "ln1", cfg["eps"])
-        self.attention(p + "attn", (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]), heads, scale, lambda: None)
+        self.attention(p + "attn", linears, cfg["heads"], cfg["scale"], lambda: None)
         self.output(attn, p + "hook_attn_out_pre_gate")
         if self.hooks(p + "hook_attn_out"):
             written = self.visit(p + "hook_attn_out", mod[:, 2:3] * attn.output)
-            if written is not None:
-                x, moved = x + written, True
-        if self.hooks(p + "hook_resid_mid"):
-            written = self.visit(p + "hook_resid_mid", x if moved else cross.input)
-            if written is not None:
-                x, moved = written, True
-        if moved:
-            cross.input = x
+            x = None if written is None else before + written
+        return self.residual(p + "hook_resid_mid", block.attn2, x)
 
+    def cross_attention(self, block: Any, p: str, cfg: dict, x: Any) -> Any:
+        """From the cross-attention's mask to hook_resid_mid_cross."""
+        cross = block.attn2
         mask = cross.inputs[1].get("attention_mask") if self.looks(p + "cross_attn") else None  # read here, in order
         bias = None if mask is None else mask[:, None]
-        self.attention(p + "cross_attn", (cross.to_q, cross.to_k, cross.to_v, cross.to_out[0]), heads, scale, lambda: bias)
+        linears = (cross.to_q, cross.to_k, cross.to_v, cross.to_out[0])
+        self.attention(p + "cross_attn", linears, cfg["heads"], cfg["scale"], lambda: bias)
         self.output(cross, p + "hook_cross_attn_out")
-        if moved:
-            x = x + cross.output
-        if self.hooks(p + "hook_resid_mid_cross"):
-            written = self.visit(p + "hook_resid_mid_cross", x if moved else block.norm2.input)
-            if written is not None:
-                x, moved = written, True
-        if moved:
-            block.norm2.input = x
-        elif self.hooks(p + "hook_mlp_out"):
-            x = block.norm2.input
+        return self.residual(p + "hook_resid_mid_cross", block.norm2, None if x is None else x + cross.output)
 
+    def residual(self, name: str, reader: Any, x: Any) -> Any:
+        """Pass the residual stream to the module that reads it next, if hooks have changed it here or before."""
+        if self.hooks(name):
+            written = self.visit(name, reader.input if x is None else x)
+            x = x if written is None else written
+        if x is not None:
+            reader.input = x
+        return x
+
+    def mlp(self, block: Any, p: str, cfg: dict, mod: Tensor, x: Any) -> None:
+        """From ln2 to the block's output."""
+        moved, hooked = x is not None, self.hooks(p + "hook_mlp_out")
+        if hooked and not moved:
+            x = block.norm2.input
         self.norm(block.norm2, p + "ln2", cfg["eps"])
         self.output(block.ff.net[0].proj, p + "mlp.hook_pre")
         self.input(block.ff.net[2], p + "mlp.hook_post")
         self.output(block.ff, p + "hook_mlp_out_pre_gate")
-        if moved or self.hooks(p + "hook_mlp_out"):
+        if moved or hooked:
             out = mod[:, 5:6] * block.ff.output
             written = self.visit(p + "hook_mlp_out", out)
             if moved or written is not None:
                 block.output = x + (out if written is None else written)
-        self.output(block, p + "hook_resid_post")
 
     def denoiser(self, dit: Any, cfg: dict, a: float, b: float) -> None:
         """One denoiser call, and the pipeline's use of its output. A step's x0 is a · latent + b · out."""
         latent: Any = dit.input[self.rows["cond"]] if self.hooks("hook_latent", "hook_x0") else None
         self.visit("hook_latent", latent)
-        if self.hooks("hook_embed", "hook_pos_embed"):
-            grid = dit.pos_embed.proj.output
-            patches = grid.flatten(2).transpose(1, 2)
-            written = self.visit("hook_embed", patches)
-            if written is not None:
-                patches = written
-                dit.pos_embed.proj.output = written.transpose(1, 2).reshape(grid.shape)
-            if self.hooks("hook_pos_embed"):
-                written = self.visit("hook_pos_embed", dit.pos_embed.output - patches)
-                if written is not None:
-                    dit.pos_embed.output = patches + written
+        self.embeddings(dit)
         self.output(dit.adaln_single.emb, "hook_t_emb")
         self.output(dit.adaln_single.linear, "hook_t_mod")
         self.input(dit.caption_projection, "hook_text")
@@ -262,21 +275,40 @@ class Walk:
             if written is not None:
                 whole, changed = whole.clone(), True
                 whole[rows] = written
-        if self.hooks("hook_out", "hook_x0"):
-            out = whole
-            if cfg["guided"]:
-                uncond, cond = whole.chunk(2)
-                out = uncond + cfg["guidance"] * (cond - uncond)
-            out = out[:, : cfg["channels"]]
-            written = self.visit("hook_out", out)
-            now = out if written is None else written
-            x0 = self.visit("hook_x0", a * latent + b * now) if self.hooks("hook_x0") else None
-            written = written if x0 is None else (x0 - a * latent) / b
-            if written is not None:  # both branches say the same, so that guidance changes nothing
-                whole, changed = whole.clone(), True
-                whole[:, : cfg["channels"]] = torch.cat([written, written]) if cfg["guided"] else written
+        written = self.guided_output(whole, cfg, latent, a, b)
+        if written is not None:  # both branches have the same output, so that guidance changes nothing
+            whole, changed = whole.clone(), True
+            whole[:, : cfg["channels"]] = torch.cat([written, written]) if cfg["guided"] else written
         if changed:
             dit.output = (whole,)
+
+    def embeddings(self, dit: Any) -> None:
+        """Patches and position codes."""
+        if self.hooks("hook_embed", "hook_pos_embed"):
+            grid = dit.pos_embed.proj.output
+            patches = grid.flatten(2).transpose(1, 2)
+            written = self.visit("hook_embed", patches)
+            if written is not None:
+                patches = written
+                dit.pos_embed.proj.output = written.transpose(1, 2).reshape(grid.shape)
+            if self.hooks("hook_pos_embed"):
+                written = self.visit("hook_pos_embed", dit.pos_embed.output - patches)
+                if written is not None:
+                    dit.pos_embed.output = patches + written
+
+    def guided_output(self, whole: Tensor, cfg: dict, latent: Any, a: float, b: float) -> Any:
+        """The guided prediction as hook_out and hook_x0 leave it, or None if they leave it as it is."""
+        if not self.hooks("hook_out", "hook_x0"):
+            return None
+        out = whole
+        if cfg["guided"]:
+            uncond, cond = whole.chunk(2)
+            out = uncond + cfg["guidance"] * (cond - uncond)
+        out = out[:, : cfg["channels"]]
+        written = self.visit("hook_out", out)
+        now = out if written is None else written
+        x0 = self.visit("hook_x0", a * latent + b * now) if self.hooks("hook_x0") else None
+        return written if x0 is None else (x0 - a * latent) / b
 
     def t5(self, encoder: Any, cfg: dict) -> None:
         """One call of a T5 encoder."""

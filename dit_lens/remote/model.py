@@ -1,8 +1,9 @@
 """A text-to-image model behind nnsight, on this machine or another, under the names of `HookedTextToImage`.
 
     model = RemoteTextToImage("PixArt-alpha/PixArt-Sigma-XL-2-512-MS", remote="http://gpu-box:8001")
-    hide = Intervention("blocks.2.cross_attn.hook_pattern", heads="L2H2", tokens="relation", action="knockout")
-    images, cache = model.run_with_cache(prompts, seed=0, names_filter="blocks.2.cross_attn.hook_pattern", steps=0)
+    pattern = "blocks.2.cross_attn.hook_pattern"
+    hide = Intervention(pattern, heads="L2H2", tokens="relation", action="knockout")
+    images, cache = model.run_with_cache(prompts, seed=0, names_filter=pattern, steps=0)
     images = model.run_with_hooks(prompts, seed=0, fwd_hooks=hide.hooks(model, prompts))
 
 The weights stay where the server is; here the modules are empty, and serve for names, shapes and configuration. Every call is one
@@ -238,8 +239,10 @@ class RemoteTextToImage(HookedTextToImage):
     ) -> dict[str, Float[Tensor, "batch 3 height width"]]:
         """Activation patching as one request: the clean run, the corrupt run, and the corrupt run under each condition.
 
-            head = Intervention("blocks.2.cross_attn.hook_z", heads=[2], steps=0, action=Replace(CLEAN))
-            model.patch("red circle is above blue square", "red circle is below blue square", {"L2H2": [head]})["L2H2"]
+            site = "blocks.2.cross_attn.hook_z"
+            head = Intervention(site, heads=[2], steps=0, action=Replace(CLEAN))
+            above, below = "red circle is above blue square", "red circle is below blue square"
+            model.patch(above, below, {"L2H2": [head]})["L2H2"]
 
         Activations of the clean run at the sites of `Replace(CLEAN)` never leave the model's machine. Positions correspond by
         number, so `clean` and `corrupt` are as many prompts, with equally many tokens.
@@ -268,15 +271,15 @@ class RemoteTextToImage(HookedTextToImage):
             for name, condition in conditions.items()
         }
         wanted: dict[str, Site] = {e.site.name: e.site for every in edits.values() for e in every if e.values is plan.UNKNOWN}
-        call, common = self._call(len(texts), length, seed, num_steps, guidance, latents)
+        call, shape = self._call(len(texts), length, seed, num_steps, guidance, latents)
         attached = self._checked_hooks(num_steps, guidance)
-        first = plan.make(self, attached, keep=list(wanted.values()), home=False, **common)
-        plans = {"corrupt": plan.make(self, attached, **common)}
+        first = plan.make(self, attached, shape, keep=list(wanted.values()), home=False)
+        plans = {"corrupt": plan.make(self, attached, shape)}
         for name, every in edits.items():
             hooks = [(edit.site.name, edit) for edit in every]
             with self.hooks(hooks):
                 attached = self._checked_hooks(num_steps, guidance)
-            plans[name] = plan.make(self, attached, patching=True, **common)
+            plans[name] = plan.make(self, attached, shape, patching=True)
 
         model, run, nnsight, backend = self.nnsight, kernel.run, import_nnsight(), self._backend()
 
@@ -335,8 +338,8 @@ class RemoteTextToImage(HookedTextToImage):
         sums: Sequence[plan.Sum] = (),
     ) -> dict[str, Any]:
         texts, length = self._texts(prompts)
-        call, common = self._call(len(texts), length, seed, num_steps, guidance, latents)
-        todo = plan.make(self, self._checked_hooks(num_steps, guidance), keep=keep, sums=sums, **common)
+        call, shape = self._call(len(texts), length, seed, num_steps, guidance, latents)
+        todo = plan.make(self, self._checked_hooks(num_steps, guidance), shape, keep=keep, sums=sums)
         model, run, nnsight, backend = self.nnsight, kernel.run, import_nnsight(), self._backend()
 
         def ask() -> Any:
@@ -349,8 +352,8 @@ class RemoteTextToImage(HookedTextToImage):
 
     def _call(
         self, batch: int, length: int, seed: Seeds, num_steps: int, guidance: float, latents: Tensor | None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments of the pipeline, and those of a plan."""
+    ) -> tuple[dict[str, Any], plan.RunShape]:
+        """Arguments of the pipeline, and the size of the run."""
         if self.solver(num_steps).draws:
             raise ValueError(
                 f"{type(self.scheduler).__name__} draws noise at every step, from generators that do not travel through nnsight: "
@@ -364,7 +367,7 @@ class RemoteTextToImage(HookedTextToImage):
             **{"clean_caption": False, "use_resolution_binning": False},
         }
         grid = (noise.shape[-2], noise.shape[-1])
-        return call, {"batch": batch, "length": length, "num_steps": num_steps, "guidance": guidance, "grid": grid}
+        return call, plan.RunShape(batch, length, num_steps, guidance, grid)
 
     def _texts(self, prompts: Prompts) -> tuple[list[str], int]:
         """Prompts as the pipeline takes them, and the number of text positions. Raises ValueError for tokens of no text."""

@@ -61,15 +61,21 @@ class Sum(NamedTuple):
         return self.layer, self.step, self.branch
 
 
+class RunShape(NamedTuple):
+    """Size of a generation: prompts, text positions, steps, and rows and columns of the latents."""
+
+    batch: int
+    length: int
+    num_steps: int
+    guidance: float
+    grid: tuple[int, int]
+
+
 def make(
     model: HookedTextToImage,
     attached: Sequence[Attached],
+    shape: RunShape,
     *,
-    batch: int,
-    length: int,
-    num_steps: int,
-    guidance: float,
-    grid: tuple[int, int],
     keep: Sequence[Site] = (),
     sums: Sequence[Sum] = (),
     home: bool = True,
@@ -79,7 +85,7 @@ def make(
 
     Args:
         attached: hooks, in the order in which they act.
-        length, grid: text positions, and rows and columns of the latents.
+        shape: of the generation.
         keep: sites whose tensors, as hooks leave them, are returned.
         home: True to return kept tensors to the client, False to leave them with the model, for the next run of a session.
         patching: whether there is an earlier run for `CLEAN` to mean.
@@ -87,23 +93,15 @@ def make(
     Raises:
         ValueError: a tensor that no trace reaches, or an edit made for other prompts.
     """
-    cfg, encoder, solver = model.cfg, model.names.text_encoder, model.solver(num_steps)
+    cfg, encoder, solver = model.cfg, model.names.text_encoder, model.solver(shape.num_steps)
     touches: dict[tuple[str, int], dict[str, list[tuple[Point, Any]]]] = {}
-    wanted: list[tuple[Site, Any]] = [(each.site, each.function) for each in attached]
-    for site, what in [*wanted, *((site, None) for site in keep)]:
-        if (reason := _unreachable(model, site, solver, writes=what is not None)) is not None:
+    actions: list[tuple[Site, Any]] = [(each.site, each.function) for each in attached]
+    for site, action in [*actions, *((site, None) for site in keep)]:
+        if (reason := _unreachable(model, site, solver, writes=action is not None)) is not None:
             raise ValueError(f"{site.name} is not within nnsight's reach: {reason}")
-        if isinstance(what, Edit):
-            module: Any = encoder if site.part.endswith("text_encoder") else model
-            image = model.image_size(grid)
-            what.check_shape(activation_shape(module.cfg, site, batch, grid, length, image))
-            what = _arguments(what, patching)
-        elif isinstance(what, RowEdits):
-            raise ValueError(f"{site.name}: edits of some rows of a batch stay in sweeps, which need a model at hand.")
-        call = {"text_encoder": ("call", 0), "null_text_encoder": ("call", 1)}.get(site.part, ("step", site.step or 0))
-        call = ("image", 0) if site.inner == FINAL else call
         point = Point(site.name, site.inner, site.step, site.branch)
-        touches.setdefault(call, {}).setdefault(site.inner, []).append((point, what))
+        sent = _sendable(model, site, action, shape, patching)
+        touches.setdefault(_call_of(site), {}).setdefault(site.inner, []).append((point, sent))
     added: dict[int, dict[str, list[Any]]] = {}
     for each in sums:
         there = added.setdefault(each.step, {}).setdefault(f"blocks.{each.layer}.{each.sublayer}", [])
@@ -116,16 +114,37 @@ def make(
         steps[step] = (here, added.get(step, {}), *x0)
     return {
         "cfg": {
-            **{"batch": batch, "guided": guidance > 1, "guidance": guidance, "eps": cfg.eps, "layers": cfg.n_layers},
+            **{"batch": shape.batch, "guided": shape.guidance > 1, "guidance": shape.guidance},
+            **{"eps": cfg.eps, "layers": cfg.n_layers},
             # the other half of the channels, where there is one, is a learned variance
             **{"heads": cfg.n_heads, "scale": cfg.d_head**-0.5, "channels": cfg.in_channels},
         },
-        "encoder": {} if encoder is None else _encoder(encoder, batch),
+        "encoder": {} if encoder is None else _encoder(encoder, shape.batch),
         "calls": {call: here for (kind, call), here in touches.items() if kind == "call"},
         "steps": steps,
         "images": touches.get(("image", 0), {}),
         "home": home,
     }
+
+
+def _call_of(site: Site) -> tuple[str, int]:
+    """Kind and number of the call that computes a site's tensor."""
+    if site.inner == FINAL:
+        return "image", 0
+    encoders = {"text_encoder": ("call", 0), "null_text_encoder": ("call", 1)}
+    return encoders.get(site.part, ("step", site.step or 0))
+
+
+def _sendable(model: HookedTextToImage, site: Site, action: Any, shape: RunShape, patching: bool) -> Any:
+    """A hook function as it is, an edit as its arguments."""
+    if isinstance(action, RowEdits):
+        raise ValueError(f"{site.name}: edits of some rows of a batch stay in sweeps, which need a model at hand.")
+    if not isinstance(action, Edit):
+        return action
+    module: Any = model.names.text_encoder if site.part.endswith("text_encoder") else model
+    image = model.image_size(shape.grid)
+    action.check_shape(activation_shape(module.cfg, site, shape.batch, shape.grid, shape.length, image))
+    return _arguments(action, patching)
 
 
 def _arguments(edit: Edit, patching: bool) -> dict[str, Any]:

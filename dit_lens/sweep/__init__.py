@@ -1,6 +1,7 @@
 """Causal sweeps: many interventions on many prompts and seeds; shared work is done once.
 
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(6), heads=range(3), steps=range(14))
+    heads = Intervention("blocks.*.cross_attn.hook_z")
+    cells = sweep.grid(heads, layers=range(6), heads=range(3), steps=range(14))
     plan = sweep.plan(model, prompts, seeds=[0, 1], interventions=cells, metrics={"height": height})
     print(plan.explain())                    # cells, shared work, FLOPs, bytes, expected time
     found = plan.run(out="results/heads")    # killed and repeated, it goes on where it was

@@ -1,9 +1,9 @@
 """Two stages: every condition is scored by an estimate, and the promising ones, with a random sample, are run exactly.
 
     found = sweep.two_stage(plan, "height", k=20, sample=40)
-    found.table                # one row a condition: score, exact effect where there is one, and why it was run
-    found.spearman             # how far the scores are true, over the random sample
-    found.missed()             # how many conditions may have been passed over, at 95 % confidence
+    found.table  # one row a condition: score, exact effect if it was run, and the reason for that
+    found.spearman  # how far the scores are true, over the random sample
+    found.missed()  # how many conditions may have been passed over, at 95 % confidence
 
 How scores are made: `dit_lens.sweep.scores`.
 """

@@ -49,21 +49,27 @@ def image_groups_from_images(
         raise ValueError(f"Images of {height} × {width} pixels do not divide into {grid[0]} × {grid[1]} tokens: say grid=….")
     if scenes is not None and len(scenes) != len(images):
         raise ValueError(f"There are {len(scenes)} scenes for {len(images)} images: give one each.")
-    classes = torch.from_numpy(color_classes(images))
-    areas = {color: classes == 1 + i for i, color in enumerate(COLORS)}
-    areas = {color: area & (area.sum(dim=(1, 2), keepdim=True) >= MIN_AREA) for color, area in areas.items()}
-    shares = {
-        color: reduce(area.float(), "n (r p) (c q) -> n (r c)", "mean", r=grid[0], c=grid[1]) for color, area in areas.items()
-    }
-    objects: dict[str, Tensor] = {str(color): share for color, share in shares.items()}
+    by_color = _color_shares(images, grid)
+    objects: dict[str, Tensor] = {str(color): share for color, share in zip(COLORS, by_color, strict=True)}
     if scenes is not None:
-        by_color = torch.stack([shares[color] for color in COLORS])
         row = torch.arange(len(scenes))
         objects = {f"object{i}": by_color[[COLORS.index(getattr(scene, f"color{i}")) for scene in scenes], row] for i in (1, 2)}
     if threshold is None:
         return {**objects, "background": 1 - torch.stack(list(objects.values())).sum(dim=0)}
     covered = {name: share >= threshold for name, share in objects.items()}
     return {**covered, "background": ~torch.stack(list(covered.values())).any(dim=0)}
+
+
+def _color_shares(images: Float[Tensor, "image 3 height width"], grid: tuple[int, int]) -> Float[Tensor, "color image pos"]:
+    """Share of each color in each image token; 0 for a color with too few pixels."""
+    classes = torch.from_numpy(color_classes(images))
+    shares = []
+    for number, _ in enumerate(COLORS, start=1):
+        area = classes == number
+        area = area & (area.sum(dim=(1, 2), keepdim=True) >= MIN_AREA)
+        pattern = "n (r p) (c q) -> n (r c)"
+        shares.append(reduce(area.float(), pattern, "mean", r=grid[0], c=grid[1]))
+    return torch.stack(shares)
 
 
 def image_groups_from_scenes(

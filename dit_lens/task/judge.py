@@ -8,12 +8,12 @@ perfect images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage
 from torch import Tensor
 
@@ -101,36 +101,52 @@ def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Sce
     first = np.where(unique[:, None], centres[row, shape1, color1], np.nan)
     second = np.where(unique[:, None], centres[row, shape2, color2], np.nan)
 
-    strict = np.zeros(len(pairs), dtype=bool)
+    strict, loose = _relation_verdicts(pairs, unique, first, second)
+    return _labelled(
+        pairs,
+        {
+            "color": (by_color[row, color1] > 0) & (by_color[row, color2] > 0),
+            "shape": (by_shape[row, shape1] > 0) & (by_shape[row, shape2] > 0),
+            "unique_binding": unique,
+            "relation_strict": strict,
+            "relation_loose": loose,
+            "relation_given_both": np.where(unique, loose.astype(float), np.nan),
+            "x1": first[:, 0],
+            "y1": first[:, 1],
+            "x2": second[:, 0],
+            "y2": second[:, 1],
+            "n_stray": stray,
+            "n_objects": objects.sum(axis=(1, 2)),
+        },
+    )
+
+
+def _relation_verdicts(
+    scenes: Sequence[Scene],
+    unique: Bool[np.ndarray, " image"],
+    first: Float[np.ndarray, "image 2"],
+    second: Float[np.ndarray, "image 2"],
+) -> tuple[Bool[np.ndarray, " image"], Bool[np.ndarray, " image"]]:
+    """(strict, loose): the relation of both centres, and that of their offset alone."""
+    strict = np.zeros(len(scenes), dtype=bool)
     for i in np.flatnonzero(unique).tolist():
         x1, y1, x2, y2 = (int(v) for v in (*first[i], *second[i]))
-        strict[i] = relation_between(x1, y1, x2, y2) == pairs[i].relation
-    directions = np.array([DIRECTIONS[s.relation] for s in pairs]).reshape(-1, 2)
+        strict[i] = relation_between(x1, y1, x2, y2) == scenes[i].relation
+    directions = np.array([DIRECTIONS[s.relation] for s in scenes]).reshape(-1, 2)
     beyond = (directions == 0) | ((first - second) * directions > BAND)
-    loose = unique & beyond.all(axis=1)
+    return strict, unique & beyond.all(axis=1)
 
-    values = {
-        "color": (by_color[row, color1] > 0) & (by_color[row, color2] > 0),
-        "shape": (by_shape[row, shape1] > 0) & (by_shape[row, shape2] > 0),
-        "unique_binding": unique,
-        "relation_strict": strict,
-        "relation_loose": loose,
-        "relation_given_both": np.where(unique, loose.astype(float), np.nan),
-        "x1": first[:, 0],
-        "y1": first[:, 1],
-        "x2": second[:, 0],
-        "y2": second[:, 1],
-        "n_stray": stray,
-        "n_objects": objects.sum(axis=(1, 2)),
-    }
+
+def _labelled(scenes: Sequence[Scene], values: Mapping[str, np.ndarray]) -> xr.Dataset:
+    """Verdicts with their descriptions and units, and the scenes' parts as coordinates."""
     attributes = {name: {"description": text} for name, text in DESCRIPTIONS.items()}
     for name in ("x1", "y1", "x2", "y2"):
         attributes[name]["units"] = "px"
     parts_of_scene = ("relation", "phrase", "shape1", "color1", "shape2", "color2")
     return xr.Dataset(
         {name: ("image", value, attributes[name]) for name, value in values.items()},
-        coords={"image": row}
-        | {part: ("image", np.array([getattr(s, part) for s in pairs], dtype=str)) for part in parts_of_scene},
+        coords={"image": np.arange(len(scenes))}
+        | {part: ("image", np.array([getattr(s, part) for s in scenes], dtype=str)) for part in parts_of_scene},
     )
 
 

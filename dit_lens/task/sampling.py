@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypedDict, TypeVar, Unpack, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -40,6 +40,21 @@ ANCHOR_OFFSET = 28
 """Pixels from the image's centre to an object in the eight layouts of `spread=0`."""
 
 
+class Balance(TypedDict, total=False):
+    """Keyword arguments of `sample` that only a "balanced" distribution has.
+
+    Attributes:
+        spread: curriculum in [0, 1]: 0 keeps both objects within 2 px of eight fixed layouts, 1 (the
+            default) is the whole distribution.
+        red_first: probability that the red object is named first; 0.5 by default.
+        without: a relation to leave out.
+    """
+
+    spread: float
+    red_first: float
+    without: Relation | None
+
+
 def sample(
     n: int,
     seed: int,
@@ -48,9 +63,7 @@ def sample(
     split: Split = "train",
     distribution: Distribution = "balanced",
     color_words: ColorWords = "optional",
-    spread: float = 1.0,
-    red_first: float = 0.5,
-    without: Relation | None = None,
+    **balance: Unpack[Balance],
 ) -> list[Scene]:
     """Draw the scenes with indices `start` … `start + n − 1` of the endless sequence of `seed`.
 
@@ -61,10 +74,7 @@ def sample(
             `objectRel_pilot2`): both centres uniform, relation derived, overlap allowed.
         color_words: "optional" names each color with probability one half, as in the original
             training set.
-        spread: curriculum in [0, 1] ("balanced" only): 0 keeps both objects within 2 px of eight
-            fixed layouts, 1 is the whole distribution.
-        red_first: probability that the red object is named first ("balanced" only).
-        without: a relation to leave out ("balanced" only).
+        **balance: `spread`, `red_first` and `without` of a balanced distribution; see `Balance`.
 
     Raises:
         ValueError: an option is unknown, or `spread` or `red_first` lies outside of [0, 1].
@@ -76,7 +86,9 @@ def sample(
         red circle is diagonally down and left from blue square
         red triangle is diagonally up and right from blue square
     """
-    spread, red_first = number("spread", spread, 0, 1), number("red_first", red_first, 0, 1)
+    spread = number("spread", balance.get("spread", 1.0), 0, 1)
+    red_first = number("red_first", balance.get("red_first", 0.5), 0, 1)
+    without = balance.get("without")
     seed = integer("seed", seed, 0, LARGEST_SEED)
     one_of("split", split, get_args(Split))
     one_of("distribution", distribution, get_args(Distribution))

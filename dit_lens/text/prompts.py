@@ -1,15 +1,14 @@
 """The tokens of a prompt: by their role in the sentence, by word, by position or by mask.
 
-    Intervention("blocks.2.cross_attn.hook_pattern", tokens=prompts.word("cat", nth=2), action="knockout")
+    second_cat = prompts.word("cat", nth=2)
+    Intervention("blocks.2.cross_attn.hook_pattern", tokens=second_cat, action="knockout")
 
 `tokens=` of interventions, ablations, steering and synopses is one of these:
 
-====================  ============================================================================================
-a role, or several    "relation", ["shape1", "shape2"]: each prompt's own tokens that play it (`Role`)
-a word, or several    `word("cat")`, `word("left of", nth=2)`: a word or phrase, wherever it stands as whole words
-positions             [0, 3]: the same tokens of every prompt
-a mask                booleans [prompt text_pos]
-====================  ============================================================================================
+- a role, or several ("relation", ["shape1", "shape2"]): each prompt's own tokens that play it (`Role`);
+- a word, or several (`word("cat")`, `word("left of", nth=2)`): a word or phrase, wherever it stands as whole words;
+- positions ([0, 3]): the same tokens of every prompt;
+- a mask: booleans [prompt text_pos].
 
 Words are found by the tokenizer's character offsets in the text that is encoded (`hooked_models.text_encoders.words`): a
 word of several tokens selects each of them, and punctuation, quotes and hyphens end a word.

@@ -1,7 +1,8 @@
 """Diffusion transformers beyond PixArt. `hook(transformer)` finds the family by its class; a new one is a small file here.
 
     model = hook(pipe.transformer)
-    output, cache = model.run_with_cache(**inputs, names_filter=lambda name: name.endswith("attn.hook_pattern"))
+    patterns = lambda name: name.endswith("attn.hook_pattern")
+    output, cache = model.run_with_cache(**inputs, names_filter=patterns)
 
 Every family has `blocks.{l}.{attn or cross_attn}.hook_{q,k,v,attn_scores,pattern,z}`, and the tensors that `SUPPORTED` lists for
 it."""

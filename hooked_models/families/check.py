@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
-from ..pipelines.checks import TOLERANCE
+from ..pipelines.checks import TOLERANCE, random_pattern, rows_sum_to_one
 from .adapter import FamilyModel, submodule
 from .layout import Layout, LayoutError
 from .taps import native_backend
@@ -65,15 +65,8 @@ def _patterns(model: FamilyModel, inputs: Mapping[str, Any], clean: Mapping[str,
     by_kind: dict[str, list[str]] = {}
     for name in model.names(lambda name: name.endswith("hook_pattern")):
         by_kind.setdefault(name.split(".")[2], []).append(name)
-        pattern = clean[name]
-        slack = 0.02 if pattern.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        sums = pattern.sum(-1)
-        if bool((pattern < 0).any()) or not bool((((sums - 1).abs() < slack) | (sums == 0)).all()):
+        if not rows_sum_to_one(clean[name], or_zero=True):
             return [f"{name} has rows that do not sum to one"]
-
-    def shuffled(tensor: Tensor, hook: HookPoint) -> Tensor:
-        scores = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
-        return (3 * scores).softmax(-1).to(tensor)
 
     found = []
     for kind, names in by_kind.items():
@@ -83,7 +76,7 @@ def _patterns(model: FamilyModel, inputs: Mapping[str, Any], clean: Mapping[str,
             z[str(hook.name)] = tensor.clone()
 
         sites = [name.replace("hook_pattern", "hook_z") for name in names]
-        hooks: list[Any] = [*((name, shuffled) for name in names), *((site, look) for site in sites)]
+        hooks: list[Any] = [*((name, random_pattern) for name in names), *((site, look) for site in sites)]
         edited = first(model.run_with_hooks(fwd_hooks=hooks, **inputs))
         if all(torch.equal(z[site], clean[site]) for site in sites) and any(bool(clean[site].any()) for site in sites):
             found.append(f"{kind}.hook_z does not change when its pattern is edited")

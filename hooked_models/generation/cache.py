@@ -185,7 +185,7 @@ class CacheTooLargeError(MemoryError):
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> model.run_with_cache("red circle above blue square", max_bytes=1000)
         Traceback (most recent call last):
-        hooked_models.generation.cache.CacheTooLargeError: This cache would take ... MiB in ... tensors, more than ...
+        hooked_models.generation.cache.CacheTooLargeError: This cache would take ...
     """
 
 

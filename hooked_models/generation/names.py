@@ -68,6 +68,10 @@ class Site:
         """True if the tensor exists only where guidance runs a second branch."""
         return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
 
+    def is_in(self, branch: Branch | Literal["both"]) -> bool:
+        """True if the tensor belongs to a branch; one of no branch belongs to each."""
+        return branch in ("both", self.branch or ("uncond" if self.needs_uncond else branch))
+
     def fires(self, guided: bool, forms_x0: bool) -> bool:
         """True if a run with this guidance, by a solver with or without a known clean-image prediction, computes it."""
         return (guided or not self.needs_uncond) and (forms_x0 or self.inner != "hook_x0")
@@ -181,8 +185,9 @@ class GenerationNames(Mapping[str, HookPoint]):
             yield from (Site("sampler", inner, step) for inner in self.sampler.hook_dict if inner not in ("hook_latent", FINAL))
         yield Site("sampler", FINAL)
 
-    def _sites(self, steps: tuple[int, ...], branches: tuple[Branch, ...]) -> Sequence[Site]:
-        """Kept for the next time, for as long as no flag lets other hooks fire."""
+    def _sites(self, steps: tuple[int, ...], branch: Branch | Literal["both"]) -> Sequence[Site]:
+        """Every site; kept for the next time, for as long as no flag lets other hooks fire."""
+        branches = BRANCHES if branch == "both" else (branch,)
         modules = [self.dit] if self.text_encoder is None else [self.dit, self.text_encoder]
         firing = [module.names(None) for module in modules], steps, branches
         known = self._known  # read once: another thread may replace it
@@ -205,31 +210,34 @@ class GenerationNames(Mapping[str, HookPoint]):
             UnknownHookError: a name does not exist.
             ValueError: nothing is selected, or a step lies outside of the run.
         """
-        chosen = chosen_steps(steps, self.num_steps if num_steps is None else num_steps)
+        chosen = chosen_steps(steps, num_steps or self.num_steps)
         one_of("branch", branch, (*BRANCHES, "both"))
 
-        def wanted(site: Site) -> bool:
-            at_step = steps is None if site.step is None else site.step in chosen
-            in_branch = branch in ("both", site.branch or ("uncond" if site.needs_uncond else branch))
-            return at_step and in_branch and site.fires(guided, forms_x0)
+        at_steps = (None, *chosen) if steps is None else tuple(chosen)
+
+        def is_chosen(site: Site) -> bool:
+            return site.step in at_steps and site.is_in(branch) and site.fires(guided, forms_x0)
 
         if names_filter is None or callable(names_filter):
-            every_site = self._sites(tuple(chosen), BRANCHES if branch == "both" else (branch,))
-            sites = [s for s in every_site if wanted(s) and (not names_filter or names_filter(s.name))]
+            every_site = self._sites(tuple(chosen), branch)
+            keeps = names_filter or (lambda name: True)
+            sites = [site for site in every_site if is_chosen(site) and keeps(site.name)]
         else:
-            sites = []
-            for name in as_names(names_filter):
-                if name in self.dit.mod_dict:  # a denoiser's name stands for itself at every chosen step and branch
-                    inner = self.dit.canonical_name(name)
-                    sites += [s for step in chosen for b in BRANCHES if wanted(s := Site("dit", inner, step, b))]
-                else:
-                    site = self.site(name)
-                    if site.step is not None and site.step not in chosen:
-                        raise ValueError(f"{name!r} lies outside of the steps that are to be cached, {list(chosen)}.")
-                    sites.append(site)
+            sites = [site for name in as_names(names_filter) for site in self._named(name, chosen, is_chosen)]
         if not sites:
             raise ValueError("Nothing would be cached: names_filter, steps and branch select no tensor that this run computes.")
         return sites
+
+    def _named(self, name: str, steps: Sequence[int], is_chosen: Callable[[Site], bool]) -> list[Site]:
+        """The site of a full name, or those of a denoiser's name at every chosen step and branch."""
+        if name in self.dit.mod_dict:
+            inner = self.dit.canonical_name(name)
+            every = (Site("dit", inner, step, branch) for step in steps for branch in BRANCHES)
+            return [site for site in every if is_chosen(site)]
+        site = self.site(name)
+        if site.step is not None and site.step not in steps:
+            raise ValueError(f"{name!r} lies outside of the steps that are to be cached, {list(steps)}.")
+        return [site]
 
     def __iter__(self) -> Iterator[str]:
         return (site.name for site in self.sites())

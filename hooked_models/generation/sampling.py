@@ -282,8 +282,8 @@ def _levels(solver: Solver) -> tuple[tuple[float, float], ...] | None:
     try:
         times = [solver.timestep(step)[None] for step in steps]
         return tuple((float(mix(one, zero, t).flatten()[0]), float(mix(zero, one, t).flatten()[0])) for t in times)
-    except Exception:
-        return None
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
+        return None  # these levels are tried on numbers afterwards; a scheduler without them forms no x0
 
 
 def _goes_on_from_x0(solver: Solver) -> bool:

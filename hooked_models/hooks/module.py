@@ -38,7 +38,7 @@ class UnknownHookError(KeyError):
         >>> HookedTextToImage.from_pretrained("rte-nano").dit.add_hook("blocks.0.atn.hook_z", print)
         Traceback (most recent call last):
         ...
-        hooked_models.hooks.module.UnknownHookError: no hook is called 'blocks.0.atn.hook_z'; did you mean 'blocks.0.attn.hook_z'?
+        hooked_models.hooks.module.UnknownHookError: no hook is called 'blocks.0.atn.hook_z'; did you ...
     """
 
     def __str__(self) -> str:  # KeyError would print the repr of the sentence
@@ -53,7 +53,7 @@ class NotFoldedError(ValueError):
         >>> HookedTextToImage.from_pretrained("rte-nano").dit.W_U
         Traceback (most recent call last):
         ...
-        hooked_models.hooks.module.NotFoldedError: W_U ignores the timestep's shift, scale and gate: use ...
+        hooked_models.hooks.module.NotFoldedError: W_U ignores the timestep's shift, scale ...
     """
 
 

@@ -9,7 +9,7 @@ Source of the idea: nnterp (arXiv 2511.14465), which checks every model that it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class ModelCheckError(RuntimeError):
     Example:
         >>> refuse("my-model", ["output differs from the original's"])
         Traceback (most recent call last):
-        hooked_models.pipelines.checks.ModelCheckError: my-model failed its checks with diffusers ...
+        hooked_models.pipelines.checks.ModelCheckError: my-model failed its checks with ...
     """
 
 
@@ -157,31 +157,43 @@ def _check_patterns(hooked: HookedModule, inputs: Mapping[str, Any], sublayer: s
     patterns = {name: pattern for name, pattern in patterns.items() if name.endswith(f".{sublayer}.hook_pattern")}
     if not patterns:
         return [f"{sublayer} shows no pattern"]
-    for name, pattern in patterns.items():
-        slack = 0.02 if pattern.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        if bool((pattern < 0).any()) or not bool(((pattern.sum(-1) - 1).abs() < slack).all()):
-            return [f"{name} has rows that do not sum to one"]
-
-    def run(edit: Callable[..., Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output, and z in each layer. Both runs have the same hooks, so differences come from the edit alone."""
-        z: dict[str, Tensor] = {}
-
-        def look(tensor: Tensor, hook: HookPoint) -> None:
-            z[str(hook.name)] = tensor.clone()
-
-        hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
-        for name in patterns:
-            hooks += [(name, edit or (lambda tensor, hook: tensor.clone())), (name.replace("hook_pattern", "hook_z"), look)]
-        return hooked.run_with_hooks(fwd_hooks=hooks, **inputs)[0], z
-
-    def shuffled(tensor: Tensor, hook: HookPoint) -> Tensor:
-        scores = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
-        return (3 * scores).softmax(-1).to(tensor)
-
-    (clean, clean_z), (edited, edited_z) = run(None), run(shuffled)
+    if wrong := [name for name, pattern in patterns.items() if not rows_sum_to_one(pattern)]:
+        return [f"{wrong[0]} has rows that do not sum to one"]
+    # both runs have the same hooks, so that differences come from the edit alone
+    clean, clean_z = _run_with_patterns(hooked, inputs, patterns, lambda tensor, hook: tensor.clone())
+    edited, edited_z = _run_with_patterns(hooked, inputs, patterns, random_pattern)
     changed = any(not torch.equal(clean_z[name], edited_z[name]) for name in clean_z)
     if not changed and any(bool(z.any()) for z in clean_z.values()):
         return [f"{sublayer}.hook_z does not change when its pattern is edited"]
     if changed and bool(clean.any()) and torch.equal(clean, edited):  # an untrained output layer may be all zeros
         return [f"output does not change when the patterns of {sublayer} are edited"]
     return []
+
+
+def rows_sum_to_one(pattern: Float[Tensor, "... key_pos"], or_zero: bool = False) -> bool:
+    """True if no entry is negative and every row sums to 1, up to rounding (or, with `or_zero`, to 0)."""
+    slack = 0.02 if pattern.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    sums = pattern.sum(-1)
+    right = (sums - 1).abs() < slack
+    return not bool((pattern < 0).any()) and bool((right | (sums == 0) if or_zero else right).all())
+
+
+def random_pattern(pattern: Float[Tensor, "*batch key_pos"], hook: HookPoint) -> Float[Tensor, "*batch key_pos"]:
+    """Hook that replaces a pattern by a random one, the same at every call."""
+    scores = torch.randn(pattern.shape, generator=torch.Generator().manual_seed(1))
+    return (3 * scores).softmax(-1).to(pattern)
+
+
+def _run_with_patterns(
+    hooked: HookedModule, inputs: Mapping[str, Any], names: Iterable[str], edit: Callable[..., Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output under edited patterns, and z in each layer."""
+    z: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor, hook: HookPoint) -> None:
+        z[str(hook.name)] = tensor.clone()
+
+    hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
+    for name in names:
+        hooks += [(name, edit), (name.replace("hook_pattern", "hook_z"), keep)]
+    return hooked.run_with_hooks(fwd_hooks=hooks, **inputs)[0], z

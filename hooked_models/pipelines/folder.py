@@ -59,23 +59,28 @@ def inspect_folder(
     pipeline = pipeline_class(source, index.get("_class_name"))
     classes: dict[str, Any] = {"_class_name": pipeline}
     for name in components_of(pipeline):
-        if name in given:
-            continue
         library, cls = index[name] if _is_pair(index.get(name)) else (None, None)
+        absent = library is None and cls is None and name not in needed_of(pipeline)
+        if name in given or absent:
+            continue
         if library is None or cls is None or not (source.folder / name).is_dir():
-            if library is None and cls is None and name not in needed_of(pipeline):
-                continue
             raise FileNotFoundError(
                 f"{source.name} has no {name}: pass one (from_pretrained(…, {name}=…)), or open a complete pipeline."
             )
         if name == "transformer" and pipeline.__name__ in PIXART and (library != "diffusers" or cls not in TRANSFORMERS):
             raise ValueError(f"{source.name} has a {cls} for its transformer; a PixArt has a {TRANSFORMERS[0]}.")
         classes[name] = component_class(source, name, library, cls)
-        for file in sorted((source.folder / name).glob("*.json")):
-            read_json(file)
-        for file in weight_files(source, name, classes[name], variant) if weights and has_weights(classes[name]) else ():
-            _refuse_damaged(file)
+        _check_files(source, name, classes[name], variant, weights)
     return classes
+
+
+def _check_files(source: Source, name: str, cls: Any, variant: str | None, weights: bool) -> None:
+    """Raise ValueError or OSError for a damaged file of a component."""
+    for file in sorted((source.folder / name).glob("*.json")):
+        read_json(file)
+    if weights and has_weights(cls):
+        for file in weight_files(source, name, cls, variant):
+            _refuse_damaged(file)
 
 
 def read_index(source: Source) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def check_libraries(name: str, index: Mapping[str, Any]) -> None:
     Example:
         >>> check_libraries("m", {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["schedules", "Mine"]})
         Traceback (most recent call last):
-        ValueError: m takes its scheduler from 'schedules', but opening a folder imports diffusers, ...
+        ValueError: m takes its scheduler from 'schedules', but opening a folder ...
     """
     for part, value in index.items():
         if (

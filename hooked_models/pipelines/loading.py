@@ -7,6 +7,7 @@ has `force_upcast`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,7 @@ def open_pipeline(
             place = components["transformer"]
             kind = inspect.signature(cls, eval_str=True).parameters["transformer"].annotation
             components["transformer"] = load_whole(kind, place, f"{place}'s transformer", subfolder="transformer", dtype=dtype)
-        types: Any = dtype
-        if overflowing := [name for name, kind in classes.items() if kind.__name__ == "T5EncoderModel"]:
-            types = {"default": dtype, **dict.fromkeys(overflowing, torch.bfloat16)} if dtype == torch.float16 else dtype
+        types = _types(classes, dtype)
         for name, kind in classes.items() if device_map is None else ():
             if name in known and has_weights(kind):
                 one = types.get(name, dtype) if isinstance(types, dict) else dtype
@@ -65,6 +64,14 @@ def open_pipeline(
     if dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
         pipe.vae.to(torch.float32)
     return pipe
+
+
+def _types(classes: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Type of the weights, by component if a T5 would overflow in float16."""
+    overflowing = [name for name, kind in classes.items() if kind.__name__ == "T5EncoderModel"]
+    if not overflowing or dtype != torch.float16:
+        return dtype
+    return {"default": dtype, **dict.fromkeys(overflowing, torch.bfloat16)}
 
 
 def load_component(source: Source, name: str, cls: Any, variant: str | None, dtype: torch.dtype) -> nn.Module:

@@ -18,8 +18,12 @@ from ..hooks.module import NotFoldedError
 Stack = Float[Tensor, "component *batch_and_pos d_model"]
 
 PER_ATTENTION = ("q", "k", "v", "z", "attn_scores", "pattern", "result", "q_input", "k_input", "v_input")
+EMBEDS = ("hook_embed", "hook_pos_embed")
 MLP_AND_NORMS = ("ln1", "ln2", "mlp", "adaln")
 SUBLAYERS = {"a": "attn", "attn": "attn", "cross_attn": "cross_attn", "cross": "cross_attn", **{n: n for n in MLP_AND_NORMS}}
+
+DEFAULT_SUBLAYER = {**dict.fromkeys(PER_ATTENTION, "attn"), "pre": "mlp", "post": "mlp"}
+"""Name → the sublayer that it means without one, as in TransformerLens."""
 
 
 def expand_shorthand(name: str, layer: int | None, sublayer: str | None, n_layers: int) -> str:
@@ -34,11 +38,9 @@ def expand_shorthand(name: str, layer: int | None, sublayer: str | None, n_layer
         name, sublayer = name.removeprefix("cross_"), "cross_attn"
     if layer is None:
         return f"{sublayer}.hook_{name}" if sublayer else f"hook_{name}"
-    if sublayer is None and name in PER_ATTENTION:
-        sublayer = "attn"
-    if sublayer is None and name in ("pre", "post"):
-        sublayer = "mlp"
-    if sublayer is not None and not (isinstance(sublayer, str) and sublayer in SUBLAYERS):
+    if sublayer is None:
+        sublayer = DEFAULT_SUBLAYER.get(name)
+    elif not (isinstance(sublayer, str) and sublayer in SUBLAYERS):
         raise KeyError(f"There is no sublayer {shown(sublayer)}: choose from {', '.join(dict.fromkeys(SUBLAYERS.values()))}.")
     layer = integer("layer", layer)
     if not -n_layers <= layer < n_layers:
@@ -128,17 +130,15 @@ class DiTCache(ActivationCache):
         as in TransformerLens.
         """
         layer = self._layer(layer)
-        mids = ("mid", "mid_cross")[: len(self.attentions)]
         places = []
-        for index in range(layer + 1):
-            if index == self.model.cfg.n_layers:
-                places.append(("resid_post", index - 1, "final_post"))
-                continue
+        for index in range(min(layer + 1, self.model.cfg.n_layers)):
             places.append(("resid_pre", index, f"{index}_pre"))
-            is_last = mlp_input and index == layer
-            if is_last or (incl_mid and index < layer):
-                cached = [mid for mid in mids if is_last or mid == "mid" or f"blocks.{index}.hook_resid_{mid}" in self.cache_dict]
-                places += [(f"resid_{mid}", index, f"{index}_{mid}") for mid in cached]
+            if index == layer:
+                places += self._between(index, required=True) if mlp_input else []
+            elif incl_mid:
+                places += self._between(index, required=False)
+        if layer == self.model.cfg.n_layers:
+            places.append(("resid_post", layer - 1, "final_post"))
         positions = as_slice(pos_slice)
         stack = torch.stack([positions.apply(self[name, index], dim=-2) for name, index, _ in places])
         if apply_ln:
@@ -147,6 +147,13 @@ class DiTCache(ActivationCache):
                 stack, layer, mlp_input, positions, has_batch_dim=self.has_batch_dim, recompute_ln=final
             )
         return (stack, [label for *_, label in places]) if return_labels else stack
+
+    def _between(self, layer: int, required: bool) -> list[tuple[str, int, str]]:
+        """(name, layer, label) of the residual stream between sublayers; unless required, only where cached."""
+        mids = ("mid", "mid_cross")[: len(self.attentions)]
+        if not required:
+            mids = tuple(mid for mid in mids if mid == "mid" or f"blocks.{layer}.hook_resid_{mid}" in self.cache_dict)
+        return [(f"resid_{mid}", layer, f"{layer}_{mid}") for mid in mids]
 
     def decompose_resid(
         self,
@@ -163,11 +170,8 @@ class DiTCache(ActivationCache):
         Self- and cross-attention are "attn" to `mode`. The rest as in TransformerLens.
         """
         layer = self._layer(layer)
-        attention = [f"{kind}_out" for kind in self.attentions] if mode != "mlp" else []
-        sublayers = attention + (["mlp_out"] if mode != "attn" else [])
-        embeds = [name for name in ("hook_embed", "hook_pos_embed") if incl_embeds and name in self.cache_dict]
-        writes = [(name, index) for index in range(layer) for name in sublayers]
-        writes += [(name, layer) for name in attention if mlp_input]
+        embeds = [name for name in EMBEDS if name in self.cache_dict] if incl_embeds else []
+        writes = self._writes(layer, mlp_input, mode)
         positions = as_slice(pos_slice)
         parts = [positions.apply(self[name], dim=-2) for name in [*embeds, *writes]]
         stack = torch.stack(parts)
@@ -175,6 +179,13 @@ class DiTCache(ActivationCache):
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, positions, has_batch_dim=self.has_batch_dim)
         labels = [name.removeprefix("hook_") for name in embeds] + [f"{index}_{name}" for name, index in writes]
         return (stack, labels) if return_labels else stack
+
+    def _writes(self, layer: int, mlp_input: bool, mode: Literal["all", "mlp", "attn"]) -> list[tuple[str, int]]:
+        """(name, layer) of each sublayer's write before `layer`, or before its MLP."""
+        attention = [f"{kind}_out" for kind in self.attentions] if mode != "mlp" else []
+        sublayers = attention + (["mlp_out"] if mode != "attn" else [])
+        writes = [(name, index) for index in range(layer) for name in sublayers]
+        return writes + ([(name, layer) for name in attention] if mlp_input else [])
 
     def _ensure_head_results(self) -> bool:
         """Fill in `hook_result` of every attention from z and W_O; True if all were there."""

@@ -266,7 +266,7 @@ def refuse_other_settings(
     Example:
         >>> refuse_other_settings(Path("out"), {"seed": 0}, {"seed": 1})
         Traceback (most recent call last):
-        ValueError: out holds results that were made with other seed (0, now 1): choose another folder, or delete it.
+        ValueError: out holds results that were made with other seed (0, now 1): ...
     """
     missing = object()
     different = [

@@ -288,15 +288,26 @@ def source_tree(code: CodeType, module: str) -> ast.AST | None:
     """The syntax tree of a function's code, or None if its file is not there or no longer says the same."""
     trees, codes = _parsed("".join(linecache.getlines(code.co_filename)), code.co_filename)
     near = [tree for tree in trees if _first_line(tree) == code.co_firstlineno and _name(tree) == code.co_name]
-    same = [number for number, other in enumerate(codes) if other == code]
-    spec = getattr(sys.modules.get(module), "__spec__", None)
-    hooked = spec is not None and type(spec.loader) is not SourceFileLoader  # compiled from a tree that an import hook changed
-    if not near or not (same or hooked):
+    if not near or not (code in codes or _compiled_by_hook(module)):
         return None
     if len(near) == 1:
         return near[0]
-    column = next((p[2] for p in code.co_positions() if p[2] is not None and p[0] == code.co_firstlineno and p[3] != p[2]), -1)
+    column = _first_column(code)
     return max((tree for tree in near if tree.col_offset <= column), key=lambda tree: tree.col_offset, default=None)
+
+
+def _compiled_by_hook(module: str) -> bool:
+    """True if a module was compiled from a tree that an import hook changed."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return spec is not None and type(spec.loader) is not SourceFileLoader
+
+
+def _first_column(code: CodeType) -> int:
+    """Column of the first instruction in the code's first line, or −1."""
+    for line, _, column, end in code.co_positions():
+        if line == code.co_firstlineno and column is not None and column != end:
+            return column
+    return -1
 
 
 @lru_cache(maxsize=64)

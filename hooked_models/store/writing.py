@@ -124,7 +124,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         >>> with disk_errors(Path("results/a.json")):
         ...     raise OSError(errno.ENOSPC, "No space left on device")
         Traceback (most recent call last):
-        OSError: results/a.json could not be written (No space left on device): make room, and run again.
+        OSError: results/a.json could not be written (No space left on device): make ...
     """
     try:
         yield

@@ -8,11 +8,12 @@ word vectors know their sentence. Every text of a step is a function of (seed, s
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,17 +192,7 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
         losses: list[Tensor] = []
         clock = time.perf_counter()
         for step in range(first, config.steps):
-            with torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext():
-                loss = model(**data(step)).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * config.learning_rate_factor(step)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach())
-
+            losses.append(_update(model, optimizers.values(), data(step), config, step))
             done = step + 1
             entry: dict[str, float] = {}
             if done % LOG_EVERY == 0 or done == config.steps:
@@ -211,10 +202,7 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
                 progress.update(bar, completed=done, news=f"loss {mean:.3f}")
                 losses = []
             if done % config.evaluate_every == 0 or done == config.steps:
-                encoder = as_encoder(model)
-                table = probe_table(encoder, tokenizer, targets=("relation", "direction"), layers=False)
-                entry |= {"step": done} | {f"probe_{t}": round(table.sel(target=t).item(), 4) for t in table.target.values}
-                entry["probe_place"] = round(place_score(encoder, tokenizer), 4)
+                entry |= {"step": done} | _probes(as_encoder(model), tokenizer)
             if entry:
                 history.log(run, entry)
                 clock = time.perf_counter()
@@ -224,6 +212,33 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
                 run.put(CHECKPOINT, partial(write, facts=facts, history=history))
     run.put_folder("text_encoder", as_encoder(model).save_pretrained)
     run.put_folder("tokenizer", tokenizer.save_pretrained)
+
+
+def _update(
+    model: T5ForConditionalGeneration,
+    optimizers: Collection[torch.optim.Optimizer],
+    batch: Mapping[str, Tensor],
+    config: PretrainConfig,
+    step: int,
+) -> Tensor:
+    """One step of the optimisers; returns its loss."""
+    with torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext():
+        loss = model(**batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * config.learning_rate_factor(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
+
+
+def _probes(encoder: T5EncoderModel, tokenizer: Any) -> dict[str, float]:
+    """Scores of probes on the encoder's output."""
+    table = probe_table(encoder, tokenizer, targets=("relation", "direction"), layers=False)
+    found = {f"probe_{t}": round(table.sel(target=t).item(), 4) for t in table.target.values}
+    return found | {"probe_place": round(place_score(encoder, tokenizer), 4)}
 
 
 def as_encoder(model: T5ForConditionalGeneration) -> T5EncoderModel:
