@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from .generation.cache import CacheTooLargeError, GenerationCache
     from .generation.model import HookedTextToImage
+    from .generation.pipeline import HookedPipeline
+    from .generation.pixart import HookedPixArt
     from .generation.trajectory import Trajectory
     from .hooks.module import NotFoldedError, UnknownHookError
     from .pipelines.checks import ModelCheckError
@@ -35,6 +37,8 @@ __all__ = [
     "FusedTokenEncoderConfig",
     "GenerationCache",
     "HookedDiT",
+    "HookedPipeline",
+    "HookedPixArt",
     "HookedT5Encoder",
     "HookedTextToImage",
     "HookedTokenEncoder",
@@ -61,6 +65,8 @@ __getattr__, __dir__ = attach(
         "CacheTooLargeError": "generation.cache:CacheTooLargeError",
         "GenerationCache": "generation.cache:GenerationCache",
         "HookedTextToImage": "generation.model:HookedTextToImage",
+        "HookedPixArt": "generation.pixart:HookedPixArt",
+        "HookedPipeline": "generation.pipeline:HookedPipeline",
         "Trajectory": "generation.trajectory:Trajectory",
         "NotFoldedError": "hooks:NotFoldedError",
         "UnknownHookError": "hooks:UnknownHookError",

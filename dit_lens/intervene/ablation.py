@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer
-from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.hooks.table import layer_of
 
 from .. import task as scenes
@@ -265,7 +265,7 @@ def ablation_effects(
     controls: int = 2,
     exclude: Sequence[str] = (),
     num_steps: int = DEFAULT_STEPS,
-    guidance: float = DEFAULT_GUIDANCE,
+    guidance: float | None = None,
     batch: int = 64,
     rng: int = 0,
 ) -> xr.Dataset:
@@ -315,7 +315,7 @@ def ablation_effects(
     edits = {
         name: [e for i in plan for e in i.resolve(model, texts, num_steps=num_steps, seed=rng)] for name, _, _, plan in plans
     }
-    tokens = model.to_tokens(texts)
+    whole_inputs = model.draft(texts, 0, num_steps, guidance)
     row_scene, row_seed = np.tile(np.arange(len(wanted)), noise.shape[1]), noise.T.ravel()  # one seed after the other
     chunks = [np.arange(start, min(start + batch, len(row_scene))) for start in range(0, len(row_scene), batch)]
     jobs = [(name, chunk) for name in edits for chunk in chunks]
@@ -324,9 +324,9 @@ def ablation_effects(
     for name, chunk in track(jobs, "generating ablated scenes", transient=True, disable=len(jobs) < LONG, console=console):
         rows = torch.from_numpy(row_scene[chunk])
         hooks = [(part.site.name, part) for edit in edits[name] if bool((part := edit.take(rows)).where.any())]
-        images = model.run_with_hooks(
-            tokens[rows.to(tokens.device)], row_seed[chunk].tolist(), num_steps, guidance, fwd_hooks=hooks
-        )
+        inputs = model.reseeded(whole_inputs.take(rows), row_seed[chunk].tolist())
+        with model.hooks(hooks):
+            images = model.draw(inputs)
         judged[name].append(scenes.evaluate(images, [wanted[row] for row in rows.tolist()]))
 
     whole = {name: xr.concat(parts, "image") for name, parts in judged.items()}

@@ -51,7 +51,7 @@ from hooked_models.hooks.table import Hook, hook_row, layer_of
 from ..readout.circuits import parse_head
 from ..text.prompts import TokenChoice, Tokens, Word, as_choice, check_found, position_mask, token_counts, token_mask
 from .edits import Action, Add, Edit, Replace, Scale, along
-from .targets import Layout, counts_from_the_end, find_hooks, layout_of, positions_there, texts_read
+from .targets import Layout, Positions, counts_from_the_end, find_hooks, layout_of, positions_there
 
 __all__ = ["Action", "Add", "Edit", "Intervention", "Replace", "Scale"]
 
@@ -181,11 +181,11 @@ class Intervention:
 
         In the conditional branch, unless `branch` is "uncond". Raises ValueError for a site without positions.
         """
-        site, uncond = replace(self, steps=None)._sites(model, 1)[0], self.branch == "uncond"
-        layout = layout_of(model, site)
-        read, words = texts_read(model, prompts, uncond)
-        selected = self._selected(model, layout, site, read, words)
-        return selected, positions_there(model, layout, words)
+        site, branch = replace(self, steps=None)._sites(model, 1)[0], "uncond" if self.branch == "uncond" else "cond"
+        axes, positions = layout_of(model, site), model.layout(prompts, branch)  # type: ignore[arg-type]
+        read = model.texts_read(prompts, branch)  # type: ignore[arg-type]
+        selected = self._selected(model, axes, site, read, positions)
+        return selected, positions_there(positions, axes, positions.text_mask.cpu())
 
     def _sites(self, model: HookedTextToImage, num_steps: int) -> list[Site]:
         part, inners = find_hooks(model, self.site)
@@ -209,13 +209,14 @@ class Intervention:
     ) -> list[Edit]:
         """Edits for sites that differ in step and layer only, in runs of `texts`."""
         site, n = sites[0], len(texts)
-        layout = layout_of(model, site)
-        read, words = texts_read(model, texts, uncond)
-        selected = None if self.tokens is None else self._selected(model, layout, site, read, words)
+        layout, branch = layout_of(model, site), BRANCHES[uncond]
+        read, positions = model.texts_read(texts, branch), model.layout(texts, branch)
+        words = positions.text_mask.cpu()
+        selected = None if self.tokens is None else self._selected(model, layout, site, read, positions)
         if selected is not None and self.missing == "error" and not (uncond and self.branch == "both"):
             check_found(model, read, self._choice, selected, ", or say missing='ignore' to leave such prompts as they are")
         if self.action == "knockout":
-            self._check_some_key_is_left(site, selected, positions_there(model, layout, words))
+            self._check_some_key_is_left(site, selected, positions_there(positions, layout, words))
         where = torch.ones(n, *[1] * (layout.ndim - 1), dtype=torch.bool)
         if selected is not None:
             where = where & along(selected, layout.ndim, 0, layout.token)
@@ -249,7 +250,7 @@ class Intervention:
         selected: Bool[Tensor, "prompt pos"] | None,
     ) -> tuple[int | None, Int[Tensor, " prompt"]]:
         """For "mean" and "resample": the axis along which tokens correspond in order (or None), and groups of like prompts."""
-        if layout.kind != "text" or self.action not in ("mean", "resample"):
+        if layout.kind not in ("text", "joint") or self.action not in ("mean", "resample"):
             return None, torch.zeros(len(read), dtype=torch.long)
         if selected is not None and self._in_order:
             return layout.token, self._counts(model, read, selected)
@@ -267,11 +268,12 @@ class Intervention:
         layout: Layout,
         site: Site,
         texts: Sequence[str],
-        words: Bool[Tensor, "prompt text_pos"],
+        positions: Positions,
     ) -> Bool[Tensor, "prompt pos"]:
         if layout.token is None:
             raise ValueError(f"{site.name} has no positions: leave tokens out.")
-        there = positions_there(model, layout, words)
+        words = positions.text_mask.cpu()
+        there = positions_there(positions, layout, words)
         mask = position_mask(self._choice, len(texts), there.shape[1], site.name)
         if mask is not None:
             return mask
@@ -279,8 +281,8 @@ class Intervention:
             named = ", ".join(map(str, self._choice))
             raise ValueError(f"{site.name} has image positions, but tokens={named} names words: give positions.")
         of_text = token_mask(model, texts, self._choice, length=words.shape[1], missing="ignore")
-        image = there.shape[1] - words.shape[1]  # of joint attention, before the words
-        return torch.nn.functional.pad(of_text, (image, 0))
+        image = positions.n_image if layout.kind == "joint" else 0  # before the words
+        return torch.nn.functional.pad(of_text, (image, there.shape[1] - image - words.shape[1]))
 
     def _head_mask(self, model: HookedTextToImage, layout: Layout, site: Site) -> Bool[Tensor, " head"]:
         if layout.head is None:

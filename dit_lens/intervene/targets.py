@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.names import Site
+from hooked_models.hooks.layout import Layout as Positions
 from hooked_models.hooks.module import unknown_hook
 from hooked_models.hooks.table import JOINT_POSITIONS, POSITIONS, TEXT_POSITIONS, HookPart, axis_of
-from hooked_models.text_encoders.random_tokens import PAD_ID
 
 
 def counts_from_the_end(steps: Any) -> bool:
@@ -53,7 +52,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(model: HookedTextToImage, site: Site) -> Layout:
-    axes = model.names.module(site.part).axes(site.inner)
+    axes = model.axes(site)
     positions = [axis for axis in axes if axis in (*POSITIONS["image"], *POSITIONS["text"])]
     if not positions:
         return Layout(len(axes), axis_of(axes, ("head",)), None, None)
@@ -62,19 +61,12 @@ def layout_of(model: HookedTextToImage, site: Site) -> Layout:
     return Layout(len(axes), axis_of(axes, ("head",)), axes.index(token), kind)
 
 
-def texts_read(
-    model: HookedTextToImage, texts: Sequence[str], uncond: bool
-) -> tuple[Sequence[str], Bool[Tensor, "prompt text_pos"]]:
-    """The prompts that a branch reads in runs of `texts`, and which of their positions are no pads."""
-    read = [""] * len(texts) if uncond else texts
-    return read, (model.to_tokens(read, length=model.to_tokens(texts).shape[1]) != PAD_ID).cpu()
+def positions_there(positions: Positions, layout: Layout, words: Bool[Tensor, "prompt text_pos"]) -> Bool[Tensor, "prompt pos"]:
+    """The positions that can be attended to: those of words, all of the image, or the image's and then those of words.
 
-
-def positions_there(
-    model: HookedTextToImage, layout: Layout, words: Bool[Tensor, "prompt text_pos"]
-) -> Bool[Tensor, "prompt pos"]:
-    """The positions that can be attended to: those of words, all of the image, or the image's and then those of words."""
-    if layout.kind == "text":
-        return words
-    image = words.new_ones(len(words), (model.cfg.sample_size // model.cfg.patch_size) ** 2)
-    return image if layout.kind == "image" else torch.cat([image, words], dim=1)
+    Registers and padding that a model has beside them come last, and count as absent.
+    """
+    image = words.new_ones(len(words), positions.n_image)
+    there = {"text": words, "image": image}.get(layout.kind or "", torch.cat([image, words], dim=1))
+    more = positions.length(layout.kind or "joint") - there.shape[1]
+    return torch.nn.functional.pad(there, (0, more))

@@ -22,12 +22,13 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models import GenerationCache, HookedTextToImage
+from hooked_models import GenerationCache
 from hooked_models.generation.cache import estimate_recorded, refuse_if_too_large
 from hooked_models.generation.capture import Heads, Patterns, Recorder
-from hooked_models.generation.hooks import Attached
+from hooked_models.generation.hooks import Attached, Extent
 from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
 from hooked_models.generation.names import Branch, Site
+from hooked_models.generation.pixart import HookedPixArt, refuse_options
 from hooked_models.generation.sampling import Seeds
 from hooked_models.hooks.module import NameFilter
 from hooked_models.pipelines.folder import check_libraries
@@ -50,7 +51,7 @@ NO_GRADIENTS = (
 )
 
 
-class RemoteTextToImage(HookedTextToImage):
+class RemoteTextToImage(HookedPixArt):
     """A PixArt pipeline opened by nnsight's `DiffusionModel`, for everything that a `HookedTextToImage` does in one run.
 
     That is: calls, `run_with_cache`, `run_with_hooks`, `hooks`, every `Intervention`, `synopsis.attention_synopsis`,
@@ -147,6 +148,10 @@ class RemoteTextToImage(HookedTextToImage):
     def check_wrapped(self) -> None:
         """Nothing: the model that runs is the pipeline itself, with whatever was changed in it."""
 
+    def draw(self, inputs: Any) -> Float[Tensor, "batch 3 height width"]:
+        """As in HookedTextToImage, through nnsight."""
+        return self(inputs.tokens, list(inputs.seeds), inputs.num_steps, inputs.guidance)
+
     # Unsupported
 
     def digest(self) -> str:
@@ -174,8 +179,9 @@ class RemoteTextToImage(HookedTextToImage):
         prompts: Prompts,
         seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
-        guidance: float = DEFAULT_GUIDANCE,
+        guidance: float | None = None,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        **options: Any,
     ) -> Float[Tensor, "batch 3 height width"]:
         """As `HookedTextToImage.forward`, without gradients.
 
@@ -183,14 +189,15 @@ class RemoteTextToImage(HookedTextToImage):
             ServerError: the server cannot be asked, or the run failed there.
             ValueError: a hook is attached where no trace reaches, or backwards.
         """
-        return self._run_once(prompts, seed, num_steps, guidance, latents)["images"]
+        refuse_options(options)
+        return self._run_once(prompts, seed, num_steps, DEFAULT_GUIDANCE if guidance is None else guidance, latents)["images"]
 
     def run_with_cache(
         self,
         prompts: Prompts,
         seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
-        guidance: float = DEFAULT_GUIDANCE,
+        guidance: float | None = None,
         latents: Float[Tensor, "batch channel rows columns"] | None = None,
         *,
         names_filter: NameFilter = None,
@@ -202,6 +209,7 @@ class RemoteTextToImage(HookedTextToImage):
         device: str | torch.device | None = None,
         max_bytes: int | None = None,
         remove_batch_dim: bool = False,
+        **options: Any,
     ) -> tuple[Float[Tensor, "batch 3 height width"], GenerationCache]:
         """As `HookedTextToImage.run_with_cache`; everything that is selected travels, so select.
 
@@ -210,6 +218,8 @@ class RemoteTextToImage(HookedTextToImage):
         Raises:
             ValueError: heads, patterns or out are given: a run behind nnsight keeps whole tensors, and in memory.
         """
+        refuse_options(options)
+        guidance = DEFAULT_GUIDANCE if guidance is None else guidance
         if heads is not None or patterns != "whole" or out is not None:
             raise ValueError(
                 "A run behind nnsight keeps whole tensors, in memory: leave heads=, patterns= and out= away, and narrow "
@@ -379,10 +389,11 @@ class RemoteTextToImage(HookedTextToImage):
         return texts, prompts.shape[1]
 
     def _checked_hooks(self, num_steps: int, guidance: float) -> list[Attached]:
-        self.check_hooks(num_steps, guidance)
+        extent = Extent.of(self.solver(num_steps), guidance > 1)
+        self.check_hooks(extent)
         if any(attached.direction == "bwd" for attached in self.attached):
             raise NotImplementedError(NO_GRADIENTS)
-        return self.firing_in_run(num_steps, guidance)
+        return self.firing_in_run(extent)
 
     # The server
 

@@ -25,7 +25,7 @@ import xarray as xr
 
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer, integers, mapping, number
-from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from hooked_models.generation.model import DEFAULT_STEPS
 
 from .metrics import OWN, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
 from .plan import Plan
@@ -58,7 +58,7 @@ def plan(
     metrics: Metrics,
     *,
     num_steps: int = DEFAULT_STEPS,
-    guidance: float = DEFAULT_GUIDANCE,
+    guidance: float | None = None,
     batch: int | None = None,
     rng: int = 0,
 ) -> Plan:
@@ -69,6 +69,7 @@ def plan(
         seeds: every prompt is run with each.
         interventions: one each, or several that are made together; a mapping names them. `grid` makes many.
         metrics: name → function of images [batch 3 height width] in [0, 1] → [batch], or a `Metric` on something else.
+        guidance: by default the model's own.
         batch: rows that run together; found from free memory unless given.
         rng: seed of "resample".
 
@@ -87,7 +88,8 @@ def plan(
         (1, 3)
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    numbers, guidance = list(integers("seeds", seeds, -(2**63), 2**64 - 1)), number("guidance", guidance)
+    numbers = list(integers("seeds", seeds, -(2**63), 2**64 - 1))
+    guidance = number("guidance", model.default_guidance if guidance is None else guidance)
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"seeds={numbers}: give at least one, and each once.")
     if not mapping("metrics", metrics, "function of images or Metric"):
@@ -98,15 +100,17 @@ def plan(
     model.refuse_hooks("A sweep compares with the model as it is")
     batch = None if batch is None else integer("batch", batch, 1)
     wrapped = {name: metric if isinstance(metric, Metric) else Metric(metric) for name, metric in metrics.items()}
-    reads = {name: metric.read(model, num_steps, guidance) for name, metric in wrapped.items()}
-    treatments, steps = resolve(model, texts, interventions, num_steps, guidance, rng), model.count_steps(num_steps)
+    draft = model.draft(texts, 0, num_steps, guidance)
+    extent, steps = draft.extent, len(draft.solver)
+    reads = {name: metric.read(extent) for name, metric in wrapped.items()}
+    treatments = resolve(model, texts, interventions, draft, rng)
     for name, read in reads.items():
         if read.step == OWN and (late := [one.label for one in treatments if one.first == steps]):
             raise ValueError(
                 f"The metric {name!r} is taken at the first step that an intervention touches, and {late[0]!r} touches none: "
                 f"name a step, on='steps.0.{read.inner}'."
             )
-    return Plan(model, texts, numbers, treatments, wrapped, reads, num_steps, steps, guidance, rng, batch)
+    return Plan(model, texts, numbers, treatments, wrapped, reads, draft.num_steps, steps, guidance, extent, rng, batch)
 
 
 def run(
@@ -120,7 +124,7 @@ def run(
     workers: int | None = None,
     *,
     num_steps: int = DEFAULT_STEPS,
-    guidance: float = DEFAULT_GUIDANCE,
+    guidance: float | None = None,
     batch: int | None = None,
     rng: int = 0,
 ) -> xr.Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -174,9 +174,7 @@ class Clean:
 def inputs_of(model: HookedTextToImage, inputs: Inputs, seeds: Sequence[int], rows: Rows) -> Inputs:
     """The inputs of rows, each with the noise of its seed, from those of the prompts."""
     n = len(inputs)
-    own = tuple(seeds[row // n] for row in rows.tolist())
-    noise = model.noise(own, len(rows)).to(inputs.latents)
-    return replace(inputs.take(index_of(rows % n, model)), latents=noise, seeds=own)
+    return model.reseeded(inputs.take(index_of(rows % n, model)), [seeds[row // n] for row in rows.tolist()])
 
 
 def made_of(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Solver) -> Tensor:

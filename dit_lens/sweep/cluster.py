@@ -84,6 +84,8 @@ class Cluster:
         from ray.util import ActorPool
 
         model = work.plan.model
+        if not model.enters_at_layers:
+            raise ValueError("Workers of a cluster open PixArt models only: choose executor='local' for this pipeline.")
         if not self.ray.is_initialized():
             self.ray.init()
         on_gpu = model.device.type == "cuda"

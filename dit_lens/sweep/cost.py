@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,8 @@ from jaxtyping import Float
 from torch.utils.flop_counter import FlopCounterMode
 
 from hooked_models.generation.cache import free_bytes, human
-from hooked_models.generation.names import FINAL, Branch
+from hooked_models.generation.names import FINAL, Branch, Site
+from hooked_models.generation.trajectory import Record, Run
 
 from .clean import Fork, inputs_of
 
@@ -28,6 +30,7 @@ LARGEST_BATCH = {"cpu": 32}
 """Rows beyond which a batch gains nothing: a CPU's caches are full (`benchmarks.scaling`: 32 rows 11.5 ms each, 64 13.4)."""
 OTHERWISE_LARGEST = 512
 REPEATS = 3
+LATENT = Site("sampler", "hook_latent", 0)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def batch_size(plan: Plan) -> int:
 
 def cost_of(plan: Plan) -> Cost:
     """Count the work, and time a step of one row and of a full batch; sizes between are interpolated."""
-    branches: list[Branch] = ["cond", "uncond"] if plan.guidance > 1 else ["cond"]
+    branches: list[Branch] = ["cond", "uncond"] if plan.extent.guided else ["cond"]
     layers, steps = plan.model.cfg.n_layers, plan.steps
     batches = list(plan.batches(plan.forks, plan.batch))
     forked = np.array([rows for forks in batches for rows in _rows_at(forks, branches, layers)]).reshape(-1, len(branches))
@@ -154,15 +157,16 @@ def seconds_of_step(plan: Plan, rows: int) -> float:
 @torch.no_grad()
 def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
     """Seconds and operations of one image."""
-    model = plan.model
-    latent = model.noise(range(rows), rows).to(model.device, model.dit.dtype)
-    model.decode(latent)
+    model, inputs = plan.model, plan.inputs()
+    some = inputs_of(model, inputs, range(rows), np.arange(rows) * len(inputs))
+    run = Run(model, some, Record(), torch.zeros(model.shape(some, LATENT), device=model.device, dtype=model.dit.dtype))
+    model.images_of(run)
     start = time.perf_counter()
-    model.decode(latent)
+    model.images_of(run)
     _wait(model.device)
     seconds = (time.perf_counter() - start) / rows
     with FlopCounterMode(display=False) as counter:
-        model.decode(latent[:1])
+        model.images_of(run.take([0]))  # type: ignore[arg-type]
     return seconds, float(counter.get_total_flops())
 
 
@@ -173,30 +177,31 @@ def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
     Counted by torch, which on a CPU does not see into fused attention.
     """
     model, counted = plan.model, []
-    for guidance in (1.0, plan.guidance) if plan.guidance > 1 else (1.0,):
-        one = model.trajectory(model.to_tokens(plan.prompts)[:1], 0, plan.num_steps, guidance, until=0)
+    for guidance in (1.0, plan.guidance) if plan.extent.guided else (plan.guidance,):
+        one = model.prepare(plan.prompts[:1], 0, plan.num_steps, guidance)
         with FlopCounterMode(display=False) as counter:
-            model.run(one.inputs, until=1)
+            model.run(one, until=1)
         counted.append(counter.get_total_flops())
     return np.diff(np.array(counted, dtype=np.float64), prepend=0.0)
 
 
 def _bytes_of_row(plan: Plan) -> int:
     """Peak bytes of the activations of one row of a batch, in all its guidance branches, and of its image."""
-    cfg, branches = plan.model.cfg, 2 if plan.guidance > 1 else 1
-    pos, size = (cfg.sample_size // cfg.patch_size) ** 2, plan.model.dit.dtype.itemsize
-    hidden = pos * (2 * cfg.d_mlp + 12 * cfg.d_model)
+    model, branches = plan.model, 1 + plan.extent.guided
+    one, cfg, size = plan.inputs(), model.cfg, model.dit.dtype.itemsize
+    pos = model.layout(one).length("joint" if model.dit.axes("blocks.0.hook_resid_post")[1] == "joint_pos" else "image")
+    d_mlp = cfg.d_mlp if (cfg.d_mlp or 0) > 0 else 4 * cfg.d_model
+    hidden = pos * (2 * d_mlp + 12 * cfg.d_model)
     scores = 3 * cfg.n_heads * pos * pos  # a hooked pattern is explicit
-    pixels = 3 * 3 * (cfg.sample_size * 8) ** 2
-    return branches * (hidden + scores) * size + pixels * 4
+    image = prod(model.shape(one, Site("sampler", FINAL))[1:])
+    return branches * (hidden + scores) * size + 3 * image * 4
 
 
 def _bytes_of_run(plan: Plan) -> int:
     """Bytes of one run without intervention: latents and outputs of all steps, in all branches."""
-    cfg, branches = plan.model.cfg, 2 if plan.guidance > 1 else 1
-    latent = cfg.in_channels * cfg.sample_size**2
-    out = cfg.out_channels * cfg.sample_size**2
-    return (2 * latent + branches * out) * (plan.steps + 1) * plan.model.dit.dtype.itemsize
+    model, one = plan.model, plan.inputs()
+    latent, out = (prod(model.shape(one, site)[1:]) for site in (LATENT, Site("sampler", "hook_out_cond", 0)))
+    return (2 * latent + (1 + plan.extent.guided) * out) * (plan.steps + 1) * model.dit.dtype.itemsize
 
 
 def _wait(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.fast.enter_at_layers import denoise_from
-from hooked_models.generation.loops import Call
+from hooked_models.generation.loops import Call, rows_of
 from hooked_models.generation.names import BRANCHES, FINAL, Branch, Site
 from hooked_models.generation.trajectory import Inputs
 from hooked_models.pixart.text_state import TextState
@@ -101,7 +101,7 @@ class Batch:
                 found[read] = latent
             if read.inner == FINAL:
                 with self._image_hooks():
-                    found[read] = model.decode(latent)
+                    found[read] = model.images_of(replace(run, latent=latent))
         return found
 
     def _read_at(self, step: int, reads: Collection[Read]) -> list[Read]:
@@ -190,7 +190,7 @@ class Batch:
         where = {branch: index_of(place[call.part(branch)], model) for branch in call.branches}
         per_name: dict[str, list[tuple[Edit, Tensor]]] = {}
         for (part, inner, branch), edit in edits[step].items():
-            if part == "dit":
+            if part == "dit" and branch in call.branches:
                 assert branch is not None
                 per_name.setdefault(inner, []).extend((each, where[branch][own]) for each, own in edit.parts)
         hooks = [(inner, RowEdits(parts)) for inner, parts in per_name.items()]
@@ -210,6 +210,10 @@ class Batch:
             ]
             residuals[layer] = torch.cat(parts)
         some = index_of(order, model)
+        if not model.enters_at_layers:
+            with model.dit.hooks(hooks):
+                out = model.denoise(x[some], rows_of(timestep, some, len(x)), text.take(some))
+            return prediction.index_copy(0, some, out)
         first = some[: np.count_nonzero(start == 0)]
         sizes = {name: None if size is None else size[some] for name, size in model.size_conditions(x).items()}
         with model.dit.hooks(hooks):

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_models import HookedTextToImage
 from hooked_models.arguments import shown
+from hooked_models.generation.hooks import Extent
 from hooked_models.generation.names import FINAL
 
 from .. import task as scenes
@@ -95,23 +95,23 @@ class Metric:
                 )
         return values
 
-    def read(self, model: HookedTextToImage, num_steps: int, guidance: float) -> Read:
-        """Tensor of the metric in runs of `model`. Raises ValueError if they have no such tensor."""
+    def read(self, extent: Extent) -> Read:
+        """Tensor of the metric in runs of an extent. Raises ValueError if they have no such tensor."""
         step, inner = None, SHORT.get(self.on)
         if inner is not None:
             step = None if inner in (FINAL, "latent") else OWN
         elif (found := re.fullmatch(r"steps\.(\d+)\.(\w+)", self.on)) and found[2] in BETWEEN:
             step, inner = int(found[1]), found[2]
-            if step >= (steps := model.count_steps(num_steps)):
+            if step >= (steps := len(extent.solver)):
                 raise ValueError(f"{self.on} does not exist: this sweep goes over steps 0 to {steps - 1}.")
         else:
             raise ValueError(
                 f"A metric cannot be taken on {self.on!r}: choose {', '.join(SHORT)}, or 'steps.0.' with {', '.join(BETWEEN)}."
             )
-        if inner in ("hook_x0", "eps") and not model.solver(num_steps).forms_x0:
-            raise ValueError(f"{type(model.scheduler).__name__} forms no clean-image prediction: take a metric on 'out' instead.")
-        if inner == "hook_out_uncond" and guidance <= 1:
-            raise ValueError(f"{self.on} does not exist: at guidance {guidance:g} there is no unconditional branch.")
+        if inner in ("hook_x0", "eps") and not extent.solver.forms_x0:
+            raise ValueError(f"{extent.solver.name} forms no clean-image prediction: take a metric on 'out' instead.")
+        if inner == "hook_out_uncond" and step not in extent.uncond:
+            raise ValueError(f"{self.on} does not exist: there is no unconditional branch at this step, with this guidance.")
         return Read(inner, step)
 
 

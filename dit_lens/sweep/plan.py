@@ -13,8 +13,8 @@ import torch
 import xarray as xr
 from jaxtyping import Int
 
+from hooked_models.generation.hooks import Extent
 from hooked_models.generation.names import FINAL
-from hooked_models.generation.trajectory import Inputs
 
 from ..store import digest, fingerprint
 from .clean import Fork
@@ -54,6 +54,8 @@ class Plan:
     steps: int
     """Steps of a run: evaluations of the denoiser."""
     guidance: float
+    extent: Extent
+    """Tensors that a run computes."""
     rng: int
     chosen_batch: int | None = None
 
@@ -88,9 +90,9 @@ class Plan:
         """A condition's forks, clean up to step `first`: one a prompt, unless prompts look at each other."""
         n, treatment = len(self.prompts), self.treatments[condition]
         branches = tuple(
-            (branch, layer)
+            (branch, layer if self.model.enters_at_layers else 0)
             for branch, layer in treatment.starts(self.model.cfg.n_layers, first).items()
-            if branch == "cond" or self.guidance > 1
+            if branch == "cond" or first in self.extent.uncond
         )
         groups = [np.arange(n)] if treatment.joint else np.flatnonzero(treatment.prompts)[:, None]
         for seed in seeds:
@@ -143,7 +145,7 @@ class Plan:
         """By which a folder of results is known."""
         return {
             "model": self.model.digest(),
-            "prompts": digest(*self.prompts, self.model.to_tokens(self.prompts)),
+            "prompts": digest(*self.prompts, self.inputs().settings["text"]),
             "seeds": digest(str(list(self.seeds))),
             "interventions": digest(*(treatment.digest for treatment in self.treatments)),
             "metrics": fingerprint(self.metrics),
@@ -152,9 +154,9 @@ class Plan:
         }
 
     @torch.no_grad()
-    def inputs(self) -> Inputs:
+    def inputs(self) -> Any:
         """Inputs of a run of the prompts, one row each."""
-        return self.model.trajectory(self.model.to_tokens(self.prompts), 0, self.num_steps, self.guidance, until=0).inputs
+        return self.model.prepare(self.prompts, 0, self.num_steps, self.guidance)
 
     @torch.no_grad()
     def run(self, out: str | Path | None = None, executor: str = "local", workers: int | None = None) -> xr.Dataset:

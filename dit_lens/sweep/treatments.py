@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import is_several, shown
-from hooked_models.generation.cache import activation_shape
 from hooked_models.generation.names import FINAL, Branch, Site
 
 from ..intervene.edits import Edit, Scale
@@ -157,11 +156,10 @@ def resolve(
     model: HookedTextToImage,
     texts: Sequence[str],
     interventions: Interventions,
-    num_steps: int,
-    guidance: float,
+    draft: Any,
     rng: int,
 ) -> list[Treatment]:
-    """Every condition in rows of `texts`, checked as a run would check it.
+    """Every condition in rows of `texts`, checked as a run would check it; `draft`: the inputs of such a run.
 
     Raises:
         UnknownHookError, ValueError: as `Intervention.hooks` and a run with these hooks; or a name stands twice.
@@ -175,15 +173,15 @@ def resolve(
     named = list(interventions.items()) if isinstance(interventions, Mapping) else [("", one) for one in interventions]
     if not named:
         raise ValueError("interventions is empty: give at least one to sweep over.")
-    length, steps = model.to_tokens(texts).shape[1], model.count_steps(num_steps)
+    num_steps, steps = draft.num_steps, len(draft.solver)
     found = []
     for label, several in named:
         several = [several] if isinstance(several, Intervention) else list(several)
         edits = [edit for one in several for edit in one.resolve(model, texts, num_steps=num_steps, seed=rng)]
         with model.hooks([(edit.site.name, edit) for edit in edits]):
-            model.check_hooks(num_steps, guidance)
+            model.check_hooks(draft.extent)
         for edit in edits:
-            edit.check_shape(_shape(model, edit.site, len(texts), length))
+            edit.check_shape(model.shape(draft, edit.site))
         found.append(Treatment(label or " + ".join(map(describe, several)), tuple(edits), _coords(several), steps))
     labels = [one.label for one in found]
     if isinstance(interventions, Mapping):
@@ -194,12 +192,6 @@ def resolve(
             found[i] = replace(found[i], label=f"{label} #{count + 1}")
         seen[label] = count + 1
     return found
-
-
-def _shape(model: HookedTextToImage, site: Site, n: int, length: int) -> tuple[int, ...]:
-    grid = (model.cfg.sample_size,) * 2
-    cfg: Any = model.text_encoder.cfg if site.part.endswith("text_encoder") else model.cfg
-    return activation_shape(cfg, site, n, grid, length, model.image_size(grid))
 
 
 def describe(intervention: Intervention) -> str:

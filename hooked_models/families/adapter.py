@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from ..hooks.layout import Layout
 from ..hooks.module import HookedModule, NoLanguageModel, UnknownHookError
 from ..hooks.table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
 from .blocks import Blocks
-from .layout import Layout
 from .taps import FamilyHeads, KernelTap, SilentHookError, StreamTap, Tap
 from .weights import Weights
 
@@ -65,6 +65,8 @@ class Family:
     """Why gradients through the model are wrong, if they are."""
     no_pattern: Mapping[str, str] = field(default_factory=dict)
     """Attentions that have no pattern, and why."""
+    cond_first: bool = False
+    """True if a call with both guidance branches has the conditional rows first."""
     notes: str = ""
 
 

@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
+from ..hooks.layout import Layout
 from ..hooks.module import watched
 from ..pixart.attention import AttentionCore
-from .layout import Layout
 from .weights import Weights
 
 Axes = Literal["batch pos d", "pos batch d", "batch d row column"]
@@ -60,6 +60,8 @@ class FamilyHeads(AttentionCore):
     """
 
     weights: Weights
+    bias: Callable[[], Tensor | None]
+    """Addend of the scores in the running call, positions as hooks see them."""
 
     def __init__(self, queries: str, keys: str, scale: float, weights: Weights) -> None:
         super().__init__()
@@ -99,6 +101,7 @@ class FamilyHeads(AttentionCore):
         if key.shape[1] != query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.__dict__["bias"] = lambda: self._bias(layout, attn_mask, is_causal, query, key)
         query = self._through(self.hook_q, query, layout, self.queries)
         key = self._through(self.hook_k, key, layout, self.keys)
         value = self._through(self.hook_v, value, layout, self.keys)

@@ -56,5 +56,6 @@ FAMILY = Family(
     sizes=width_sizes("n_heads", "dim"),
     image="x",
     text="cap_feats",
+    cond_first=True,
     notes="positions are [image, text, padding of both]; outputs pass a norm, then a tanh gate",
 )

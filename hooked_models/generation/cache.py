@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from ..arguments import integer, one_of, shown
-from ..hooks.module import HookedModule, NameFilter, unknown_hook
+from ..hooks.module import NameFilter, unknown_hook
 from ..hooks.table import axis_sizes
 from ..pipelines.hub import recorded_source
 from ..pixart.cache import DiTCache, expand_shorthand, look_up
@@ -253,7 +253,7 @@ def estimate(
     model: HookedTextToImage,
     prompts: str | Sequence[str] | Int[Tensor, "batch text_pos"] | tuple[int, int],
     num_steps: int = 14,
-    guidance: float = 4.5,
+    guidance: float | None = None,
     *,
     names_filter: NameFilter = None,
     steps: int | Sequence[int] | slice | None = None,
@@ -261,33 +261,49 @@ def estimate(
     heads: Heads | None = None,
     patterns: Patterns = "whole",
     grid: Sequence[int] | None = None,
+    **options: Any,
 ) -> CacheEstimate:
     """Estimate the cache of `run_with_cache` with these arguments; nothing is run, and a model without weights will do.
 
     Args:
-        prompts: as there, or (how many, tokens of the longest with EOS).
-        grid: rows and columns of the latents, of another size than the model's own.
+        prompts: as there, or (PixArt) their number and the tokens of the longest with EOS.
+        grid: rows and columns of PixArt's latents, of another size than the model's own.
+        options: as there.
     """
     if isinstance(prompts, tuple) and all(isinstance(part, int) for part in prompts):
-        batch, text_pos = prompts
-    else:
-        batch, text_pos = (prompts if isinstance(prompts, Tensor) else model.to_tokens(prompts)).shape  # type: ignore[arg-type]
-    solver = model.solver(num_steps)
-    sites = model.names.select(names_filter, steps, branch, len(solver), guidance > 1, solver.forms_x0)
+        solver, uncond = model.solver(num_steps), (model.default_guidance if guidance is None else guidance) > 1
+        sites = model.names.select(names_filter, steps, branch, len(solver), uncond, solver.forms_x0)
+        recorder = Recorder(model, sites, heads_by_layer(heads, model.cfg.n_layers, model.cfg.n_heads), patterns)
+        return estimate_recorded(recorder, prompts[0], prompts[1], grid)
+    draft = model.draft(prompts, 0, num_steps, guidance, **options)
+    if grid is not None:
+        draft = replace(draft, latents=draft.latents[..., :1, :1].expand(*draft.latents.shape[:2], *grid))
+    known = model.names.select(names_filter, steps, branch, len(draft.solver), draft.guided, draft.solver.forms_x0)
+    sites = [site for site in known if draft.extent.fires(site)]
     recorder = Recorder(model, sites, heads_by_layer(heads, model.cfg.n_layers, model.cfg.n_heads), patterns)
-    return estimate_recorded(recorder, batch, text_pos, grid)
+    return estimate_sites(recorder, lambda site: model.shape(draft, site))
 
 
 def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Sequence[int] | None = None) -> CacheEstimate:
-    """Estimate a recorder's tensors of one generation."""
-    model, heads = recorder.model, recorder.heads
+    """Estimate a recorder's tensors of one generation by PixArt."""
+    model = recorder.model
     rows, columns = grid or (model.cfg.sample_size,) * 2
     image = model.image_size((rows, columns))
+
+    def shape(site: Site) -> tuple[int, ...]:
+        cfg = model.text_encoder.cfg if site.part.endswith("text_encoder") else model.cfg
+        return activation_shape(cfg, site, batch, (rows, columns), text_pos, image)
+
+    return estimate_sites(recorder, shape)
+
+
+def estimate_sites(recorder: Recorder, shape_of: Callable[[Site], tuple[int, ...]]) -> CacheEstimate:
+    """Bytes that a recorder will keep of one generation, from the shapes of its sites' tensors."""
+    model, heads = recorder.model, recorder.heads
     sizes, shared, seen = {}, set(), set()
     for site in recorder.sites:
         module = model.codec if site.inner == FINAL else model.text_encoder if site.part.endswith("text_encoder") else model.dit
-        cfg = module.cfg if isinstance(module, HookedModule) else model.cfg
-        shape = list(activation_shape(cfg, site, batch, (rows, columns), text_pos, image))
+        shape = list(shape_of(site))
         dtype = activation_dtype(site, module.dtype)
         if heads is not None and (axis := head_axis(site)) is not None and site.layer is not None:
             shape[axis] = len(heads[site.layer])
@@ -297,7 +313,7 @@ def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Seque
         sizes[site.name] = torch.Size(shape).numel() * dtype.itemsize
         if site.inner.endswith(TEXT_KV):
             key = (site.inner, site.branch)
-            shared |= {site.name} if key in seen else set()
+            shared |= {site.name} if key in seen and model.text_keys_are_constant else set()
             seen.add(key)
     return CacheEstimate(sizes, frozenset(shared))
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..store import Index, Store, digest
+from .hooks import select
 from .trajectory import Record
 
 if TYPE_CHECKING:
@@ -78,10 +79,12 @@ class LazyTensors(Mapping[str, Tensor]):
         return digest(*sorted(self._where))
 
 
-def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, ...]) -> Float[Tensor, "batch 3 height width"]:
+def record_to_folder(
+    recorder: Recorder, out: str | Path, arguments: tuple[Any, ...], options: Mapping[str, Any] | None = None
+) -> Float[Tensor, "batch 3 height width"]:
     """Run a generation, or the rest of it, and write the recorder's tensors step by step.
 
-    `arguments` are those of `HookedTextToImage.prepare`. Returns the images.
+    `arguments` and `options` are those of `HookedTextToImage.prepare`. Returns the images.
 
     Raises:
         ValueError: the folder holds another generation.
@@ -89,19 +92,16 @@ def record_to_folder(recorder: Recorder, out: str | Path, arguments: tuple[Any, 
     model = recorder.model
     if model.hooked_inside:
         raise ValueError("A folder cannot record hooks inside the denoiser or the text encoder: attach them to the model itself.")
-    _, _, num_steps, guidance, _ = arguments
-    attached = sorted({hook.site.name for hook in model.firing_in_run(num_steps, guidance)})
+    own = model.attached
     with model.hooks(recorder.hooks()), ExitStack() as stack:
-        recorder.inputs = inputs = model.prepare(*arguments)
+        recorder.inputs = inputs = model.prepare(*arguments, **(options or {}))
+        sites = select(own, inputs.extent.fires, lambda: model.names.sites(len(inputs.solver)))
+        attached = sorted({hook.site.name for hook in sites})
         settings = {
             "model": digest(str(sorted(model.dit.config.items(), key=str)), *model.dit.state_dict().values()),
             "codec": digest(str(sorted(model.codec.config.items(), key=str)), *model.codec.state_dict().values()),
             "scheduler": digest(type(model.scheduler).__name__, str(sorted(model.scheduler.config.items(), key=str))),
-            "text": digest(inputs.text.text, "" if inputs.text.bias is None else inputs.text.bias),
-            "noise": digest(inputs.latents),
-            "seeds": list(inputs.seeds) if inputs.solver.draws else [],
-            "num_steps": inputs.num_steps,
-            "guidance": inputs.guidance,
+            **inputs.settings,
             "names": digest(*(site.name for site in recorder.sites)),
             "heads": str(recorder.heads),
             "patterns": recorder.patterns,

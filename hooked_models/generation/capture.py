@@ -20,7 +20,6 @@ from ..arguments import integer, is_several, one_of, shown
 from ..hooks.module import HookFunction, watched
 from ..hooks.table import axis_of
 from .names import BRANCHES, Site, parse_head
-from .trajectory import Inputs
 
 if TYPE_CHECKING:
     from .model import HookedTextToImage
@@ -75,7 +74,7 @@ class Recorder:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     """Names whose tensor is that of an earlier name: no step changes the text's keys and values."""
-    inputs: Inputs | None = None
+    inputs: Any = None
     """To be set before the first step."""
     _text: dict[tuple[str, Any], tuple[str, Tensor]] = field(default_factory=dict)
 
@@ -148,8 +147,7 @@ class Recorder:
             q, k = held.pop("q"), self._chosen(k.detach(), site, 2).transpose(1, 2)
             assert self.inputs is not None
             assert site.branch is not None
-            bias = self.inputs.text.bias if ".cross_attn." in site.inner else None
-            bias = None if bias is None else bias[self.inputs.rows(site.branch), None]
+            bias = self.inputs.bias(site.inner.rpartition(".")[0], site.branch, attention)
             rows = score_rows(q, k, attention.scale, bias)
             if site.inner.endswith("hook_pattern"):
                 rows = (scores.softmax(dim=-1) for scores in rows)
@@ -182,9 +180,12 @@ def score_rows(
     q: Float[Tensor, "batch head query d_head"],
     k: Float[Tensor, "batch head key d_head"],
     scale: float,
-    bias: Float[Tensor, "batch 1 _ key"] | None,
+    bias: Float[Tensor, "#batch #head _ key"] | None,
 ) -> Iterator[Float[Tensor, "batch head row key"]]:
     """Attention scores in chunks of queries, a quarter as large as `q`: scores, softmax and summary are no more than it."""
+    start = 0
     for rows in q.split(max(1, q.shape[2] * q.shape[3] // (4 * k.shape[2])), dim=2):
         scores = rows @ k.mT * scale
-        yield scores if bias is None else scores + bias
+        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start : start + rows.shape[2]]
+        start += rows.shape[2]
+        yield scores if own is None else scores + own

@@ -149,11 +149,52 @@ class Buckets:
             step = hook.where.step if isinstance(hook.where, Site) else None
             self.by_step.setdefault(step, []).append((order, hook))
 
-    def at(self, step: int, names: GenerationNames, guided: bool, forms_x0: bool) -> list[Attached]:
+    def at(self, step: int, names: GenerationNames, extent: Extent) -> list[Attached]:
         """Those that fire at a step, in the order in which they were attached; predicates are asked of the step's names."""
         near = sorted([*self.by_step.get(step, []), *self.by_step.get(None, [])], key=lambda each: each[0])
-        chosen = lambda site: site.step == step and site.fires(guided, forms_x0)  # noqa: E731
+        chosen = lambda site: site.step == step and extent.fires(site)  # noqa: E731
         return list(select((hook for _, hook in near), chosen, lambda: names.sites(steps=[step])))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Tensors that a run computes: those of its steps, and of the steps in which guidance runs a second branch."""
+
+    solver: Solver
+    uncond: frozenset[int]
+    """Steps with an unconditional branch."""
+
+    @classmethod
+    def of(cls, solver: Solver, guided: bool) -> Extent:
+        """The extent of a run whose steps are all guided, or none."""
+        return cls(solver, frozenset(range(len(solver)) if guided else ()))
+
+    @property
+    def guided(self) -> bool:
+        """True if some step has an unconditional branch."""
+        return bool(self.uncond)
+
+    def fires(self, site: Site) -> bool:
+        """True if the run computes the tensor of a site."""
+        guided = self.guided if site.step is None else site.step in self.uncond
+        return site.fires(guided, self.solver.forms_x0)
+
+    def why_silent(self, site: Site, steps: range, encodes: bool) -> str | None:
+        """The reason why `steps` of the run do not compute the tensor of a site; None if they do.
+
+        Args:
+            encodes: False for a fork, which keeps the text.
+        """
+        if site.part.endswith("text_encoder") and not encodes:
+            return "a fork keeps the text as it was encoded; run the model again instead."
+        if site.step is not None and site.step not in steps:
+            return f"this run goes over steps {steps.start} to {steps.stop - 1}."
+        if self.fires(site):
+            return None
+        if site.inner == "hook_x0":
+            return f"{self.solver.name} forms no clean-image prediction that is known here."
+        where = "in this run" if site.step is None or not self.guided else f"at step {site.step} of this run"
+        return f"there is no unconditional branch {where}: guidance or a negative prompt makes one."
 
 
 class HookedGeneration(HookedRootModule):
@@ -204,10 +245,9 @@ class HookedGeneration(HookedRootModule):
         """The attached hooks whose site is `chosen`, in the order of attachment; predicates are asked of `sites`."""
         return select(self.attached, chosen, sites)
 
-    def firing_in_run(self, num_steps: int, guidance: float) -> list[Attached]:
+    def firing_in_run(self, extent: Extent) -> list[Attached]:
         """Every attached hook, at every site of a whole generation."""
-        solver = self.solver(num_steps)
-        return list(self.firing(lambda s: s.fires(guidance > 1, solver.forms_x0), lambda: self.names.sites(len(solver))))
+        return list(self.firing(extent.fires, lambda: self.names.sites(len(extent.solver))))
 
     @property
     def hooked_inside(self) -> bool:
@@ -312,17 +352,17 @@ class HookedGeneration(HookedRootModule):
         """
         return len(self.solver(num_steps))
 
-    def check_hooks(self, num_steps: int, guidance: float, part: range | None = None, solver: Solver | None = None) -> None:
+    def check_hooks(self, extent: Extent, part: range | None = None) -> None:
         """Raise ValueError for hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
-        solver = solver or self.solver(num_steps)
-        steps = range(len(solver)) if part is None else part
+        steps = range(len(extent.solver)) if part is None else part
         for where in [attached.where for attached in self.attached if not isinstance(attached.where, Site)]:
-            sites = (s for s in self.names.sites(steps=steps) if s.fires(guidance > 1, solver.forms_x0))
+            sites = (site for site in self.names.sites(steps=steps) if extent.fires(site))
             if not any(where(s.name) for s in sites if part is None or not s.part.endswith("text_encoder")):
                 raise ValueError(
                     f"A predicate ({where!r}) selects no hook: this run goes over steps {steps.start} to {steps.stop - 1}, with "
                     f"names such as {next(iter(self.names))!r}."
                 )
+        num_steps = extent.solver.num_steps
         for attached in self.attached:
             if (made_for := getattr(attached.function, "num_steps", None)) not in (None, num_steps):
                 raise ValueError(
@@ -331,18 +371,5 @@ class HookedGeneration(HookedRootModule):
                 )
         for site in {attached.where for attached in self.attached if isinstance(attached.where, Site)}:
             self.names.site(site.name)  # raises if its flag has been switched off since it was attached
-            if (reason := why_silent(site, steps, guidance, solver, encodes=part is None)) is not None:
+            if (reason := extent.why_silent(site, steps, encodes=part is None)) is not None:
                 raise ValueError(f"{site.name} does not fire: {reason}")
-
-
-def why_silent(site: Site, steps: range, guidance: float, solver: Solver, encodes: bool) -> str | None:
-    """The reason why a run over `steps` would not compute the tensor of a site; None if it does."""
-    if site.part.endswith("text_encoder") and not encodes:
-        return "a fork keeps the text as it was encoded; run the model again instead."
-    if site.step is not None and site.step not in steps:
-        return f"this run goes over steps {steps.start} to {steps.stop - 1}."
-    if site.needs_uncond and guidance <= 1:
-        return f"at guidance {guidance:g} there is no unconditional branch."
-    if site.inner == "hook_x0" and not solver.forms_x0:
-        return f"{solver.name} forms no clean-image prediction that is known here."
-    return None

@@ -89,3 +89,23 @@ def guided(prediction: Float[Tensor, "two_batch channel rows columns"], guidance
 def branches_of(guidance: float) -> tuple[Branch, ...]:
     """The branches of a call, in the order of its rows."""
     return ("uncond", "cond") if guidance > 1 else ("cond",)
+
+
+def rows_of(value: Any, index: Int[Tensor, " row"], of: int) -> Any:
+    """Some rows of a tensor or list of `of` rows; anything else as it is.
+
+    Position ids [pos axis], equal for all rows, have three axes and no row; a tuple of tensors (rotary codes) has none either.
+
+    Example:
+        >>> rows_of({"text": torch.arange(2), "ids": torch.zeros(2, 3)}, torch.tensor([1]), 2)
+        {'text': tensor([1]), 'ids': tensor([[0., 0., 0.],
+                [0., 0., 0.]])}
+    """
+    if isinstance(value, Tensor):
+        ids = value.ndim == 2 and value.shape[1] == 3
+        return value[index.to(value.device)] if value.ndim and len(value) == of and not ids else value
+    if isinstance(value, list) and len(value) == of and all(isinstance(each, (Tensor, str)) for each in value):
+        return [value[i] for i in index.tolist()]
+    if isinstance(value, dict):
+        return {key: rows_of(each, index, of) for key, each in value.items()}
+    return value

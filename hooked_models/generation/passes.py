@@ -12,7 +12,7 @@ from torch import Tensor
 from ..hooks.module import watched
 from ..pixart.text_state import TextState
 from .hooks import Attached, Buckets, attach
-from .loops import Call
+from .loops import Call, rows_of
 from .names import Branch
 from .trajectory import Inputs, Record
 
@@ -81,7 +81,7 @@ class Pass:
             return self.predictions[key]
         whole = None if rows is None else call.index(rows)
         if whole is not None:
-            x, timestep, text = x[whole], timestep[whole], text.take(whole)
+            x, timestep, text = x[whole], rows_of(timestep, whole, len(x)), text.take(whole)
         part = Call(call.step, call.branches, len(x) // len(call.branches))
         new = self.call(part, rows, x, timestep, text)
         self.predictions[key] = self._merged(whole, new, old).clone()  # hooks may write in place
@@ -138,8 +138,7 @@ class Pass:
 
     def _firing(self, step: int, part: str) -> list[Attached]:
         if self._here[0] != step:
-            guided, forms_x0 = self.inputs.guided, self.inputs.solver.forms_x0
-            self._here = step, self.hooks.at(step, self.model.names, guided, forms_x0)
+            self._here = step, self.hooks.at(step, self.model.names, self.inputs.extent)
         return [hook for hook in self._here[1] if hook.site.part == part]
 
     def _watched(self, step: int, inner: str) -> bool:

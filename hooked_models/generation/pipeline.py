@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import families
-from ..hooks.module import NameFilter, NoLanguageModel
+from ..arguments import integer, number
+from ..hooks.layout import Layout
+from ..hooks.table import Axes
 from ..hooks.wrapping import stamp
-from ..pipelines.pipeline_model import PipelineModel
+from ..store import digest
 from ..text_encoders.words import EncodedText
-from .cache import GenerationCache
-from .capture import Recorder
-from .hooks import Attached, HookedGeneration, SamplerHooks, attach, select
-from .loops import Call
+from .hooks import SamplerHooks
+from .model import DEFAULT_STEPS, HookedTextToImage
 from .names import FINAL, Branch, GenerationNames, Site
-from .passes import Denoise, Pass, Rows, from_step
 from .pipeline_loop import Bound, PipelineInputs, PipelineLoop
-from .sampling import Seeds, seed_of_each
+from .sampling import Seeds, Solver, seed_of_each
 from .text_positions import encoded_at_positions
-from .trajectory import Record, Run
+from .trajectory import Run
 
-DEFAULT_STEPS = 14
+REMEMBERED = 4
+"""Drafts that are kept for the next run of the same prompts."""
+GUIDANCE = ("true_cfg_scale", "guidance_scale")
+"""Arguments of pipelines' calls that guide. Where both exist, a model distilled with guidance takes the second."""
 
 
-class HookedPipeline(NoLanguageModel, PipelineModel, HookedGeneration):
-    """A diffusers pipeline whose denoiser is of a known family, hooked by step and branch as `HookedTextToImage`.
+PIXART_ALONE = ("noise", "encode", "decode", "image_size", "size_conditions", "prompt_texts")
 
-    Names are `steps.{s}.{cond|uncond}.{name in the denoiser}`, `steps.{s}.hook_{latent,out_cond,out_uncond,out,x0}` and
-    `hook_image`. Latents have the pipeline's own layout. Made by `HookedTextToImage.from_pipeline`.
+
+class HookedPipeline(HookedTextToImage):
+    """A diffusers pipeline whose denoiser is of a known family; made by `HookedTextToImage.from_pipeline`.
+
+    Latents have the pipeline's own layout. Text encoders run as they are, without hooks.
     """
 
     pipe: Any
+    options: dict[str, Any]
+    """Arguments of the pipeline's call that every run takes by default, such as `height`, `width` and `negative_prompt`."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__()
         self.__dict__["pipe"] = pipe
         self.dit = families.hook(pipe.transformer)
         self.text_encoder, self.codec = None, getattr(pipe, "vae", None)
+        self.options = {}
         self.sampler_hooks = SamplerHooks()
         self.names = GenerationNames(self.dit, self.sampler_hooks, None, lambda: DEFAULT_STEPS)
         self.loop = PipelineLoop()
+        self._drafts: OrderedDict[Any, tuple[Any, PipelineInputs]] = OrderedDict()
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -65,10 +75,10 @@ class HookedPipeline(NoLanguageModel, PipelineModel, HookedGeneration):
                 )
         return cls(pipe)
 
-    @property
-    def cfg(self) -> Any:
-        """The denoiser's configuration."""
-        return self.dit.cfg
+    def __getattr__(self, name: str) -> Any:
+        if name in PIXART_ALONE:
+            raise AttributeError(f"{name} is PixArt's: {type(self.pipe).__name__} encodes text and draws noise in its own way.")
+        return super().__getattr__(name)
 
     @property
     def scheduler(self) -> Any:
@@ -80,64 +90,115 @@ class HookedPipeline(NoLanguageModel, PipelineModel, HookedGeneration):
         """Where the pipeline runs."""
         return torch.device(self.pipe._execution_device)
 
+    def digest(self) -> str:
+        """Hash of what decides a generation: every component's configuration and weights, and `options`."""
+        parts: list[str | Tensor] = [type(self.pipe).__name__, str(sorted(self.options.items(), key=str))]
+        for name, part in sorted(self.pipe.components.items()):
+            config: Any = getattr(part, "config", None) or {}
+            settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            parts.append(f"{name} {type(part).__name__} {sorted((k, str(v)) for k, v in settings.items() if k[:1] != '_')}")
+            parts += part.state_dict().values() if isinstance(part, nn.Module) else ()
+        return digest(*parts)
+
+    def as_diffusers(self) -> Any:
+        """The pipeline itself."""
+        return self.pipe
+
+    # Guidance and steps
+
     @property
-    def hook_dict(self) -> GenerationNames:
-        """Every hook name of a generation of the default length, in order."""
-        return self.names
+    def default_guidance(self) -> float:  # type: ignore[override]
+        """The default of the pipeline's own argument; 1 if it has none."""
+        name = self.guide
+        default = None if name is None else inspect.signature(type(self.pipe).__call__).parameters[name].default
+        return 1.0 if default in (None, inspect.Parameter.empty) else float(default)
 
-    mod_dict = hook_dict
+    @property
+    def guide(self) -> str | None:
+        """The pipeline's argument that `guidance` stands for."""
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        distilled = bool(getattr(self.dit.config, "guidance_embeds", False))
+        return next((name for name in (GUIDANCE[::-1] if distilled else GUIDANCE) if name in known), None)
 
-    def check_wrapped(self) -> None:
-        """Nothing: the pipeline's own modules run, with whatever was changed in them."""
+    def solver(self, num_steps: SupportsIndex) -> Solver:
+        """The scheduler as the pipeline prepares it for runs of `num_steps`."""
+        return self._example(integer("num_steps", num_steps, 1)).solver
 
-    def forward(self, prompts: str | Sequence[str], seed: Seeds = 0, num_steps: int = DEFAULT_STEPS, **options: Any) -> Tensor:
-        """Images [batch 3 height width] in [0, 1].
+    def _example(self, num_steps: int = DEFAULT_STEPS) -> PipelineInputs:
+        """A draft of as many prompts as `options` are about."""
+        several = [len(value) for value in self.options.values() if isinstance(value, list)]
+        return self.draft(["a photo"] * (several[0] if several else 1), 0, num_steps)
 
-        Args:
-            seed: of each prompt's generator, from which the pipeline draws its noise; an int is that of every prompt.
-            options: further arguments of the pipeline's call, such as `guidance_scale` and `height`, or `guidance`, the main one
-                of its guidance arguments.
-        """
-        return self.trajectory(prompts, seed, num_steps, **options).images
+    # What a run is made from
 
-    def trajectory(
+    def draft(
         self,
-        prompts: str | Sequence[str],
+        prompts: Any,
         seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
-        *,
-        until: int | None = None,
+        guidance: float | None = None,
+        latents: Tensor | None = None,
         **options: Any,
-    ) -> Run:
-        """A generation with its record, so that it can be forked. Arguments as in `forward`; `until` stops before that step."""
-        return self.run(self.prepare(prompts, seed, num_steps, **options), until=until)
-
-    def prepare(
-        self, prompts: str | Sequence[str], seed: Seeds = 0, num_steps: int = DEFAULT_STEPS, **options: Any
     ) -> PipelineInputs:
-        """Everything that a generation is computed from: text encoded, hooks checked, the calls of a step known."""
-        inputs = self.loop.prepare(self._inputs(prompts, seed, num_steps, options))
-        self.check_hooks(num_steps, inputs.guidance, solver=inputs.solver)
+        """As in HookedTextToImage, text encoded: the pipeline's loop is gone through once, without its transformer."""
+        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{type(self.pipe).__name__} takes prompts as text: give a string, or several.")
+        known, options = inspect.signature(type(self.pipe).__call__).parameters, {**self.options, **options}
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"{type(self.pipe).__name__} has no argument {unknown[0]!r}.")
+        guidance = None if guidance is None else number("guidance", guidance)
+        if guidance is not None and self.guide is not None:
+            options[self.guide] = guidance
+        options["num_inference_steps"] = integer("num_steps", num_steps, 1)
+        seeds = tuple(seed_of_each(seed, len(texts)))
+        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
+        stamps = tuple(stamp(part) for part in encoders if isinstance(part, nn.Module))
+        key = (texts, *((name, _key(value)) for name, value in sorted(options.items())), _key(latents), stamps)
+        key = (*key, id(self.pipe.scheduler), str(self.pipe.scheduler.config))
+        if key not in self._drafts:
+            used = self.default_guidance if guidance is None else guidance
+            inputs = PipelineInputs(self.pipe, self.dit, texts, options, seeds, latents, guidance=used)
+            # values in the key's ids are kept, so that no other object takes their place
+            self._drafts[key] = (options, latents, self.pipe.scheduler), self.loop.prepare(inputs)
+            while len(self._drafts) > REMEMBERED:
+                self._drafts.popitem(last=False)
+        return replace(self._drafts[key][1], seeds=seeds, weights=stamp(self.dit))
+
+    def encoded(self, inputs: PipelineInputs) -> PipelineInputs:
+        """The inputs: a draft's text is encoded."""
         return inputs
 
-    def _inputs(self, prompts: str | Sequence[str], seed: Seeds, num_steps: int, options: dict[str, Any]) -> PipelineInputs:
-        """The inputs of a run, before anything is encoded."""
-        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        if "guidance" in options:
-            name = next((name for name in ("guidance_scale", "true_cfg_scale") if name in known), None)
-            if name is None:
-                raise ValueError(f"{type(self.pipe).__name__} takes no guidance.")
-            options[name] = options.pop("guidance")
-        if unknown := [name for name in options if name not in known]:
-            raise ValueError(f"{type(self.pipe).__name__} has no argument {unknown[0]!r}.")
-        latents = options.pop("latents", None)
-        options["num_inference_steps"] = num_steps
-        seeds = tuple(seed_of_each(seed, len(texts)))
-        return PipelineInputs(self.pipe, texts, options, seeds, latents, weights=stamp(self.dit))
+    def reseeded(self, inputs: PipelineInputs, seeds: Sequence[int]) -> PipelineInputs:
+        """As in HookedTextToImage; noise that was given as `latents` goes."""
+        return replace(inputs, seeds=tuple(seeds), latents=None)
+
+    def between(self, inputs: PipelineInputs, others: PipelineInputs, alpha: float) -> PipelineInputs:
+        """As in HookedTextToImage: every tensor of the encoded text."""
+        return replace(inputs, encoded=_lerp(inputs.encoded, others.encoded, alpha))
+
+    def opened(self, text: Bound) -> Bound:
+        """As in HookedTextToImage."""
+        return text.opened(self.dit.family.text)
+
+    # Positions
+
+    def layout(self, prompts: Any, branch: Branch = "cond") -> Layout:
+        """As in HookedTextToImage."""
+        inputs = prompts if isinstance(prompts, PipelineInputs) else self.draft(prompts)
+        if branch not in inputs.layouts:
+            raise ValueError(f"There is no {branch}itional branch in runs of {type(self.pipe).__name__} with these options.")
+        return inputs.layouts[branch]
+
+    def texts_read(self, prompts: Sequence[str], branch: Branch = "cond") -> list[str]:
+        """As in HookedTextToImage."""
+        negative = self.options.get("negative_prompt") or ""
+        if branch == "cond":
+            return list(prompts)
+        return list(negative) if isinstance(negative, list) else [negative] * len(prompts)
 
     def encoded_texts(self, prompts: str | Sequence[str], length: int | None = None, **options: Any) -> list[EncodedText]:
-        """Each prompt with one entry for each text position of the denoiser: which of its characters stand there.
+        """As in HookedTextToImage: which of a prompt's characters stand at each text position of the denoiser.
 
         Args:
             length: not used here; the pipeline decides it.
@@ -146,63 +207,57 @@ class HookedPipeline(NoLanguageModel, PipelineModel, HookedGeneration):
         Raises:
             ValueError: the pipeline changes a prompt's words before it encodes them.
         """
-        inputs = self._inputs(prompts, 0, 1, options)
-        return encoded_at_positions(inputs, self.dit.family.text)
+        return encoded_at_positions(self.draft(prompts, 0, 1, **options), self.dit.family.text)
 
-    def run(
-        self,
-        inputs: Any,
-        record: Record | None = None,
-        leave: int = 0,
-        until: int | None = None,
-        *,
-        rows: Callable[[int], Rows] | None = None,
-        denoise: Denoise | None = None,
-        after: Callable[[int, Record, Tensor], None] | None = None,
-    ) -> Run:
-        """As `HookedTextToImage.run`."""
-        hooks = self.attached
-        leaving = rows or (from_step(leave) if leave else lambda step: None)
-        visitor = Pass(self, inputs, hooks, record, leaving, denoise, after)
-        latent = self.loop(inputs, visitor, len(inputs.solver) if until is None else until)
-        images = tuple(select(hooks, lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)]))
-        return Run(self, inputs, visitor.record, latent, images)
+    def axes(self, site: Site) -> Axes:
+        """As in HookedTextToImage; tensors between calls have the pipeline's own axes."""
+        if site.part != "sampler" or site.inner == FINAL:
+            return super().axes(site)
+        return ("batch", *(f"latent_{axis}" for axis in range(1, len(self.shape(self._example(), site)))))
+
+    def shape(self, inputs: PipelineInputs, site: Site) -> tuple[int, ...]:
+        """As in HookedTextToImage."""
+        if site.part == "sampler":
+            return inputs.shapes[site.inner if site.inner in inputs.shapes else "hook_latent"]
+        layout, cfg = inputs.layouts[site.branch or "cond"], self.dit.cfg
+        sizes = {"batch": len(inputs), "one": 1, "head": cfg.n_heads, "d_head": cfg.d_head, "d_model": cfg.d_model}
+        for kind, stream in (("", "image"), ("text_", "text"), ("joint_", "joint")):
+            if stream in layout.labels:
+                length = layout.length(stream)
+                sizes |= {f"{kind}pos": length, _side("query", kind): length, _side("key", kind): length}
+        return tuple(sizes[axis] for axis in self.dit.axes(site.inner))
+
+    # Running
 
     def denoise(self, latents: Tensor, timestep: Any, text: Bound) -> Tensor:
         """One call of the denoiser, with the other arguments that the pipeline gave it."""
-        text = text.expanded() if self.hooked_inside else text  # hooks are given a row for each prompt
-        return self.dit(hidden_states=latents, **text.arguments, return_dict=False)[0]
+        return text.call(self.dit, latents)
 
-    def step(self, inputs: Any, call: Call, latents: Tensor, timestep: Any, text: Bound) -> Tensor:
-        """One denoiser call of a run of `inputs`, with the hooks that are attached to the model at its step."""
-        return Pass(self, inputs, self.attached).call(call, None, latents, timestep, text)  # type: ignore[arg-type]
+    def pixels(self, run: Run) -> Float[Tensor, "batch 3 height width"]:
+        """As in HookedTextToImage."""
+        inputs: Any = run.inputs
+        return self.loop.decode(inputs, run.record, run.latent)
 
-    def images_of(self, run: Run) -> Float[Tensor, "batch 3 height width"]:
-        """The images of a finished run, through `hook_image`."""
-        image = self.loop.decode(run.inputs, run.record, run.latent)  # type: ignore[arg-type]
-        attached = self.firing(lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)])
-        known = {id(hook.function) for hook in run.hooks}
-        hooks: list[Attached] = [*run.hooks, *(hook for hook in attached if id(hook.function) not in known)]
-        with attach(hooks, self.names.module, contexts=self.contexts()):
-            return self.sampler_hooks.hook_image(image)
 
-    def run_with_cache(
-        self,
-        prompts: str | Sequence[str],
-        seed: Seeds = 0,
-        num_steps: int = DEFAULT_STEPS,
-        *,
-        names_filter: NameFilter = None,
-        steps: int | Sequence[int] | slice | None = None,
-        branch: Branch | Literal["both"] = "cond",
-        device: str | torch.device | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, GenerationCache]:
-        """`(images, cache)` of one generation. Arguments as in `forward`, the others as in `HookedTextToImage.run_with_cache`."""
-        inputs = self.prepare(prompts, seed, num_steps, **options)
-        solver: Any = inputs.solver
-        sites = self.names.select(names_filter, steps, branch, len(solver), inputs.guided, solver.forms_x0)
-        recorder = Recorder(self, sites, device=device)
-        with self.hooks(recorder.hooks()):
-            images = self.run(inputs).images
-        return images, GenerationCache(recorder.take(), self, solver.noise_levels)
+def _side(side: str, kind: str) -> str:
+    """Name of a positions axis among queries or keys: "key_text_pos", "joint_key_pos"."""
+    return f"joint_{side}_pos" if kind == "joint_" else f"{side}_{kind}pos"
+
+
+def _key(value: Any) -> Any:
+    """A value as a part of a key: tensors by identity and version."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, value))
+    if isinstance(value, Mapping):
+        return tuple((name, _key(one)) for name, one in value.items())
+    return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
+
+
+def _lerp(one: Any, other: Any, alpha: float) -> Any:
+    if isinstance(one, Tensor) and one.is_floating_point() and isinstance(other, Tensor):
+        return torch.lerp(one, other, alpha)
+    if isinstance(one, (list, tuple)):
+        return type(one)(_lerp(a, b, alpha) for a, b in zip(one, other, strict=True))
+    return one

@@ -19,10 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .loops import Call, Visitor
-from .names import Branch
+from ..families.adapter import FamilyModel
+from ..hooks.layout import Layout
+from ..hooks.wrapping import Stamp
+from ..store import digest
+from .hooks import Extent
+from .loops import Call, Visitor, rows_of
+from .names import BRANCHES, FINAL, Branch
 from .sampling import Solver, solver_prepared
-from .trajectory import Stamp
 
 
 class _Stop(Exception):
@@ -33,27 +37,41 @@ class _Stop(Exception):
         self.latent = latent
 
 
-def rows_of(value: Any, index: Int[Tensor, " row"], of: int) -> Any:
-    """Some rows of a tensor or list of `of` rows; anything else as it is."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == of:
-        return value[index.to(value.device)]
-    if isinstance(value, (list, tuple)) and len(value) == of and all(isinstance(each, (Tensor, str)) for each in value):
-        return type(value)(value[i] for i in index.tolist())
-    if isinstance(value, dict):
-        return {key: rows_of(each, index, of) for key, each in value.items()}
-    return value
-
-
 @dataclass(frozen=True)
 class Bound:
     """The arguments of one call of a transformer, apart from its latents."""
 
     arguments: Mapping[str, Any]
     rows: int
+    image: str = "hidden_states"
+    """Argument that holds the latents."""
+    listed: bool = False
+    """True if latents come and go as a list of rows."""
 
     def take(self, index: Int[Tensor, " row"]) -> Bound:
         """Those of some rows."""
-        return Bound({key: rows_of(value, index, self.rows) for key, value in self.arguments.items()}, len(index))
+        some = {key: rows_of(value, index, self.rows) for key, value in self.arguments.items()}
+        return replace(self, arguments=some, rows=len(index))
+
+    def given(self, latents: Tensor) -> dict[str, Any]:
+        """All arguments, latents included."""
+        return {self.image: list(latents) if self.listed else latents, **self.arguments}
+
+    def call(self, module: Any, latents: Tensor) -> Tensor:
+        """The prediction of `module`, its rows stacked."""
+        found = module(**self.given(latents), return_dict=False)[0]
+        return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
+
+    def opened(self, text: str) -> Bound:
+        """With the text as the beginning of a graph of its own."""
+
+        def open_(value: Any) -> Any:
+            if isinstance(value, list):
+                return [open_(one) for one in value]
+            closed = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+            return value.detach().requires_grad_() if closed else value
+
+        return replace(self, arguments={k: open_(v) if k == text else v for k, v in self.arguments.items()})
 
     def expanded(self) -> Bound:
         """With one row of text for each row of the latents, where a pipeline relies on broadcasting."""
@@ -62,14 +80,15 @@ class Bound:
             one = isinstance(value, Tensor) and value.ndim > 1 and len(value) == 1 and key.startswith("encoder_hidden_states")
             return value.expand(self.rows, *value.shape[1:]) if one else value
 
-        return Bound({key: row_each(key, value) for key, value in self.arguments.items()}, self.rows)
+        return replace(self, arguments={key: row_each(key, value) for key, value in self.arguments.items()})
 
 
 @dataclass(frozen=True)
 class PipelineInputs:
     """Everything that a pipeline's generation is computed from; the counterpart of `trajectory.Inputs`."""
 
-    pipe: Any
+    pipe: Any = field(repr=False)
+    dit: FamilyModel = field(repr=False)
     prompts: tuple[str, ...]
     options: Mapping[str, Any]
     """Further arguments of the pipeline's call."""
@@ -78,8 +97,18 @@ class PipelineInputs:
     """The pipeline's own argument; None: drawn from each row's generator."""
     encoded: tuple[Any, ...] = ()
     """Results of `encode_prompt`, call by call."""
-    solver: Solver | None = field(default=None, repr=False)
+    solver: Any = field(default=None, repr=False)
+    """A `Solver`; None before the draft."""
     branches: tuple[Branch, ...] = ("cond",)
+    """In the order of the first step's rows or calls."""
+    uncond: frozenset[int] = frozenset()
+    """Steps with an unconditional branch."""
+    guidance: float = 1.0
+    """The pipeline's main argument that guides."""
+    layouts: Mapping[Branch, Layout] = field(default_factory=dict, repr=False)
+    """Positions of each branch's rows."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    """Of the tensors between calls, by hook."""
     weights: Stamp = ()
 
     def __len__(self) -> int:
@@ -88,12 +117,36 @@ class PipelineInputs:
 
     @property
     def guided(self) -> bool:
-        return "uncond" in self.branches
+        """True if some step has an unconditional branch."""
+        return bool(self.uncond)
 
     @property
-    def guidance(self) -> float:
-        """More than 1 if there is an unconditional branch; the number is the pipeline's own."""
-        return 2.0 if self.guided else 1.0
+    def extent(self) -> Extent:
+        """Tensors that a run computes."""
+        return Extent(self.solver, self.uncond)
+
+    def rows(self, branch: Branch) -> slice:
+        """The rows of a branch in the first call that has it."""
+        return slice(0, len(self))
+
+    def bias(self, attention: str, branch: Branch, scores: Any) -> Tensor | None:
+        """As in `trajectory.Inputs`: what the kernel of the running call adds, in the branch's rows."""
+        found = scores.bias()
+        if found is None or len(found) <= len(self):
+            return found
+        start = self.branches.index(branch) * len(self)
+        return found[start : start + len(self)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As in `trajectory.Inputs`."""
+        return {
+            "text": digest(*self.prompts, *tensors_of(self.encoded)),
+            "noise": digest("" if self.latents is None else self.latents),
+            "seeds": list(self.seeds),
+            "options": digest(str(sorted(self.options.items(), key=str))),
+            "guidance": self.guidance,
+        }
 
     @property
     def num_steps(self) -> int:
@@ -114,24 +167,26 @@ class PipelineInputs:
             seeds=tuple(self.seeds[row] for row in some),
             latents=None if self.latents is None else self.latents[rows.to(self.latents.device)],
             encoded=encoded,
+            layouts={branch: layout.take(rows) for branch, layout in self.layouts.items()},
+            shapes={name: (len(some), *shape[1:]) for name, shape in self.shapes.items()},
         )
 
 
 class _Transformer:
     """Stands in for the transformer of a running pipeline."""
 
-    def __init__(self, running: Running, module: Any) -> None:
-        self._running, self._module = running, module
+    def __init__(self, running: Running, module: Any, image: str) -> None:
+        self._running, self._module, self._image = running, module, image
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **more: Any) -> Iterator[None]:
         """Names the branch of the calls inside, where the pipeline does."""
         self._running.named = name if name in ("cond", "uncond") else None
         try:
-            with getattr(self._module, "cache_context", lambda name: nullcontext())(name):
+            with getattr(self._module, "cache_context", lambda name, **more: nullcontext())(name, **more):
                 yield
         finally:
             self._running.named = None
@@ -140,7 +195,14 @@ class _Transformer:
         bound = inspect.signature(type(self._module).forward).bind(self._module, *args, **kwargs).arguments
         bound.pop("self")
         returns_dict = bound.pop("return_dict", True)
-        prediction = self._running.denoise(dict(bound))
+        latents = bound.pop(self._image, None)
+        if isinstance(latents, list):
+            prediction: Any = list(
+                self._running.denoise(torch.stack(latents), Bound(dict(bound), len(latents), self._image, True))
+            )
+        else:
+            rows = len(latents) if isinstance(latents, Tensor) else 0
+            prediction = self._running.denoise(latents, Bound(dict(bound), rows, self._image))
         if not returns_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -158,12 +220,13 @@ class Running:
         self.latent: Any = None
         self.encoded: list[Any] = []
         self.solver: Solver | None = None
-        self.branches: dict[Branch, None] = {}
+        self.calls_made: list[tuple[Call, Bound, Tensor]] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
         pipe = copy.copy(inputs.pipe)
         own = vars(pipe)
         own["scheduler"] = copy.deepcopy(inputs.pipe.scheduler)
-        own["transformer"] = _Transformer(self, inputs.pipe.transformer)
-        own["encode_prompt"] = self._encoding(inputs.pipe.encode_prompt)
+        own["transformer"] = _Transformer(self, inputs.pipe.transformer, inputs.dit.family.image)
+        own["encode_prompt"] = self._encoding(pipe.encode_prompt)
         own["prepare_latents"] = self._preparing(pipe.prepare_latents)
         own["scheduler"].step = self._stepping(own["scheduler"].step)
         self.pipe = pipe
@@ -197,6 +260,7 @@ class Running:
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
             found = prepare(*args, **kwargs)
             first = found[0] if isinstance(found, tuple) else found
+            self.shapes["hook_latent"] = tuple(first.shape)
             self._stop_at(first)
             latent = self.visitor.latent(0, first)
             return (latent, *found[1:]) if isinstance(found, tuple) else latent
@@ -229,34 +293,37 @@ class Running:
         if self.until is not None and self.step >= self.until:
             raise _Stop(latent)
 
-    def denoise(self, arguments: dict[str, Any]) -> Tensor:
+    def denoise(self, x: Any, text: Bound) -> Tensor:
         """The visitor's prediction for one call."""
-        x, n = arguments.pop("hidden_states", None), len(self.inputs)
+        n = len(self.inputs)
         if not isinstance(x, Tensor) or len(x) not in (n, 2 * n):
             raise NotImplementedError(
                 f"{type(self.inputs.pipe).__name__} gives its transformer latents that are not rows of its prompts: whole "
                 "generations of it are not hooked; hooked_models.families.hook(pipe.transformer) hooks its calls."
             )
-        branches: tuple[Branch, ...] = ("uncond", "cond") if len(x) == 2 * n else (self.named or ("cond", "uncond")[self.calls],)
-        self.branches.update(dict.fromkeys(branches))
+        together: tuple[Branch, ...] = ("cond", "uncond") if self.inputs.dit.family.cond_first else ("uncond", "cond")
+        branches = together if len(x) == 2 * n else (self.named or BRANCHES[self.calls],)
         self.calls += 1
-        timestep = arguments.get("timestep")
-        return self.visitor.denoise(Call(self.step, branches, n), x, timestep, Bound(arguments, len(x)))  # type: ignore[arg-type]
+        call = Call(self.step, branches, n)
+        self.calls_made.append((call, text, x))
+        timestep = next((text.arguments[name] for name in ("timestep", "t") if name in text.arguments), None)
+        return self.visitor.denoise(call, x, timestep, text)  # type: ignore[arg-type]
 
 
 class Trial:
-    """A visitor that finds out which calls a pipeline makes, by default without computing them."""
+    """A visitor that finds out which calls a pipeline makes, without computing them: predictions are zeros."""
 
-    def __init__(self, transformer: Any = None) -> None:
-        self.transformer = transformer
+    def __init__(self, transformer: Any = None, channels: tuple[int, ...] | None = None) -> None:
+        self.transformer, self.shape = transformer, channels
+        """`transformer`: computes one prediction, for its shape."""
 
     def latent(self, step: int, latent: Tensor) -> Tensor:
         return latent
 
     def denoise(self, call: Call, x: Tensor, timestep: Any, text: Any) -> Tensor:
-        if self.transformer is None:
-            return torch.zeros_like(x)
-        return self.transformer(hidden_states=x, **text.arguments, return_dict=False)[0]
+        if self.transformer is not None and self.shape is None:
+            self.shape = text.call(self.transformer, x).shape[1:]
+        return torch.zeros_like(x) if self.shape is None else x.new_zeros(len(x), *self.shape)
 
     def out(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
         return out
@@ -268,12 +335,13 @@ class Trial:
 class _Answers(Trial):
     """A visitor of a finished run, whose last latents are put in the place of what the scheduler makes."""
 
-    def __init__(self, predictions: Mapping[Any, Tensor]) -> None:
-        super().__init__()
+    def __init__(self, predictions: Mapping[Any, Tensor], shape: tuple[int, ...]) -> None:
+        super().__init__(channels=shape)
         self.predictions = predictions
 
     def denoise(self, call: Call, x: Tensor, timestep: Any, text: Any) -> Tensor:
-        return self.predictions[call.step, call.branches]
+        known = self.predictions.get((call.step, call.branches))
+        return super().denoise(call, x, timestep, text) if known is None else known
 
 
 class PipelineLoop:
@@ -285,29 +353,67 @@ class PipelineLoop:
 
     @torch.no_grad()
     def prepare(self, inputs: PipelineInputs) -> PipelineInputs:
-        """The inputs with text encoded, the scheduler as the pipeline prepares it, and the branches of its calls."""
+        """The inputs with text encoded, the scheduler as the pipeline prepares it, and its calls known, step by step."""
+        trial = Trial()
+        running = Running(inputs, trial, None)
         try:
-            running = Running(inputs, Trial(), 1)
             running.run(output_type="latent")
-        except RuntimeError:  # the prediction has another shape than the latents: one step of the transformer itself
-            running = Running(inputs, Trial(inputs.pipe.transformer), 1)
+        except RuntimeError:  # the prediction has another shape than the latents: one of the transformer itself
+            trial = Trial(inputs.pipe.transformer)
+            running = Running(replace(inputs, encoded=tuple(running.encoded)), trial, None)
             running.run(output_type="latent")
-        order = ("uncond", "cond") if list(running.branches) == ["uncond", "cond"] else tuple(running.branches)
-        return replace(inputs, encoded=tuple(running.encoded), solver=running.solver, branches=order)
+        layouts: dict[Branch, Layout] = {}
+        uncond: set[int] = set()
+        for call, text, x in running.calls_made:
+            uncond |= {call.step} if "uncond" in call.branches else set()
+            if not set(call.branches) <= set(layouts):
+                whole = inputs.dit.layout_of(**text.expanded().given(x))
+                for branch in call.branches:
+                    part = call.part(branch)
+                    layouts[branch] = whole.take(torch.arange(part.start, part.stop))
+        first = [branch for call, *_ in running.calls_made if call.step == 0 for branch in call.branches]
+        predicted = (len(inputs), *(trial.shape or running.calls_made[0][2].shape[1:]))
+        shapes = running.shapes | dict.fromkeys(("hook_out_cond", "hook_out_uncond"), predicted)
+        return replace(
+            inputs,
+            encoded=tuple(running.encoded),
+            solver=running.solver,
+            branches=tuple(first),
+            uncond=frozenset(uncond),
+            layouts=layouts,
+            shapes=shapes | {FINAL: image_shape(inputs)},
+        )
 
     def decode(self, inputs: PipelineInputs, record: Any, latent: Tensor) -> Float[Tensor, "batch 3 height width"]:
         """Images in [0, 1], by the pipeline's own decoding of the last latents."""
-        running = Running(inputs, _Answers(record.predictions), None)
-        scheduler, last = vars(running.pipe)["scheduler"], len(record) - 1
+        running = Running(inputs, _Answers(record.predictions, inputs.shapes["hook_out_cond"][1:]), None)
+        scheduler, last = vars(running.pipe)["scheduler"], len(inputs.solver) - 1
         step = scheduler.step
 
         @wraps(step)
         def answered(out: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            found = step(record.outs[running.step].to(out), timestep, sample, *args, **kwargs)
+            out = record.outs[running.step].to(out) if running.step < len(record) else out
+            found = step(out, timestep, sample, *args, **kwargs)
             return ((latent,) if isinstance(found, tuple) else type(found)(prev_sample=latent)) if running.step > last else found
 
         scheduler.step = answered
         output = running.run(output_type="pt")
-        if not hasattr(output, "images"):
-            raise TypeError(f"{type(inputs.pipe).__name__} draws no images: its runs have latents and caches alone.")
-        return output.images
+        return output.images if hasattr(output, "images") else output.frames
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_of(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from tensors_of(one)
+
+
+def image_shape(inputs: PipelineInputs) -> tuple[int, ...]:
+    """Shape of the images, from the pipeline's arguments and its default size."""
+    pipe = inputs.pipe
+    default = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
+    return len(inputs), 3, int(inputs.options.get("height") or default), int(inputs.options.get("width") or default)

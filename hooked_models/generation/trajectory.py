@@ -13,7 +13,8 @@ from torch import Tensor
 from ..arguments import chosen_steps, integer, row_indices
 from ..hooks.wrapping import Stamp, stamp
 from ..pixart.text_state import TextState
-from .hooks import Attached, Hooks
+from ..store import digest
+from .hooks import Attached, Extent, Hooks
 from .loops import branches_of
 from .names import Branch
 from .sampling import Solver
@@ -60,6 +61,32 @@ class Inputs:
     def branches(self) -> tuple[Branch, ...]:
         """In the order of the denoiser's rows."""
         return branches_of(self.guidance)
+
+    @property
+    def extent(self) -> Extent:
+        """Tensors that a run computes."""
+        return Extent.of(self.solver, self.guided)
+
+    def bias(self, attention: str, branch: Branch, scores: Any) -> Tensor | None:
+        """Addend of an attention's scores [batch 1 1 key_pos] in one branch.
+
+        Args:
+            attention: its name in the denoiser.
+            scores: the hooked attention, which knows what a call adds where the text does not.
+        """
+        text = self.text.bias if attention.endswith("cross_attn") else None
+        return None if text is None else text[self.rows(branch), None]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run is known by on disk, beside its model."""
+        return {
+            "text": digest(self.text.text, "" if self.text.bias is None else self.text.bias),
+            "noise": digest(self.latents),
+            "seeds": list(self.seeds) if self.solver.draws else [],
+            "num_steps": self.num_steps,
+            "guidance": self.guidance,
+        }
 
     def take(self, rows: Int[Tensor, " row"]) -> Inputs:
         """The inputs of some rows; rows may repeat."""
@@ -205,7 +232,7 @@ class Run:
         self.model.check_wrapped()
         if self.inputs.weights and stamp(self.model.dit) != self.inputs.weights:
             raise ValueError("The denoiser's weights have changed since this trajectory was made: make it again.")
-        self.model.check_hooks(self.inputs.num_steps, self.inputs.guidance, range(step, until), self.inputs.solver)
+        self.model.check_hooks(self.inputs.extent, range(step, until))
 
 
 Trajectory = Run

@@ -405,7 +405,7 @@ def test_misspelt_sites_and_attached_hooks(model):
 # What is on disk
 
 
-@pytest.mark.parametrize(("when", "after"), [("decode", 2), ("decode", 5), ("replace", 1), ("replace", 4), ("fsync", 2)])
+@pytest.mark.parametrize(("when", "after"), [("pixels", 2), ("pixels", 5), ("replace", 1), ("replace", 4), ("fsync", 2)])
 def test_a_killed_sweep_goes_on(model, tmp_path, when, after, monkeypatch):
     """Every cell stands exactly once, as in a sweep that was left alone."""
     whole = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS, batch=5)
@@ -414,7 +414,7 @@ def test_a_killed_sweep_goes_on(model, tmp_path, when, after, monkeypatch):
     def run() -> xr.Dataset:
         return sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS, batch=5)
 
-    killed(run, model if when == "decode" else os, when, after)
+    killed(run, model if when == "pixels" else os, when, after)
     before = list(tmp_path.glob("cells-*.parquet"))
     on_disk = len(shards(tmp_path)) if before else 0
     assert on_disk < whole["error"].size
@@ -550,8 +550,8 @@ def test_the_work_that_a_plan_announces_is_the_work_that_is_done(model, monkeypa
     for block in model.dit.blocks:
         forward = block.forward
         monkeypatch.setattr(block, "forward", lambda x, *args, forward=forward: done.append(len(x)) or forward(x, *args))
-    decode = model.decode
-    monkeypatch.setattr(model, "decode", lambda latent, *hooks: decoded.append(len(latent)) or decode(latent, *hooks))
+    decode = model.decoded
+    monkeypatch.setattr(model, "decoded", lambda latent: decoded.append(len(latent)) or decode(latent))
     with FlopCounterMode(display=False) as counter:
         plan.run()
     assert cost.fork_layers + len(PROMPTS) * len(SEEDS) * STEPS * 2 * (2 if guidance > 1 else 1) <= sum(done)

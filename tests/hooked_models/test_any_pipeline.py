@@ -31,10 +31,22 @@ def zero(tensor: Tensor, hook: Any) -> Tensor:
 def case(request: Any) -> tuple[Any, dict[str, Any], int, Any]:
     pipe, call = tiny_pipeline(request.param)
     options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
-    return pipe, options, call["num_inference_steps"], HookedTextToImage.from_pipeline(pipe)
+    model: Any = HookedTextToImage.from_pipeline(pipe)
+    if model.guide in options:
+        options["guidance"] = options.pop(model.guide)
+    return pipe, options, call["num_inference_steps"], model
 
 
 def plain(pipe: Any, options: dict[str, Any], steps: int) -> Tensor:
+    options = dict(options)
+    if "guidance" in options:
+        options[
+            "guidance_scale"
+            if "true_cfg_scale" in options
+            or not hasattr(pipe.transformer.config, "guidance_embeds")
+            or pipe.transformer.config.guidance_embeds
+            else "true_cfg_scale"
+        ] = options.pop("guidance")
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     return pipe(prompt=list(PROMPTS), generator=generators, num_inference_steps=steps, output_type="pt", **options).images
 

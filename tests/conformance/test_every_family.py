@@ -1,0 +1,324 @@
+"""Every tool on every family: the same assertions, on tiny random pipelines of each kind.
+
+A tool that a family cannot have raises one sentence on purpose; `UNABLE` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dit_lens import Add, Intervention, Replace, Scale, prompts, sweep
+from hooked_models import HookedTextToImage
+from hooked_models.families.adapter import submodule
+
+from ..hooked_models.pipelines import PROMPTS
+from ..hooked_models.tiny_pipelines import tiny_pipeline
+
+STEPS, SEEDS = 3, [3, 4]
+LAST = STEPS - 1
+FIRST = ("FLUX.1", "FLUX.1 true CFG", "SD3", "SANA", "Qwen-Image")
+OTHERS: tuple[str, ...] = ()
+
+
+@dataclass
+class Case:
+    """One tiny pipeline, and how it is called."""
+
+    name: str
+    pipe: Any
+    model: Any
+    guidance: float | None
+    call: dict[str, Any]
+
+    def plain(self, **more: Any) -> Tensor:
+        """Images of the pipeline itself."""
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        found = self.pipe(prompt=list(PROMPTS), generator=generators, **{**self.call, **more})
+        return found.images if hasattr(found, "images") else found.frames
+
+    def images(self, hooks: Any = ()) -> Tensor:
+        return self.model.run_with_hooks(PROMPTS, SEEDS, STEPS, self.guidance, fwd_hooks=list(hooks))
+
+    @property
+    def run(self) -> Any:
+        return self.model.trajectory(PROMPTS, SEEDS, STEPS, self.guidance)
+
+    def cached(self, names: Any, **how: Any) -> Any:
+        return self.model.run_with_cache(PROMPTS, SEEDS, STEPS, self.guidance, names_filter=names, **how)[1]
+
+    def act(self, site: str, **how: Any) -> list[Any]:
+        return Intervention(site, **how).hooks(self.model, list(PROMPTS), num_steps=STEPS)
+
+    @property
+    def attention(self) -> str:
+        """Sublayer that reads the text in block 0."""
+        return "cross_attn" if "blocks.0.cross_attn.hook_z" in self.model.dit.hook_dict else "attn"
+
+    @property
+    def together(self) -> bool:
+        """True if both branches are one call."""
+        return len(self.run.record.predictions) == STEPS and len(self.branches) == 2
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return ("cond", "uncond") if self.model.draft(PROMPTS, SEEDS, STEPS, self.guidance).guided else ("cond",)
+
+
+@cache
+def case_of(name: str) -> Case:
+    """Each is built once; its model has no hooks but in blocks."""
+    pipe, call = tiny_pipeline(name)
+    model: Any = HookedTextToImage.from_pipeline(pipe)
+    call = {**call, "num_inference_steps": STEPS}
+    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    guide = next((key for key in ("true_cfg_scale", "guidance_scale") if key in options and (key == model.guide)), None)
+    guidance = options.pop(guide) if guide else None
+    model.options = options
+    return Case(name, pipe, model, guidance, call)
+
+
+@pytest.fixture(params=[*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def case(request: Any) -> Iterator[Case]:
+    with torch.no_grad():
+        yield case_of(request.param)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> bool:
+    return bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
+
+
+# Whole generations
+
+
+def test_images_are_bitwise_the_pipelines_with_hooks_that_look(case: Case) -> None:
+    reference = case.plain()
+    assert torch.equal(case.images(), reference)
+    seen: set[str] = set()
+
+    def look(tensor: Tensor, hook: Any) -> None:
+        seen.add(hook.name)
+
+    chosen = ("hook_resid_post", "hook_latent", "hook_x0", "hook_out", "hook_z", "hook_k", "hook_image")
+    assert torch.equal(case.images([(lambda name: name.endswith(chosen), look)]), reference)
+    assert {f"steps.{step}.hook_out" for step in range(STEPS)} | {"hook_image"} <= seen
+    assert torch.equal(case.plain(), reference)
+
+
+def test_both_branches_make_up_the_guided_output(case: Case) -> None:
+    """Which rows or calls are which branch's: out = uncond + scale · (cond − uncond), for one number at all places."""
+    if len(case.branches) == 1:
+        pytest.skip("one branch")
+    cache = case.cached([f"steps.0.hook_{name}" for name in ("out", "out_cond", "out_uncond")], branch="both")
+    out, cond, uncond = (cache[f"steps.0.hook_{name}"].double() for name in ("out", "out_cond", "out_uncond"))
+    cond, uncond = (x.reshape(len(x), -1)[:, : out[0].numel()] for x in (cond, uncond))
+    assert any(fits(sign * out.flatten(1), cond, uncond) for sign in (1, -1)) or rescaled(case, out, cond, uncond)
+
+
+def fits(out: Tensor, cond: Tensor, uncond: Tensor) -> bool:
+    """True for out = uncond + s · (cond − uncond) with s > 1."""
+    change, total = cond - uncond, out - uncond
+    scale = (change * total).sum() / change.square().sum()
+    return bool(scale > 1.0) and bool((total - scale * change).abs().max() < 1e-4 * out.abs().max())
+
+
+def rescaled(case: Case, out: Tensor, cond: Tensor, uncond: Tensor) -> bool:
+    """True if the guided output has been given other lengths, token by token, as Qwen-Image does."""
+    guided = (uncond + case.guidance * (cond - uncond)).reshape(out.shape)
+    return close(torch.nn.functional.normalize(out, dim=-1), torch.nn.functional.normalize(guided, dim=-1), 1e-4)
+
+
+def test_a_block_scaled_by_a_torch_hook(case: Case) -> None:
+    """The residual stream that leaves block 0, halved in one branch of the last step: ours against a forward hook."""
+    where = case.model.dit.family.blocks[0]
+    block = case.pipe.transformer.get_submodule(where.path)[0]
+    for branch in case.branches:
+        ours = case.images(case.act("blocks.0.hook_resid_post", steps=LAST, branch=branch, action=Scale(0.5)))
+        with halved(case, [(block, False)], branch, lambda tensor, rows: tensor.index_copy(0, rows, tensor[rows] / 2)):
+            theirs = case.plain()
+        assert close(ours, theirs), branch
+        assert not close(ours, case.images())
+
+
+def test_a_head_switched_off_by_a_torch_hook(case: Case) -> None:
+    """Head 1 of block 0: `hook_z` against the input of the output projections."""
+    name, n_heads = case.attention, case.model.cfg.n_heads
+    where = case.model.dit.family.blocks[0]
+    attention = submodule(case.pipe.transformer.get_submodule(where.path)[0], where.attentions[name].path)
+    outs = [getattr(attention, path, None) for path in ("to_out", "to_add_out")]
+    outs = [out[0] if isinstance(out, torch.nn.ModuleList) else out for out in outs if out is not None]
+
+    def without(tensor: Tensor, rows: Tensor) -> Tensor:
+        heads = tensor.unflatten(-1, (n_heads, -1)).clone()
+        heads[rows, ..., 1, :] = 0
+        return heads.flatten(-2)
+
+    ours = case.images(case.act(f"blocks.0.{name}.hook_z", heads=[1], steps=LAST))
+    with halved(case, [(out, True) for out in outs], "cond", without):
+        theirs = case.plain()
+    assert close(ours, theirs)
+    assert not torch.equal(ours, case.images())
+
+
+@contextmanager
+def halved(
+    case: Case, modules: list[tuple[Any, bool]], branch: str, change: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """`change` what enters or leaves modules, in one branch's rows of the last step; calls are counted here."""
+    draft, n = case.model.draft(PROMPTS, SEEDS, STEPS, case.guidance), len(PROMPTS)
+    together = case.together
+
+    def edit(counts: dict[str, int], value: Any) -> Any:
+        count = counts["calls"] = counts.get("calls", 0) + 1
+        first = next(x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor))
+        step, place = divmod(count - 1, 1 if together or len(case.branches) == 1 else 2)
+        here = draft.branches if together else (draft.branches[place],)
+        if step != LAST or branch not in here:
+            return None
+        start = draft.branches.index(branch) * n if together else 0
+        rows = torch.arange(start, start + n) if len(first) >= start + n else torch.arange(len(first))
+        if isinstance(value, tuple):
+            return tuple(change(x, rows) if isinstance(x, Tensor) else x for x in value)
+        return change(value, rows)
+
+    with ExitStack() as stack:
+        for module, enters in modules:
+            counts: dict[str, int] = {}
+            if enters:
+                handle = module.register_forward_pre_hook(lambda m, args, counts=counts: edit(counts, args))
+            else:
+                handle = module.register_forward_hook(lambda m, args, out, counts=counts: edit(counts, out))
+            stack.callback(handle.remove)
+        yield
+
+
+# Forks, steps, branches
+
+
+def test_a_fork_is_bitwise_a_full_run(case: Case) -> None:
+    run = case.run
+    hooks = case.act("blocks.1.hook_resid_pre", steps=1, action=Scale(0.5))
+    full = case.model
+    assert torch.equal(run.fork(2).images, run.images)
+    for step in (0, 1):
+        assert torch.equal(run.fork(step, hooks).images, case.images(hooks))
+    with full.hooks(hooks):
+        edited = case.run
+    assert all(torch.equal(a, b) for a, b in zip(edited.latents[:2], run.latents[:2], strict=True))  # nothing before its step
+    assert not torch.equal(edited.latents[2], run.latents[2])
+
+
+def test_an_edit_stays_in_its_branch(case: Case) -> None:
+    if len(case.branches) == 1:
+        with pytest.raises(ValueError, match="no unconditional branch"):
+            case.images([("steps.0.uncond.blocks.0.hook_resid_post", lambda tensor, hook: tensor)])
+        return
+    names = [f"steps.{LAST}.hook_out_{branch}" for branch in case.branches]
+    clean = case.cached(names, branch="both")
+    for branch, other in (("cond", "uncond"), ("uncond", "cond")):
+        with case.model.hooks(case.act("blocks.0.hook_resid_post", steps=LAST, branch=branch, action=Scale(0.5))):
+            edited = case.cached(names, branch="both")
+        assert torch.equal(edited[f"steps.{LAST}.hook_out_{other}"], clean[f"steps.{LAST}.hook_out_{other}"])
+        assert not close(edited[f"steps.{LAST}.hook_out_{branch}"], clean[f"steps.{LAST}.hook_out_{branch}"])
+
+
+# Interventions
+
+
+def test_identity_edits_change_nothing(case: Case) -> None:
+    reference, site = case.images(), f"blocks.0.{case.attention}.hook_z"
+    kept = case.cached(site)
+    for action in (Scale(1.0), Replace(kept), Add(torch.zeros(1))):
+        assert torch.equal(case.images(case.act(site, action=action)), reference), action
+    pattern = site.replace("hook_z", "hook_pattern")
+    assert close(case.images(case.act(pattern, action=Scale(1.0))), reference)
+
+
+def test_every_action(case: Case) -> None:
+    """Each action against a function written here."""
+    site = f"blocks.0.{case.attention}.hook_z"
+    full, shift = f"steps.{LAST}.cond.{site}", torch.linspace(-1, 1, case.model.cfg.d_head)
+    by_hand: list[tuple[Any, Callable[[Tensor], Tensor]]] = [
+        ("zero", torch.zeros_like),
+        ("mean", lambda z: z.mean(0, keepdim=True).expand_as(z)),
+        ("resample", lambda z: z.flip(0)),
+        (Scale(-0.5), lambda z: -0.5 * z),
+        (Add(shift), lambda z: z + shift),
+        (Replace(shift), lambda z: shift.expand_as(z)),
+    ]
+    lengths = set(case.model.layout(PROMPTS).text_mask.sum(1).tolist())
+    alike = case.attention == "cross_attn" or len(lengths) == 1  # queries of cross-attention are the image's
+    reference = case.images()
+    for action, change in by_hand:
+        if action in ("mean", "resample") and not alike:
+            with pytest.raises(ValueError, match=r"different numbers of tokens|no other one"):
+                case.act(site, steps=LAST, action=action)
+            continue
+        ours = case.images(case.act(site, steps=LAST, action=action))
+        assert torch.equal(ours, case.images([(full, lambda z, hook, change=change: change(z))])), action
+        assert not torch.equal(ours, reference), action
+
+
+def test_a_word_knocked_out(case: Case) -> None:
+    """Its keys get no attention, and the others share it in their old proportions."""
+    hide = Intervention(
+        f"blocks.0.{case.attention}.hook_pattern", heads=[0], tokens=prompts.word("circle"), steps=0, action="knockout"
+    )
+    words = prompts.token_mask(case.model, PROMPTS, prompts.word("circle"))
+    read = [
+        [one.text[a:b] for (a, b), chosen in zip(one.spans, row, strict=True) if chosen] for one, row in texts_of(case, words)
+    ]
+    assert read == [["circle"], ["circle"]]
+    name = f"steps.0.cond.blocks.0.{case.attention}.hook_pattern"
+    clean = case.cached(name)[name]
+    with case.model.hooks(hide.hooks(case.model, list(PROMPTS), num_steps=STEPS)):
+        masked = case.cached(name)[name]
+    layout = case.model.layout(PROMPTS)
+    image = 0 if case.attention == "cross_attn" else layout.n_image
+    keys = torch.zeros(len(PROMPTS), clean.shape[-1], dtype=torch.bool)
+    keys[:, image : image + words.shape[1]] = words
+    gone = keys[:, None, :].expand(-1, clean.shape[2], -1)
+    assert float(masked[:, 0][gone].abs().max()) == 0.0
+    left = clean[:, 0].masked_fill(gone, 0.0)
+    assert close(masked[:, 0], left / left.sum(-1, keepdim=True).clamp(min=1e-30), 1e-4)
+    assert torch.equal(masked[:, 1], clean[:, 1])
+
+
+def texts_of(case: Case, words: Tensor) -> Iterator[tuple[Any, list[bool]]]:
+    yield from zip(case.model.encoded_texts(PROMPTS), words.tolist(), strict=True)
+
+
+# Sweeps
+
+
+def test_a_sweeps_cell_is_a_run_of_its_own(case: Case) -> None:
+    site = f"blocks.0.{case.attention}.hook_z"
+    cells = {
+        "head": Intervention(site, heads=[1], steps=1),
+        "late": Intervention("blocks.1.hook_resid_post", steps=LAST, action=Scale(0.5)),
+        "latent": Intervention("hook_latent", steps=1, action=Scale(1.1)),
+        "twice": Intervention(site, heads=[0], steps=[0, LAST], branch="both" if len(case.branches) == 2 else "cond"),
+    }
+    metric = sweep.Metric(lambda images: {"mean": images.flatten(1).mean(1), "first": images.flatten(1)[:, 7]})
+    one_step = sweep.Metric(lambda out: out.flatten(1).norm(dim=1), on="out")
+    plan = sweep.plan(
+        case.model, PROMPTS, SEEDS, cells, {"m": metric, "o": one_step}, num_steps=STEPS, guidance=case.guidance, batch=5
+    )
+    found = plan.run()
+    assert (found["error"] == "").all()
+    for number, seed in enumerate(SEEDS):
+        for label, one in cells.items():
+            hooks = one.hooks(case.model, list(PROMPTS), num_steps=STEPS)
+            images = case.model.run_with_hooks(PROMPTS, seed, STEPS, case.guidance, fwd_hooks=hooks)
+            exact = images.flatten(1).mean(1).double().numpy()
+            cell = found["m_mean"].sel(intervention=label).isel(seed=number).values
+            assert np.abs(cell - exact).max() < 2e-5 * max(1.0, np.abs(exact).max()), label
+    assert float(np.abs(found["m_mean"] - found["m_mean_baseline"]).max()) > 1e-4
