@@ -25,7 +25,7 @@ from ..hooked_models.tiny_pipelines import tiny_pipeline
 
 STEPS, SEEDS = 3, [3, 4]
 LAST = STEPS - 1
-FIRST = ("FLUX.1", "FLUX.1 true CFG", "SD3", "SANA", "Qwen-Image")
+FIRST = ("FLUX.1", "FLUX.1 true CFG", "SD3", "SANA DPM++", "Qwen-Image")
 OTHERS: tuple[str, ...] = ()
 
 
@@ -214,6 +214,27 @@ def test_a_fork_is_bitwise_a_full_run(case: Case) -> None:
         edited = case.run
     assert all(torch.equal(a, b) for a, b in zip(edited.latents[:2], run.latents[:2], strict=True))  # nothing before its step
     assert not torch.equal(edited.latents[2], run.latents[2])
+    alone = run.take(torch.tensor([1])).fork(1).images
+    assert close(alone[0], run.images[1], 1e-4)
+    with pytest.raises(ValueError, match="does not fire"):
+        run.fork(2, hooks)
+
+
+def test_a_cache_has_what_the_transformer_returns(case: Case) -> None:
+    names = [f"steps.{step}.hook_out_{branch}" for step in range(STEPS) for branch in case.branches]
+    cache = case.cached([*names, "blocks.0.hook_resid_post"], branch="both")
+    recorded: list[Tensor] = []
+    keep = case.pipe.transformer.register_forward_hook(lambda module, args, output: recorded.append(output[0]))
+    case.plain()
+    keep.remove()
+    order = case.model.draft(PROMPTS, SEEDS, STEPS, case.guidance).branches
+    said = [torch.cat([cache[f"steps.{step}.hook_out_{branch}"] for branch in order]) for step in range(STEPS)]
+    flat = [one if isinstance(one, Tensor) else torch.stack(list(one)) for one in recorded]
+    together = case.together or len(order) == 1
+    rows = flat if together else [torch.cat(flat[i : i + 2]) for i in range(0, len(flat), 2)]
+    assert len(said) == len(rows)
+    assert all(torch.equal(ours, output) for ours, output in zip(said, rows, strict=True))
+    assert cache.steps == list(range(STEPS))
 
 
 def test_an_edit_stays_in_its_branch(case: Case) -> None:
