@@ -239,6 +239,8 @@ def row_indices(value: Any, n: int) -> Tensor:
 def diffusers_names(function: Function) -> Function:
     """A function that names our argument where it is called with that of diffusers' pipelines (`num_inference_steps`).
 
+    A method's object may take some names itself: its `own_names`.
+
     Example:
         >>> diffusers_names(lambda num_steps=1: num_steps)(num_steps=3)
         3
@@ -246,8 +248,9 @@ def diffusers_names(function: Function) -> Function:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        own = getattr(args[0], "own_names", ()) if args else ()
         for name, ours in RENAMED.items():
-            if name in kwargs:
+            if name in kwargs and name not in own:
                 raise TypeError(f"{name}= is called {ours}= here.")
         return function(*args, **kwargs)
 

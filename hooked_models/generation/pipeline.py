@@ -42,6 +42,8 @@ class HookedPipeline(HookedTextToImage):
     Latents have the pipeline's own layout. Text encoders run as they are, without hooks.
     """
 
+    own_names = ("guidance_scale",)
+    """Names of diffusers that stand for no argument here: a pipeline may have two kinds of guidance."""
     pipe: Any
     options: dict[str, Any]
     """Arguments of the pipeline's call that every run takes by default, such as `height`, `width` and `negative_prompt`."""
@@ -157,7 +159,7 @@ class HookedPipeline(HookedTextToImage):
         key = (texts, *((name, _key(value)) for name, value in sorted(options.items())), _key(latents), stamps)
         key = (*key, id(self.pipe.scheduler), str(self.pipe.scheduler.config))
         if key not in self._drafts:
-            used = self.default_guidance if guidance is None else guidance
+            used = float(options.get(self.guide) or self.default_guidance)
             inputs = PipelineInputs(self.pipe, self.dit, texts, options, seeds, latents, guidance=used)
             # values in the key's ids are kept, so that no other object takes their place
             self._drafts[key] = (options, latents, self.pipe.scheduler), self.loop.prepare(inputs)

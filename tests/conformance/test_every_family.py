@@ -297,7 +297,7 @@ def test_a_word_knocked_out(case: Case) -> None:
     read = [
         [one.text[a:b] for (a, b), chosen in zip(one.spans, row, strict=True) if chosen] for one, row in texts_of(case, words)
     ]
-    assert read == [["circle"], ["circle"]]
+    assert [set(row) for row in read] == [{"circle"}, {"circle"}]  # one in the tokens of each text encoder
     name = f"steps.0.cond.blocks.0.{case.attention}.hook_pattern"
     clean = case.cached(name)[name]
     with case.model.hooks(hide.hooks(case.model, list(PROMPTS), num_steps=STEPS)):

@@ -133,7 +133,7 @@ def test_a_denoisers_attributes_are_pointed_to(folder):
         "transformer": "dit",
         "vae": "codec",
     }.items():
-        with pytest.raises(AttributeError, match=rf"HookedTextToImage has no {name}: see model\.{there}\."):
+        with pytest.raises(AttributeError, match=rf"HookedPixArt has no {name}: see model\.{there}\."):
             getattr(model, name)
     with pytest.raises(AttributeError, match="no attribute 'no_such'"):
         getattr(model, "no_such")  # noqa: B009 (an attribute that is not there)
