@@ -159,7 +159,7 @@ class HookedPipeline(HookedTextToImage):
         key = (texts, *((name, _key(value)) for name, value in sorted(options.items())), _key(latents), stamps)
         key = (*key, id(self.pipe.scheduler), str(self.pipe.scheduler.config))
         if key not in self._drafts:
-            used = float(options.get(self.guide) or self.default_guidance)
+            used = float(options.get(self.guide or "") or self.default_guidance)
             inputs = PipelineInputs(self.pipe, self.dit, texts, options, seeds, latents, guidance=used)
             # values in the key's ids are kept, so that no other object takes their place
             self._drafts[key] = (options, latents, self.pipe.scheduler), self.loop.prepare(inputs)
