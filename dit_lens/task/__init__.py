@@ -6,6 +6,7 @@ from .captions import TEMPLATES, from_caption, word
 from .judge import evaluate
 from .layout import axis_of, layout
 from .paper_rules import paper_verdicts
+from .protocol import Task, Trios, TwoObjects
 from .rendering import render
 from .sampling import Split, sample
 from .scene import (
@@ -42,7 +43,10 @@ __all__ = [
     "Combination",
     "Scene",
     "Split",
+    "Task",
     "Trio",
+    "Trios",
+    "TwoObjects",
     "axis_of",
     "caption",
     "evaluate",

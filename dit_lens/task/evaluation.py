@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,10 +30,10 @@ from hooked_models.text_encoders.random_tokens import UNKNOWN_ID
 from .. import task as scenes
 from ..stats import Interval, clustered_mean, paired_difference, proportion
 from ..store import Store, digest
-from . import PHRASES, Scene, Split, Trio
+from . import PHRASES, Scene, Split
 from .captions import TEMPLATES, TRAINED, word
+from .protocol import METRICS, Task, TwoObjects
 
-METRICS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
 GEOMETRY = ("x1", "y1", "x2", "y2")
 SPLITS: tuple[Split, ...] = ("held_out", "train")
 BATCH = 64
@@ -41,12 +42,14 @@ BATCH = 64
 @torch.no_grad()
 def score(
     model: HookedTextToImage,
-    wanted: Sequence[Scene | Trio],
+    wanted: Sequence[Any],
     num_steps: int = 14,
     guidance: float = 4.5,
     batch_size: int = BATCH,
+    *,
+    task: Task = TwoObjects(),  # noqa: B008  (frozen, without fields)
 ) -> xr.Dataset:
-    """Draw and judge one image for each scene: the variables of `scenes.evaluate`, over dim scene.
+    """Draw and judge one image for each scene: the variables of `task.judge`, over dim scene.
 
     Scene i has noise seed i at each call, so two models, or two states of one, are compared in
     pairs, and a mean over scenes is also a mean over noises.
@@ -59,20 +62,24 @@ def score(
     """
     images = []
     for start in range(0, len(wanted), batch_size):
-        prompts = [scenes.caption(scene) for scene in wanted[start : start + batch_size]]
+        prompts = [task.prompt(scene) for scene in wanted[start : start + batch_size]]
         images.append(model(prompts, list(range(start, start + len(prompts))), num_steps, guidance).float().cpu())
-    return scenes.evaluate(torch.cat(images), wanted).rename(image="scene")
+    return task.judge(torch.cat(images), wanted).rename(image="scene")
 
 
-def summarise(verdict: xr.Dataset) -> pd.DataFrame:
+def summarise(verdict: xr.Dataset, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
     """One row a metric: mean, low and high end of the 95 % interval over scenes.
+
+    Args:
+        verdict: of `score`, or of a task's judge.
+        metrics: variables of it, such as a task's `metrics`.
 
     Example:
         >>> drawn = scenes.sample(4, seed=0)
         >>> summarise(scenes.evaluate(scenes.render(drawn), drawn)).loc["shape"].round(3).tolist()
         [1.0, 0.398, 1.0]
     """
-    rows = {name: clustered_mean(verdict[name].values.astype(float)[:, None]) for name in METRICS}
+    rows = {name: clustered_mean(verdict[name].values.astype(float)[:, None]) for name in metrics}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(Interval._fields)).rename_axis("metric")
 
 

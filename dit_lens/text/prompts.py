@@ -16,7 +16,7 @@ word of several tokens selects each of them, and punctuation, quotes and hyphens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
@@ -365,3 +365,32 @@ def phrase_mask(model: HookedTextToImage, prompts: str | Sequence[str], phrase: 
         [[0, 0, 0, 1, 1, 0, 0]]
     """
     return token_mask(model, prompts, word(phrase))
+
+
+def role_groups(
+    model: HookedTextToImage, prompts: Sequence[str], roles: Sequence[Mapping[str, str]]
+) -> dict[str, Bool[Tensor, "prompt text_pos"]]:
+    """Tokens by role, where each prompt has its own words for a role: text groups of a synopsis, or `tokens` of an edit.
+
+    Args:
+        prompts: texts of a batch.
+        roles: of each prompt, role → words of it; a task's `roles`.
+
+    Raises:
+        ValueError: prompts differ in their roles, or a prompt does not contain its words.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> role_groups(model, ["red circle is above square"], [{"relation": "above"}])["relation"].int().tolist()
+        [[0, 0, 0, 1, 0, 0]]
+    """
+    if len(roles) != len(prompts) or any(set(one) != set(roles[0]) for one in roles):
+        raise ValueError("Give one mapping of roles to words for each prompt, with the same roles in all of them.")
+    length = model.to_tokens(list(prompts)).shape[1]
+    return {
+        role: torch.cat(
+            [token_mask(model, text, word(one[role]), length=length) for text, one in zip(prompts, roles, strict=True)]
+        )
+        for role in roles[0]
+    }

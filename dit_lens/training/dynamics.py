@@ -21,6 +21,7 @@ from ..readout import screening
 from ..stats import clustered_mean
 from ..task import DIRECTIONS, Scene
 from ..task.evaluation import score, summarise
+from ..task.protocol import Task, TwoObjects
 from ..text import variance
 from ..text.prompts import Role
 
@@ -39,17 +40,21 @@ def record_points(steps: int, points: int) -> list[int]:
 
 
 @torch.no_grad()
-def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, samples: int) -> pd.DataFrame:
+def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, samples: int, task: Task | None = None) -> pd.DataFrame:
     """One row a number, columns `COLUMNS`.
 
     Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes, each with a noise of its own that
     is the same at every call; for every head `cosine`, `projection`, `energy` and `p` of `screening.screen_heads`, by the vectors
     it was screened with (`source`): "words", the relation words' own vectors; "shape1" and "shape2", the effect vectors of the
     relation on a shape word, after the caption projection; and its `gain_vertical` and `gain_horizontal` of
-    `screening.screen_axes`."""
+    `screening.screen_axes`. For a task of another kind, its accuracies alone.
+    """
     rows: list[dict[Any, Any]] = []
-    for metric, (mean, low, high) in summarise(score(model, wanted)).iterrows():
+    task = task or TwoObjects()
+    for metric, (mean, low, high) in summarise(score(model, wanted, task=task), task.metrics).iterrows():
         rows.append({"quantity": metric, "value": mean, "low": low, "high": high})
+    if not isinstance(task, TwoObjects):
+        return _as_table(rows, step, samples)
     mean, low, high = clustered_mean(dipole(model, wanted)[:, None])
     rows.append({"quantity": "dipole", "value": mean, "low": low, "high": high})
     for source, table in screen(model).items():
@@ -59,6 +64,10 @@ def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, sample
         gains = screening.screen_axes(model.dit, contrasts)
         gains = gains.assign(source=source, quantity="gain_" + gains["axis"], value=gains["gain"])
         rows += gains[["layer", "head", "source", "quantity", "value"]].to_dict("records")
+    return _as_table(rows, step, samples)
+
+
+def _as_table(rows: Sequence[dict[Any, Any]], step: int, samples: int) -> pd.DataFrame:
     return pd.DataFrame([{"step": step, "samples": samples, **row} for row in rows], columns=list(COLUMNS)).astype(
         {"layer": "Int64", "head": "Int64", "value": float, "low": float, "high": float}
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,18 +19,20 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
 from jaxtyping import Float, Int
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from hooked_models import FusedTokenEncoder, HookedTextToImage, RandomTokenEncoder
+from hooked_models.text_encoders.random_tokens import UNKNOWN_ID
 
-from .. import task as scenes
 from ..store import Store
 from ..task.evaluation import score, summarise
-from ..task.scene import COLORS, PHRASES, RELATIONS, SHAPES, Scene, Trio, caption, other_color
+from ..task.protocol import Task, Trios, TwoObjects
 from . import dynamics
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .curriculum import Curriculum
 from .history import CHECKPOINT, History, open_run
 from .objectives import OBJECTIVES
 from .pipelines import PRESETS, build_pipeline, load_pipeline
@@ -45,20 +46,36 @@ MAY_CHANGE = (
 """Settings of a run that may differ when it is resumed."""
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, task: Task | None = None) -> Path:
     """Train, or go on training, and return the folder of the finished pipeline (EMA weights).
 
     `out/` gets start/ (the untrained pipeline), checkpoint.safetensors (the whole state), metrics.jsonl (loss, speed, accuracy
     on held-out scenes), dynamics.parquet (`dynamics.measure` at log-spaced steps) and pipeline/.
 
+    Args:
+        config: settings of the run.
+        task: scenes, prompts, images and judge; by default, two objects with the curriculum and trios of `config`.
+
     Raises:
-        ValueError: `out` holds a run with other settings, or another process is training in it.
+        TypeError: `task` lacks a member of `Task`.
+        ValueError: `out` holds a run with other settings, or another process is training in it, or the encoder lacks words of
+            the task.
         OSError: a file in `out` that the run goes on from is damaged or missing, or cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dit_lens.training import TrainConfig, train
+        >>> tiny = TrainConfig(Path("run"), "nano", steps=1, batch_size=2, precision="no", evaluation_scenes=1, dynamics_points=0)
+        >>> train(tiny).name
+        'pipeline'
     """
+    if task is not None and not isinstance(task, Task):
+        missing = [name for name in vars(Task) if name[0] != "_" and not hasattr(task, name)]
+        raise TypeError(f"{type(task).__name__} is no Task: it lacks {', '.join(missing)}.")
     if config.evaluation_scenes < 1:
         raise ValueError(f"evaluation_scenes={config.evaluation_scenes}: a run looks at one scene at least.")
     with ExitStack() as stack:
-        _Training(config, stack).run()
+        _Training(config, stack, task).run()
     return config.out / "pipeline"
 
 
@@ -68,9 +85,10 @@ class _Training:
     Args:
         config: settings of the run.
         stack: closes the folder of the run, which the main process alone opens.
+        task: of the run; by default, that of `config`.
     """
 
-    def __init__(self, config: TrainConfig, stack: ExitStack) -> None:
+    def __init__(self, config: TrainConfig, stack: ExitStack, task: Task | None) -> None:
         # Accelerator alone would read the variable, when the state is there already
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
         precision = resolve_precision(config.precision, PartialState(cpu=on_cpu).device)
@@ -78,20 +96,23 @@ class _Training:
         self.accelerator = Accelerator(mixed_precision=precision)
         self.facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
         self.facts |= {"processes": self.accelerator.num_processes, "noises": "one a scene"}
+        self.own, self.task = task is None, task or Curriculum(config)
+        if not self.own:
+            self.facts["task"] = self.task.name
         self.folder: Store | None = None
         with self.accelerator.main_process_first():
             if self.accelerator.is_main_process:
                 self.folder = stack.enter_context(open_run(config.out, self.facts, MAY_CHANGE))
-            self.pipe = start_pipeline(config, self.folder)
+            self.pipe = start_pipeline(config, self.folder, self.task)
         self.pipe.to(self.accelerator.device)
         self.pipe.set_progress_bar_config(disable=True)
         disable_progress_bar()
         self._prepare_network()
         self.ema_model = HookedTextToImage.from_pipeline(self.pipe)
-        self.data = StepData(self.pipe, config, self.accelerator)
+        self.data = StepData(self.pipe, config, self.accelerator, self.task)
         n_scenes = config.evaluation_scenes
-        self.held_out = scenes.sample(n_scenes, seed=1, split="held_out", color_words="both")
-        self.held_out_trios = scenes.sample_trios(n_scenes if config.trios else 0, seed=1, split="held_out")
+        self.held_out = self.task.sample(n_scenes, seed=1, split="held_out")
+        self.held_out_trios = Trios().sample(n_scenes if self.own and config.trios else 0, seed=1, split="held_out")
         self.objective = OBJECTIVES[config.objective]()
         self.record_at = dynamics.record_points(config.steps, config.dynamics_points)
 
@@ -182,13 +203,13 @@ class _Training:
             accuracy = self.evaluate()
             samples = done * self.samples_per_step
             self.history.log(folder, {"step": done, "samples": samples, **accuracy})
-            shown = ("dipole", "unique_binding", "relation_loose")
+            shown = ("dipole", "unique_binding", "relation_loose") if self.own else self.task.metrics
             show(accuracy=" ".join(f"{name} {accuracy[name]:.2f}" for name in shown))
             folder.put_folder("pipeline", self.pipe.save_pretrained)
         if done in self.record_at:
             with self.averaged_weights():
                 samples = done * self.samples_per_step
-                rows = dynamics.measure(self.ema_model, self.held_out, done, samples)
+                rows = dynamics.measure(self.ema_model, self.held_out, done, samples, self.task)
             self.history.add(folder, rows)
         self.clock += time.perf_counter() - paused
         # last, so that a run killed before this line repeats the steps after the last checkpoint
@@ -212,19 +233,20 @@ class _Training:
         return self.accelerator.autocast() if self.config.precision != "no" else nullcontext()
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracies on held-out scenes, and the layout dipole."""
+        """Accuracies on held-out scenes, and the layout dipole of scenes that have one."""
+        accuracy: dict[str, float] = {}
         with self.averaged_weights():
-            means = summarise(score(self.ema_model, self.held_out))["mean"]
-            early = dynamics.dipole(self.ema_model, self.held_out).mean()
-        accuracy = {str(name): float(mean) for name, mean in means.items()}
-        accuracy["dipole"] = float(early)
+            means = summarise(score(self.ema_model, self.held_out, task=self.task), self.task.metrics)["mean"]
+            if isinstance(self.task, TwoObjects):
+                accuracy["dipole"] = float(dynamics.dipole(self.ema_model, self.held_out).mean())
+        accuracy = {str(name): float(mean) for name, mean in means.items()} | accuracy
         if self.held_out_trios:
             trios = summarise(score(self.ema_model, self.held_out_trios))["mean"]
             accuracy |= {f"trio_{name}": mean for name, mean in trios.items()}
         return {name: round(mean, 4) for name, mean in accuracy.items()}
 
 
-def start_pipeline(config: TrainConfig, run: Store | None) -> PixArtSigmaPipeline:
+def start_pipeline(config: TrainConfig, run: Store | None, task: Task | None = None) -> PixArtSigmaPipeline:
     """The untrained pipeline of a run, made once by the process that writes to it, and kept in `out/start/`.
 
     A resumed run so keeps its own codec and text encoder, even if the code that makes them has changed since.
@@ -241,7 +263,7 @@ def start_pipeline(config: TrainConfig, run: Store | None) -> PixArtSigmaPipelin
         else:
             size = PRESETS[config.size]
             size = replace(size, heads=config.heads or size.heads)
-            new = build_pipeline(size, config.encoder, config.objective, config.seed, config.moved_share)
+            new = build_pipeline(size, config.encoder, config.objective, config.seed, config.moved_share, task)
         run.put_folder("start", new.save_pretrained)
     if run is not None and "start" in run.files:
         run.path("start")
@@ -278,12 +300,15 @@ def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
 class StepData:
     """Clean latents, captions and the random generator of one step, for this process: a function of the step alone."""
 
-    def __init__(self, pipe: PixArtSigmaPipeline, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, pipe: PixArtSigmaPipeline, config: TrainConfig, accelerator: Accelerator, task: Task | None = None
+    ) -> None:
         self.codec = pipe.vae
         self.config = config
+        self.task = task or Curriculum(config)
         self.device = accelerator.device
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
-        captions = ["", *all_captions(), *(all_trio_captions() if config.trios else ())]
+        captions = ["", *self.task.prompts()]
         self.row = {text: i for i, text in enumerate(captions)}
         self.text, self.mask = encode_captions(pipe, captions)
 
@@ -299,51 +324,14 @@ class StepData:
         """Draw the step's scenes; captions are dropped here, into the empty prompt's own encoding and mask."""
         config = self.config
         size = config.batch_size
-        trios = round(size * config.trios)
-        number = step * self.processes + self.process
-        batch: list[Scene | Trio] = [*scenes.sample_trios(trios, config.seed, start=number * trios)]
-        batch += scenes.sample(
-            size - trios,
-            config.seed,
-            start=number * (size - trios),
-            color_words="both" if step < config.anchored_steps else "optional",
-            spread=config.spread(step),
-            red_first=config.red_first(step),
-            without=config.hold_out,
-        )
+        batch = self.task.sample(size, config.seed, start=(step * self.processes + self.process) * size, step=step)
         state = np.random.SeedSequence((config.seed, step, self.process)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(self.device).manual_seed(int(state >> np.uint64(1)))
-        images = scenes.render(batch).to(self.device)
+        images = self.task.render(batch).to(self.device)
         clean = self.codec.encode(images * 2 - 1).latent_dist.mode() * self.codec.config.scaling_factor
         dropped = torch.rand(size, generator=generator, device=self.device) < config.caption_dropout
-        rows = torch.tensor([self.row[caption(scene)] for scene in batch], device=self.device).masked_fill(dropped, 0)
+        rows = torch.tensor([self.row[self.task.prompt(scene)] for scene in batch], device=self.device).masked_fill(dropped, 0)
         return clean, self.text[rows], self.mask[rows], generator
-
-
-def all_captions() -> list[str]:
-    """Every sentence a scene can have: 6 ordered shape pairs × 22 phrases × 7 patterns of colour words = 924."""
-    found: dict[str, None] = {}
-    for c, named in itertools.product(scenes.COMBINATIONS, itertools.product((True, False), repeat=2)):
-        for phrase in PHRASES[c.relation]:
-            scene = Scene(c.shape1, c.color1, 0, 0, c.shape2, other_color(c.color1), 0, 0, c.relation, phrase, *named)
-            found[caption(scene)] = None
-    return list(found)
-
-
-def all_trio_captions() -> list[str]:
-    """Every sentence a trio can have: 6 orders of the shapes × 4 colour patterns × 14 phrases × those of 7 other relations."""
-    found: dict[str, None] = {}
-    for shapes, color1, color3 in itertools.product(itertools.permutations(SHAPES), COLORS, COLORS):
-        for relations in itertools.permutations(RELATIONS, 2):
-            for phrases in itertools.product(*(scenes.TRIO_PHRASES[relation] for relation in relations)):
-                first, second = (
-                    Scene(shapes[0], color1, 0, 0, shape, color, 0, 0, relation, phrase)
-                    for shape, color, relation, phrase in zip(
-                        shapes[1:], (other_color(color1), color3), relations, phrases, strict=True
-                    )
-                )
-                found[caption(Trio(first, second))] = None
-    return list(found)
 
 
 @torch.no_grad()
@@ -352,6 +340,9 @@ def encode_captions(
 ) -> tuple[Float[Tensor, "caption text_pos d_text"], Int[Tensor, "caption text_pos"]]:
     """Text features and masks, cut to the longest caption (pads carry exactly no attention, so nothing is lost)."""
     tokens = pipe.tokenizer(list(captions), padding="longest", return_tensors="pt").to(pipe.device)
+    unknown = (tokens.input_ids == getattr(pipe.tokenizer, "unk_token_id", UNKNOWN_ID)).any(dim=1)
+    if unknown.any():
+        raise ValueError(f"The text encoder does not know every word of {captions[int(unknown.nonzero()[0, 0])]!r}.")
     ids, masks = tokens.input_ids.split(batch_size), tokens.attention_mask.split(batch_size)
     features = [pipe.text_encoder(i, attention_mask=m)[0].float() for i, m in zip(ids, masks, strict=True)]
     return torch.cat(features), tokens.attention_mask
@@ -376,4 +367,5 @@ def progress_bar(accelerator: Accelerator) -> Progress:
     """Loss, speed and accuracy of a run, on the main process only."""
     columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     fields = [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "speed", "accuracy")]
-    return Progress(*columns, *fields, disable=not accelerator.is_main_process, refresh_per_second=1)
+    console = Console(stderr=True)
+    return Progress(*columns, *fields, console=console, disable=not accelerator.is_main_process, refresh_per_second=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from hooked_models.pipelines.hub import ZOO, fetch
 from hooked_models.pipelines.loading import load_whole, open_pipeline
 
 from .. import task as scenes
+from ..task.protocol import Task, TwoObjects
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Size:
 
 PRESETS = {"nano": Size(3, 192, 3), "micro": Size(6, 192, 3), "mini": Size(6, 384, 6), "B": Size(12, 768, 12)}
 
-LATENT_CHANNELS = 24
+LATENT_CHANNELS, LATENT_SIDE = 24, 16
 CODEC_SCENES = 4000
 RELATION_WORDS = tuple(sorted({word for phrases in scenes.PHRASES.values() for phrase in phrases for word in phrase.split()}))
 """Every word of the 22 phrases, "to", "the" and "of" included: what "fused" moves."""
@@ -47,14 +49,23 @@ def build_pipeline(
     objective: Literal["x0", "epsilon"] = "x0",
     seed: int = 0,
     moved_share: float = 1.0,
+    task: Task | None = None,
 ) -> PixArtSigmaPipeline:
-    """An untrained pipeline for 128 × 128 scenes: 16 × 16 latents, patches of 2, so 64 image tokens.
+    """An untrained pipeline for a task's images: 16 × 16 latents, patches of 2, so 64 image tokens.
 
     Args:
         moved_share: see `build_text_encoder`.
+        task: its words are the vocabulary of "rte", and its images fit the codec; two objects by default.
+
+    Raises:
+        ValueError: the task's images are no multiple of 16 pixels.
     """
-    text_encoder, tokenizer = build_text_encoder(encoder, moved_share)
-    codec = PatchCodec.fit(scenes.render(scenes.sample(CODEC_SCENES, seed=0)) * 2 - 1, LATENT_CHANNELS)
+    task = task or TwoObjects()
+    if task.image_size % LATENT_SIDE:
+        raise ValueError(f"Images of {task.image_size} pixels do not divide into {LATENT_SIDE} × {LATENT_SIDE} latents.")
+    text_encoder, tokenizer = build_text_encoder(encoder, moved_share, task.words)
+    drawn = task.render(task.sample(CODEC_SCENES, seed=0))
+    codec = PatchCodec.fit(drawn * 2 - 1, LATENT_CHANNELS, task.image_size // LATENT_SIDE)
     torch.manual_seed(seed)
     transformer = PixArtTransformer2DModel(
         num_layers=size.layers,
@@ -64,7 +75,7 @@ def build_pipeline(
         caption_channels=text_encoder.config.d_model,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        sample_size=16,
+        sample_size=LATENT_SIDE,
         patch_size=2,
         interpolation_scale=1,
         use_additional_conditions=False,
@@ -82,7 +93,9 @@ def build_pipeline(
     return PixArtSigmaPipeline(tokenizer, text_encoder, codec, transformer, scheduler)
 
 
-def build_text_encoder(encoder: str, moved_share: float = 1.0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def build_text_encoder(
+    encoder: str, moved_share: float = 1.0, words: Sequence[str] = scenes.WORDS
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """ "rte", "rte-nopos", "fused", "t5-scenes", or the folder or hub id of a T5 encoder with its tokenizer.
 
     "fused" is "rte" with the share `moved_share` of every relation word's vector in the second shape word instead of in its
@@ -92,12 +105,14 @@ def build_text_encoder(encoder: str, moved_share: float = 1.0) -> tuple[PreTrain
 
     Raises:
         FileNotFoundError: `encoder` is none of these.
-        ValueError: it names no T5.
+        ValueError: it names no T5, or it is "fused" and the words are not those of the two-object task.
     """
     if encoder in ("rte", "rte-nopos"):
-        config = RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256, positions=encoder == "rte")
-        return RandomTokenEncoder(config).eval(), word_tokenizer(scenes.WORDS)
+        config = RandomTokenEncoderConfig(words=words, d_model=256, positions=encoder == "rte")
+        return RandomTokenEncoder(config).eval(), word_tokenizer(words)
     if encoder == "fused":
+        if words != scenes.WORDS:
+            raise ValueError("The encoder 'fused' knows the words of the two-object task only: choose 'rte' or a T5.")
         fused = FusedTokenEncoderConfig(words=scenes.WORDS, moved=RELATION_WORDS, share=moved_share, d_model=256)
         return FusedTokenEncoder(fused).eval(), word_tokenizer(scenes.WORDS)
     folder = ZOO / encoder if (ZOO / encoder).is_dir() else Path(encoder)

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dit_lens import scenes
+from dit_lens.task.sentences import all_captions
 from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, loop, train
 from dit_lens.training.history import open_run
-from dit_lens.training.loop import all_captions, encode_captions
+from dit_lens.training.loop import encode_captions
 from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
 from dit_lens.training.pipelines import Size, build_text_encoder, load_pipeline
 
@@ -227,10 +228,10 @@ def test_the_speed_is_of_training_alone(tmp_path, monkeypatch):
     now = 0.0
 
     def takes(seconds, function):
-        def slow(*args):
+        def slow(*args, **options):
             nonlocal now
             now += seconds
-            return function(*args)
+            return function(*args, **options)
 
         return slow
 

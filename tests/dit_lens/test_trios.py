@@ -13,7 +13,7 @@ from dit_lens import scenes
 from dit_lens.task import HELD_OUT, RELATIONS, TRIO_PHRASES, Scene, Trio, sample_trios
 from dit_lens.task.rendering import shape_mask
 from dit_lens.task.scene import relation_between
-from dit_lens.training.loop import all_trio_captions
+from dit_lens.task.sentences import all_trio_captions
 
 TRIOS = sample_trios(512, seed=3)
 
