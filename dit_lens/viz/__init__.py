@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import style
-from .attention_page import attention_page
+from .attention_page import attention_page, show
 from .figures import bare, dose_response_curves, head_step_map, learning_curves, ramp_gallery, variance_bars, word_maps
 from .relation_head import relation_head_figure
 
@@ -15,6 +15,7 @@ __all__ = [
     "learning_curves",
     "ramp_gallery",
     "relation_head_figure",
+    "show",
     "style",
     "variance_bars",
     "word_maps",

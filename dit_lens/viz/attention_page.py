@@ -1,96 +1,287 @@
-"""Self-contained HTML page for a model's cross-attention: word ↔ position, by layer, head and step."""
+"""One self-contained HTML page of a run's attention to its prompts: word ↔ place, by head and step."""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import html
 import io
 import json
 import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from einops import reduce
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from hooked_models.generation.cache import GenerationCache
+from hooked_models.generation.pipeline import HookedPipeline
+
+Run = tuple[GenerationCache, Float[Tensor, "prompt 3 height width"]]
+PATTERN = re.compile(r"steps\.\d+\.cond\.blocks\.(\d+)\.(attn|cross_attn)\.hook_pattern")
+LARGEST = 25_000_000
+"""Bytes of a prompt's maps in the file; larger ones are averaged over squares of places."""
 
 
 def attention_page(
-    cache: GenerationCache, prompts: list[str], images: Float[Tensor, "prompt 3 height width"], path: str | Path
+    cache: GenerationCache,
+    prompts: Sequence[str],
+    images: Float[Tensor, "prompt 3 height width"],
+    path: str | Path,
+    *,
+    others: Mapping[str, Run] | None = None,
+    start: Mapping[str, Any] | None = None,
+    largest: int = LARGEST,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the page. It opens in any browser, fetches nothing, and shows prompts as text, never as
-    markup.
+    """Write a page to explore: heads, steps and words, two prompts or runs side by side, a ranking of heads, PNG and CSV.
+
+    It opens in any browser since 2023, fetches nothing, and shows prompts as text, never as markup. Its address keeps the view.
 
     Args:
-        cache: of one generation, with `cross_attn.hook_pattern` of the layers, heads and steps to
-            show (pads are left out): `model.run_with_cache(prompts, names_filter=lambda name:
-            name.endswith("cross_attn.hook_pattern"))`.
+        cache: of one generation, with `hook_pattern` of the attention that reads the text (cross-attention, or the joint
+            attention of FLUX, SD3 and others), of any layers, heads and steps: `model.run_with_cache(prompts,
+            names_filter=lambda name: name.endswith("cross_attn.hook_pattern"))`. Pads are left out.
         prompts: those of the cache, in its order.
-        images: the generated images, of any size; their aspect ratio gives the grid of image
-            positions.
-        path: the file; weights are stored to ±0.4 % of full attention, one byte each.
+        images: the generated images; their aspect ratio gives the grid of places.
+        path: the file.
+        others: name → (cache, images) of other runs of the same prompts, steps and heads, such as {"patched": …}.
+        start: the view at the beginning, any of prompt (its number), beside (likewise), head ("L2H1"), step, word (a token, or
+            its number) and opacity (0 … 100); by default, the head and the word whose attention differs most between places.
+        largest: bytes of a prompt's maps in the file. Weights take a byte each, to ±0.4 % of full attention, compressed; maps
+            above this size are averaged over squares of 2 × 2 places, or 4 × 4, ….
+        options: further arguments of the run, such as `max_sequence_length`, for pipelines other than PixArt's.
 
     Raises:
-        KeyError: no cross-attention pattern is in the cache.
-        ValueError: the number of prompts is not the cache's, or its patterns are summaries.
+        KeyError: the cache has no pattern of an attention that reads the text.
+        ValueError: the number of prompts is not the cache's, its patterns are summaries, runs differ in steps or heads, or
+            `start` names something that the page lacks.
 
     Example:
         >>> from hooked_models import HookedTextToImage
         >>> model, prompts = HookedTextToImage.from_pretrained("rte-nano"), ["red circle is above square"]
         >>> keep = lambda name: name.endswith("cross_attn.hook_pattern")
         >>> images, cache = model.run_with_cache(prompts, num_steps=2, names_filter=keep)
-        >>> attention_page(cache, prompts, images, "page.html").name
+        >>> attention_page(cache, prompts, images, "page.html", start={"word": "above"}).name
         'page.html'
     """
-    model = cache.model
-    layers = [
-        layer
-        for layer in range(model.cfg.n_layers)
-        if any(f".{layer}.cross_attn.hook_pattern" in name for name in cache.cache_dict)
-    ]
-    if not layers:
-        raise KeyError("The cache has no cross-attention pattern: cache names that end in 'cross_attn.hook_pattern'.")
-    # layers may have kept unequal numbers of heads, so their heads stand one after the other
-    stacked = torch.cat([cache.stack("pattern", layer, "cross_attn").float().cpu() for layer in layers], dim=2)
-    if stacked.ndim != 5:
-        raise ValueError("The cache holds summaries of patterns: run_with_cache(…) without patterns= keeps them whole.")
-    pattern = stacked.transpose(0, 1)  # [prompt step head place word]
-    heads = [list(range(model.cfg.n_heads)) if cache.heads is None else list(cache.heads[layer]) for layer in layers]
-    if len(prompts) != len(pattern):
-        raise ValueError(f"There are {len(prompts)} prompts and {len(pattern)} rows in the cache: pass those it was made with.")
-    entries = []
-    for text, rows, image in zip(prompts, pattern, images, strict=True):
-        tokens = [token.removeprefix("▁") for token in model.to_str_tokens(text)]
-        stored = (255 * rows[..., : len(tokens)].sqrt()).round().to(torch.uint8).contiguous()
-        entries.append(
-            {"text": text, "tokens": tokens, "pattern": base64.b64encode(stored.numpy().tobytes()).decode(), "image": _png(image)}
-        )
-    grid = _grid(pattern.shape[-2], images.shape[-2] / images.shape[-1])
-    data = {"prompts": entries, "steps": cache.steps, "layers": layers, "heads": heads, "grid": grid}
-    here = files(__package__)
-    script = (here / "attention_page.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        Template((here / "attention_page.html").read_text()).substitute(
-            SCRIPT_HASH=f"sha256-{digest}",
-            SCRIPT=script,
-            DATA=json.dumps(data).replace("<", "\\u003c"),  # nothing in a prompt can end the element
-        )
-    )
+    path.write_text(page_text(cache, prompts, images, others=others, start=start, largest=largest, options=options))
     return path
 
 
-def _grid(places: int, ratio: float) -> tuple[int, int]:
-    """Rows and columns of a number of image positions, nearest to the image's ratio of height to
-    width.
+@dataclass(frozen=True)
+class Shown:
+    """A page as the output of a notebook's cell. GitHub and trusted-only viewers show nothing."""
+
+    page: str
+    height: int
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe srcdoc="{html.escape(self.page)}" sandbox="allow-scripts allow-downloads" '
+            f'style="width: 100%; height: {self.height}px; border: 0"></iframe>'
+        )
+
+
+def show(
+    cache: GenerationCache,
+    prompts: Sequence[str],
+    images: Float[Tensor, "prompt 3 height width"],
+    *,
+    others: Mapping[str, Run] | None = None,
+    start: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    height: int = 760,
+) -> Shown:
+    """Display `attention_page` inside a notebook: no server, no file. Arguments and errors as there; `height` in pixels.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model, prompts = HookedTextToImage.from_pretrained("rte-nano"), ["red circle is above square"]
+        >>> images, cache = model.run_with_cache(prompts, num_steps=1, names_filter="blocks.1.cross_attn.hook_pattern")
+        >>> show(cache, prompts, images)._repr_html_()[:16]
+        '<iframe srcdoc="'
     """
+    return Shown(page_text(cache, prompts, images, others=others, start=start, options=options), height)
+
+
+def page_text(
+    cache: GenerationCache,
+    prompts: Sequence[str],
+    images: Float[Tensor, "prompt 3 height width"],
+    *,
+    others: Mapping[str, Run] | None = None,
+    start: Mapping[str, Any] | None = None,
+    largest: int = LARGEST,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as a text; see `attention_page`."""
+    runs: dict[str, Run] = {"": (cache, images), **(others or {})}
+    read = {name: _Maps.read(run, prompts, options or {}) for name, (run, _) in runs.items()}
+    first = read[""]
+    for name, maps in read.items():
+        if (maps.heads, maps.steps) != (first.heads, first.steps):
+            raise ValueError(f"{name!r} has other heads or steps than the first run: cache the same of each run.")
+    rows, columns = first.grid(tuple(images.shape[-2:]))
+    entries: list[dict[str, Any]] = []
+    factor = max(_factor(maps, row, (rows, columns), largest) for maps in read.values() for row in range(len(prompts)))
+    for name, (_, drawn) in runs.items():
+        for row, text in enumerate(prompts):
+            maps = read[name]
+            stored = gzip.compress(_pooled(maps, row, (rows, columns), factor).tobytes(), 6, mtime=0)
+            label = f"{name}: {text}" if name else text
+            entry = {"text": text, "label": label, "tokens": maps.tokens[row], "image": _png(drawn[row])}
+            entries.append(entry | {"pattern": base64.b64encode(stored).decode()})
+    about = f"{len(first.heads)} heads, {len(first.steps)} denoising steps, {rows} × {columns} places"
+    if factor > 1:
+        about += f", shown as averages over squares of {factor} × {factor}"
+    data = {
+        "entries": entries,
+        "heads": first.heads,
+        "steps": first.steps,
+        "grid": (rows // factor, columns // factor),
+        "about": about + ".",
+        "start": urlencode(_begin(first, entries, start or {})),
+    }
+    here = files(__package__)
+    script = (here / "attention_page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Template((here / "attention_page.html").read_text()).substitute(
+        SCRIPT_HASH=f"sha256-{digest}",
+        SCRIPT=script,
+        DATA=json.dumps(data).replace("<", "\\u003c"),  # nothing in a prompt can end the element
+    )
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """Attention of each place to each token."""
+
+    pattern: Float[Tensor, "prompt step head place word"]
+    heads: list[str]
+    steps: list[int]
+    tokens: list[list[str]]
+    known_grid: tuple[int, int] | None
+
+    @classmethod
+    def read(cls, cache: GenerationCache, prompts: Sequence[str], options: Mapping[str, Any]) -> _Maps:
+        model: Any = cache.model
+        joint = isinstance(model, HookedPipeline)
+        found = {(match[2], int(match[1])) for name in cache.cache_dict if (match := PATTERN.fullmatch(name))}
+        layers = sorted(layer for sublayer, layer in found if sublayer == "cross_attn")
+        sublayer = "cross_attn"
+        if joint and not layers:
+            sublayer, layers = "attn", sorted(layer for _, layer in found)
+        if not layers:
+            raise KeyError("The cache has no attention to the text: cache names that end in 'cross_attn.hook_pattern'.")
+        parts, heads = [], []
+        for layer in layers:
+            # layers may have kept unequal numbers of heads, so their heads stand one after the other
+            names = [f"steps.{step}.cond.blocks.{layer}.{sublayer}.hook_pattern" for step in cache.steps]
+            parts.append(torch.stack([cache[name].float().cpu() for name in names], dim=1))
+            kept = range(parts[-1].shape[2]) if cache.heads is None else cache.heads[layer]
+            heads += [f"L{layer}H{head}" for head in kept]
+        if parts[0].ndim != 5:
+            raise ValueError("The cache holds summaries of patterns: run_with_cache(…) without patterns= keeps them whole.")
+        pattern = torch.cat(parts, dim=2).detach()
+        if len(prompts) != len(pattern):
+            raise ValueError(
+                f"There are {len(prompts)} prompts and {len(pattern)} rows in the cache: pass those it was made with."
+            )
+        if not joint:
+            tokens = [[token.removeprefix("▁") for token in model.to_str_tokens(text)] for text in prompts]
+            return cls(pattern, heads, cache.steps, tokens, None)
+        layout = model.dit.layout
+        grid = layout.grid[:2]
+        if sublayer == "attn":  # positions are [image, text]
+            pattern = pattern[..., : layout.n_image, layout.n_image :]
+        tokens = []
+        for encoded in model.encoded_texts(list(prompts), **options):
+            spelt = [
+                encoded.text[low:high].strip() or kind for (low, high), kind in zip(encoded.spans, encoded.kinds, strict=True)
+            ]
+            tokens.append([token for token, kind in zip(spelt, encoded.kinds, strict=True) if kind != "pad"])
+        return cls(pattern, heads, cache.steps, tokens, grid)
+
+    def grid(self, image: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of places."""
+        return self.known_grid or _grid(self.pattern.shape[-2], image[0] / image[1])
+
+
+def _pooled(maps: _Maps, row: int, grid: tuple[int, int], factor: int) -> UInt8[np.ndarray, "step head place word"]:
+    """255·√p of one prompt, averaged over squares of places; pads left out."""
+    pattern = maps.pattern[row, ..., : len(maps.tokens[row])]
+    if factor > 1:
+        size = {"r": grid[0] // factor, "c": grid[1] // factor, "a": factor, "b": factor}
+        pattern = reduce(pattern, "s h (r a c b) w -> s h (r c) w", "mean", **size)
+    return (255 * pattern.sqrt()).round().to(torch.uint8).contiguous().numpy()
+
+
+def _factor(maps: _Maps, row: int, grid: tuple[int, int], largest: int) -> int:
+    """Side of the squares to average over, the smallest with which a prompt fits.
+
+    Raises:
+        ValueError: it does not fit with any that divides the grid.
+    """
+    for factor in (1, 2, 4, 8, 16, 32):
+        if grid[0] % factor or grid[1] % factor:
+            break
+        stored = _pooled(maps, row, grid, factor)
+        if stored.nbytes * 4 // 3 <= largest or len(gzip.compress(stored.tobytes(), 6)) * 4 // 3 <= largest:
+            return factor
+    raise ValueError(
+        f"The maps of a prompt take more than largest={largest} bytes: cache fewer heads= or steps=, or give more bytes."
+    )
+
+
+def _begin(maps: _Maps, entries: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> dict[str, Any]:
+    """The view at the beginning, as the page's address says it."""
+    known = {"prompt", "beside", "head", "step", "word", "opacity"}
+    if unknown := set(start) - known:
+        raise ValueError(f"start has no {unknown.pop()!r}: choose {', '.join(sorted(known))}.")
+    row = start.get("prompt", 0)
+    if row not in range(len(entries)) or start.get("beside", 0) not in range(len(entries)):
+        raise ValueError(f"start names a prompt that is not there: there are {len(entries)}, counted from 0.")
+    if start.get("head", maps.heads[0]) not in maps.heads:
+        raise ValueError(f"start: head {start['head']!r} is not on the page, which has {', '.join(maps.heads[:8])}, ….")
+    if start.get("step", maps.steps[0]) not in maps.steps:
+        raise ValueError(f"start: step {start['step']!r} is not on the page, which has {maps.steps}.")
+    tokens = entries[row]["tokens"]
+    word = start.get("word")
+    if word is not None and word not in tokens and word not in range(len(tokens)):
+        raise ValueError(f"start: {word!r} is no token of the prompt, which has {', '.join(tokens)}.")
+    # where nothing is said: the largest difference between places, at the first step
+    spread = maps.pattern[row % len(maps.pattern), maps.steps.index(start.get("step", maps.steps[0]))].std(dim=1)
+    spread = spread[:, : len(tokens)].clone()
+    if "head" in start:
+        spread = spread[[maps.heads.index(start["head"])]]
+    if word is not None:
+        word = tokens.index(word) if isinstance(word, str) else word
+        spread = spread[:, [word]]
+    head, best = divmod(int(spread.argmax()), spread.shape[1])
+    return {
+        "head": maps.heads[head],
+        "step": maps.steps[0],
+        **start,
+        "word": best if word is None else word,
+    }
+
+
+def _grid(places: int, ratio: float) -> tuple[int, int]:
+    """Rows and columns of a number of image positions, nearest to the image's ratio of height to width."""
     divisors = [rows for rows in range(1, places + 1) if places % rows == 0]
     rows = min(divisors, key=lambda rows: abs(math.log(rows**2 / places / ratio)))
     return rows, places // rows

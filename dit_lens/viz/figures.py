@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-DIVERGING, SEQUENTIAL = "RdBu_r", "magma"
+from .style import DIVERGING, INK, SEQUENTIAL, WIDEST, head_color, styled
 
 
 def bare(ax: Axes) -> Axes:
@@ -30,6 +30,7 @@ def bare(ax: Axes) -> Axes:
     return ax
 
 
+@styled
 def head_step_map(values: xr.DataArray, label: str = "", top: int | None = None) -> Figure:
     """Heat map of heads × steps. Signed values get a diverging scale around 0, others a scale from
     0.
@@ -57,19 +58,22 @@ def head_step_map(values: xr.DataArray, label: str = "", top: int | None = None)
         strongest = abs(table).max("step").fillna(-1).argsort().values[::-1][:top]
         table = table.isel(name=np.sort(strongest))
     steps = [str(step) for step in table["step"].values]
-    figure, ax = plt.subplots(figsize=(1.6 + 0.34 * len(steps), 1.1 + 0.2 * table.sizes["name"]), layout="constrained")
+    figure, ax = plt.subplots(
+        figsize=(min(1.6 + 0.34 * len(steps), WIDEST), 1.1 + 0.2 * table.sizes["name"]), layout="constrained"
+    )
     reach = float(np.nanmax(abs(table.values))) or 1.0
     signed = bool((table < 0).any())
     drawn = ax.imshow(
         table.values, aspect="auto", cmap=DIVERGING if signed else SEQUENTIAL, vmin=-reach if signed else 0, vmax=reach
     )
     ax.set_xticks(range(len(steps)), steps)
-    ax.set_yticks(range(table.sizes["name"]), [f"L{layer}H{head}" for layer, head in table["name"].values], fontsize=8)
+    ax.set_yticks(range(table.sizes["name"]), [f"L{layer}H{head}" for layer, head in table["name"].values])
     ax.set_xlabel("denoising step")
     figure.colorbar(drawn, ax=ax, label=label)
     return figure
 
 
+@styled
 def word_maps(
     maps: Float[Tensor, "text_pos pos"] | Float[np.ndarray, "text_pos pos"],
     tokens: Sequence[str],
@@ -97,16 +101,16 @@ def word_maps(
     if len(values) != len(tokens):
         raise ValueError(f"There are {len(values)} maps for {len(tokens)} tokens.")
     side = int(values.shape[1] ** 0.5)
-    columns = min(len(tokens) + 1, 8)
+    columns = min(len(tokens) + 1, 6)
     rows = -(-(len(tokens) + 1) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(1.5 * columns + 0.7, 1.75 * rows + 0.3), layout="constrained", squeeze=False
     )
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     axes = [bare(ax) for ax in grid.ravel()]
     picture = image.detach().permute(1, 2, 0).float().cpu().numpy()
     axes[0].imshow(picture)
-    axes[0].set_title("image", fontsize=9)
+    axes[0].set_title("image")
     height, width = picture.shape[:2]
     for ax, token, map_ in zip(axes[1:], tokens, values, strict=False):
         ax.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=1)
@@ -118,13 +122,14 @@ def word_maps(
             alpha=0.8,
             extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         )
-        ax.set_title(token.removeprefix("▁"), fontsize=9)
+        ax.set_title(token.removeprefix("▁"))
     for ax in axes[1 + len(tokens) :]:
         ax.axis("off")
     figure.colorbar(drawn, ax=grid, shrink=0.7, label="attention")
     return figure
 
 
+@styled
 def ramp_gallery(
     maps: Mapping[str, Mapping[str, xr.DataArray]], title: str = "position code × word, from weights alone"
 ) -> Figure:
@@ -141,9 +146,13 @@ def ramp_gallery(
     """
     words = list(dict.fromkeys(word for row in maps.values() for word in row))
     figure, grid = plt.subplots(
-        len(maps), len(words), figsize=(1.25 * len(words) + 1.2, 1.3 * len(maps) + 0.5), layout="constrained", squeeze=False
+        len(maps),
+        len(words),
+        figsize=(min(1.25 * len(words) + 1.2, WIDEST), 1.3 * len(maps) + 0.5),
+        layout="constrained",
+        squeeze=False,
     )
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     for number, (axes, (head, row)) in enumerate(zip(grid, maps.items(), strict=True)):
         centred = {word: values - values.mean() for word, values in row.items()}
         reach = max(float(abs(values).max()) for values in centred.values())
@@ -152,12 +161,13 @@ def ramp_gallery(
             if word in centred:
                 drawn = ax.imshow(centred[word].transpose("y", "x"), vmin=-reach, vmax=reach, cmap=DIVERGING)
             if number == 0:
-                ax.set_title(word.replace("_", " "), fontsize=9)
-        axes[0].set_ylabel(head, fontsize=9)
+                ax.set_title(word.replace("_", " "))
+        axes[0].set_ylabel(head)
         figure.colorbar(drawn, ax=axes, shrink=0.85, label="score, centred" if len(maps) == 1 else "")
     return figure
 
 
+@styled
 def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str = "r2_partial") -> Figure:
     """Shares of variance by factor: one group of bars for each term, one bar for each table.
 
@@ -172,7 +182,7 @@ def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str 
     """
     tables = {"": parts} if isinstance(parts, pd.DataFrame) else dict(parts)
     terms = [term for term in next(iter(tables.values())).index if term not in ("residual", "total")]
-    figure, ax = plt.subplots(figsize=(1.6 + 0.7 * len(terms), 3), layout="constrained")
+    figure, ax = plt.subplots(figsize=(min(1.6 + 0.8 * len(terms), WIDEST), 3.4), layout="constrained")
     width = 0.8 / len(tables)
     for number, (name, table) in enumerate(tables.items()):
         values = table[column].reindex(terms).to_numpy(dtype=float)
@@ -184,16 +194,19 @@ def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str 
                 (place, np.nan_to_num(value)),
                 ha="center",
                 va="bottom",
-                fontsize=7,
+                fontsize=8,
+                rotation=90 if len(tables) > 1 else 0,
+                xytext=(0, 2),
+                textcoords="offset points",
             )
-    ax.set_xticks(range(len(terms)), terms, rotation=30, ha="right")
+    ax.set_xticks(range(len(terms)), terms, rotation=90)
     ax.set_ylabel(column.replace("r2", "R²").replace("partial_eta2", "partial η²").replace("_", " "))
-    ax.spines[["top", "right"]].set_visible(False)
     if "" not in tables:
-        ax.legend(frameon=False)
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
+@styled
 def dose_response_curves(
     table: pd.DataFrame, metrics: Sequence[str] = ("target_loose", "original_loose", "unique_binding")
 ) -> Figure:
@@ -208,22 +221,22 @@ def dose_response_curves(
     """
     kinds = [kind for kind in dict.fromkeys(table["kind"]) if "−" not in kind]
     figure, axes = plt.subplots(
-        1, len(metrics), figsize=(2.9 * len(metrics), 2.8), layout="constrained", squeeze=False, sharey=True
+        1, len(metrics), figsize=(min(2.9 * len(metrics), WIDEST), 2.8), layout="constrained", squeeze=False, sharey=True
     )
     for ax, metric in zip(axes[0], metrics, strict=True):
         for kind in kinds:
             rows = table[(table["kind"] == kind) & (table["metric"] == metric)].sort_values("k")
             (line,) = ax.plot(rows["k"], rows["mean"], marker="o", markersize=3, label=kind.replace("_", " "))
             ax.fill_between(rows["k"], rows["low"], rows["high"], alpha=0.2, color=line.get_color(), linewidth=0)
-        ax.set_title(metric.replace("_", " "), fontsize=10)
+        ax.set_title(metric.replace("_", " "))
         ax.set_xlabel("dose k")
-        ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("share of images")
     axes[0][0].set_ylim(-0.02, 1.02)
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    axes[0][-1].legend()
     return figure
 
 
+@styled
 def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
     """Curves of a run's `dynamics.parquet`, by samples seen: accuracies and the layout dipole
     above, screening of heads below.
@@ -244,7 +257,7 @@ def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int,
     labels = {"color": "colour", "shape": "shape", "unique_binding": "binding", "relation_loose": "relation", "dipole": "dipole"}
     for quantity, label in labels.items():
         rows = table[table["quantity"] == quantity].sort_values("samples")
-        style = {"color": "black", "linestyle": "--"} if quantity == "dipole" else {}
+        style = {"color": INK, "linestyle": "--"} if quantity == "dipole" else {}
         (line,) = axes[0].plot(rows["samples"], rows["value"], marker=".", label=label, **style)
         axes[0].fill_between(rows["samples"], rows["low"], rows["high"], alpha=0.15, color=line.get_color(), linewidth=0)
     axes[0].set_ylabel("share of images\n(dipole: cosine)")
@@ -252,12 +265,11 @@ def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int,
         for layer, head in chosen:
             of_head = (table["source"] == source) & (table["layer"] == layer) & (table["head"] == head)
             rows = table[of_head & (table["quantity"] == "projection")].sort_values("samples")
-            ax.plot(rows["samples"], rows["value"], marker=".", label=f"L{layer}H{head}")
-        ax.axhline(0, color="grey", linewidth=0.6)
+            ax.plot(rows["samples"], rows["value"], marker=".", label=f"L{layer}H{head}", color=head_color((layer, head)))
+        ax.axhline(0, color=INK, linewidth=0.6)
         ax.set_ylabel(f"projection on ramps\n({source})")
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8, loc="upper left")
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1].set_xscale("log")
     axes[-1].set_xlabel("samples seen")
     return figure

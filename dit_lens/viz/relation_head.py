@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .figures import bare
+from .style import DIVERGING, SEQUENTIAL, WIDEST, styled
 
 
+@styled
 def relation_head_figure(
     head: str,
     prompts: Sequence[str],
@@ -40,28 +43,28 @@ def relation_head_figure(
     """
     steps = attention.sizes["step"]
     columns = 1 + steps
-    figure = plt.figure(figsize=(1.55 * columns, 1.62 * len(prompts) + 2.9), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.62 * len(prompts) + 0.6, 2.3])
+    figure = plt.figure(figsize=(min(1.4 * columns, WIDEST), 1.95 * len(prompts) + 2.9), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.95 * len(prompts) + 0.6, 2.3])
     upper, lower = parts
-    upper.suptitle(f"{head}: attention to the relation words while denoising", fontsize=11)
+    upper.suptitle(f"{head}: attention to the relation words while denoising")
     grid = upper.subplots(len(prompts), columns, squeeze=False)
     top = float(attention.max())
     for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         bare(grid[row, 0]).imshow(image.permute(1, 2, 0).float().cpu().numpy())
-        grid[row, 0].set_title(prompt, fontsize=6.5, loc="left")
+        grid[row, 0].set_title(textwrap.fill(prompt, 20), fontsize=8)
         for column, step in enumerate(attention["step"].values):
             ax = bare(grid[row, 1 + column])
-            drawn = ax.imshow(attention.isel(prompt=row, step=column), vmin=0, vmax=top, cmap="magma")
+            drawn = ax.imshow(attention.isel(prompt=row, step=column), vmin=0, vmax=top, cmap=SEQUENTIAL)
             if row == 0:
-                ax.set_title(f"step {step}", fontsize=8)
+                ax.set_title(f"step {step}")
     upper.colorbar(drawn, ax=grid[:, 1:], shrink=0.6, label="attention mass")
 
-    lower.suptitle(f"{head}: position code × word, from weights alone (no image, no timestep)", fontsize=11)
+    lower.suptitle(f"{head}: position code × word, from weights alone (no image, no timestep)")
     row_of_maps = lower.subplots(1, len(weight_maps), squeeze=False)[0]
     centred = {word: m - m.mean() for word, m in weight_maps.items()}
     reach = max(float(abs(m).max()) for m in centred.values())
     for ax, (word, values) in zip(row_of_maps, centred.items(), strict=True):
-        drawn = bare(ax).imshow(values, vmin=-reach, vmax=reach, cmap="RdBu_r")
-        ax.set_title(word, fontsize=9)
+        drawn = bare(ax).imshow(values, vmin=-reach, vmax=reach, cmap=DIVERGING)
+        ax.set_title(word)
     lower.colorbar(drawn, ax=row_of_maps, shrink=0.8, label="score, centred")
     return figure

@@ -1,14 +1,16 @@
-"""The look of every figure that this package draws: sizes, colours, and one colour for each head.
+"""The look of every figure that this package draws: sizes, colors, and one color for each head.
 
-Figures stand on no background of their own, with lines and letters in a grey that can be read on white and on black; `applied`
-switches the look on, `save` writes a figure as a vector file.
+Figures have no background of their own, and lines and letters in a grey that is legible on white and on black. `applied`
+switches the look on, `problems` lists the faults of a figure, `save` writes it, as vectors where the format has them.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from matplotlib.figure import Figure
 
 DIVERGING, SEQUENTIAL = "RdBu_r", "magma"
 INK = "#737b85"
-"""Lines and letters: contrast 4.3 with white and 4.9 with black."""
+"""Lines and letters: at least 4 : 1 against white and against black."""
 SMALLEST = 8.0
 """Smallest size of letters, in points at the width at which a figure is shown."""
 WIDEST = 10.0
@@ -83,14 +85,93 @@ def head_color(head: str | tuple[int, int]) -> str:
 
         head = parse_head(head)
     layer, number = head
-    # turns by the golden ratio spread any number of hues evenly; the layer shifts them and alternates the shade
-    hue = (0.58 + number * 0.618034 + layer * 0.161) % 1
-    red, green, blue = colorsys.hls_to_rgb(hue, 0.44 + 0.08 * (layer % 2), 0.62)
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+    # turns by the golden ratio spread any number of hues evenly; the layer shifts them and alternates the luminance
+    hue, wanted = (0.58 + number * 0.618034 + layer * 0.161) % 1, 0.23 if layer % 2 else 0.15
+    low, high = 0.0, 1.0
+    for _ in range(20):  # lightness of the wanted luminance
+        middle = (low + high) / 2
+        found = colorsys.hls_to_rgb(hue, middle, 0.65)
+        low, high = (middle, high) if luminance(found) < wanted else (low, middle)
+    return mpl.colors.to_hex(found)
+
+
+def luminance(color: str | tuple[float, float, float]) -> float:
+    """Relative luminance of a color, 0 for black and 1 for white.
+
+    Source: WCAG 2.2, definition of relative luminance.
+
+    Example:
+        >>> luminance("white"), luminance("black")
+        (1.0, 0.0)
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(color)]
+    return round(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2], 6)
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorate a function that draws a figure: it draws in this look.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> styled(plt.figure)().get_facecolor()[3]
+        0.0
+    """
+
+    @wraps(draw)
+    def drawn(*arguments: Any, **options: Any) -> Figure:
+        with applied():
+            return draw(*arguments, **options)
+
+    return drawn
+
+
+def problems(figure: Figure) -> list[str]:
+    """Faults of a figure in plain words: small letters, texts that overlap or leave the figure, a background, faint letters.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> with applied():
+        ...     figure = plt.figure(figsize=(3, 3))
+        ...     _ = figure.text(0.1, 0.5, "tiny", fontsize=5)
+        >>> problems(figure)
+        ["'tiny' has 5.0 points"]
+    """
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    found = [] if figure.get_figwidth() <= WIDEST else [f"{figure.get_figwidth():.1f} inches wide"]
+    if figure.get_facecolor()[3]:
+        found.append("a background")
+    undrawn = set(_labels_out_of_view(figure))
+    texts = [text for text in figure.findobj(mpl.text.Text) if text.get_visible() and text.get_text().strip()]
+    boxes = [(text, text.get_window_extent(renderer)) for text in texts if text not in undrawn]
+    for text, box in boxes:
+        name = repr(text.get_text())
+        if text.get_fontsize() < SMALLEST:
+            found.append(f"{name} has {text.get_fontsize()} points")
+        if not (figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1):
+            found.append(f"{name} leaves the figure")
+        shade = luminance(text.get_color())
+        if min(1.05 / (shade + 0.05), (shade + 0.05) / 0.05) < 3 and text.get_bbox_patch() is None:
+            found.append(f"{name} is faint on white or on black")
+    for (one, box), (other, second) in combinations(boxes, 2):
+        # a pixel of touching is rounding
+        if min(box.x1, second.x1) - max(box.x0, second.x0) > 1 and min(box.y1, second.y1) - max(box.y0, second.y0) > 1:
+            found.append(f"{one.get_text()!r} overlaps {other.get_text()!r}")
+    return found
+
+
+def _labels_out_of_view(figure: Figure) -> Iterator[mpl.text.Text]:
+    """Labels of ticks beyond the limits of their axis, which matplotlib keeps and does not draw."""
+    for ax in figure.findobj(mpl.axes.Axes):
+        for axis in (ax.xaxis, ax.yaxis):  # type: ignore[attr-defined]
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not low <= tick.get_loc() <= high:
+                    yield from (tick.label1, tick.label2)
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure; the suffix names the format. Vector formats (.svg, .pdf) keep letters as text; pixels get 200 dpi.
+    """Write a figure; the suffix names the format. Vector formats (.svg, .pdf) keep letters as text, pixels get 200 dpi.
 
     Raises:
         ValueError: matplotlib knows no such format.

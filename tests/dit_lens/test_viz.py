@@ -1,15 +1,8 @@
-"""Figures show the numbers they were given; the attention page works in a real browser and takes a prompt for text."""
+"""Figures show the numbers they were given."""
 
 from __future__ import annotations
 
-import base64
-import json
-import math
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,9 +13,6 @@ import torch
 import xarray as xr
 
 from dit_lens import variance, viz
-from hooked_models import HookedTextToImage
-
-from ..hooked_models.pipelines import PROMPTS, tiny_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -99,148 +89,3 @@ def test_dose_response_curves() -> None:
     lines = axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["steered", "random vector"]
     np.testing.assert_array_equal(lines[0].get_xydata(), [[0, 0], [1, 0.25]])
-
-
-# The page
-
-EVIL = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-
-
-@pytest.fixture(scope="module")
-def generation() -> tuple[HookedTextToImage, torch.Tensor, Any]:
-    model = HookedTextToImage.from_pipeline(tiny_pipeline())
-    with torch.no_grad():
-        images, cache = model.run_with_cache(PROMPTS, num_steps=3, names_filter=lambda n: n.endswith("cross_attn.hook_pattern"))
-    return model, images, cache
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    folder = tempfile.mkdtemp()
-    for flag in (
-        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", "disable-dev-shm-usage", f"user-data-dir={folder}"),
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def test_page_without_a_browser(generation: Any, tmp_path: Path) -> None:
-    model, images, cache = generation
-    page = viz.attention_page(cache, list(PROMPTS), images, tmp_path / "new" / "page.html").read_text()
-    assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
-    with pytest.raises(ValueError, match="1 prompts and 2 rows"):
-        viz.attention_page(cache, [PROMPTS[0]], images, tmp_path / "page.html")
-    _, other = model.run_with_cache(PROMPTS, num_steps=1, names_filter="hook_embed")
-    with pytest.raises(KeyError, match=r"cross_attn\.hook_pattern"):
-        viz.attention_page(other, list(PROMPTS), images, tmp_path / "page.html")
-
-
-def on_page(path: Path) -> dict[str, Any]:
-    """What the page shows, with weights [step head place word] of the first prompt in place of their bytes."""
-    data = json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), flags=re.S)[1])
-    first = data["prompts"][0]
-    shape = (len(data["steps"]), sum(map(len, data["heads"])), math.prod(data["grid"]), len(first["tokens"]))
-    weights = np.frombuffer(base64.b64decode(first["pattern"]), np.uint8).reshape(shape) / 255
-    return {**data, "weights": weights**2}
-
-
-@pytest.mark.parametrize("heads", [None, ["L1H1"], ["L0H1", "L1H0", "L1H1"], ["L0H0", "L1H1"]])
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_page_of_some_heads(generation: Any, heads: list[str] | None, on_disk: bool, tmp_path: Path) -> None:
-    """Named by their own numbers, whichever were kept, and with their own weights."""
-    model, _, whole = generation
-    keep = {"names_filter": lambda name: name.endswith("cross_attn.hook_pattern"), "heads": heads, "num_steps": 3}
-    images, cache = model.run_with_cache(PROMPTS, **keep, out=tmp_path / "cache" if on_disk else None)
-    data = on_page(viz.attention_page(cache, list(PROMPTS), images, tmp_path / "page.html"))
-    shown = [(layer, head) for layer, some in zip(data["layers"], data["heads"], strict=True) for head in some]
-    assert [f"L{layer}H{head}" for layer, head in shown] == (heads or ["L0H0", "L0H1", "L1H0", "L1H1"])
-    words = len(data["prompts"][0]["tokens"])
-    for i, (layer, head) in enumerate(shown):
-        for step in range(3):
-            expected = whole["pattern", layer, "cross_attn", step][0, head, :, :words]
-            np.testing.assert_allclose(data["weights"][step, i], expected.detach(), atol=0.004)
-
-
-@pytest.mark.parametrize(("height", "width", "grid"), [(8, 8, [4, 4]), (8, 12, [4, 6]), (16, 4, [8, 2])])
-def test_page_of_an_image_that_is_not_square(height: int, width: int, grid: list[int], tmp_path: Path) -> None:
-    model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=8))
-    latents = torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        images, cache = model.run_with_cache(
-            PROMPTS[:1], latents=latents, num_steps=1, names_filter=lambda name: name.endswith("cross_attn.hook_pattern")
-        )
-    assert images.shape[-2:] == (4 * height, 4 * width)
-    assert on_page(viz.attention_page(cache, [PROMPTS[0]], images, tmp_path / "page.html"))["grid"] == grid
-
-
-def test_page_of_summaries_is_refused(generation: Any, tmp_path: Path) -> None:
-    model, images, _ = generation
-    _, cache = model.run_with_cache(
-        PROMPTS, num_steps=1, patterns="entropy", names_filter=lambda name: name.endswith("cross_attn.hook_pattern")
-    )
-    with pytest.raises(ValueError, match="holds summaries of patterns"):
-        viz.attention_page(cache, list(PROMPTS), images, tmp_path / "page.html")
-
-
-def test_page_in_a_browser(generation: Any, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images, cache = generation
-    own = model.to_str_tokens
-    monkeypatch.setattr(model, "to_str_tokens", lambda text: own(PROMPTS[1]) if text == EVIL else [EVIL, *own(text)[1:]])
-    page = viz.attention_page(cache, [PROMPTS[0], EVIL], images, tmp_path / "page.html")
-    browser.get(page.as_uri())
-    assert browser.get_log("browser") == []
-    assert browser.title == "Cross-attention"
-
-    words = browser.find_elements("css selector", "#words button")
-    assert words[0].text.startswith(EVIL)  # as text
-    assert [w.text.split("\n")[0] for w in words[1:]] == [t.removeprefix("▁") for t in own(PROMPTS[0])[1:]]
-    words[3].click()
-    for name, value in (("layer", 1), ("head", 1), ("step", 2)):
-        script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
-        browser.execute_script(script, browser.find_element("id", name), value)
-    pattern = cache["pattern", 1, "cross_attn", 2][0, 1]  # [query text_pos]
-    shown = browser.find_element("id", "readout").text
-    assert shown.startswith("L1H1, step 2")
-    assert float(shown.split(" gets ")[1].split()[0]) == pytest.approx(float(pattern[:, 3].mean()), abs=0.006)
-    weights = browser.execute_script("return [...Array(4).keys()].map((place) => weight(1, 1, place, 3))")
-    np.testing.assert_allclose(weights, pattern[:, 3], atol=0.004)
-
-    canvases = browser.find_elements("css selector", "#heads canvas")
-    assert len(canvases) == 4
-    canvases[2].click()
-    assert browser.find_element("id", "readout").text.startswith("L1H0, step 2")
-    browser.execute_script(
-        "document.getElementById('prompt').value = 1; document.getElementById('prompt').onchange({target: {value: 1}})"
-    )
-    assert browser.find_element("css selector", "#prompt option:nth-child(2)").text == EVIL
-    assert browser.title == "Cross-attention"
-    assert browser.find_elements("css selector", "body > img") == []
-    assert browser.get_log("browser") == []
-
-
-def test_page_of_some_heads_in_a_browser(generation: Any, browser: Any, tmp_path: Path) -> None:
-    model, images, _ = generation
-    keep = {"names_filter": lambda name: name.endswith("cross_attn.hook_pattern"), "heads": ["L0H1", "L1H0", "L1H1"]}
-    _, cache = model.run_with_cache(PROMPTS, **keep, num_steps=3)
-    browser.get(viz.attention_page(cache, list(PROMPTS), images, tmp_path / "page.html").as_uri())
-    assert browser.find_element("id", "readout").text.startswith("L0H1, step 0")
-    labels = [span.text for span in browser.find_elements("css selector", "#heads span")]
-    assert labels == ["", "H0", "H1", "L0", "", "L1"]
-    canvases = browser.find_elements("css selector", "#heads canvas")
-    for canvas, name in zip(canvases, ["L0H1", "L1H0", "L1H1"], strict=True):
-        canvas.click()
-        assert browser.find_element("id", "readout").text.startswith(f"{name}, step 0")
-    weights = browser.execute_script("return [...Array(4).keys()].map((place) => weight(1, 1, place, 3))")
-    np.testing.assert_allclose(weights, cache["pattern", 1, "cross_attn", 0][0, 1, :4, 3].detach(), atol=0.004)
-    assert browser.get_log("browser") == []
