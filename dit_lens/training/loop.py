@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ class _Training:
         self.ema_model = HookedTextToImage.from_pipeline(self.pipe)
         self.data = StepData(self.pipe, config, self.accelerator, self.task)
         n_scenes = config.evaluation_scenes
-        self.held_out = self.task.sample(n_scenes, seed=1, split="held_out")
+        self.held_out: list[Any] = self.task.sample(n_scenes, seed=1, split="held_out")
         self.held_out_trios = Trios().sample(n_scenes if self.own and config.trios else 0, seed=1, split="held_out")
         self.objective = OBJECTIVES[config.objective]()
         self.record_at = dynamics.record_points(config.steps, config.dynamics_points)

@@ -135,7 +135,7 @@ def page_text(
     for name, maps in read.items():
         if (maps.heads, maps.steps) != (first.heads, first.steps):
             raise ValueError(f"{name!r} has other heads or steps than the first run: cache the same of each run.")
-    rows, columns = first.grid(tuple(images.shape[-2:]))
+    rows, columns = first.grid((images.shape[-2], images.shape[-1]))
     entries: list[dict[str, Any]] = []
     factor = max(_factor(maps, row, (rows, columns), largest) for maps in read.values() for row in range(len(prompts)))
     for name, (_, drawn) in runs.items():

@@ -95,7 +95,7 @@ def head_color(head: str | tuple[int, int]) -> str:
     return mpl.colors.to_hex(found)
 
 
-def luminance(color: str | tuple[float, float, float]) -> float:
+def luminance(color: Any) -> float:
     """Relative luminance of a color, 0 for black and 1 for white.
 
     Source: WCAG 2.2, definition of relative luminance.
@@ -139,14 +139,14 @@ def problems(figure: Figure) -> list[str]:
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     found = [] if figure.get_figwidth() <= WIDEST else [f"{figure.get_figwidth():.1f} inches wide"]
-    if figure.get_facecolor()[3]:
+    if mpl.colors.to_rgba(figure.get_facecolor())[3]:
         found.append("a background")
     undrawn = set(_labels_out_of_view(figure))
     texts = [text for text in figure.findobj(mpl.text.Text) if text.get_visible() and text.get_text().strip()]
     boxes = [(text, text.get_window_extent(renderer)) for text in texts if text not in undrawn]
     for text, box in boxes:
         name = repr(text.get_text())
-        if text.get_fontsize() < SMALLEST:
+        if float(text.get_fontsize()) < SMALLEST:
             found.append(f"{name} has {text.get_fontsize()} points")
         if not (figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1):
             found.append(f"{name} leaves the figure")
@@ -163,7 +163,7 @@ def problems(figure: Figure) -> list[str]:
 def _labels_out_of_view(figure: Figure) -> Iterator[mpl.text.Text]:
     """Labels of ticks beyond the limits of their axis, which matplotlib keeps and does not draw."""
     for ax in figure.findobj(mpl.axes.Axes):
-        for axis in (ax.xaxis, ax.yaxis):  # type: ignore[attr-defined]
+        for axis in (ax.xaxis, ax.yaxis):
             low, high = sorted(axis.get_view_interval())
             for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                 if not low <= tick.get_loc() <= high:
