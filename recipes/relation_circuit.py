@@ -54,7 +54,7 @@ DRAWS = 2
 class Config:
     """Settings of the recipe."""
 
-    models: tuple[str, ...] = ("rte-nano", "rte-micro", "rte-mini", "rte-trios-micro")
+    models: tuple[str, ...] = ("rte-micro", "rte-nano", "rte-mini", "rte-trios-micro")
     """Bundled models or pipeline folders, all with random token embeddings."""
     looks: int = 48
     """Scenes on which sets are chosen, by step 0 alone."""
@@ -82,7 +82,7 @@ def main(config: Config) -> None:
         tables[label] = drawn.assign(heads=" ".join(union(sets)))
         pd.concat(tables, names=["model"]).reset_index("model").to_parquet(config.out / "images.parquet", index=False)
         report("Relation circuits by axis", claims, config.out, training_runs="one a model")
-    circuit_figure(parts).savefig(config.out / "circuit.png", dpi=150)
+    circuit_figure(parts).savefig(config.out / "circuit.png", dpi=150, facecolor="white")
 
 
 def union(sets: dict[str, list[str]]) -> list[str]:
