@@ -155,7 +155,7 @@ class HookedPipeline(HookedTextToImage):
         options["num_inference_steps"] = integer("num_steps", num_steps, 1)
         seeds = tuple(seed_of_each(seed, len(texts)))
         encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
-        stamps = tuple(stamp(part) for part in encoders if isinstance(part, nn.Module))
+        stamps = tuple((stamp(part), _attached_to(part)) for part in encoders if isinstance(part, nn.Module))
         key = (texts, *((name, _key(value)) for name, value in sorted(options.items())), _key(latents), stamps)
         key = (*key, id(self.pipe.scheduler), str(self.pipe.scheduler.config))
         if key not in self._drafts:
@@ -239,6 +239,11 @@ class HookedPipeline(HookedTextToImage):
         """As in HookedTextToImage."""
         inputs: Any = run.inputs
         return self.loop.decode(inputs, run.record, run.latent)
+
+
+def _attached_to(module: nn.Module) -> tuple[int, ...]:
+    """Numbers of torch's own hooks on a module and those inside, which no two hooks share."""
+    return tuple(number for part in module.modules() for number in (*part._forward_pre_hooks, *part._forward_hooks))
 
 
 def _side(side: str, kind: str) -> str:
