@@ -1,9 +1,18 @@
-"""Random pipelines of the sizes that benchmarks ask about."""
+"""Random pipelines of the sizes that the benchmarks measure."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from hooked_models import PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
 
@@ -29,11 +38,57 @@ def transformer(width: int, layers: int, side: int, text_width: int) -> PixArtTr
     ).eval()
 
 
-def xl_blocks(layers: int, side: int, text_tokens: int) -> tuple[PixArtSigmaPipeline, str]:
+def xl_blocks(layers: int, side: int, text_tokens: int, width: int = 1152) -> tuple[PixArtSigmaPipeline, str]:
     """A pipeline with blocks as wide as PixArt-Σ-XL's and text of T5-XXL's width; and a prompt that is so many tokens long."""
     tokenizer = word_tokenizer(WORDS, max_length=text_tokens)
     encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=WORDS, d_model=4096, positions=False)).eval()
     codec = PatchCodec(latent_channels=4, patch_size=8)
-    pipe = PixArtSigmaPipeline(tokenizer, encoder, codec, transformer(1152, layers, side, 4096), DPMSolverMultistepScheduler())
+    pipe = PixArtSigmaPipeline(tokenizer, encoder, codec, transformer(width, layers, side, 4096), DPMSolverMultistepScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
+
+
+def flux_blocks(double: int, single: int, text_tokens: int, heads: int = 24) -> tuple[FluxPipeline, str]:
+    """A FLUX.1 pipeline with blocks as wide as FLUX.1-dev's at 24 heads; and a prompt that is so many tokens long.
+
+    Args:
+        double, single: numbers of blocks of either kind.
+    """
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(WORDS, max_length=text_tokens)
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=text_tokens,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=1)
+    vae = AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        shift_factor=0.1,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    denoiser = FluxTransformer2DModel(
+        num_layers=double, num_single_layers=single, num_attention_heads=heads, guidance_embeds=True
+    )
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae.eval(),
+        CLIPTextModel(clip).eval(),
+        tokenizer,
+        T5EncoderModel(t5).eval(),
+        tokenizer,
+        denoiser.eval(),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))

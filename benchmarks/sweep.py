@@ -219,7 +219,7 @@ def nnsight_peer(config: Config, cells: Cells) -> Callable[[], Tensor]:
     traced = nnsight.DiffusionModel(resolve(config.model), dispatch=True, dtype=torch.float32)
     traced.pipeline.to(config.device)
     traced.pipeline.set_progress_bar_config(disable=True)
-    model = HookedTextToImage.from_pipeline(traced.pipeline)
+    model = HookedTextToImage.from_pretrained(config.model).to(config.device)  # for its noise
     call, d_head, n = _call(model, config, len(cells)), model.cfg.d_head, len(PROMPTS)
 
     def run() -> Tensor:

@@ -36,27 +36,33 @@ class Config:
 
     model: str = "rte-micro"
     batch: tuple[int, ...] = (1, 8)
+    steps: int = 14
     repeats: int = 3
     """Conditions take turns; the median is reported."""
+    memory: bool = True
+    """Measure the memory that each condition adds, in a process of its own."""
     threads: int = 1
+    device: str = "cpu"
     out: Path | None = None
 
 
-def conditions(model: HookedTextToImage, n: int) -> dict[str, Callable[[], object]]:
+def conditions(model: HookedTextToImage, n: int, steps: int = 14) -> dict[str, Callable[[], object]]:
     """What is compared; each call draws the same images."""
     wanted = scenes.sample(n, seed=0, color_words="both")
     prompts = [scenes.caption(scene) for scene in wanted]
     groups = synopsis.image_groups_from_scenes(wanted, threshold=0.3)
 
     def measured(sublayer: synopsis.Sublayer, reduce: synopsis.Reduce) -> Callable[[], object]:
-        return lambda: synopsis.attention_synopsis(model, prompts, 0, sublayer, groups, reduce, batch_size=n)
+        return lambda: synopsis.attention_synopsis(model, prompts, 0, sublayer, groups, reduce, batch_size=n, num_steps=steps)
 
     def cached(sublayer: str) -> Callable[[], object]:
         name = f"{sublayer}.hook_pattern"
-        return lambda: model.run_with_cache(prompts, names_filter=lambda full: full.endswith(f".{name}"), branch="both")
+        return lambda: model.run_with_cache(
+            prompts, num_steps=steps, names_filter=lambda full: full.endswith(f".{name}"), branch="both"
+        )
 
     return {
-        PLAIN: lambda: model.trajectory(prompts),
+        PLAIN: lambda: model.trajectory(prompts, num_steps=steps),
         SUMMED: measured("cross_attn", "sum"),
         "synopsis, cross-attention, max": measured("cross_attn", "max"),
         KEPT: cached("cross_attn"),
@@ -70,8 +76,8 @@ def added_memory(config: Config, batch: int, condition: str) -> float:
     """MiB that a call adds to the peak of this process; a small generation has loaded everything before."""
     torch.set_num_threads(config.threads)
     model = HookedTextToImage.from_pretrained(config.model)
-    conditions(model, 1)[condition]()
-    run = conditions(model, batch)[condition]
+    conditions(model, 1, config.steps)[condition]()
+    run = conditions(model, batch, config.steps)[condition]
     before = psutil.Process().memory_info().rss
     result = run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
@@ -82,17 +88,20 @@ def added_memory(config: Config, batch: int, condition: str) -> float:
 @torch.no_grad()
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    model = HookedTextToImage.from_pretrained(config.model)
+    model = HookedTextToImage.from_pretrained(config.model).to(config.device)
     rows = []
     for batch in config.batch:
-        times, values = turns(conditions(model, batch), config.repeats)
+        times, values = turns(conditions(model, batch, config.steps), config.repeats, config.device)
         difference = checked(values, model)
         for name, spent in times.items():
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory = pool.apply(added_memory, (config, batch, name))
+            memory = None
+            if config.memory:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    memory = pool.apply(added_memory, (config, batch, name))
             rows.append((batch, name, statistics.median(spent), ratio(times, name, PLAIN), memory))
     table = pd.DataFrame(rows, columns=["batch", "condition", "seconds", "ratio to plain", "MiB added"])
-    table["memory ratio"] = table["MiB added"] / table.groupby("batch")["MiB added"].transform("first")
+    if config.memory:
+        table["memory ratio"] = table["MiB added"] / table.groupby("batch")["MiB added"].transform("first")
     record("synopsis", config, table, config.out, difference=difference)
 
 

@@ -49,8 +49,14 @@ class Config:
     plain_steps: int = 12
     """Timed steps of the plain loop, before and after ours; the median is reported."""
     our_steps: int = 150
-    """Of ours; the median of the log after the first 50 is reported, so compilation does not count."""
+    """Of ours, at least 25."""
+    warm_steps: int = 50
+    """Of ours: the median of the log after these is reported, so that compilation does not count."""
+    compile: bool = True
+    """Of ours."""
     threads: int = 1
+    device: str = "cpu"
+    """The device that accelerate finds; "cuda" without one is an error."""
     out: Path | None = None
 
 
@@ -58,6 +64,8 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     pipe = build_pipeline(PRESETS[config.size], config.encoder)
     device = Accelerator().device
+    if device.type != config.device:
+        raise SystemExit(f"accelerate runs on {device.type}, not on {config.device}: set ACCELERATE_USE_CPU.")
     flops = flops_per_sample(pipe, config)
     chosen = resolve_precision("auto", device)
     dtypes = {"no": "float32"} | ({"bf16": "bfloat16"} if chosen == "bf16" else {})
@@ -81,14 +89,14 @@ def main(config: Config) -> None:
             encoder=config.encoder,
             steps=config.our_steps,
             batch_size=config.batch_size,
-            compile=True,
+            compile=config.compile,
             dynamics_points=0,
             evaluate_every=10**6,
             evaluation_scenes=1,
         )
         train(ours)
         log = [json.loads(line) for line in (ours.out / "metrics.jsonl").read_text().splitlines()]
-    entries = [entry for entry in log if "samples_per_second" in entry and entry["step"] > 50]
+    entries = [entry for entry in log if "samples_per_second" in entry and entry["step"] > config.warm_steps]
     seconds["dit-lens train"] = [config.batch_size / entry["samples_per_second"] for entry in entries]
     plain()
 
@@ -131,7 +139,8 @@ def plain_loop(config: Config, precision: str, steps: int, as_ours: bool = False
     ema = EMAModel(transformer.parameters(), 0.9999)
     if as_ours:
         transformer.set_attn_processor(AttnProcessor())
-        transformer.compile()
+        if config.compile:
+            transformer.compile()
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     objective, generator = OBJECTIVES["x0"](), torch.Generator(accelerator.device).manual_seed(0)
     times, first = [], 0.0

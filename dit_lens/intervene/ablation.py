@@ -1,8 +1,9 @@
 """Ablation presets, matched random controls, and their effect on scene accuracy.
 
-    conditions = {"relation head": knockout_role("relation", heads="L2H2"), "no relation words":
-    knockout_role("relation")} effects = ablation_effects(model, scenes.sample(64, seed=1,
-    color_words="both"), conditions, seeds=[0, 1]) effects["relation_loose_effect"].to_pandas()
+    conditions = {"head": knockout_role("relation", heads="L2H2"), "words": knockout_role("relation")}
+    wanted = scenes.sample(64, seed=1, color_words="both")
+    effects = ablation_effects(model, wanted, conditions, seeds=[0, 1])
+    effects["relation_loose_effect"].to_pandas()
 
 Source: Wang, Fan, Pan (arXiv 2601.06338), sections 4.2 and 5. Differences: all tokens of a role are
 masked, heads can also be zeroed, averaged or resampled, and every condition has the same noise, an
