@@ -22,6 +22,11 @@ PACKAGES = ("hooked_models", "dit_lens")
 CALLERS = (*PACKAGES, "recipes", "benchmarks")
 DRAWING = {"forward", "run_with_cache", "run_with_hooks", "at", "trajectory", "__call__"}
 """Public calls that draw, and so may take many arguments; the command line may, too."""
+FOREIGN = {
+    "hooked_models/pipelines/pipeline_model.py from_pretrained",  # diffusers'
+    "hooked_models/families/taps.py run",  # torch's scaled_dot_product_attention
+}
+"""Functions that have the signature of another library's."""
 RIDDLE = re.compile(r"^(What|Who|Whether|Of|That)\b")
 
 
@@ -181,7 +186,8 @@ def long_signatures(tree: Tree, least: int) -> list[str]:
     found = []
     for name, f in functions(tree):
         count = len([*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs])
-        if count >= least and f.name not in DRAWING and not name.endswith("cli.py"):
+        ours = f.name not in DRAWING and f"{name} {f.name}" not in FOREIGN and "/cli/" not in name
+        if count >= least and ours:
             found.append(f"{count} {name}:{f.lineno} {f.name}")
     return sorted(found, reverse=True)
 

@@ -369,14 +369,13 @@ def head_matrix(
     part: Literal["q", "k", "v"] | None = "q",
     sender_steps: int | Sequence[int] | None = None,
     receiver_steps: int | Sequence[int] | None = None,
-    branch: Branch | Literal["both"] = "cond",
     **how: Any,
 ) -> xr.Dataset:
     """`path_patch_matrix` of all heads of a sublayer with (the q, k or v of) all heads of a sublayer.
 
     Returns:
-        patched and effect over (layer, head, receiver_layer, receiver_head, prompt). `how` is variant, metric_on and
-        receivers_per_run.
+        patched and effect over (layer, head, receiver_layer, receiver_head, prompt). `how` is branch (of `Nodes`), variant,
+        metric_on and receivers_per_run.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -389,7 +388,7 @@ def head_matrix(
         (3, 3, 3, 3, 1)
     """
     cfg = (original.model.dit if isinstance(original, Trajectory) else original.dit).cfg
-    heads = list(product(range(cfg.n_layers), range(cfg.n_heads)))
+    heads, branch = list(product(range(cfg.n_layers), range(cfg.n_heads))), how.pop("branch", "cond")
     from_ = [Nodes(Node(senders, *head), sender_steps, branch) for head in heads]
     to = [Nodes(Node(receivers, *head, part), receiver_steps, branch) for head in heads]
     table = path_patch_matrix(original, source, from_, to, metric, **how)

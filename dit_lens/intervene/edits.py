@@ -202,7 +202,7 @@ class Edit:
         if isinstance(self.action, Scale):
             found["factor"] = self.action.factor
         if kind == "resample":
-            found |= {"source": self.sources, "counterparts": None if self.pooled is None else self._counterparts}
+            found |= {"donors": (self.sources, None if self.pooled is None else self._counterparts)}
         return found
 
     @cached_property

@@ -27,15 +27,14 @@ def edited(
     factor: float = 1.0,
     values: Tensor | None = None,
     pooled: int | None = None,
-    source: Tensor | None = None,
-    counterparts: Tensor | None = None,
+    donors: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """`tensor` [row …] with the entries in `where` changed; arguments are those of `intervene.edits.Edit`, which makes them.
 
     Args:
         kind: "zero", "mean", "resample", "knockout", "scale", "replace" or "add".
-        source: for "resample", the row that each row takes its values from.
-        counterparts: and the position along the axis `pooled`, where tokens correspond in order.
+        donors: for "resample", the row that each row takes its values from; and the position along
+            the axis `pooled`, where tokens correspond in order.
     """
     where = where.to(tensor.device)
     if kind == "zero":
@@ -48,8 +47,9 @@ def edited(
         over = (0, pooled)
         new = (tensor * where).sum(over, keepdim=True) / where.sum(over, keepdim=True).clamp(min=1)
     elif kind == "resample":
-        new = tensor[source.to(tensor.device)]
-        new = new if pooled is None else new.take_along_dim(counterparts.to(tensor.device), pooled)
+        rows, positions = donors
+        new = tensor[rows.to(tensor.device)]
+        new = new if pooled is None else new.take_along_dim(positions.to(tensor.device), pooled)
     elif kind == "scale":
         new = factor * tensor
     elif kind == "replace":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedTextToImage
-from hooked_models.arguments import chosen_steps, one_of
+from hooked_models.arguments import chosen_steps
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.hooks.table import JOINT_POSITIONS
 
 from ..intervene.interventions import Steps
 from ..text.prompts import Word, token_mask, word
-from .heat_maps import grid_of
+from .heat_maps import grid_of, kept_dims
 
 
 @torch.no_grad()
@@ -61,43 +61,60 @@ def concept_attention(
             ...
         ValueError: HookedDiT's text is read by cross-attention and gets no output vectors: use readout.heatmap.
     """
-    by = [one_of("by", dim, ("layer", "step")) for dim in ([by] if isinstance(by, str) else by)]
+    by = kept_dims(by, ("layer", "step"))
     layers = joint_layers(model.dit)
     if isinstance(concepts, (str, Word)) or len(concepts) < 2:
         raise ValueError("Shares are over concepts: name at least two, such as ['cat', 'background'].")
     rows = [prompt, *(one for one in concepts if isinstance(one, str))]
     run = model.trajectory(rows, seed, num_steps, until=0, **options)
-    of_call = {name: value for name, value in options.items() if name not in ("guidance", "latents")}
-    tokens = [
-        (rows.index(one, 1), token_mask(model, rows, word(one), missing="ignore", **of_call))
-        if isinstance(one, str)
-        else (0, token_mask(model, rows, one, missing="ignore", **of_call))
-        for one in concepts
-    ]
-    token_mask(model, prompt, [one for one in concepts if isinstance(one, Word)] or [0], **of_call)  # raises if there is none
-    masks = [(row, mask[row]) for row, mask in tokens]
+    masks = _concept_tokens(model, rows, concepts, options)
     chosen = list(chosen_steps(steps, len(run)))
     found: dict[tuple[int, int], Tensor] = {}
 
     def keep(z: Tensor, hook: HookPoint) -> None:
         found[hook.layer(), int(str(hook.name).split(".")[1])] = shares(z, model.dit.layout.n_image, masks)
 
-    def share_image(x: Tensor, hook: HookPoint) -> Tensor:
-        n, shared = model.dit.layout.n_image, x.clone()
-        shared[1:, :n] = x[:1, :n]
-        return shared
-
     sites = [f"steps.{step}.cond.blocks.{layer}.{name}" for step in chosen for layer, name in layers.items()]
-    hooks: list[Any] = [(f"{site}.hook_{leaf}", share_image) for site in sites for leaf in "kv"]
-    with model.hooks(hooks + [(f"{site}.hook_z", keep) for site in sites]):
+    with model.hooks([*_image_of_the_prompt(model.dit, sites), *((f"{site}.hook_z", keep) for site in sites)]):
         latent = model.run(run.inputs).latent
-    values = torch.stack([torch.stack([found[layer, step] for step in chosen]) for layer in layers])
+    values = torch.stack([found[layer, step] for layer in layers for step in chosen])
+    values = values.unflatten(0, (len(layers), len(chosen)))
     gone = [dim for dim in ("layer", "step") if dim not in by]
-    rows_, columns, frames = grid_of(model.dit, latent)
-    place = {"frame": frames, "y": rows_, "x": columns} if frames > 1 else {"y": rows_, "x": columns}
+    place = _image_dims(model.dit, latent)
     shaped = values.reshape(*values.shape[:3], *place.values()).movedim(2, 0).cpu().numpy()
     coords = {"concept": [str(one) for one in concepts], "layer": list(layers), "step": chosen}
     return xr.DataArray(shaped, dims=("concept", "layer", "step", *place), coords=coords, name="share").mean(gone)
+
+
+def _image_dims(dit: Any, latent: Tensor) -> dict[str, int]:
+    """Name → size of the dims of image positions; a video has frames."""
+    rows, columns, frames = grid_of(dit, latent)
+    return {"frame": frames, "y": rows, "x": columns} if frames > 1 else {"y": rows, "x": columns}
+
+
+def _concept_tokens(
+    model: HookedTextToImage, rows: Sequence[str], concepts: Sequence[str | Word], options: Mapping[str, Any]
+) -> list[tuple[int, Bool[Tensor, " text_pos"]]]:
+    """(row, its tokens) of each concept: a row of its own for a text, the prompt's for a word of it."""
+    of_call = {name: value for name, value in options.items() if name not in ("guidance", "latents")}
+    own = [one for one in concepts if isinstance(one, Word)]
+    token_mask(model, rows[0], own or [0], **of_call)  # raises if the prompt lacks one
+    found = []
+    for one in concepts:
+        row, tokens = (rows.index(one, 1), word(one)) if isinstance(one, str) else (0, one)
+        found.append((row, token_mask(model, rows, tokens, missing="ignore", **of_call)[row]))
+    return found
+
+
+def _image_of_the_prompt(dit: Any, attentions: Sequence[str]) -> list[Any]:
+    """Hooks by which every row attends to the image of row 0."""
+
+    def share_image(x: Tensor, hook: HookPoint) -> Tensor:
+        n, shared = dit.layout.n_image, x.clone()
+        shared[1:, :n] = x[:1, :n]
+        return shared
+
+    return [(f"{name}.hook_{leaf}", share_image) for name in attentions for leaf in "kv"]
 
 
 def joint_layers(dit: Any) -> dict[int, str]:

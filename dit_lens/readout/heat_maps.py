@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import xarray as xr
@@ -65,14 +65,11 @@ def heatmap(
         >>> dict(found.sizes)
         {'prompt': 1, 'word': 2, 'layer': 3, 'y': 8, 'x': 8}
     """
-    by = [one_of("by", dim, ("layer", "head", "step")) for dim in ([by] if isinstance(by, str) else by)]
+    by = kept_dims(by, get_args(By))
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     several = [words] if isinstance(words, (str, Word)) else list(words)
     run = model.trajectory(texts, seed, num_steps, until=0, **options)
-    chosen = [word(one) if isinstance(one, str) else one for one in several]
-    of_call = {name: value for name, value in options.items() if name not in ("guidance", "latents")}
-    native = not hasattr(model.dit, "layout")
-    masks = torch.stack([token_mask(model, texts, one, **({} if native else of_call)) for one in chosen], dim=-1)
+    masks = _word_masks(model, texts, several, options)
     at_steps = list(chosen_steps(steps, len(run)))
     maps = _Maps(model, masks, [at_steps.index(s) if s in at_steps else None for s in range(len(run))], len(at_steps), by)
 
@@ -81,6 +78,21 @@ def heatmap(
 
     run_reading(model, run.inputs, readers)
     return maps.labelled(texts, [one if isinstance(one, str) else str(one) for one in several], at_steps, run.latent)
+
+
+def kept_dims(by: Any, known: Sequence[str]) -> list[Any]:
+    """Dims to keep, from one or several. Raises ValueError for an unknown one."""
+    return [one_of("by", dim, tuple(known)) for dim in ([by] if isinstance(by, str) else by)]
+
+
+def _word_masks(
+    model: HookedTextToImage, texts: Sequence[str], words: Sequence[str | Word], options: Mapping[str, Any]
+) -> Bool[Tensor, "prompt text_pos word"]:
+    of_call: dict[str, Any] = {}
+    if hasattr(model.dit, "layout"):
+        of_call = {name: value for name, value in options.items() if name not in ("guidance", "latents")}
+    chosen = [word(one) if isinstance(one, str) else one for one in words]
+    return torch.stack([token_mask(model, texts, one, **of_call) for one in chosen], dim=-1)
 
 
 def text_attentions(dit: Any) -> dict[int, str]:

@@ -35,10 +35,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float, Shaped
@@ -54,12 +53,13 @@ from hooked_models.generation.sampling import Seeds, seed_of_each
 
 from ..intervene.interventions import Intervention
 from ..remote.model import RemoteTextToImage
+from ..runs.drawing import Drawing
 from ..runs.repeated_runs import Generation
-from ..stats import clustered_mean
 from ..store import Store, digest, fingerprint
 from ..task.image_groups import image_groups_from_images, image_groups_from_scenes
 from ..text.prompts import Role, Word, by_role, token_mask, token_roles
 from .group_attention import Sublayer, attention_between
+from .ranking import rank_heads
 
 __all__ = ["attention_synopsis", "image_groups_from_images", "image_groups_from_scenes", "rank_heads", "trajectory_synopsis"]
 
@@ -68,6 +68,18 @@ Groups = Mapping[str, Shaped[Tensor, "*prompt pos"]]
 """Name → its positions: [pos], the same for every prompt, or [prompt pos]; booleans, or shares in [0, 1]."""
 TextGroups = Mapping[str, Shaped[Tensor, "*prompt pos"] | Role | Word | Sequence[Role | Word]]
 """Name → its text positions, as in `Groups`, or roles and words (`prompts.word`)."""
+
+BATCH = 16
+
+
+class Generations(Drawing, total=False):
+    """Keyword arguments of `attention_synopsis` that concern its generations.
+
+    Attributes:
+        interventions: applied in each; "mean" and "resample" are those of a batch.
+    """
+
+    interventions: Sequence[Intervention]
 
 
 @torch.no_grad()
@@ -80,11 +92,8 @@ def attention_synopsis(
     reduce: Reduce = "sum",
     *,
     text_groups: TextGroups | None = None,
-    num_steps: int = DEFAULT_STEPS,
-    guidance: float = DEFAULT_GUIDANCE,
-    interventions: Sequence[Intervention] = (),
-    batch_size: int = 16,
     out: str | Path | None = None,
+    **how: Unpack[Generations],
 ) -> xr.DataArray:
     """Attention between groups of tokens during whole generations, `batch_size` prompts at a time.
 
@@ -99,9 +108,10 @@ def attention_synopsis(
             `prompts.word("cat")` or several; by default, all roles of `dit_lens.prompts`. The
             unconditional branch reads no prompt: all roles but EOS and pad, and groups that are
             given here, are NaN in it.
-        interventions: applied during the generations; "mean" and "resample" are those of a batch.
         out: a folder for finished batches, from which an interrupted call goes on when it is
             repeated.
+        **how: `num_steps`, `guidance`, `batch_size` (16 by default) and `interventions`; see
+            `Generations`.
 
     Returns:
         Dims (prompt, layer, head, step, branch, image_group, text_group), with key_group in place
@@ -119,7 +129,9 @@ def attention_synopsis(
         >>> found.sizes["step"], found["text_group"].values.tolist()
         (2, ['color1', 'shape1', 'relation', 'color2', 'shape2', 'filler', 'eos', 'pad'])
     """
-    batch_size = integer("batch_size", batch_size, 1)
+    num_steps, guidance = how.get("num_steps", DEFAULT_STEPS), how.get("guidance", DEFAULT_GUIDANCE)
+    interventions = how.get("interventions", ())
+    batch_size = integer("batch_size", how.get("batch_size", BATCH), 1)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = seed_of_each(seed, len(texts))
     tokens = model.to_tokens(texts)
@@ -332,70 +344,3 @@ def _stack(groups: Mapping[Any, Tensor], n: int, pos: int, what: str) -> Float[T
             )
         columns.append(positions.detach().cpu().double().expand(n, pos))
     return torch.stack(columns, dim=-1)
-
-
-# Ranking
-
-
-def rank_heads(
-    synopsis: Float[xr.DataArray, "..."],
-    image_group: str,
-    text_group: str,
-    step: int | Literal["mean", "max"] = "mean",
-    branch: Branch = "cond",
-    shuffles: int = 999,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Rank heads by attention from `image_group` to `text_group`, the group of keys.
-
-    Groups of different sizes are comparable under reduce="mean"; under "sum" and "mass", long
-    groups win by their length.
-
-    Args:
-        step: one denoising step, or the mean or maximum over all.
-        shuffles, seed: of the control.
-
-    Returns:
-        Columns ``layer head mean low high control p``, largest mean first: mean over prompts (over
-        seeds of equal prompts first) with its 95 % interval over prompts; ``control`` is the mean
-        over shuffles, in each of which every prompt's groups exchange their labels at random, pads
-        and empty groups left out; ``p`` is the share of shuffles, counting the observed one, that
-        reach the mean. Prompts that lack either group do not count.
-
-    Raises:
-        ValueError: there is no such group, step or branch, or no prompt has both groups.
-
-    Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> texts = ["red circle is above blue square", "blue circle is below red square"]
-        >>> found = attention_synopsis(model, texts, num_steps=1)
-        >>> rank_heads(found, "image", "relation", shuffles=99).shape
-        (9, 7)
-    """
-    keys = str(synopsis.dims[-1])
-    chosen = {"image_group": image_group, keys: text_group, "branch": branch} | ({} if isinstance(step, str) else {"step": step})
-    for dim, value in chosen.items():
-        if value not in synopsis[dim].values:
-            raise ValueError(f"There is no {dim} {value!r} here: choose {', '.join(map(str, synopsis[dim].values))}.")
-    seen = synopsis.sel(image_group=image_group, branch=branch)
-    seen = getattr(seen, step)("step") if isinstance(step, str) else seen.sel(step=step)
-    seen = seen.groupby("prompt").mean().drop_sel({keys: [name for name in ("pad",) if name in seen[keys]]})
-    seen = seen.stack(at=("layer", "head")).transpose("prompt", "at", keys)
-    target = list(seen[keys].values).index(text_group)
-    values = seen.values[np.isfinite(seen.values[:, 0, target])]
-    if not len(values):
-        raise ValueError(f"No prompt has both {image_group!r} and {text_group!r}: choose other groups, or other prompts.")
-
-    rng, present = np.random.default_rng(seed), np.isfinite(values[:, 0])
-    shuffled = np.empty((shuffles, values.shape[1]))
-    for i in range(shuffles):  # of a random order of the labels, only the group that gets this label matters
-        labels = np.where(present, rng.random(present.shape), -1).argmax(axis=1)
-        shuffled[i] = values[np.arange(len(values)), :, labels].mean(axis=0)
-    intervals = [clustered_mean(column[:, None]) for column in values[:, :, target].T]
-    observed = np.array([interval.mean for interval in intervals])
-    table = pd.DataFrame(intervals, columns=["mean", "low", "high"])
-    table.insert(0, "head", seen["head"].values)
-    table.insert(0, "layer", seen["layer"].values)
-    table["control"] = shuffled.mean(axis=0)
-    table["p"] = (1 + (shuffled >= observed - 1e-12).sum(axis=0)) / (1 + shuffles)
-    return table.sort_values("mean", ascending=False, ignore_index=True)

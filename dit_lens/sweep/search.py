@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -57,6 +57,18 @@ class Missed(NamedTuple):
     """The largest effect in the sample outside of the top …"""
     most_larger: int
     """… and at most so many of those that were not run lie above it."""
+
+
+class Running(TypedDict, total=False):
+    """Keyword arguments of the exact runs of `two_stage`, as in `sweep.run`.
+
+    Attributes:
+        executor: "local" by default.
+        workers: of "ray".
+    """
+
+    executor: str
+    workers: int | None
 
 
 @dataclass(frozen=True)
@@ -115,10 +127,9 @@ def two_stage(
     sample: int = 40,
     by: Callable[[Tensor], Tensor] | None = None,
     out: str | Path | None = None,
-    executor: str = "local",
-    workers: int | None = None,
     rng: int = 0,
     score: By | None = None,
+    **running: Unpack[Running],
 ) -> Search:
     """Score all conditions of a plan by an estimate, and run the `k` largest and a random `sample` of all, exactly.
 
@@ -127,7 +138,6 @@ def two_stage(
         by: a differentiable stand-in: a function of the same tensor [batch …] → [batch]. For metrics that have no
             slope: counts, verdicts, and distances from the run without intervention, which are smallest there.
         out: a folder, in which a search that was stopped goes on.
-        executor, workers: of the exact runs, as in `sweep.run`.
         rng: seed of the sample.
         score: "step", each touched step exactly and first order from there on, which finds effects that attention's saturation
             hides from gradients; or "attribution", first order throughout, whose cost does not grow with the number of
@@ -172,7 +182,7 @@ def two_stage(
 
     run = np.flatnonzero(drawn != "")
     exact = replace(plan, treatments=[plan.treatments[i] for i in run.tolist()])
-    found = exact.run(folder and folder / f"top {k}, sample {sample}, seed {rng}", executor, workers)
+    found = exact.run(folder and folder / f"top {k}, sample {sample}, seed {rng}", **running)
     effects = np.full((len(scores), 3), np.nan)
     effects[run] = found[f"{metric}_effect"].values
     pairs = scores[in_sample], effects[in_sample, 0]

@@ -132,12 +132,7 @@ def evaluate_model(
         >>> len(rows), rows["split"].tolist()
         (2, ['held_out', 'train'])
     """
-    others = [name for name in (known_templates(model) if templates is None else templates) if name != TRAINED]
-    jobs: list[tuple[Split, str, int, Scene]] = []
-    for split in SPLITS:
-        wanted = scenes.sample(n, seed=scene_seed, split=split, color_words="both")
-        for template in [TRAINED] if split == "held_out" else [TRAINED, *others]:
-            jobs += [(split, template, i, scene) for i, scene in enumerate(wanted if template == TRAINED else wanted[: n // 4])]
+    jobs = _jobs(n, known_templates(model) if templates is None else templates, scene_seed)
     prompts = [word(scene, template) for _, template, _, scene in jobs]
     columns = [*METRICS, *GEOMETRY, "n_objects"]
     if out is not None:
@@ -154,13 +149,34 @@ def evaluate_model(
     starts = track(range(0, len(jobs), BATCH), "evaluating", transient=True, console=Console(stderr=True))
     with nullcontext() if out is None else Store(out, settings) as store:
         parts = [judge(i) if store is None else store.array(f"{i:08d}.npy", partial(judge, i)) for i in starts]
-    values = np.concatenate(parts)
-    said = [
-        (split, template, prompt, s.relation, s.phrase, s.shape1, s.color1, s.shape2, s.color2, i, i)
-        for (split, template, i, s), prompt in zip(jobs, prompts, strict=True)
+    values = pd.DataFrame(np.concatenate(parts), columns=columns)
+    return pd.concat([_described(jobs, prompts), values], axis=1)
+
+
+_Job = tuple[Split, str, int, Scene]
+"""Split, template, number of the scene and its noise, and the scene."""
+
+
+def _jobs(n: int, templates: Sequence[str], seed: int) -> list[_Job]:
+    """`n` scenes of each split in the trained template, and `n` // 4 trained ones in each other."""
+    jobs: list[_Job] = []
+    for split in SPLITS:
+        wanted = scenes.sample(n, seed=seed, split=split, color_words="both")
+        jobs += [(split, TRAINED, i, scene) for i, scene in enumerate(wanted)]
+        others = [] if split == "held_out" else [name for name in templates if name != TRAINED]
+        for template in others:
+            jobs += [(split, template, i, scene) for i, scene in enumerate(wanted[: n // 4])]
+    return jobs
+
+
+def _described(jobs: Sequence[_Job], prompts: Sequence[str]) -> pd.DataFrame:
+    """Split, template, prompt, parts of the scene and seed of each image."""
+    parts = ("relation", "phrase", "shape1", "color1", "shape2", "color2")
+    rows = [
+        (split, template, prompt, *(getattr(scene, part) for part in parts), i, i)
+        for (split, template, i, scene), prompt in zip(jobs, prompts, strict=True)
     ]
-    names = ("split", "template", "prompt", "relation", "phrase", "shape1", "color1", "shape2", "color2", "scene", "seed")
-    return pd.concat([pd.DataFrame(said, columns=list(names)), pd.DataFrame(values, columns=columns)], axis=1)
+    return pd.DataFrame(rows, columns=["split", "template", "prompt", *parts, "scene", "seed"])
 
 
 def accuracies(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS) -> pd.DataFrame:
