@@ -20,8 +20,8 @@ from pathlib import PurePosixPath
 
 PACKAGES = ("hooked_models", "dit_lens")
 CALLERS = (*PACKAGES, "recipes", "benchmarks")
-DRAWING = {"forward", "run_with_cache", "run_with_hooks", "at", "trajectory", "__call__"}
-"""Public calls that draw, and so may take many arguments; the command line may, too."""
+DRAWING = {"forward", "run_with_cache", "run_with_hooks", "at", "trajectory", "__call__", "estimate"}
+"""Public calls that draw (or estimate that), and so may take many arguments; the command line may, too."""
 FOREIGN = {
     "hooked_models/pipelines/pipeline_model.py from_pretrained",  # diffusers'
     "hooked_models/families/taps.py run",  # torch's scaled_dot_product_attention

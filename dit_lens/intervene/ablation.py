@@ -16,7 +16,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -33,13 +33,16 @@ from hooked_models.hooks.table import layer_of
 
 from .. import task as scenes
 from ..readout.circuits import parse_head
+from ..runs.drawing import Planning
 from ..stats import paired_difference
 from ..text.prompts import Tokens
+from .edits import Edit
 from .interventions import Action, Intervention, Steps
 
 VERDICTS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
 """The verdicts of `scenes.evaluate` whose change is an effect."""
-LONG = 10
+BATCH = 64
+PROGRESS_FROM = 10
 """Batches from which a progress bar is shown."""
 
 Branches = Literal["cond", "uncond", "both"]
@@ -265,10 +268,7 @@ def ablation_effects(
     *,
     controls: int = 2,
     exclude: Sequence[str] = (),
-    num_steps: int = DEFAULT_STEPS,
-    guidance: float | None = None,
-    batch: int = 64,
-    rng: int = 0,
+    **how: Unpack[Planning],
 ) -> xr.Dataset:
     """Verdicts of scenes under each condition, and their paired change from no intervention.
 
@@ -282,8 +282,9 @@ def ablation_effects(
         seeds: of the noise; the same for all scenes, or for each its own.
         controls: draws of each kind; every one costs as much as a condition.
         exclude: heads never drawn as controls, see `random_heads`.
-        batch: images generated at once; "mean" and "resample" are over these.
-        rng: seed of controls and "resample".
+        **how: `num_steps`, `guidance`, `batch` (images drawn at once, 64 by default; "mean" and
+            "resample" are over these) and `rng` (seed of controls and "resample"); see
+            `runs.drawing.Planning`.
 
     Returns:
         A Dataset with dims (condition, scene, seed). It has every variable of `scenes.evaluate`,
@@ -303,7 +304,8 @@ def ablation_effects(
         >>> found["condition"].values.tolist()
         ['none', 'hide', 'hide | random tokens 1']
     """
-    controls, batch = integer("controls", controls, 0), integer("batch", batch, 1)
+    controls, batch = integer("controls", controls, 0), integer("batch", how.get("batch") or BATCH, 1)
+    num_steps, rng = how.get("num_steps", DEFAULT_STEPS), how.get("rng", 0)
     if "none" in conditions:
         raise ValueError("The condition 'none' is added by itself: give yours another name.")
     if np.ndim(seeds) not in (1, 2) or (np.ndim(seeds) == 2 and len(seeds) != len(wanted)):
@@ -316,36 +318,57 @@ def ablation_effects(
     edits = {
         name: [e for i in plan for e in i.resolve(model, texts, num_steps=num_steps, seed=rng)] for name, _, _, plan in plans
     }
-    whole_inputs = model.draft(texts, 0, num_steps, guidance)
-    row_scene, row_seed = np.tile(np.arange(len(wanted)), noise.shape[1]), noise.T.ravel()  # one seed after the other
+    draft = model.draft(texts, 0, num_steps, how.get("guidance"))
+    judged = _judged(model, draft, edits, wanted, noise, batch)
+    coords = {
+        "condition": list(edits),
+        "kind": ("condition", [kind for _, kind, _, _ in plans]),
+        "control_for": ("condition", [of for _, _, of, _ in plans]),
+        "seed": np.asarray(seeds) if np.ndim(seeds) == 1 else np.arange(noise.shape[1]),
+    }
+    return _with_effects(judged, noise, coords)
+
+
+def _judged(
+    model: HookedTextToImage,
+    draft: Any,
+    edits: Mapping[str, Sequence[Edit]],
+    wanted: Sequence[scenes.Scene | scenes.Trio],
+    noise: Int[np.ndarray, "scene seed"],
+    batch: int,
+) -> dict[str, xr.Dataset]:
+    """Verdicts of all images under each condition, one seed after the other."""
+    row_scene, row_seed = np.tile(np.arange(len(wanted)), noise.shape[1]), noise.T.ravel()
     chunks = [np.arange(start, min(start + batch, len(row_scene))) for start in range(0, len(row_scene), batch)]
     jobs = [(name, chunk) for name in edits for chunk in chunks]
     judged: dict[str, list[xr.Dataset]] = {name: [] for name in edits}
     console = Console(stderr=True)
-    for name, chunk in track(jobs, "generating ablated scenes", transient=True, disable=len(jobs) < LONG, console=console):
+    for name, chunk in track(
+        jobs, "generating ablated scenes", transient=True, disable=len(jobs) < PROGRESS_FROM, console=console
+    ):
         rows = torch.from_numpy(row_scene[chunk])
         hooks = [(part.site.name, part) for edit in edits[name] if bool((part := edit.take(rows)).where.any())]
-        inputs = model.reseeded(whole_inputs.take(rows), row_seed[chunk].tolist())
+        inputs = model.reseeded(draft.take(rows), row_seed[chunk].tolist())
         with model.hooks(hooks):
             images = model.draw(inputs)
         judged[name].append(scenes.evaluate(images, [wanted[row] for row in rows.tolist()]))
+    return {name: xr.concat(parts, "image") for name, parts in judged.items()}
 
-    whole = {name: xr.concat(parts, "image") for name, parts in judged.items()}
-    first = whole["none"]
-    values = {
-        str(variable): np.stack([one[variable].values.reshape(noise.T.shape).T for one in whole.values()]) for variable in first
-    }
+
+def _with_effects(
+    judged: Mapping[str, xr.Dataset], noise: Int[np.ndarray, "scene seed"], coords: Mapping[str, Any]
+) -> xr.Dataset:
+    """Verdicts with dims (condition, scene, seed), and their paired changes from "none"."""
+    first, n = judged["none"], len(noise)
+    values = {str(name): np.stack([one[name].values.reshape(noise.T.shape).T for one in judged.values()]) for name in first}
     found = xr.Dataset(
         {name: (("condition", "scene", "seed"), value, first[name].attrs) for name, value in values.items()},
         coords={
-            "condition": list(edits),
-            "kind": ("condition", [kind for _, kind, _, _ in plans]),
-            "control_for": ("condition", [of for _, _, of, _ in plans]),
-            "scene": np.arange(len(wanted)),
-            "seed": np.asarray(seeds) if np.ndim(seeds) == 1 else np.arange(noise.shape[1]),
+            **coords,
+            "scene": np.arange(n),
             "interval": ["mean", "low", "high"],
             "noise_seed": (("scene", "seed"), noise),
-            **{str(part): ("scene", first[part].values[: len(wanted)]) for part in first.coords if part != "image"},
+            **{str(part): ("scene", first[part].values[:n]) for part in first.coords if part != "image"},
         },
     )
     for verdict in VERDICTS:

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import torch
@@ -190,9 +191,8 @@ class Intervention:
     def _sites(self, model: HookedTextToImage, num_steps: int) -> list[Site]:
         part, inners = find_hooks(model, self.site)
         row = hook_row(inners[0], part)
-        for broken, message in MEANINGLESS:
-            if broken(self, row):
-                raise ValueError(message.format(site=self.site))
+        if wrong := [message for broken, message in MEANINGLESS if broken(self, row)]:
+            raise ValueError(wrong[0].format(site=self.site))
         if self.action == "knockout":
             inners = [inner.replace("hook_pattern", "hook_attn_scores") for inner in inners]
         steps: list[Any] = [None] if row.fires == "once" else list(chosen_steps(self.steps, num_steps))
@@ -201,8 +201,8 @@ class Intervention:
         branches: tuple[Branch, ...] = BRANCHES if self.branch == "both" else (self.branch,)
         if part == "text_encoder":
             parts: dict[Branch, Part] = {"cond": "text_encoder", "uncond": "null_text_encoder"}
-            return [Site(parts[branch], inner) for branch in branches for inner in inners]
-        return [Site("dit", inner, step, branch) for step in steps for branch in branches for inner in inners]
+            return [Site(parts[branch], inner) for branch, inner in product(branches, inners)]
+        return [Site("dit", inner, step, branch) for step, branch, inner in product(steps, branches, inners)]
 
     def _edits(
         self, model: HookedTextToImage, sites: Sequence[Site], texts: Sequence[str], uncond: bool, seed: int

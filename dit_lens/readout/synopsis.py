@@ -53,6 +53,7 @@ from hooked_models.generation.sampling import Seeds, seed_of_each
 
 from ..intervene.interventions import Intervention
 from ..remote.model import RemoteTextToImage
+from ..remote.plan import Groups as RemoteGroups
 from ..runs.drawing import Drawing
 from ..runs.repeated_runs import Generation
 from ..store import Store, digest, fingerprint
@@ -295,7 +296,7 @@ class _Plan:
     ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         """Reduced attention of one run through nnsight, summed on the model's server."""
         found = model.attention_between(
-            texts, seeds, self.sublayer, self.image, self.keys, self._kind, num_steps=num_steps, guidance=guidance
+            texts, seeds, self.sublayer, RemoteGroups(self.image, self.keys, self._kind), num_steps=num_steps, guidance=guidance
         )
         return self._reduced(found)
 

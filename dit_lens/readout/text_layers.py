@@ -53,11 +53,7 @@ def diffusion_lens(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     native = model.text_encoder is not None
     blocks = [] if native else blocks_of(text_encoder(model, encoder))
-    n = (
-        sum(name.startswith("text_encoder.") and name.endswith("hook_resid_post") for name in model.hook_dict)
-        if native
-        else len(blocks)
-    )
+    n = _count_layers(model) if native else len(blocks)
     if n == 0:
         raise ValueError(f"{type(model.text_encoder).__name__} has no layers: its tokens are read as they are.")
     given = range(n) if layers is None else integers("layers", layers if is_several(layers) else [layers])
@@ -70,6 +66,12 @@ def diffusion_lens(
             images.append(model(texts, seed, num_steps, **options).cpu())
     coords = {"layer": chosen, "prompt": texts}
     return xr.DataArray(torch.stack(images).float().numpy(), dims=("layer", "prompt", "color", "y", "x"), coords=coords)
+
+
+def _count_layers(model: HookedTextToImage) -> int:
+    """Layers of a text encoder with hooks."""
+    names = [name for name in model.hook_dict if name.startswith("text_encoder.")]
+    return sum(name.endswith("hook_resid_post") for name in names)
 
 
 def _exit_hooks(layer: int, n: int) -> list[Any]:

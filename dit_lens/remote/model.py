@@ -313,9 +313,7 @@ class RemoteTextToImage(HookedPixArt):
         prompts: Prompts,
         seed: Seeds,
         sublayer: Literal["attn", "cross_attn"],
-        queries: Float[Tensor, "batch pos group"],
-        keys: Mapping[Branch, Float[Tensor, "batch key_pos key_group"]],
-        reduce: Literal["sum", "max"],
+        groups: plan.Groups,
         *,
         num_steps: int,
         guidance: float,
@@ -323,10 +321,11 @@ class RemoteTextToImage(HookedPixArt):
         """As `group_attention.attention_between`, of one run: added up where the model is, so that only these sums travel."""
         dtype = torch.promote_types(self.dit.dtype, torch.float32)
         length = self._texts(prompts)[1] if sublayer == "cross_attn" else None  # beyond are pads, which get no attention
-        queries, keys = queries.to(dtype), {branch: weights[:, :length].to(dtype) for branch, weights in keys.items()}
+        queries = groups.queries.to(dtype)
+        keys = {branch: weights[:, :length].to(dtype) for branch, weights in groups.keys.items()}
         layers, steps = range(self.cfg.n_layers), range(self.count_steps(num_steps))
         sums = [
-            plan.Sum(layer, step, branch, sublayer, queries, weights, reduce)
+            plan.Sum(layer, step, branch, sublayer, queries, weights, groups.reduce)
             for layer in layers
             for step in steps
             for branch, weights in keys.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -59,6 +59,14 @@ class Sum(NamedTuple):
     def key(self) -> tuple[int, int, Branch]:
         """Under which the kernel returns it."""
         return self.layer, self.step, self.branch
+
+
+class Groups(NamedTuple):
+    """Groups of positions whose attention is added up, and how."""
+
+    queries: Float[Tensor, "batch pos group"]
+    keys: Mapping[Branch, Float[Tensor, "batch key_pos key_group"]]
+    reduce: Literal["sum", "max"]
 
 
 class RunShape(NamedTuple):

@@ -21,3 +21,23 @@ class Drawing(TypedDict, total=False):
     num_steps: int
     guidance: float
     batch_size: int
+
+
+class Planning(TypedDict, total=False):
+    """Keyword arguments of sweeps and ablations, which choose their batches themselves.
+
+    Attributes:
+        num_steps: denoising steps; 14 by default.
+        guidance: by default the model's own.
+        batch: rows that run together; by default found from free memory.
+        rng: seed of "resample"; 0 by default.
+
+    Example:
+        >>> Planning(num_steps=2, rng=1)
+        {'num_steps': 2, 'rng': 1}
+    """
+
+    num_steps: int
+    guidance: float | None
+    batch: int | None
+    rng: int

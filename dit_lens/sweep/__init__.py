@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import xarray as xr
 
@@ -27,6 +28,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer, integers, mapping, number
 from hooked_models.generation.model import DEFAULT_STEPS
 
+from ..runs.drawing import Planning
 from .metrics import OWN, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
 from .plan import Plan
 from .search import Missed, Search, two_stage
@@ -50,17 +52,23 @@ __all__ = [
 Metrics = Mapping[str, Metric | Callable[..., Values]]
 
 
+def _checked_metrics(metrics: Metrics) -> dict[str, Metric]:
+    """Metrics by name. Raises ValueError for none, or a name that the results have for something else."""
+    if not mapping("metrics", metrics, "function of images or Metric"):
+        raise ValueError("metrics is empty, so that nothing is measured: give metrics={name: function of images}.")
+    taken = {"intervention", "prompt", "seed", "layer", "head", "step", "interval", "cell", "error"}
+    if clash := [name for name in metrics if name in taken or name.endswith(("_baseline", "_effect"))]:
+        raise ValueError(f"A metric cannot be called {clash[0]!r}, which has a meaning in the results: give it another name.")
+    return {name: metric if isinstance(metric, Metric) else Metric(metric) for name, metric in metrics.items()}
+
+
 def plan(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
     seeds: int | Sequence[int],
     interventions: Interventions,
     metrics: Metrics,
-    *,
-    num_steps: int = DEFAULT_STEPS,
-    guidance: float | None = None,
-    batch: int | None = None,
-    rng: int = 0,
+    **how: Unpack[Planning],
 ) -> Plan:
     """Plan a sweep without running it: `plan(…).explain()` gives its cost, `plan(…).run(out)` runs it.
 
@@ -69,9 +77,7 @@ def plan(
         seeds: every prompt is run with each.
         interventions: one each, or several that are made together; a mapping names them. `grid` makes many.
         metrics: name → function of images [batch 3 height width] in [0, 1] → [batch], or a `Metric` on something else.
-        guidance: by default the model's own.
-        batch: rows that run together; found from free memory unless given.
-        rng: seed of "resample".
+        **how: `num_steps`, `guidance`, `batch` and `rng`; see `Planning`.
 
     Raises:
         UnknownHookError: no such site; the nearest one is suggested.
@@ -88,18 +94,15 @@ def plan(
         (1, 3)
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    numbers = list(integers("seeds", seeds, -(2**63), 2**64 - 1))
+    num_steps, guidance, rng = how.get("num_steps", DEFAULT_STEPS), how.get("guidance"), how.get("rng", 0)
     guidance = number("guidance", model.default_guidance if guidance is None else guidance)
+    numbers = list(integers("seeds", seeds, -(2**63), 2**64 - 1))
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"seeds={numbers}: give at least one, and each once.")
-    if not mapping("metrics", metrics, "function of images or Metric"):
-        raise ValueError("metrics is empty, so that nothing is measured: give metrics={name: function of images}.")
-    taken = {"intervention", "prompt", "seed", "layer", "head", "step", "interval", "cell", "error"}
-    if clash := [name for name in metrics if name in taken or name.endswith(("_baseline", "_effect"))]:
-        raise ValueError(f"A metric cannot be called {clash[0]!r}, which has a meaning in the results: give it another name.")
+    wrapped = _checked_metrics(metrics)
     model.refuse_hooks("A sweep compares with the model as it is")
+    batch = how.get("batch")
     batch = None if batch is None else integer("batch", batch, 1)
-    wrapped = {name: metric if isinstance(metric, Metric) else Metric(metric) for name, metric in metrics.items()}
     draft = model.draft(texts, 0, num_steps, guidance)
     extent, steps = draft.extent, len(draft.solver)
     reads = {name: metric.read(extent) for name, metric in wrapped.items()}
@@ -122,11 +125,7 @@ def run(
     out: str | Path | None = None,
     executor: str = "local",
     workers: int | None = None,
-    *,
-    num_steps: int = DEFAULT_STEPS,
-    guidance: float | None = None,
-    batch: int | None = None,
-    rng: int = 0,
+    **how: Unpack[Planning],
 ) -> xr.Dataset:
     """Every intervention on every prompt and seed, beside the run without.
 
@@ -136,7 +135,7 @@ def run(
             one on this machine. Each loads the model (one that was not loaded from a folder or the hub is sent),
             onto its own device of the model's kind; a worker that is lost is replaced, and its cells are run again.
         workers: of "ray"; one for each of its GPUs (of its CPUs, for a model on a CPU) unless given.
-        others: as in `plan`.
+        **how: as in `plan`.
 
     Returns:
         A Dataset over (intervention, prompt, seed): every metric; `{metric}_baseline`, of the same run without intervention
@@ -161,5 +160,4 @@ def run(
         >>> dict(found["red"].sizes)
         {'intervention': 3, 'prompt': 1, 'seed': 1}
     """
-    found = plan(model, prompts, seeds, interventions, metrics, num_steps=num_steps, guidance=guidance, batch=batch, rng=rng)
-    return found.run(out, executor, workers)
+    return plan(model, prompts, seeds, interventions, metrics, **how).run(out, executor, workers)

@@ -85,24 +85,14 @@ def cost_of(plan: Plan) -> Cost:
     layers, steps = plan.model.cfg.n_layers, plan.steps
     batches = list(plan.batches(plan.forks, plan.batch))
     forked = np.array([rows for forks in batches for rows in _rows_at(forks, branches, layers)]).reshape(-1, len(branches))
-    begun = {
-        (fork.first, branch, row)
-        for fork in plan.forks
-        for branch, start in fork.starts
-        if start > 0
-        for row in fork.rows.tolist()
-    }
+    begun = _begun(plan.forks)
     clean = plan.runs * steps * len(branches)
     rows_of_all = plan.runs + sum(len(fork.rows) for fork in plan.forks)
     images = rows_of_all if any(read.inner == FINAL for read in plan.reads.values()) else 0
 
     most = min(plan.batch, max([plan.runs, *(sum(len(fork.rows) for fork in forks) for forks in batches)]))
-    sizes = np.array(sorted({1, most}))
-    timed = np.array([seconds_of_step(plan, size) for size in sizes.tolist()])
     calls = [*_full_batches(plan.runs, plan.batch) * steps, *_full_batches(len(begun) // len(branches), plan.batch)]
-    needed = np.array([*calls, *forked.sum(axis=1) / len(branches)])  # in rows of both branches
-    slope = (timed[-1] - timed[0]) / max(sizes[-1] - 1, 1)
-    seconds = float((timed[0] + slope * (needed - 1).clip(min=0)).sum())
+    seconds = _seconds_of_calls(plan, [*calls, *forked.sum(axis=1) / len(branches)], most)
     begun_in = [sum(branch == own for _, branch, _ in begun) for own in branches]
     rows = plan.runs * steps + np.array(begun_in) + forked.sum(axis=0)
     decoding, decoded = _decoding(plan, min(plan.batch, images)) if images else (0.0, 0.0)
@@ -118,6 +108,20 @@ def cost_of(plan: Plan) -> Cost:
         bytes=plan.batch * _bytes_of_row(plan) + plan.runs * _bytes_of_run(plan),
         seconds=seconds + images * decoding,
     )
+
+
+def _begun(forks: Sequence[Fork]) -> set[tuple[int, Branch, int]]:
+    """(step, branch, row) of the clean calls that forks enter at a layer above the first."""
+    return {
+        (fork.first, branch, row) for fork in forks for branch, start in fork.starts if start > 0 for row in fork.rows.tolist()
+    }
+
+
+def _seconds_of_calls(plan: Plan, rows: Sequence[float], most: int) -> float:
+    """Seconds of denoising steps of these rows (of both branches), from one row and from `most`."""
+    timed = [seconds_of_step(plan, size) for size in sorted({1, most})]
+    slope = (timed[-1] - timed[0]) / max(most - 1, 1)
+    return float((timed[0] + slope * (np.array(rows) - 1).clip(min=0)).sum())
 
 
 def _full_batches(rows: int, batch: int) -> list[int]:

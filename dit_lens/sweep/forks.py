@@ -89,20 +89,30 @@ class Batch:
                     after=lambda step, record, latent: done(size) if (size := len(self.active(step))) else None,
                 )
         for step in edits:
-            active = self.active(step)
             for read in self._read_at(step, reads):
-                rows = np.flatnonzero(self.first[active] == step) if read.step == OWN else np.arange(len(active))
+                rows, active = self._rows_read(read, step)
                 value = made_of(kept, read.at(step), run.inputs.solver)[index_of(rows, model)]
-                found[read] = found[read].index_copy(0, index_of(active[rows], model), value)
+                found[read] = found[read].index_copy(0, index_of(active, model), value)
         finished = index_of(np.flatnonzero((self.until == clean.steps) & (self.first < clean.steps)), model)
         latent = run.latent.index_copy(0, finished, made.latent[finished]) if len(finished) else run.latent
+        return found | self._read_at_the_end(reads, replace(run, latent=latent))
+
+    def _read_at_the_end(self, reads: Collection[Read], run: Trajectory) -> dict[Read, Tensor]:
+        """The tensors after the last step."""
+        found: dict[Read, Tensor] = {}
         for read in reads:
             if read.inner == "latent":
-                found[read] = latent
+                found[read] = run.latent
             if read.inner == FINAL:
                 with self._image_hooks():
-                    found[read] = model.images_of(replace(run, latent=latent))
+                    found[read] = self.model.images_of(run)
         return found
+
+    def _rows_read(self, read: Read, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that a metric reads at a step: their places among the active ones, and their numbers."""
+        active = self.active(step)
+        rows = np.flatnonzero(self.first[active] == step) if read.step == OWN else np.arange(len(active))
+        return rows, active[rows]
 
     def _read_at(self, step: int, reads: Collection[Read]) -> list[Read]:
         """The reads that rows of this batch have at a step."""
@@ -180,7 +190,7 @@ class Batch:
         text: TextState,
     ) -> Tensor:
         """The denoiser on the active rows of each branch, every one from where it leaves the clean run."""
-        model, step, active, n = self.model, call.step, self.active(call.step), call.rows
+        model, step, active = self.model, call.step, self.active(call.step)
         joins = self.first[active] == step
         start = np.concatenate([np.where(joins, self.starts[branch][active], 0) for branch in call.branches])
         order = np.argsort(start, kind="stable")
@@ -188,12 +198,7 @@ class Batch:
         place = np.full(len(start), -1)
         place[order] = np.arange(len(order))
         where = {branch: index_of(place[call.part(branch)], model) for branch in call.branches}
-        per_name: dict[str, list[tuple[Edit, Tensor]]] = {}
-        for (part, inner, branch), edit in edits[step].items():
-            if part == "dit" and branch in call.branches:
-                assert branch is not None
-                per_name.setdefault(inner, []).extend((each, where[branch][own]) for each, own in edit.parts)
-        hooks = [(inner, RowEdits(parts)) for inner, parts in per_name.items()]
+        hooks = _hooks_of_call(edits[step], where)
         if not start.any():
             with model.dit.hooks(hooks):
                 return model.denoise(x, timestep, text)
@@ -201,14 +206,7 @@ class Batch:
         prediction = torch.cat([run.record.prediction(step, branch)[at] for branch in call.branches])
         if len(order) == 0:
             return prediction
-        residuals = {}
-        for layer in np.unique(start[start > 0]).tolist():
-            parts = [
-                self.clean.residual(step, branch, layer, self.rows[active][start[i * n : (i + 1) * n] == layer])
-                for i, branch in enumerate(call.branches)
-                if (start[i * n : (i + 1) * n] == layer).any()
-            ]
-            residuals[layer] = torch.cat(parts)
+        residuals = self._residuals(call, self.rows[active], start)
         some = index_of(order, model)
         if not model.enters_at_layers:
             with model.dit.hooks(hooks):
@@ -220,6 +218,16 @@ class Batch:
             out = denoise_from(model.dit, x[first], residuals, timestep[some], sizes, text.take(some))
         return prediction.index_copy(0, some, out)
 
+    def _residuals(self, call: Call, rows: np.ndarray, start: np.ndarray) -> dict[int, Float[Tensor, "row pos d_model"]]:
+        """Layer → the clean residual streams of the rows (of each branch in turn) that start there."""
+        residuals = {}
+        of_branch = dict(zip(call.branches, np.split(start, len(call.branches)), strict=True))
+        for layer in np.unique(start[start > 0]).tolist():
+            begun = {branch: rows[starts == layer] for branch, starts in of_branch.items()}
+            parts = [self.clean.residual(call.step, branch, layer, some) for branch, some in begun.items() if len(some)]
+            residuals[layer] = torch.cat(parts)
+        return residuals
+
     @contextmanager
     def _image_hooks(self) -> Iterator[None]:
         edits: list[tuple[int, Edit, np.ndarray]] = []
@@ -228,6 +236,17 @@ class Batch:
             edits += [(k, edit, own) for k, edit in self._taken(self.treatments[fork.condition].after, own)]
         with self.model.hooks([(site.name, hook) for site, hook in _by_site(edits, self.model).items()]):
             yield
+
+
+def _hooks_of_call(
+    edits: Mapping[tuple[str, str, Branch | None], RowEdits], where: Mapping[Branch, Tensor]
+) -> list[tuple[str, RowEdits]]:
+    """Hooks inside one denoiser call; `where`: branch → place of each of its rows in the call."""
+    per_name: dict[str, list[tuple[Edit, Tensor]]] = {}
+    for (part, inner, branch), edit in edits.items():
+        if part == "dit" and branch is not None and branch in where:
+            per_name.setdefault(inner, []).extend((each, where[branch][own]) for each, own in edit.parts)
+    return [(inner, RowEdits(parts)) for inner, parts in per_name.items()]
 
 
 def _by_site(edits: Sequence[tuple[int, Edit, np.ndarray]], model: HookedTextToImage) -> dict[Site, RowEdits]:

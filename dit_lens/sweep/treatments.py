@@ -4,6 +4,7 @@ run.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,17 +53,17 @@ def grid(
         raise ValueError(f"layers take the place of a '*' in the site, and {intervention.site!r} has none.")
     if layers is None and heads is None and steps is None:
         raise ValueError("A grid needs layers, heads or steps to go over.")
-    found = {}
-    for layer in [None] if layers is None else layers:
-        site = intervention.site if layer is None else intervention.site.replace("*", str(layer))
-        for head in [None] if heads is None else heads:
-            for step in [None] if steps is None else steps:
-                one = replace(intervention, site=site)
-                one = one if head is None else replace(one, heads=[head])
-                one = one if step is None else replace(one, steps=step)
-                where = ("" if layer is None else f"L{layer}") + ("" if head is None else f"H{head}")
-                found[" ".join(filter(None, (where, "" if step is None else f"s{step}")))] = one
-    return found
+    axes = [[None] if values is None else list(values) for values in (layers, heads, steps)]
+    return dict(_cell(intervention, *cell) for cell in itertools.product(*axes))
+
+
+def _cell(intervention: Intervention, layer: int | None, head: int | None, step: int | None) -> tuple[str, Intervention]:
+    """(name, intervention) of one combination; None stays as it is."""
+    one = intervention if layer is None else replace(intervention, site=intervention.site.replace("*", str(layer)))
+    one = one if head is None else replace(one, heads=[head])
+    one = one if step is None else replace(one, steps=step)
+    where = ("" if layer is None else f"L{layer}") + ("" if head is None else f"H{head}")
+    return " ".join(filter(None, (where, "" if step is None else f"s{step}"))), one
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +165,20 @@ def resolve(
     Raises:
         UnknownHookError, ValueError: as `Intervention.hooks` and a run with these hooks; or a name stands twice.
     """
+    num_steps, steps = draft.num_steps, len(draft.solver)
+    found = []
+    for label, several in _named(interventions):
+        edits = [edit for one in several for edit in one.resolve(model, texts, num_steps=num_steps, seed=rng)]
+        with model.hooks([(edit.site.name, edit) for edit in edits]):
+            model.check_hooks(draft.extent)
+        for edit in edits:
+            edit.check_shape(model.shape(draft, edit.site))
+        found.append(Treatment(label or " + ".join(map(describe, several)), tuple(edits), _coords(several), steps))
+    return found if isinstance(interventions, Mapping) else _numbered(found)
+
+
+def _named(interventions: Interventions) -> list[tuple[str, list[Intervention]]]:
+    """(name or "", interventions) of each condition. Raises ValueError for anything else."""
     interventions = [interventions] if isinstance(interventions, Intervention) else interventions
     if not is_several(interventions) or not all(map(_is_condition, _conditions(interventions))):
         raise ValueError(
@@ -173,24 +188,16 @@ def resolve(
     named = list(interventions.items()) if isinstance(interventions, Mapping) else [("", one) for one in interventions]
     if not named:
         raise ValueError("interventions is empty: give at least one to sweep over.")
-    num_steps, steps = draft.num_steps, len(draft.solver)
-    found = []
-    for label, several in named:
-        several = [several] if isinstance(several, Intervention) else list(several)
-        edits = [edit for one in several for edit in one.resolve(model, texts, num_steps=num_steps, seed=rng)]
-        with model.hooks([(edit.site.name, edit) for edit in edits]):
-            model.check_hooks(draft.extent)
-        for edit in edits:
-            edit.check_shape(model.shape(draft, edit.site))
-        found.append(Treatment(label or " + ".join(map(describe, several)), tuple(edits), _coords(several), steps))
-    labels = [one.label for one in found]
-    if isinstance(interventions, Mapping):
-        return found
+    return [(name, [each] if isinstance(each, Intervention) else list(each)) for name, each in named]
+
+
+def _numbered(treatments: Sequence[Treatment]) -> list[Treatment]:
+    """Number equal labels: values of Replace and Add do not stand in one."""
     seen: dict[str, int] = {}
-    for i, label in enumerate(labels):  # values of Replace and Add do not stand in a label
-        if (count := seen.get(label, 0)) > 0:
-            found[i] = replace(found[i], label=f"{label} #{count + 1}")
-        seen[label] = count + 1
+    found = []
+    for one in treatments:
+        count = seen[one.label] = seen.get(one.label, 0) + 1
+        found.append(one if count == 1 else replace(one, label=f"{one.label} #{count}"))
     return found
 
 

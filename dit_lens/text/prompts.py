@@ -106,10 +106,7 @@ def as_choice(tokens: Any) -> TokenChoice:
         >>> as_choice("relation"), as_choice([0, 3])
         (('relation',), (0, 3))
     """
-    if isinstance(tokens, (Tensor, np.ndarray)):
-        tokens = tokens.tolist()
-    if isinstance(tokens, (str, Word)):
-        tokens = [tokens]
+    tokens = _listed(tokens)
     if not isinstance(tokens, (Sequence, range)):
         raise ValueError(f"tokens={shown(tokens)}: give {FORMS}; a single position is [0].")
     if len(tokens) == 0:
@@ -126,6 +123,12 @@ def as_choice(tokens: Any) -> TokenChoice:
         raise ValueError("tokens is a mask of one row: give a mask [prompt pos], one row for each prompt.")
     rows: Any = tokens
     return tuple(tuple(_boolean(one) for one in row) for row in rows)
+
+
+def _listed(tokens: Any) -> Any:
+    if isinstance(tokens, (Tensor, np.ndarray)):
+        return tokens.tolist()
+    return [tokens] if isinstance(tokens, (str, Word)) else tokens
 
 
 FORMS = "a role, prompts.word('…'), several of these, positions such as [0, 3], or a mask of booleans [prompt pos]"

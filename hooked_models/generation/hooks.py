@@ -352,23 +352,31 @@ class HookedGeneration(HookedRootModule):
         """
         return len(self.solver(num_steps))
 
-    def check_hooks(self, extent: Extent, part: range | None = None) -> None:
-        """Raise ValueError for hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
-        steps = range(len(extent.solver)) if part is None else part
-        for where in [attached.where for attached in self.attached if not isinstance(attached.where, Site)]:
-            sites = (site for site in self.names.sites(steps=steps) if extent.fires(site))
-            if not any(where(s.name) for s in sites if part is None or not s.part.endswith("text_encoder")):
-                raise ValueError(
-                    f"A predicate ({where!r}) selects no hook: this run goes over steps {steps.start} to {steps.stop - 1}, with "
-                    f"names such as {next(iter(self.names))!r}."
-                )
-        num_steps = extent.solver.num_steps
+    def _names_of(self, extent: Extent, steps: range, encodes: bool) -> Iterator[str]:
+        """Names that a run over `steps` fires."""
+        for site in self.names.sites(steps=steps):
+            if extent.fires(site) and (encodes or not site.part.endswith("text_encoder")):
+                yield site.name
+
+    def _check_made_for(self, num_steps: int) -> None:
+        """Raise ValueError for a hook that was made for a run of other steps."""
         for attached in self.attached:
             if (made_for := getattr(attached.function, "num_steps", None)) not in (None, num_steps):
                 raise ValueError(
                     f"{attached.function!r} was made for a run of {made_for} steps, and this one has {num_steps}: "
                     f"Intervention.hooks(…, num_steps={num_steps})."
                 )
+
+    def check_hooks(self, extent: Extent, part: range | None = None) -> None:
+        """Raise ValueError for hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
+        steps = range(len(extent.solver)) if part is None else part
+        for where in [attached.where for attached in self.attached if not isinstance(attached.where, Site)]:
+            if not any(map(where, self._names_of(extent, steps, encodes=part is None))):
+                raise ValueError(
+                    f"A predicate ({where!r}) selects no hook: this run goes over steps {steps.start} to {steps.stop - 1}, with "
+                    f"names such as {next(iter(self.names))!r}."
+                )
+        self._check_made_for(extent.solver.num_steps)
         for site in {attached.where for attached in self.attached if isinstance(attached.where, Site)}:
             self.names.site(site.name)  # raises if its flag has been switched off since it was attached
             if (reason := extent.why_silent(site, steps, encodes=part is None)) is not None:

@@ -144,15 +144,16 @@ def _tokens_of(encoded: EncodedText, prompt: str) -> list[_Token]:
         word.start for word in words
     ]:
         raise ValueError(f"{prompt!r} is encoded as {encoded.text!r}: select its tokens by positions or a mask.")
+    return [_token(encoded, i, start, end, shift) for i in range(len(encoded.ids))]
 
-    def token(i: int) -> _Token:
-        low, high = encoded.spans[i]
-        mark = not encoded.text[low:high].strip()
-        within = not encoded.special[i] and (high == start if mark else low < end and start < high)
-        span = (max(low - shift, 0), high - shift) if within else (0, 0)
-        return _Token(encoded.ids[i], span, encoded.kinds[i], not within, encoded.unknown[i] and within)
 
-    return [token(i) for i in range(len(encoded.ids))]
+def _token(encoded: EncodedText, i: int, start: int, end: int, shift: int) -> _Token:
+    """Token `i`, with its characters in the prompt at `start` to `end` of the text."""
+    low, high = encoded.spans[i]
+    mark = not encoded.text[low:high].strip()
+    within = not encoded.special[i] and (high == start if mark else low < end and start < high)
+    span = (max(low - shift, 0), high - shift) if within else (0, 0)
+    return _Token(encoded.ids[i], span, encoded.kinds[i], not within, encoded.unknown[i] and within)
 
 
 # Marks
