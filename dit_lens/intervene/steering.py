@@ -53,7 +53,12 @@ PROGRESS_FROM = 5
 
 
 class Swap(Drawing, total=False):
-    """Keyword arguments of `dose_response`: those of drawing, and two of `swap_vectors`."""
+    """Keyword arguments of `dose_response`: those of drawing, and two of `swap_vectors`.
+
+    Example:
+        >>> Swap(tokens="relation", num_steps=2)
+        {'tokens': 'relation', 'num_steps': 2}
+    """
 
     tokens: Target
     at: Space

@@ -44,10 +44,16 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
     Names are `steps.{s}.{cond|uncond}.{name in the denoiser}`, `steps.{s}.hook_{latent,out_cond,out_uncond,out,x0}` and
     `hook_image`; of PixArt also `text_encoder.…` and `null_text_encoder.…`. `hook_dict` lists them for the default step count.
     The batch axis of every tensor is the prompts. Weights are those of the modules passed in.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> images, cache = model.run_with_cache("red circle above blue square", num_steps=2)
+        >>> cache["pattern", 2, "cross_attn", 0].shape  # layer 2, step 0: [batch head query_pos key_pos]
+        torch.Size([1, 3, 64, 6])
     """
 
     loop: Any
-    # Of PixArt alone
+    # PixArt alone has these
     noise: Any
     encode: Any
     decode: Any

@@ -60,10 +60,10 @@ class Pass:
 
     @property
     def record(self) -> Record:
-        """Of all steps so far."""
+        """Record of all steps so far."""
         return Record(tuple(self.latents), dict(self.predictions), tuple(self.outs))
 
-    # What a loop calls
+    # Called by a loop
 
     def latent(self, step: int, latent: Tensor) -> Tensor:
         """As `hook_latent` leaves it."""

@@ -40,6 +40,11 @@ class HookedPipeline(HookedTextToImage):
     """A diffusers pipeline whose denoiser is of a known family; made by `HookedTextToImage.from_pipeline`.
 
     Latents have the pipeline's own layout. Text encoders run as they are, without hooks.
+
+    Example:
+        >>> HookedTextToImage.from_pipeline(object())  # pipelines of FLUX, SD3, Qwen-Image, … work
+        Traceback (most recent call last):
+        TypeError: object has no transformer: ...
     """
 
     own_names = ("guidance_scale",)
@@ -131,7 +136,7 @@ class HookedPipeline(HookedTextToImage):
         several = [len(value) for value in self.options.values() if isinstance(value, list)]
         return self.draft(["a photo"] * (several[0] if several else 1), 0, num_steps)
 
-    # What a run is made from
+    # Inputs of a run
 
     def draft(
         self,

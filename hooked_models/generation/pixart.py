@@ -59,6 +59,11 @@ class HookedPixArt(HookedTextToImage):
     """A PixArt pipeline, hooked down to the text encoder; `HookedTextToImage(…)` of its parts makes one.
 
     Text is as long as the batch's longest prompt (pads carry exactly no attention), unless tokens of another length are given.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> type(HookedTextToImage.from_pretrained("rte-nano")).__name__
+        'HookedPixArt'
     """
 
     default_guidance = DEFAULT_GUIDANCE
@@ -214,7 +219,7 @@ class HookedPixArt(HookedTextToImage):
     def _firing_in(self, part: Part) -> Iterator[Attached]:
         return self.firing(lambda site: site.part == part, lambda: self.names.sites(steps=[]))
 
-    # What a run is made from
+    # Inputs of a run
 
     def draft(
         self,

@@ -79,7 +79,7 @@ class Inputs:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run is known by on disk, beside its model."""
+        """Identity of a run on disk, beside its model."""
         return {
             "text": digest(self.text.text, "" if self.text.bias is None else self.text.bias),
             "noise": digest(self.latents),

@@ -39,7 +39,7 @@ class StepView(View):
 
     @property
     def prefix(self) -> str:
-        """What stands before a canonical name in the generation's own names."""
+        """Prefix of canonical names in the generation's own names."""
         return f"steps.{self.step}.{self.branch}."
 
     def forward(self, tokens: Tokens) -> Tensor:
