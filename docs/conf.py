@@ -20,6 +20,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "**.py"]
+html_static_path = ["_static"]
 html_theme = "furo"
 html_title = "dit_lens"
 html_theme_options = {"source_directory": "docs/"}
@@ -34,6 +35,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_mock_imports: list[str] = []
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+viewcode_follow_imported_members = False  # or sources link back to names that no page has
 copybutton_prompt_text = ">>> "
 default_role = "literal"  # single backticks are code
 suppress_warnings = [

@@ -6,6 +6,7 @@ from . import style
 from .attention_page import attention_page, show
 from .figures import bare, dose_response_curves, head_step_map, learning_curves, ramp_gallery, variance_bars, word_maps
 from .relation_head import relation_head_figure
+from .report import report
 
 __all__ = [
     "attention_page",
@@ -15,6 +16,7 @@ __all__ = [
     "learning_curves",
     "ramp_gallery",
     "relation_head_figure",
+    "report",
     "show",
     "style",
     "variance_bars",
