@@ -14,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from . import commands
+from .lab import lab
 from .output import first_line, say
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "screen": commands.screen,
     "synopsis": commands.synopsis_command,
     "sweep": commands.sweep_command,
+    "lab": lab,
     "models": commands.models,
 }
 

@@ -81,7 +81,7 @@ def head_color(head: str | tuple[int, int]) -> str:
         (True, False)
     """
     if isinstance(head, str):
-        from ..readout.circuits import parse_head
+        from hooked_models.generation.names import parse_head
 
         head = parse_head(head)
     layer, number = head

@@ -1,0 +1,208 @@
+"""The lab's server: this machine only, nothing from elsewhere, one drawing at a time."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import secrets
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from hooked_models import HookedTextToImage
+from hooked_models.generation.pipeline import HookedPipeline
+
+from ..readout import screening
+from .state import State
+
+LONGEST_REQUEST = 64_000
+DIRECTION_WORDS = ("above", "below", "left", "right")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Lab:
+    """A model behind the page.
+
+    Args:
+        model: of PixArt's kind, whose heads read the text in `cross_attn`.
+        name: by which `from_pretrained` opens it again.
+
+    Raises:
+        TypeError: the model has no cross-attention with names of its own.
+
+    Example:
+        >>> lab = Lab(HookedTextToImage.from_pretrained("rte-nano"), "rte-nano")
+        >>> answer = lab.draw(State("red circle is above square", num_steps=1, last=0))
+        >>> sorted(answer)
+        ['attention', 'edited', 'original', 'snippet', 'tokens']
+    """
+
+    def __init__(self, model: HookedTextToImage, name: str) -> None:
+        if not isinstance(model, HookedTextToImage) or isinstance(model, HookedPipeline):
+            raise TypeError(f"The lab needs a model of PixArt's kind, with cross-attention, not {type(model).__name__}.")
+        self.model, self.name = model, name
+        self.heads = [f"L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+        self.cosines = self._cosines()
+        self._originals: dict[tuple[str, int, int], dict[str, Any]] = {}
+
+    def draw(self, state: State) -> dict[str, Any]:
+        """Images as data URLs, tokens, attention [head token] at the first step without the edit, and the snippet.
+
+        Raises:
+            ValueError: the state and the model do not go together.
+        """
+        original = self._original(state)
+        if word := next((word for word in state.words if word >= len(original["tokens"])), None):
+            raise ValueError(f"The prompt has {len(original['tokens'])} tokens and no number {word}.")
+        edited = _url(state.draw(self.model)) if state.heads else original["original"]
+        return {**original, "edited": edited, "snippet": state.snippet(self.name)}
+
+    def _original(self, state: State) -> dict[str, Any]:
+        """Without an edit; the last ones are kept, since clicks change the edit more often than the prompt."""
+        key = state.prompt, state.seed, state.num_steps
+        if key not in self._originals:
+            if len(self._originals) > 30:
+                self._originals.clear()
+            with torch.no_grad():
+                image, cache = self.model.run_with_cache(
+                    state.prompt,
+                    seed=state.seed,
+                    num_steps=state.num_steps,
+                    steps=[0],
+                    names_filter=lambda name: name.endswith("cross_attn.hook_pattern"),
+                )
+            layers = range(self.model.cfg.n_layers)
+            attention = torch.cat([cache["pattern", layer, "cross_attn", 0][0].mean(dim=1) for layer in layers])
+            self._originals[key] = {
+                "original": _url(image),
+                "tokens": [token.removeprefix("▁") for token in self.model.to_str_tokens(state.prompt)],
+                "attention": attention.float().cpu().numpy().round(4).tolist(),
+            }
+        return self._originals[key]
+
+    def _cosines(self) -> dict[str, float]:
+        """Screening of each head with direction words; empty for a model that does not know them."""
+        try:
+            vectors = {word: screening.word_vector(self.model, word) for word in DIRECTION_WORDS}
+            table = screening.screen_heads(self.model.dit, vectors)
+        except ValueError:
+            return {}
+        return {f"L{row.layer}H{row.head}": round(float(row.cosine), 3) for row in table.itertuples()}  # type: ignore[arg-type]
+
+    def page(self, token: str) -> str:
+        """The HTML, with the token that its requests carry."""
+        here = files(__package__)
+        script = (here / "lab.js").read_text()
+        facts = {
+            "model": self.name,
+            "heads": self.heads,
+            "cosines": self.cosines,
+            "token": token,
+            "prompt": "red circle is above blue square" if self.cosines else "",
+            "other": "red circle is below blue square" if self.cosines else "",
+        }
+        return Template((here / "lab.html").read_text()).substitute(
+            SCRIPT_HASH="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            SCRIPT=script,
+            DATA=json.dumps(facts).replace("<", "\\u003c"),
+        )
+
+
+def serve(lab: Lab, host: str = "127.0.0.1", port: int = 7860, names: Sequence[str] = LOOPBACK) -> HTTPServer:
+    """A server of the lab, bound and not yet running: `serve(lab).serve_forever()`.
+
+    Requests to draw need the token of the page that this server gave out, and the address that they were sent to must be one
+    of `names`: a page of another site can neither read nor start anything.
+
+    Args:
+        host: the address to listen at; by default, this machine alone can reach it.
+        port: 0 for any that is free.
+        names: host names under which the server is visited.
+
+    Raises:
+        OSError: the port is taken.
+
+    Example:
+        >>> lab = Lab(HookedTextToImage.from_pretrained("rte-nano"), "rte-nano")
+        >>> server = serve(lab, port=0)
+        >>> server.server_address[0]
+        '127.0.0.1'
+        >>> server.server_close()
+    """
+    token = secrets.token_urlsafe(16)
+    page = lab.page(token).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self._refused():
+                return
+            if self.path.split("?")[0] != "/":
+                self._answer(404, b"There is one page here: /", "text/plain")
+                return
+            self._answer(200, page, "text/html; charset=utf-8")
+
+        def do_POST(self) -> None:
+            if self._refused():
+                return
+            length = self.headers.get("Content-Length", "")
+            if not secrets.compare_digest(self.headers.get("X-Token", "").encode(), token.encode()):
+                self._json(403, {"error": "Open the page anew: it was given out by another server."})
+            elif not length.isdecimal() or int(length) > LONGEST_REQUEST:
+                self._json(413, {"error": "The request is too long."})
+            else:
+                self._draw(self.rfile.read(int(length)))
+
+        def _draw(self, body: bytes) -> None:
+            try:
+                given = json.loads(body)
+                answer = lab.draw(State.read(given if isinstance(given, dict) else {}))
+            except (ValueError, TypeError, LookupError) as error:
+                message = error.args[0] if error.args else type(error).__name__
+                self._json(400, {"error": str(message)})
+            else:
+                self._json(200, answer)
+
+        def _refused(self) -> bool:
+            visited = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]")
+            if visited in names:
+                return False
+            self._answer(403, b"This address is not one of the lab's names.", "text/plain")
+            return True
+
+        def _json(self, status: int, value: dict[str, Any]) -> None:
+            self._answer(status, json.dumps(value).encode(), "application/json")
+
+        def _answer(self, status: int, body: bytes, kind: str) -> None:
+            self.send_response(status)
+            for name, value in (
+                ("Content-Type", kind),
+                ("Content-Length", str(len(body))),
+                ("Cache-Control", "no-store"),
+                ("X-Content-Type-Options", "nosniff"),
+                ("X-Frame-Options", "DENY"),
+            ):
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Print nothing."""
+
+    return HTTPServer((host, port), Handler)
+
+
+def _url(image: Float[Tensor, "1 3 height width"]) -> str:
+    buffer = io.BytesIO()
+    pixels = (image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy().astype(np.uint8)
+    Image.fromarray(pixels).save(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
