@@ -261,11 +261,17 @@ def without_example(tree: Tree) -> list[str]:
 
 
 def untested(tree: Tree) -> list[str]:
-    """Modules without a test file of their name in the mirrored folder."""
+    """Modules without a test file of their name in the mirrored folder, or of their folder's name."""
     found = []
     for name, _ in tree.of(*PACKAGES):
         path = PurePosixPath(name)
-        if path.name != "__init__.py" and f"tests/{path.parent}/test_{path.name}" not in tree.source:
+        folder = path.parent.name
+        tests = (
+            f"tests/{path.parent}/test_{path.name}",
+            f"tests/{path.parent}/test_{folder}.py",
+            f"tests/{folder}/test_{folder}.py",
+        )
+        if path.name != "__init__.py" and not any(test in tree.source for test in tests):
             found.append(name)
     return found
 

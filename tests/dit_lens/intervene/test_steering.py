@@ -1,0 +1,307 @@
+"""Embedding arithmetic against prompts that say the same in words, and doses against planted images."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from transformers import T5Config, T5EncoderModel
+
+from dit_lens import scenes, steering, variance
+from dit_lens.task import DIRECTIONS, Scene
+from hooked_models import HookedTextToImage, word_tokenizer
+
+from ...hooked_models.pipelines import PROMPTS, tiny_pipeline
+
+FAST = {"num_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def micro(trained_micro) -> HookedTextToImage:
+    return trained_micro
+
+
+@pytest.fixture(scope="module", params=["rte", "t5"])
+def tiny(request) -> HookedTextToImage:
+    return HookedTextToImage.from_pipeline(tiny_pipeline(request.param))
+
+
+# Adding vectors
+
+
+@torch.no_grad()
+def test_steering_text_is_an_edit_of_the_text_encoders_output(tiny):
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    out = "text_encoder.hook_out" if "text_encoder.hook_out" in tiny.hook_dict else "text_encoder.ln_final.hook_normalized"
+
+    def edit(text, hook):
+        text[0, 3] += 0.7 * vector  # above
+        text[1, 3] += 0.7 * vector  # left
+
+    expected = tiny.run_with_hooks(list(PROMPTS), seed=[3, 4], **FAST, fwd_hooks=[(out, edit)])
+    found = steering.steer(tiny, PROMPTS, vector, "relation", k=0.7, seed=[3, 4], **FAST)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        steering.steer(tiny, PROMPTS, vector, [3], k=0.7, seed=[3, 4], **FAST), expected, atol=1e-5, rtol=0
+    )
+    assert (found - tiny(list(PROMPTS), seed=[3, 4], **FAST)).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+@torch.no_grad()
+def test_steering_captions_edits_what_cross_attention_reads_in_one_branch(tiny):
+    vectors = torch.zeros(2, 8, tiny.cfg.d_model)
+    vectors[0, 5], vectors[1, 6] = torch.randn(2, tiny.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    own, _ = variance.word_vectors(tiny, PROMPTS, "shape2", "caption")
+    found = steering.steer(tiny, PROMPTS, vectors, at="caption", k=2.0, **FAST)
+
+    def keys(attn, words):
+        return torch.einsum("pd,hde->phe", words, attn.W_K) + attn.b_K
+
+    def values(attn, words):
+        return torch.einsum("pd,hde->phe", words, attn.W_V) + attn.b_V
+
+    def put(project, layer):
+        def hook_function(tensor, hook):
+            attn = tiny.dit.blocks[layer].cross_attn
+            changed = project(attn, own + 2.0 * vectors[[0, 1], [5, 6]])
+            tensor[0, 5], tensor[1, 6] = changed
+
+        return hook_function
+
+    hooks = [
+        (f"steps.{step}.cond.blocks.{layer}.cross_attn.hook_{name}", put(project, layer))
+        for step in range(2)
+        for layer in range(2)
+        for name, project in (("k", keys), ("v", values))
+    ]
+    expected = tiny.run_with_hooks(list(PROMPTS), **FAST, fwd_hooks=hooks)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_batches_change_nothing_and_neither_does_a_dose_of_zero(tiny):
+    prompts = [*PROMPTS, PROMPTS[0], "circle is above square", PROMPTS[1]]
+    vector = torch.ones(16)
+    whole = steering.steer(tiny, prompts, vector, ["shape1", "relation"], seed=[0, 1, 2, 3, 4], **FAST)
+    parts = steering.steer(tiny, prompts, vector, ["shape1", "relation"], seed=[0, 1, 2, 3, 4], batch_size=2, **FAST)
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
+    none = steering.steer(tiny, prompts, vector, "shape2", k=0.0, **FAST)
+    torch.testing.assert_close(none, tiny(prompts, **FAST), atol=1e-6, rtol=0)
+
+
+def test_tokens_and_vectors_that_do_not_go_together_are_refused(tiny):
+    vector = torch.ones(16)
+    with pytest.raises(ValueError, match="which tokens"):
+        steering.steer(tiny, PROMPTS, vector)
+    with pytest.raises(ValueError, match="no tokens= beside it"):
+        steering.steer(tiny, PROMPTS, torch.ones(2, 8, 16), "shape1")
+    with pytest.raises(ValueError, match="'circle is above square' has no color1 token"):
+        steering.steer(tiny, [*PROMPTS, "circle is above square"], vector, "color1")
+    with pytest.raises(ValueError, match="no position 8"):
+        steering.steer(tiny, PROMPTS, vector, [8])
+
+
+# Swapping relations
+
+
+@pytest.mark.parametrize(
+    ("at", "tokens", "from_", "to", "phrase", "becomes"),
+    [
+        ("text", "phrase", "above", "below", "higher than", "lower than"),
+        ("caption", "phrase", "left", "right", "to the left of", "to the right of"),
+        ("text", "phrase", "left", "higher than", "left of", "higher than"),
+        ("text", "phrase", "left", "above", "left of", "directly above"),
+        ("text", "phrase", "upper_left", "lower_right", "above and to the left of", "below and to the right of"),
+        ("text", "relation", "left", "above", "to the left of", "to the above of"),
+        ("text", "relation", "above", "below", "higher than", "lower than"),
+        ("caption", "relation", "upper_right", "lower_left", "diagonally up and right from", "diagonally down and left from"),
+    ],
+)
+@torch.no_grad()
+def test_a_dose_of_one_is_the_other_sentence_for_an_encoder_without_context(micro, at, tokens, from_, to, phrase, becomes):
+    prompt = "blue circle is {} red triangle"
+    found = steering.swap_relation(micro, prompt.format(phrase), from_, to, tokens=tokens, at=at, seed=1, **FAST)
+    torch.testing.assert_close(found, micro(prompt.format(becomes), seed=1, **FAST), atol=1e-3, rtol=0)
+    assert (found - micro(prompt.format(phrase), seed=1, **FAST)).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_only_words_that_differ_are_changed_wherever_they_stand(micro):
+    prompts = ["circle is to the left of red square", "red circle is above and to the left of square"]
+    vectors = steering.swap_vectors(micro, prompts, ["right", "lower_left"])
+    table = micro.text_encoder.W_E
+    word = {name: table[micro.to_tokens(name)[0, 0]] for name in ("left", "right", "above", "below")}
+    expected = torch.zeros_like(vectors)
+    expected[0, 4], expected[1, 3] = word["right"] - word["left"], word["below"] - word["above"]
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_at_another_role_the_relations_mean_vectors_are_exchanged(micro):
+    prompts = ["circle is left of square", "red circle is directly above blue square"]
+    found = steering.swap_vectors(micro, prompts, ["above", "upper_right"], "shape2", "caption")
+    vectors, factors = variance.word_vectors(micro, variance.factorial_prompts(), "shape2", "caption")
+    mean = {r: vectors[torch.tensor(list(factors["relation"] == r))].mean(dim=0) for r in DIRECTIONS}  # the set is balanced
+    expected = torch.zeros_like(found)
+    expected[0, 4], expected[1, 6] = mean["above"] - mean["left"], mean["upper_right"] - mean["above"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_an_encoder_that_mixes_words_gets_the_mean_difference_over_all_pairs_of_objects():
+    pipe = tiny_pipeline("t5")
+    pipe.tokenizer = word_tokenizer(scenes.WORDS)
+    pipe.text_encoder = T5EncoderModel(replaced_config(pipe.text_encoder.config, vocab_size=len(pipe.tokenizer))).eval()
+    model = HookedTextToImage.from_pipeline(pipe)
+    found = steering.swap_vectors(model, ["triangle is higher than blue circle"], ["below"])[0]
+    expected = torch.zeros_like(found)
+    for first, second in itertools.permutations(scenes.SHAPES, 2):
+        for color, other in (("red", "blue"), ("blue", "red")):
+            higher, lower = (
+                model.text_encoder(model.to_tokens(f"{color} {first} is {phrase} {other} {second}"))[0][0, 3:5]
+                for phrase in ("higher than", "lower than")
+            )
+            expected[2:4] += (lower - higher) / 12
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found[3] != 0).all()  # "than" has seen the other word
+
+
+def replaced_config(config: T5Config, **changes: int) -> T5Config:
+    return T5Config(**{**config.to_dict(), **changes})
+
+
+def test_what_cannot_be_swapped_says_so(micro):
+    with pytest.raises(
+        ValueError, match=r"No phrase for 'above' has as many tokens as 'to the left of' \(4\).*tokens='relation'"
+    ):
+        steering.swap_relation(micro, "circle is to the left of square", "left", "above")
+    with pytest.raises(ValueError, match="different numbers of direction words"):
+        steering.swap_relation(micro, "circle is left of square", "left", "upper_left", tokens="relation")
+    with pytest.raises(ValueError, match=r"says 'above' \(above\), not 'left'"):
+        steering.swap_relation(micro, "circle is above square", "left", "right")
+    with pytest.raises(ValueError, match="no effect vector"):
+        steering.swap_relation(micro, "circle is above square", "above", "lower than", tokens="eos")
+
+
+# Doses
+
+
+def test_opposites_are_opposite():
+    for relation, opposite in scenes.OPPOSITE.items():
+        assert DIRECTIONS[opposite] == tuple(-step for step in DIRECTIONS[relation])
+
+
+WANTED = [  # every relation's phrase has a word-for-word counterpart; colours are sometimes unnamed
+    *scenes.sample(5, seed=3),
+    Scene("circle", "red", 40, 64, "square", "blue", 90, 64, "left", "left of", False, False),
+]
+
+
+def mirrored(scene: Scene) -> Scene:
+    """The scene with its objects in each other's place, as the opposite relation has it."""
+    relation = scenes.OPPOSITE[scene.relation]
+    return replace(scene, x1=scene.x2, y1=scene.y2, x2=scene.x1, y2=scene.y1, relation=relation)
+
+
+def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monkeypatch):
+    calls = []
+    by_caption = {scenes.caption(scene): scene for scene in WANTED}
+    swaps = {t: steering.swap_vectors(micro, [t], [scenes.OPPOSITE[s.relation]])[0] for t, s in by_caption.items()}
+
+    def draw(model, texts, added, at, seeds, drawing):
+        """Draws the opposite of what is said if all of V_to − V_from is there, in odd seeds; else what is said."""
+        calls.append(len(texts))
+        images = []
+        for text, row, seed in zip(texts, added, seeds, strict=True):
+            here = torch.zeros_like(row)
+            here[: len(swaps[text])] = swaps[text]
+            moved = torch.allclose(row, here, atol=1e-4) and seed % 2
+            images.append(mirrored(by_caption[text]) if moved else by_caption[text])
+        return scenes.render(images)
+
+    monkeypatch.setattr(steering, "_generate", draw)
+    found = steering.dose_response(micro, WANTED, ks=(0, 1, 2), seeds=(4, 7), draws=2, batch_size=7)
+    assert dict(found.sizes) == {"condition": 5, "k": 3, "scene": 6, "seed": 2}
+    assert list(found.kind.values) == ["steered", "random_vector", "random_vector", "wrong_token", "wrong_token"]
+    moved = xr.zeros_like(found.target_loose)
+    moved.loc[{"condition": "steered", "k": 1, "seed": 7}] = True
+    # scenes of the sample do not overlap, so what they show is judged without error
+    for how in ("strict", "loose"):
+        xr.testing.assert_equal(found[f"target_{how}"], moved)
+        xr.testing.assert_equal(found[f"original_{how}"], ~moved)
+    assert found[["color", "shape", "unique_binding"]].all().to_array().all()
+    for i, scene in enumerate(WANTED):
+        dx, dy = DIRECTIONS[scenes.OPPOSITE[scene.relation]]
+        offset = ((scene.x1 - scene.x2) * dx + (scene.y1 - scene.y2) * dy) / np.hypot(dx, dy)
+        expected = xr.where(moved.isel(scene=i), -offset, offset)
+        np.testing.assert_allclose(found.offset.isel(scene=i), expected, atol=2.01)  # centres are measured to a pixel each
+    assert sum(calls) == (5 * 2 + 1) * 6 * 2  # a dose of 0 is drawn once for all conditions
+
+
+def test_controls_have_the_same_norms_at_the_same_or_at_other_tokens(micro, monkeypatch):
+    given = {}
+
+    def record(model, texts, added, at, seeds, drawing):
+        for text, row in zip(texts, added, strict=True):
+            given.setdefault(text, []).append(row)
+        return torch.zeros(len(texts), 3, 128, 128)
+
+    monkeypatch.setattr(steering, "_generate", record)
+    steering.dose_response(micro, WANTED, ks=(2.0,), draws=2)
+    for scene in WANTED:
+        text = scenes.caption(scene)
+        own, *random, wrong_0, wrong_1 = (row.norm(dim=1) for row in given[text])
+        steered, random_0, random_1 = given[text][:3]
+        exact = 2 * steering.swap_vectors(micro, [text], [scenes.OPPOSITE[scene.relation]])[0]
+        torch.testing.assert_close(steered[: len(exact)], exact)
+        for norms in random:
+            torch.testing.assert_close(norms, own)
+        here = own > 0
+        cosines = torch.cosine_similarity(random_0[here], random_1[here])
+        assert cosines.abs().max() < 0.5
+        assert torch.cosine_similarity(random_0[here], steered[here]).abs().max() < 0.5
+        for norms in (wrong_0, wrong_1):
+            torch.testing.assert_close(norms.sort().values, own.sort().values)
+            assert not (norms[here] > 0).any()
+            assert not (norms[micro.to_tokens(text).shape[1] :] > 0).any()  # no pads
+
+
+@torch.no_grad()
+def test_a_dose_of_one_draws_what_the_swapped_caption_does(micro):
+    wanted = [Scene("circle", "red", 40, 64, "square", "blue", 90, 64, "left", "left of")]
+    found = steering.dose_response(micro, wanted, "right", ks=(0, 1), seeds=(0, 1), draws=0, batch_size=3, num_steps=8)
+    texts = [scenes.caption(wanted[0], phrase) for phrase in ("left of", "right of")]
+    for k, text in enumerate(texts):
+        images = micro([text, text], seed=[0, 1], num_steps=8)
+        verdict, mirror = (scenes.evaluate(images, [scene] * 2) for scene in (wanted[0], mirrored(wanted[0])))
+        for how in ("strict", "loose"):
+            own, goal = (found[f"{by}_{how}"].isel(condition=0, k=k, scene=0) for by in ("original", "target"))
+            np.testing.assert_array_equal(own, verdict[f"relation_{how}"])
+            np.testing.assert_array_equal(goal, mirror[f"relation_{how}"])
+        np.testing.assert_allclose(found.offset.isel(condition=0, k=k, scene=0), verdict.x1 - verdict.x2, atol=1)
+    assert found.original_loose.isel(k=0).any()
+    assert found.target_loose.isel(k=1).any()
+    with pytest.raises(ValueError, match="'left' already"):
+        steering.dose_response(micro, wanted, "left")
+
+
+def test_a_summary_has_the_means_and_their_paired_differences():
+    rng = np.random.default_rng(0)
+    kinds = ["steered", "random_vector", "random_vector"]
+    values = {name: (("condition", "k", "scene", "seed"), rng.random((3, 2, 40, 3))) for name in steering.METRICS}
+    values["target_strict"][1][0] += 1
+    values["offset"][1][:, :, 0, 0] = np.nan
+    doses = xr.Dataset(values, {"k": [0.5, 1.0], "kind": ("condition", kinds)})
+    table = steering.summarise(doses).set_index(["kind", "k", "metric"])
+    for metric in steering.METRICS:
+        data = values[metric][1]
+        assert table.loc[("steered", 1.0, metric), "mean"] == pytest.approx(np.nanmean(data[0, 1]))
+        assert table.loc[("random_vector", 0.5, metric), "mean"] == pytest.approx(np.nanmean(data[1:, 0]))
+        difference = np.nanmean(data[0, 0] - data[1:, 0].mean(axis=0))
+        assert table.loc[("steered − random_vector", 0.5, metric), "mean"] == pytest.approx(difference)
+    low, high = table.loc[("steered − random_vector", 1.0, "target_strict"), ["low", "high"]]
+    assert 0.9 < low < 1 < high < 1.1
