@@ -28,6 +28,7 @@ class TrainConfig:
     """"x0": the clean image on the straight path (learns about twice as fast); "epsilon": the paper's."""
 
     steps: int = 16_000
+    """Steps of the whole run."""
     batch_size: int = 64
     """Scenes a step and process."""
     muon_lr: float = 2e-3
@@ -37,11 +38,13 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of the blocks' matrices."""
     warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly."""
     decay_from: float = 0.0
     """Fraction of the run after which the learning rate falls linearly to 2 %."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty prompt's encoding: the very one that guidance uses at sampling time."""
     ema_decay: float = 0.9999
+    """Largest decay of the averaged weights."""
     ema_power: float = 0.75
     """EMA decay at step s is min(ema_decay, 1 − (1 + s)^−ema_power)."""
 
@@ -58,15 +61,20 @@ class TrainConfig:
     """Share of scenes that hold three objects and two relations (`scenes.Trio`); no curriculum acts on them."""
 
     seed: int = 0
+    """Seed of weights, scenes and noise."""
     precision: Precision = "auto"
     """"auto": bf16 where the machine multiplies in bfloat16, else "no", which is float32; see `precision.resolve_precision`."""
     compile: bool = False
+    """Compile the network; worth it in runs of more than a few minutes."""
     init_from: str | None = None
     """Bundled model or pipeline folder whose weights to start from, with a fresh optimiser."""
 
     checkpoint_every: int = 250
+    """Steps between checkpoints, from which a stopped run goes on."""
     evaluate_every: int = 1000
+    """Steps between accuracies on held-out scenes."""
     evaluation_scenes: int = 96
+    """Held-out scenes of an evaluation."""
     dynamics_points: int = 24
     """How often, log-spaced over the run, accuracies and the screening of every head go into dynamics.parquet."""
 
@@ -94,6 +102,7 @@ class PretrainConfig:
     out: Path
     """Folder for the checkpoint, metrics.jsonl and the finished `text_encoder/` and `tokenizer/`."""
     steps: int = 1000
+    """Steps of the whole run."""
     batch_size: int = 64
     """Texts a step."""
     muon_lr: float = 3e-3
@@ -106,10 +115,13 @@ class PretrainConfig:
     warmup_steps: int = 30
     """Linear warm-up; then the learning rate falls linearly to 2 %."""
     seed: int = 0
+    """Seed of weights and texts."""
     precision: Precision = "auto"
     """As in `TrainConfig`."""
     checkpoint_every: int = 100
+    """Steps between checkpoints, from which a stopped run goes on."""
     evaluate_every: int = 50
+    """Steps between losses on held-out texts."""
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then linear decay to 2 %."""

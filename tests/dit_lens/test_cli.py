@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,6 +151,37 @@ def test_models_are_a_table_without_torch():
 def test_the_version_is_the_package_s(monkeypatch, capsys):
     dit_lens(monkeypatch, "--version")
     assert capsys.readouterr().out.strip() == importlib.metadata.version("dit_lens")
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_option_has_a_help_text(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        dit_lens(monkeypatch, command, "--help")
+    printed = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
+    options = re.split(r"\n\s*(?=-h,|--[a-z])", printed)[1:]
+    signs = r"\(default:.*?\)|\(required\)|--\S+|\{[^}]*\}|\b[A-Z_]{3,}\b"
+    bare = [option for option in options if len(re.findall(r"\w+", re.sub(signs, "", option))) < 2]
+    assert len(options) > 1 or command == "models"
+    assert not bare
+
+
+def test_the_page_has_every_command_and_its_examples_parse(monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    examples = re.findall(r"^\| `([\w-]+)` \| `dit-lens (.*?)` \|$", page, flags=re.M)
+    assert [name for name, _ in examples] == [*dict.fromkeys(name for name, _ in examples)]
+    assert {name for name, _ in examples} == set(cli.COMMANDS)
+    called = []
+    for name, command in cli.COMMANDS.items():
+
+        @functools.wraps(command)
+        def record(*arguments, _name=name, **options):
+            called.append(_name)
+
+        monkeypatch.setitem(cli.COMMANDS, name, record)
+    for _, text in examples:
+        dit_lens(monkeypatch, *shlex.split(text))
+    assert called == [name for name, _ in examples]
 
 
 # Errors
