@@ -31,7 +31,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models import HookedDiT
+from hooked_models import HookedDiT, UnknownHookError
+from hooked_models.hooks.table import IMAGE_POSITIONS, JOINT_POSITIONS, TEXT_POSITIONS
 
 from ..runs.gradients import Chain, Metric, gradients, modulates
 from ..runs.pairs import Pair, pair
@@ -51,6 +52,8 @@ NODES = {
     "text": "hook_text",
 }
 """Kinds of nodes and the hook where each is read; `{layer}` stands for all layers."""
+DEFAULT = ("attn", "cross_attn", "mlp", "text")
+"""Kinds that are attributed by default, where the denoiser has them."""
 
 
 def _path(pair: Pair, ig_steps: int) -> list[tuple[Chain, float]]:
@@ -96,28 +99,49 @@ class NodeAttribution(Attribution):
     def _patch(self, row: Any) -> Patch:
         kind = row.node
         label = {dim: int(getattr(row, dim)) for dim in self.scores[kind].dims if dim not in ("prompt", "branch")}
-        name = _template(kind).format(layer=label.get("layer"))
-        index = tuple(label.get(dim, slice(None)) for dim in _dims(name))
+        name = _names(self.pair.dit, kind)[label.get("layer")]
+        index = tuple(label.get(dim, slice(None)) for dim in _dims(self.pair.dit, name))
         return Patch(name, index, name, index)
 
 
-def _template(kind: str) -> str:
-    return NODES.get(kind, kind)
+PRE_GATE = "blocks.{layer}.hook_mlp_out_pre_gate"
+"""Of models whose gate lies in the block's forward: the MLP's output before it."""
 
 
-def _dims(name: str) -> tuple[str, ...]:
+def _names(dit: Any, kind: str) -> dict[int | None, str]:
+    """Layer → the hook of a kind there; of a kind that is one hook, without layers, None → it.
+
+    Raises:
+        UnknownHookError: no layer has it.
+        ValueError: it is the same in every run.
+    """
+    template = NODES.get(kind, kind)
+    if "{layer}" not in template:
+        return {None: _checked(dit, template)}
+    for one in (template, PRE_GATE) if kind == "mlp" else (template,):
+        there = [layer for layer in range(dit.cfg.n_layers) if one.format(layer=layer) in dit.mod_dict]
+        if there:
+            return {layer: _checked(dit, one.format(layer=layer)) for layer in there}
+    dit.canonical_name(template.format(layer=0))  # raises
+    raise AssertionError(template)
+
+
+def _dims(dit: Any, name: str) -> tuple[str, ...]:
     """The axes of a denoiser's activation, without the last, which scores are summed over."""
-    leaf = name.rpartition(".")[2]
-    on_text = leaf in ("hook_text", "hook_caption") or ("cross_attn." in name and leaf.startswith(("hook_k", "hook_v")))
-    position = "text_pos" if on_text else "pos"
-    if leaf in ("hook_pattern", "hook_attn_scores"):
-        return ("prompt", "head", position)
-    return ("prompt", position, "head") if "attn." in name or leaf.endswith("attn_in") else ("prompt", position)
+
+    def dim(axis: str) -> str:
+        if axis in TEXT_POSITIONS:
+            return "text_pos"
+        return "pos" if axis in IMAGE_POSITIONS + JOINT_POSITIONS else "prompt" if axis == "batch" else axis
+
+    return tuple(map(dim, dit.axes(name)[:-1]))
 
 
-def _reduce(products: Float[Tensor, "batch *rest"], name: str, keep_positions: bool) -> tuple[tuple[str, ...], np.ndarray]:
+def _reduce(
+    products: Float[Tensor, "batch *rest"], dims: tuple[str, ...], keep_positions: bool
+) -> tuple[tuple[str, ...], np.ndarray]:
     """Difference times gradient, summed over all that is not labelled: dims (prompt, head, pos)."""
-    array = xr.DataArray(products.sum(-1, dtype=torch.promote_types(products.dtype, torch.float32)).cpu(), dims=_dims(name))
+    array = xr.DataArray(products.sum(-1, dtype=torch.promote_types(products.dtype, torch.float32)).cpu(), dims=dims)
     array = array.transpose("prompt", "head", ..., missing_dims="ignore")
     array = array if keep_positions or "pos" not in array.dims else array.sum("pos")
     return tuple(map(str, array.dims)), array.to_numpy()
@@ -126,7 +150,7 @@ def _reduce(products: Float[Tensor, "batch *rest"], name: str, keep_positions: b
 def nodes(
     pair: Pair,
     metric: Metric,
-    kinds: Sequence[str] = ("attn", "cross_attn", "mlp", "text"),
+    kinds: Sequence[str] | None = None,
     *,
     positions: bool = False,
     ig_steps: int = 1,
@@ -138,7 +162,8 @@ def nodes(
 
     Args:
         pair: two trajectories, or two denoiser calls.
-        kinds: of `NODES`, or any hook of the denoiser ("blocks.1.attn.hook_v", "blocks.{layer}.attn.hook_v").
+        kinds: of `NODES`, or any hook of the denoiser ("blocks.1.attn.hook_v", "blocks.{layer}.attn.hook_v"); by default
+            heads, MLPs and words, where the denoiser has them. Layers without a kind are NaN.
         positions: keep image positions apart. Words are always kept apart.
         ig_steps: 1 is plain attribution patching; m > 1 averages gradients over m points between the runs.
         ig_over: the interpolated tensors. "inputs" is EAP-IG: the text features (and latents, where they differ), for all nodes
@@ -161,27 +186,35 @@ def nodes(
         >>> dict(found.scores["cross_attn"].sizes)
         {'step': 2, 'branch': 1, 'prompt': 1, 'layer': 3, 'head': 3}
     """
-    layers = {kind: range(pair.dit.cfg.n_layers) if "{layer}" in _template(kind) else (None,) for kind in kinds}
-    names = {kind: [_checked(pair.dit, _template(kind).format(layer=layer)) for layer in layers[kind]] for kind in kinds}
+    kinds = [kind for kind in DEFAULT if _has(pair.dit, kind)] if kinds is None else kinds
+    where = {kind: _names(pair.dit, kind) for kind in kinds}
+    names = {kind: list(found.values()) for kind, found in where.items()}
     flat = list(dict.fromkeys(name for group in names.values() for name in group))
     if ig_over == "inputs" or ig_steps == 1:
         found = _node_products(pair, flat, _path(pair, ig_steps), metric)
     else:
         found = _along_activations(pair, flat, ig_steps, metric)
-    reduced = {(i, name): _reduce(product, name, positions) for i, name, product in found}
+    reduced = {(i, name): _reduce(product, _dims(pair.dit, name), positions) for i, name, product in found}
 
     scores = {}
     for kind in kinds:
         stacked = {}
         for i in range(len(pair.contexts)):
             (prompt, *dims), values = reduced[i, names[kind][0]][0], [reduced[i, name][1] for name in names[kind]]
-            layered = "{layer}" in _template(kind)
+            layered = None not in where[kind]
             stacked[i] = ((prompt, "layer", *dims), np.stack(values, axis=1)) if layered else ((prompt, *dims), values[0])
-        scores[kind] = labelled(pair, stacked, {})
+        scores[kind] = labelled(pair, stacked, {"layer": list(where[kind])})
     return NodeAttribution(xr.Dataset(scores), pair, metric)
 
 
-def _checked(dit: HookedDiT, name: str) -> str:
+def _has(dit: Any, kind: str) -> bool:
+    try:
+        return bool(_names(dit, kind))
+    except UnknownHookError:
+        return False
+
+
+def _checked(dit: Any, name: str) -> str:
     canonical = dit.canonical_name(name)
     if modulates(canonical):
         raise ValueError(f"{name} does not depend on the prompt: it is the same in both runs, and its score would be 0.")
@@ -290,6 +323,11 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
         ['step', 'branch', 'sender', 'receiver', 'score']
     """
     dit, path, found = pair.dit, _path(pair, ig_steps), {}
+    if not isinstance(dit, HookedDiT):
+        raise ValueError(
+            f"{dit.family.name} has no edges: its blocks run as diffusers wrote them, with no copy of the residual stream for "
+            "each reader; take attribution.nodes."
+        )
     senders, receivers = all_senders(dit, pair.original.text.text.shape[1]), all_receivers(dit)
     columns: dict[str, list[int]] = {}
     for j, node in enumerate(receivers):

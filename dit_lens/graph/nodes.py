@@ -119,6 +119,31 @@ class Node:
             return [self.output_hook(cfg)]
         return [f"blocks.{self.layer}.{self.kind}.hook_{part}" for part in self.part or "qkv"]
 
+    def frozen_hooks(self, dit: Any, frozen: Collection[str]) -> list[str]:
+        """The names in a denoiser of the tensors that hold a layer's sublayer, the node, at the values of another run.
+
+        Args:
+            frozen: kinds that are held together.
+
+        Raises:
+            ValueError: attention and MLP leave this layer as one tensor, and only one of them is frozen.
+        """
+        block = f"blocks.{self.layer}."
+        if self.kind != "mlp":
+            heads = [f"{block}{self.kind}.hook_z", *([f"{block}image_attn.hook_z"] if self.kind == "attn" else [])]
+            found = [name for name in heads if name in dit.mod_dict]
+            return found or [name for name in _outputs(block, self.kind) if name in dit.mod_dict][:1]
+        if f"{block}hook_attn_mlp_out_pre_gate" in dit.mod_dict:
+            if "attn" not in frozen:
+                raise ValueError(
+                    f"In layer {self.layer} of {dit.family.name} attention and MLP leave as one tensor, so that the MLP cannot "
+                    "be frozen alone: freeze attn too, or take variant='exact'."
+                )
+            return [f"{block}hook_attn_mlp_out_pre_gate"]
+        text = [f"{block}hook_text_mlp_out_pre_gate"]
+        found = [name for name in _outputs(block, "mlp") if name in dit.mod_dict][:1]
+        return found + [name for name in text if name in dit.mod_dict]
+
     @property
     def index(self) -> Index:
         """This node's share of a tensor that it reads or writes; text apart, whose positions depend on the prompt."""
@@ -129,6 +154,11 @@ class Node:
         if self.layer is not None:
             return 3 * self.layer + ("attn", "cross_attn", "mlp").index(self.kind)
         return 3 * cfg.n_layers if self.kind == "output" else -1
+
+
+def _outputs(block: str, kind: str) -> tuple[str, str]:
+    """The hooks of a sublayer's output, after its gate and before."""
+    return f"{block}hook_{kind}_out", f"{block}hook_{kind}_out_pre_gate"
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,8 @@ class _Experiment:
         """The denoiser calls that a set means, up to the one that the metric is taken at; checks the set on the way."""
         for node in nodes.nodes:
             node.check(self.original.dit.cfg, sends)
+            if sends:
+                self.original.name(Place(0, "cond"), node.output_hook(self.original.dit.cfg))  # raises where there is none
             if node.kind == "image" and self.metric_on != FINAL:
                 raise ValueError(f"image receives after the last step, but the metric is taken on {self.metric_on}.")
         return [Place(step, branch) for step in self._steps(nodes) for branch in self._branches(nodes)]
@@ -198,8 +200,9 @@ class _Experiment:
         run, cfg = self.original, self.original.dit.cfg
         for step in steps:
             for kind, layer, branch in product(self.frozen - {"steps"}, range(cfg.n_layers), run.branches):
-                name = run.name(Place(step, branch), Node.parse(f"{kind}.L{layer}").output_hook(cfg))
-                yield from ((name, REFERENCE, copy) for copy in range(SENT, self.n_shared_copies))
+                for inner in Node.parse(f"{kind}.L{layer}").frozen_hooks(run.dit, self.frozen):
+                    name = run.name(Place(step, branch), inner)
+                    yield from ((name, REFERENCE, copy) for copy in range(SENT, self.n_shared_copies))
             if self.n_shared_copies > CARRIED:
                 yield f"steps.{step}.hook_latent", REFERENCE, CARRIED
                 yield f"steps.{step}.hook_out", CARRIED, SENT

@@ -19,11 +19,11 @@ from hooked_models.generation.names import Branch
 from hooked_models.generation.trajectory import Run
 from hooked_models.hooks.module import HookedModule, watched
 from hooked_models.hooks.scopes import scope
-from hooked_models.pixart.text_state import TextState
+from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 
 from ..intervene.portable_ops import sums_of_attention, sums_of_pattern
 
-Sublayer = Literal["cross_attn", "attn"]
+Sublayer = Literal["cross_attn", "attn", "image_attn"]
 
 
 def attention_between(
@@ -52,25 +52,73 @@ def attention_between(
         >>> attention_between(run, "cross_attn", image, {"cond": text}, "sum").shape
         torch.Size([1, 3, 3, 2, 1, 1, 1])
     """
-    model, text, cfg = run.model, run.inputs.text, run.model.cfg
-    steps, device, n = len(run), model.device, len(queries)
+    model, cfg = run.model, run.model.cfg
     dtype = torch.promote_types(model.dit.dtype, torch.float32)
-    order = sorted(keys, key=lambda branch: run.inputs.rows(branch).start)  # as in the denoiser's rows
-    weights = torch.cat([keys[branch] for branch in order]).to(device, dtype)
-    weights = weights[:, : text.text.shape[1]] if sublayer == "cross_attn" else weights
-    groups = (queries.shape[-1], weights.shape[-1])
-    queries = queries.to(device, dtype).repeat(len(order), 1, 1)
-    found = torch.zeros(len(queries), cfg.n_layers, cfg.n_heads, steps, *groups, dtype=dtype, device=device)
-    attentions = [model.dit.get_submodule(f"blocks.{layer}.{sublayer}") for layer in range(cfg.n_layers)]
+    places = {branch: _placed(run, sublayer, branch, queries.to(dtype), keys[branch].to(dtype)) for branch in keys}
+    shape = (len(queries), cfg.n_layers, cfg.n_heads, len(run), queries.shape[-1], next(iter(keys.values())).shape[-1])
+    found = {branch: torch.full(shape, torch.nan, dtype=dtype, device=model.device) for branch in keys}
+    attentions = attentions_of(model.dit, sublayer)
 
-    def denoise(call: Call, rows: Any, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
-        readers = [_Reader(queries, weights, one.scale, reduce, found[:, i, :, call.step]) for i, one in enumerate(attentions)]
-        with reading(model.dit, dict(zip(attentions, readers, strict=True))):  # after the attached hooks
+    def denoise(call: Call, rows: Any, x: Tensor, timestep: Tensor, text: Any) -> Tensor:
+        here = [branch for branch in call.branches if branch in keys]
+        if len(here) < len(call.branches):
             return model.denoise(x, timestep, text)
+        ours, theirs = (torch.cat([places[branch][side] for branch in here]).to(x.device) for side in (0, 1))
+        sums = {layer: torch.zeros(len(ours), cfg.n_heads, *shape[4:], dtype=dtype, device=x.device) for layer in attentions}
+        readers = {one: _Reader(ours, theirs, one, reduce, sums[layer]) for layer, one in attentions.items()}
+        with reading(model.dit, readers):  # after the attached hooks
+            prediction = model.denoise(x, timestep, text)
+        for layer, one in sums.items():
+            for branch in here:
+                found[branch][:, layer, :, call.step] = one[call.part(branch)]
+        return prediction
 
     run.fork(0, denoise=denoise)
-    by_branch = dict(zip(order, found.split(n), strict=True))
-    return torch.stack([by_branch[branch] for branch in keys], dim=4).cpu()
+    return torch.stack([found[branch] for branch in keys], dim=4).cpu()
+
+
+def attentions_of(dit: Any, sublayer: str) -> dict[int, Any]:
+    """Layer → its attention of this name; for "cross_attn" of a model that joins its streams, the attention over both.
+
+    Raises:
+        UnknownHookError: the denoiser has none, with the reason where it is known.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> list(attentions_of(HookedTextToImage.from_pretrained("rte-nano").dit, "cross_attn"))
+        [0, 1, 2]
+    """
+    for name in ("cross_attn", "attn") if sublayer == "cross_attn" else (sublayer,):
+        places = {layer: f"blocks.{layer}.{name}" for layer in range(dit.cfg.n_layers)}
+        found = {layer: dit.get_submodule(path) for layer, path in places.items() if f"{path}.hook_q" in dit.mod_dict}
+        if found:
+            return found
+    dit.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises
+    raise AssertionError(sublayer)
+
+
+def _placed(
+    run: Trajectory,
+    sublayer: str,
+    branch: Branch,
+    queries: Float[Tensor, "batch pos group"],
+    keys: Float[Tensor, "batch key_pos key_group"],
+) -> tuple[Float[Tensor, "batch query_pos group"], Float[Tensor, "batch key_pos key_group"]]:
+    """Weights of a branch's rows at the positions of its attention: of image or text, or of both, the image first."""
+    model: Any = run.model
+    layout, layer = model.layout(run.inputs, branch), next(iter(attentions_of(model.dit, sublayer)))
+    name = "cross_attn" if f"blocks.{layer}.cross_attn.hook_q" in model.dit.mod_dict and sublayer == "cross_attn" else "attn"
+    name = sublayer if sublayer == "image_attn" else name
+    of_text = sublayer == "cross_attn"
+    keys = keys[:, : layout.text_mask.shape[1]] if of_text else keys
+    sides = []
+    for weights, point, before in ((queries, "hook_q", 0), (keys, "hook_k", layout.n_image if of_text else 0)):
+        axis = model.dit.axes(f"blocks.{layer}.{name}.{point}")[1]
+        stream = "joint" if axis in JOINT_POSITIONS else "text" if axis in TEXT_POSITIONS else "image"
+        before = before if stream == "joint" else 0
+        more = layout.length(stream) - before - weights.shape[1]
+        sides.append(torch.nn.functional.pad(weights, (0, 0, before, more)))
+    return sides[0], sides[1]
 
 
 def attention_in_call(
@@ -94,7 +142,7 @@ def attention_in_call(
         if f"blocks.{layer}.{sublayer}.hook_q" in model.hook_dict:
             found[:, layer] = 0
             attention: Any = model.get_submodule(f"blocks.{layer}.{sublayer}")
-            readers[attention] = _Reader(queries.float(), keys.float(), attention.scale, reduce, found[:, layer])
+            readers[attention] = _Reader(queries.float(), keys.float(), attention, reduce, found[:, layer])
     if not readers:
         model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, with the reason
     with torch.no_grad(), reading(model, readers):
@@ -165,7 +213,7 @@ class _Reader:
 
     queries: Float[Tensor, "batch pos group"]
     keys: Float[Tensor, "batch key_pos key_group"]
-    scale: float
+    attention: Any
     reduce: Literal["sum", "max"]
     found: Float[Tensor, "batch head group key_group"]
     """Accumulator, modified in place."""
@@ -184,7 +232,7 @@ class _Reader:
         queries, first = self.queries[:n, :, :, None], self.keys[:n, :1, None]  # [row pos group 1], [row 1 1 key_group]
         alone = (queries * first).sum(1) if self.reduce == "sum" else ((queries != 0) & (first != 0)).any(1)
         self.found[:n] = alone[:, None]
-        self.found[n:] = sums_of_attention(q, k, bias, self.scale, self.queries[n:], self.keys[n:], self.reduce)
+        self.found[n:] = sums_of_attention(q, k, bias, self.attention.scale, self.queries[n:], self.keys[n:], self.reduce)
 
     def read_pattern(self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint) -> None:
         self.found[:] = sums_of_pattern(pattern, self.queries, self.keys, self.reduce)

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.arguments import integer, mapping, one_of, shown
-from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import BRANCHES, Branch
 from hooked_models.generation.sampling import Seeds, seed_of_each
 
@@ -58,7 +58,7 @@ from ..runs.drawing import Drawing
 from ..runs.repeated_runs import Generation
 from ..store import Store, digest, fingerprint
 from ..task.image_groups import image_groups_from_images, image_groups_from_scenes
-from ..text.prompts import Role, Word, by_role, token_mask, token_roles
+from ..text.prompts import Role, Word, by_role, roles_of, token_mask
 from .group_attention import Sublayer, attention_between
 from .ranking import rank_heads
 
@@ -130,22 +130,23 @@ def attention_synopsis(
         >>> found.sizes["step"], found["text_group"].values.tolist()
         (2, ['color1', 'shape1', 'relation', 'color2', 'shape2', 'filler', 'eos', 'pad'])
     """
-    num_steps, guidance = how.get("num_steps", DEFAULT_STEPS), how.get("guidance", DEFAULT_GUIDANCE)
+    num_steps, guidance = how.get("num_steps", DEFAULT_STEPS), how.get("guidance", None)
     interventions = how.get("interventions", ())
     batch_size = integer("batch_size", how.get("batch_size", BATCH), 1)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = seed_of_each(seed, len(texts))
-    tokens = model.to_tokens(texts)
-    branches = BRANCHES if guidance > 1 else BRANCHES[:1]
-    groups = partial(_text_keys, model, texts, tokens.shape[1], branches, text_groups)
-    plan = _Plan.make(model, len(texts), branches, sublayer, image_groups, groups, reduce)
+    guidance = model.default_guidance if guidance is None else guidance
+    draft = model.draft(texts, seeds, num_steps, guidance)
+    branches = BRANCHES if draft.guided else BRANCHES[:1]
+    groups = partial(_text_keys, model, texts, draft, branches, text_groups)
+    plan = _Plan.make(model, draft, branches, sublayer, image_groups, groups, reduce)
 
     settings: dict[str, Any] = {}
     if out is not None:
         model.refuse_hooks("A folder can record interventions=… only")
         settings = {
             "model": model.digest(),
-            "prompts": digest(*texts, tokens),
+            "prompts": digest(*texts, model.layout(draft).text_mask),
             "seeds": digest(str(seeds)),
             "groups": digest(*plan.image_names, plan.image, *plan.key_names, *plan.keys.values()),
             "interventions": fingerprint(list(interventions)),
@@ -198,17 +199,15 @@ def trajectory_synopsis(
         >>> trajectory_synopsis(run, reduce="mass").sizes["branch"]
         2
     """
-    model, tokens = trajectory.model, trajectory.inputs.tokens
-    run = Generation(trajectory)
-    length = tokens.shape[1]
+    model, inputs, run = trajectory.model, trajectory.inputs, Generation(trajectory)
 
     def groups() -> _Keys:
         if text_groups is None:
-            return _keys_by_role(model, run.roles(), length, run.branches)
-        return _keys_of(text_groups, len(run), length, run.branches)
+            return _keys_by_role(model, run.roles(), inputs, run.branches)
+        return _keys_of(model, text_groups, inputs, run.branches)
 
-    plan = _Plan.make(model, len(run), run.branches, sublayer, image_groups, groups, reduce)
-    return plan.label(plan.measure(trajectory), model.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+    plan = _Plan.make(model, inputs, run.branches, sublayer, image_groups, groups, reduce)
+    return plan.label(plan.measure(trajectory), run.texts)
 
 
 # Groups
@@ -220,33 +219,44 @@ _Keys = tuple[list[str], dict[Branch, Float[Tensor, "prompt text_pos group"]]]
 def _text_keys(
     model: HookedTextToImage,
     texts: Sequence[str],
-    length: int,
+    inputs: Any,
     branches: Sequence[Branch],
     text_groups: TextGroups | None,
 ) -> _Keys:
+    length = model.layout(inputs).text_mask.shape[1]
     if text_groups is None:
-        roles = [token_roles(model, text, length) for text in texts]
-        return _keys_by_role(model, roles, length, branches)
+        return _keys_by_role(model, roles_of(model.encoded_texts(texts, length)), inputs, branches)
     mapping("text_groups", text_groups, "positions, a role or prompts.word('…')")
     positions = {
         name: group if isinstance(group, Tensor) else token_mask(model, texts, group, length=length)
         for name, group in text_groups.items()
     }
-    return _keys_of(positions, len(texts), length, branches)
+    return _keys_of(model, positions, inputs, branches)
 
 
-def _keys_by_role(model: HookedTextToImage, roles: list[list[Role]], length: int, branches: Sequence[Branch]) -> _Keys:
-    """Groups of all roles; the unconditional branch has those of the empty prompt."""
-    empty = [token_roles(model, "", length)] * len(roles)
-    of_branch = {"cond": roles, "uncond": empty}
-    keys = {b: _stack(by_role(of_branch[b]), len(roles), length, "text") for b in branches}
+def _keys_by_role(model: HookedTextToImage, roles: list[list[Role]], inputs: Any, branches: Sequence[Branch]) -> _Keys:
+    """Groups of all roles; the unconditional branch has those of the text that it reads."""
+    keys, n = {}, len(inputs)
+    for branch in branches:
+        length = model.layout(inputs, branch).text_mask.shape[1]
+        read = roles if branch == "cond" else roles_of(model.encoded_texts(model.texts_read([""] * n, branch), length))
+        keys[branch] = _stack(by_role([_of_length(row, length) for row in read]), n, length, "text")
     return list(get_args(Role)), keys
 
 
-def _keys_of(groups: Groups, n: int, length: int, branches: Sequence[Branch]) -> _Keys:
+def _of_length(roles: list[Role], length: int) -> list[Role]:
+    """Roles at so many positions: a branch's text may be padded to another branch's."""
+    return [*roles[:length], *["pad"] * (length - len(roles))]  # type: ignore[list-item]
+
+
+def _keys_of(model: HookedTextToImage, groups: Groups, inputs: Any, branches: Sequence[Branch]) -> _Keys:
     """Given groups; the unconditional branch has none of their positions."""
-    cond = _stack(groups, n, length, "text")
-    return list(groups), {b: cond if b == "cond" else torch.zeros_like(cond) for b in branches}
+    keys, n = {}, len(inputs)
+    for branch in branches:
+        length = model.layout(inputs, branch).text_mask.shape[1]
+        given = _stack(groups, n, length, "text") if branch == "cond" else None
+        keys[branch] = torch.zeros(n, length, len(groups), dtype=torch.float64) if given is None else given
+    return list(groups), keys
 
 
 @dataclass(frozen=True)
@@ -264,7 +274,7 @@ class _Plan:
     def make(
         cls,
         model: HookedTextToImage,
-        n: int,
+        inputs: Any,
         branches: Sequence[Branch],
         sublayer: Sublayer,
         image_groups: Groups | None,
@@ -273,7 +283,7 @@ class _Plan:
     ) -> _Plan:
         one_of("sublayer", sublayer, get_args(Sublayer))
         one_of("reduce", reduce, get_args(Reduce))
-        pos = (model.cfg.sample_size // model.cfg.patch_size) ** 2
+        n, pos = len(inputs), model.layout(inputs).n_image
         image_groups = {"image": torch.ones(pos, dtype=torch.bool)} if image_groups is None else image_groups
         image = _stack(image_groups, n, pos, "image")
         names, keys = list(image_groups), dict.fromkeys(branches, image)
@@ -295,8 +305,9 @@ class _Plan:
         self, model: RemoteTextToImage, texts: Sequence[str], seeds: Sequence[int], num_steps: int, guidance: float
     ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         """Reduced attention of one run through nnsight, summed on the model's server."""
+        sublayer: Any = self.sublayer
         found = model.attention_between(
-            texts, seeds, self.sublayer, RemoteGroups(self.image, self.keys, self._kind), num_steps=num_steps, guidance=guidance
+            texts, seeds, sublayer, RemoteGroups(self.image, self.keys, self._kind), num_steps=num_steps, guidance=guidance
         )
         return self._reduced(found)
 

@@ -139,12 +139,7 @@ class RunChain:
         """The run whose text, latents and record before `first` lie at self + α·(other − self)."""
         ours, theirs = self.run, other.run
         with torch.no_grad():
-            features = torch.lerp(ours.inputs.text.text, theirs.inputs.text.text, alpha)
-            inputs = replace(
-                ours.inputs,
-                text=ours.model.dit.encode_text(features, ours.inputs.text.bias),
-                latents=torch.lerp(ours.inputs.latents, theirs.inputs.latents, alpha),
-            )
+            inputs = ours.model.between(ours.inputs, theirs.inputs, alpha)
             record = _lerp(ours.record, theirs.record, alpha, self.first)
         return chain(replace(ours, inputs=inputs, record=record), self.first, self.last, self.read, self.combine)
 
@@ -188,7 +183,7 @@ class _RunBackward:
 
     def __init__(self, chain: RunChain, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]) -> None:
         self.chain, self.run = chain, chain.run
-        self.calls: dict[int, list[tuple[Call, Tensor, Tensor, Tensor]]] = {}
+        self.calls: dict[int, list[tuple[Call, Tensor, Tensor, Any, Tensor]]] = {}
         self.kept: dict[str, Tensor] = {}
         self.cotangents: dict[int, Tensor] = {}
         run, model = chain.run, chain.run.model
@@ -206,9 +201,9 @@ class _RunBackward:
             total = objective(chain.combine(tensors))
         self._add(total, None)
 
-    def _answer(self, call: Call, rows: Any, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
+    def _answer(self, call: Call, rows: Any, x: Tensor, timestep: Tensor, text: Any) -> Tensor:
         leaf = self.run.record.predictions[call.step, call.branches].detach().requires_grad_()
-        self.calls.setdefault(call.step, []).append((call, x, timestep, leaf))
+        self.calls.setdefault(call.step, []).append((call, x, timestep, text, leaf))
         return leaf
 
     def _add(self, of: Tensor, cotangent: Tensor | None) -> None:
@@ -227,12 +222,13 @@ class _RunBackward:
         """∂ objective / ∂ tensor at each hook of a step; 0 where it has no influence. All later steps must have been pulled."""
         inside = [name for name in names if name not in self.kept]
         found: dict[str, Tensor] = {}
-        for call, x, timestep, leaf in reversed(self.calls.pop(step)):
+        for call, x, timestep, text, leaf in reversed(self.calls.pop(step)):
             gradient = self.cotangents.pop(id(leaf), None)
             here = [name for name in inside if self.run.model.names.site(name).branch in call.branches]
             if gradient is None and not here:
                 continue
-            at, towards_x = self._call(call, x, timestep, torch.zeros_like(leaf) if gradient is None else gradient, here)
+            cotangent = torch.zeros_like(leaf) if gradient is None else gradient
+            at, towards_x = self._call(call, (x, timestep, text), cotangent, here)
             found |= at
             if x.requires_grad and towards_x is not None:
                 self._add(x, towards_x)
@@ -243,14 +239,12 @@ class _RunBackward:
         return found
 
     def _call(
-        self, call: Call, x: Tensor, timestep: Tensor, cotangent: Tensor, names: Sequence[str]
+        self, call: Call, arguments: tuple[Tensor, Tensor, Any], cotangent: Tensor, names: Sequence[str]
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        run = self.run
+        run, (x, timestep, text) = self.run, arguments
         kept: dict[str, Tensor] = {}
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            features = run.inputs.text.text.detach().requires_grad_()
-            text = run.model.dit.encode_text(features, run.inputs.text.bias)
+            x, text = x.detach().requires_grad_(), run.model.opened(text)
             with run.model.hooks([(name, partial(_keep, kept=kept, name=name)) for name in names]):
                 prediction = run.model.step(run.inputs, call, x, timestep, text)
         found = _gradients(prediction, cotangent, {**kept, "": x})

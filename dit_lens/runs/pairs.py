@@ -8,11 +8,10 @@ from operator import itemgetter
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hooked_models import HookedDiT, Trajectory
-from hooked_models.generation.names import FINAL
+from hooked_models.generation.names import FINAL, Branch
 from hooked_models.pixart.views import DenoiserView
 
 from .gradients import CallChain, Chain, chain
@@ -52,7 +51,7 @@ class Pair:
         Raises:
             ValueError: the two texts differ in length, so that no run lies between them.
         """
-        if not same(self.original.text.bias, self.source.text.bias):
+        if not _between(self.original, self.source):
             raise ValueError("Nothing lies between these runs: original and source text have different numbers of tokens.")
         return self.original.between(self.source, alpha)
 
@@ -103,8 +102,9 @@ def pair(
     _check_alike(original, source)
     first, end, chosen = _span(original, source, steps, branch, returns)
     read = FINAL if returns == "images" else f"hook_{returns}"
-    length = max(run.inputs.tokens.shape[1] for run in (original, source))
-    one, other = (chain(padded(run, length), first, end, [read], itemgetter(read)) for run in (original, source))
+    inputs = original.model.alike(original.inputs, source.inputs)
+    runs = (replace(run, inputs=own) for run, own in zip((original, source), inputs, strict=True))
+    one, other = (chain(run, first, end, [read], itemgetter(read)) for run in runs)
     branches = ("cond", "uncond") if branch == "both" else (branch,)
     contexts = tuple(Context(s, f"steps.{s}.{b}.", {"step": s, "branch": b}) for s in chosen for b in branches)
     return Pair(original.model.dit, one, other, contexts)
@@ -113,10 +113,10 @@ def pair(
 def _check_alike(original: Trajectory, source: Trajectory) -> None:
     inputs, others = original.inputs, source.inputs
     _check(original.model is source.model, "model")
-    _check(inputs.latents.shape == others.latents.shape, "number of prompts and size")
+    _check(original.latent.shape == source.latent.shape, "number of prompts and size")
     _check(inputs.guidance == others.guidance, "guidance")
     _check(torch.equal(inputs.solver.scheduler.timesteps, others.solver.scheduler.timesteps), "timesteps")
-    if not torch.equal(inputs.latents, others.latents) or (inputs.solver.draws and inputs.seeds != others.seeds):
+    if not inputs.same_noise(others):
         raise ValueError(
             "The two runs must have the same noise, or its effects would pass for those of the words: give both one seed."
         )
@@ -144,16 +144,14 @@ def _span(
     return chosen[0], chosen[0], chosen
 
 
-def padded(run: Trajectory, length: int) -> Trajectory:
-    """The same run with a longer text: as everywhere, nothing attends to pads."""
-    old = run.inputs.text
-    assert old.bias is not None  # a generation always has a mask
-    more = length - old.text.shape[1]
-    if more == 0:
-        return run
-    with torch.no_grad():
-        text = run.model.dit.encode_text(F.pad(old.text, (0, 0, 0, more)), F.pad(old.bias, (0, more), value=-10000.0))
-    return replace(run, inputs=replace(run.inputs, text=text))
+def _between(original: Chain, source: Chain) -> bool:
+    """True if the texts of two chains have equally many tokens, row by row."""
+    if isinstance(original, CallChain) or isinstance(source, CallChain):
+        return same(original.text.bias, source.text.bias)
+    model, inputs = original.run.model, (original.run.inputs, source.run.inputs)
+    branches: tuple[Branch, ...] = ("cond", "uncond") if original.run.inputs.guided else ("cond",)
+    lengths = [[model.layout(one, branch).n_text for branch in branches] for one in inputs]
+    return lengths[0] == lengths[1]
 
 
 def _check(alike: bool, what: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from hooked_models.pixart.text_state import TextState
 from hooked_models.pixart.views import DenoiserView
 
 from ..graph.nodes import Place
-from ..text.prompts import Role, token_roles
+from ..text.prompts import Role, roles_of, token_roles
 
 Hooks = Sequence[tuple[str, HookFunction]]
 
@@ -82,7 +83,7 @@ class Generation:
     result = FINAL
 
     def __len__(self) -> int:
-        return len(self.trajectory.inputs.tokens)
+        return len(self.trajectory.inputs)
 
     @property
     def dit(self) -> HookedDiT:
@@ -108,13 +109,31 @@ class Generation:
         return step
 
     def name(self, place: Place, inner: str) -> str:
+        dit: Any = self.dit
+        if inner not in dit.mod_dict and f"{inner}_pre_gate" in dit.mod_dict:
+            inner = f"{inner}_pre_gate"  # the gate is the same in all copies
+        if inner not in dit.mod_dict and hasattr(dit, "family"):
+            raise ValueError(
+                f"{dit.family.name} has no {inner} to patch: of such a model, heads and MLPs send; heads' q, k and v, the output "
+                "and the image receive."
+            )
         return f"steps.{place.step}.{place.branch}.{inner}"
 
     def text_bias(self, branch: Branch) -> Float[Tensor, "batch text_pos"]:
         return _bias(self.trajectory.inputs.text)[self.trajectory.inputs.rows(branch)]
 
+    @property
+    def texts(self) -> list[str]:
+        """The prompts."""
+        inputs: Any = self.trajectory.inputs
+        if hasattr(inputs, "prompts"):
+            return list(inputs.prompts)
+        return self.trajectory.model.tokenizer.batch_decode(inputs.tokens, skip_special_tokens=True)
+
     def roles(self) -> list[list[Role]]:
         model, found = self.trajectory.model, []
+        if not hasattr(self.trajectory.inputs, "tokens"):
+            return roles_of(model.encoded_texts(self.texts))
         for tokens in self.trajectory.inputs.tokens:
             text = model.tokenizer.decode(tokens, skip_special_tokens=True)
             if not torch.equal(model.to_tokens(text, length=len(tokens))[0], tokens):

@@ -174,7 +174,19 @@ def token_roles(model: HookedTextToImage, prompt: str, length: int | None = None
         >>> token_roles(model, "red circle, above a square")
         ['color1', 'shape1', 'filler', 'relation', 'filler', 'shape2', 'eos']
     """
-    return _roles(model.encoded_texts(prompt, length)[0])
+    return roles_of(model.encoded_texts(prompt, length))[0]
+
+
+def roles_of(texts: Sequence[EncodedText]) -> list[list[Role]]:
+    """Roles of the tokens of encoded texts.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("t5-micro", weights=False)
+        >>> roles_of(model.encoded_texts("red circle"))
+        [['color1', 'shape1', 'eos']]
+    """
+    return [_roles(text) for text in texts]
 
 
 def _roles(encoded: EncodedText) -> list[Role]:

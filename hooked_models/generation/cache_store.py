@@ -189,7 +189,9 @@ class CacheFolder:
         tensors = {f"latents.{i}": tensor for i, tensor in enumerate(record.latents)}
         tensors |= {f"outs.{i}": tensor for i, tensor in enumerate(record.outs)}
         tensors |= {".".join(("call", str(step), *branches)): each for (step, branches), each in record.predictions.items()}
-        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # views would share memory
+        own = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }  # views would share memory
         self.store.put(STATE, lambda path: save_file(own, path))
 
     def resume(self, device: torch.device) -> Record:

@@ -148,6 +148,7 @@ class Recorder:
             assert self.inputs is not None
             assert site.branch is not None
             bias = self.inputs.bias(site.inner.rpartition(".")[0], site.branch, attention)
+            bias = bias if bias is None or bias.shape[1] == 1 else self._chosen(bias, site, 1)
             rows = score_rows(q, k, attention.scale, bias)
             if site.inner.endswith("hook_pattern"):
                 rows = (scores.softmax(dim=-1) for scores in rows)

@@ -140,6 +140,14 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         """Inputs whose text lies at `inputs` + alpha · (`others` − `inputs`)."""
         raise NotImplementedError
 
+    def alike(self, inputs: Any, others: Any) -> tuple[Any, Any]:
+        """Both inputs with texts of one length.
+
+        Raises:
+            ValueError: that cannot be.
+        """
+        raise NotImplementedError
+
     def opened(self, text: Any) -> Any:
         """The text of a denoiser call, as a beginning of a graph that gradients reach."""
         raise NotImplementedError
@@ -311,7 +319,7 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         latents: Float[Tensor, "batch ..."] | None = None,
         *,
         branch: Branch = "cond",
-        pos: Literal["image", "text"] = "image",
+        pos: Literal["image", "text", "joint"] = "image",
         returns: Literal["images", "x0", "out"] = "images",
         **options: Any,
     ) -> tuple[StepView, Int[Tensor, "batch pos"]]:
@@ -321,14 +329,15 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
 
         Args:
             branch: the guidance branch in which hooks act.
-            pos: which positions a sweep "by position" goes over.
+            pos: the positions that a sweep "by position" goes over: of the image, of the text, or, in models whose streams
+                hold both, all of them ("joint", the image's first).
             returns: what metrics get: the final images, or this step's x0 or guided network output.
 
         Raises:
             ValueError: the run has no such step or branch, or its scheduler forms no x0.
         """
         one_of("branch", branch, BRANCHES)
-        one_of("pos", pos, ("image", "text"))
+        one_of("pos", pos, ("image", "text", "joint"))
         one_of("returns", returns, ("images", "x0", "out"))
         with torch.no_grad():
             inputs = self.prepare(prompts, seed, num_steps, guidance, latents, **options)

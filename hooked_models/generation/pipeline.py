@@ -184,6 +184,18 @@ class HookedPipeline(HookedTextToImage):
         """As in HookedTextToImage: every tensor of the encoded text."""
         return replace(inputs, encoded=_lerp(inputs.encoded, others.encoded, alpha))
 
+    def alike(self, inputs: PipelineInputs, others: PipelineInputs) -> tuple[PipelineInputs, PipelineInputs]:
+        """As in HookedTextToImage."""
+        for branch, layout in inputs.layouts.items():
+            one, other = (each.labels.get("joint", each.text_mask) for each in (layout, others.layouts[branch]))
+            if one.shape[-1] != other.shape[-1]:
+                lengths = " and ".join(str(each.text_mask.shape[1]) for each in (layout, others.layouts[branch]))
+                raise ValueError(
+                    f"The texts have {lengths} positions in this pipeline, so that activations do not correspond: pair prompts "
+                    "of equally many tokens."
+                )
+        return inputs, others
+
     def opened(self, text: Bound) -> Bound:
         """As in HookedTextToImage."""
         return text.opened(self.dit.family.text)

@@ -137,6 +137,12 @@ class PipelineInputs:
         start = self.branches.index(branch) * len(self)
         return found[start : start + len(self)]
 
+    def same_noise(self, other: PipelineInputs) -> bool:
+        """As in `trajectory.Inputs`."""
+        given = [each.latents for each in (self, other)]
+        equal = given[0] is given[1] or (None not in given and torch.equal(given[0], given[1]))  # type: ignore[arg-type]
+        return self.seeds == other.seeds and equal
+
     @property
     def settings(self) -> dict[str, Any]:
         """As in `trajectory.Inputs`."""

@@ -257,6 +257,23 @@ class HookedPixArt(HookedTextToImage):
         latents = torch.lerp(inputs.latents, others.latents, alpha)
         return replace(inputs, text=self.dit.encode_text(features, inputs.text.bias), latents=latents)
 
+    @torch.no_grad()
+    def alike(self, inputs: Inputs, others: Inputs) -> tuple[Inputs, Inputs]:
+        """As in HookedTextToImage: the shorter text is padded, and nothing attends to pads."""
+        length = max(inputs.text.text.shape[1], others.text.text.shape[1])
+
+        def padded(one: Inputs) -> Inputs:
+            text, more = one.text, length - one.text.text.shape[1]
+            if more == 0:
+                return one
+            assert text.bias is not None  # a generation always has a mask
+            tokens = nn.functional.pad(one.tokens, (0, more), value=PAD_ID)
+            bias = nn.functional.pad(text.bias, (0, more), value=-10000.0)
+            text = self.dit.encode_text(nn.functional.pad(text.text, (0, 0, 0, more)), bias)
+            return replace(one, tokens=tokens, text=text)
+
+        return padded(inputs), padded(others)
+
     def opened(self, text: TextState) -> TextState:
         """As in HookedTextToImage."""
         features = text.text if text.text.requires_grad else text.text.detach().requires_grad_()

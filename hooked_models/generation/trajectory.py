@@ -77,6 +77,11 @@ class Inputs:
         text = self.text.bias if attention.endswith("cross_attn") else None
         return None if text is None else text[self.rows(branch), None]
 
+    def same_noise(self, other: Inputs) -> bool:
+        """True if both runs have the same noise, that of the steps included."""
+        drawn = not self.solver.draws or self.seeds == other.seeds
+        return self.latents.shape == other.latents.shape and torch.equal(self.latents, other.latents) and drawn
+
     @property
     def settings(self) -> dict[str, Any]:
         """Identity of a run on disk, beside its model."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.module import HookFunction
-from ..pixart.text_state import TextState
-from ..pixart.views import HookList, Positions, Tokens, View, with_gradient
+from ..pixart.views import HookList, Tokens, View, with_gradient
 from .loops import Call
 from .names import Branch
 from .trajectory import Run
@@ -23,13 +22,27 @@ if TYPE_CHECKING:
 class StepView(View):
     """A whole generation, hooked at one step and branch; made by `HookedTextToImage.at`.
 
-    The table is a trajectory: what comes before the step is computed once, for all rows.
+    The table is a trajectory: the steps before this one are computed once, for all rows.
     """
 
-    def __init__(self, run: Run, step: int, branch: Branch, pos: Positions, returns: Literal["images", "x0", "out"]) -> None:
-        dit, tokens = run.model.dit, run.inputs.tokens
-        side = run.latent.shape[-2] * run.latent.shape[-1] // dit.cfg.patch_size**2
-        super().__init__(dit, len(tokens), tokens.shape[1] if pos == "text" else side, pos)
+    def __init__(
+        self,
+        run: Run,
+        step: int,
+        branch: Branch,
+        pos: Literal["image", "text", "joint"],
+        returns: Literal["images", "x0", "out"],
+    ) -> None:
+        dit, layout = run.model.dit, run.model.layout(run.inputs, branch)
+        joint = "joint_pos" in dit.axes("blocks.0.hook_resid_post")
+        if pos != "image" and joint != (pos == "joint"):
+            why = (
+                "are those of the image, then those of the text: take pos='joint'" if joint else "are of the image or of the text"
+            )
+            raise ValueError(f"pos={pos!r}: positions in this model's streams {why}.")
+        number = {"image": layout.n_image, "text": layout.text_mask.shape[1]}
+        positions = number[pos] if pos in number else layout.length("joint")
+        super().__init__(dit, len(run.inputs), positions, "text" if pos == "text" else "image")
         self.run, self.step, self.branch, self.returns = run, step, branch, returns
 
     @property
@@ -56,10 +69,10 @@ class StepView(View):
         part.fork(self.step, [(f"steps.{self.step}.hook_{self.returns}", read)], until=self.step + 1, denoise=self._denoise)
         return found[0]
 
-    def _denoise(self, call: Call, rows: Any, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
+    def _denoise(self, call: Call, rows: Any, x: Tensor, timestep: Tensor, text: Any) -> Tensor:
         """The denoiser; with gradients enabled, the view's step begins a graph of its own, whatever requires gradients."""
         if torch.is_grad_enabled() and call.step == self.step:
-            x, text = with_gradient(x), self.dit.encode_text(with_gradient(text.text), text.bias)
+            x, text = with_gradient(x), self.run.model.opened(text)
         return self.run.model.denoise(x, timestep, text)
 
     @contextmanager

@@ -20,7 +20,6 @@ from transformer_lens.utilities import Slice
 from ..hooks.module import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
 from ..hooks.wrapping import stamp
 from .cache import DiTCache
-from .config import DiTConfig
 from .text_state import TextState
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ class View(NoLanguageModel):
     Attributes that a view lacks are the denoiser's (`cfg`, `hook_dict`, `W_U`, flags, …).
     """
 
-    dit: HookedDiT
+    dit: Any
 
-    def __init__(self, dit: HookedDiT, rows: int, positions: int, pos: Positions) -> None:
+    def __init__(self, dit: Any, rows: int, positions: int, pos: Positions) -> None:
         super().__init__()
         self.__dict__["dit"] = dit  # not a child: a view owns no weights
         self.pos: Positions = pos
@@ -53,7 +52,7 @@ class View(NoLanguageModel):
         return getattr(self.__dict__["dit"], name)
 
     @property
-    def cfg(self) -> DiTConfig:
+    def cfg(self) -> Any:
         """The denoiser's configuration. Said here, because a runtime-checked protocol does not ask `__getattr__`."""
         return self.dit.cfg
 
@@ -69,7 +68,8 @@ class View(NoLanguageModel):
     @property
     def blocks(self) -> Any:
         """The denoiser's blocks; unless it is folded, their output weights refuse to be read."""
-        return self.dit.blocks if self.dit.folded_timestep is not None else [_Gated(block) for block in self.dit.blocks]
+        folded = getattr(self.dit, "folded_timestep", None) is not None
+        return self.dit.blocks if folded else [_Gated(block) for block in self.dit.blocks]
 
     def to_tokens(self, rows: int | str | Sequence[int] | Sequence[str] | Tensor | None = None) -> Tokens:
         """The tokens that stand for some rows of the table (all of them unless said). Raises TypeError for text."""

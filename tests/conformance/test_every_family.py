@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformer_lens import patching as tl_patching
 
-from dit_lens import Add, Intervention, Replace, Scale, prompts, sweep
-from hooked_models import HookedTextToImage
+from dit_lens import Add, Intervention, Replace, Scale, attribution, patching, prompts, sweep, synopsis
+from hooked_models import GenerationCache, HookedTextToImage
 from hooked_models.families.adapter import submodule
+from hooked_models.generation.cache import CacheTooLargeError, estimate
 
 from ..hooked_models.pipelines import PROMPTS
 from ..hooked_models.tiny_pipelines import tiny_pipeline
@@ -84,6 +86,11 @@ def case_of(name: str) -> Case:
     guidance = options.pop(guide) if guide else None
     model.options = options
     return Case(name, pipe, model, guidance, call)
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> None:
+    """In place of the folder's own fixture: these tests run in float32, as users do."""
 
 
 @pytest.fixture(params=[*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
@@ -343,3 +350,171 @@ def test_a_sweeps_cell_is_a_run_of_its_own(case: Case) -> None:
             cell = found["m_mean"].sel(intervention=label).isel(seed=number).values
             assert np.abs(cell - exact).max() < 2e-5 * max(1.0, np.abs(exact).max()), label
     assert float(np.abs(found["m_mean"] - found["m_mean_baseline"]).max()) > 1e-4
+
+
+# Caches
+
+
+def test_an_estimate_is_the_size_of_the_cache(case: Case) -> None:
+    def wanted(name: str) -> bool:
+        return name.endswith(
+            ("hook_q", "hook_k", "hook_z", "resid_post", "hook_pattern", "hook_latent", "hook_out", "hook_image")
+        )
+
+    _, cache = case.model.run_with_cache(PROMPTS, SEEDS, STEPS, case.guidance, names_filter=wanted, branch="both")
+    size = estimate(case.model, list(PROMPTS), STEPS, case.guidance, names_filter=wanted, branch="both")
+    assert size.sizes == {name: tensor.nbytes for name, tensor in cache.items()}
+    with pytest.raises(CacheTooLargeError, match="Narrow it"):
+        case.cached(wanted, max_bytes=100)
+
+
+def test_chosen_heads_and_summaries_are_those_of_the_whole_cache(case: Case) -> None:
+    stem = f"blocks.0.{case.attention}."
+    names = [f"{stem}hook_z", f"{stem}hook_pattern"]
+    whole, head = case.cached(names, steps=0), case.cached(names, steps=0, heads="L0H1")
+    z, pattern = (f"steps.0.cond.{name}" for name in names)
+    assert close(head[z], whole[z][:, :, [1]])
+    assert close(head[pattern], whole[pattern][:, [1]])
+    assert close(case.cached(names[1:], steps=0, patterns="received")[pattern], whole[pattern].sum(2), 1e-4)
+    if len(case.branches) == 2:
+        both = case.cached(names[1:], steps=0, branch="both")
+        for branch in case.branches:
+            chosen = case.cached(names[1:], steps=0, branch=branch, heads="L0H1")[f"steps.0.{branch}.{names[1]}"]
+            assert close(chosen, both[f"steps.0.{branch}.{names[1]}"][:, [1]])
+
+
+def test_a_cache_on_disk_is_the_one_in_memory(case: Case, tmp_path: Any) -> None:
+    names = ["blocks.0.hook_resid_post", "hook_image", *(f"steps.{step}.hook_latent" for step in range(STEPS))]
+    arguments = (PROMPTS, SEEDS, STEPS, case.guidance)
+    images, memory = case.model.run_with_cache(*arguments, names_filter=names)
+    again, disk = case.model.run_with_cache(*arguments, names_filter=names, out=tmp_path / "cache")
+    assert torch.equal(images, again)
+    loaded = GenerationCache.load(tmp_path / "cache", case.model)
+    assert set(memory) == set(disk) == set(loaded)
+    assert all(torch.equal(memory[name], loaded[name]) for name in memory)
+    with pytest.raises(ValueError, match="seeds"):
+        case.model.run_with_cache(PROMPTS, 9, STEPS, case.guidance, names_filter=names, out=tmp_path / "cache")
+
+
+# Views of one step, gradients, attribution
+
+
+def test_transformer_lens_patches_a_view_of_one_step(case: Case) -> None:
+    """Its activation patching, position by position, against a run with the same edit by hand."""
+    name = "blocks.1.hook_resid_pre"
+    joint = "joint_pos" in case.model.dit.axes(name)
+    how = {"num_steps": STEPS, "guidance": case.guidance, "returns": "out"}
+    view, tokens = case.model.at(1, PROMPTS, SEEDS, pos="joint" if joint else "image", **how)
+    layout = case.model.layout(PROMPTS)
+    assert tokens.shape == (2, layout.length("joint") if joint else layout.n_image)
+    first = tokens[:1].repeat(1, 1)
+    _, cache = view.run_with_cache(first, names_filter=lambda known: known.endswith("hook_resid_pre"))
+    place = 3
+
+    def patch(tensor: Tensor, hook: Any) -> Tensor:
+        tensor = tensor.clone()
+        tensor[:, place] = cache[name][:, place]
+        return tensor
+
+    found = view.run_with_hooks(tokens[1:], [(name, patch)])
+    if case.name == "FLUX.1":
+        table = tl_patching.get_act_patch_resid_pre(view, tokens[1:], cache, lambda out: out.flatten()[7])
+        assert close(table[1, place], found.flatten()[7])
+    ours = case.run.take(torch.tensor([1])).fork(1, [(f"steps.1.cond.{name}", patch)], until=2)
+    assert close(found, ours.record.outs[1])
+    with pytest.raises(ValueError, match="positions in this model"):
+        case.model.at(1, PROMPTS, SEEDS, pos="text" if joint else "joint", **how)
+
+
+def test_gradients_are_autograds(case: Case) -> None:
+    """Directional derivative by central differences of a run, against a gradient through all later steps."""
+    name = f"steps.1.cond.blocks.0.{case.attention}.hook_z"
+    run = case.run
+    seen: dict[str, Tensor] = {}
+
+    def open_(tensor: Tensor, hook: Any) -> Tensor:
+        seen["z"] = tensor.detach().requires_grad_()
+        return seen["z"]
+
+    with torch.enable_grad():
+        total = run.fork(1, [(name, open_)]).latent.double().sum()
+        (gradient,) = torch.autograd.grad(total, seen["z"])
+    direction = gradient / gradient.norm()
+    sides = [run.fork(1, [(name, lambda z, hook, e=e: z + e * direction)]).latent.double().sum() for e in (1e-3, -1e-3)]
+    slope = float(sides[0] - sides[1]) / 2e-3
+    assert slope == pytest.approx(float(gradient.norm()), rel=2e-2)
+
+
+def test_attribution_is_first_order_patching(case: Case) -> None:
+    """Scores against autograd by hand, and their exact verification against a run with the patch."""
+    words = [("red circle is above blue square", "blue circle is above red square")]
+    (source_text, original_text), *_ = words
+    original, source = (case.model.trajectory(text, 3, STEPS, case.guidance) for text in (original_text, source_text))
+    pair = attribution.pair(original, source, steps=[1])
+    kinds = [case.attention, "resid_post"]
+    with torch.enable_grad():
+        found = attribution.nodes(pair, lambda images: images.flatten(1).mean(1), kinds)
+    site = f"steps.1.cond.blocks.0.{case.attention}.hook_z"
+    kept: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor, hook: Any) -> None:
+        kept["source"] = tensor.clone()
+
+    def open_(tensor: Tensor, hook: Any) -> Tensor:
+        kept["z"] = tensor.detach().requires_grad_()
+        return kept["z"]
+
+    source.fork(1, [(site, keep)], until=2)
+    with torch.enable_grad():
+        total = original.fork(1, [(site, open_)]).images.flatten(1).mean(1).sum()
+        (gradient,) = torch.autograd.grad(total, kept["z"])
+    by_hand = ((kept["source"] - kept["z"].detach()) * gradient).sum((0, 1, 3))
+    ours = torch.from_numpy(found.scores[case.attention].sel(step=1, layer=0).squeeze().values)
+    assert close(ours, by_hand.to(ours), 1e-4)
+    checked = found.verify(k=1, sample=2)
+    assert np.isfinite(checked.table["exact"]).all()
+
+
+def test_a_path_patch_is_the_patch_by_hand(case: Case) -> None:
+    """All paths from one head: its value of the source run, in the original run."""
+    texts = ("blue circle is above red square", "red circle is above blue square")
+    original, source = (case.model.trajectory(text, 3, STEPS, case.guidance) for text in texts)
+    site, kept = f"steps.1.cond.blocks.0.{case.attention}.hook_z", []
+    source.fork(1, [(site, lambda z, hook: kept.append(z.clone()))], until=2)
+
+    def patch(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone()
+        z[:, :, 1] = kept[0][:, :, 1]
+        return z
+
+    def metric(tensor: Tensor) -> Tensor:
+        return tensor.flatten(1).mean(1)
+
+    by_hand = metric(original.fork(1, [(site, patch)]).images)
+    senders = patching.Nodes(f"{case.attention}.L0H1", steps=1)
+    exact = patching.path_patch(original, source, senders, "image", metric, "exact")
+    assert close(torch.from_numpy(exact["patched"].values), by_hand.double())
+    receivers = patching.Nodes(f"{case.attention}.L1H0.q", steps=1)
+    direct = patching.path_patch(original, source, senders, receivers, metric)
+    assert np.isfinite(direct["patched"].values).all()
+    assert abs(float((direct["patched"] - direct["original"]).squeeze())) > 0
+    with pytest.raises(ValueError, match="has no hook_text to patch"):
+        patching.path_patch(original, source, "text", "image", metric)
+
+
+def test_a_synopsis_is_the_patterns_sums(case: Case) -> None:
+    layout = case.model.layout(case.model.draft(PROMPTS, SEEDS, STEPS, case.guidance))
+    upper = torch.arange(layout.n_image) < layout.n_image // 2
+    groups = {"upper": upper, "lower": ~upper}
+    text = {"circle": prompts.word("circle")}
+    found = synopsis.attention_synopsis(
+        case.model, PROMPTS, SEEDS, image_groups=groups, text_groups=text, num_steps=STEPS, guidance=case.guidance
+    )
+    name = f"blocks.0.{case.attention}.hook_pattern"
+    pattern = case.cached(name, steps=1)[f"steps.1.cond.{name}"]
+    words = prompts.token_mask(case.model, PROMPTS, prompts.word("circle"))
+    image = 0 if case.attention == "cross_attn" else layout.n_image
+    keys = pattern[..., image : image + words.shape[1]] * words[:, None, None]
+    by_hand = keys[:, :, : layout.n_image][:, :, upper].sum((2, 3))
+    ours = torch.from_numpy(found.sel(layer=0, step=1, branch="cond", image_group="upper", text_group="circle").values)
+    assert close(ours, by_hand.to(ours), 1e-4)
