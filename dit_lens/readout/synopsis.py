@@ -130,7 +130,7 @@ def attention_synopsis(
         >>> found.sizes["step"], found["text_group"].values.tolist()
         (2, ['color1', 'shape1', 'relation', 'color2', 'shape2', 'filler', 'eos', 'pad'])
     """
-    num_steps, guidance = how.get("num_steps", DEFAULT_STEPS), how.get("guidance", None)
+    num_steps, guidance = how.get("num_steps", DEFAULT_STEPS), how.get("guidance")
     interventions = how.get("interventions", ())
     batch_size = integer("batch_size", how.get("batch_size", BATCH), 1)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
