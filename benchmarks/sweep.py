@@ -35,7 +35,7 @@ from transformer_lens import patching as tl_patching
 
 from dit_lens import Intervention, scenes, sweep
 from dit_lens.sweep.cost import seconds_of_step
-from dit_lens.sweep.scores import By
+from dit_lens.sweep.scores import Method
 from hooked_models import HookedTextToImage
 from hooked_models.pipelines.hub import resolve
 
@@ -153,7 +153,7 @@ def searched(model: HookedTextToImage, config: Config) -> list[dict[str, Any]]:
     metrics = {"relation": sweep.relation_metric(wanted), "strength": sweep.Metric(strength)}
     plan = sweep.plan(model, [scenes.caption(scene) for scene in wanted], config.seed, cells, metrics)
     exhaustive, whole = seconds(plan.run, config.device)
-    ways: tuple[By, ...] = ("step", "attribution")
+    ways: tuple[Method, ...] = ("step", "attribution")
     rows = []
     for metric, score in product(metrics, ways):
         search = partial(sweep.two_stage, plan, metric, config.top, config.sample, score=score)

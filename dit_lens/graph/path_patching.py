@@ -166,7 +166,7 @@ class _Experiment:
         return CARRIED + 1 if "steps" in self.frozen and isinstance(self.original, Generation) else SENT + 1
 
     def patched(self, senders: Nodes, receivers: Mapping[int, Nodes]) -> dict[int, Float[np.ndarray, " prompt"]]:
-        """copy → metric of that copy, in which its receivers' inputs are those of SENT.
+        """Copy → metric of that copy, in which its receivers' inputs are those of SENT.
 
         Receivers of fresh copies are independent experiments. In those, frozen components are frozen at the original run: a
         set of receivers that paths join belongs into REFERENCE, alone.

@@ -108,9 +108,9 @@ class Edit:
     """Mask of the entries that change; as many axes as the tensor, 1 along those that are selected whole."""
     prompt: Int[Tensor, " row"]
     """Group ids: equal for equal prompts."""
-    alike: Int[Tensor, " row"]
+    exchange_group: Int[Tensor, " row"]
     """Group ids: rows with equal ids may exchange values under "resample"."""
-    pooled: int | None = None
+    ordered_axis: int | None = None
     """The token axis, if selected tokens correspond in order and not by position; else None."""
     seed: int = 0
     values: Tensor | None = None
@@ -128,11 +128,11 @@ class Edit:
         if values is not None and values.ndim == self.where.ndim and len(values) == len(self.where):
             values = values[rows.to(values.device)]
         rows = rows.cpu()
-        where, prompt, alike = self.where[rows.to(self.where.device)], self.prompt[rows], self.alike[rows]
-        return replace(self, where=where, prompt=prompt, alike=alike, values=values)
+        where, prompt, exchange_group = self.where[rows.to(self.where.device)], self.prompt[rows], self.exchange_group[rows]
+        return replace(self, where=where, prompt=prompt, exchange_group=exchange_group, values=values)
 
     @property
-    def looks_around(self) -> bool:
+    def depends_on_batch(self) -> bool:
         """True if the edit mixes rows of the batch."""
         return self.action in ("mean", "resample")
 
@@ -149,8 +149,10 @@ class Edit:
         values = first.values
         if values is not None and not (values.ndim < first.where.ndim and all(edit.values is values for edit in edits)):
             values = _stacked([_rows(edit) for edit in edits])
-        prompt, alike = torch.cat([edit.prompt for edit in edits]), torch.cat([edit.alike for edit in edits])
-        return replace(first, where=_stacked([edit.where for edit in edits]), prompt=prompt, alike=alike, values=values)
+        prompt, exchange_group = torch.cat([edit.prompt for edit in edits]), torch.cat([edit.exchange_group for edit in edits])
+        return replace(
+            first, where=_stacked([edit.where for edit in edits]), prompt=prompt, exchange_group=exchange_group, values=values
+        )
 
     def on(self, rows: Int[Tensor, " row"]) -> HookFunction:
         """Hook that applies this edit to the given rows of a larger batch, and leaves the others as
@@ -162,7 +164,7 @@ class Edit:
         """Raise ValueError if the action is undefined for these rows on their own."""
         if self.action == "resample":
             _ = self.sources
-        if self.action == "mean" and len(self.where) == 1 and self.pooled is None:
+        if self.action == "mean" and len(self.where) == 1 and self.ordered_axis is None:
             raise ValueError("The mean over one prompt is that prompt: run several, or give a reference, Replace(mean).")
 
     def check_shape(self, shape: Sequence[int]) -> None:
@@ -184,8 +186,8 @@ class Edit:
         """
         rng, source = np.random.default_rng(self.seed), np.arange(len(self.where))
         touched = self.where.flatten(1).any(dim=1).cpu().numpy()
-        for kind in np.unique(self.alike[touched]):
-            rows = np.flatnonzero(touched & (self.alike.numpy() == kind))
+        for kind in np.unique(self.exchange_group[touched]):
+            rows = np.flatnonzero(touched & (self.exchange_group.numpy() == kind))
             source[rows] = rows[another_prompt(self.prompt[rows].numpy(), rng)]
         return torch.from_numpy(source)
 
@@ -198,21 +200,21 @@ class Edit:
     def arguments(self) -> dict[str, Any]:
         """Arguments of `dit_lens.intervene.portable_ops.edited` for this edit."""
         kind = self.action if isinstance(self.action, str) else type(self.action).__name__.lower()
-        found: dict[str, Any] = {"kind": kind, "where": self.where, "values": self.values, "pooled": self.pooled}
+        found: dict[str, Any] = {"kind": kind, "where": self.where, "values": self.values, "ordered_axis": self.ordered_axis}
         if isinstance(self.action, Scale):
             found["factor"] = self.action.factor
         if kind == "resample":
-            found |= {"donors": (self.sources, None if self.pooled is None else self._counterparts)}
+            found |= {"donors": (self.sources, None if self.ordered_axis is None else self._counterparts)}
         return found
 
     @cached_property
     def _counterparts(self) -> Int[Tensor, "row ..."]:
         """For each row's k-th selected token, the position of its source's k-th; along the token axis, 1 elsewhere."""
-        assert self.pooled is not None
-        selected = self.where.movedim(self.pooled, 1).flatten(2).any(dim=2)
+        assert self.ordered_axis is not None
+        selected = self.where.movedim(self.ordered_axis, 1).flatten(2).any(dim=2)
         in_order = selected.long().argsort(dim=1, descending=True, stable=True)  # the selected positions first
         k = (selected.cumsum(dim=1) - 1).clamp(min=0)
-        return along(in_order[self.sources.to(k.device)].gather(1, k), self.where.ndim, 0, self.pooled)
+        return along(in_order[self.sources.to(k.device)].gather(1, k), self.where.ndim, 0, self.ordered_axis)
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,7 +247,7 @@ def another_prompt(prompt: Int[np.ndarray, " row"], rng: np.random.Generator) ->
     if 2 * counts.max() > len(prompt):
         raise ValueError(
             "A prompt finds no other one, with equally many selected tokens, to take its values from: resample in a larger batch "
-            "of prompts whose wording is alike, or use 'mean' or Replace(cache)."
+            "of prompts whose wording is exchange_group, or use 'mean' or Replace(cache)."
         )
     order = np.argsort(rng.permutation(len(kinds))[which], kind="stable")
     source = np.empty_like(order)

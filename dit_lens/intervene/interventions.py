@@ -224,9 +224,9 @@ class Intervention:
             where = where & along(self._head_mask(model, layout, site), layout.ndim, layout.head)
         if not where.any():
             return []
-        pooled, alike = self._exchangeable(model, layout, site, read, words, selected)
+        ordered_axis, exchange_group = self._exchangeable(model, layout, site, read, words, selected)
         prompt = torch.tensor([texts.index(text) for text in texts])
-        shared = Edit(site, self.action, where.to(model.device), prompt, alike, pooled, seed)
+        shared = Edit(site, self.action, where.to(model.device), prompt, exchange_group, ordered_axis, seed)
         shared.check()
         n_heads = None if layout.head is None else model.names.module(site.part).cfg.n_heads
         return [replace(shared, site=one, values=self._values(one, layout, n, n_heads)) for one in sites]
@@ -254,13 +254,13 @@ class Intervention:
             return None, torch.zeros(len(read), dtype=torch.long)
         if selected is not None and self._in_order:
             return layout.token, self._counts(model, read, selected)
-        alike = words.sum(dim=1)
-        if self.action == "mean" and len(alike.unique()) > 1:
+        exchange_group = words.sum(dim=1)
+        if self.action == "mean" and len(exchange_group.unique()) > 1:
             raise ValueError(
                 f"These prompts have different numbers of tokens, so equal positions of {site.name} mean different words: "
                 "take the mean over a role, tokens='relation', or Replace(reference)."
             )
-        return None, alike
+        return None, exchange_group
 
     def _selected(
         self,

@@ -26,7 +26,7 @@ def edited(
     where: Tensor,
     factor: float = 1.0,
     values: Tensor | None = None,
-    pooled: int | None = None,
+    ordered_axis: int | None = None,
     donors: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """`tensor` [row …] with the entries in `where` changed; arguments are those of `intervene.edits.Edit`, which makes them.
@@ -34,22 +34,22 @@ def edited(
     Args:
         kind: "zero", "mean", "resample", "knockout", "scale", "replace" or "add".
         donors: for "resample", the row that each row takes its values from; and the position along
-            the axis `pooled`, where tokens correspond in order.
+            the axis `ordered_axis`, where tokens correspond in order.
     """
     where = where.to(tensor.device)
     if kind == "zero":
         new = torch.zeros_like(tensor)
     elif kind == "knockout":
         new = torch.full_like(tensor, MASKED)
-    elif kind == "mean" and pooled is None:
+    elif kind == "mean" and ordered_axis is None:
         new = tensor.mean(dim=0, keepdim=True)
     elif kind == "mean":
-        over = (0, pooled)
+        over = (0, ordered_axis)
         new = (tensor * where).sum(over, keepdim=True) / where.sum(over, keepdim=True).clamp(min=1)
     elif kind == "resample":
         rows, positions = donors
         new = tensor[rows.to(tensor.device)]
-        new = new if pooled is None else new.take_along_dim(positions.to(tensor.device), pooled)
+        new = new if ordered_axis is None else new.take_along_dim(positions.to(tensor.device), ordered_axis)
     elif kind == "scale":
         new = factor * tensor
     elif kind == "replace":

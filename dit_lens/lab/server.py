@@ -139,66 +139,71 @@ def serve(lab: Lab, host: str = "127.0.0.1", port: int = 7860, names: Sequence[s
         '127.0.0.1'
         >>> server.server_close()
     """
-    token = secrets.token_urlsafe(16)
-    page = lab.page(token).encode()
+    facts = {"lab": lab, "token": secrets.token_urlsafe(16), "names": names}
+    return HTTPServer((host, port), type("Handler", (_Handler,), facts))
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self._refused():
-                return
-            if self.path.split("?")[0] != "/":
-                self._answer(404, b"There is one page here: /", "text/plain")
-                return
-            self._answer(200, page, "text/html; charset=utf-8")
 
-        def do_POST(self) -> None:
-            if self._refused():
-                return
-            length = self.headers.get("Content-Length", "")
-            if not secrets.compare_digest(self.headers.get("X-Token", "").encode(), token.encode()):
-                self._json(403, {"error": "Open the page anew: it was given out by another server."})
-            elif not length.isdecimal() or int(length) > LONGEST_REQUEST:
-                self._json(413, {"error": "The request is too long."})
-            else:
-                self._draw(self.rfile.read(int(length)))
+class _Handler(BaseHTTPRequestHandler):
+    """Answers requests for the page and for images; a subclass for each server has the attributes."""
 
-        def _draw(self, body: bytes) -> None:
-            try:
-                given = json.loads(body)
-                answer = lab.draw(State.read(given if isinstance(given, dict) else {}))
-            except (ValueError, TypeError, LookupError) as error:
-                message = error.args[0] if error.args else type(error).__name__
-                self._json(400, {"error": str(message)})
-            else:
-                self._json(200, answer)
+    lab: Lab
+    token: str
+    names: Sequence[str]
 
-        def _refused(self) -> bool:
-            visited = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]")
-            if visited in names:
-                return False
-            self._answer(403, b"This address is not one of the lab's names.", "text/plain")
-            return True
+    def do_GET(self) -> None:
+        if self._refused():
+            return
+        if self.path.split("?")[0] != "/":
+            self._answer(404, b"There is one page here: /", "text/plain")
+            return
+        self._answer(200, self.lab.page(self.token).encode(), "text/html; charset=utf-8")
 
-        def _json(self, status: int, value: dict[str, Any]) -> None:
-            self._answer(status, json.dumps(value).encode(), "application/json")
+    def do_POST(self) -> None:
+        if self._refused():
+            return
+        length = self.headers.get("Content-Length", "")
+        if not secrets.compare_digest(self.headers.get("X-Token", "").encode(), self.token.encode()):
+            self._json(403, {"error": "Open the page anew: it was given out by another server."})
+        elif not length.isdecimal() or int(length) > LONGEST_REQUEST:
+            self._json(413, {"error": "The request is too long."})
+        else:
+            self._draw(self.rfile.read(int(length)))
 
-        def _answer(self, status: int, body: bytes, kind: str) -> None:
-            self.send_response(status)
-            for name, value in (
-                ("Content-Type", kind),
-                ("Content-Length", str(len(body))),
-                ("Cache-Control", "no-store"),
-                ("X-Content-Type-Options", "nosniff"),
-                ("X-Frame-Options", "DENY"),
-            ):
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+    def _draw(self, body: bytes) -> None:
+        try:
+            given = json.loads(body)
+            answer = self.lab.draw(State.read(given if isinstance(given, dict) else {}))
+        except (ValueError, TypeError, LookupError) as error:
+            message = error.args[0] if error.args else type(error).__name__
+            self._json(400, {"error": str(message)})
+        else:
+            self._json(200, answer)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Print nothing."""
+    def _refused(self) -> bool:
+        visited = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]")
+        if visited in self.names:
+            return False
+        self._answer(403, b"This address is not one of the lab's names.", "text/plain")
+        return True
 
-    return HTTPServer((host, port), Handler)
+    def _json(self, status: int, value: dict[str, Any]) -> None:
+        self._answer(status, json.dumps(value).encode(), "application/json")
+
+    def _answer(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("X-Frame-Options", "DENY"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing."""
 
 
 def _url(image: Float[Tensor, "1 3 height width"]) -> str:

@@ -52,6 +52,8 @@ def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Layer:
+    """Heads and MLP units of one layer."""
+
     heads: dict[Sublayer, dict[str, Head]] = field(default_factory=lambda: {"attn": {}, "cross_attn": {}})
     units: list[tuple[Tensor, float, Tensor]] = field(default_factory=list)
     """Input weights of an MLP unit (after LayerNorm), its bias and its output weights."""

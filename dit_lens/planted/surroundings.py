@@ -76,7 +76,7 @@ def caption_mlp(
 
 
 def clock(transformer: Any, residual: ResidualSpace) -> None:
-    """adaLN shifts every MLP's input by "clock_late" and "clock_final" below their timesteps; gates are 1, all else is 0."""
+    """Let adaLN shift every MLP's input by "clock_late" and "clock_final" below their timesteps; gates are 1, all else is 0."""
     conditioner = transformer.adaln_single
     embedder = conditioner.emb.timestep_embedder
     times = torch.arange(1000)

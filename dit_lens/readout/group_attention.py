@@ -17,7 +17,7 @@ from hooked_models import Trajectory
 from hooked_models.generation.loops import Call
 from hooked_models.generation.names import Branch
 from hooked_models.generation.trajectory import Run
-from hooked_models.hooks.module import HookedModule, watched
+from hooked_models.hooks.module import HookedModule, has_hooks
 from hooked_models.hooks.scopes import scope
 from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 
@@ -164,7 +164,7 @@ class Reader(Protocol):
 @contextmanager
 def reading(model: HookedModule, readers: Mapping[Any, Reader]) -> Iterator[None]:
     """Attach a reader to each attention: to q and k, or to the pattern if hooks may change it."""
-    explicit = [one for one in readers if watched(one.hook_attn_scores) or watched(one.hook_pattern)]
+    explicit = [one for one in readers if has_hooks(one.hook_attn_scores) or has_hooks(one.hook_pattern)]
     fused = [one for one in readers if one not in explicit]
     with scope() as inner, model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
         inner.values |= {(id(one), "on_qk"): readers[one].read for one in fused}

@@ -201,7 +201,7 @@ class Server:
 
 
 def _backend_class() -> Any:
-    """nnsight's backend, whose every exchange has our deadline, and which loads no pickled code.
+    """The backend of nnsight, whose every exchange has our deadline, and which loads no pickled code.
 
     A function, because nnsight is imported where it is needed only.
     """

@@ -1,5 +1,6 @@
 """A denoiser call and a whole generation, run on several copies of their batch at once, so that hooks can pass values
-between the copies. Rows are copies of the batch, one after the other: [copy · batch, …]."""
+between the copies. Rows are copies of the batch, one after the other: [copy · batch, …].
+"""
 
 from __future__ import annotations
 

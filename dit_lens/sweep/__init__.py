@@ -29,7 +29,7 @@ from hooked_models.arguments import integer, integers, mapping, number
 from hooked_models.generation.model import DEFAULT_STEPS
 
 from ..runs.drawing import Planning
-from .metrics import OWN, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
+from .metrics import FIRST_TOUCHED, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
 from .plan import Plan
 from .search import Missed, Search, two_stage
 from .treatments import Interventions, grid, resolve
@@ -108,7 +108,7 @@ def plan(
     reads = {name: metric.read(extent) for name, metric in wrapped.items()}
     treatments = resolve(model, texts, interventions, draft, rng)
     for name, read in reads.items():
-        if read.step == OWN and (late := [one.label for one in treatments if one.first == steps]):
+        if read.step == FIRST_TOUCHED and (late := [one.label for one in treatments if one.first == steps]):
             raise ValueError(
                 f"The metric {name!r} is taken at the first step that an intervention touches, and {late[0]!r} touches none: "
                 f"name a step, on='steps.0.{read.inner}'."

@@ -91,13 +91,13 @@ class Clean:
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             kept: dict[tuple[int, str], Tensor] = {}
-            with model.hooks(reading(wanted, kept)):
+            with model.hooks(capturing(wanted, kept)):
                 run = model.run(inputs_of(model, inputs, seeds, some), after=lambda step, record, latent: done(len(latent)))
             for read, parts in found.items():
                 if read.step is None:
                     parts.append(run.latent if read.inner == "latent" else run.images)
                 else:
-                    parts.append(made_of(kept, read, inputs.solver))
+                    parts.append(metric_input(kept, read, inputs.solver))
             runs.append(run)
         return cls(
             model,
@@ -120,7 +120,7 @@ class Clean:
 
     def index(self, rows: Rows) -> Int[Tensor, " row"]:
         """Where rows stand here."""
-        return index_of(np.searchsorted(self.rows, rows), self.model)
+        return as_index(np.searchsorted(self.rows, rows), self.model)
 
     def prepare(self, forks: Sequence[Fork]) -> None:
         """Have the residual streams ready that these forks begin with, and no others."""
@@ -137,10 +137,10 @@ class Clean:
             if len(missing):
                 new = self._residuals(*key, missing)
                 still = np.flatnonzero(np.isin(have, rows))
-                old = {layer: tensor[index_of(still, self.model)] for layer, tensor in tensors.items()}
+                old = {layer: tensor[as_index(still, self.model)] for layer, tensor in tensors.items()}
                 joined = np.concatenate([have[still], missing])
                 order = np.argsort(joined)
-                at = index_of(order, self.model)
+                at = as_index(order, self.model)
                 tensors = {layer: (torch.cat([old[layer], x]) if old else x)[at] for layer, x in new.items()}
                 have = joined[order]
             kept[key] = (have, tensors)
@@ -149,7 +149,7 @@ class Clean:
     def residual(self, step: int, branch: Branch, layer: int, rows: Rows) -> Float[Tensor, "row pos d_model"]:
         """Residual stream that enters a layer, for rows given to `prepare`."""
         have, tensors = self.residuals[step, branch]
-        return tensors[layer][index_of(np.searchsorted(have, rows), self.model)]
+        return tensors[layer][as_index(np.searchsorted(have, rows), self.model)]
 
     def _residuals(self, step: int, branch: Branch, rows: Rows) -> dict[int, Tensor]:
         model, run = self.model, self.take(rows)
@@ -174,10 +174,10 @@ class Clean:
 def inputs_of(model: HookedTextToImage, inputs: Inputs, seeds: Sequence[int], rows: Rows) -> Inputs:
     """The inputs of rows, each with the noise of its seed, from those of the prompts."""
     n = len(inputs)
-    return model.reseeded(inputs.take(index_of(rows % n, model)), [seeds[row // n] for row in rows.tolist()])
+    return model.reseeded(inputs.take(as_index(rows % n, model)), [seeds[row // n] for row in rows.tolist()])
 
 
-def made_of(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Solver) -> Tensor:
+def metric_input(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Solver) -> Tensor:
     """A tensor that metrics read, from those at hooks between calls; `eps` as `GenerationCache` derives it."""
     assert read.step is not None
     if read.inner != "eps":
@@ -186,7 +186,7 @@ def made_of(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Solver) 
     return (kept[read.step, "hook_latent"] - alpha * kept[read.step, "hook_x0"]) / sigma
 
 
-def reading(wanted: Iterable[tuple[int, str]], kept: dict[tuple[int, str], Tensor]) -> list[tuple[str, HookFunction]]:
+def capturing(wanted: Iterable[tuple[int, str]], kept: dict[tuple[int, str], Tensor]) -> list[tuple[str, HookFunction]]:
     """Hooks that copy tensors between calls into `kept`, under (step, name)."""
 
     def keep(tensor: Tensor, hook: HookPoint, key: tuple[int, str]) -> None:
@@ -195,6 +195,6 @@ def reading(wanted: Iterable[tuple[int, str]], kept: dict[tuple[int, str], Tenso
     return [(f"steps.{step}.{inner}", partial(keep, key=(step, inner))) for step, inner in wanted]
 
 
-def index_of(values: np.ndarray, model: HookedTextToImage) -> Tensor:
+def as_index(values: np.ndarray, model: HookedTextToImage) -> Tensor:
     """Indices as a tensor where the model is."""
     return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(model.device)

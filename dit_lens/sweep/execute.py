@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .clean import Clean, Fork
 from .forks import Batch
-from .metrics import OWN, Metric, Read
+from .metrics import FIRST_TOUCHED, Metric, Read
 from .progress import progress_bar
 from .results import Results
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .cluster import Cluster
     from .plan import Plan
 
-LONG = 10
+PROGRESS_FROM = 10
 """Batches from which a progress bar is shown."""
 
 
@@ -113,22 +113,22 @@ class Execution:
         for fork in self.pending:
             steps[plan.cells_of(fork)] = fork.until - fork.first
         work = len(self.rows) * plan.steps + int(steps.sum())
-        with progress_bar(int((~self.done).sum()), work, disable=len(jobs) < LONG) as told:
-            clean = Clean.sample(plan.model, plan.inputs(), plan.seeds, self.rows, self.steps_read, self.batch, told.worked)
+        with progress_bar(int((~self.done).sum()), work, disable=len(jobs) < PROGRESS_FROM) as advance:
+            clean = Clean.sample(plan.model, plan.inputs(), plan.seeds, self.rows, self.steps_read, self.batch, advance.rows)
             clean.expect(self.pending)
             shared = Work(plan, clean, self.baselines(clean), self.batch)
             if len(self.unchanged):
                 self.results.add(shared.table(self.unchanged, None, {}))
-                told.finished(len(self.unchanged))
+                advance.cells(len(self.unchanged))
             if cluster is None:
-                tables: Iterable[pd.DataFrame] = (shared.rows(forks, told.worked) for forks in jobs)
+                tables: Iterable[pd.DataFrame] = (shared.rows(forks, advance.rows) for forks in jobs)
             else:
                 tables = cluster.rows(shared, jobs)
             for table in tables:
                 self.results.add(table)
-                told.finished(len(table))
+                advance.cells(len(table))
                 if cluster is not None:
-                    told.worked(int(steps[table["cell"]].sum()))
+                    advance.rows(int(steps[table["cell"]].sum()))
 
     @cached_property
     def steps_read(self) -> set[Read]:
@@ -194,4 +194,4 @@ def metric_of(plan: Plan, column: str) -> str | None:
 def depends_on_condition(plan: Plan, column: str) -> bool:
     """True if a column's baseline is taken at another step in another condition."""
     name = metric_of(plan, column)
-    return name is not None and plan.reads[name].step == OWN
+    return name is not None and plan.reads[name].step == FIRST_TOUCHED

@@ -27,8 +27,8 @@ from hooked_models.generation.trajectory import Inputs
 from hooked_models.pixart.text_state import TextState
 
 from ..intervene.edits import Add, Edit, Replace, RowEdits
-from .clean import Clean, Fork, index_of, made_of, reading
-from .metrics import OWN, Read
+from .clean import Clean, Fork, as_index, capturing, metric_input
+from .metrics import FIRST_TOUCHED, Read
 from .treatments import Treatment
 
 
@@ -76,7 +76,7 @@ class Batch:
             edits[step] = self._edits(step, self.active(step))
             hooks += [(f"steps.{step}.{inner}", edit) for (part, inner, _), edit in edits[step].items() if part == "sampler"]
             wanted = {(step, hook) for read in self._read_at(step, reads) for hook in read.hooks}
-            hooks += reading(sorted(wanted), kept)
+            hooks += capturing(sorted(wanted), kept)
         made = run
         if last > min(self.first):
             with model.hooks(hooks):
@@ -84,16 +84,16 @@ class Batch:
                     self._inputs(run.inputs),
                     run.record,
                     until=last,
-                    rows=lambda step: index_of(self.active(step), model),
+                    rows=lambda step: as_index(self.active(step), model),
                     denoise=partial(self._denoise, run, edits),
                     after=lambda step, record, latent: done(size) if (size := len(self.active(step))) else None,
                 )
         for step in edits:
             for read in self._read_at(step, reads):
                 rows, active = self._rows_read(read, step)
-                value = made_of(kept, read.at(step), run.inputs.solver)[index_of(rows, model)]
-                found[read] = found[read].index_copy(0, index_of(active, model), value)
-        finished = index_of(np.flatnonzero((self.until == clean.steps) & (self.first < clean.steps)), model)
+                value = metric_input(kept, read.at(step), run.inputs.solver)[as_index(rows, model)]
+                found[read] = found[read].index_copy(0, as_index(active, model), value)
+        finished = as_index(np.flatnonzero((self.until == clean.steps) & (self.first < clean.steps)), model)
         latent = run.latent.index_copy(0, finished, made.latent[finished]) if len(finished) else run.latent
         return found | self._read_at_the_end(reads, replace(run, latent=latent))
 
@@ -111,14 +111,14 @@ class Batch:
     def _rows_read(self, read: Read, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows that a metric reads at a step: their places among the active ones, and their numbers."""
         active = self.active(step)
-        rows = np.flatnonzero(self.first[active] == step) if read.step == OWN else np.arange(len(active))
+        rows = np.flatnonzero(self.first[active] == step) if read.step == FIRST_TOUCHED else np.arange(len(active))
         return rows, active[rows]
 
     def _read_at(self, step: int, reads: Collection[Read]) -> list[Read]:
         """The reads that rows of this batch have at a step."""
         some = len(self.active(step)) > 0
         own = bool((self.first[self.active(step)] == step).any())
-        return [read for read in reads if (read.step == step and some) or (read.step == OWN and own)]
+        return [read for read in reads if (read.step == step and some) or (read.step == FIRST_TOUCHED and own)]
 
     def clean_tensor(self, read: Read) -> Tensor:
         """Metric inputs of the runs without intervention."""
@@ -141,12 +141,12 @@ class Batch:
             own = np.arange(self.offsets[i], self.offsets[i + 1])
             edits += [(k, e, place[own]) for k, e in self._taken(self.treatments[self.forks[i].condition].before, own)]
         with model.hooks([(site.name, hook) for site, hook in _by_site(edits, model).items()]):
-            text = model.encode(inputs.tokens[index_of(some, model)], inputs.guidance)
+            text = model.encode(inputs.tokens[as_index(some, model)], inputs.guidance)
         n, m = len(self.rows), len(some)
         order = np.where(place < 0, np.arange(n), place + (2 * n if inputs.guided else n))
         if inputs.guided:  # rows are [uncond; cond], and so are those that were encoded again
             order = np.concatenate([order, np.where(place < 0, np.arange(n) + n, place + 2 * n + m)])
-        return replace(inputs, text=inputs.text.join(text).take(index_of(order, model)))
+        return replace(inputs, text=inputs.text.join(text).take(as_index(order, model)))
 
     def _taken(self, edits: Sequence[Edit], own: np.ndarray) -> Iterator[tuple[int, Edit]]:
         """Edits in rows of the batch, each with the number of edits of its site before it."""
@@ -197,17 +197,17 @@ class Batch:
         order = order[np.count_nonzero(start < 0) :]  # the others take the clean run's output
         place = np.full(len(start), -1)
         place[order] = np.arange(len(order))
-        where = {branch: index_of(place[call.part(branch)], model) for branch in call.branches}
+        where = {branch: as_index(place[call.part(branch)], model) for branch in call.branches}
         hooks = _hooks_of_call(edits[step], where)
         if not start.any():
             with model.dit.hooks(hooks):
                 return model.denoise(x, timestep, text)
-        at = index_of(active, model)
+        at = as_index(active, model)
         prediction = torch.cat([run.record.prediction(step, branch)[at] for branch in call.branches])
         if len(order) == 0:
             return prediction
         residuals = self._residuals(call, self.rows[active], start)
-        some = index_of(order, model)
+        some = as_index(order, model)
         if not model.enters_at_layers:
             with model.dit.hooks(hooks):
                 out = model.denoise(x[some], rows_of(timestep, some, len(x)), text.take(some))
@@ -255,12 +255,12 @@ def _by_site(edits: Sequence[tuple[int, Edit, np.ndarray]], model: HookedTextToI
     for k, edit, rows in sorted(edits, key=lambda each: each[0]):
         action = edit.action
         kind: Any = type(action) if isinstance(action, (Replace, Add)) else action
-        key = (k, len(groups.get(edit.site, ())) if edit.looks_around else kind)
+        key = (k, len(groups.get(edit.site, ())) if edit.depends_on_batch else kind)
         groups.setdefault(edit.site, {}).setdefault(key, []).append((edit, rows))
     return {
         site: RowEdits(
             [
-                (Edit.join([edit for edit, _ in parts]), index_of(np.concatenate([rows for _, rows in parts]), model))
+                (Edit.join([edit for edit, _ in parts]), as_index(np.concatenate([rows for _, rows in parts]), model))
                 for parts in by_action.values()
             ]
         )

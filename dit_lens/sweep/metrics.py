@@ -22,9 +22,9 @@ from ..readout.screening import ramp
 Values = Tensor | np.ndarray | Mapping[str, Any]
 """One number for each row [batch], or several by name."""
 
-OWN = -1
+FIRST_TOUCHED = -1
 """Stands for the first step that an intervention touches."""
-SHORT = {"image": FINAL, "latent": "latent", "x0": "hook_x0", "out": "hook_out", "eps": "eps"}
+ALIASES = {"image": FINAL, "latent": "latent", "x0": "hook_x0", "out": "hook_out", "eps": "eps"}
 BETWEEN = ("hook_latent", "hook_x0", "hook_out", "hook_out_cond", "hook_out_uncond", "eps")
 
 
@@ -34,11 +34,11 @@ class Read(NamedTuple):
     inner: str
     """`hook_image`, `latent` (after the last step), or one of `BETWEEN`."""
     step: int | None = None
-    """`OWN`, or a denoising step; None for what comes after the last."""
+    """`FIRST_TOUCHED`, or a denoising step; None for what comes after the last."""
 
     def at(self, own: int) -> Read:
-        """The same with the step in place of `OWN`."""
-        return Read(self.inner, own) if self.step == OWN else self
+        """The same with the step in place of `FIRST_TOUCHED`."""
+        return Read(self.inner, own) if self.step == FIRST_TOUCHED else self
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -97,16 +97,16 @@ class Metric:
 
     def read(self, extent: Extent) -> Read:
         """Tensor of the metric in runs of an extent. Raises ValueError if they have no such tensor."""
-        step, inner = None, SHORT.get(self.on)
+        step, inner = None, ALIASES.get(self.on)
         if inner is not None:
-            step = None if inner in (FINAL, "latent") else OWN
+            step = None if inner in (FINAL, "latent") else FIRST_TOUCHED
         elif (found := re.fullmatch(r"steps\.(\d+)\.(\w+)", self.on)) and found[2] in BETWEEN:
             step, inner = int(found[1]), found[2]
             if step >= (steps := len(extent.solver)):
                 raise ValueError(f"{self.on} does not exist: this sweep goes over steps 0 to {steps - 1}.")
         else:
             raise ValueError(
-                f"A metric cannot be taken on {self.on!r}: choose {', '.join(SHORT)}, or 'steps.0.' with {', '.join(BETWEEN)}."
+                f"A metric cannot be taken on {self.on!r}: choose {', '.join(ALIASES)}, or 'steps.0.' with {', '.join(BETWEEN)}."
             )
         if inner in ("hook_x0", "eps") and not extent.solver.forms_x0:
             raise ValueError(f"{extent.solver.name} forms no clean-image prediction: take a metric on 'out' instead.")

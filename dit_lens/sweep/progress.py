@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Told(NamedTuple):
+class Advance(NamedTuple):
     """Callbacks that advance the progress bar."""
 
-    finished: Callable[[int], None]
+    cells: Callable[[int], None]
     """Cells."""
-    worked: Callable[[int], None]
+    rows: Callable[[int], None]
     """Rows that went through a denoising step: the measure of time left, for cells differ in how many steps they take."""
 
 
 @contextmanager
-def progress_bar(cells: int, work: int, disable: bool) -> Iterator[Told]:
+def progress_bar(cells: int, work: int, disable: bool) -> Iterator[Advance]:
     """Cells, cells/s and time left, on stderr, for the time of the block."""
     columns = (
         TextColumn("{task.description}"),
@@ -33,9 +33,9 @@ def progress_bar(cells: int, work: int, disable: bool) -> Iterator[Told]:
         task = progress.add_task("sweep", total=work, cells=0, of=cells, rate=0.0)
         counted = 0
 
-        def finished(cells: int) -> None:
+        def advance_cells(cells: int) -> None:
             nonlocal counted
             counted += cells
             progress.update(task, cells=counted, rate=counted / (progress.tasks[0].elapsed or 1.0))
 
-        yield Told(finished, lambda rows: progress.advance(task, rows))
+        yield Advance(advance_cells, lambda rows: progress.advance(task, rows))

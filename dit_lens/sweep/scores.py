@@ -27,18 +27,18 @@ from hooked_models.generation.sampling import Solver
 
 from ..intervene.edits import Edit
 from ..runs.gradients import LATENT, chain, gradients, modulates
-from .clean import Clean, index_of, made_of
+from .clean import Clean, as_index, metric_input
 from .forks import Batch
-from .metrics import OWN, Metric, Read
+from .metrics import FIRST_TOUCHED, Metric, Read
 from .plan import Plan
 from .treatments import Treatment
 
-By = Literal["step", "attribution"]
-OUT = Read("hook_out", OWN)
+Method = Literal["step", "attribution"]
+OUT = Read("hook_out", FIRST_TOUCHED)
 
 
 def scores_of_seed(
-    plan: Plan, name: str, metric: Metric, column: str, by: By, done: Callable[[int], None], seed: int
+    plan: Plan, name: str, metric: Metric, column: str, by: Method, done: Callable[[int], None], seed: int
 ) -> Float[np.ndarray, "condition prompt"]:
     """NaN for conditions that have none.
 
@@ -63,7 +63,7 @@ def scores_of_seed(
     return found
 
 
-def _way(treatment: Treatment, read: Read, by: By) -> By | None:
+def _way(treatment: Treatment, read: Read, by: Method) -> Method | None:
     """Scoring method, or None if the touched tensors do not lie between the inputs and the result."""
     sites = [edit.site for edit in treatment.edits]
     own = read.at(treatment.first).step
@@ -81,7 +81,7 @@ def _way(treatment: Treatment, read: Read, by: By) -> By | None:
 def _questions(plan: Plan, read: Read, which: Int[np.ndarray, " _"]) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
     """(first step of a chain, conditions that it is about); where a metric is taken at the first touched step, one each."""
     firsts = np.array([plan.treatments[i].first for i in which.tolist()], dtype=np.int64)
-    if read.step == OWN:
+    if read.step == FIRST_TOUCHED:
         for first in np.unique(firsts):
             yield int(first), which[firsts == first]
     else:
@@ -101,7 +101,7 @@ class _Part:
     clean: Clean
     first: int
     conditions: Int[np.ndarray, " condition"]
-    ways: Sequence[By | None]
+    ways: Sequence[Method | None]
 
     @cached_property
     def last(self) -> int:
@@ -123,7 +123,7 @@ class _Part:
         for step, gradient in gradients([(one, 1.0)], names, self._measured):
             if step in stepped:
                 for place, rows, changes in self._changes(step, stepped[step]):
-                    found[place, rows] += _product(changes, gradient[_out(step)][index_of(rows, clean.model)])
+                    found[place, rows] += _product(changes, gradient[_out(step)][as_index(rows, clean.model)])
             if step in edits:
                 here = one.activations(step, names[step])
                 for place, name, several in edits[step]:
@@ -204,7 +204,7 @@ def _read(read: Read, solver: Solver, kept: Mapping[str, Tensor]) -> Tensor:
     if read.inner in (FINAL, LATENT):
         return kept[read.inner]
     assert read.step is not None
-    return made_of({(read.step, name): tensor for name, tensor in kept.items()}, read, solver)
+    return metric_input({(read.step, name): tensor for name, tensor in kept.items()}, read, solver)
 
 
 def _out(step: int) -> str:

@@ -27,10 +27,10 @@ from torch import Tensor
 from ..stats import Interval, count_bound, rank_correlation
 from ..store import Store, fingerprint
 from .execute import metric_of
-from .metrics import OWN, Metric
+from .metrics import FIRST_TOUCHED, Metric
 from .plan import Plan
 from .progress import progress_bar
-from .scores import By, scores_of_seed
+from .scores import Method, scores_of_seed
 
 
 class Missed(NamedTuple):
@@ -128,7 +128,7 @@ def two_stage(
     by: Callable[[Tensor], Tensor] | None = None,
     out: str | Path | None = None,
     rng: int = 0,
-    score: By | None = None,
+    score: Method | None = None,
     **running: Unpack[Running],
 ) -> Search:
     """Score all conditions of a plan by an estimate, and run the `k` largest and a random `sample` of all, exactly.
@@ -169,7 +169,7 @@ def two_stage(
     if k < 1 or sample < 1:
         raise ValueError(f"k={k}, sample={sample}: both have to be at least 1.")
     folder = None if out is None else Path(out)
-    way = score or ("attribution" if plan.reads[name].step == OWN else "step")
+    way = score or ("attribution" if plan.reads[name].step == FIRST_TOUCHED else "step")
     scores = _scores(plan, name, metric.removeprefix(name).removeprefix("_"), by, way, folder)
     scored = np.flatnonzero(~np.isnan(scores))
     order = scored[np.argsort(-np.abs(scores[scored]), kind="stable")]
@@ -201,16 +201,16 @@ def two_stage(
 
 
 def _scores(
-    plan: Plan, name: str, column: str, by: Callable[[Tensor], Tensor] | None, way: By, folder: Path | None
+    plan: Plan, name: str, column: str, by: Callable[[Tensor], Tensor] | None, way: Method, folder: Path | None
 ) -> Float[np.ndarray, " condition"]:
     """Means over prompts and seeds; NaN where there is none."""
     metric = plan.metrics[name] if by is None else Metric(by)
     settings = {} if folder is None else {**plan.settings, "scores": fingerprint([metric, plan.reads[name], column, way])}
     with (
-        progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as told,
+        progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as advance,
         nullcontext() if folder is None else Store(folder, settings) as store,
     ):
-        make = partial(scores_of_seed, plan, name, metric, column, way, told.worked)
+        make = partial(scores_of_seed, plan, name, metric, column, way, advance.rows)
         seeds = range(len(plan.seeds))
         of_seeds = [make(seed) if store is None else store.array(f"{seed:08d}.npy", partial(make, seed)) for seed in seeds]
     values = np.stack(of_seeds)  # [seed condition prompt]

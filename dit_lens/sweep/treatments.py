@@ -81,7 +81,7 @@ class Treatment:
     @cached_property
     def joint(self) -> bool:
         """True if a prompt's run depends on the other prompts' (of the same noise), so that they must run together."""
-        return any(edit.looks_around for edit in self.edits)
+        return any(edit.depends_on_batch for edit in self.edits)
 
     @cached_property
     def prompts(self) -> Bool[np.ndarray, " prompt"]:
@@ -132,8 +132,8 @@ class Treatment:
         parts: list[str | Tensor] = [self.label]
         for edit in self.edits:
             action = edit.action if isinstance(edit.action, str) else type(edit.action).__name__
-            parts += [edit.site.name, action, str(getattr(edit.action, "factor", "")), str((edit.pooled, edit.seed))]
-            parts += [edit.where, edit.prompt, edit.alike, *([] if edit.values is None else [edit.values])]
+            parts += [edit.site.name, action, str(getattr(edit.action, "factor", "")), str((edit.ordered_axis, edit.seed))]
+            parts += [edit.where, edit.prompt, edit.exchange_group, *([] if edit.values is None else [edit.values])]
         return digest(*parts)
 
 

@@ -90,8 +90,11 @@ class Scene:
     names_color2: bool = True
 
     def __post_init__(self) -> None:
-        """Raise ValueError for shapes, colors or relations that the task lacks. A relation that the coordinates contradict is
-        allowed: that is how a scene names the relation that it does not show (`opposite`)."""
+        """Raise ValueError for shapes, colors or relations that the task lacks.
+
+        A relation that the coordinates contradict is allowed: that is how a scene names the relation
+        that it does not show (`opposite`).
+        """
         for name in ("shape1", "shape2"):
             one_of(name, getattr(self, name), SHAPES)
         for name in ("color1", "color2"):

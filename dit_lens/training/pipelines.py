@@ -96,7 +96,7 @@ def build_pipeline(
 def build_text_encoder(
     encoder: str, moved_share: float = 1.0, words: Sequence[str] = scenes.WORDS
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """ "rte", "rte-nopos", "fused", "t5-scenes", or the folder or hub id of a T5 encoder with its tokenizer.
+    """Text encoder and tokenizer: "rte", "rte-nopos", "fused", "t5-scenes", or the folder or hub id of a T5.
 
     "fused" is "rte" with the share `moved_share` of every relation word's vector in the second shape word instead of in its
     place (`FusedTokenEncoder`): at 1 the relation words hold nothing but their places, at 0 it is "rte".

@@ -27,7 +27,7 @@ def resolve_precision(asked: Precision, device: torch.device) -> Literal["no", "
 def muon(
     parameters: Sequence[Tensor] | Sequence[dict[str, Any]], lr: float, precision: Precision, weight_decay: float = 0.0
 ) -> torch.optim.Muon:
-    """torch's Muon with decoupled weight decay, its update scaled to AdamW's root mean square."""
+    """Muon of torch with decoupled weight decay, its update scaled to AdamW's root mean square."""
     kind = torch.optim.Muon if precision == "bf16" else Float32Muon
     return kind(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 

@@ -180,23 +180,8 @@ class _Maps:
     def read(cls, cache: GenerationCache, prompts: Sequence[str], options: Mapping[str, Any]) -> _Maps:
         model: Any = cache.model
         joint = isinstance(model, HookedPipeline)
-        found = {(match[2], int(match[1])) for name in cache.cache_dict if (match := PATTERN.fullmatch(name))}
-        layers = sorted(layer for sublayer, layer in found if sublayer == "cross_attn")
-        sublayer = "cross_attn"
-        if joint and not layers:
-            sublayer, layers = "attn", sorted(layer for _, layer in found)
-        if not layers:
-            raise KeyError("The cache has no attention to the text: cache names that end in 'cross_attn.hook_pattern'.")
-        parts, heads = [], []
-        for layer in layers:
-            # layers may have kept unequal numbers of heads, so their heads stand one after the other
-            names = [f"steps.{step}.cond.blocks.{layer}.{sublayer}.hook_pattern" for step in cache.steps]
-            parts.append(torch.stack([cache[name].float().cpu() for name in names], dim=1))
-            kept = range(parts[-1].shape[2]) if cache.heads is None else cache.heads[layer]
-            heads += [f"L{layer}H{head}" for head in kept]
-        if parts[0].ndim != 5:
-            raise ValueError("The cache holds summaries of patterns: run_with_cache(…) without patterns= keeps them whole.")
-        pattern = torch.cat(parts, dim=2).detach()
+        sublayer, layers = _attention_to_text(cache, joint)
+        pattern, heads = _patterns(cache, sublayer, layers)
         if len(prompts) != len(pattern):
             raise ValueError(
                 f"There are {len(prompts)} prompts and {len(pattern)} rows in the cache: pass those it was made with."
@@ -208,17 +193,44 @@ class _Maps:
         grid = layout.grid[:2]
         if sublayer == "attn":  # positions are [image, text]
             pattern = pattern[..., : layout.n_image, layout.n_image :]
-        tokens = []
-        for encoded in model.encoded_texts(list(prompts), **options):
-            spelt = [
-                encoded.text[low:high].strip() or kind for (low, high), kind in zip(encoded.spans, encoded.kinds, strict=True)
-            ]
-            tokens.append([token for token, kind in zip(spelt, encoded.kinds, strict=True) if kind != "pad"])
+        tokens = [_spelt(encoded) for encoded in model.encoded_texts(list(prompts), **options)]
         return cls(pattern, heads, cache.steps, tokens, grid)
 
     def grid(self, image: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of places."""
         return self.known_grid or _grid(self.pattern.shape[-2], image[0] / image[1])
+
+
+def _attention_to_text(cache: GenerationCache, joint: bool) -> tuple[str, list[int]]:
+    """The sublayer that reads the text, and its cached layers. Raises KeyError if there are none."""
+    found = {(match[2], int(match[1])) for name in cache.cache_dict if (match := PATTERN.fullmatch(name))}
+    layers = sorted(layer for sublayer, layer in found if sublayer == "cross_attn")
+    if layers:
+        return "cross_attn", layers
+    if not joint or not found:
+        raise KeyError("The cache has no attention to the text: cache names that end in 'cross_attn.hook_pattern'.")
+    return "attn", sorted(layer for _, layer in found)
+
+
+def _patterns(
+    cache: GenerationCache, sublayer: str, layers: Sequence[int]
+) -> tuple[Float[Tensor, "prompt step head place word"], list[str]]:
+    """Patterns of all heads, those of a layer after those of the one before; and the heads' names."""
+    parts, heads = [], []
+    for layer in layers:
+        names = [f"steps.{step}.cond.blocks.{layer}.{sublayer}.hook_pattern" for step in cache.steps]
+        parts.append(torch.stack([cache[name].float().cpu() for name in names], dim=1))
+        kept = range(parts[-1].shape[2]) if cache.heads is None else cache.heads[layer]
+        heads += [f"L{layer}H{head}" for head in kept]
+    if parts[0].ndim != 5:
+        raise ValueError("The cache holds summaries of patterns: run_with_cache(…) without patterns= keeps them whole.")
+    return torch.cat(parts, dim=2).detach(), heads
+
+
+def _spelt(encoded: Any) -> list[str]:
+    """Tokens of an encoded text as they are spelt, pads left out; special ones by their kind."""
+    tokens = zip(encoded.spans, encoded.kinds, strict=True)
+    return [encoded.text[low:high].strip() or kind for (low, high), kind in tokens if kind != "pad"]
 
 
 def _pooled(maps: _Maps, row: int, grid: tuple[int, int], factor: int) -> UInt8[np.ndarray, "step head place word"]:

@@ -71,11 +71,10 @@ def report(
     """
     if not isinstance(result, pd.DataFrame | xr.DataArray | xr.Dataset):
         raise TypeError(f"report needs a DataFrame, DataArray or Dataset, not {type(result).__name__}.")
-    facts = {**(settings or {})}
-    if not isinstance(result, pd.DataFrame):
-        facts |= {str(name): value for name, value in result.attrs.items()}
+    attributes = {} if isinstance(result, pd.DataFrame) else result.attrs
+    facts = {**(settings or {}), **{str(name): value for name, value in attributes.items()}}
     drawn = dict(figures or {})
-    own = isinstance(result, xr.DataArray) and set(result.dims) == {"layer", "head", "step"} and not drawn
+    own = not drawn and isinstance(result, xr.DataArray) and set(result.dims) == {"layer", "head", "step"}
     if own:
         drawn[str(result.name or "value")] = head_step_map(result, str(result.name or ""))
     source = code if isinstance(code, str) else textwrap.dedent(inspect.getsource(code))
@@ -87,7 +86,7 @@ def report(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f"<title>{name}</title><style>{STYLE}</style></head><body><h1>{name}</h1>",
-        *(_figure(text, figure) for text, figure in drawn.items()),
+        *map(_figure, drawn, drawn.values()),
         f"<h2>Result</h2><p>{len(table)} rows;",
         f'<a download="result.csv" href="data:text/csv;base64,{written}">all as CSV</a>.</p>',
         table.head(SHOWN_ROWS).to_html(index=False, float_format="{:.4g}".format, border=0),

@@ -145,19 +145,28 @@ def problems(figure: Figure) -> list[str]:
     texts = [text for text in figure.findobj(mpl.text.Text) if text.get_visible() and text.get_text().strip()]
     boxes = [(text, text.get_window_extent(renderer)) for text in texts if text not in undrawn]
     for text, box in boxes:
-        name = repr(text.get_text())
-        if float(text.get_fontsize()) < SMALLEST:
-            found.append(f"{name} has {text.get_fontsize()} points")
-        if not (figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1):
-            found.append(f"{name} leaves the figure")
-        shade = luminance(text.get_color())
-        if min(1.05 / (shade + 0.05), (shade + 0.05) / 0.05) < 3 and text.get_bbox_patch() is None:
-            found.append(f"{name} is faint on white or on black")
+        found += [f"{text.get_text()!r} {fault}" for fault in _faults(text, box, figure.bbox)]
     for (one, box), (other, second) in combinations(boxes, 2):
-        # a pixel of touching is rounding
-        if min(box.x1, second.x1) - max(box.x0, second.x0) > 1 and min(box.y1, second.y1) - max(box.y0, second.y0) > 1:
+        if _overlap(box, second):
             found.append(f"{one.get_text()!r} overlaps {other.get_text()!r}")
     return found
+
+
+def _faults(text: mpl.text.Text, box: Any, bounds: Any) -> Iterator[str]:
+    """Faults of one text, apart from others."""
+    if float(text.get_fontsize()) < SMALLEST:
+        yield f"has {text.get_fontsize()} points"
+    if not (bounds.x0 - 1 <= box.x0 and box.x1 <= bounds.x1 + 1 and box.y1 <= bounds.y1 + 1):
+        yield "leaves the figure"
+    shade = luminance(text.get_color())
+    if min(1.05 / (shade + 0.05), (shade + 0.05) / 0.05) < 3 and text.get_bbox_patch() is None:
+        yield "is faint on white or on black"
+
+
+def _overlap(box: Any, other: Any) -> bool:
+    """True for boxes that share more than a pixel, which is rounding."""
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    return width > 1 and min(box.y1, other.y1) - max(box.y0, other.y0) > 1
 
 
 def _labels_out_of_view(figure: Figure) -> Iterator[mpl.text.Text]:

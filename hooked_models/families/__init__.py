@@ -5,7 +5,8 @@
     output, cache = model.run_with_cache(**inputs, names_filter=patterns)
 
 Every family has `blocks.{l}.{attn or cross_attn}.hook_{q,k,v,attn_scores,pattern,z}`, and the tensors that `SUPPORTED` lists for
-it."""
+it.
+"""
 
 from __future__ import annotations
 

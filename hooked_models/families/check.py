@@ -2,7 +2,8 @@
 
 Names must fire once each, patterns must be those the model reads, and every position must be where the family declares it. For
 the last, one image token (and one text token) of each row is changed, while the attention kernels, which mix positions, return
-their recorded outputs: then queries, keys, values and residual streams may change at that one position alone, in every block."""
+their recorded outputs: then queries, keys, values and residual streams may change at that one position alone, in every block.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks.layout import Layout
-from ..hooks.module import watched
+from ..hooks.module import has_hooks
 from ..pixart.attention import AttentionCore
 from .weights import Weights
 
@@ -71,7 +71,7 @@ class FamilyHeads(AttentionCore):
 
     def watched(self) -> bool:
         """Return True if a hook or an observer is attached."""
-        return self.on_qk is not None or any(watched(getattr(self, name)) for name in HEAD_POINTS)
+        return self.on_qk is not None or any(has_hooks(getattr(self, name)) for name in HEAD_POINTS)
 
     def run(
         self,
@@ -105,7 +105,7 @@ class FamilyHeads(AttentionCore):
         query = self._through(self.hook_q, query, layout, self.queries)
         key = self._through(self.hook_k, key, layout, self.keys)
         value = self._through(self.hook_v, value, layout, self.keys)
-        explicit = watched(self.hook_attn_scores) or watched(self.hook_pattern)
+        explicit = has_hooks(self.hook_attn_scores) or has_hooks(self.hook_pattern)
         if explicit or self.on_qk is not None:
             q, k = (layout.image_first(x, (s,), dim=2) for x, s in ((query, self.queries), (key, self.keys)))
             bias = self._bias(layout, attn_mask, is_causal, query, key)
@@ -163,7 +163,7 @@ class FamilyHeads(AttentionCore):
         return self.weights.get("O", text=True)
 
     def _through(self, point: HookPoint, x: Tensor, layout: Layout, stream: str) -> Tensor:
-        if not watched(point):
+        if not has_hooks(point):
             return x
         ours = layout.image_first(x, (stream,), dim=2).transpose(1, 2)
         return layout.as_model(same_shape(point, ours).transpose(1, 2), (stream,), dim=2)
@@ -274,7 +274,7 @@ class StreamTap:
     parameters: tuple[str, ...] = field(default=(), init=False)
 
     def watched(self) -> bool:
-        return watched(self.point)
+        return has_hooks(self.point)
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
         streams = {stream for stream in self.streams if self.keeps_text or stream != "text"}

@@ -1,7 +1,8 @@
 """A generation's cache on disk: a safetensors file for each step, written as the step ends, read when a tensor is asked for.
 
 `index.json` has the run's arguments and the names kept. While the run lasts, `state.safetensors` holds the record of the steps so
-far, so that a run which was killed goes on there and ends with the same numbers."""
+far, so that a run which was killed goes on there and ends with the same numbers.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from ..arguments import integer, is_several, one_of, shown
-from ..hooks.module import HookFunction, watched
+from ..hooks.module import HookFunction, has_hooks
 from ..hooks.table import axis_of
 from .names import BRANCHES, Site, parse_head
 
@@ -134,7 +134,7 @@ class Recorder:
         pair = [f"{site.inner.rpartition('.')[0]}.{leaf}" for leaf in PATTERN]
         sites = [Site("dit", inner, site.step, branch) for inner in pair for branch in BRANCHES]
         attached = any(True for _ in self.model.firing(lambda one: one in sites, lambda: sites))
-        return not attached and not any(watched(self.model.dit.hook_dict[name]) for name in pair)
+        return not attached and not any(has_hooks(self.model.dit.hook_dict[name]) for name in pair)
 
     def _pattern_hooks(self, site: Site) -> Iterator[tuple[str, HookFunction]]:
         stem, held = site.name.rpartition(".")[0], {}

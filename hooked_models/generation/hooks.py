@@ -16,7 +16,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from ..arguments import shown
-from ..hooks.module import HookedModule, HookFunction, as_hooks, watched
+from ..hooks.module import HookedModule, HookFunction, as_hooks, has_hooks
 from ..hooks.scopes import lookup, scope, scopes
 from .names import Branch, GenerationHookPoint, GenerationNames, Site
 from .sampling import Solver, solver_of
@@ -253,7 +253,7 @@ class HookedGeneration(HookedRootModule):
     def hooked_inside(self) -> bool:
         """True if a hook was attached to a module inside, past the names of a generation."""
         modules = (self.dit, self.names.text_encoder, self.sampler_hooks)
-        return any(watched(point) for module in modules if module is not None for point in module.hook_dict.values())
+        return any(has_hooks(point) for module in modules if module is not None for point in module.hook_dict.values())
 
     def refuse_hooks(self, why: str) -> None:
         """Raise ValueError if anything is attached, here or to a module inside; `why` begins the message."""

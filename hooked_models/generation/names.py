@@ -23,7 +23,7 @@ FINAL = "hook_image"
 
 
 def parse_head(head: Head) -> tuple[int, int]:
-    """ "L2H8" or (2, 8) → (layer 2, head 8), both from 0.
+    """(layer, head), both from 0, of "L2H8" or (2, 8).
 
     Raises:
         ValueError: the text has another form.

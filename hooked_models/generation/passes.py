@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..hooks.module import watched
+from ..hooks.module import has_hooks
 from ..pixart.text_state import TextState
 from .hooks import Attached, Buckets, attach
 from .loops import Call, rows_of
@@ -143,7 +143,7 @@ class Pass:
 
     def _watched(self, step: int, inner: str) -> bool:
         point = self.model.sampler_hooks.hook_dict[inner]
-        return watched(point) or any(hook.site.inner == inner for hook in self._firing(step, "sampler"))
+        return has_hooks(point) or any(hook.site.inner == inner for hook in self._firing(step, "sampler"))
 
     def _at(self, step: int, inner: str, tensor: Tensor) -> Tensor:
         """A tensor between calls as its hooks leave it."""

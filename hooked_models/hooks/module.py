@@ -90,9 +90,6 @@ def has_hooks(point: HookPoint) -> bool:
     return bool(attached) or "forward" in vars(point)
 
 
-watched = has_hooks
-
-
 def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
     """The error for a name that is not among ``known``."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)

@@ -45,7 +45,9 @@ class ModelCheckError(RuntimeError):
 
 @torch.no_grad()
 def check_model(model: PipelineModel, name: str = "this model") -> None:
-    """Check a PixArt's denoiser and, if it is a T5, the text encoder. (`families.hook` checks other denoisers.)
+    """Check a PixArt's denoiser and, if it is a T5, the text encoder.
+
+    `families.hook` checks other denoisers.
 
     Raises:
         ModelCheckError: names the faults, the model and the versions of the libraries.

@@ -25,10 +25,10 @@ class TextWord(NamedTuple):
 
 
 def normal_form(word: str) -> str:
-    """A word for comparison: NFKC, without case, NFKC again.
+    r"""A word for comparison: NFKC, without case, NFKC again.
 
     Example:
-        >>> normal_form("Ｃafe\\u0301") == normal_form("CAFÉ")
+        >>> normal_form("Ｃafe\u0301") == normal_form("CAFÉ")
         True
     """
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())

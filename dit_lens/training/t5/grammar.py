@@ -139,7 +139,7 @@ class Writer:
     # Sentences; each takes the world's objects and how often a noun has an article
 
     def statement(self, things: list[Thing], articles: float) -> str:
-        """ "a is PHRASE b", or the same in another order; of three objects, perhaps all in one sentence."""
+        """Statement "a is PHRASE b", or the same in another order; of three objects, perhaps all in one sentence."""
         a, b = self.pair(things)
         phrase = self.phrase(a, b)
         form = 1.0 if self.plain else self.rng.random()
@@ -158,7 +158,7 @@ class Writer:
         return sentence
 
     def extreme(self, things: list[Thing], articles: float) -> str:
-        """ "the lower shape is blue square", "square is lower": a reader's conclusion about one object."""
+        """A reader's conclusion about one object: "the lower shape is blue square", "square is lower"."""
         thing, word = self.extreme_thing(things)
         if self.chance(0.4):
             return f"{self.noun(thing, articles)} is {self.pick((f'the {word} one', f'the {word} {self.general()}', word))}"
@@ -166,7 +166,7 @@ class Writer:
         return f"the {word} {self.pick(('one', self.general()))} is {answer}"
 
     def color(self, things: list[Thing], articles: float) -> str:
-        """ "the circle is red", "the red one is a circle"."""
+        """Statement of a color: "the circle is red", "the red one is a circle"."""
         thing = self.pick(things)
         if self.chance(0.5):
             return f"{self.noun(thing, articles, named=0.0)} is {self.color_word(thing)}"
@@ -184,12 +184,12 @@ class Writer:
         return f"what color is {self.noun(thing, articles, named=0.0)}? {self.color_word(thing)}"
 
     def existence(self, things: list[Thing], articles: float) -> str:
-        """ "there are red circle and blue square"."""
+        """List of objects: "there are red circle and blue square"."""
         named = [self.noun(things[i], articles) for i in self.rng.permutation(len(things))]
         return f"there {'is' if len(named) == 1 else 'are'} {' and '.join(named)}"
 
     def placement(self, things: list[Thing], articles: float) -> str:
-        """ "red circle is at the top left": a place in the picture."""
+        """A place in the picture: "red circle is at the top left"."""
         thing = self.pick(things)
         return f"{self.noun(thing, articles)} is {self.place(thing)}"
 
@@ -200,16 +200,16 @@ class Writer:
         return self.pick((PHRASES if self.chance(0.65) else PARAPHRASES)[relation])
 
     def place(self, thing: Thing) -> str:
-        """ "at the top left"."""
+        """Phrase of a place: "at the top left"."""
         words = [word for word in (("top", "", "bottom")[thing.y], ("left", "", "right")[thing.x]) if word]
         return f"{self.pick(('at', 'on'))} the {' '.join(words)}" if words else "in the picture"
 
     def placed_noun(self, thing: Thing) -> str:
-        """ "red circle", or "red circle at the top left": in one sentence, the place that a relation gives either object."""
+        """An object, perhaps with the place that a relation gives it: "red circle at the top left"."""
         return f"{self.noun(thing, 0.0)} {self.place(thing)}" if self.chance(0.5) else self.noun(thing, 0.0)
 
     def noun(self, thing: Thing, articles: float, named: float = 0.65) -> str:
-        """ "[the|a] [colour] shape"; `named` is how often the colour is said."""
+        """Noun phrase "[the|a] [colour] shape"; `named` is the probability of the colour word."""
         article = self.pick(("the", "the", "a")) if self.chance(articles) else ""
         color = self.color_word(thing) if self.chance(max(named, float(self.plain and named > 0))) else ""
         if article == "a" and color[:1] in ("a", "e"):
