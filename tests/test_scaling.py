@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import xl_cost
+from benchmarks import schedule, xl_cost
 from dit_lens import sweep
 from dit_lens.intervene.interventions import Intervention
 from hooked_models import HookedTextToImage
@@ -47,3 +48,19 @@ def test_a_block_is_counted_as_torch_counts_it():
 
 def test_the_document_holds_what_is_counted():
     assert xl_cost.table(xl_cost.Config()) in xl_cost.DOCUMENT.read_text()
+
+
+def test_the_schedule_does_all_the_work_and_stands_in_the_document():
+    small = schedule.Config(xl=xl_cost.Config(layers=4, heads=4, steps=3, prompts=12), seconds_of_table=0.0, rate=float("inf"))
+    work = xl_cost.count(layers=4, heads=4, steps=3)
+    c = small.xl
+    unit = xl_cost.block_flops(c.width, c.image_tokens, c.text_tokens) / (c.peak * c.reached)
+    for image, later in ((False, 0), (True, work.later)):
+        images = image * 4 * 4 * 3 * 12 * c.decode / (c.peak * c.reached)
+        begun = len(schedule.jobs(small, image, 1)) * 4 * 64 / 16 * unit
+        expected = 12 * (work.forked_step + later) * unit + images + begun
+        assert schedule.jobs(small, image, 1).sum() == pytest.approx(expected)
+        alone = schedule.makespan(small, image, 1)
+        assert alone == pytest.approx(12 * 2 * 4 * 3 * unit + expected)
+        assert alone / 2 <= schedule.makespan(small, image, 2) < alone
+    assert schedule.table(schedule.Config()) in xl_cost.DOCUMENT.read_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,21 @@ class Clean:
     def steps(self) -> int:
         """Inputs of a run of these rows."""
         return len(self.record)
+
+    def on(self, model: Any) -> Clean:
+        """The same with another model, which has to be an equal one; None, to send it elsewhere without."""
+        return replace(self, model=model)
+
+    @staticmethod
+    def join(parts: Sequence[Clean]) -> Clean:
+        """Join samples of rows that follow each other; the model and the prompts' inputs are the first part's."""
+        return replace(
+            parts[0],
+            rows=np.concatenate([part.rows for part in parts]),
+            record=Record.join([part.record for part in parts]),
+            latent=torch.cat([part.latent for part in parts]),
+            found={read: torch.cat([part.found[read] for part in parts]) for read in parts[0].found},
+        )
 
     def take(self, rows: Rows) -> Trajectory:
         """The runs of some rows, in the order given."""

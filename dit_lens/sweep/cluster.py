@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -13,10 +16,12 @@ from hooked_models import HookedTextToImage
 from hooked_models.hooks.module import HookedModule
 from hooked_models.pipelines.hub import Source
 
-from .clean import Fork
+from .clean import Clean, Fork, Rows
 
 if TYPE_CHECKING:
     from .execute import Work
+    from .metrics import Read
+    from .plan import Plan
 
 RESTARTS = 3
 """How often a worker, and a batch, is tried again after being lost."""
@@ -27,7 +32,7 @@ BATCHES = 4
 class Worker:
     """A process of the cluster with a model of its own."""
 
-    def __init__(self, work: Work, model: Source | tuple[Any, ...], device: str, dtype: torch.dtype, flags: Flags) -> None:
+    def __init__(self, plan: Plan, model: Source | tuple[Any, ...], device: str, dtype: torch.dtype, flags: Flags) -> None:
         """`model`: where to load it from, or the modules that `parts_of` gives."""
         if isinstance(model, Source):
             name = model.folder if model.commit is None else model.name
@@ -39,16 +44,32 @@ class Worker:
             for flag, on in switched.items():
                 if getattr(module.cfg, flag) != on:
                     getattr(module, f"set_{flag}")(on)
-        self.work = work.on(self.model)
+        self.plan = replace(plan, model=self.model)
+        self.inputs: Any = None
+        self.held: tuple[Any, Work] | None = None
 
     def digest(self) -> str:
-        """Device of the model."""
+        """Digest of the model."""
         return self.model.digest()
 
     @torch.no_grad()
-    def rows(self, forks: Sequence[Fork]) -> pd.DataFrame:
-        """As `Work.rows`."""
-        return self.work.rows(forks)
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
+        """Sample rows without intervention; sent back without the model."""
+        self.inputs = self.inputs or self.plan.inputs()
+        return Clean.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch).on(None)
+
+    @torch.no_grad()
+    def rows(self, shared: Sequence[Any], forks: Sequence[Fork]) -> pd.DataFrame:
+        """As `Work.rows`.
+
+        Args:
+            shared: the `Work`, or the key of it in the object store; in a list, so that it is fetched once by each process.
+        """
+        (key,) = shared
+        if self.held is None or self.held[0] != key:
+            work = key if hasattr(key, "rows") else importlib.import_module("ray").get(key)
+            self.held = key, work.on(self.model)
+        return self.held[1].rows(forks)
 
 
 Flags = list[dict[str, bool]]
@@ -71,19 +92,17 @@ class Cluster:
         """Rows that run together, so that there is something to do for everybody."""
         return min(most, max(1, rows // (BATCHES * (self.workers or BATCHES))))
 
-    def rows(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
-        """The rows of every job's cells, in the order in which they are ready.
+    @contextmanager
+    def start(self, plan: Plan, jobs: int) -> Iterator[Team]:
+        """Start as many workers as there is work for.
 
         Raises:
             ValueError: workers load another model than the one given.
             RuntimeError: a worker was lost more often than `RESTARTS` times.
         """
-        if not jobs:
-            return
         from ray.exceptions import RayActorError
-        from ray.util import ActorPool
 
-        model = work.plan.model
+        model = plan.model
         if not model.enters_at_layers:
             raise ValueError("Workers of a cluster open PixArt models only: choose executor='local' for this pipeline.")
         if not self.ray.is_initialized():
@@ -91,11 +110,10 @@ class Cluster:
         on_gpu = model.device.type == "cuda"
         count = self.workers or int(self.ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1))
         remote = self.ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
-        shared = self.ray.put(work.on(None))
         found = model.source  # the workers' working directory may be another
         weights = replace(found, folder=found.folder.resolve()) if found else self.ray.put(parts_of(model))
-        arguments = (shared, weights, model.device.type, model.dit.dtype, flags_of(model))
-        actors: list[Any] = [remote.remote(*arguments) for _ in range(min(count, len(jobs)))]
+        arguments = (self.ray.put(replace(plan, model=None)), weights, model.device.type, model.dit.dtype, flags_of(model))
+        actors: list[Any] = [remote.remote(*arguments) for _ in range(min(count, jobs))]
         try:
             digest = model.digest()
             if any(other != digest for other in self.ray.get([actor.digest.remote() for actor in actors])):
@@ -103,7 +121,7 @@ class Cluster:
                     f"The model is not the one in {found and found.name} any more: save it and load it again (save_pretrained, "
                     "from_pretrained), or set model.source = None, so that it is sent to the workers."
                 )
-            yield from ActorPool(actors).map_unordered(lambda actor, forks: actor.rows.remote(forks), list(jobs))
+            yield Team(self.ray, actors, model)
         except RayActorError as error:
             raise RuntimeError(
                 f"A worker was lost {RESTARTS + 1} times ({error}). Finished cells are kept if out= names a folder: run again, "
@@ -112,6 +130,41 @@ class Cluster:
         finally:
             for actor in actors:
                 self.ray.kill(actor)
+
+
+@dataclass
+class Team:
+    """Workers that have loaded the model; see `execute.Workers`."""
+
+    ray: Any
+    actors: list[Any]
+    model: Any
+
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
+        """Sample the runs without intervention, each worker its share; a lost worker's share is sampled again."""
+        from ray.util import ActorPool
+
+        parts = shares(rows, len(self.actors), batch)
+        sampled = ActorPool(self.actors).map(lambda actor, some: actor.sample.remote(some, reads, batch), parts)
+        return Clean.join(list(sampled)).on(self.model)
+
+    def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
+        """The rows of every job's cells, in the order in which they are ready."""
+        from ray.util import ActorPool
+
+        shared = [self.ray.put(work.on(None))]
+        yield from ActorPool(self.actors).map_unordered(lambda actor, forks: actor.rows.remote(shared, forks), list(jobs))
+
+
+def shares(rows: Rows, workers: int, batch: int) -> list[Rows]:
+    """Cut rows into as few parts as give every worker equally many and fit into a batch.
+
+    Example:
+        >>> [part.tolist() for part in shares(np.arange(5), workers=2, batch=64)]
+        [[0, 1, 2], [3, 4]]
+    """
+    most = min(batch, -(-len(rows) // workers))
+    return np.array_split(rows, -(-len(rows) // most))
 
 
 def parts_of(model: HookedTextToImage) -> tuple[Any, ...]:

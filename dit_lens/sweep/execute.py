@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .clean import Clean, Fork
+from .clean import Clean, Fork, Rows
 from .forks import Batch
 from .metrics import FIRST_TOUCHED, Metric, Read
 from .progress import progress_bar
@@ -48,7 +49,7 @@ class Work:
 
     def on(self, model: Any) -> Work:
         """The same with another model, which has to be an equal one; None, to send it elsewhere without."""
-        return replace(self, plan=replace(self.plan, model=model), clean=replace(self.clean, model=model))
+        return replace(self, plan=replace(self.plan, model=model), clean=self.clean.on(model))
 
     def rows(self, forks: Sequence[Fork], worked: Callable[[int], None] = lambda rows: None) -> pd.DataFrame:
         """Run forks together, in halves if memory does not suffice: the rows of their cells."""
@@ -87,6 +88,38 @@ class Work:
         return pd.DataFrame({**columns, "error": errors})
 
 
+class Workers(Protocol):
+    """Whoever samples the runs of a plan: this process, or those of a cluster."""
+
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
+        """The runs of some rows without intervention."""
+        ...
+
+    def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
+        """The rows of every job's cells, in the order in which they are ready."""
+        ...
+
+
+@dataclass
+class Here(AbstractContextManager["Here"]):
+    """This process."""
+
+    plan: Plan
+    worked: Callable[[int], None]
+    """Told the rows of each denoising step."""
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave nothing behind."""
+
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
+        """As in `Workers`."""
+        return Clean.sample(self.plan.model, self.plan.inputs(), self.plan.seeds, rows, reads, batch, self.worked)
+
+    def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
+        """As in `Workers`."""
+        return (work.rows(forks, self.worked) for forks in jobs)
+
+
 class Execution:
     """One run of a plan, for the cells that have no result yet."""
 
@@ -113,21 +146,23 @@ class Execution:
         for fork in self.pending:
             steps[plan.cells_of(fork)] = fork.until - fork.first
         work = len(self.rows) * plan.steps + int(steps.sum())
-        with progress_bar(int((~self.done).sum()), work, disable=len(jobs) < PROGRESS_FROM) as advance:
-            clean = Clean.sample(plan.model, plan.inputs(), plan.seeds, self.rows, self.steps_read, self.batch, advance.rows)
+        away = cluster is not None and bool(jobs)
+        with (
+            progress_bar(int((~self.done).sum()), work, disable=len(jobs) < PROGRESS_FROM) as advance,
+            cluster.start(plan, len(jobs)) if cluster is not None and jobs else Here(plan, advance.rows) as workers,
+        ):
+            clean = workers.sample(self.rows, self.steps_read, self.batch)
             clean.expect(self.pending)
             shared = Work(plan, clean, self.baselines(clean), self.batch)
+            if away:
+                advance.rows(len(self.rows) * plan.steps)
             if len(self.unchanged):
                 self.results.add(shared.table(self.unchanged, None, {}))
                 advance.cells(len(self.unchanged))
-            if cluster is None:
-                tables: Iterable[pd.DataFrame] = (shared.rows(forks, advance.rows) for forks in jobs)
-            else:
-                tables = cluster.rows(shared, jobs)
-            for table in tables:
+            for table in workers.tables(shared, jobs):
                 self.results.add(table)
                 advance.cells(len(table))
-                if cluster is not None:
+                if away:
                     advance.rows(int(steps[table["cell"]].sum()))
 
     @cached_property

@@ -7,6 +7,8 @@ import pickle
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import pytest
 import ray
 import torch
 import xarray as xr
+from ray import cloudpickle
 from torch import Tensor
 
 from dit_lens import sweep
 from dit_lens.intervene.interventions import Intervention
 from dit_lens.sweep import cluster
+from dit_lens.sweep.clean import Clean
 from dit_lens.sweep.execute import Execution
 from dit_lens.sweep.results import Results
 from hooked_models import HookedTextToImage
@@ -37,21 +41,32 @@ class InThisProcess:
     """Stands for a cluster: what is sent is pickled, as Ray would, and worked on by one worker after the other."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.sizes = count, []
+        self.count, self.sizes, self.samples = count, [], 0
 
     batch = cluster.Cluster.batch
     workers = 2
 
-    def rows(self, work: Any, jobs: Any) -> Iterator[pd.DataFrame]:
-        model = work.plan.model
-        sent = pickle.dumps((cluster.parts_of(model), model.device.type, model.dit.dtype, cluster.flags_of(model)))
-        from ray import cloudpickle
+    @contextmanager
+    def start(self, plan: Any, jobs: int) -> Iterator[Any]:
+        self.model = plan.model
+        sent = (cluster.parts_of(self.model), self.model.device.type, self.model.dit.dtype, cluster.flags_of(self.model))
+        shared = cloudpickle.dumps(replace(plan, model=None))
+        self.actors = [cluster.Worker(pickle.loads(shared), *pickle.loads(pickle.dumps(sent))) for _ in range(self.count)]
+        assert len({worker.digest() for worker in self.actors}) == 1
+        yield self
 
+    def sample(self, rows: Any, reads: Any, batch: int) -> Any:
+        parts = cluster.shares(rows, self.count, batch)
+        self.samples = len(parts)
+        sent = [cloudpickle.dumps(worker.sample(part, reads, batch)) for worker, part in zip(self.actors, parts, strict=True)]
+        return Clean.join([pickle.loads(part) for part in sent]).on(self.model)
+
+    def tables(self, work: Any, jobs: Any) -> Iterator[pd.DataFrame]:
         shared = cloudpickle.dumps(work.on(None))
-        workers = [cluster.Worker(pickle.loads(shared), *pickle.loads(sent)) for _ in range(self.count)]
-        assert len({worker.digest() for worker in workers}) == 1
+        works = [[pickle.loads(shared)] for _ in self.actors]
         self.sizes.append(len(shared))
-        yield from (workers[i % self.count].rows(forks) for i, forks in reversed(list(enumerate(jobs))))
+        numbers = reversed(range(len(jobs)))
+        yield from (self.actors[i % self.count].rows(works[i % self.count], jobs[i]) for i in numbers)
 
 
 def test_a_worker_has_all_it_needs_and_works_as_this_process_does(model):
@@ -71,6 +86,7 @@ def test_a_worker_has_all_it_needs_and_works_as_this_process_does(model):
     values = local["latent_mean"].transpose("intervention", "seed", "prompt").values.flatten()
     np.testing.assert_allclose(table["latent_mean"], values, rtol=0, atol=1e-12)
     assert here.sizes[0] < 2_000_000
+    assert here.samples == 2
 
 
 def test_everybody_has_something_to_do():
@@ -142,6 +158,28 @@ def test_a_lost_worker_loses_nothing(two_workers, model, tmp_path):
     assert len(list(tmp_path.glob("killed-*"))) == 1
     np.testing.assert_allclose(found["mean"], whole["image_mean"], rtol=0, atol=1e-10)
     assert sorted(shards(tmp_path / "out")["cell"]) == list(range(whole["error"].size))
+
+
+def lethal_worker(folder: Path) -> type[cluster.Worker]:
+    """Workers of which the first that samples runs without intervention dies."""
+
+    class Dying(cluster.Worker):
+        def sample(self, *args: Any) -> Clean:
+            if not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().sample(*args)
+
+    return Dying
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_lost_before_the_forks_loses_nothing(two_workers, model, tmp_path, monkeypatch):
+    whole = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS)
+    monkeypatch.setattr(cluster, "Worker", lethal_worker(tmp_path))
+    found = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "out", "ray", 2, num_steps=STEPS)
+    assert (tmp_path / "killed").exists()
+    xr.testing.assert_allclose(found, whole, rtol=0, atol=1e-10)
 
 
 @pytest.mark.slow
