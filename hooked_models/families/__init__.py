@@ -83,13 +83,19 @@ def hook(transformer: nn.Module, check: bool = True) -> Any:
         ModelCheckError: a check failed.
     """
     kind = type(transformer).__name__
+    if kind == "OptimizedModule":
+        raise ValueError(
+            "The transformer is wrapped by torch.compile, which hooks cannot see through: put back what it wraps, "
+            "pipe.transformer = pipe.transformer._orig_mod, and compile that in place, pipe.transformer.compile(): calls without "
+            "hooks stay compiled, calls with hooks run as they are written."
+        )
     if kind not in NATIVE and kind not in SUPPORTED:
         reason = f"{kind} is not supported: {UNSUPPORTED[kind]}." if kind in UNSUPPORTED else f"{kind} is of no known family."
         known = ", ".join([*NATIVE, *SUPPORTED])
         raise ValueError(f"{reason} Known are {known}; a new family is a small file in hooked_models/families.")
     model: Any = NATIVE[kind](transformer) if kind in NATIVE else FamilyModel(transformer, SUPPORTED[kind])
     if check:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             refuse(kind, [f"its {failure}" for failure in _failures(model)])
     return model
 

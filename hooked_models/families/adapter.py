@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -227,6 +228,8 @@ class FamilyModel(NoLanguageModel, HookedModule):
             for tap in taps:
                 for handle in tap.attach(layout):
                     stack.callback(handle.remove)
+            if any(module._compiled_call_impl is not None for module in self.wrapped.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would pass the hooks by
             output = self.wrapped(*args, **kwargs)
         if self.family.no_gradient and output[0].requires_grad:
             output[0].register_hook(self._refuse_gradient)

@@ -301,10 +301,13 @@ def estimate_sites(recorder: Recorder, shape_of: Callable[[Site], tuple[int, ...
     """Bytes that a recorder will keep of one generation, from the shapes of its sites' tensors."""
     model, heads = recorder.model, recorder.heads
     sizes, shared, seen = {}, set(), set()
+    dtypes: dict[int, torch.dtype] = {}
     for site in recorder.sites:
         module = model.codec if site.inner == FINAL else model.text_encoder if site.part.endswith("text_encoder") else model.dit
         shape = list(shape_of(site))
-        dtype = activation_dtype(site, module.dtype)
+        if id(module) not in dtypes:  # a look through all of its parameters
+            dtypes[id(module)] = module.dtype
+        dtype = activation_dtype(site, dtypes[id(module)])
         if heads is not None and (axis := head_axis(site)) is not None and site.layer is not None:
             shape[axis] = len(heads[site.layer])
         if recorder.patterns != "whole" and site.part == "dit" and site.inner.endswith("hook_pattern"):

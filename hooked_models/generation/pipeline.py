@@ -17,6 +17,7 @@ from ..arguments import integer, number
 from ..hooks.layout import Layout
 from ..hooks.table import Axes
 from ..hooks.wrapping import stamp
+from ..pipelines.weightless import has_weights_on, weightless
 from ..store import digest
 from ..text_encoders.words import EncodedText
 from .hooks import SamplerHooks
@@ -50,13 +51,17 @@ class HookedPipeline(HookedTextToImage):
     own_names = ("guidance_scale",)
     """Names of diffusers that stand for no argument here: a pipeline may have two kinds of guidance."""
     pipe: Any
+    drafted: Any
+    """Pipeline that drafts go through: `pipe`, or without weights one that computes no text."""
     options: dict[str, Any]
     """Arguments of the pipeline's call that every run takes by default, such as `height`, `width` and `negative_prompt`."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__()
         self.__dict__["pipe"] = pipe
-        self.dit = families.hook(pipe.transformer)
+        live = has_weights_on(pipe.transformer)
+        self.dit = families.hook(pipe.transformer, check=live)
+        self.__dict__["drafted"] = pipe if live else weightless(pipe)
         self.text_encoder, self.codec = None, getattr(pipe, "vae", None)
         self.options = {}
         self.sampler_hooks = SamplerHooks()
@@ -165,7 +170,7 @@ class HookedPipeline(HookedTextToImage):
         key = (*key, id(self.pipe.scheduler), str(self.pipe.scheduler.config))
         if key not in self._drafts:
             used = float(options.get(self.guide or "") or self.default_guidance)
-            inputs = PipelineInputs(self.pipe, self.dit, texts, options, seeds, latents, guidance=used)
+            inputs = PipelineInputs(self.drafted, self.dit, texts, options, seeds, latents, guidance=used)
             # values in the key's ids are kept, so that no other object takes their place
             self._drafts[key] = (options, latents, self.pipe.scheduler), self.loop.prepare(inputs)
             while len(self._drafts) > REMEMBERED:
@@ -249,7 +254,13 @@ class HookedPipeline(HookedTextToImage):
     # Running
 
     def denoise(self, latents: Tensor, timestep: Any, text: Bound) -> Tensor:
-        """One call of the denoiser, with the other arguments that the pipeline gave it."""
+        """One call of the denoiser, with the other arguments that the pipeline gave it.
+
+        Raises:
+            ValueError: the model was opened without weights.
+        """
+        if self.drafted is not self.pipe:
+            raise ValueError("This model was opened without weights: it has names, shapes and estimates, and draws nothing.")
         return text.call(self.dit, latents)
 
     def pixels(self, run: Run) -> Float[Tensor, "batch 3 height width"]:

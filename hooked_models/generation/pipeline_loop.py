@@ -237,6 +237,11 @@ class Running:
         own["scheduler"].step = self._stepping(own["scheduler"].step)
         self.pipe = pipe
 
+    def quiet(self) -> Running:
+        """The same, without the pipeline's progress bar."""
+        self.pipe.set_progress_bar_config(disable=True)
+        return self
+
     def run(self, **more: Any) -> Any:
         """The pipeline's output, or the latents before step `until`."""
         inputs, call = self.inputs, type(self.inputs.pipe).__call__
@@ -361,12 +366,12 @@ class PipelineLoop:
     def prepare(self, inputs: PipelineInputs) -> PipelineInputs:
         """The inputs with text encoded, the scheduler as the pipeline prepares it, and its calls known, step by step."""
         trial = Trial()
-        running = Running(inputs, trial, None)
+        running = Running(inputs, trial, None).quiet()
         try:
             running.run(output_type="latent")
         except RuntimeError:  # the prediction has another shape than the latents: one of the transformer itself
             trial = Trial(inputs.pipe.transformer)
-            running = Running(replace(inputs, encoded=tuple(running.encoded)), trial, None)
+            running = Running(replace(inputs, encoded=tuple(running.encoded)), trial, None).quiet()
             running.run(output_type="latent")
         layouts: dict[Branch, Layout] = {}
         uncond: set[int] = set()
@@ -392,7 +397,7 @@ class PipelineLoop:
 
     def decode(self, inputs: PipelineInputs, record: Any, latent: Tensor) -> Float[Tensor, "batch 3 height width"]:
         """Images in [0, 1], by the pipeline's own decoding of the last latents."""
-        running = Running(inputs, _Answers(record.predictions, inputs.shapes["hook_out_cond"][1:]), None)
+        running = Running(inputs, _Answers(record.predictions, inputs.shapes["hook_out_cond"][1:]), None).quiet()
         scheduler, last = vars(running.pipe)["scheduler"], len(inputs.solver) - 1
         step = scheduler.step
 

@@ -22,11 +22,18 @@ from ..hooks.scopes import Scoped
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """Get the weight of a Linear.
 
-    Raises TypeError for any other module, above all a peft adapter: its ``.weight`` leaves the adapter out.
+    Raises TypeError for any other module, above all a peft adapter, whose ``.weight`` leaves the adapter out, and for a
+    quantised Linear, whose weight is packed.
     """
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"{type(linear).__name__} has no single weight to view: fuse the adapter first (`fuse_lora`)")
-    return linear.weight
+    weight = linear.weight
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    if not plain or weight.shape != (linear.out_features, linear.in_features):
+        raise TypeError(
+            f"The weight of this {type(linear).__name__} is quantised, so there is none to view: dequantise it first."
+        )
+    return weight
 
 
 def bias_of(linear: nn.Module) -> Float[Tensor, " d_out"]:

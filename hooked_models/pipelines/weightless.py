@@ -1,0 +1,70 @@
+"""Pipelines without weights: their own code runs on the CPU, with text encoders that return zeros of the right shapes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+
+
+def has_weights_on(module: nn.Module) -> bool:
+    """Return False for a module on the meta device.
+
+    Example:
+        >>> has_weights_on(nn.Linear(1, 1)), has_weights_on(nn.Linear(1, 1, device="meta"))
+        (True, False)
+    """
+    return all(parameter.device.type != "meta" for parameter in module.parameters())
+
+
+def weightless(pipe: Any) -> Any:
+    """A copy of a pipeline on the meta device that can go through its loop, and of its text encoders that return zeros.
+
+    The pipeline itself stays as it is.
+    """
+    found = copy.copy(pipe)
+    found.__class__ = _on_cpu(type(pipe), _execution_device=property(lambda self: CPU))
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder") and isinstance(part, nn.Module):
+            vars(found)[name] = _returning_zeros(part)
+    return found
+
+
+def _returning_zeros(encoder: nn.Module) -> nn.Module:
+    kind = type(encoder)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("attention_mask", None)  # whose values decide which kernel runs, and not the shapes
+        return moved(kind.forward(encoder, *moved(args, "meta"), **moved(kwargs, "meta")), "cpu")
+
+    found = copy.copy(encoder)
+    found.__class__ = _on_cpu(kind, forward=forward)
+    return found
+
+
+def _on_cpu(kind: Any, **more: Any) -> Any:
+    return type(kind.__name__, (kind,), {"device": property(lambda self: CPU), "__module__": kind.__module__, **more})
+
+
+def moved(value: Any, device: str) -> Any:
+    """Tensors on a device; those that come from the meta device are zeros.
+
+    Example:
+        >>> moved((torch.ones(2, device="meta"), 3), "cpu")
+        (tensor([0., 0.]), 3)
+    """
+    if isinstance(value, Tensor):
+        return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta and device == "cpu" else value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(one, device) for one in value)
+    if isinstance(value, Mapping):
+        new = copy.copy(value)
+        for key in value:
+            new[key] = moved(value[key], device)  # type: ignore[index]
+        return new
+    return value

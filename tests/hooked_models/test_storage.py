@@ -1,0 +1,110 @@
+"""Weights that are offloaded, stored in few bits or compiled: hooked as they are, or refused with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import apply_group_offloading
+from torch import Tensor, nn
+
+from dit_lens.readout import heatmap
+from hooked_models import HookedTextToImage, families
+from hooked_models.pixart.attention import weight_of
+
+from .pipelines import PROMPTS
+from .tiny_pipelines import tiny_pipeline
+
+SEEDS, STEPS = [3, 4], 3
+Z = "steps.1.cond.blocks.1.attn.hook_z"
+
+
+def offload(kind: str) -> Callable[[Any], None]:
+    cpu = torch.device("cpu")
+    return lambda pipe: apply_group_offloading(
+        pipe.transformer, onload_device=cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=1
+    )
+
+
+STORED: dict[str, Callable[[Any], Any]] = {
+    "group offload, leaves": offload("leaf_level"),
+    "group offload, blocks": offload("block_level"),
+    "bfloat16 storage": lambda pipe: pipe.transformer.enable_layerwise_casting(torch.bfloat16, torch.float32),
+    "compiled": lambda pipe: pipe.transformer.compile(backend="eager"),
+    "compiled blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(backend="eager"),
+}
+
+
+def zero(tensor: Tensor, hook: Any) -> Tensor:
+    return torch.zeros_like(tensor)
+
+
+def plain(pipe: Any, call: dict[str, Any]) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    return pipe(prompt=list(PROMPTS), generator=generators, **call).images
+
+
+@pytest.mark.parametrize("how", STORED)
+def test_hooks_act_as_torchs_own(how: str) -> None:
+    pipe, call = tiny_pipeline("FLUX.1")
+    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    STORED[how](pipe)
+    model = HookedTextToImage.from_pipeline(pipe)
+    drawn = plain(pipe, call)
+    with torch.no_grad():
+        assert torch.equal(model(PROMPTS, SEEDS, STEPS, **options), drawn)
+        hooked, cache = model.run_with_cache(PROMPTS, SEEDS, STEPS, names_filter=Z, **options)
+        assert torch.equal(hooked, drawn)
+        edited = model.run_with_hooks(PROMPTS, SEEDS, STEPS, fwd_hooks=[(Z, zero)], **options)
+        found = heatmap(model, PROMPTS, "circle", SEEDS, STEPS, **options)
+    assert bool(cache[Z].any())
+    calls: list[int] = []
+
+    def without(module: nn.Module, args: Any, output: Any) -> Any:  # of the second step's attention, what zeros in z leave
+        calls.append(1)
+        if len(calls) != 2:
+            return None
+        biases = pipe.transformer.transformer_blocks[1].attn
+        return biases.to_out[0].bias.expand_as(output[0]).clone(), biases.to_add_out.bias.expand_as(output[1]).clone()
+
+    if "compiled" not in how and "storage" not in how:
+        handle = pipe.transformer.transformer_blocks[1].attn.register_forward_hook(without)
+        assert torch.allclose(plain(pipe, call), edited, atol=1e-4)
+        handle.remove()
+    assert not torch.allclose(edited, drawn, atol=1e-3)
+    assert torch.equal(plain(pipe, call), drawn)
+    assert float(found.max()) > 1e-3
+
+
+def test_a_wrapper_of_torch_compile_is_refused_with_the_way_out() -> None:
+    pipe, _ = tiny_pipeline("SD3")
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ValueError, match=r"pipe\.transformer\._orig_mod"):
+        HookedTextToImage.from_pipeline(pipe)
+
+
+def test_packed_weights_are_no_weights_to_view() -> None:
+    packed = nn.Linear(4, 4, bias=False)
+    packed.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)  # as in 4 bits
+    with pytest.raises(TypeError, match="is quantised"):
+        weight_of(packed)
+
+
+def test_torchao_weights_are_hooked() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe, call = tiny_pipeline("FLUX.1")
+    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    before = plain(pipe, call)
+    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    model = HookedTextToImage.from_pipeline(pipe)
+    drawn = plain(pipe, call)
+    assert not torch.equal(drawn, before)
+    with torch.no_grad():
+        hooked, _ = model.run_with_cache(PROMPTS, SEEDS, STEPS, names_filter=Z, **options)
+        assert torch.equal(hooked, drawn)
+        edited = model.run_with_hooks(PROMPTS, SEEDS, STEPS, fwd_hooks=[(Z, zero)], **options)
+    assert not torch.allclose(edited, drawn, atol=1e-3)
+    with pytest.raises(TypeError, match="is quantised"):
+        _ = families.hook(pipe.transformer, check=False).blocks[0].attn.W_Q
