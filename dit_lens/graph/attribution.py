@@ -188,8 +188,7 @@ def nodes(
     """
     kinds = [kind for kind in DEFAULT if _has(pair.dit, kind)] if kinds is None else kinds
     where = {kind: _names(pair.dit, kind) for kind in kinds}
-    names = {kind: list(found.values()) for kind, found in where.items()}
-    flat = list(dict.fromkeys(name for group in names.values() for name in group))
+    flat = list(dict.fromkeys(name for names in where.values() for name in names.values()))
     if ig_over == "inputs" or ig_steps == 1:
         found = _node_products(pair, flat, _path(pair, ig_steps), metric)
     else:
@@ -198,13 +197,18 @@ def nodes(
 
     scores = {}
     for kind in kinds:
-        stacked = {}
-        for i in range(len(pair.contexts)):
-            (prompt, *dims), values = reduced[i, names[kind][0]][0], [reduced[i, name][1] for name in names[kind]]
-            layered = None not in where[kind]
-            stacked[i] = ((prompt, "layer", *dims), np.stack(values, axis=1)) if layered else ((prompt, *dims), values[0])
+        of_kind = {i: [reduced[i, name] for name in where[kind].values()] for i in range(len(pair.contexts))}
+        stacked = {i: _by_layer(of_names, None not in where[kind]) for i, of_names in of_kind.items()}
         scores[kind] = labelled(pair, stacked, {"layer": list(where[kind])})
     return NodeAttribution(xr.Dataset(scores), pair, metric)
+
+
+def _by_layer(of_names: Sequence[tuple[tuple[str, ...], np.ndarray]], layered: bool) -> tuple[tuple[str, ...], np.ndarray]:
+    """(dims, values) of a kind: its layers stacked, or the one hook that it is."""
+    (prompt, *dims), first = of_names[0]
+    if not layered:
+        return (prompt, *dims), first
+    return (prompt, "layer", *dims), np.stack([values for _, values in of_names], axis=1)
 
 
 def _has(dit: Any, kind: str) -> bool:
@@ -334,25 +338,41 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
         columns.setdefault(input_hook(dit, node), []).append(j)
     written = list(dict.fromkeys(output_hook(dit, node) for node in senders))
 
-    def scores(change: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Float[Tensor, "batch sender receiver"]:
-        sent = torch.stack([change[output_hook(dit, node)][index_of(node)] for node in senders if node.kind != "text"], dim=1)
-        depths = [node.depth(dit.cfg) for node in senders if node.kind != "text"]  # ascending
-        table = sent.new_full((len(sent), len(senders), len(receivers)), torch.nan)
-        for name, where in columns.items():
-            at = gradient[name] if gradient[name].ndim == 4 else gradient[name][:, :, None]  # [batch pos head d_model]
-            if name.endswith(("cross_attn.hook_k_input", "cross_attn.hook_v_input")):
-                words = torch.einsum("bwd,bwhd->bwh", change["hook_caption"], at)
-                table[:, len(depths) :, where] = words
-            else:
-                earlier = bisect_left(depths, receivers[where[0]].depth(dit.cfg))
-                table[:, :earlier, where] = torch.einsum("bspd,bphd->bsh", sent[:, :earlier], at)
-        return table
-
     with edge_flags(dit):
         for step, gradient in gradients(path, _in_contexts(pair, list(columns)), metric):
             change = pair.differences(step, _in_contexts(pair, written)[step])
             for i, prefix in _contexts_of(pair, step):
                 here = [{name.removeprefix(prefix): t for name, t in group.items()} for group in (change, gradient)]
-                found[i] = ("prompt", "sender", "receiver"), scores(*here).double().cpu().numpy()
+                scores = _edge_scores(dit, (senders, receivers), columns, *here)
+                found[i] = ("prompt", "sender", "receiver"), scores.double().cpu().numpy()
     labels = {"sender": list(map(str, senders)), "receiver": list(map(str, receivers))}
     return EdgeAttribution(labelled(pair, found, labels), pair, metric)
+
+
+def _edge_scores(
+    dit: HookedDiT,
+    ends: tuple[Sequence[Node], Sequence[Node]],
+    columns: Mapping[str, list[int]],
+    change: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
+) -> Float[Tensor, "batch sender receiver"]:
+    """Change of each sender's output times gradient of each receiver's input, in one call; NaN without an edge.
+
+    Args:
+        ends: senders and receivers.
+        columns: input hook → the receivers that it belongs to.
+        change, gradient: by hook.
+    """
+    senders, receivers = ends
+    residual = [node for node in senders if node.kind != "text"]
+    sent = torch.stack([change[output_hook(dit, node)][index_of(node)] for node in residual], dim=1)
+    depths = [node.depth(dit.cfg) for node in residual]  # ascending
+    table = sent.new_full((len(sent), len(senders), len(receivers)), torch.nan)
+    for name, where in columns.items():
+        at = gradient[name] if gradient[name].ndim == 4 else gradient[name][:, :, None]  # [batch pos head d_model]
+        if name.endswith(("cross_attn.hook_k_input", "cross_attn.hook_v_input")):
+            table[:, len(depths) :, where] = torch.einsum("bwd,bwhd->bwh", change["hook_caption"], at)
+        else:
+            earlier = bisect_left(depths, receivers[where[0]].depth(dit.cfg))
+            table[:, :earlier, where] = torch.einsum("bspd,bphd->bsh", sent[:, :earlier], at)
+    return table

@@ -24,7 +24,7 @@ MOST_STEPS, LONGEST = 100, 2000
 
 @dataclass(frozen=True)
 class State:
-    """What is drawn, as the page's address says it.
+    """Prompts, seed and edits of the page, as its address has them.
 
     Args:
         prompt: text to draw.

@@ -27,20 +27,25 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer, shown
-from hooked_models.text_encoders.words import EncodedText, TextWord, split_words
+from hooked_models.text_encoders.words import EncodedText, split_words
 
-from ..task import COLORS, SHAPES
+from .roles import RELATION_WORDS, Role, by_role, roles_of, roles_of_text, roles_of_words, token_roles
 
-Role = Literal["color1", "shape1", "relation", "color2", "shape2", "filler", "eos", "pad"]
-
-RELATION_WORDS = frozenset(
-    {
-        *("above", "below", "left", "right", "upper", "lower", "up", "down", "higher"),  # the task's own
-        *("under", "over", "beneath", "underneath", "beside", "behind", "between", "near", "next", "on", "in", "inside"),
-        *("outside", "atop", "top", "bottom", "front", "against", "around"),
-    }
-)
-"""Words of place; everything else that is no shape and no color is filler."""
+__all__ = [
+    "RELATION_WORDS",
+    "Role",
+    "Tokens",
+    "Word",
+    "as_choice",
+    "by_role",
+    "phrase_mask",
+    "role_groups",
+    "role_mask",
+    "roles_of",
+    "token_mask",
+    "token_roles",
+    "word",
+]
 
 
 @dataclass(frozen=True)
@@ -162,68 +167,6 @@ def _boolean(value: Any) -> bool:
 # Roles
 
 
-def token_roles(model: HookedTextToImage, prompt: str, length: int | None = None) -> list[Role]:
-    """The role of every token of a prompt, in order, EOS and pads (up to `length`) included.
-
-    A word of several tokens gives each of them its role. Objects are numbered as the prompt names them; a color belongs to
-    the next shape.
-
-    Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("t5-micro", weights=False)
-        >>> token_roles(model, "red circle, above a square")
-        ['color1', 'shape1', 'filler', 'relation', 'filler', 'shape2', 'eos']
-    """
-    return roles_of(model.encoded_texts(prompt, length))[0]
-
-
-def roles_of(texts: Sequence[EncodedText]) -> list[list[Role]]:
-    """Roles of the tokens of encoded texts.
-
-    Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("t5-micro", weights=False)
-        >>> roles_of(model.encoded_texts("red circle"))
-        [['color1', 'shape1', 'eos']]
-    """
-    return [_roles(text) for text in texts]
-
-
-def _roles(encoded: EncodedText) -> list[Role]:
-    of_words = _word_roles(encoded.words)
-    return [
-        kind if kind != "text" else "filler" if number is None else of_words[number]
-        for kind, number in zip(encoded.kinds, encoded.word_of_token, strict=True)
-    ]
-
-
-def _word_roles(words: Sequence[TextWord]) -> list[Role]:
-    roles: list[Role] = []
-    shapes_seen = 0
-    for found in words:
-        if found.normal in SHAPES:
-            shapes_seen += 1
-            roles.append("shape1" if shapes_seen == 1 else "shape2")
-        elif found.normal in COLORS:
-            roles.append("color1" if shapes_seen == 0 else "color2")
-        else:
-            roles.append("relation" if found.normal in RELATION_WORDS else "filler")
-    return roles
-
-
-def by_role(roles: Sequence[Sequence[Role]]) -> dict[Role, Bool[Tensor, "prompt text_pos"]]:
-    """Masks by role from equally long `token_roles` of several prompts.
-
-    Example:
-        >>> by_role([["relation", "eos"], ["shape1", "eos"]])["eos"].tolist()
-        [[False, True], [False, True]]
-    """
-    return {role: torch.tensor([[found == role for found in row] for row in roles]) for role in get_args(Role)}
-
-
-# Masks
-
-
 def token_mask(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
@@ -307,7 +250,7 @@ def token_counts(model: HookedTextToImage, texts: Sequence[str], choice: TokenCh
 
 def _spelled(encoded: EncodedText, choice: TokenChoice) -> Bool[Tensor, "role_or_word text_pos"]:
     """Tokens of each role and word of `choice` in one prompt."""
-    roles, mask = _roles(encoded), torch.zeros(len(choice), len(encoded.ids), dtype=torch.bool)
+    roles, mask = roles_of_text(encoded), torch.zeros(len(choice), len(encoded.ids), dtype=torch.bool)
     for row, one in zip(mask, choice, strict=True):
         if isinstance(one, Word):
             places = encoded.phrases(one.text)
@@ -342,7 +285,7 @@ def check_found(
     if isinstance(first, tuple):
         raise ValueError(f"tokens is a mask whose row {empty[0]}, of {text!r}, selects nothing: fill it{fix}.")
     found = split_words(text)
-    words = [f"{text[word.start : word.end]} ({role})" for word, role in zip(found, _word_roles(found), strict=True)]
+    words = [f"{text[word.start : word.end]} ({role})" for word, role in zip(found, roles_of_words(found), strict=True)]
     named = " or ".join(_occurrence(one) if isinstance(one, Word) else f"{one} token" for one in choice)
     raise ValueError(
         f"{text!r} has no {named}. Its words are {', '.join(words) or 'none'}: select by another role or by "

@@ -156,18 +156,9 @@ class HookedPipeline(HookedTextToImage):
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{type(self.pipe).__name__} takes prompts as text: give a string, or several.")
-        known, options = inspect.signature(type(self.pipe).__call__).parameters, {**self.options, **options}
-        if unknown := [name for name in options if name not in known]:
-            raise TypeError(f"{type(self.pipe).__name__} has no argument {unknown[0]!r}.")
-        guidance = None if guidance is None else number("guidance", guidance)
-        if guidance is not None and self.guide is not None:
-            options[self.guide] = guidance
-        options["num_inference_steps"] = integer("num_steps", num_steps, 1)
+        options = self._call_options(options, guidance, num_steps)
         seeds = tuple(seed_of_each(seed, len(texts)))
-        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
-        stamps = tuple((stamp(part), _attached_to(part)) for part in encoders if isinstance(part, nn.Module))
-        key = (texts, *((name, _key(value)) for name, value in sorted(options.items())), _key(latents), stamps)
-        key = (*key, id(self.pipe.scheduler), str(self.pipe.scheduler.config))
+        key = self._draft_key(texts, options, latents)
         if key not in self._drafts:
             used = float(options.get(self.guide or "") or self.default_guidance)
             inputs = PipelineInputs(self.drafted, self.dit, texts, options, seeds, latents, guidance=used)
@@ -176,6 +167,24 @@ class HookedPipeline(HookedTextToImage):
             while len(self._drafts) > REMEMBERED:
                 self._drafts.popitem(last=False)
         return replace(self._drafts[key][1], seeds=seeds, weights=stamp(self.dit))
+
+    def _call_options(self, options: Mapping[str, Any], guidance: float | None, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call. Raises TypeError for one that it lacks."""
+        known, options = inspect.signature(type(self.pipe).__call__).parameters, {**self.options, **options}
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"{type(self.pipe).__name__} has no argument {unknown[0]!r}.")
+        guidance = None if guidance is None else number("guidance", guidance)
+        if guidance is not None and self.guide is not None:
+            options[self.guide] = guidance
+        return options | {"num_inference_steps": integer("num_steps", num_steps, 1)}
+
+    def _draft_key(self, texts: tuple[str, ...], options: Mapping[str, Any], latents: Any) -> tuple[Any, ...]:
+        """Everything that a draft depends on: arguments, text encoders and scheduler."""
+        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
+        stamps = tuple((stamp(part), _attached_to(part)) for part in encoders if isinstance(part, nn.Module))
+        values = [(name, _key(value)) for name, value in sorted(options.items())]
+        scheduler = self.pipe.scheduler
+        return (texts, *values, _key(latents), stamps, id(scheduler), str(scheduler.config))
 
     def encoded(self, inputs: PipelineInputs) -> PipelineInputs:
         """The inputs: a draft's text is encoded."""
