@@ -6,11 +6,13 @@ import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 
 from hooked_models import HookedTextToImage
 from hooked_models.hooks.module import HookedModule
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from .execute import Work
     from .metrics import Read
     from .plan import Plan
+    from .scores import Question
 
 RESTARTS = 3
 """How often a worker, and a batch, is tried again after being lost."""
@@ -45,7 +48,6 @@ class Worker:
                 if getattr(module.cfg, flag) != on:
                     getattr(module, f"set_{flag}")(on)
         self.plan = replace(plan, model=self.model)
-        self.inputs: Any = None
         self.held: tuple[Any, Work] | None = None
 
     def digest(self) -> str:
@@ -55,8 +57,19 @@ class Worker:
     @torch.no_grad()
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
         """Sample rows without intervention; sent back without the model."""
-        self.inputs = self.inputs or self.plan.inputs()
         return Clean.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch).on(None)
+
+    def scores(self, question: Question, seed: int, prompts: Rows) -> Float[np.ndarray, "condition prompt"]:
+        """As `scores.scores_of_group`."""
+        from .scores import scores_of_group
+
+        with torch.no_grad():
+            return scores_of_group(self.plan, self.inputs, question, seed, prompts)
+
+    @cached_property
+    def inputs(self) -> Any:
+        """Inputs of a run of the prompts, one row each."""
+        return self.plan.inputs()
 
     @torch.no_grad()
     def rows(self, shared: Sequence[Any], forks: Sequence[Fork]) -> pd.DataFrame:
@@ -88,6 +101,14 @@ class Cluster:
             raise ValueError(f"workers={workers}: at least one has to do the work.")
         self.ray, self.workers = ray, workers
 
+    def count(self, model: Any) -> int:
+        """Number of workers that hold a model of its kind of device."""
+        if self.workers is not None:
+            return self.workers
+        if not self.ray.is_initialized():
+            self.ray.init()
+        return int(self.ray.cluster_resources().get("GPU" if model.device.type == "cuda" else "CPU", 1))
+
     def batch(self, rows: int, most: int) -> int:
         """Rows that run together, so that there is something to do for everybody."""
         return min(most, max(1, rows // (BATCHES * (self.workers or BATCHES))))
@@ -105,10 +126,9 @@ class Cluster:
         model = plan.model
         if not model.enters_at_layers:
             raise ValueError("Workers of a cluster open PixArt models only: choose executor='local' for this pipeline.")
+        count, on_gpu = self.count(model), model.device.type == "cuda"
         if not self.ray.is_initialized():
             self.ray.init()
-        on_gpu = model.device.type == "cuda"
-        count = self.workers or int(self.ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1))
         remote = self.ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
         found = model.source  # the workers' working directory may be another
         weights = replace(found, folder=found.folder.resolve()) if found else self.ray.put(parts_of(model))
@@ -147,6 +167,12 @@ class Team:
         parts = shares(rows, len(self.actors), batch)
         sampled = ActorPool(self.actors).map(lambda actor, some: actor.sample.remote(some, reads, batch), parts)
         return Clean.join(list(sampled)).on(self.model)
+
+    def scores(self, question: Question, seed: int, groups: Sequence[Rows]) -> Iterator[Float[np.ndarray, "condition prompt"]]:
+        """The scores of each group of prompts, in order."""
+        from ray.util import ActorPool
+
+        yield from ActorPool(self.actors).map(lambda actor, prompts: actor.scores.remote(question, seed, prompts), list(groups))
 
     def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
         """The rows of every job's cells, in the order in which they are ready."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .clean import Clean, Fork, Rows
@@ -19,6 +19,7 @@ from .forks import Batch
 from .metrics import FIRST_TOUCHED, Metric, Read
 from .progress import progress_bar
 from .results import Results
+from .scores import Question, scores_of_group
 
 if TYPE_CHECKING:
     from .cluster import Cluster
@@ -95,6 +96,10 @@ class Workers(Protocol):
         """The runs of some rows without intervention."""
         ...
 
+    def scores(self, question: Question, seed: int, groups: Sequence[Rows]) -> Iterable[Float[np.ndarray, "condition prompt"]]:
+        """The scores of each group of prompts (`scores.scores_of_group`), in order."""
+        ...
+
     def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
         """The rows of every job's cells, in the order in which they are ready."""
         ...
@@ -114,6 +119,11 @@ class Here(AbstractContextManager["Here"]):
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
         """As in `Workers`."""
         return Clean.sample(self.plan.model, self.plan.inputs(), self.plan.seeds, rows, reads, batch, self.worked)
+
+    def scores(self, question: Question, seed: int, groups: Sequence[Rows]) -> Iterator[Float[np.ndarray, "condition prompt"]]:
+        """As in `Workers`."""
+        inputs = self.plan.inputs()
+        return (scores_of_group(self.plan, inputs, question, seed, prompts) for prompts in groups)
 
     def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
         """As in `Workers`."""

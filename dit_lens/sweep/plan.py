@@ -161,7 +161,7 @@ class Plan:
     @torch.no_grad()
     def run(self, out: str | Path | None = None, executor: str = "local", workers: int | None = None) -> xr.Dataset:
         """As `sweep.run`."""
-        cluster = _cluster(executor, workers)
+        cluster = cluster_of(executor, workers)
         folder = None if out is None else Path(out)
         results = Results(folder, {} if folder is None else self.settings)
         try:
@@ -176,7 +176,12 @@ class Plan:
         return dataset(results.table, self.treatments, self.prompts, self.seeds, own, attrs)
 
 
-def _cluster(executor: str, workers: int | None) -> Cluster | None:
+def cluster_of(executor: str = "local", workers: int | None = None) -> Cluster | None:
+    """The cluster of an executor; None for "local".
+
+    Raises:
+        ValueError: there is no such executor, or "local" is given a number of workers.
+    """
     if executor == "ray":
         return Cluster(workers)
     if executor != "local":

@@ -12,10 +12,10 @@ Both methods take the metric's gradients at the runs without intervention, and m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,36 +30,52 @@ from ..runs.gradients import LATENT, chain, gradients, modulates
 from .clean import Clean, as_index, metric_input
 from .forks import Batch
 from .metrics import FIRST_TOUCHED, Metric, Read
-from .plan import Plan
 from .treatments import Treatment
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 Method = Literal["step", "attribution"]
 OUT = Read("hook_out", FIRST_TOUCHED)
 
 
-def scores_of_seed(
-    plan: Plan, name: str, metric: Metric, column: str, by: Method, done: Callable[[int], None], seed: int
+@dataclass(frozen=True)
+class Question:
+    """Effect that a search scores: the same for all prompts and seeds."""
+
+    name: str
+    """Metric of the plan, whose tensor `metric` is given."""
+    metric: Metric
+    column: str
+    """Of a metric with several values, one of them."""
+    by: Method
+
+
+def groups_of_prompts(plan: Plan, workers: int = 1) -> list[Int[np.ndarray, " prompt"]]:
+    """Prompts that are scored together: as many as fit into a batch, and few enough that each worker has some."""
+    prompts = np.arange(len(plan.prompts))
+    if any(one.joint for one in plan.treatments):  # "mean" and "resample" look at all prompts
+        return [prompts]
+    return np.array_split(prompts, max(-(-len(prompts) // plan.batch), min(workers, len(prompts))))
+
+
+def scores_of_group(
+    plan: Plan, inputs: Any, question: Question, seed: int, prompts: Int[np.ndarray, " prompt"]
 ) -> Float[np.ndarray, "condition prompt"]:
-    """NaN for conditions that have none.
+    """Score all conditions on some prompts with one seed; NaN for conditions that have no score.
 
     Args:
-        name: of the plan's metric, whose tensor `metric` is given.
-        column: of a metric with several values, one of them.
-        done: is told how many prompts were done.
+        inputs: of the plan's prompts, `plan.inputs()`.
         seed: its place among the plan's.
     """
-    read, n = plan.reads[name], len(plan.prompts)
-    ways = [_way(treatment, read, by) for treatment in plan.treatments]
-    found = np.where(np.array([way is None for way in ways])[:, None], np.nan, np.zeros((len(ways), n)))
-    inputs, reads = plan.inputs(), {OUT.at(step) for step in range(plan.steps)} if "step" in ways else set()
-    together = any(one.joint for one in plan.treatments)  # "mean" and "resample" look at all prompts
-    for prompts in [np.arange(n)] if together else np.array_split(np.arange(n), -(-n // plan.batch)):
-        rows = seed * n + prompts
-        clean = Clean.sample(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
-        for first, some in _questions(plan, read, np.flatnonzero([way is not None for way in ways])):
-            part = _Part(plan, read, metric, column, clean, first, some, [ways[i] for i in some.tolist()])
-            found[np.ix_(some, prompts)] = part.scores()
-        done(len(rows))
+    read = plan.reads[question.name]
+    ways = [_way(treatment, read, question.by) for treatment in plan.treatments]
+    found = np.where(np.array([way is None for way in ways])[:, None], np.nan, np.zeros((len(ways), len(prompts))))
+    reads = {OUT.at(step) for step in range(plan.steps)} if "step" in ways else set()
+    clean = Clean.sample(plan.model, inputs, plan.seeds, seed * len(plan.prompts) + prompts, reads, plan.batch)
+    for first, some in _questions(plan, read, np.flatnonzero([way is not None for way in ways])):
+        chosen = [ways[i] for i in some.tolist()]
+        found[some] = _Part(plan, read, question.metric, question.column, clean, first, some, chosen).scores()
     return found
 
 

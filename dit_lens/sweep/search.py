@@ -26,11 +26,12 @@ from torch import Tensor
 
 from ..stats import Interval, count_bound, rank_correlation
 from ..store import Store, fingerprint
-from .execute import metric_of
+from .cluster import Cluster
+from .execute import Here, metric_of
 from .metrics import FIRST_TOUCHED, Metric
-from .plan import Plan
+from .plan import Plan, cluster_of
 from .progress import progress_bar
-from .scores import Method, scores_of_seed
+from .scores import Method, Question, groups_of_prompts
 
 
 class Missed(NamedTuple):
@@ -170,7 +171,9 @@ def two_stage(
         raise ValueError(f"k={k}, sample={sample}: both have to be at least 1.")
     folder = None if out is None else Path(out)
     way = score or ("attribution" if plan.reads[name].step == FIRST_TOUCHED else "step")
-    scores = _scores(plan, name, metric.removeprefix(name).removeprefix("_"), by, way, folder)
+    slope = plan.metrics[name] if by is None else Metric(by)
+    question = Question(name, slope, metric.removeprefix(name).removeprefix("_"), way)
+    scores = _scores(plan, question, folder, cluster_of(**running))
     scored = np.flatnonzero(~np.isnan(scores))
     order = scored[np.argsort(-np.abs(scores[scored]), kind="stable")]
     drawn = np.full(len(scores), "unscored", dtype=object)
@@ -200,17 +203,26 @@ def two_stage(
     return Search(found, table.iloc[order].reset_index(drop=True), *rho, of_sizes, in_sample[order].tolist())
 
 
-def _scores(
-    plan: Plan, name: str, column: str, by: Callable[[Tensor], Tensor] | None, way: Method, folder: Path | None
-) -> Float[np.ndarray, " condition"]:
+def _scores(plan: Plan, question: Question, folder: Path | None, cluster: Cluster | None) -> Float[np.ndarray, " condition"]:
     """Means over prompts and seeds; NaN where there is none."""
-    metric = plan.metrics[name] if by is None else Metric(by)
-    settings = {} if folder is None else {**plan.settings, "scores": fingerprint([metric, plan.reads[name], column, way])}
+    name = question.name
+    asked = [question.metric, plan.reads[name], question.column, question.by]
+    settings = {} if folder is None else {**plan.settings, "scores": fingerprint(asked)}
+    workers = 1 if cluster is None else cluster.count(plan.model)
+    groups = groups_of_prompts(plan, workers)
     with (
         progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as advance,
         nullcontext() if folder is None else Store(folder, settings) as store,
+        Here(plan, advance.rows) if cluster is None else cluster.start(plan, len(groups)) as team,
     ):
-        make = partial(scores_of_seed, plan, name, metric, column, way, advance.rows)
+
+        def make(seed: int) -> Float[np.ndarray, "condition prompt"]:
+            parts = []
+            for prompts, part in zip(groups, team.scores(question, seed, groups), strict=True):
+                parts.append(part)
+                advance.rows(len(prompts))
+            return np.concatenate(parts, axis=1)
+
         seeds = range(len(plan.seeds))
         of_seeds = [make(seed) if store is None else store.array(f"{seed:08d}.npy", partial(make, seed)) for seed in seeds]
     values = np.stack(of_seeds)  # [seed condition prompt]

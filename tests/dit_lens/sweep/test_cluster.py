@@ -174,6 +174,16 @@ def lethal_worker(folder: Path) -> type[cluster.Worker]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("score", ["step", "attribution"])
+def test_a_search_by_two_workers_is_the_local_one(two_workers, model, score):
+    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(2))
+    plan = sweep.plan(model, PROMPTS, SEEDS, cells, {"mean": sweep.Metric(lambda x: x.flatten(1).mean(1))}, num_steps=STEPS)
+    here = sweep.two_stage(plan, "mean", k=2, sample=3, score=score)
+    there = sweep.two_stage(plan, "mean", k=2, sample=3, score=score, executor="ray", workers=2)
+    pd.testing.assert_frame_equal(here.table, there.table, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_lost_before_the_forks_loses_nothing(two_workers, model, tmp_path, monkeypatch):
     whole = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS)
     monkeypatch.setattr(cluster, "Worker", lethal_worker(tmp_path))
