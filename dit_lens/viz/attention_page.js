@@ -108,6 +108,36 @@ function showPanel(number, entry, top) {
   }
 }
 
+// heads × steps: red for positive, blue for negative, pale for none
+function showEffects() {
+  if (!data.effects) return;
+  const { name, values } = data.effects, canvas = document.querySelector("#effects canvas");
+  at("effects").hidden = false;
+  const reach = Math.max(1e-12, ...values.flat().map((value) => Math.abs(value ?? 0)));
+  canvas.width = data.steps.length;
+  canvas.height = data.heads.length;
+  canvas.style.height = `${Math.max(160, 7 * data.heads.length)}px`;
+  const context = canvas.getContext("2d"), pixels = context.createImageData(canvas.width, canvas.height);
+  values.flat().forEach((value, cell) => {
+    const x = 255 * (1 - Math.abs(value ?? 0) / reach);
+    pixels.data.set(value === null ? [0, 0, 0, 0] : value > 0 ? [255, x, x, 255] : [x, x, 255, 255], 4 * cell);
+  });
+  context.putImageData(pixels, 0, 0);
+  context.fillStyle = "#000";
+  context.fillRect(state.step + 0.35, state.head + 0.35, 0.3, 0.3);
+  const here = values[state.head][state.step];
+  document.querySelector("#effects p").textContent =
+    `${name} of ${data.heads[state.head]} at step ${data.steps[state.step]}: ${here === null ? "not known" : here.toPrecision(3)} (largest ${reach.toPrecision(3)}); heads down, steps to the right, click a cell`;
+  canvas.setAttribute("aria-label", `${name} by head and step`);
+  canvas.onclick = (event) => {
+    const box = canvas.getBoundingClientRect();
+    set({
+      step: limit(Math.floor((event.clientX - box.left) / box.width * canvas.width), 0, canvas.width - 1),
+      head: limit(Math.floor((event.clientY - box.top) / box.height * canvas.height), 0, canvas.height - 1),
+    });
+  };
+}
+
 let layout = "";
 function showHeads() {
   const order = data.heads.map((_, head) => head);
@@ -163,6 +193,7 @@ function show() {
   showPanel(0, entries[0], top);
   showPanel(1, entries[1], top);
   showHeads();
+  showEffects();
 }
 
 const limit = (value, low, high) => Math.min(high, Math.max(low, value));

@@ -20,12 +20,14 @@ from urllib.parse import urlencode
 
 import numpy as np
 import torch
+import xarray as xr
 from einops import reduce
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from hooked_models.generation.cache import GenerationCache
+from hooked_models.generation.names import parse_head
 from hooked_models.generation.pipeline import HookedPipeline
 
 Run = tuple[GenerationCache, Float[Tensor, "prompt 3 height width"]]
@@ -43,7 +45,7 @@ def attention_page(
     others: Mapping[str, Run] | None = None,
     start: Mapping[str, Any] | None = None,
     largest: int = LARGEST,
-    options: Mapping[str, Any] | None = None,
+    effects: xr.DataArray | None = None,
 ) -> Path:
     """Write a page to explore: heads, steps and words, two prompts or runs side by side, a ranking of heads, PNG and CSV.
 
@@ -61,12 +63,13 @@ def attention_page(
             its number) and opacity (0 … 100); by default, the head and the word whose attention differs most between places.
         largest: bytes of a prompt's maps in the file. Weights take a byte each, to ±0.4 % of full attention, compressed; maps
             above this size are averaged over squares of 2 × 2 places, or 4 × 4, ….
-        options: further arguments of the run, such as `max_sequence_length`, for pipelines other than PixArt's.
+        effects: of each head at each step, dims (layer, head, step), such as those of a sweep: a map whose cells open the head at
+            the step. Heads and steps that it lacks stay empty.
 
     Raises:
         KeyError: the cache has no pattern of an attention that reads the text.
-        ValueError: the number of prompts is not the cache's, its patterns are summaries, runs differ in steps or heads, or
-            `start` names something that the page lacks.
+        ValueError: the number of prompts is not the cache's, its patterns are summaries, runs differ in steps or heads,
+            `start` names something that the page lacks, or `effects` has other dims.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -78,7 +81,7 @@ def attention_page(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page_text(cache, prompts, images, others=others, start=start, largest=largest, options=options))
+    path.write_text(page_text(cache, prompts, images, others=others, start=start, largest=largest, effects=effects))
     return path
 
 
@@ -103,7 +106,7 @@ def show(
     *,
     others: Mapping[str, Run] | None = None,
     start: Mapping[str, Any] | None = None,
-    options: Mapping[str, Any] | None = None,
+    effects: xr.DataArray | None = None,
     height: int = 760,
 ) -> Shown:
     """Display `attention_page` inside a notebook: no server, no file. Arguments and errors as there; `height` in pixels.
@@ -115,7 +118,7 @@ def show(
         >>> show(cache, prompts, images)._repr_html_()[:16]
         '<iframe srcdoc="'
     """
-    return Shown(page_text(cache, prompts, images, others=others, start=start, options=options), height)
+    return Shown(page_text(cache, prompts, images, others=others, start=start, effects=effects), height)
 
 
 def page_text(
@@ -126,11 +129,11 @@ def page_text(
     others: Mapping[str, Run] | None = None,
     start: Mapping[str, Any] | None = None,
     largest: int = LARGEST,
-    options: Mapping[str, Any] | None = None,
+    effects: xr.DataArray | None = None,
 ) -> str:
     """The page as a text; see `attention_page`."""
     runs: dict[str, Run] = {"": (cache, images), **(others or {})}
-    read = {name: _Maps.read(run, prompts, options or {}) for name, (run, _) in runs.items()}
+    read = {name: _Maps.read(run, prompts) for name, (run, _) in runs.items()}
     first = read[""]
     for name, maps in read.items():
         if (maps.heads, maps.steps) != (first.heads, first.steps):
@@ -154,6 +157,7 @@ def page_text(
         "steps": first.steps,
         "grid": (rows // factor, columns // factor),
         "about": about + ".",
+        "effects": None if effects is None else _effects(effects, first),
         "start": urlencode(_begin(first, entries, start or {})),
     }
     here = files(__package__)
@@ -177,7 +181,7 @@ class _Maps:
     known_grid: tuple[int, int] | None
 
     @classmethod
-    def read(cls, cache: GenerationCache, prompts: Sequence[str], options: Mapping[str, Any]) -> _Maps:
+    def read(cls, cache: GenerationCache, prompts: Sequence[str]) -> _Maps:
         model: Any = cache.model
         joint = isinstance(model, HookedPipeline)
         sublayer, layers = _attention_to_text(cache, joint)
@@ -193,7 +197,7 @@ class _Maps:
         grid = layout.grid[:2]
         if sublayer == "attn":  # positions are [image, text]
             pattern = pattern[..., : layout.n_image, layout.n_image :]
-        tokens = [_spelt(encoded) for encoded in model.encoded_texts(list(prompts), **options)]
+        tokens = [_spelt(encoded) for encoded in model.encoded_texts(list(prompts))]
         return cls(pattern, heads, cache.steps, tokens, grid)
 
     def grid(self, image: tuple[int, int]) -> tuple[int, int]:
@@ -290,6 +294,16 @@ def _begin(maps: _Maps, entries: Sequence[Mapping[str, Any]], start: Mapping[str
         **start,
         "word": best if word is None else word,
     }
+
+
+def _effects(effects: xr.DataArray, maps: _Maps) -> dict[str, Any]:
+    """Name of the effects, and rows of heads, columns of steps; None where there is none."""
+    if set(effects.dims) != {"layer", "head", "step"}:
+        raise ValueError(f"effects needs dims layer, head and step, not {', '.join(map(str, effects.dims))}.")
+    known = effects.transpose("layer", "head", "step").to_series()
+    rows = [[known.get((*parse_head(head), step), float("nan")) for step in maps.steps] for head in maps.heads]
+    values = [[None if math.isnan(value) else round(float(value), 6) for value in row] for row in rows]
+    return {"name": str(effects.name or "effect"), "values": values}
 
 
 def _grid(places: int, ratio: float) -> tuple[int, int]:

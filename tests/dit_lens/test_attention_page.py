@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from PIL import Image
 
 from dit_lens import viz
@@ -97,12 +98,10 @@ def test_joint_and_cross_attention_of_other_families(family: str, tmp_path: Path
     """Rows are image places and columns text positions of the joint pattern; each place's words and other keys sum to one."""
     pipe, call = tiny_pipelines.tiny_pipeline(family)
     model = HookedTextToImage.from_pipeline(pipe)
-    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    model.options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
     with torch.no_grad():
-        images, cache = model.run_with_cache(
-            PROMPTS, [3, 4], 2, names_filter=lambda name: name.endswith("attn.hook_pattern"), **options
-        )
-    data = on_page(viz.attention_page(cache, PROMPTS, images, tmp_path / "page.html", options=options))
+        images, cache = model.run_with_cache(PROMPTS, [3, 4], 2, names_filter=lambda name: name.endswith("attn.hook_pattern"))
+    data = on_page(viz.attention_page(cache, PROMPTS, images, tmp_path / "page.html"))
     rows, columns, frames = model.dit.layout.grid
     assert (rows, columns, frames) == (*data["grid"], 1)
     n_image = rows * columns
@@ -319,6 +318,29 @@ def test_keys_play_and_ranking(generation: Any, browser: Any, tmp_path: Path) ->
     assert browser.execute_script(f"return [...{reached}].every((node) => node.tabIndex === 0)")
     named = "node.ariaHidden || node.ariaLabel || node.closest('button').ariaLabel"
     assert browser.execute_script(f"return [...document.querySelectorAll('canvas')].every((node) => {named})")
+
+
+def test_effects_open_their_head_and_step(generation: Any, browser: Any, tmp_path: Path) -> None:
+    """A click on a cell; its number is shown, and what is not known stays empty."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    _, images, cache = generation
+    dims = {"layer": [0, 1], "head": [0, 1], "step": [0, 2]}  # not step 1
+    effects = xr.DataArray(np.arange(8.0).reshape(2, 2, 2) - 3, dims=tuple(dims), coords=dims, name="fall")
+    opened(browser, viz.attention_page(cache, PROMPTS, images, tmp_path / "page.html", effects=effects))
+    canvas = browser.find_element("css selector", "#effects canvas")
+    for (head, step), expected in np.ndenumerate(np.array([[-3, np.nan, -2], [-1, np.nan, 0], [1, np.nan, 2], [3, np.nan, 4]])):
+        x, y = ((place + 0.5) / n - 0.5 for place, n in ((step, 3), (head, 4)))
+        ActionChains(browser).move_to_element_with_offset(
+            canvas, round(x * canvas.size["width"]), round(y * canvas.size["height"])
+        ).click().perform()
+        assert browser.execute_script("return [state.head, state.step]") == [head, step]
+        text = browser.find_element("css selector", "#effects p").text
+        assert text.startswith(f"fall of {['L0H0', 'L0H1', 'L1H0', 'L1H1'][head]} at step {step}: ")
+        value = text.split(": ")[1].split(" (")[0]
+        assert value == "not known" if np.isnan(expected) else float(value) == expected
+    with pytest.raises(ValueError, match="layer, head and step, not layer, head"):
+        viz.attention_page(cache, PROMPTS, images, tmp_path / "page.html", effects=effects[:, :, 0])
 
 
 def test_exports(generation: Any, browser: Any, tmp_path: Path) -> None:
