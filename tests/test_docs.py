@@ -26,20 +26,29 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(code, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("family", ["FLUX.1", "SD3", "SANA"])
+@pytest.mark.parametrize("family", ["FLUX.1", "SD3", "Qwen-Image", "SANA"])
 def test_your_model_runs_on_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's lines, unchanged, on small random pipelines: all heads are ranked, and hiding a word moves the image."""
+    """The page's lines, unchanged, on folders of small random pipelines: heads are ranked, and hiding a word moves the image."""
     monkeypatch.chdir(tmp_path)
     pipe, call = tiny_pipeline(family)
-    model = HookedTextToImage.from_pipeline(pipe)
+    pipe.save_pretrained(tmp_path / "model")
+    model = HookedTextToImage.from_pretrained(tmp_path / "model")
+    model.pipe.set_progress_bar_config(disable=True)
     model.options = {name: value for name, value in call.items() if name not in ("num_inference_steps", "output_type")}
     monkeypatch.setattr(HookedTextToImage, "from_pretrained", lambda name: model)
     names: dict[str, Any] = {}
-    page = ROOT / "docs/your_model.md"
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
-        exec(compile(code, str(page), "exec"), names)
-    assert len(names["ranking"]) == model.cfg.n_layers * model.cfg.n_heads
-    assert names["ranking"].iloc[0] > 0
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/your_model.md").read_text(), flags=re.S)
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 2 + 15  # two of them imports
+    for code in blocks:
+        exec(compile(code, "your_model.md", "exec"), names)
+        if code == blocks[0]:
+            effect = names["found"]["moved_effect"].sel(interval="mean")
+            assert bool((effect > 0).all())
+    heads, ranking = names["heads"], names["ranking"]
+    assert len(heads) == len(ranking) == model.cfg.n_layers * model.cfg.n_heads
+    assert heads.is_monotonic_decreasing
+    assert ranking.iloc[0] > 0
+    assert names["picture"].dims == ("y", "x")
     assert Path("page.html").exists()
 
 

@@ -13,7 +13,7 @@ from hooked_models.lazy_imports import attach
 if TYPE_CHECKING:
     from .concepts import concept_attention
     from .dictionaries import Dictionary, dictionary
-    from .heat_maps import heatmap
+    from .heat_maps import heatmap, text_attentions
     from .massive import massive_activations
     from .sinks import attention_sinks
     from .text_layers import diffusion_lens
@@ -26,6 +26,7 @@ __all__ = [
     "diffusion_lens",
     "heatmap",
     "massive_activations",
+    "text_attentions",
 ]
 
 __getattr__, __dir__ = attach(
@@ -38,5 +39,6 @@ __getattr__, __dir__ = attach(
         "diffusion_lens": "text_layers:diffusion_lens",
         "heatmap": "heat_maps:heatmap",
         "massive_activations": "massive:massive_activations",
+        "text_attentions": "heat_maps:text_attentions",
     },
 )
