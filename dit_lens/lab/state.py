@@ -18,7 +18,7 @@ from hooked_models.generation.names import parse_head
 from ..intervene.edits import Replace, Scale
 from ..intervene.interventions import Intervention
 
-Action = Literal["mask", "exchange", "scale"]
+Action = Literal["mask", "exchange", "scale", "freeze"]
 MOST_STEPS, LONGEST = 100, 2000
 
 
@@ -31,7 +31,8 @@ class State:
         other: text whose keys and values are read in an exchange; as many tokens as `prompt`.
         seed: of the noise.
         num_steps: denoising steps.
-        action: "mask" hides words from heads, "exchange" lets heads read the other prompt, "scale" multiplies what heads write.
+        action: "mask" hides words from heads, "exchange" lets heads read the other prompt, "scale"
+            multiplies what heads write, "freeze" keeps their attention of the first step of the edit.
         heads: those that are edited ("L2H1"); none leaves the image as it is.
         words: positions of the words that are masked or exchanged; all of them where none is given.
         first: first step of the edit.
@@ -105,7 +106,7 @@ class State:
             2
         """
         steps, tokens = slice(self.first, self.last + 1), list(self.words) or None
-        values = self._values(model) if self.action == "exchange" and self.heads else {}
+        values = self._values(model)
         found = []
         for layer, heads in self._by_layer():
             site = f"blocks.{layer}.cross_attn.hook_"
@@ -115,6 +116,8 @@ class State:
                 found.append(masked if tokens else Intervention(f"{site}z", heads, None, steps, action="zero"))
             elif self.action == "scale":
                 found.append(Intervention(f"{site}z", heads, None, steps, action=Scale(self.factor)))
+            elif self.action == "freeze":
+                found.append(Intervention(f"{site}pattern", heads, None, steps, action=Replace(values)))
             else:
                 found += [Intervention(f"{site}{part}", heads, tokens, steps, action=Replace(values)) for part in "kv"]
         return found
@@ -156,6 +159,14 @@ class State:
                 "_, cache = model.run_with_cache(other, seed=0, num_steps=1, names_filter=names)",
                 'values = {part: cache[f"steps.0.cond.{part}"] for part in parts}',
             ]
+        if self.action == "freeze" and self.heads:
+            layers = [layer for layer, _ in self._by_layer()]
+            lines += [
+                f'parts = [f"blocks.{{layer}}.cross_attn.hook_pattern" for layer in {layers}]',
+                f'names = [f"steps.{self.first}.cond.{{part}}" for part in parts]',
+                f"_, cache = model.run_with_cache(prompt, seed={self.seed}, num_steps={self.num_steps}, names_filter=names)",
+                f'values = {{part: cache[f"steps.{self.first}.cond.{{part}}"] for part in parts}}',
+            ]
         lines.append("edits = [")
         for layer, heads in self._by_layer():
             site = f"blocks.{layer}.cross_attn.hook_"
@@ -165,6 +176,8 @@ class State:
                 edits = [f'"{site}z", {heads}, None, {steps}, action="zero"']
             elif self.action == "scale":
                 edits = [f'"{site}z", {heads}, None, {steps}, action=Scale({self.factor!r})']
+            elif self.action == "freeze":
+                edits = [f'"{site}pattern", {heads}, None, {steps}, action=Replace(values)']
             else:
                 edits = [f'"{site}{part}", {heads}, {tokens}, {steps}, action=Replace(values)' for part in "kv"]
             lines += [f"    Intervention({edit})," for edit in edits]
@@ -189,7 +202,15 @@ class State:
         return [(layer, [head for _, head in some]) for layer, some in groupby(places, key=lambda place: place[0])]
 
     def _values(self, model: HookedTextToImage) -> dict[str, Tensor]:
-        """Keys and values of the other prompt, the same at every step."""
+        """By site: keys and values of the other prompt, the same at every step; or patterns at the first step of the edit."""
+        if not self.heads or self.action not in ("exchange", "freeze"):
+            return {}
+        if self.action == "freeze":
+            parts = [f"blocks.{layer}.cross_attn.hook_pattern" for layer, _ in self._by_layer()]
+            names = [f"steps.{self.first}.cond.{part}" for part in parts]
+            with torch.no_grad():
+                _, cache = model.run_with_cache(self.prompt, seed=self.seed, num_steps=self.num_steps, names_filter=names)
+            return {part: cache[name] for part, name in zip(parts, names, strict=True)}
         n, m = (model.to_tokens(text).shape[1] for text in (self.prompt, self.other))
         if n != m:
             raise ValueError(f"{self.other!r} has {m} tokens and {self.prompt!r} has {n}: exchange prompts of equal length.")

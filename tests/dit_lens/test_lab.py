@@ -64,6 +64,7 @@ STATES = [
     State(ABOVE, BELOW, 5, 3, "exchange", ("L0H1", "L1H0"), (3,), 0, 1),
     State(ABOVE, BELOW, 5, 3, "exchange", ("L0H1", "L1H0"), (), 0, 1),
     State(ABOVE, num_steps=3, action="scale", heads=("L2H1",), last=2, factor=-1.5),
+    State(ABOVE, num_steps=3, action="freeze", heads=("L2H1", "L0H0"), first=0, last=2),
 ]
 
 
@@ -76,6 +77,17 @@ def test_a_snippet_draws_the_same_image(lab: Lab, state: State, monkeypatch: pyt
     assert torch.equal(names["image"], state.draw(lab.model))
     plain = lab.model(ABOVE, seed=state.seed, num_steps=3)
     assert torch.equal(names["image"], plain) == (not state.heads)
+
+
+def test_frozen_heads_keep_their_attention(lab: Lab) -> None:
+    state = State(ABOVE, num_steps=3, action="freeze", heads=("L2H1",), first=1, last=2)
+    hooks = [hook for edit in state.interventions(lab.model) for hook in edit.hooks(lab.model, ABOVE, num_steps=3)]
+    with torch.no_grad(), lab.model.hooks(fwd_hooks=hooks):
+        _, cache = lab.model.run_with_cache(ABOVE, num_steps=3, names_filter="blocks.2.cross_attn.hook_pattern")
+    first, second, third = (cache["pattern", 2, "cross_attn", step][0] for step in range(3))
+    assert torch.equal(third[1], second[1])
+    assert not torch.equal(second[1], first[1])
+    assert not torch.equal(third[0], second[0])  # another head goes on
 
 
 def test_an_exchange_is_an_interchange(lab: Lab) -> None:
