@@ -1,6 +1,7 @@
 """Ablation presets, matched random controls, and their effect on scene accuracy.
 
-    conditions = {"head": knockout_role("relation", heads="L2H2"), "words": knockout_role("relation")}
+    head, words = knockout_role("relation", heads="L2H2"), knockout_role("relation")
+    conditions = {"head": head, "words": words}
     wanted = scenes.sample(64, seed=1, color_words="both")
     effects = ablation_effects(model, wanted, conditions, seeds=[0, 1])
     effects["relation_loose_effect"].to_pandas()

@@ -59,7 +59,7 @@ def concept_attention(
         >>> concept_attention(model, "red circle", ["circle", "square"])
         Traceback (most recent call last):
             ...
-        ValueError: HookedDiT's text is read by cross-attention and gets no output vectors: use readout.heatmap.
+        ValueError: HookedDiT's text is read by cross-attention and gets no output vectors: use ...
     """
     by = kept_dims(by, ("layer", "step"))
     layers = joint_layers(model.dit)

@@ -131,7 +131,7 @@ class Server:
         def run() -> None:
             try:
                 outcome.append((talk(), None))
-            except Exception as error:  # whatever a foreign answer does to the parsers of nnsight, pydantic and httpx
+            except Exception as error:  # of nnsight, pydantic or httpx, at a foreign answer
                 outcome.append((None, error))
 
         thread = Thread(target=run, daemon=True)

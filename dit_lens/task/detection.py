@@ -2,7 +2,8 @@
 
     images = sorted(Path("images").glob("*.png"))
     boxes = detect(images, labels, "google/owlv2-base-patch16-ensemble")
-    pair_positions(boxes, pairs)  # which of the two are there, and the first's place relative to the second
+    # which of the two are there, and the first's place relative to the second
+    pair_positions(boxes, pairs)
 
 For models that draw more than the two-object task, whose judge is `dit_lens.scenes.evaluate`.
 Source of the idea: T2I-CompBench (Huang et al., arXiv 2307.06350), which reads spatial relations

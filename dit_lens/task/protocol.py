@@ -89,6 +89,9 @@ class Task(Protocol):
         ...
 
 
+CONTRASTS = {"vertical": ("below", "above"), "horizontal": ("to the right of", "to the left of")}
+
+
 @dataclass(frozen=True)
 class TwoObjects:
     """Two colored shapes in a relation: the task of the bundled models.
@@ -106,7 +109,7 @@ class TwoObjects:
     image_size = IMAGE_SIZE
     words = WORDS
     metrics = METRICS
-    contrasts = {"vertical": ("below", "above"), "horizontal": ("to the right of", "to the left of")}  # noqa: RUF012
+    contrasts = CONTRASTS
 
     def sample(self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None) -> list[Any]:
         """As `scenes.sample`; held-out scenes name both colors."""

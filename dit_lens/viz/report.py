@@ -28,9 +28,11 @@ SHOWN_ROWS = 200
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; }
-body { margin: 1.5rem auto; max-width: 60rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }
+body { margin: 1.5rem auto; max-width: 60rem; padding: 0 1rem;
+  font: 15px/1.5 system-ui, sans-serif; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #8884; vertical-align: top; }
+th, td { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #8884;
+  vertical-align: top; }
 pre { overflow: auto; padding: .6rem; border: 1px solid #8884; }
 img { max-width: 100%; }
 figure { margin: 1rem 0; }
@@ -130,7 +132,8 @@ def _vectors(figure: Figure) -> str:
 
 def _figure(caption: str, figure: Figure) -> str:
     text = html.escape(caption)
-    return f'<figure><img src="{_vectors(figure)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    image = f'<img src="{_vectors(figure)}" alt="{text}">'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def _pairs(facts: Mapping[str, Any]) -> str:

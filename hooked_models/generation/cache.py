@@ -327,9 +327,10 @@ def refuse_if_too_large(estimate: CacheEstimate, max_bytes: int | None, device: 
     if estimate.nbytes <= limit:
         return
     limit_is = f"max_bytes={human(limit)}" if max_bytes is not None else f"a quarter of free memory ({human(limit)})"
+    kinds = [f"{kind} ({human(size)})" for kind, size in list(estimate.by_kind.items())[:3]]
     raise CacheTooLargeError(
         f"This cache would take {human(estimate.nbytes)} in {len(estimate.sizes)} tensors, more than {limit_is}. Most of it is "
-        f"{', '.join(f'{kind} ({human(size)})' for kind, size in list(estimate.by_kind.items())[:3])}. Narrow it with "
+        f"{', '.join(kinds)}. Narrow it with "
         "names_filter= (for example lambda name: name.endswith('cross_attn.hook_pattern')), steps=, branch=, heads= or "
         "patterns=; write it to disk with out=; run fewer prompts; or raise max_bytes=."
     )

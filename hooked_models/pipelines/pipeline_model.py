@@ -181,7 +181,8 @@ class PipelineModel(nn.Module):
         """
         parts: list[str | Tensor] = [type(self.scheduler).__name__]
         for config in (self.dit.config, self.scheduler.config, self.codec.config):
-            parts.append(f"{sorted((name, str(value)) for name, value in config.items() if not name.startswith('_'))}")
+            settings = sorted((name, str(value)) for name, value in config.items() if not name.startswith("_"))
+            parts.append(str(settings))
         for module in (self.dit, self.text_encoder, self.codec):
             parts += module.state_dict().values()
         return digest(*parts)

@@ -198,7 +198,10 @@ def test_in_a_browser(lab: Lab, server: tuple[int, str], browser: Any, tmp_path:
     browser.get("about:blank")
     browser.get(address)
     assert drawn(heads=heads) == state
-    order = lambda: [button.text.split("\n")[0] for button in browser.find_elements("css selector", "#heads button")]  # noqa: E731
+
+    def order() -> list[str]:
+        return [button.text.split("\n")[0] for button in browser.find_elements("css selector", "#heads button")]
+
     Select(browser.find_element("id", "sort")).select_by_value("weights")
     assert order() == sorted(lab.heads, key=lambda head: -abs(lab.cosines[head]))
     assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []

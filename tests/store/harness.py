@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,7 @@ def start_two(user: User, expected: Any, at: Path, times: int, tally: Tally) -> 
                 try:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                     torch.set_num_threads(1)
-                    found = outcome(lambda: user.work(folder), lambda found: user.same(found, expected), folder)  # noqa: B023
+                    found = outcome(partial(user.work, folder), lambda found: user.same(found, expected), folder)
                 finally:
                     os.write(send, found.encode()[:4000])
                     os._exit(0)

@@ -434,7 +434,9 @@ def test_a_killed_sweep_goes_on(model, tmp_path, when, after, monkeypatch):
 
 
 def test_another_sweep_is_never_mixed_in(model, tmp_path):
-    def swept(model=model, prompts=PROMPTS, seeds=SEEDS, cells=durable(), metrics=METRICS, steps=STEPS):  # noqa: B008
+    cells_of_all = durable()
+
+    def swept(model=model, prompts=PROMPTS, seeds=SEEDS, cells=cells_of_all, metrics=METRICS, steps=STEPS):
         return sweep.run(model, prompts, seeds, cells, metrics, tmp_path, num_steps=steps)
 
     first = swept()
