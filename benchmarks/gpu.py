@@ -54,6 +54,7 @@ RUNS = (
         "--model rte-nano --batch 1 --steps 1 --xl-layers 0 --repeats 1",
     ),
     Row("caching", "--repeats 5", "--model rte-nano --steps 1 --repeats 1"),
+    Row("attribution", "--repeats 2 --no-memory", "--model rte-nano --steps 1 --sample 2 --repeats 1 --no-memory"),
     Row("synopsis", "--repeats 3 --no-memory", "--model rte-nano --batch 1 --steps 1 --repeats 1 --no-memory"),
     Row("sweep", "--steps 0 4 9 --repeats 2", TINY_SWEEP),
     Row("scaling", "--workers --repeats 5", "--model rte-nano --rows 1 2 --workers --repeats 1"),
