@@ -19,7 +19,7 @@ from ..hooks.table import Axes
 from ..hooks.wrapping import stamp
 from ..pipelines.weightless import has_weights_on, weightless
 from ..store import digest
-from ..text_encoders.words import EncodedText
+from ..text_encoders.words import EncodedText, padded
 from .hooks import SamplerHooks
 from .model import DEFAULT_STEPS, HookedTextToImage
 from .names import FINAL, Branch, GenerationNames, Site
@@ -234,13 +234,15 @@ class HookedPipeline(HookedTextToImage):
         """As in HookedTextToImage: which of a prompt's characters stand at each text position of the denoiser.
 
         Args:
-            length: not used here; the pipeline decides it.
+            length: in text positions, at least that of the longest prompt; the pipeline decides where tokens stand.
             options: of the run's call, such as `max_sequence_length`.
 
         Raises:
             ValueError: the pipeline changes a prompt's words before it encodes them.
         """
-        return encoded_at_positions(self.draft(prompts, 0, 1, **options), self.dit.family.text)
+        found = encoded_at_positions(self.draft(prompts, 0, 1, **options), self.dit.family.text)
+        longest = max(length or 0, *(len(one.ids) for one in found))
+        return [padded(one, longest) for one in found]
 
     def axes(self, site: Site) -> Axes:
         """As in HookedTextToImage; tensors between calls have the pipeline's own axes."""

@@ -427,4 +427,6 @@ def image_shape(inputs: PipelineInputs) -> tuple[int, ...]:
     """Shape of the images, from the pipeline's arguments and its default size."""
     pipe = inputs.pipe
     default = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
-    return len(inputs), 3, int(inputs.options.get("height") or default), int(inputs.options.get("width") or default)
+    sides = (int(inputs.options.get(side) or default) for side in ("height", "width"))
+    frames = inputs.options.get("num_frames")
+    return (len(inputs), *([] if frames is None else [int(frames)]), 3, *sides)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -160,6 +160,27 @@ class EncodedText:
         """
         spans = [span for span, unknown in zip(self.spans, self.unknown, strict=True) if unknown]
         return list(dict.fromkeys(self.text[start:end].strip() for start, end in spans))
+
+
+def padded(encoded: EncodedText, length: int) -> EncodedText:
+    """A text with pads up to `length` tokens.
+
+    Example:
+        >>> from hooked_models import word_tokenizer
+        >>> padded(encode_text(word_tokenizer(["red"]), "red"), 4).kinds
+        ['text', 'eos', 'pad', 'pad']
+    """
+    more = length - len(encoded.ids)
+    if more <= 0:
+        return encoded
+    return replace(
+        encoded,
+        ids=[*encoded.ids, *[-1] * more],
+        spans=[*encoded.spans, *[(0, 0)] * more],
+        kinds=[*encoded.kinds, *["pad"] * more],  # type: ignore[list-item]
+        special=[*encoded.special, *[True] * more],
+        unknown=[*encoded.unknown, *[False] * more],
+    )
 
 
 def encode_text(tokenizer: Any, text: str, length: int | None = None) -> EncodedText:

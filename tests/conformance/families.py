@@ -1,0 +1,93 @@
+"""Write docs/families.md, families × tools, from the tests of every family: `python -m tests.conformance.families`.
+
+A column is a test of `test_every_family`, a row one of the tiny pipelines that it runs on, and a number the reason why a family
+cannot have a tool, which the test expects to be raised or to hold.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hooked_models import families
+
+from ..hooked_models.tiny_pipelines import PIPELINES
+from . import test_every_family as tests
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+TOOLS = {
+    "images, inert hooks": tests.test_images_are_bitwise_the_pipelines_with_hooks_that_look,
+    "branches": tests.test_both_branches_make_up_the_guided_output,
+    "residual streams": tests.test_a_block_scaled_by_a_torch_hook,
+    "heads": tests.test_a_head_switched_off_by_a_torch_hook,
+    "forks": tests.test_a_fork_is_bitwise_a_full_run,
+    "caches": tests.test_a_cache_has_what_the_transformer_returns,
+    "one branch alone": tests.test_an_edit_stays_in_its_branch,
+    "identity edits": tests.test_identity_edits_change_nothing,
+    "every action": tests.test_every_action,
+    "words": tests.test_a_word_knocked_out,
+    "sweeps": tests.test_a_sweeps_cell_is_a_run_of_its_own,
+    "estimates": tests.test_an_estimate_is_the_size_of_the_cache,
+    "heads=, patterns=": tests.test_chosen_heads_and_summaries_are_those_of_the_whole_cache,
+    "out=": tests.test_a_cache_on_disk_is_the_one_in_memory,
+    "at(step)": tests.test_transformer_lens_patches_a_view_of_one_step,
+    "gradients": tests.test_gradients_are_autograds,
+    "attribution": tests.test_attribution_is_first_order_patching,
+    "path patching": tests.test_a_path_patch_is_the_patch_by_hand,
+    "synopsis": tests.test_a_synopsis_is_the_patterns_sums,
+}
+"""Column → the test that establishes it."""
+INTRODUCTION = """# Every family and every tool
+
+`HookedTextToImage.from_pipeline(pipe)` and `from_pretrained(folder or hub id)` open any of these pipelines; the same tools run on
+all of them. The table is written from `tests/conformance/test_every_family.py` (`python -m tests.conformance.families`): a ✓ is a
+test that passes on a tiny random pipeline of the family, on a CPU in float32. No real weights were run.
+
+- *images, inert hooks*: bitwise the plain pipeline's. *forks*: bitwise a full run with the same hooks.
+- *residual streams*, *heads*: an `Intervention` equals the same edit made by a torch hook in diffusers' own module.
+- *branches*: out = uncond + s · (cond − uncond); *one branch alone*: an edit of one leaves the other's prediction bitwise.
+- *every action*, *words*: against functions and sums written out; *identity edits* change nothing.
+- *sweeps*: a cell equals its own `run_with_hooks`. *estimates*: bytes before a run equal those of its cache.
+- *at(step)*: TransformerLens' patching on one step. *gradients*: autograd through all later steps against finite differences.
+- *attribution*, *path patching*, *synopsis*: against gradients, patches and sums of patterns by hand.
+"""
+PIXART = (
+    "PixArt-α and PixArt-Σ have all of these and more (text encoders, edges, weights): "
+    "[TransformerLens' tools](transformer_lens.md)."
+)
+FULL_NAMES = {"SD3": "Stable Diffusion 3"}
+
+
+def page() -> str:
+    """The page."""
+    reasons: list[str] = []
+
+    def cell(family: str, tool: str) -> str:
+        reason = tests.UNABLE.get((family, tool))
+        if reason is None:
+            return "✓"
+        reasons.extend([] if reason in reasons else [reason])
+        return f"({reasons.index(reason) + 1})"
+
+    rows = [["pipeline", *TOOLS], ["---"] * (len(TOOLS) + 1)]
+    rows += [[name, *(cell(name, tool) for tool in TOOLS)] for name in PIPELINES if name not in tests.LEFT_OUT]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines += [
+        "",
+        *(f"({i}) {reason}." for i, reason in enumerate(reasons, start=1)),
+        "",
+        PIXART,
+        "",
+        "## In no family but PixArt",
+        "",
+    ]
+    lines += [f"- {tool}: {reason}." for tool, (reason, _) in tests.NOWHERE.items()]
+    others = sorted(
+        {family.name for family in families.SUPPORTED.values()}
+        - {FULL_NAMES.get(name, name.split(" true")[0]) for name in PIPELINES}
+    )
+    lines += ["", "## Hooked call by call", "", f"Tested as denoisers alone (`model.dit`): {', '.join(others)}.", ""]
+    return INTRODUCTION + "\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
