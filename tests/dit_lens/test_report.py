@@ -68,11 +68,12 @@ def test_whatever_it_is_given_is_text(tmp_path: Path) -> None:
 def test_an_array_over_heads_and_steps_is_drawn(tmp_path: Path) -> None:
     dims = {"layer": range(2), "head": range(3), "step": range(4)}
     array = xr.DataArray(np.random.default_rng(0).normal(size=(2, 3, 4)), dims=tuple(dims), coords=dims, name="effect")
+    open_before = plt.get_fignums()
     path = viz.report(array, tmp_path / "a.html", title="t", code="1")
     (drawn,) = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", path.read_text())
     picture = base64.b64decode(drawn).decode()
     assert all(f">L{layer}H{head}<" in picture for layer in range(2) for head in range(3))
     assert len(table_of(path)) == 24
-    assert plt.get_fignums() == []
+    assert plt.get_fignums() == open_before
     with pytest.raises(TypeError, match="not list"):
         viz.report([1], tmp_path / "a.html", title="t", code="1")  # type: ignore[arg-type]
