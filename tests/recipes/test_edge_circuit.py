@@ -1,4 +1,4 @@
-"""Opposites word for word, the read-out against the detector's centres, the smallest size, and one small run."""
+"""Pairs word for word, the read-out against the detector's centres, the smallest size, and one small run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import torch
 
 from dit_lens import scenes
 from dit_lens.task import DIRECTIONS
+from dit_lens.text.prompts import token_roles
+from hooked_models import HookedTextToImage
 from recipes.edge_circuit import enough, layout_readout, pairs, smallest_size
 
 
-def test_pairs_are_opposites_of_as_many_words():
-    of = pairs(1, seed=0)
-    assert [scene.relation for scene in of.clean] == list(scenes.RELATIONS)
+def test_pairs_have_their_relation_words_in_the_same_places():
+    of = pairs(2, seed=0)
+    assert [scene.relation for scene in of.clean] == [relation for relation in scenes.RELATIONS for _ in range(2)]
     assert len(set(of.seeds)) == len(of.seeds)
+    model = HookedTextToImage.from_pretrained("rte-nano")
     for clean, corrupt, text, other in zip(of.clean, of.corrupt, *of.texts, strict=True):
-        assert DIRECTIONS[corrupt.relation] == tuple(-part for part in DIRECTIONS[clean.relation])
-        assert len(text.split()) == len(other.split())
         assert text != other
+        assert token_roles(model, text) == token_roles(model, other)
+    moved = [clean.relation != corrupt.relation for clean, corrupt in zip(of.clean, of.corrupt, strict=True)]
+    assert any(moved)
+    assert pairs(2, seed=0) == of
 
 
 def test_the_readout_is_how_far_objects_stand_along_the_relation():
