@@ -87,7 +87,9 @@ def main(config: Config) -> None:
         seen[name] = by_object(labelled(parts))
         claims += fused_claims(name, seen[name]) if fused else relation_claims(name, seen[name])
         claims += shape_claims(name, seen[name])
-    report("Attention synopsis: " + " and ".join(seen), claims, config.out, full=config.full)
+    n = config.scenes * (4 if config.full else 1)
+    basis = f"{n} images, a noise each; heads chosen on one half, numbers of the other; 1 run"
+    report("Attention synopsis: " + " and ".join(seen), claims, config.out, basis, full=config.full)
     table = {name: ranking(found) for name, found in seen.items()}
     pd.concat(table, names=["model"]).reset_index("model").to_parquet(config.out / "heads.parquet", index=False)
     heads_figure(seen).savefig(config.out / "heads.png", dpi=150)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Float
@@ -150,39 +149,28 @@ def maps_figure(model: HookedTextToImage, senders: Sequence[str], receiver: str,
     return drawn
 
 
-def dependence_figure(
-    maps: pd.DataFrame, shares: pd.DataFrame, paths: Mapping[str, Interval], swaps: Mapping[str, Interval]
-) -> Figure:
-    """Spread and direction of the maps by what was added; what heads write; what either path patching finds by path."""
-    drawn, axes = plt.subplots(1, 5, figsize=(18, 3.4), layout="constrained", width_ratios=[1, 1, 1.3, 1, 1])
+def dependence_figure(maps: pd.DataFrame, paths: Mapping[str, Interval], swaps: Mapping[str, Interval]) -> Figure:
+    """Spread and direction of the maps by what was added; what either path patching finds by path."""
+    drawn, grid = plt.subplots(2, 2, figsize=(9.2, 6.4), layout="constrained")
+    axes = grid.ravel()
     for ax, column, label in (
         (axes[0], "spread", "spread over positions, logits"),
         (axes[1], "along", "cosine with the relation's ramp"),
     ):
         order = ["nothing", "random heads", "relation heads"]
         ax.boxplot([maps.loc[maps["written"] == name, column] for name in order], widths=0.6, showfliers=False)
-        ax.set_xticks(range(1, 4), [f"{name}\nadded" for name in order], fontsize=8)
-        ax.set_title(label, fontsize=9)
-    for (factor, color), shift in zip((("own shape", "tab:blue"), ("relation", "tab:red")), (-0.2, 0.2), strict=True):
-        rows = shares[shares["factor"] == factor]
-        error = np.clip([rows["mean"] - rows["low"], rows["high"] - rows["mean"]], 0, None)
-        axes[2].bar(np.arange(len(rows)) + shift, rows["mean"], 0.4, yerr=error, color=color, label=factor)
-        axes[2].set_xticks(
-            range(len(rows)), [f"{head}\n{role}" for head, role in zip(rows["head"], rows["role"], strict=True)], fontsize=7
-        )
-    axes[2].set_title("what object heads write: R²", fontsize=9)
-    axes[2].legend(fontsize=8, loc="upper right", ncols=2, frameon=False)
-    axes[2].set_ylim(0, 1.25)
+        ax.set_xticks(range(1, 4), [f"{name}\nadded" for name in order], fontsize=10)
+        ax.set_title(label, fontsize=11)
     for ax, found, label in (
-        (axes[3], paths, "share of the layout's turn, by path"),
-        (axes[4], swaps, "shapes change places, by path"),
+        (axes[2], paths, "share of the layout's turn, by path"),
+        (axes[3], swaps, "shapes change places, by path"),
     ):
         for place, one in enumerate(found.values()):
             ax.errorbar(one.mean, place, xerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o", color="black")
-        ax.set_yticks(range(len(found)), [path.replace(" → ", " →\n") for path in found], fontsize=7)
+        ax.set_yticks(range(len(found)), [path.replace(" → ", " →\n") for path in found], fontsize=9)
         ax.axvline(0, color="grey", linewidth=0.6)
         ax.invert_yaxis()
-        ax.set_title(label, fontsize=9)
+        ax.set_title(label, fontsize=11)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     return drawn

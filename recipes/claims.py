@@ -7,7 +7,7 @@ report("Relation heads", claims, out)  # prints the table, writes claims.json an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,19 @@ class Claim:
     """The paper's own quantity here, minus that of its control; without it a claim does not say that the paper replicates."""
     basis: str = ""
     """How many images, noises and training runs the number is of."""
+    questions: int = 1
+    """Questions of this kind that the recipe asks; the verdict is by `together`."""
+    share: bool = False
+    """The number is a share, between 0 and 1."""
+
+    @property
+    def told_basis(self) -> str:
+        """Basis, with the number of questions where the verdict is corrected for it."""
+        return self.basis + (f"; one of {self.questions} questions" if self.questions > 1 else "")
 
     @property
     def verdict(self) -> str:
-        """By the interval: inside the predicted range, outside of it, or neither.
+        """Verdict by the interval: inside the predicted range, outside of it, or neither.
 
         "replicates" needs a number of the paper, and a contrast with the control that is beyond doubt, too.
         """
@@ -51,24 +60,64 @@ class Claim:
             return "exploratory"
         low, high = self.predicted
         yes, no = ("as predicted", "not as predicted") if self.paper == "–" else ("replicates", "does not replicate here")
-        if low <= self.here.low and self.here.high <= high:
-            beyond = self.contrast is not None and (self.contrast.low > 0 or self.contrast.high < 0)
+        here = together(self.here, self.questions)
+        if self.share:
+            here = Interval(*np.clip(here, 0, 1))
+        if low <= here.low and here.high <= high:
+            contrast = None if self.contrast is None else together(self.contrast, self.questions)
+            beyond = contrast is not None and (contrast.low > 0 or contrast.high < 0)
             return yes if beyond else "as predicted"
-        return no if self.here.high < low or self.here.low > high else "undecided"
+        return no if here.high < low or here.low > high else "undecided"
 
 
-def report(title: str, claims: Sequence[Claim], out: Path, **facts: object) -> None:
-    """Print the table; write claims.json (with `facts`) and claims.parquet into `out`."""
+def together(found: Interval, questions: int) -> Interval:
+    """Interval of one number of several that are to hold all at once, with 95 % (Bonferroni).
+
+    Bounds of 2.5 % a side are moved outwards to 2.5 % / questions as under an exponential tail, by
+    ln(.025 / questions) / ln(.025): the exact factor of a count of zero, and more than a normal
+    tail needs.
+
+    Example:
+        >>> print(together(Interval(0.5, 0.4, 0.6), 10))
+        0.500 [0.338, 0.662]
+    """
+    factor = np.log(0.025 / questions) / np.log(0.025)
+    return Interval(found.mean, found.mean - factor * (found.mean - found.low), found.mean + factor * (found.high - found.mean))
+
+
+def independent(one: Interval, other: Interval) -> Interval:
+    """Difference one − other of two independent numbers (Zou & Donner 2008, Statistics in Medicine 27, p. 1693).
+
+    Example:
+        >>> print(independent(Interval(0.5, 0.2, 0.8), Interval(0.9, 0.5, 1.3)))
+        -0.400 [-0.900, 0.100]
+    """
+    difference = one.mean - other.mean
+    low = difference - np.hypot(one.mean - one.low, other.high - other.mean)
+    high = difference + np.hypot(one.high - one.mean, other.mean - other.low)
+    return Interval(difference, float(low), float(high))
+
+
+def report(title: str, claims: Sequence[Claim], out: Path, basis: str = "", family: bool = False, **facts: object) -> None:
+    """Print the table; write claims.json (with `facts`) and claims.parquet into `out`.
+
+    Args:
+        basis: that of the claims that state none.
+        family: all claims are questions of one kind, and their verdicts are by intervals that hold together.
+    """
+    if family:
+        claims = [replace(claim, questions=len(claims)) for claim in claims]
+    claims = [claim if claim.basis else replace(claim, basis=basis) for claim in claims]
     rows = [
         {"claim": c.what, "paper": c.paper, **c.here._asdict(), "predicted": list(c.predicted or ()), "control": c.control}
-        | {"contrast": str(c.contrast or ""), "basis": c.basis, "verdict": c.verdict}
+        | {"contrast": str(c.contrast or ""), "basis": c.told_basis, "verdict": c.verdict}
         for c in claims
     ]
     table = Table("claim", "paper", "here [95 %]", "predicted", "control", "basis", "verdict", title=title)
     for claim in claims:
         shown = "–" if np.isnan(claim.here.mean) else str(claim.here)
         expected = f"{claim.predicted[0]:g} … {claim.predicted[1]:g}" if claim.predicted else "–"
-        table.add_row(claim.what, claim.paper, shown, expected, claim.control, claim.basis, claim.verdict)
+        table.add_row(claim.what, claim.paper, shown, expected, claim.control, claim.told_basis, claim.verdict)
     Console(width=170).print(table)
     clean = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
     with Store(out, {}, wait=True) as store:

@@ -11,9 +11,9 @@ words to heads' keys and values, the rest of the model being free: by which door
 Faithfulness is the share kept of the difference between a prompt and another, drawn at random among those with as many words, the
 relation words in the same places, on the same noise; read from the final image: how far red stands from blue in the caption's
 direction (`layout_readout`). CPR and CMD are MIB's (arXiv 2504.13151), over the share of edges kept, edges ranked by |score|.
-Sizes are chosen on one set of prompts, one a relation, and reported on another. Controls: random circuits of equal size; of words,
-also with as many edges at every step. An earlier form took the opposite relation's prompt for the other one: .841 of all edges and
-.026 of those from words were needed. Predictions: `recipes/PREDICTIONS.md`.
+Sizes are chosen on one set of prompts, one a relation, and reported on another. Controls: random circuits of equal size; of
+words, also with as many edges at every step. An earlier form took the opposite relation's prompt for the other one: .841 of all
+edges and .026 of those from words were needed. Predictions: `recipes/PREDICTIONS.md`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main(config: Config) -> None:
     pd.concat({graph: values for graph, (values, *_) in results.items()}, names=["graph"]).to_parquet(out / "values.parquet")
     edges.to_parquet(out / "edges.parquet", index=False)
     sizes_of = {graph: {"edges": total, "smallest": smallest} for graph, (_, total, smallest) in results.items()}
-    report(f"The relation's circuit: {config.model}", claims, out, model=config.model, **sizes_of, full=config.full)
+    report(f"The relation's circuit: {config.model}", claims, out, "", False, model=config.model, **sizes_of, full=config.full)
     curves_figure(results).savefig(out / "faithfulness.png", dpi=150)
     content_figure(edges, circuit).savefig(out / "circuit.png", dpi=150)
 
@@ -201,7 +201,7 @@ def clean_and_corrupt(model: HookedTextToImage, of: Pairs) -> pd.DataFrame:
 def exact(
     model: HookedTextToImage, of: Pairs, edges: pd.DataFrame, kept: Bool[np.ndarray, "circuit edge"], ends: pd.DataFrame
 ) -> pd.DataFrame:
-    """Images of circuits, judged: columns circuit, edges, prompt, value, clean and corrupt (read-outs), relation_loose (as prompted)."""
+    """Images of circuits: columns circuit, edges, prompt, value, clean, corrupt (read-outs), relation_loose (as prompted)."""
     rows = []
     for circuit, images in enumerate(run_circuits(model, *of.texts, of.seeds, edges, kept)):
         verdict = scenes.evaluate(images, of.clean)["relation_loose"].values.astype(float)

@@ -126,7 +126,8 @@ def main(config: Config) -> None:
         claims += relation_claims(name, told, chosen)
         effects += [tried.assign(model=name, phase="choosing"), told.assign(model=name, phase="reporting")]
     table = pd.concat(effects, ignore_index=True)
-    report("Relations, with the circuit strengthened", claims, config.out, full=config.full, heads=heads)
+    basis = f"{config.reporting * scale} images, a noise each, dose chosen on {config.choosing * scale} others, 1 run"
+    report("Relations, with the circuit strengthened", claims, config.out, basis, True, full=config.full, heads=heads)
     table.to_parquet(config.out / "effects.parquet", index=False)
     templates = {name: TASKS[name].template for name in names}
     dose_figure(table, templates, NEUTRAL).savefig(config.out / "dose_response.png", dpi=150)

@@ -68,7 +68,13 @@ def main(config: Config) -> None:
         heads = {source: dynamics.strongest_heads(table, source) for source in dynamics.SOURCES}
         figure = learning_curves(table, {source: chosen for source, chosen in heads.items() if chosen})
         figure.savefig(config.out / f"{run.replace('/', '_')}.png", dpi=150)
-    report("Learning dynamics", claims, config.out, level=config.level)
+    report(
+        "Learning dynamics",
+        claims,
+        config.out,
+        "96 scenes a point, the same noise at each, 1 run; bounds: the points around",
+        level=config.level,
+    )
     pd.concat(found, names=["run"]).to_parquet(config.out / "emergence.parquet")
 
 

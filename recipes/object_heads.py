@@ -2,10 +2,9 @@
 
 Paper: section 4.2, figure 5: in RTE-DiT-B one head (L4H3) reads an object's own shape where that object grows, at steps 4 to 8;
 by position code alone its map of a shape word is flat, and selective once what the relation head writes (its OV output, weighted
-by its attention) has been added; its own OV carries the shape and nothing of the relation; masking the shape words in it alone
-takes shape accuracy from .90 to .76. What would falsify it: maps that are as steep without the relation heads' writing, or as
-steep with other heads' writing; relation in what the head writes; shape words masked in it that cost no more than in random
-heads; or no effect of the relation heads on the layout by way of the object heads' queries.
+by its attention) has been added; masking the shape words in it alone takes shape accuracy from .90 to .76. What would falsify
+it: maps that are as steep without the relation heads' writing, or as steep with other heads' writing; shape words masked in it
+that cost no more than in random heads; or no effect of the relation heads on the layout by way of the object heads' queries.
 
 What differs: object heads are found by the synopsis, relation heads by screening (`knockouts.screened`), all of them; a head
 that is both is an object head, because it is seen to read shapes. Path patching, which is not in the paper, replaces what the
@@ -29,7 +28,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_lens import ablation, circuits, patching, scenes, screening, variance
+from dit_lens import ablation, circuits, patching, scenes, screening
 from dit_lens.stats import Interval, clustered_mean
 from dit_lens.task import DIRECTIONS
 from dit_lens.text.prompts import token_roles
@@ -40,7 +39,6 @@ from . import attention_synopsis as synopses
 from .circuit_figures import dependence_figure, effects_figure, maps_figure
 from .claims import Claim, report, stage
 from .knockouts import SHAPE_WORDS, Conditions, accuracy, change, knocked_out, names_of, scenes_of, screened
-from .t5_fusion import FACTORS, share_interval
 
 READS = 0.1
 """Attention to the own shape at steps 4–8, beyond the label shuffle, from which on a head is an object head."""
@@ -82,26 +80,25 @@ def main(config: Config) -> None:
     if not objects or not relation_heads:
         raise SystemExit(f"{name} has {'no object' if relation_heads else 'no relation'} head by these rules: nothing to ask.")
     maps = measured("maps", selectivity, relation_heads, objects[0], config.scenes)
-    shares = stage(out, f"{name}-writes", model, written_shares, objects[:3])
     paths = measured("paths", path_effects, relation_heads, objects, config.patched)
     swaps = measured("swaps", swap_effects, relation_heads, objects, config.patched)
     drawn = measured("knockouts", shape_knockouts, objects, config.scenes)
     claims = [
         *synopses.shape_claims(name, seen),
         *map_claims(maps, objects[0]),
-        *written_claims(shares, objects[0]),
         *knockout_claims(drawn, objects),
         *path_claims(paths),
         swap_claim(swaps),
     ]
     facts = {"model": config.model, "object_heads": objects, "relation_heads": relation_heads, "full": config.full}
-    report(f"Object heads of {name}", claims, out, **facts)
-    for table, values in {"maps": maps, "written": shares, "knockouts": drawn, "paths": paths, "swaps": swaps}.items():
+    basis = f"{config.scenes} scenes, {config.patched} with paths patched, a noise each, 1 run"
+    report(f"Object heads of {name}", claims, out, basis, False, **facts)
+    for table, values in {"maps": maps, "knockouts": drawn, "paths": paths, "swaps": swaps}.items():
         values.to_parquet(out / f"{table}.parquet", index=False)
     verdicts = {"shape": "shapes", "unique_binding": "binding", "relation_given_both": "relation, both drawn"}
     effects_figure(drawn, list(conditions_of(objects)), verdicts).savefig(out / "knockouts.png", dpi=150)
     maps_figure(model, relation_heads, objects[0], config.seed).savefig(out / "maps.png", dpi=150)
-    dependence_figure(maps, shares, shares_of_paths(paths), swapped(swaps)).savefig(out / "dependence.png", dpi=150)
+    dependence_figure(maps, shares_of_paths(paths), swapped(swaps)).savefig(out / "dependence.png", dpi=150)
 
 
 def object_heads(seen: Float[xr.DataArray, "..."]) -> list[str]:
@@ -147,29 +144,6 @@ def others_before(model: HookedTextToImage, used: Sequence[str], layer: int, rng
     """As many other heads of the layers before `layer`; all there are, if they are fewer."""
     free = [f"L{at}H{head}" for at in range(layer) for head in range(model.cfg.n_heads) if f"L{at}H{head}" not in used]
     return [free[pick] for pick in rng.permutation(len(free))[: len(used)]]
-
-
-# What it writes
-
-
-def written_shares(model: HookedTextToImage, heads: Sequence[str]) -> pd.DataFrame:
-    """Shares of variance of what each head writes where it reads a shape word alone: of that shape, and of the relation.
-
-    Over the paper's 264 prompts; columns head, role, factor, mean, low, high. Of the own shape R² by itself (the two shapes
-    always differ, so that each explains a part of the other's share), of the relation partial R²; bootstrap over prompts.
-    """
-    rows = []
-    for role in SHAPE_WORDS:
-        vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role, at="caption")
-        for head in heads:
-            layer, index = circuits.parse_head(head)
-            attn = model.dit.blocks[layer].cross_attn
-            frame = torch.linalg.qr(attn.W_O[index].T).R.T  # what the head writes, in an orthonormal frame of all that it can
-            written = vectors @ attn.W_V[index] @ frame
-            for name, factor, column in (("own shape", role, "r2_marginal"), ("relation", "relation", "r2_partial")):
-                share = share_interval(written, factors[FACTORS], str(factor), column)
-                rows.append({"head": head, "role": role, "factor": name, **share._asdict()})
-    return pd.DataFrame(rows)
 
 
 # What depends on it
@@ -294,19 +268,6 @@ def map_claims(maps: pd.DataFrame, head: str) -> list[Claim]:
             f"nothing added {mean(along['nothing'])}; random heads {mean(along['random heads'])}",
         ),
     ]
-
-
-def written_claims(shares: pd.DataFrame, head: str) -> list[Claim]:
-    """Nearly all variance of what the head writes is the shape's, none the relation's."""
-    claims = []
-    for factor, predicted in (("own shape", (0.9, 1.0)), ("relation", (0.0, 0.05))):
-        of_head = shares[(shares["head"] == head) & (shares["factor"] == factor)].set_index("role")
-        for role in SHAPE_WORDS:
-            found = Interval(*of_head.loc[role, list(Interval._fields)])
-            all_heads = shares[(shares["factor"] == factor) & (shares["role"] == role)]["mean"]
-            control = f"first object heads {all_heads.min():.3f} … {all_heads.max():.3f}"
-            claims.append(Claim(f"{head}: R² of {factor} in what it writes from {role}", "shape only", found, predicted, control))
-    return claims
 
 
 def knockout_claims(drawn: pd.DataFrame, objects: Sequence[str]) -> list[Claim]:

@@ -24,7 +24,7 @@ from dit_lens.task import DIRECTIONS
 from dit_lens.task.captions import TRAINED
 from dit_lens.task.scene import BAND
 
-from .claims import Claim, evaluation_of, report
+from .claims import Claim, evaluation_of, independent, report
 
 QUESTIONS = {  # name → (what the paper says, where the number must lie without word order)
     "binds": ("RTE-B w/o pos .41", (0.0, 0.5)),
@@ -57,10 +57,12 @@ def main(config: Config) -> None:
             answers[config.without][question],
             predicted,
             f"{config.with_positions} {answers[config.with_positions][question]}",
+            independent(answers[config.without][question], answers[config.with_positions][question]),
         )
         for question, (paper, predicted) in QUESTIONS.items()
     ]
-    report("Word order", claims, config.out)
+    n = int((rows["template"] == TRAINED).sum())
+    report("Word order", claims, config.out, f"{n} images, those that bind where it says so, a noise each, 1 run")
     figure(answers).savefig(config.out / "positions_needed.png", dpi=150)
 
 

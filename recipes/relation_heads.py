@@ -93,7 +93,8 @@ def main(config: Config) -> None:
         claims += [*ramp_claims(maps, others, found[0]), first_step_claim(seen, found[0])]
     claims += knockout_claims(groups, singles, found)
     named = {way: names_of(table.index[table["named"]]) for way, table in ways.items()}
-    report(f"Relation heads of {config.model}", claims, out, model=config.model, named=named, full=config.full)
+    basis = f"{config.looked} scenes looked at, {config.pairs} drawn (single heads {config.singles}), 1 run"
+    report(f"Relation heads of {config.model}", claims, out, basis, model=config.model, named=named, full=config.full)
     pd.concat(ways, names=["way"]).reset_index().to_parquet(out / "ways.parquet", index=False)
     drawn = pd.concat([singles.assign(kind="single"), groups.assign(kind="group")])
     drawn.to_parquet(out / "knockouts.parquet", index=False)

@@ -40,7 +40,6 @@ FIGURES = {
     "object_heads": "dependence.png",
     "t5_fusion": "variance.png",
     "robustness": "robustness.png",
-    "bottleneck": "bottleneck.png",
     "positions_needed": "positions_needed.png",
     "learning_dynamics": "t5-micro.png",
     "relation_circuit": "circuit.png",
@@ -118,7 +117,7 @@ def kept(text: str, hashes: dict[str, str]) -> dict[str, tuple[str, str]]:
     same = {name for name, value in listed.items() if hashes.get(name, "").startswith(value)}
     rows = {name: row for row, name in re.findall(r"^(\| \[`(\w+)`\].*)$", text, flags=re.M)}
     sections = re.findall(r"^(## (\w+)\n.*?\n)(?=\n## |\Z)", text, flags=re.M | re.S)
-    return {name: (rows[name], section) for section, name in sections if models_of(name) <= same}
+    return {name: (rows[name], section) for section, name in sections if name in FIGURES and models_of(name) <= same}
 
 
 def models_of(recipe: str) -> set[str]:

@@ -1,50 +1,63 @@
-"""The text encoder that hides the relation in the second shape word. `python -m recipes.t5_fusion`
+"""Where a T5 model's relation stands, by axis: variance, masks and arithmetic. `python -m recipes.t5_fusion`
 
-Paper: table 1 (variance partition: the relation's partial share at T5's second shape word is .1205, after the caption projection
-.2128), figure 7A (masking the relation words changes nothing, masking the second shape word halves accuracies; RTE the opposite),
-and vector arithmetic on one prompt. What would falsify it: no relation in the second shape word; or knocking out the relation
-words harms the T5 model as much as the RTE model.
+Paper: table 1 (variance partition: the relation's partial share at T5's second shape word is .1205,
+after the caption projection .2128), figure 7A (masking the relation words changes nothing, masking
+the second shape word or EOS halves accuracies), masks by layer and by step, and vector arithmetic on
+one prompt. What would falsify it: no amplification by the caption projection; a relation that is
+lost with the relation words and not with the second shape word.
 
-Beyond the paper: intervals, the RTE model as a control throughout, random tokens and random vectors, and the arithmetic on 104
-prompts in three doses; the same on the first shape word, where the caption projection of `t5-micro` leaves more of the relation
-than on the second (which was seen before the arithmetic's prediction was made). All images of one comparison share scenes and
-noise.
+What differs: vertical and horizontal scenes apart, because a mean over axes hides that each is read
+from another word; the layout, judged by colours alone, in place of relation accuracy, because a
+hidden shape word also takes its shape away. Controls: the other words; a random other word; random
+vectors of equal norm. Variance is partitioned over all 264 prompts, a finite population without an
+interval; "known before" are its values for shape words, from an earlier form of this recipe.
+
+Predictions: `recipes/PREDICTIONS.md`. Exchanges of the same words at step 0 are in `text_carrier`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 import tyro
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from dit_lens import ablation, scenes, steering, variance
-from dit_lens.stats import Interval
+from dit_lens.readout.screening import ENDS
+from dit_lens.stats import clustered_mean, finite, paired_difference, proportion
+from dit_lens.task import DIRECTIONS, Scene
+from dit_lens.text.prompts import Role
 from dit_lens.text.variance import Space
-from dit_lens.viz import dose_response_curves
+from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, report, stage
 
-FACTORS = ["color1", "shape1", "shape2", "relation"]
-PAPER_SHARE = {
-    ("shape2", "text"): ".1205",
-    ("shape2", "caption"): ".2128",
-    ("shape1", "text"): ".0796",
-    ("shape1", "caption"): ".1884",
+CARRIER: dict[str, Role] = {"vertical": "shape1", "horizontal": "relation"}
+"""Axis → the word that carries it in `t5-micro`."""
+NAMES: dict[Role, str] = {
+    "relation": "relation words",
+    "shape1": "first shape word",
+    "shape2": "second shape word",
+    "eos": "EOS",
 }
-WORDS = {"relation words": "relation", "second shape word": "shape2", "first shape word": "shape1"}
-PAPER_KNOCKOUT = {"relation words": "≈ no change", "second shape word": "about −.4 (halved)"}
-PAPER_ARITHMETIC = {"second shape word": "works on the one prompt shown"}
-HARMLESS, HARMFUL = (-0.1, 0.1), (-1.0, -0.25)
-RESAMPLES = 200
+PAPER_MASK = {
+    "relation": "paper, relation accuracy over both axes: no change; ",
+    "shape2": "paper, relation accuracy over both axes: halved; ",
+    "eos": "paper, relation accuracy over both axes: halved; ",
+}
+AMPLIFIED: dict[Role, str] = {"shape1": ".0796 → .1884", "shape2": ".1205 → .2128"}
+SIGNS: dict[str, tuple[float, float]] = {"y": (0.05, 1.0), "x": (-1.0, -0.05)}
+"""Sign of a direction → predicted change of its share at the first shape word by the projection."""
+EARLY = 4
 
 
 @dataclass(frozen=True)
@@ -53,172 +66,313 @@ class Config:
 
     t5: str = "t5-micro"
     rte: str = "rte-micro"
-    knockouts: int = 64
-    """Scenes whose words are hidden."""
-    prompts: int = 104
-    """Scenes that embedding arithmetic turns into their opposites."""
-    doses: tuple[float, ...] = (0.5, 1.0, 2.0)
-    controls: int = 1
-    """Draws of random tokens, and of random vectors."""
-    full: bool = False
-    """Twice the scenes, six doses and four draws of controls."""
-    seed: int = 0
+    """Control of the masks by layer."""
+    looks: int = 48
+    """Scenes of each axis for masks by layer, at step 0 alone."""
+    images: int = 32
+    """Scenes of each axis that are drawn with each mask, and with each vector."""
     out: Path = Path("results/t5_fusion")
 
 
 def main(config: Config) -> None:
-    scale, doses, draws = (2, (0.25, 0.5, 1.0, 1.5, 2.0, 3.0), 4) if config.full else (1, config.doses, config.controls)
-    out, claims, shares = config.out, [], {}
-    for name, role in ((config.t5, "t5"), (config.rte, "rte")):
-        model = HookedTextToImage.from_pretrained(name)
-        shares[name] = stage(out, f"{role}-variance", model, relation_shares)
-        effects = stage(out, f"{role}-knockout", model, knockouts, config.knockouts * scale, draws, config.seed)
-        moved = {
-            word: stage(
-                out, f"{role}-arithmetic-{WORDS[word]}", model, arithmetic, WORDS[word], config.prompts * scale, ks, draws
-            )
-            for word, ks in (("second shape word", doses), ("first shape word", (1.0,)))
-        }
-        claims += [
-            *share_claims(name, role, shares[name]),
-            *knockout_claims(name, role, effects),
-            *arithmetic_claims(name, role, moved),
-        ]
-        dose_response_curves(moved["second shape word"]).savefig(out / f"{role}_arithmetic.png", dpi=150)
-    report(f"Where the relation is: {config.t5} and {config.rte}", claims, config.out, full=config.full)
-    share_figure(shares).savefig(config.out / "variance.png", dpi=150)
+    claims: list[Claim] = []
+    layers: dict[str, pd.DataFrame] = {}
+    model = HookedTextToImage.from_pretrained(config.t5)
+    shares = stage(config.out, "t5-shares", model, relation_shares)
+    claims += share_claims(config.t5, shares)
+    for name in (config.t5, config.rte):
+        of = HookedTextToImage.from_pretrained(name)
+        layers[name] = stage(config.out, f"{name}-layers", of, layer_masks, config.looks)
+        claims += layer_claims(name, layers[name], name == config.t5)
+    masked = stage(config.out, "t5-masks", model, masks, config.images)
+    moved = stage(config.out, "t5-arithmetic", model, arithmetic, config.images)
+    claims += [*mask_claims(config.t5, masked), *arithmetic_claims(config.t5, moved)]
+    report(f"Where the relation of {config.t5} stands, by axis", claims, config.out)
+    tables = {"shares": shares, "masks": masked, "arithmetic": moved}
+    for what, table in {**tables, "layers": pd.concat(layers, names=["model"])}.items():
+        table.to_parquet(config.out / f"{what}.parquet")
+    figure(masked, layers[config.t5]).savefig(config.out / "variance.png", dpi=150)
+
+
+def scenes_along(axis: str, n: int, seed: int) -> list[Scene]:
+    """Scenes whose relation names one axis only."""
+    pool = scenes.sample(32 * n + 96, seed=seed, split="all", color_words="both")
+    return [scene for scene in pool if scene.relation in ENDS[axis]][:n]
+
+
+# Variance
 
 
 def relation_shares(model: HookedTextToImage) -> pd.DataFrame:
-    """The relation's partial share of the variance of each shape word, before and after the caption projection.
+    """Partial shares of the variance over the 264 prompts: columns role, at, term, share.
 
-    Columns role, at, mean, low, high (bootstrap over prompts), p (permutations), and the shares of the other factors.
+    Terms: relation, colour and shape of the word together (`own`), `shape` alone, `total`; and, in
+    a partition with the signs of the direction in place of the relation, `x` and `y`.
     """
     rows = []
+    roles: tuple[Role, ...] = ("shape1", "shape2", "relation")
     spaces: tuple[Space, ...] = ("text", "caption")
-    for role, at in product(("shape1", "shape2"), spaces):
-        vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role, at=at)  # type: ignore[arg-type]
-        table = variance.partition(vectors, factors[FACTORS], permutations=199)
-        _, low, high = share_interval(vectors, factors[FACTORS], "relation")
-        shares = {f"share_{factor}": table.loc[factor, "r2_partial"] for factor in FACTORS}
-        rows.append(
-            {
-                "role": role,
-                "at": at,
-                "mean": shares["share_relation"],
-                "low": low,
-                "high": high,
-                "p": table.loc["relation", "p"],
-                **shares,
-            }
-        )
+    signs = {str(relation): direction for relation, direction in DIRECTIONS.items()}
+    for role in roles:
+        for at in spaces:
+            vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), role, at)
+            number = role[-1] if role.startswith("shape") else "1"
+            other = "1" if number == "2" else "2"
+            own = factors[f"color{number}"] + factors[f"shape{number}"]
+            design = {"own": own, "other": factors[f"shape{other}"], "relation": factors["relation"]}
+            table = variance.partition(vectors, design, permutations=0)  # type: ignore[arg-type]
+            found = table["r2_partial"][["own", "relation"]].to_dict()
+            found["total"] = 1 - table["r2_sequential"]["residual"]
+            parts = factors[["color1", "shape1", "shape2"]]
+            alone = variance.partition(vectors, parts.assign(relation=factors["relation"]), permutations=0)
+            found["shape"] = alone["r2_partial"][f"shape{number}"]
+            named = pd.DataFrame([signs[str(name)] for name in factors["relation"]], columns=["x", "y"])
+            by_sign = variance.partition(vectors, pd.concat([parts, named], axis=1), permutations=0)
+            found |= by_sign["r2_partial"][["x", "y"]].to_dict()
+            rows += [{"role": role, "at": at, "term": t, "share": v} for t, v in found.items()]
     return pd.DataFrame(rows)
 
 
-def share_interval(
-    vectors: Float[Tensor, "prompt d"], factors: pd.DataFrame, factor: str, column: str = "r2_partial"
-) -> Interval:
-    """A factor's share of the vectors' variance (`column` of `variance.partition`), with its bootstrap interval over prompts."""
+def share_claims(name: str, shares: pd.DataFrame) -> list[Claim]:
+    """Amplification of the relation, and of each axis, by the caption projection; the paper's other shares."""
+    by = shares.set_index(["term", "role", "at"])["share"]
+    basis = "264 prompts, all there are; 1 run"
+    claims = []
+    for role, paper in AMPLIFIED.items():
+        before, after = (float(by["relation", role, at]) for at in ("text", "caption"))
+        what = f"{name}: relation's partial R² at the {NAMES[role]}, after minus before the projection"
+        beside = f"{before:.3f} → {after:.3f}; known before"
+        claims.append(Claim(what, paper, finite(after - before), (0.01, 1.0), beside, basis=basis))
+    for sign, predicted in SIGNS.items():
+        change = {role: by[sign, role, "caption"] - by[sign, role, "text"] for role in NAMES if role != "eos"}
+        listed = ", ".join(f"{NAMES[role]} {by[sign, role, 'text']:.3f} → {by[sign, role, 'caption']:.3f}" for role in change)
+        what = f"{name}: partial R² of the sign of {sign} at the first shape word, after minus before"
+        claims.append(Claim(what, "–", finite(float(change["shape1"])), predicted, listed, basis=basis))
+    for term, what, paper in (
+        ("own", "colour and shape together", ".439"),
+        ("shape", "shape alone", ".375"),
+        ("total", "all factors", ".7486"),
+    ):
+        value = finite(float(by[term, "shape2", "text"]))
+        label = f"{name}: R² of {what} at the second shape word, before the projection"
+        claims.append(Claim(label, paper, value, None, basis=basis))
+    return claims
 
-    def share(picks: np.ndarray) -> float:
-        again = variance.partition(vectors[picks], factors.iloc[picks].reset_index(drop=True), permutations=0)
-        return float(np.clip(again[column][factor], 0, 1))  # rounding
 
-    rng, n = np.random.default_rng(0), len(factors)
-    resampled = [share(rng.integers(n, size=n)) for _ in range(RESAMPLES)]
-    return Interval(share(np.arange(n)), *(float(bound) for bound in np.quantile(resampled, [0.025, 0.975])))
+# Masks
 
 
-def knockouts(model: HookedTextToImage, n: int, controls: int, seed: int) -> pd.DataFrame:
-    """What hiding each word from every head does to each verdict: a row a condition and verdict, controls included."""
-    wanted = scenes.sample(n, seed=seed + 1, split="all", color_words="both")
-    conditions = {name: ablation.knockout_role(role) for name, role in WORDS.items()}
-    effects = ablation.ablation_effects(model, wanted, conditions, seed + np.arange(n)[:, None], controls=controls, rng=seed)
+@torch.no_grad()
+def layer_masks(model: HookedTextToImage, n: int) -> pd.DataFrame:
+    """At step 0, a word hidden from one layer, or from all (layer −1): columns axis, word, layer, scene, base, masked.
+
+    The last two are the cosine of the predicted layout with the caption's, without and with the mask.
+    """
     rows = []
-    for verdict in ("shape", "unique_binding", "relation_loose"):
-        for condition in effects["condition"].values[1:]:
-            found = effects[f"{verdict}_effect"].sel(condition=condition)
-            labels = {
-                "condition": str(condition),
-                "kind": str(found["kind"].item()),
-                "control_for": str(found["control_for"].item()),
+    for axis in CARRIER:
+        wanted = scenes_along(axis, n, seed=31)
+        texts = [scenes.caption(scene) for scene in wanted]
+        seeds = list(range(9000, 9000 + len(wanted)))
+        view, tokens = model.at(step=0, prompts=texts, seed=seeds, guidance=1.0, returns="x0")
+        base = layout(model.decode(view(tokens)), wanted)
+        for word in NAMES:
+            for layer in range(-1, model.cfg.n_layers):
+                hide = ablation.knockout_role(word, layers=None if layer < 0 else layer, steps=0)
+                hooks = [hook for one in hide for hook in one.hooks(view, texts)]
+                masked = layout(model.decode(view.run_with_hooks(tokens, fwd_hooks=hooks)), wanted)
+                part = {"axis": axis, "word": word, "layer": layer, "scene": np.arange(len(wanted))}
+                rows.append(pd.DataFrame({**part, "base": base, "masked": masked}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def layer_claims(name: str, rows: pd.DataFrame, is_t5: bool) -> list[Claim]:
+    """The layer whose mask costs most, and the most that any late layer costs."""
+    claims = []
+    for axis, carrier in CARRIER.items():
+        word = carrier if is_t5 else "relation"
+        part = rows[(rows["axis"] == axis) & (rows["word"] == word)]
+        table = part.pivot(index="scene", columns="layer", values="masked")
+        base = part.drop_duplicates("scene").set_index("scene")["base"]
+        lost = table.rsub(base, axis=0).mean()
+        single = lost.drop(-1)
+        listed = ", ".join(f"layer {layer} {value:.2f}" for layer, value in single.items())
+        half = len(single) // 2
+        late = single[single.index >= half].idxmax()
+        basis = f"{len(table)} scenes, a noise each, 1 run"
+        what = f"{name}, {axis}: {NAMES[word]} hidden at step 0"
+        expected = {"vertical": (1, 1), "horizontal": (0, 2)}[axis] if is_t5 else None
+        most = finite(float(np.argmax(single)))
+        claims.append(Claim(f"{what}: layer whose mask costs the layout's cosine most", "–", most, expected, listed, basis=basis))
+        cost = paired_difference(table[[late]].to_numpy(), base.to_numpy()[:, None])
+        label = f"{what}: cosine lost by layer {late}, of the layers from {half} on the most"
+        beside = f"all layers {lost[-1]:.2f}"
+        claims.append(Claim(label, "–", cost, (-0.05, 0.05) if is_t5 else None, beside, basis=basis))
+    return claims
+
+
+def conditions_of(axis: str, model: HookedTextToImage, texts: Sequence[str]) -> dict[str, list[ablation.Intervention]]:
+    """What is hidden from all heads: every word of `NAMES`, the axis' own by step too, and a random other word."""
+    conditions: dict[str, list[ablation.Intervention]] = {"none": [], **{word: ablation.knockout_role(word) for word in NAMES}}
+    own = CARRIER[axis]
+    conditions["own, early"] = ablation.knockout_role(own, steps=slice(0, EARLY))
+    conditions["own, late"] = ablation.knockout_role(own, steps=slice(EARLY, None))
+    words = [hide for word in NAMES for hide in ablation.knockout_role(word)]
+    drawn = ablation.random_tokens(model, texts, words, np.random.default_rng(0))
+    conditions["random word"] = [drawn[list(NAMES).index("shape1")]]
+    return conditions
+
+
+@torch.no_grad()
+def masks(model: HookedTextToImage, n: int) -> pd.DataFrame:
+    """A row an axis, condition and image: `asked`, the layout is the caption's; `binding`."""
+    rows = []
+    for axis in CARRIER:
+        wanted = scenes_along(axis, n, seed=32)
+        texts = [scenes.caption(scene) for scene in wanted]
+        for condition, hide in conditions_of(axis, model, texts).items():
+            hooks = [hook for one in hide for hook in one.hooks(model, texts)]
+            images = model.run_with_hooks(texts, seed=list(range(9100, 9100 + len(wanted))), fwd_hooks=hooks)
+            judged = {
+                "asked": scenes.layout(images, wanted)["layout"].values.astype(float),
+                "binding": scenes.evaluate(images, wanted)["unique_binding"].values.astype(float),
             }
-            rows.append({**labels, "verdict": verdict, **dict(zip(Interval._fields, found.values.tolist(), strict=True))})
-    return pd.DataFrame(rows)
+            rows.append(pd.DataFrame({"axis": axis, "condition": condition, "scene": np.arange(len(wanted)), **judged}))
+    return pd.concat(rows, ignore_index=True)
 
 
-def arithmetic(model: HookedTextToImage, word: steering.Target, n: int, doses: tuple[float, ...], draws: int) -> pd.DataFrame:
-    """`steering.summarise` of turning relations into their opposites at a shape word, in the text encoder's space."""
-    wanted = scenes.sample(n, seed=3, split="all", color_words="both")
-    return steering.summarise(steering.dose_response(model, wanted, ks=(0, *doses), tokens=word, at="text", draws=draws))
-
-
-def share_claims(name: str, role: str, shares: pd.DataFrame) -> list[Claim]:
-    """T5: a share of at least .05 at the second shape word; RTE: none."""
-    predicted = (0.05, 1.0) if role == "t5" else (0.0, 0.05)
-    return [
-        Claim(
-            f"{name}: relation's partial R² at {row['role']}, {'after' if row['at'] == 'caption' else 'before'} the projection",
-            PAPER_SHARE[row["role"], row["at"]] if role == "t5" else "0 expected",
-            Interval(row["mean"], row["low"], row["high"]),
-            predicted,
-            f"permutations p = {row['p']:.3f}",
-        )
-        for row in shares.to_dict("records")
-    ]
-
-
-def knockout_claims(name: str, role: str, effects: pd.DataFrame) -> list[Claim]:
-    """T5: relation words harmless, second shape word harmful; RTE: relation words harmful."""
+def mask_claims(name: str, rows: pd.DataFrame) -> list[Claim]:
+    """Each word by axis; the axis' own word by step. The family is all of them."""
     claims = []
-    for condition in WORDS:
-        of_condition = effects[effects["verdict"] == "relation_loose"].set_index("condition")
-        controls = of_condition[of_condition["control_for"] == condition]["mean"]
+    told = {
+        **{str(word): label for word, label in NAMES.items()},
+        "own, early": f"in steps 0 to {EARLY - 1} alone",
+        "own, late": f"from step {EARLY} on",
+    }
+    for axis, carrier in CARRIER.items():
+        part = rows[rows["axis"] == axis]
+        asked = part.pivot(index="scene", columns="condition", values="asked")
+        binding = part.groupby("condition")["binding"].mean()
+        for condition, label in told.items():
+            expected = (0.8, 1.0)
+            if condition == carrier:
+                expected = (0.3, 0.7)
+            elif condition.startswith("own"):
+                label = f"{NAMES[carrier]} {label}"
+                expected = (0.3, 0.75) if "early" in condition else (0.85, 1.0)
+            claims.append(
+                Claim(
+                    f"{name}, {axis} scenes: {label} hidden from all heads, layout as asked",
+                    "–",
+                    proportion(asked[condition].to_numpy(float)),
+                    expected,
+                    f"{PAPER_MASK.get(condition, '')}none hidden {asked['none'].mean():.2f}, "
+                    f"a random other word {asked['random word'].mean():.2f}; "
+                    f"binding {binding['none']:.2f} → {binding[condition]:.2f}",
+                    paired_difference(asked[["random word"]].to_numpy(), asked[[condition]].to_numpy()),
+                    f"{len(asked)} images, a noise each, 1 run",
+                    questions=len(told) * len(CARRIER),
+                    share=True,
+                )
+            )
+    return claims
+
+
+# Arithmetic
+
+
+def random_like(vectors: Float[Tensor, "prompt text_pos d"], seed: int) -> Float[Tensor, "prompt text_pos d"]:
+    """Vectors of random direction and the same norms."""
+    noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)).to(vectors)
+    return vectors.norm(dim=-1, keepdim=True) * noise / noise.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def arithmetic(model: HookedTextToImage, n: int) -> pd.DataFrame:
+    """V_from → V_to (k = 1, text space): a row an axis, word, kind (steered, random) and image: `turned`, `kept`, `binding`."""
+    rows = []
+    words: tuple[Role, ...] = ("shape1", "relation", "shape2")
+    for axis in CARRIER:
+        wanted = scenes_along(axis, n, seed=33)
+        turned = [scenes.opposite(scene) for scene in wanted]
+        texts, to = [scenes.caption(scene) for scene in wanted], [scene.relation for scene in turned]
+        for word in words:
+            vectors = steering.swap_vectors(model, texts, to, word)
+            for kind, added in (("steered", vectors), ("random", random_like(vectors, seed=0))):
+                images = steering.steer(model, texts, added, seed=list(range(9200, 9200 + len(wanted))))
+                judged = {
+                    "turned": scenes.layout(images, turned)["layout"],
+                    "kept": scenes.layout(images, wanted)["layout"],
+                    "binding": scenes.evaluate(images, wanted)["unique_binding"],
+                }
+                values = {what: verdict.values.astype(float) for what, verdict in judged.items()}
+                rows.append(pd.DataFrame({"axis": axis, "word": word, "kind": kind, "scene": np.arange(len(wanted)), **values}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def arithmetic_claims(name: str, rows: pd.DataFrame) -> list[Claim]:
+    """Which word's vectors turn which axis."""
+    claims = []
+    for (axis, word), part in rows.groupby(["axis", "word"], sort=False):
+        steered, random = (part[part["kind"] == kind].set_index("scene") for kind in ("steered", "random"))
+        expected = (0.0, 0.15) if CARRIER[str(axis)] != word else (0.7, 1.0) if axis == "vertical" else (0.6, 1.0)
+        beside = "paper: turns the one prompt shown; " if word == "shape2" else ""
+        beside += f"kept {steered['kept'].mean():.2f}; binding {steered['binding'].mean():.2f}; "
         claims.append(
             Claim(
-                f"{name}: {condition} hidden from all heads, change of relation (loose)",
-                PAPER_KNOCKOUT.get(condition, "–") if role == "t5" else {"relation words": "critical"}.get(condition, "–"),
-                Interval(*of_condition.loc[condition, list(Interval._fields)]),
-                HARMLESS if (role, condition) == ("t5", "relation words") else HARMFUL,
-                f"random tokens {controls.mean():+.3f}",
+                f"{name}, {axis} scenes: arithmetic on the {NAMES[word]} (k = 1), layout turned",  # type: ignore[index]
+                "–",
+                proportion(steered["turned"].to_numpy(float)),
+                expected,
+                beside + f"random vectors {proportion(random['turned'].to_numpy(float))}",
+                paired_difference(random[["turned"]].to_numpy(), steered[["turned"]].to_numpy()),
+                f"{len(steered)} images, a noise each, 1 run",
+                questions=rows.groupby(["axis", "word"]).ngroups,
+                share=True,
             )
         )
     return claims
 
 
-def arithmetic_claims(name: str, role: str, moved: dict[str, pd.DataFrame]) -> list[Claim]:
-    """T5: with k = 1 most images show the opposite relation, beyond random vectors; RTE: none do."""
-    claims = []
-    for word, table in moved.items():
-        at_one = table[(table["k"] == 1) & (table["metric"] == "target_loose")].set_index("kind")
-        steered, beyond = (Interval(*at_one.loc[kind, list(Interval._fields)]) for kind in ("steered", "steered − random_vector"))
-        claims.append(
-            Claim(
-                f"{name}: opposite relation drawn, V_from → V_to on the {word} (k = 1), minus random vectors",
-                PAPER_ARITHMETIC.get(word, "–") if role == "t5" else "–",
-                beyond,
-                (0.3, 1.0) if role == "t5" else (-0.1, 0.1),
-                f"steered {steered}; wrong token {Interval(*at_one.loc['wrong_token', list(Interval._fields)])}",
-            )
-        )
-    return claims
+# Figure
 
 
-def share_figure(shares: dict[str, pd.DataFrame]) -> Figure:
-    """The relation's share at each shape word before and after the projection, by model, with intervals."""
-    drawn, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-    for number, (name, table) in enumerate(shares.items()):
-        x = np.arange(len(table)) + 0.35 * number - 0.175
-        error = [table["mean"] - table["low"], table["high"] - table["mean"]]
-        ax.bar(x, table["mean"], 0.33, yerr=np.clip(error, 0, None), label=name)
-    table = next(iter(shares.values()))
-    ax.set_xticks(
-        range(len(table)),
-        [f"{row.role}\n{'after' if row.at == 'caption' else 'before'} projection" for row in table.itertuples()],
+def figure(masked: pd.DataFrame, layers: pd.DataFrame) -> Figure:
+    """Layouts as asked by hidden word and axis; cosine lost at step 0 by layer, of each axis' own word."""
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
+    shown = {
+        **{str(word): label for word, label in NAMES.items()},
+        "own, early": "own word, steps 0–3",
+        "own, late": "own word, steps 4–13",
+        "none": "nothing",
+    }
+    for number, (axis, color) in enumerate(zip(CARRIER, ("tab:orange", "tab:blue"), strict=True)):
+        for place, condition in enumerate(shown):
+            rows = masked[(masked["axis"] == axis) & (masked["condition"] == condition)]
+            found = proportion(rows["asked"].to_numpy(float))
+            error = [[found.mean - found.low], [found.high - found.mean]]
+            label = f"{axis} scenes" if place == 0 else None
+            left.errorbar(found.mean, place + 0.24 * number - 0.12, xerr=error, fmt="o", color=color, label=label)
+        own = layers[(layers["axis"] == axis) & (layers["word"] == CARRIER[axis]) & (layers["layer"] >= 0)]
+        lost = [clustered_mean((part["base"] - part["masked"]).to_numpy()[:, None]) for _, part in own.groupby("layer")]
+        mean, low, high = np.array(lost).T
+        x = np.arange(len(mean)) + 0.16 * number - 0.08
+        right.errorbar(x, mean, yerr=[mean - low, high - mean], fmt="o", color=color, label=f"{axis}: {NAMES[CARRIER[axis]]}")
+    left.axvline(0.5, color="0.6", linestyle="--", linewidth=0.8)
+    left.set_yticks(range(len(shown)), list(shown.values()))
+    left.set(
+        xlim=(-0.03, 1.03),
+        ylim=(len(shown) - 0.5, -0.5),
+        xlabel="layout as asked (dashed: chance)",
+        title="word hidden from all heads",
     )
-    ax.set_ylabel("relation's partial R²")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    right.set(xlabel="layer", ylabel="cosine lost", title="word hidden from one layer at step 0")
+    right.set_xticks(range(int(layers["layer"].max()) + 1))
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=10)
+        ax.title.set_size(11)
+    right.legend(frameon=False, fontsize=10)
+    drawn.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=10, loc="outside lower left", ncols=2)
     return drawn
 
 

@@ -28,17 +28,21 @@ from torch import Tensor
 
 from dit_lens import Intervention, ablation, prompts, scenes, screening, sweep
 from dit_lens.intervene.edits import Replace
+from dit_lens.intervene.interchange import Interchange
 from dit_lens.stats import Interval, clustered_mean, paired_difference, proportion
 from dit_lens.task import Scene, Trio
 from dit_lens.task.evaluation import score
 from dit_lens.task.scene import other_color
 from hooked_models import HookedTextToImage
 
+from . import recurrence
 from .claims import Claim, report, stage
 from .knockouts import WORDS, relation_heads
 
 CLAUSES = {"relation1": "red circle is {} blue square", "relation2": "red circle is above blue square and {} red triangle"}
 LOST, KEPT = (-1.0, -0.15), (-0.1, 0.1)
+SERVES = 0.1
+"""Share of the gain² of an axis from which on a head is expected to be needed."""
 SITE = "blocks.{}.cross_attn.hook_z"
 
 
@@ -53,6 +57,8 @@ class Config:
     """Trios whose words are hidden."""
     shares: int = 48
     """Trios whose words are exchanged."""
+    served: int = 24
+    """Trios drawn with one relation's words exchanged in the heads found by axis, and in all but one of them."""
     full: bool = False
     """Four times as many of each, and three draws of controls."""
     seed: int = 0
@@ -73,7 +79,10 @@ def main(config: Config) -> None:
         knockout_figure(lost).savefig(config.out / "knockout.png", dpi=150)
     carried = stage(config.out, "shares", model, shares, config.shares * scale, config.seed)
     claims += share_claims(carried)
-    report(f"Three objects: {config.model}", claims, config.out, model=config.model, heads=heads, full=config.full)
+    claims += served_claims(stage(config.out, "served", model, served, config.served * scale), axis_heads(model))
+    trios, hidden, changed = (n * scale for n in (config.scenes, config.knockouts, config.shares))
+    basis = f"{trios} trios drawn, {hidden} with words hidden, {changed} exchanged, a noise each, 1 run"
+    report(f"Three objects: {config.model}", claims, config.out, basis, model=config.model, heads=heads, full=config.full)
     share_figure(carried, heads["relation1"]).savefig(config.out / "shares.png", dpi=150)
 
 
@@ -173,6 +182,72 @@ def shares(model: HookedTextToImage, n: int, seed: int) -> pd.DataFrame:
         table = measured["share"].isel(seed=0).to_series().rename("share").reset_index()
         rows.append(table.rename(columns={"intervention": "head"}).assign(exchange=exchange))
     return pd.concat(rows, ignore_index=True)[["exchange", "head", "prompt", "share"]]
+
+
+def opposite_of(trio: Trio, relation: str) -> Trio:
+    """The same trio with one relation turned."""
+    first, second = trio.first, trio.second
+    if relation == "relation1":
+        turned = scenes.opposite(first)
+        return Trio(replace(first, relation=turned.relation, phrase=turned.phrase), second)
+    turned = scenes.opposite(second)
+    return Trio(first, replace(second, relation=turned.relation, phrase=turned.phrase))
+
+
+def axis_heads(model: HookedTextToImage) -> pd.DataFrame:
+    """Heads that hold .9 of the gain² of either axis, once each, with their larger share: columns name, share."""
+    table = recurrence.screening_by_axis(model)
+    both = pd.concat([recurrence.found(table, axis) for axis in screening.AXES])
+    return both.groupby("name", sort=False)["share"].max().reset_index()
+
+
+@torch.no_grad()
+def served(model: HookedTextToImage, n: int) -> pd.DataFrame:
+    """A row an exchanged relation, set of heads and trio: in the image, whether all three objects are there, the exchanged
+    relation is the opposite's, and the other one is the prompt's. Heads get the words of the exchanged relation alone.
+    """
+    trios = scenes.sample_trios(n, seed=9, split="all")
+    heads = axis_heads(model)["name"].tolist()
+    sets = {"heads found": heads, **{f"without {head}": [other for other in heads if other != head] for head in heads}}
+    rows = []
+    for relation, other in (("relation1", "relation2"), ("relation2", "relation1")):
+        turned = [opposite_of(trio, relation) for trio in trios]
+        swap = Interchange(model, trios, turned)
+        words = clause_masks(model, swap.texts)[relation]
+        for condition, some in sets.items():
+            hooks = swap.hooks(some, words)
+            images = model.run_with_hooks(swap.texts, seed=list(range(9700, 9700 + n)), fwd_hooks=hooks)
+            own, goal = (scenes.evaluate(images, each) for each in (trios, turned))
+            judged = {
+                "all_objects": own["unique_binding"],
+                "opposite": goal[f"{relation}_loose"],
+                "kept": own[f"{other}_loose"],
+            }
+            values = {name: verdict.values.astype(float) for name, verdict in judged.items()}
+            rows.append(pd.DataFrame({"exchanged": relation, "heads": condition, "trio": np.arange(n), **values}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def served_claims(rows: pd.DataFrame, heads: pd.DataFrame) -> list[Claim]:
+    """The same heads serve both relations, each by its own words."""
+    claims = []
+    n = rows["trio"].nunique()
+    for relation, part in rows.groupby("exchanged", sort=False):
+        whole = part[(part["heads"] == "heads found") & (part["all_objects"] == 1)]
+        told = f"{relation}'s words of the opposite prompt in {', '.join(heads['name'])}"
+        basis = f"{len(whole)} of {n} images, a noise each, 1 run"
+        for column, what in (("opposite", "opposite drawn"), ("kept", "other relation as prompted")):
+            found = proportion(whole[column].to_numpy(float))
+            claims.append(Claim(f"{told}: {what}", "–", found, (0.8, 1.0), basis=basis))
+        table = part.assign(turned=part["opposite"] * part["all_objects"]).pivot(index="trio", columns="heads", values="turned")
+        for head in heads.loc[heads["share"] >= SERVES, "name"]:
+            lost = paired_difference(table[[f"without {head}"]].to_numpy(), table[["heads found"]].to_numpy())
+            what = f"{relation}: share of images with its opposite that is lost without {head}"
+            share = heads.set_index("name")["share"][head]
+            claims.append(
+                Claim(what, "–", lost, (0.1, 1.0), f"share of gain² {share:.2f}", basis=f"{n} images, a noise each, 1 run")
+            )
+    return claims
 
 
 def profiles(carried: pd.DataFrame) -> dict[str, Float[np.ndarray, "prompt head"]]:

@@ -23,7 +23,7 @@ from hooked_models.generation.views import StepView
 from hooked_models.hooks.module import HookFunction
 
 from ..readout.circuits import parse_head
-from ..task import Scene, caption
+from ..task import Scene, Trio, caption
 from ..text.prompts import Role, role_mask
 from .edits import Replace
 from .interventions import Intervention
@@ -44,7 +44,7 @@ class Interchange:
         (2, 6)
     """
 
-    def __init__(self, model: HookedTextToImage, wanted: Sequence[Scene], sources: Sequence[Scene]) -> None:
+    def __init__(self, model: HookedTextToImage, wanted: Sequence[Scene | Trio], sources: Sequence[Scene | Trio]) -> None:
         """Encode both.
 
         Raises:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 
 from dit_lens.stats import Interval
 from hooked_models import HookedTextToImage
 from recipes import learning_dynamics, positions_needed, robustness
-from recipes.claims import Claim, report, stage
+from recipes.claims import Claim, report, stage, together
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,23 @@ def test_a_verdict_is_by_the_whole_interval(interval, verdict):
 def test_nothing_replicates_without_a_contrast_beyond_doubt(contrast):
     claim = Claim("x", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6), contrast=contrast)
     assert claim.verdict == "as predicted"
+
+
+def test_a_verdict_among_many_is_by_an_interval_that_holds_for_all():
+    """Against exact intervals of a count of zero; a normal interval is widened by more than it needs."""
+    for n in (8, 64):
+        alone, of_ten = (1 - alpha ** (1 / n) for alpha in (0.025, 0.0025))
+        wider = together(Interval(0.0, 0.0, alone), 10)
+        assert wider.low == 0
+        assert wider.high == pytest.approx(of_ten, rel=0.2)
+    half = norm.ppf(0.975)
+    assert together(Interval(0.0, -half, half), 10).high > norm.ppf(1 - 0.0025)
+    alone = Claim("x", "–", Interval(0.9, 0.82, 0.95), (0.8, 1.0), share=True)
+    assert alone.verdict == "as predicted"
+    assert replace(alone, questions=10).verdict == "undecided"
+    assert replace(alone, questions=10).told_basis.endswith("one of 10 questions")
+    certain = Claim("x", "–", Interval(1.0, 0.95, 1.0), (0.8, 1.0), questions=10, share=True)
+    assert certain.verdict == "as predicted"
 
 
 def test_what_was_not_predicted_is_exploratory():
@@ -96,16 +115,13 @@ def test_the_goes_before_the_second_object():
     assert robustness.the_second("circle is to the left of square") == "circle is to the left of the square"
 
 
-def test_drift_is_along_the_predicted_direction():
-    scene = np.arange(20)
-    rng = np.random.default_rng(0)
-    trained = pd.DataFrame(
-        {"split": "train", "template": "is", "scene": scene} | {n: rng.normal(60, 9, 20) for n in ("x1", "x2", "y1", "y2")}
-    )
-    shifted = trained.assign(template="the second", x1=trained["x1"] + 6, y1=trained["y1"] + 8)
-    rows = pd.concat([shifted[::-1], trained])
-    assert robustness.moved_along(rows, "the second", np.array([0.6, 0.8])).mean == pytest.approx(10)
-    assert robustness.moved_along(rows, "the second", np.array([0.8, -0.6])).mean == pytest.approx(0, abs=1e-9)
+def test_changes_by_a_template_are_of_the_same_scenes():
+    rows = [{"split": "train", "template": "is", "scene": i, "relation_loose": float(i < 6)} for i in range(8)]
+    rows += [{"split": "train", "template": "the both", "scene": i, "relation_loose": 0.0} for i in (7, 1)]
+    table = pd.DataFrame(rows)
+    assert robustness.changes(table, "the both", "relation_loose").to_dict() == {1: -1.0, 7: 0.0}
+    assert robustness.change(table, "the both", "relation_loose").mean == -0.5
+    assert len(robustness.changes(table, "navy", "relation_loose")) == 0
 
 
 def test_later_is_a_ratio_of_samples_with_its_bracket():

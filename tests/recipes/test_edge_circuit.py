@@ -19,7 +19,7 @@ def test_pairs_have_their_relation_words_in_the_same_places():
     assert [scene.relation for scene in of.clean] == [relation for relation in scenes.RELATIONS for _ in range(2)]
     assert len(set(of.seeds)) == len(of.seeds)
     model = HookedTextToImage.from_pretrained("rte-nano")
-    for clean, corrupt, text, other in zip(of.clean, of.corrupt, *of.texts, strict=True):
+    for text, other in zip(*of.texts, strict=True):
         assert text != other
         assert token_roles(model, text) == token_roles(model, other)
     moved = [clean.relation != corrupt.relation for clean, corrupt in zip(of.clean, of.corrupt, strict=True)]

@@ -12,29 +12,28 @@ import pytest
 from matplotlib import pyplot
 
 from hooked_models import HookedTextToImage
-from recipes import edge_circuit, relation_head, relation_heads, run_all, t5_fusion
+from recipes import edge_circuit, relation_head, run_all
 
 SMOKE: dict[str, dict[str, Any]] = {
     "accuracy_table": {"models": ("rte-micro", "rte-trios-micro")},
     "attention_synopsis": {"model": "rte-nano", "scenes": 6, "comparison": ""},
-    "bottleneck": {},
     "edge_circuit": {"model": "rte-nano", "ig_steps": 1},
     "improve_relations": {"tasks": ("rte-nano",), "choosing": 2, "reporting": 2},
     "learning_dynamics": {"runs": ("rte-nano", "rte-nopos-micro", "not there")},
     "object_heads": {"model": "rte-nano", "scenes": 6, "patched": 1},
     "positions_needed": {},
-    "recurrence": {"rte": ("rte-nano", "rte-micro/seed-1"), "t5": (), "looks": 3, "images": 3},
+    "recurrence": {"models": ("rte-nano", "rte-micro", "rte-nopos-micro"), "looks": 3},
     "relation_circuit": {"models": ("rte-nano",), "looks": 16, "images": 6},
     "relation_heads": {"looked": 4, "singles": 1, "pairs": 2},
-    "robustness": {},
-    "t5_fusion": {"rte": "rte-nano", "knockouts": 2, "prompts": 2, "doses": (1.0,)},
+    "robustness": {"looks": 3, "images": 1},
+    "t5_fusion": {"rte": "rte-nano", "looks": 2, "images": 1},
     "text_carrier": {"bundled": ("rte-nano",), "scenes": 3, "images": 2},
-    "three_objects": {"model": "rte-micro", "scenes": 2, "knockouts": 2, "shares": 2},
+    "three_objects": {"model": "rte-micro", "scenes": 2, "knockouts": 2, "shares": 2, "served": 2},
 }
 """Recipe → its smallest settings."""
 DRAWS_AGAIN = ("edge_circuit", "object_heads")
 """Recipes that run the model for a figure, after all that they measure."""
-FOLDERS = {"bottleneck": ("robustness", "fusion", "heads"), "text_carrier": ("runs",)}
+FOLDERS = {"text_carrier": ("runs",)}
 """Folders of other recipes that a recipe reads and fills."""
 
 
@@ -44,7 +43,6 @@ def _small(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(edge_circuit, "SHARES", (0.05, 0.5))
     monkeypatch.setattr(edge_circuit, "HALVINGS", 1)
     monkeypatch.setattr(edge_circuit, "RELATIONS", ("above", "left"))
-    monkeypatch.setattr(t5_fusion, "RESAMPLES", 2)
     yield
     pyplot.close("all")
 
@@ -58,10 +56,6 @@ def test_a_recipe_runs_and_goes_on_where_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = importlib.import_module(f"recipes.{name}"), tmp_path / "out"
-    if name == "bottleneck":  # which measures at the other recipes' own sizes
-        hide, mask = t5_fusion.knockouts, relation_heads.group_knockouts
-        monkeypatch.setattr(t5_fusion, "knockouts", lambda model, n, controls, seed: hide(model, 2, controls, seed))
-        monkeypatch.setattr(relation_heads, "group_knockouts", lambda model, found, n, seed: mask(model, found, 2, seed))
     config = recipe.Config(**SMOKE[name], **{folder: tmp_path / folder for folder in FOLDERS.get(name, ())}, out=out)
     recipe.main(config)
     printed, written = capsys.readouterr().out, json.loads((out / "claims.json").read_text())
