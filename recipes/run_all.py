@@ -199,11 +199,11 @@ def cell(text: str) -> str:
 
 
 def shrink(source: Path, target: Path) -> None:
-    """A copy of a figure at the page's width, in 64 colours."""
+    """A copy of a figure at the page's width, in 256 colours."""
     image = Image.open(source).convert("RGB")
     if image.width > FIGURE_WIDTH:
         image = image.resize((FIGURE_WIDTH, round(image.height * FIGURE_WIDTH / image.width)), Image.Resampling.LANCZOS)
-    image.quantize(64).save(target, optimize=True)
+    image.quantize(256).save(target, optimize=True)
 
 
 if __name__ == "__main__":
