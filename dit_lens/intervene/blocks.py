@@ -1,4 +1,4 @@
-"""Whole blocks as places to intervene: remove a block, scale the text that it reads, let its attention see only itself.
+"""Whole blocks as places to intervene: remove them, scale their text, move patterns to the identity.
 
     with model.hooks(remove_blocks(model, 3) + scale_text(model, [4, 5], 2.0)):
         images = model(prompts, seed=0)
@@ -102,7 +102,7 @@ def remove_blocks(
 def scale_text(
     model: HookedTextToImage, layers: Layers, factor: float, *, steps: StepChoice = None, branch: Branches = "both"
 ) -> FwdHooks:
-    """Scale the text that blocks read: the text's residual stream where it enters, or keys and values of cross-attention.
+    """Scale the text that blocks read: its residual stream, or keys and values of cross-attention.
 
     In a model with joint attention the scaled stream also leaves the block; in cross-attention the
     text itself is scaled, so that biases of keys and values stay as they are.
@@ -179,7 +179,8 @@ def toward_identity(
 ) -> FwdHooks:
     """Move patterns of self-attention toward the identity: (1 − strength) · pattern + strength · 1.
 
-    A pattern acts on values linearly, so outputs are moved toward values, and the kernel stays fused.
+    A pattern acts on values linearly, so outputs are moved toward values, and the kernel stays
+    fused.
 
     Args:
         heads: "L2H8", a head of every layer by its number, or several; None for all heads.

@@ -1,7 +1,9 @@
-"""Reading a model: heat maps and heads, sinks and massive activations, text layers, dictionaries; weights and circuits.
+"""Reading a model: heat maps, heads, sinks, massive activations, text layers, dictionaries, weights.
 
-from dit_lens import readout
-maps = readout.heatmap(model, "red circle is above blue square", ["circle", "square"])
+    from dit_lens import readout
+    maps = readout.heatmap(model, "red circle is above blue square", ["circle", "square"])
+
+Names are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Concept attention: likeness of image and concept vectors in the output space of joint attention."""
+"""Concept attention: likeness of image and concept vectors among the outputs of joint attention."""
 
 from __future__ import annotations
 
@@ -33,26 +33,29 @@ def concept_attention(
     steps: Steps = None,
     **options: Any,
 ) -> xr.DataArray:
-    """Share of each concept at each image position: softmax over concepts of output vectors' dot products.
+    """Share of each concept at each image position: a softmax of dot products of output vectors.
 
-    A concept that is a string need not be in the prompt. It runs as the text of a row of its own, whose
-    tokens attend to the prompt's image and to themselves, while that image never sees them. The
-    vectors are those that attention returns, all heads, before the output projection; a concept's is the
-    mean over its tokens. Source: Helbling et al. 2025, arXiv 2502.04320, section 3. Differences: a
-    concept is modulated by its own pooled text, and concepts do not see each other.
+    A concept that is a string need not be in the prompt. It runs as the text of a row of its own,
+    whose tokens attend to the prompt's image and to themselves, while that image never sees them.
+    The vectors are those that attention returns, all heads, before the output projection; a
+    concept's is the mean over its tokens. Source: Helbling et al. 2025, arXiv 2502.04320, section
+    3. Differences: a concept is modulated by its own pooled text, and concepts do not see each
+    other.
 
     Args:
-        concepts: at least two: text to encode, or `prompts.word("cat")` for the prompt's own tokens.
+        concepts: at least two: text to encode, or `prompts.word("cat")` for the prompt's own
+            tokens.
         by: dims to keep; the shares are means over the others.
         steps: denoising steps that count, by default all.
         options: further arguments of the pipeline's call.
 
     Returns:
-        Dims (concept, layer, step, y, x), those of `layer step` that are in `by`. Conditional branch.
+        Dims (concept, layer, step, y, x), those of `layer step` that are in `by`. Conditional
+        branch.
 
     Raises:
-        ValueError: the model's text has no output vectors (it is read by cross-attention), the prompt lacks a
-            word, or there are fewer than two concepts.
+        ValueError: the model's text has no output vectors (it is read by cross-attention), the
+            prompt lacks a word, or there are fewer than two concepts.
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
@@ -95,7 +98,7 @@ def _image_dims(dit: Any, latent: Tensor) -> dict[str, int]:
 def _concept_tokens(
     model: HookedTextToImage, rows: Sequence[str], concepts: Sequence[str | Word], options: Mapping[str, Any]
 ) -> list[tuple[int, Bool[Tensor, " text_pos"]]]:
-    """(row, its tokens) of each concept: a row of its own for a text, the prompt's for a word of it."""
+    """(row, its tokens) of each concept: its own row for a text, the prompt's for a word of it."""
     of_call = {name: value for name, value in options.items() if name not in ("guidance", "latents")}
     own = [one for one in concepts if isinstance(one, Word)]
     token_mask(model, rows[0], own or [0], **of_call)  # raises if the prompt lacks one
@@ -139,7 +142,7 @@ def joint_layers(dit: Any) -> dict[int, str]:
 def shares(
     z: Float[Tensor, "row pos head d_head"], n_image: int, concepts: Sequence[tuple[int, Bool[Tensor, " text_pos"]]]
 ) -> Float[Tensor, "concept image_pos"]:
-    """Softmax over concepts of the dot products of image vectors (row 0) with the mean vector of each concept's tokens.
+    """Softmax over concepts of the dot products of row 0's image with the mean of a concept's tokens.
 
     Example:
         >>> z = torch.eye(3)[None, :, None]

@@ -51,7 +51,7 @@ def random_others(taken: Int[Tensor, "*row k"], there: Bool[Tensor, "*row n"], r
 
 
 def names_of(model: HookedTextToImage, leaf: str, steps: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """Full names of a hook of the blocks in the conditional branch → (number among the layers that have it, step's number).
+    """Full names of a hook of the blocks, conditional branch → (number of layer and step, from 0).
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")

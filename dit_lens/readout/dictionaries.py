@@ -1,8 +1,11 @@
-"""A sparse autoencoder or transcoder at a hook: its features read, and edited with the error term kept.
+"""A sparse autoencoder or transcoder at a hook: features read, and edited beside the error term.
 
-sae = readout.dictionary("blocks.9.hook_resid_post", sae.encode, sae.decode)
-found = sae.activations(model, "red circle is above blue square", num_steps=28)
-images = model.run_with_hooks(prompts, fwd_hooks=sae.edit(lambda f: f * (torch.arange(f.shape[-1]) != 42)))
+mine = readout.dictionary("blocks.9.hook_resid_post", sae.encode, sae.decode)
+found = mine.activations(model, "red circle is above blue square", num_steps=28)
+without_42 = mine.edit(lambda f: f * (torch.arange(f.shape[-1]) != 42))
+images = model.run_with_hooks(prompts, fwd_hooks=without_42)
+
+Sources: transcoders and sparse autoencoders in diffusion transformers, arXiv 2606.15796.
 """
 
 from __future__ import annotations
@@ -35,11 +38,13 @@ def dictionary(
     """A dictionary of the caller's own, trained on the tensor of a hook.
 
     Args:
-        name: the hook that `encode` reads: in the denoiser ("blocks.9.hook_resid_post", at every step), of the text encoder
-            ("text_encoder.blocks.1.hook_resid_post"), between calls ("hook_x0"), or a full name.
+        name: the hook that `encode` reads: in the denoiser ("blocks.9.hook_resid_post", at every
+            step), of the text encoder ("text_encoder.blocks.1.hook_resid_post"), between calls
+            ("hook_x0"), or a full name.
         encode: tensor of that hook [batch … d] → features [batch … feature].
         decode: features → tensor of the hook `output`.
-        output: for a transcoder, the hook whose tensor the features explain; by default `name`. It comes after `name`.
+        output: for a transcoder, the hook whose tensor the features explain; by default `name`. It
+            comes after `name`.
 
     Example:
         >>> basis = torch.linalg.qr(torch.randn(192, 192))[0]
@@ -89,8 +94,9 @@ class Dictionary:
             options: further arguments of the model's call.
 
         Returns:
-            `activation`, dims (prompt, step, [pos,] feature), and `error`, dims (prompt, step): the part
-            of the output's squared norm that the decoder leaves out. A hook outside of the steps has one, step 0.
+            `activation`, dims (prompt, step, [pos,] feature), and `error`, dims (prompt, step): the
+            part of the output's squared norm that the decoder leaves out. A hook outside of the
+            steps has one, step 0.
 
         Raises:
             UnknownHookError: the model has no such hook; the nearest one is suggested.
@@ -138,7 +144,7 @@ class Dictionary:
         steps: StepChoice = None,
         branch: Branches = "both",
     ) -> list[tuple[Callable[[str], bool], HookFunction]]:
-        """`fwd_hooks` that add decode(change(f)) − decode(f): what the dictionary leaves out stays as it is.
+        """`fwd_hooks` that add decode(change(f)) − decode(f); the error of the dictionary stays.
 
         A change that returns its argument changes nothing.
 

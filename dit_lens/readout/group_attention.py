@@ -152,7 +152,7 @@ def attention_in_call(
 
 
 class Reader(Protocol):
-    """A reducer of one attention in one call: of q, k and bias, or of its pattern where hooks make that."""
+    """A reducer of one attention in one call: of q, k and bias, or of a pattern that hooks make."""
 
     def read(self, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
         """Called with q [batch pos head d_head], k and the bias of the scores."""

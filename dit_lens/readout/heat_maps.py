@@ -1,4 +1,4 @@
-"""Heat maps: attention from each place of the image to the words of the prompt, summed as it is made."""
+"""Heat maps: attention from each place of the image to words of the prompt, summed as it is made."""
 
 from __future__ import annotations
 
@@ -40,21 +40,24 @@ def heatmap(
     steps: Steps = None,
     **options: Any,
 ) -> xr.DataArray:
-    """Attention from each image position to the tokens of a word, in the conditional branch of a generation.
+    """Attention from each image position to the tokens of a word, in the conditional branch.
 
-    No pattern is kept: the queries attend once more through the fused kernel, with the words' indicators in place of values.
-    Attached hooks act. In models with joint attention a query's attention to all of the image and the text sums to 1, in
-    cross-attention its attention to the text. Source: Tang et al. 2022, arXiv 2210.04885 (DAAM), without its upsampling.
+    No pattern is kept: the queries attend once more through the fused kernel, with the words'
+    indicators in place of values. Attached hooks act. In models with joint attention a query's
+    attention to all of the image and the text sums to 1, in cross-attention its attention to the
+    text. Source: Tang et al. 2022, arXiv 2210.04885 (DAAM), without its upsampling.
 
     Args:
-        words: a word or phrase, `prompts.word("cat", nth=2)`, or several; tokens of all text encoders that spell one count.
+        words: a word or phrase, `prompts.word("cat", nth=2)`, or several; tokens of all text
+            encoders that spell one count.
         by: dims to keep; the map is the mean over the others.
         steps: denoising steps that count, by default all.
-        options: further arguments of the model's call (`guidance`, `height`, `max_sequence_length`, …).
+        options: further arguments of the model's call (`guidance`, `height`, `max_sequence_length`,
+            …).
 
     Returns:
-        Dims (prompt, word, layer, head, step, y, x), those of `layer head step` that are in `by`; a video has `frame`
-        before `y`. Layers without attention to the text are left out.
+        Dims (prompt, word, layer, head, step, y, x), those of `layer head step` that are in `by`; a
+        video has `frame` before `y`. Layers without attention to the text are left out.
 
     Raises:
         ValueError: a prompt lacks a word (the message lists its words), or there is no such step.
@@ -168,7 +171,7 @@ class _Maps:
 
 
 def grid_of(dit: Any, latent: Float[Tensor, "batch ..."]) -> tuple[int, int, int]:
-    """Rows, columns and frames of the image positions of a denoiser's last call on latents like these.
+    """Rows, columns and frames of the image positions of a denoiser's last call.
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")

@@ -1,4 +1,4 @@
-"""Massive activations: channels of the residual stream far larger than the rest, and the change without them."""
+"""Massive activations: by far the largest channels of residual streams, and the change without them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def massive_activations(
 ) -> xr.Dataset:
     """The k largest channels of each layer's residual stream, and whether the generation needs them.
 
-    A channel's size is the mean of |x| over positions and steps. In a second generation these channels
-    are set to 0 in every layer and step of the conditional branch; in `draws` more, as many random
-    other channels of the same layers. Source: arXiv 2605.13974, whose controls are the smallest channels.
+    A channel's size is the mean of |x| over positions and steps. In a second generation these
+    channels are set to 0 in every layer and step of the conditional branch; in `draws` more, as
+    many random other channels of the same layers. Source: arXiv 2605.13974, whose controls are the
+    smallest channels.
 
     Args:
         k: number of channels.

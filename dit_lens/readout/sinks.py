@@ -1,4 +1,4 @@
-"""Attention sinks: keys that receive far more attention than others, and the change when they are masked, against random keys."""
+"""Attention sinks: keys that receive far more attention than others, and the change without them."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def attention_sinks(
     control_seed: int = 0,
     **options: Any,
 ) -> xr.Dataset:
-    """The k keys of each layer and step that receive most attention, and whether the generation needs them.
+    """The k keys of each layer and step with most attention, and whether the generation needs them.
 
     In a second generation these keys are masked (before the softmax, so that others share their
-    attention); in `draws` more, as many random other keys of the same layers and steps. No pattern is
-    kept in the first; masking makes the patterns of one layer at a time. Conditional branch. Source:
-    arXiv 2605.09313, whose changes are perceptual, and whose sinks are found anew in the masked run.
+    attention); in `draws` more, as many random other keys of the same layers and steps. No pattern
+    is kept in the first; masking makes the patterns of one layer at a time. Conditional branch.
+    Source: arXiv 2605.09313, whose changes are perceptual, and whose sinks are found anew in the
+    masked run.
 
     Args:
         k: number of keys.
@@ -53,10 +54,11 @@ def attention_sinks(
         options: further arguments of the model's call.
 
     Returns:
-        Dims (prompt, layer, step, …): `received` (key_pos), mean attention of a query to a key, over
-        heads and queries (they sum to 1); `sink` (rank), positions, most attention first; `share`, the sinks' part of the
-        attention. By prompt: `shift`, the relative change of the last latents without the sinks, and
-        `control_shift` (draw). Positions are those of the keys: the image's, then the text's.
+        Dims (prompt, layer, step, …): `received` (key_pos), mean attention of a query to a key,
+        over heads and queries (they sum to 1); `sink` (rank), positions, most attention first;
+        `share`, the sinks' part of the attention. By prompt: `shift`, the relative change of the
+        last latents without the sinks, and `control_shift` (draw). Positions are those of the keys:
+        the image's, then the text's.
 
     Raises:
         UnknownHookError: no layer has such an attention; the message may say why.

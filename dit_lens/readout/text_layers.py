@@ -34,7 +34,8 @@ def diffusion_lens(
     them, the final norm first, is the model's own. Source: Toker et al. 2024, arXiv 2403.05846.
 
     Args:
-        layers: from 0, or (negative) from the end; by default all. The last one gives the model's own images.
+        layers: from 0, or (negative) from the end; by default all. The last one gives the model's
+            own images.
         encoder: of a pipeline with several, its component ("text_encoder_2"); by default the last.
         options: further arguments of the model's call.
 
@@ -102,7 +103,7 @@ def text_encoder(model: Any, name: str | None = None) -> nn.Module:
 
 
 def blocks_of(encoder: nn.Module) -> list[nn.Module]:
-    """The layers of a text encoder of transformers: its longest list of modules, those of images left out.
+    """The layers of a text encoder of transformers: its longest list of modules, not of images.
 
     Example:
         >>> from transformers import T5Config, T5EncoderModel

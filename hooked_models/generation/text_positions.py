@@ -1,9 +1,9 @@
-"""Tokens of a prompt at the text positions of any pipeline's denoiser, found by following marks through its text encoding.
+"""Tokens of a prompt at the text positions of any denoiser: marks followed through its encoding.
 
-Each token's hidden state is replaced by a mark of (encoder call, row, token), and the pipeline's own
-code goes on with it: it cuts templates off, drops pads, joins encoders. The marks that reach the
-denoiser say which token stands where. Tokenizers are copies that also keep character offsets. So no
-pipeline's treatment of text is written again.
+Each token's hidden state is replaced by a mark of (encoder call, row, token), and the pipeline's
+own code goes on with it: it cuts templates off, drops pads, joins encoders. The marks that reach
+the denoiser say which token stands where. Tokenizers are copies that also keep character offsets.
+So no pipeline's treatment of text is written again.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ NOTHING = _Token(-1, (0, 0), "pad", True, False)
 
 
 def encoded_at_positions(inputs: PipelineInputs, text: str) -> list[EncodedText]:
-    """Each prompt with one entry for each text position of the denoiser, whichever encoders' tokens stand there.
+    """Each prompt with one entry for each text position of the denoiser, of all text encoders.
 
     Args:
         inputs: of a run; nothing but its text is computed.
-        text: the transformer's argument that holds the (first) text; others whose names begin with it follow.
+        text: the transformer's argument that holds the (first) text; others whose names begin with
+            it follow.
 
     Raises:
         ValueError: the pipeline changes a prompt's words before it encodes them.
@@ -136,7 +137,7 @@ def _place(part: Sequence[int], whole: Sequence[int]) -> int | None:
 
 
 def _tokens_of(encoded: EncodedText, prompt: str) -> list[_Token]:
-    """Tokens of a text that holds the prompt, last of all, with their characters in the prompt; those around it are special."""
+    """Tokens of a text that holds the prompt, with their characters in it; those around are special."""
     words, places = split_words(prompt), encoded.phrases(prompt) if split_words(prompt) else [(0, 0)]
     start, end = places[-1] if places else (0, 0)
     shift = start - words[0].start if words else 0

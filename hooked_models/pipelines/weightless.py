@@ -1,4 +1,4 @@
-"""Pipelines without weights: their own code runs on the CPU, with text encoders that return zeros of the right shapes."""
+"""Pipelines without weights: their own code runs, with text encoders that return zeros."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def has_weights_on(module: nn.Module) -> bool:
 
 
 def weightless(pipe: Any) -> Any:
-    """A copy of a pipeline on the meta device that can go through its loop, and of its text encoders that return zeros.
+    """A copy of a pipeline on the meta device that goes through its loop on the CPU, computing no text.
 
     The pipeline itself stays as it is.
     """
