@@ -88,7 +88,7 @@ def integers(name: str, value: Any, low: int | None = None, high: int | None = N
     return tuple(integer(name, one, low, high) for one in value)
 
 
-def number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
+def number(name: str, value: Any, low: float | int | None = None, high: float | int | None = None) -> float:
     """A finite real number as a float; booleans and text are refused.
 
     Raises:

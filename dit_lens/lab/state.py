@@ -67,7 +67,7 @@ class State:
         integer("num_steps", self.num_steps, 1, MOST_STEPS)
         integer("seed", self.seed, 0, 2**63 - 1)
         integer("last", self.last, integer("first", self.first, 0, self.num_steps - 1), self.num_steps - 1)
-        number("factor", self.factor, -10, 10)
+        number("factor", self.factor, -10.0, 10.0)
         for word in self.words:
             integer("words", word, 0, LONGEST)
         for head in self.heads:
@@ -92,7 +92,8 @@ class State:
         if "prompt" not in given:
             raise ValueError("A prompt is needed.")
         lists = {name: tuple(given[name]) for name in ("heads", "words") if isinstance(given.get(name), list)}
-        return cls(**{**given, **lists})
+        factor = {"factor": float(given["factor"])} if isinstance(given.get("factor"), int) else {}
+        return cls(**{**given, **lists, **factor})
 
     def interventions(self, model: HookedTextToImage) -> list[Intervention]:
         """The edit; none without heads.

@@ -40,7 +40,7 @@ def record_points(steps: int, points: int) -> list[int]:
 
 
 @torch.no_grad()
-def measure(model: HookedTextToImage, wanted: Sequence[Scene], step: int, samples: int, task: Task | None = None) -> pd.DataFrame:
+def measure(model: HookedTextToImage, wanted: Sequence[Any], step: int, samples: int, task: Task | None = None) -> pd.DataFrame:
     """One row a number, columns `COLUMNS`.
 
     Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes, each with a noise of its own that

@@ -166,7 +166,7 @@ def _faults(text: mpl.text.Text, box: Any, bounds: Any) -> Iterator[str]:
 def _overlap(box: Any, other: Any) -> bool:
     """True for boxes that share more than a pixel, which is rounding."""
     width = min(box.x1, other.x1) - max(box.x0, other.x0)
-    return width > 1 and min(box.y1, other.y1) - max(box.y0, other.y0) > 1
+    return bool(width > 1 and min(box.y1, other.y1) - max(box.y0, other.y0) > 1)
 
 
 def _labels_out_of_view(figure: Figure) -> Iterator[mpl.text.Text]:

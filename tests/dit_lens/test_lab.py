@@ -111,7 +111,7 @@ def test_the_four_relation_heads_turn_the_relation() -> None:
     [
         ({}, "A prompt is needed"),
         ({"prompt": ABOVE, "code": "1"}, "no field 'code'"),
-        ({"prompt": ["red"]}, "prompt is a text"),
+        ({"prompt": ["red"]}, "prompt"),
         ({"prompt": "x" * 3000}, "at most 2000"),
         ({"prompt": ABOVE, "num_steps": 10**6}, "num_steps"),
         ({"prompt": ABOVE, "seed": "1"}, "seed"),

@@ -75,5 +75,5 @@ def test_an_array_over_heads_and_steps_is_drawn(tmp_path: Path) -> None:
     assert all(f">L{layer}H{head}<" in picture for layer in range(2) for head in range(3))
     assert len(table_of(path)) == 24
     assert plt.get_fignums() == open_before
-    with pytest.raises(TypeError, match="not list"):
+    with pytest.raises(TypeError, match=r"not list|parameter 'result'"):
         viz.report([1], tmp_path / "a.html", title="t", code="1")  # type: ignore[arg-type]
