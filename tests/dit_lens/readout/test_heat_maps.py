@@ -17,7 +17,19 @@ from ...hooked_models.pipelines import tiny_pipeline as tiny_pixart
 from ...hooked_models.tiny_pipelines import tiny_pipeline
 
 SEEDS = [3, 4]
-FAMILIES = ["PixArt", "FLUX.1 true CFG", "SD3", "SANA DPM++", "Qwen-Image", "Lumina 2", "HunyuanDiT", "PRX", "Krea 2"]
+FAMILIES = [
+    "PixArt",
+    "FLUX.1 true CFG",
+    "SD3",
+    "SANA DPM++",
+    "Qwen-Image",
+    "Lumina 2",
+    "HunyuanDiT",
+    "PRX",
+    "Krea 2",
+    "Z-Image",
+    "AuraFlow",
+]
 
 
 def opened(name: str) -> tuple[HookedTextToImage, int, dict[str, Any]]:
