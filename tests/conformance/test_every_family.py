@@ -37,7 +37,7 @@ OTHERS = tuple(name for name in PIPELINES if name not in (*FIRST, *LEFT_OUT))
 ONE_BRANCH = "it is distilled with guidance, and every step is one call: there is no unconditional branch"
 ONE_PROMPT = "its loop guides one prompt at a time: batches run without guidance, with no unconditional branch"
 UNABLE: dict[tuple[str, str], str] = {
-    **{("FLUX.1", tool): ONE_BRANCH for tool in ("branches", "one branch alone")},
+    **{(name, tool): ONE_BRANCH for name in ("FLUX.1", "HunyuanVideo") for tool in ("branches", "one branch alone")},
     **{("PRX", tool): ONE_PROMPT for tool in ("branches", "one branch alone")},
     (
         "AuraFlow",

@@ -42,6 +42,10 @@ def test_a_tiny_pipeline_draws_by_its_prompts_and_survives_its_folder(name: str,
     assert torch.equal(images(opened, call), drawn)
 
 
+FRAMES = {"Wan": 2, "LTX-Video": 2, "CogVideoX": 3, "HunyuanVideo": 2}
+"""Of latents."""
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_hooked_transformer_stands_in_its_pipeline(name: str) -> None:
     """Without hooks and with hooks that only look, images are bitwise the plain pipeline's; positions are the latents'."""
@@ -64,7 +68,7 @@ def test_a_hooked_transformer_stands_in_its_pipeline(name: str) -> None:
     pixels = drawn.shape[-1] * drawn.shape[-2]
     assert pixels % (rows * columns) == 0
     assert rows == columns
-    assert frames == (2 if name == "Wan" else 1)
+    assert frames == FRAMES.get(name, 1)
     with model.hooks([(lambda name: name.endswith("hook_pattern"), look)]):
         assert (images(pipe, call) - drawn).abs().max() < 1e-4
 

@@ -40,12 +40,12 @@ def t5(kind: Any = T.T5EncoderModel, config: Any = T.T5Config, d_model: int = D_
     return kind(config(vocab_size=N_WORDS, d_model=d_model, **sizes))
 
 
-def clip(projected: bool = False) -> Any:
+def clip(projected: bool = False, length: int = 12) -> Any:
     sizes = {
         "hidden_size": 8,
         "intermediate_size": 16,
         "projection_dim": 8,
-        "max_position_embeddings": 12,
+        "max_position_embeddings": length,
         "eos_token_id": 1,
         **SIZE,
     }
@@ -323,6 +323,62 @@ def wan() -> Any:
     return D.WanPipeline(tokenizer(), t5(T.UMT5EncoderModel, T.UMT5Config), codec, flow(), model)
 
 
+def ltx() -> Any:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2}
+    model = D.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, caption_channels=D_TEXT, **sizes
+    )
+    codec = D.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+        patch_size_t=1,
+    )
+    return D.LTXPipeline(flow(), codec, t5(), tokenizer(), model)
+
+
+def cogvideox() -> Any:
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_width": 2, "sample_height": 2}
+    text = {"time_embed_dim": 4, "text_embed_dim": D_TEXT, "max_text_seq_length": 12, "sample_frames": 9}
+    model = D.CogVideoXTransformer3DModel(in_channels=4, out_channels=4, patch_size=2, **size, **text)
+    codec = D.AutoencoderKLCogVideoX(
+        block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4
+    )
+    return D.CogVideoXPipeline(tokenizer(), t5(), codec, model, D.CogVideoXDDIMScheduler())
+
+
+def hunyuan_video() -> Any:
+    size = {"num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+    model = D.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=D_TEXT,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+        **size,
+    )
+    codec = D.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+    )
+    language = decoder(T.LlamaModel, T.LlamaConfig, layers=4)
+    return D.HunyuanVideoPipeline(language, tokenizer(), model, codec, flow(), clip(length=77), tokenizer())
+
+
 def longcat_image() -> Any:
     sizes = {
         "num_layers": 1,
@@ -437,6 +493,23 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "HunyuanDiT": (hunyuan_dit, {**SQUARE, "guidance_scale": 4.0, "use_resolution_binning": False}),
     "Chroma": (chroma, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
     "Wan": (wan, {**SQUARE, "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 4.0, "max_sequence_length": 12}),
+    "LTX-Video": (ltx, {**SQUARE, "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0, "max_sequence_length": 12}),
+    "CogVideoX": (
+        cogvideox,
+        {**SQUARE, "height": 32, "width": 32, "num_frames": 9, "guidance_scale": 6.0, "max_sequence_length": 12},
+    ),
+    "HunyuanVideo": (
+        hunyuan_video,
+        {
+            **SQUARE,
+            "height": 32,
+            "width": 32,
+            "num_frames": 5,
+            "guidance_scale": 4.5,
+            "max_sequence_length": 12,
+            "prompt_template": {"template": "is {}", "crop_start": 0},
+        },
+    ),
     "LongCat-Image": (longcat_image, {**SQUARE, "guidance_scale": 4.0, "enable_prompt_rewrite": False}),
     "Ovis-Image": (ovis_image, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 200}),
     "Bria": (bria, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
