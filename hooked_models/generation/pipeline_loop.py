@@ -22,6 +22,7 @@ from torch import Tensor
 from ..families.adapter import FamilyModel
 from ..hooks.layout import Layout
 from ..hooks.wrapping import Stamp
+from ..pipelines.weightless import has_weights_on, moved
 from ..store import digest
 from .hooks import Extent
 from .loops import Call, Visitor, rows_of
@@ -332,9 +333,12 @@ class Trial:
         return latent
 
     def denoise(self, call: Call, x: Tensor, timestep: Any, text: Any) -> Tensor:
+        like = x
         if self.transformer is not None and self.shape is None:
+            if not has_weights_on(self.transformer):
+                text, x = replace(text, arguments=moved(text.arguments, "meta")), x.to("meta")
             self.shape = text.call(self.transformer, x).shape[1:]
-        return torch.zeros_like(x) if self.shape is None else x.new_zeros(len(x), *self.shape)
+        return torch.zeros_like(like) if self.shape is None else like.new_zeros(len(like), *self.shape)
 
     def out(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
         return out

@@ -151,7 +151,8 @@ def check_libraries(name: str, index: Mapping[str, Any]) -> None:
             not part.startswith("_")
             and isinstance(value, (list, tuple))
             and len(value) == 2
-            and value[0] not in (None, *LIBRARIES)
+            and isinstance(value[0], str)
+            and value[0] not in LIBRARIES
         ):
             raise ValueError(
                 f"{name} takes its {part} from {value[0]!r}, but opening a folder imports {', '.join(LIBRARIES)} only: "

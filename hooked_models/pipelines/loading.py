@@ -129,6 +129,7 @@ def empty_pipeline(source: Source, dtype: torch.dtype = torch.float32) -> Any:
     for name, parameter in inspect.signature(cls).parameters.items():
         if name not in parts and (parameter.default is parameter.empty or name in index):
             value = index.get(name)
-            parts[name] = None if isinstance(value, list) else value
+            is_component = isinstance(value, list) and any(part is None or isinstance(part, str) for part in value)
+            parts[name] = None if is_component else value
     with quiet_loading():
         return cls(**parts)

@@ -32,15 +32,22 @@ def weightless(pipe: Any) -> Any:
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
             vars(found)[name] = _returning_zeros(part)
+        elif name == "vae":
+            vars(found)[name] = copy.deepcopy(part)
+            for module in vars(found)[name].modules():  # a pipeline may read statistics of latents from there
+                module._buffers.update({key: moved(buffer, "cpu") for key, buffer in module._buffers.items()})
     return found
 
 
-def _returning_zeros(encoder: nn.Module) -> nn.Module:
+def _returning_zeros(encoder: Any) -> nn.Module:
     kind = type(encoder)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("attention_mask", None)  # whose values decide which kernel runs, and not the shapes
-        return moved(kind.forward(encoder, *moved(args, "meta"), **moved(kwargs, "meta")), "cpu")
+        ids = kwargs.pop("input_ids", None) if not args else args[0]
+        masked = kwargs.pop("attention_mask", None) is not None or len(args) > 1
+        if masked:  # with one that is whole, no kernel is chosen by its values
+            kwargs["attention_mask"] = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1], dtype=encoder.dtype)
+        return moved(kind.forward(encoder, moved(ids, "meta"), **moved(kwargs, "meta")), "cpu")
 
     found = copy.copy(encoder)
     found.__class__ = _on_cpu(kind, forward=forward)

@@ -15,7 +15,8 @@ from dit_lens import prompts
 from hooked_models import HookedTextToImage
 from hooked_models.generation.cache import estimate
 
-from .tiny_pipelines import tokenizer
+from .pipelines import PROMPTS
+from .tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline, tokenizer
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "data" / "large_models.json").read_text())
 """Model → its pipeline class and the public configuration of each component, without tokenizers."""
@@ -78,3 +79,15 @@ def test_words_are_found_without_weights_and_nothing_is_drawn(tmp_path: Path) ->
     assert mask[0].nonzero().flatten().tolist() == [1, 77 + 1]
     with pytest.raises(ValueError, match="opened without weights"):
         model(PROMPT, num_steps=1)
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in NO_FOLDER])
+def test_estimates_without_weights_are_those_of_the_live_model(name: str, tmp_path: Path) -> None:
+    pipe, call = tiny_pipeline(name)
+    pipe.save_pretrained(tmp_path)
+    sizes = []
+    for model in (HookedTextToImage.from_pipeline(pipe), HookedTextToImage.from_pretrained(tmp_path, weights=False)):
+        found: Any = model
+        found.options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+        sizes.append(estimate(found, PROMPTS, 2, branch="both").sizes)
+    assert sizes[0] == sizes[1]
