@@ -112,7 +112,7 @@ def contrast(model: str, metric: str, here: Interval, tables: Mapping[str, pd.Da
 
 def figure(tables: dict[str, pd.DataFrame]) -> Figure:
     """Each model's four accuracies with intervals; the paper's as crosses."""
-    drawn, ax = plt.subplots(figsize=(2 + 1.5 * len(tables), 3.2), layout="constrained")
+    drawn, ax = plt.subplots(figsize=(9.2, 3.2), layout="constrained")
     for number, (metric, label) in enumerate(METRICS.items()):
         x = np.arange(len(tables)) + 0.18 * (number - 1.5)
         found = np.array([table.loc[metric, ["mean", "low", "high"]].to_numpy(float) for table in tables.values()])
@@ -124,7 +124,7 @@ def figure(tables: dict[str, pd.DataFrame]) -> Figure:
     ax.set_ylim(0, 1.05)
     ax.set_ylabel("share of images")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1))
+    ax.legend(frameon=False, fontsize=10, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1))
     return drawn
 
 

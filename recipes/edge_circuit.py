@@ -367,7 +367,7 @@ def content_claims(model: HookedTextToImage, edges: pd.DataFrame, circuit: pd.Da
 
 def curves_figure(results: Mapping[str, tuple[pd.DataFrame, int, int]]) -> Figure:
     """Faithfulness over the share of edges, a panel a graph, by kind of circuit, with intervals over prompts."""
-    figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.8), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(results), figsize=(4.6 * len(results), 3.8), sharey=True, layout="constrained")
     colors = dict(zip(KINDS, ("C0", "C3", "0.35", "0.65", "none"), strict=True))
     for ax, (graph, (values, total, smallest)) in zip(np.atleast_1d(axes), results.items(), strict=True):
         for kind in values["kind"].unique():
@@ -386,7 +386,7 @@ def curves_figure(results: Mapping[str, tuple[pd.DataFrame, int, int]]) -> Figur
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("relation kept (faithfulness)")
-    axes[0].legend(*axes[-1].get_legend_handles_labels(), loc="center left", frameon=False, fontsize=8)
+    axes[0].legend(*axes[-1].get_legend_handles_labels(), loc="lower left", frameon=False, fontsize=10)
     return figure
 
 

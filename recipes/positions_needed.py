@@ -83,7 +83,7 @@ def answer(rows: pd.DataFrame) -> dict[str, Interval]:
 
 def figure(answers: dict[str, dict[str, Interval]]) -> Figure:
     """Answers of both models, and the bounds of a bag of words."""
-    drawn, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    drawn, ax = plt.subplots(figsize=(9.2, 2.8), layout="constrained")
     for number, (model, found) in enumerate(answers.items()):
         values = np.array(list(found.values()))
         error = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
@@ -95,7 +95,7 @@ def figure(answers: dict[str, dict[str, Interval]]) -> Figure:
     ax.set_xlim(-0.02, 1.02)
     ax.set_xlabel("share of images")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=10)
     return drawn
 
 
