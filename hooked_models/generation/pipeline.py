@@ -223,6 +223,13 @@ class HookedPipeline(HookedTextToImage):
             raise ValueError(f"There is no {branch}itional branch in runs of {type(self.pipe).__name__} with these options.")
         return inputs.layouts[branch]
 
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise TypeError: a pipeline may have several text encoders, each with its own tokens."""
+        raise TypeError(
+            f"{type(self.pipe).__name__} takes prompts as text and tokenises them in its own way: model.encoded_texts(prompts) "
+            "has the tokens at its denoiser's text positions, and prompts.word('…') finds words among them."
+        )
+
     def texts_read(self, prompts: Sequence[str], branch: Branch = "cond") -> list[str]:
         """As in HookedTextToImage."""
         negative = self.options.get("negative_prompt") or ""

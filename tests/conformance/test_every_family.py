@@ -54,6 +54,10 @@ NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "text encoders are transformers' own modules, of many kinds, and run without hooks",
         lambda case: case.act("text_encoder.blocks.0.hook_resid_post"),
     ),
+    "token ids in place of prompts": (
+        "a pipeline may have several text encoders, each with its own tokens",
+        lambda case: case.model.to_tokens(PROMPTS),
+    ),
     "text as a node of path patching": (
         "text is a stream of its own there, or enters through modules that differ between families",
         lambda case: patching.path_patch(case.run, case.run, "text", "image", lambda images: images.flatten(1).mean(1)),
@@ -571,7 +575,7 @@ def test_a_synopsis_is_the_patterns_sums(case: Case) -> None:
 @pytest.mark.parametrize("tool", NOWHERE)
 def test_a_tool_that_no_family_has_says_so(tool: str) -> None:
     case = case_of("SD3")
-    with torch.no_grad(), pytest.raises((ValueError, UnknownHookError)) as error:
+    with torch.no_grad(), pytest.raises((ValueError, TypeError, UnknownHookError)) as error:
         NOWHERE[tool][1](case)
     assert len(str(error.value)) > 20
 
