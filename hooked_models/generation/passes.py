@@ -14,7 +14,7 @@ from ..pixart.text_state import TextState
 from .hooks import Attached, Buckets, attach
 from .loops import Call, rows_of
 from .names import Branch
-from .trajectory import Inputs, Record
+from .trajectory import Record
 
 if TYPE_CHECKING:
     from .model import HookedTextToImage
@@ -35,6 +35,7 @@ class Pass:
     """A visitor of a loop (`loops.Visitor`) that fires hooks, keeps a record, and takes rows from an earlier one.
 
     Args:
+        inputs: `trajectory.Inputs`, or the `PipelineInputs` of another pipeline.
         hooks: resolved or predicates, in the order in which they act.
         rows: step → the rows that are computed there; the others take latents and predictions from `record`.
         denoise: in place of the model's own denoiser.
@@ -44,7 +45,7 @@ class Pass:
     def __init__(
         self,
         model: HookedTextToImage,
-        inputs: Inputs,
+        inputs: Any,
         hooks: Sequence[Attached],
         record: Record | None = None,
         rows: Callable[[int], Rows] = lambda step: None,

@@ -294,6 +294,14 @@ def test_pixels_beyond_the_range_are_clipped_and_nan_is_background():
     expect(torch.where(image == 1, 7.0, torch.where(image == 0, -torch.inf, torch.nan)), relation_strict=True)
 
 
+def test_an_overshoot_of_the_background_is_no_color():
+    """(1.9, .95, .95) is (1, .95, .95), nearly white."""
+    image = render([SCENE])[0]
+    bright = torch.tensor([1.9, 0.95, 0.95])[:, None, None].expand_as(image)
+    background = (image == image[:, :1, :1]).all(dim=0)
+    expect(torch.where(background, bright, image), relation_strict=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_any_precision_and_gradients_are_taken(dtype):
     expect(render([SCENE])[0].to(dtype).requires_grad_(), relation_strict=True)
