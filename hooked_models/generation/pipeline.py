@@ -23,7 +23,8 @@ from ..text_encoders.words import EncodedText, padded
 from .hooks import SamplerHooks
 from .model import DEFAULT_STEPS, HookedTextToImage
 from .names import FINAL, Branch, GenerationNames, Site
-from .pipeline_loop import Bound, PipelineInputs, PipelineLoop
+from .pipeline_inputs import Bound, PipelineInputs
+from .pipeline_loop import PipelineLoop
 from .sampling import Seeds, Solver, seed_of_each
 from .text_positions import encoded_at_positions
 from .trajectory import Run

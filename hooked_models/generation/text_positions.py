@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..text_encoders.words import EncodedText, TokenKind, split_words
 from .loops import Call
-from .pipeline_loop import PipelineInputs, Running, Trial
+from .pipeline_inputs import PipelineInputs
+from .pipeline_loop import Running, Trial
 
 DIGIT = 128
 """Marks are exact in bfloat16, which holds whole numbers up to 256."""
