@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import xarray as xr
@@ -151,6 +151,7 @@ def attention_in_call(
     return xr.DataArray(found.cpu().numpy(), dims=dims, name=f"{sublayer} {reduce}")
 
 
+@runtime_checkable
 class Reader(Protocol):
     """A reducer of one attention in one call: of q, k and bias, or of a pattern that hooks make."""
 
