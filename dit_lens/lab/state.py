@@ -136,6 +136,21 @@ class State:
         with torch.no_grad():
             return model.run_with_hooks(self.prompt, seed=self.seed, num_steps=self.num_steps, fwd_hooks=hooks)
 
+    def _edits_of(self, layer: int, heads: list[int]) -> list[str]:
+        """Arguments of the interventions at one layer, as Python."""
+        steps, tokens = f"slice({self.first}, {self.last + 1})", repr(list(self.words) or None)
+        site = f"blocks.{layer}.cross_attn.hook_"
+        if self.action == "mask" and self.words:
+            return [f'"{site}pattern", {heads}, {tokens}, {steps}, action="knockout"']
+        elif self.action == "mask":
+            return [f'"{site}z", {heads}, None, {steps}, action="zero"']
+        elif self.action == "scale":
+            return [f'"{site}z", {heads}, None, {steps}, action=Scale({self.factor!r})']
+        elif self.action == "freeze":
+            return [f'"{site}pattern", {heads}, None, {steps}, action=Replace(values)']
+        else:
+            return [f'"{site}{part}", {heads}, {tokens}, {steps}, action=Replace(values)' for part in "kv"]
+
     def snippet(self, model_name: str) -> str:
         """Python that draws the same image with the library's own calls, as `image`.
 
@@ -143,8 +158,6 @@ class State:
             >>> print(State("red circle", heads=("L0H1",), words=(0,)).snippet("rte-nano").splitlines()[-1])
             image = model.run_with_hooks(prompt, seed=0, num_steps=14, fwd_hooks=hooks)
         """
-        steps = f"slice({self.first}, {self.last + 1})"
-        tokens = repr(list(self.words) or None)
         lines = [
             "from dit_lens import Intervention, Replace, Scale",
             "from hooked_models import HookedTextToImage",
@@ -170,18 +183,7 @@ class State:
             ]
         lines.append("edits = [")
         for layer, heads in self._by_layer():
-            site = f"blocks.{layer}.cross_attn.hook_"
-            if self.action == "mask" and self.words:
-                edits = [f'"{site}pattern", {heads}, {tokens}, {steps}, action="knockout"']
-            elif self.action == "mask":
-                edits = [f'"{site}z", {heads}, None, {steps}, action="zero"']
-            elif self.action == "scale":
-                edits = [f'"{site}z", {heads}, None, {steps}, action=Scale({self.factor!r})']
-            elif self.action == "freeze":
-                edits = [f'"{site}pattern", {heads}, None, {steps}, action=Replace(values)']
-            else:
-                edits = [f'"{site}{part}", {heads}, {tokens}, {steps}, action=Replace(values)' for part in "kv"]
-            lines += [f"    Intervention({edit})," for edit in edits]
+            lines += [f"    Intervention({edit})," for edit in self._edits_of(layer, heads)]
         lines += [
             "]",
             f"hooks = [hook for edit in edits for hook in edit.hooks(model, prompt, num_steps={self.num_steps})]",

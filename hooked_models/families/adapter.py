@@ -8,7 +8,7 @@ model's arithmetic is written again. A model without hooks runs as it is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -233,13 +233,17 @@ class FamilyModel(NoLanguageModel, HookedModule):
             output = self.wrapped(*args, **kwargs)
         if self.family.no_gradient and output[0].requires_grad:
             output[0].register_hook(self._refuse_gradient)
-        skipped = set(given.get("skip_layers") or ())
-        silent = [name for tap in taps if tap.layer not in skipped for name in tap.silent()]
-        if silent:
-            verb = "has a hook that" if len(silent) == 1 else "have hooks that"
-            raise SilentHookError(
-                f"{', '.join(silent[:3])} {verb} did not fire in this call: its module did not run (a cache or a compiled "
-                "forward skips it), or its attention processor does not call torch's scaled_dot_product_attention; remove "
-                "that cache, or call set_default_attn_processor() and set_attention_backend('native')."
-            )
+        _refuse_silent(taps, given)
         return output
+
+
+def _refuse_silent(taps: Sequence[Any], given: Mapping[str, Any]) -> None:
+    """Raise SilentHookError if a watched hook point was not reached in a call with these arguments."""
+    skipped = set(given.get("skip_layers") or ())
+    if silent := [name for tap in taps if tap.layer not in skipped for name in tap.silent()]:
+        verb = "has a hook that" if len(silent) == 1 else "have hooks that"
+        raise SilentHookError(
+            f"{', '.join(silent[:3])} {verb} did not fire in this call: its module did not run (a cache or a compiled "
+            "forward skips it), or its attention processor does not call torch's scaled_dot_product_attention; remove "
+            "that cache, or call set_default_attn_processor() and set_attention_backend('native')."
+        )

@@ -297,6 +297,11 @@ def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Seque
     return estimate_sites(recorder, shape)
 
 
+def _is_summary(recorder: Recorder, site: Site) -> bool:
+    """True if a summary of the pattern is kept."""
+    return recorder.patterns != "whole" and site.part == "dit" and site.inner.endswith("hook_pattern")
+
+
 def estimate_sites(recorder: Recorder, shape_of: Callable[[Site], tuple[int, ...]]) -> CacheEstimate:
     """Bytes that a recorder will keep of one generation, from the shapes of its sites' tensors."""
     model, heads = recorder.model, recorder.heads
