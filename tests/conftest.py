@@ -1,7 +1,8 @@
 """Settings of the whole suite, and the models that many tests share.
 
-Shared models are for reading: a test that changes weights builds its own. The packages are imported inside of fixtures, because
-the import hook that checks types (`make test TYPES=1`) is installed after this file is read.
+Shared models are for reading: a test that changes weights builds its own. The packages are imported
+inside of fixtures, because the import hook that checks types (`make test TYPES=1`) is installed
+after this file is read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from dit_lens.planted import Kind, PlantedTruth
     from hooked_models import HookedDiT, HookedTextToImage
 
-# Workers share the cores, and threads of their own would only wait for one another; and a child that is forked has only one.
+# Workers share the cores, and threads of their own would only wait for one another; and a child
+# that is forked has only one.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -85,8 +87,20 @@ def browser() -> Iterator[Any]:
     options.binary_location = chromium
     folder = tempfile.mkdtemp()
     for flag in (
-        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", "disable-dev-shm-usage", f"user-data-dir={folder}"),
+        *(
+            "headless=new",
+            "no-sandbox",
+            "disable-gpu",
+            "disable-quic",
+            "no-first-run",
+            "disable-background-networking",
+        ),
+        *(
+            "disable-component-update",
+            "disable-sync",
+            "disable-dev-shm-usage",
+            f"user-data-dir={folder}",
+        ),
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -11,9 +11,13 @@ import torch
 
 
 def killed(work: Callable[[], object], owner: object, name: str, call: int) -> None:
-    """Does `work` in a process of its own, forked from this one, that kills itself at its `call`-th call of `owner.name`."""
+    """Does `work` in a process of its own, forked from this one, that kills itself at its `call`-th
+    call of `owner.name`.
+    """
     if child := os.fork():
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, f"{name} was not called {call} times"
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, (
+            f"{name} was not called {call} times"
+        )
         return
     try:
         torch.set_num_threads(1)  # OpenMP's own do not survive a fork

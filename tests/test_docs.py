@@ -27,18 +27,29 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("family", ["FLUX.1", "SD3", "Qwen-Image", "SANA"])
-def test_your_model_runs_on_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's lines, unchanged, on folders of small random pipelines: heads are ranked, and hiding a word moves the image."""
+def test_your_model_runs_on_other_families(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's lines, unchanged, on folders of small random pipelines: heads are ranked, and
+    hiding a word moves the image.
+    """
     monkeypatch.chdir(tmp_path)
     pipe, call = tiny_pipeline(family)
     pipe.save_pretrained(tmp_path / "model")
     model = HookedTextToImage.from_pretrained(tmp_path / "model")
     model.pipe.set_progress_bar_config(disable=True)
-    model.options = {name: value for name, value in call.items() if name not in ("num_inference_steps", "output_type")}
+    model.options = {
+        name: value
+        for name, value in call.items()
+        if name not in ("num_inference_steps", "output_type")
+    }
     monkeypatch.setattr(HookedTextToImage, "from_pretrained", lambda name: model)
     names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/your_model.md").read_text(), flags=re.S)
-    assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 2 + 15  # two of them imports
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/your_model.md").read_text(), flags=re.S
+    )
+    # two of them imports
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 2 + 15
     for code in blocks:
         exec(compile(code, "your_model.md", "exec"), names)
         if code == blocks[0]:
@@ -52,7 +63,9 @@ def test_your_model_runs_on_other_families(family: str, tmp_path: Path, monkeypa
     assert Path("page.html").exists()
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "recipes/README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "README.md", ROOT / "recipes/README.md"], ids=lambda page: page.name
+)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]

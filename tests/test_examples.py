@@ -18,13 +18,21 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def examples() -> list[tuple[str, int, str]]:
-    """(file, line, docstring) of each docstring with an example, read from the source: classes may name another module."""
+    """(file, line, docstring) of each docstring with an example, read from the source: classes may
+    name another module.
+    """
     found = []
     for package in ("hooked_models", "dit_lens"):
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ">>>" in (ast.get_docstring(node) or ""):
-                    where = str(file.relative_to(ROOT)), getattr(node, "lineno", 1), ast.get_docstring(node) or ""
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ">>>" in (
+                    ast.get_docstring(node) or ""
+                ):
+                    where = (
+                        str(file.relative_to(ROOT)),
+                        getattr(node, "lineno", 1),
+                        ast.get_docstring(node) or "",
+                    )
                     found.append(where)
     return found
 
@@ -38,13 +46,20 @@ def load(name: str, **options: object) -> hooked_models.HookedTextToImage:
 from_pretrained = hooked_models.HookedTextToImage.from_pretrained
 
 
-@pytest.mark.parametrize(("file", "line", "text"), [pytest.param(*each, id=f"{each[0]}:{each[1]}") for each in examples()])
-def test_examples_run(file: str, line: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("file", "line", "text"),
+    [pytest.param(*each, id=f"{each[0]}:{each[1]}") for each in examples()],
+)
+def test_examples_run(
+    file: str, line: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a folder of its own, since examples may write into the current one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hooked_models.HookedTextToImage, "from_pretrained", load)
     torch.manual_seed(0)
-    module = importlib.import_module(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    module = importlib.import_module(
+        file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    )
     test = doctest.DocTestParser().get_doctest(text, dict(vars(module)), file, file, line)
     report: list[str] = []
     result = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)

@@ -25,7 +25,9 @@ def test_a_notebook_runs(name, monkeypatch):
 def test_the_executed_notebook_is_that_of_the_text(name):
     path = FOLDER / f"{name}.ipynb"
     text, shown = jupytext.read(FOLDER / f"{name}.py"), nbformat.read(path, as_version=4)
-    assert [(cell.cell_type, cell.source) for cell in shown.cells] == [(cell.cell_type, cell.source) for cell in text.cells]
+    assert [(cell.cell_type, cell.source) for cell in shown.cells] == [
+        (cell.cell_type, cell.source) for cell in text.cells
+    ]
     code = [cell for cell in shown.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]

@@ -1,4 +1,6 @@
-"""The README's examples run, in order, on the bundled model; its badges say what pyproject.toml says; it stays short."""
+"""The README's examples run, in order, on the bundled model; its badges say what pyproject.toml
+says; it stays short.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_the_examples_run_and_print_what_is_shown(capsys: pytest.CaptureFixture[
 
 def test_badges_are_true() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    badges = dict(re.findall(r"!\[(.*?)\]\(https://img.shields.io/badge/(.*?)-\w+\)", README.read_text()))
+    badges = dict(
+        re.findall(r"!\[(.*?)\]\(https://img.shields.io/badge/(.*?)-\w+\)", README.read_text())
+    )
     assert list(badges) == [
         f"python {project['requires-python'].replace('>=', '≥ ')}",
         f"version {project['version']}",

@@ -18,7 +18,9 @@ from .hooked_models.pipelines import PROMPTS, tiny_pipeline
 
 def test_row_layers_are_those_of_a_plan():
     model = HookedTextToImage.from_pipeline(tiny_pipeline())
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(3))
+    cells = sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(3)
+    )
     work = xl_cost.count(layers=2, heads=2, steps=3)
     for on, later in (("latent", work.later), ("x0", 0)):
         metric = sweep.Metric(lambda tensor: tensor.flatten(1)[:, 0], on=on)
@@ -29,12 +31,17 @@ def test_row_layers_are_those_of_a_plan():
 
 
 def test_a_block_is_counted_as_torch_counts_it():
-    """The real width and numbers of tokens, on no device; the difference of two depths is one block."""
+    """The real width and numbers of tokens, on no device; the difference of two depths is one
+    block.
+    """
     counted = {}
     for layers in (1, 2):
         with torch.device("meta"):
             model = PixArtTransformer2DModel(
-                num_layers=layers, sample_size=64, caption_channels=4096, use_additional_conditions=False
+                num_layers=layers,
+                sample_size=64,
+                caption_channels=4096,
+                use_additional_conditions=False,
             )
             model.set_attn_processor(AttnProcessor())  # torch does not see into fused attention
             text, latents = torch.zeros(1, 300, 4096), torch.zeros(1, 4, 64, 64)
@@ -43,7 +50,10 @@ def test_a_block_is_counted_as_torch_counts_it():
         counted[layers] = counter.get_total_flops()
     config = xl_cost.Config()
     text_once = 2 * 2 * config.text_tokens * config.width**2
-    assert counted[2] - counted[1] == xl_cost.block_flops(config.width, config.image_tokens, config.text_tokens) + text_once
+    assert (
+        counted[2] - counted[1]
+        == xl_cost.block_flops(config.width, config.image_tokens, config.text_tokens) + text_once
+    )
 
 
 def test_the_document_holds_what_is_counted():
@@ -51,7 +61,11 @@ def test_the_document_holds_what_is_counted():
 
 
 def test_the_schedule_does_all_the_work_and_stands_in_the_document():
-    small = schedule.Config(xl=xl_cost.Config(layers=4, heads=4, steps=3, prompts=12), seconds_of_table=0.0, rate=float("inf"))
+    small = schedule.Config(
+        xl=xl_cost.Config(layers=4, heads=4, steps=3, prompts=12),
+        seconds_of_table=0.0,
+        rate=float("inf"),
+    )
     work = xl_cost.count(layers=4, heads=4, steps=3)
     c = small.xl
     unit = xl_cost.block_flops(c.width, c.image_tokens, c.text_tokens) / (c.peak * c.reached)

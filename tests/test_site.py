@@ -1,4 +1,6 @@
-"""The documentation builds without a warning, and in a browser every internal link of every page leads somewhere."""
+"""The documentation builds without a warning, and in a browser every internal link of every page
+leads somewhere.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,18 @@ return [[...document.querySelectorAll('a[href]')].map((link) => link.href),
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-W", "--keep-going", str(ROOT / "docs"), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-b",
+        "html",
+        "-W",
+        "--keep-going",
+        str(ROOT / "docs"),
+        str(folder),
+    ]
     built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert built.returncode == 0, built.stderr
     return folder
@@ -29,7 +42,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_internal_link_leads_somewhere(site: Path, browser: Any) -> None:
-    """Pages of the site, the anchors in them, and pictures; nothing is fetched from elsewhere while a page opens."""
+    """Pages of the site, the anchors in them, and pictures; nothing is fetched from elsewhere while
+    a page opens.
+    """
     pages: dict[Path, tuple[list[str], set[str]]] = {}
     waiting = [site / "index.html"]
     missing = []

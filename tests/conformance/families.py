@@ -1,7 +1,8 @@
-"""Write docs/families.md, families × tools, from the tests of every family: `python -m tests.conformance.families`.
+"""Write docs/families.md, families × tools, from the tests of every family: `python -m
+tests.conformance.families`.
 
-A column is a test of `test_every_family`, a row one of the tiny pipelines that it runs on, and a number the reason why a family
-cannot have a tool, which the test expects to be raised or to hold.
+A column is a test of `test_every_family`, a row one of the tiny pipelines that it runs on, and a
+number the reason why a family cannot have a tool, which the test expects to be raised or to hold.
 """
 
 from __future__ import annotations
@@ -69,7 +70,11 @@ def page() -> str:
         return f"({reasons.index(reason) + 1})"
 
     rows = [["pipeline", *TOOLS], ["---"] * (len(TOOLS) + 1)]
-    rows += [[name, *(cell(name, tool) for tool in TOOLS)] for name in PIPELINES if name not in tests.LEFT_OUT]
+    rows += [
+        [name, *(cell(name, tool) for tool in TOOLS)]
+        for name in PIPELINES
+        if name not in tests.LEFT_OUT
+    ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines += [
         "",
@@ -85,7 +90,13 @@ def page() -> str:
         {family.name for family in families.SUPPORTED.values()}
         - {FULL_NAMES.get(name, name.split(" true")[0]) for name in PIPELINES}
     )
-    lines += ["", "## Hooked call by call", "", f"Tested as denoisers alone (`model.dit`): {', '.join(others)}.", ""]
+    lines += [
+        "",
+        "## Hooked call by call",
+        "",
+        f"Tested as denoisers alone (`model.dit`): {', '.join(others)}.",
+        "",
+    ]
     return INTRODUCTION + "\n" + "\n".join(lines)
 
 

@@ -22,8 +22,12 @@ TESTS = pytest.StashKey[list[pytest.Item]]()
 """Every test of this folder, those included that a run leaves out."""
 
 
-def tool(name: str, on: str, verdict: str = "exact", *, check: str, note: str = "") -> pytest.MarkDecorator:
-    """Says what a test establishes: which tool, on which models (of `table.MODELS`), how it fares, and against what."""
+def tool(
+    name: str, on: str, verdict: str = "exact", *, check: str, note: str = ""
+) -> pytest.MarkDecorator:
+    """Says what a test establishes: which tool, on which models (of `table.MODELS`), how it fares,
+    and against what.
+    """
     return pytest.mark.tool(name, on=on.split(), verdict=verdict, check=check, note=note)
 
 
@@ -67,13 +71,17 @@ class Bound:
             return self.view.run_with_cache(self.corrupted)[1]
 
     def plain(self, rows: slice = slice(ROWS, None), hooks: Any = ()) -> Tensor:
-        """The model itself on the corrupted rows (or others), with plain hooks; no view, no text computed in advance."""
+        """The model itself on the corrupted rows (or others), with plain hooks; no view, no text
+        computed in advance.
+        """
         call = {name: None if value is None else value[rows] for name, value in self.call.items()}
         out = self.dit.run_with_hooks(**call, fwd_hooks=list(hooks), return_dict=False)[0]
         return self.dit.patches(out) if self.view.returns == "patches" else out
 
     def patched(self, name: str, index: tuple[Any, ...]) -> Tensor:
-        """The corrupted rows with `tensor[index]` of one hook taken from the clean ones, cached without a view."""
+        """The corrupted rows with `tensor[index]` of one hook taken from the clean ones, cached
+        without a view.
+        """
         return self.plain(hooks=[(name, writes(self.plain_cache[name], index))])
 
     @cached_property
@@ -105,7 +113,12 @@ def bind(dit: HookedDiT, **options: Any) -> Bound:
     mask[1::2, -1] = 0
     view, tokens = dit.bind(latents, TIMESTEP, text, mask, **options)
     times = torch.full((rows,), TIMESTEP, dtype=torch.float64)
-    call = {"hidden_states": latents, "timestep": times, "encoder_hidden_states": text, "encoder_attention_mask": mask}
+    call = {
+        "hidden_states": latents,
+        "timestep": times,
+        "encoder_hidden_states": text,
+        "encoder_attention_mask": mask,
+    }
     return Bound(dit, view, tokens, call)
 
 
@@ -113,4 +126,6 @@ def nudged(run: Callable[[list[Any]], Tensor], name: str, like: Tensor) -> Tenso
     """d metric / d tensor at a hook, by autograd: the derivative by something added there."""
     nudge = torch.zeros_like(like).requires_grad_()
     with torch.enable_grad():
-        return torch.autograd.grad(metric(run([(name, lambda tensor, hook: tensor + nudge)])), nudge)[0]
+        return torch.autograd.grad(
+            metric(run([(name, lambda tensor, hook: tensor + nudge)])), nudge
+        )[0]

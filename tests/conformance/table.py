@@ -1,7 +1,8 @@
-"""Write docs/transformer_lens.md from what the tests of this folder say they establish: `python -m tests.conformance.table`.
+"""Write docs/transformer_lens.md from what the tests of this folder say they establish: `python -m
+tests.conformance.table`.
 
-A test states it by `oracles.tool(name, on, verdict, check=…, note=…)`. The page is as true as the suite is green, and a test
-compares it with the file.
+A test states it by `oracles.tool(name, on, verdict, check=…, note=…)`. The page is as true as the
+suite is green, and a test compares it with the file.
 """
 
 from __future__ import annotations
@@ -66,7 +67,12 @@ def page(tests: list[pytest.Item]) -> str:
     for tool, verdicts in sorted(cells.items(), key=lambda item: item[0].partition(".")[0]):
         found = [verdicts.get(model, "") for model in MODELS]
         rows += [[f"`{tool}`", *found, unique(checks[tool]), unique(notes[tool])]]
-    return INTRODUCTION + "\n" + "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |" for row in rows) + "\n"
+    return (
+        INTRODUCTION
+        + "\n"
+        + "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |" for row in rows)
+        + "\n"
+    )
 
 
 def unique(texts: list[str]) -> str:

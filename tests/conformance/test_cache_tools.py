@@ -45,31 +45,54 @@ TARGETS = [  # layer, mlp_input, what the parts add up to, the norm that reads i
 def test_shorthands(bound: Bound) -> None:
     cache = bound.clean_cache
     assert isinstance(cache, ActivationCache)
-    for key in (("z", 1, "cross_attn"), ("cross_z", 1), ("z", -1, "cross_attn"), "blocks.1.hook_cross_z"):
+    for key in (
+        ("z", 1, "cross_attn"),
+        ("cross_z", 1),
+        ("z", -1, "cross_attn"),
+        "blocks.1.hook_cross_z",
+    ):
         equal(cache[key], bound.plain_cache["blocks.1.cross_attn.hook_z"])
     equal(cache["z", 1], bound.plain_cache["blocks.1.attn.hook_z"])
     assert (cache["z", 1] - cache["cross_z", 1]).abs().max() > 0.1
     equal(cache["gate_msa", 0, "adaln"], bound.plain_cache["blocks.0.adaln.hook_gate_msa"])
     equal(cache["resid_mid2", 0], bound.plain_cache["blocks.0.hook_resid_mid_cross"])
     equal(cache["scale", 0, "ln1"], bound.plain_cache["blocks.0.ln1.hook_scale"])
-    compact = {"k1a": "blocks.1.attn.hook_k", "scale1ln1": "blocks.1.ln1.hook_scale", "pattern0": "blocks.0.attn.hook_pattern"}
-    compact |= {"post0": "blocks.0.mlp.hook_post", "z1cross_attn": "blocks.1.cross_attn.hook_z", "embed": "hook_embed"}
+    compact = {
+        "k1a": "blocks.1.attn.hook_k",
+        "scale1ln1": "blocks.1.ln1.hook_scale",
+        "pattern0": "blocks.0.attn.hook_pattern",
+    }
+    compact |= {
+        "post0": "blocks.0.mlp.hook_post",
+        "z1cross_attn": "blocks.1.cross_attn.hook_z",
+        "embed": "hook_embed",
+    }
     for key, name in compact.items():
         equal(cache[key], bound.plain_cache[name])
     with pytest.raises(KeyError, match="no layer 7"):
         cache["k7a"]
     stacked = cache.stack_activation("pattern", sublayer_type="cross_attn")
-    equal(stacked, torch.stack([bound.plain_cache[f"blocks.{layer}.cross_attn.hook_pattern"] for layer in range(2)]))
+    equal(
+        stacked,
+        torch.stack(
+            [bound.plain_cache[f"blocks.{layer}.cross_attn.hook_pattern"] for layer in range(2)]
+        ),
+    )
     for name, tensor in bound.plain_cache.items():
         equal(cache[name], tensor)
 
 
-@tool("ActivationCache.remove_batch_dim, apply_slice_to_batch_dim, to", "bind", check="rows of the cache")
+@tool(
+    "ActivationCache.remove_batch_dim, apply_slice_to_batch_dim, to",
+    "bind",
+    check="rows of the cache",
+)
 def test_batches_of_a_cache(bound: Bound) -> None:
     cache = bound.clean_cache
     for kept in (slice(1, 3), [0, 2]):
         part = cache.apply_slice_to_batch_dim(Slice(kept) if isinstance(kept, list) else (1, 3))
-        equal(part["z", 0, "cross_attn"], cache["blocks.0.cross_attn.hook_z"][kept])  # still cross-attention
+        # still cross-attention
+        equal(part["z", 0, "cross_attn"], cache["blocks.0.cross_attn.hook_z"][kept])
         equal(part.decompose_resid().sum(0), part["resid_post", -1], 1e-10)
     _, one = bound.view.run_with_cache(bound.clean[2:3], remove_batch_dim=True)
     assert not one.has_batch_dim
@@ -80,10 +103,17 @@ def test_batches_of_a_cache(bound: Bound) -> None:
     assert one.to("cpu")["hook_embed"].device.type == "cpu"
 
 
-@tool("run_with_cache(incl_bwd=True)", "bind", check="autograd by hand", note="for scalar outputs, as in TransformerLens")
+@tool(
+    "run_with_cache(incl_bwd=True)",
+    "bind",
+    check="autograd by hand",
+    note="for scalar outputs, as in TransformerLens",
+)
 def test_gradients_in_the_cache(bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = type(bound.view).forward
-    monkeypatch.setattr(type(bound.view), "forward", lambda self, tokens: forward(self, tokens).pow(2).mean())
+    monkeypatch.setattr(
+        type(bound.view), "forward", lambda self, tokens: forward(self, tokens).pow(2).mean()
+    )
     names = ["hook_text", "blocks.0.cross_attn.hook_z", "blocks.1.hook_mlp_out"]
     with torch.enable_grad():
         _, cache = bound.view.run_with_cache(bound.corrupted, names, incl_bwd=True)
@@ -105,20 +135,30 @@ def test_gradients_in_the_cache(bound: Bound, monkeypatch: pytest.MonkeyPatch) -
     note="with cross-attention; with apply_ln to what the norm passes on",
 )
 @pytest.mark.parametrize(("layer", "mlp_input", "target", "norm"), TARGETS)
-def test_parts_of_the_residual_stream(bound: Bound, folded: Bound, layer: Any, mlp_input: bool, target: str, norm: str) -> None:
+def test_parts_of_the_residual_stream(
+    bound: Bound, folded: Bound, layer: Any, mlp_input: bool, target: str, norm: str
+) -> None:
     for model in (bound, folded):
         cache = model.clean_cache
         parts, labels = cache.decompose_resid(layer, mlp_input, return_labels=True)
         equal(parts.sum(0), cache[target], 1e-10)
         n = 2 if layer is None else layer
         expected = ["embed", "pos_embed"]
-        expected += [f"{i}_{x}" for i in range(n) for x in ("attn_out", "cross_attn_out", "mlp_out")]
+        expected += [
+            f"{i}_{x}" for i in range(n) for x in ("attn_out", "cross_attn_out", "mlp_out")
+        ]
         assert labels == expected + (["1_attn_out", "1_cross_attn_out"] if mlp_input else [])
-        equal(parts[labels.index("0_cross_attn_out")], model.plain_cache["blocks.0.hook_cross_attn_out"])
+        equal(
+            parts[labels.index("0_cross_attn_out")],
+            model.plain_cache["blocks.0.hook_cross_attn_out"],
+        )
         scaled = cache.decompose_resid(layer, mlp_input, apply_ln=True)
         equal(scaled, normed(parts, cache, norm))
         equal(scaled.sum(0), cache[f"{norm}.hook_normalized"], 1e-10)
-        only = [cache.decompose_resid(layer, mlp_input, mode=mode, incl_embeds=False).sum(0) for mode in ("attn", "mlp")]
+        only = [
+            cache.decompose_resid(layer, mlp_input, mode=mode, incl_embeds=False).sum(0)
+            for mode in ("attn", "mlp")
+        ]
         equal(sum(only) + cache["hook_embed"] + cache["hook_pos_embed"], cache[target], 1e-10)  # type: ignore[operator]
 
 
@@ -129,12 +169,27 @@ def test_parts_of_the_residual_stream_at_one_step(generation: HookedTextToImage)
     equal(cache.decompose_resid().sum(0), cache["resid_post", -1], 1e-10)
 
 
-@tool("ActivationCache.accumulated_resid", "bind", check="the residual hooks", note='incl_mid has "mid" and "mid_cross"')
+@tool(
+    "ActivationCache.accumulated_resid",
+    "bind",
+    check="the residual hooks",
+    note='incl_mid has "mid" and "mid_cross"',
+)
 def test_accumulated_residual(bound: Bound) -> None:
     cache = bound.clean_cache
     stack, labels = cache.accumulated_resid(incl_mid=True, return_labels=True)
-    names = [f"blocks.{i}.hook_resid_{x}" for i in range(2) for x in ("pre", "mid", "mid_cross")] + ["blocks.1.hook_resid_post"]
-    assert labels == ["0_pre", "0_mid", "0_mid_cross", "1_pre", "1_mid", "1_mid_cross", "final_post"]
+    names = [
+        f"blocks.{i}.hook_resid_{x}" for i in range(2) for x in ("pre", "mid", "mid_cross")
+    ] + ["blocks.1.hook_resid_post"]
+    assert labels == [
+        "0_pre",
+        "0_mid",
+        "0_mid_cross",
+        "1_pre",
+        "1_mid",
+        "1_mid_cross",
+        "final_post",
+    ]
     equal(stack, torch.stack([bound.plain_cache[name] for name in names]))
     equal(cache.accumulated_resid(1, mlp_input=True), stack[[0, 3, 4, 5]])
     for layer, mlp_input, target, norm in TARGETS[1:]:
@@ -142,7 +197,10 @@ def test_accumulated_residual(bound: Bound) -> None:
         equal(scaled, normed(cache.accumulated_resid(layer, mlp_input=mlp_input), cache, norm))
         equal(scaled[-1], normed(cache[target], cache, norm))
     final = cache.accumulated_resid(apply_ln=True)  # at the end each entry has its own statistics
-    equal(final, torch.nn.functional.layer_norm(cache.accumulated_resid(), (16,), eps=bound.dit.cfg.eps))
+    equal(
+        final,
+        torch.nn.functional.layer_norm(cache.accumulated_resid(), (16,), eps=bound.dit.cfg.eps),
+    )
 
 
 @tool(
@@ -159,10 +217,18 @@ def test_what_every_head_writes(bound: Bound, folded: Bound) -> None:
     assert labels == [f"{x}L{i}H{h}" for i in range(2) for x in ("", "cross_") for h in range(2)]
     gated = bound.clean_cache
     for label, result in zip(labels, stack, strict=True):
-        kind, layer, head = ("cross_attn" if "cross" in label else "attn"), int(label[-3]), int(label[-1])
+        kind, layer, head = (
+            ("cross_attn" if "cross" in label else "attn"),
+            int(label[-3]),
+            int(label[-1]),
+        )
         attn = getattr(bound.dit.blocks[layer], kind)  # of the unfolded model, gate written out
         written = gated[f"blocks.{layer}.{kind}.hook_z"][:, :, head] @ attn.W_O[head]
-        equal(result, written * (gated[f"blocks.{layer}.adaln.hook_gate_msa"] if kind == "attn" else 1), 1e-10)
+        equal(
+            result,
+            written * (gated[f"blocks.{layer}.adaln.hook_gate_msa"] if kind == "attn" else 1),
+            1e-10,
+        )
     for layer, block in enumerate(folded.dit.blocks):
         for kind in ("attn", "cross_attn"):
             prefix = "cross_" if kind == "cross_attn" else ""
@@ -199,17 +265,23 @@ def test_head_results_of_an_unfolded_model(bound: Bound, folded: Bound) -> None:
 
 
 def test_before_the_first_layer_no_neuron_has_written(folded: Bound) -> None:
-    stack, labels = folded.clean_cache.stack_neuron_results(0, incl_remainder=True, return_labels=True)
+    stack, labels = folded.clean_cache.stack_neuron_results(
+        0, incl_remainder=True, return_labels=True
+    )
     assert labels == ["remainder"]
     equal(stack[0], folded.plain_cache["blocks.0.hook_resid_pre"])
     assert (stack[0] - folded.plain_cache["blocks.1.hook_resid_post"]).abs().max() > 0.1
 
 
 @tool(
-    "ActivationCache.get_neuron_results, stack_neuron_results", "fold", check="neurons + bias sum to what the MLP writes, 1e-10"
+    "ActivationCache.get_neuron_results, stack_neuron_results",
+    "fold",
+    check="neurons + bias sum to what the MLP writes, 1e-10",
 )
 @pytest.mark.parametrize(("layer", "mlp_input", "target", "norm"), TARGETS)
-def test_what_every_neuron_writes(bound: Bound, folded: Bound, layer: Any, mlp_input: bool, target: str, norm: str) -> None:
+def test_what_every_neuron_writes(
+    bound: Bound, folded: Bound, layer: Any, mlp_input: bool, target: str, norm: str
+) -> None:
     cache, n = folded.clean_cache, layer or 2
     stack, labels = cache.stack_neuron_results(layer or -1, return_labels=True)
     assert [str(label) for label in labels[:2]] == ["L0N0", "L0N1"]
@@ -224,8 +296,14 @@ def test_what_every_neuron_writes(bound: Bound, folded: Bound, layer: Any, mlp_i
     equal(scaled, normed(whole, cache, norm), 1e-10)
     onto = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
     for projection in (onto, onto[:, 0]):
-        equal(cache.stack_neuron_results(layer or -1, project_output_onto=projection, **options), whole @ projection, 1e-10)
-        both = cache.stack_neuron_results(layer or -1, project_output_onto=projection, apply_ln=True, **options)
+        equal(
+            cache.stack_neuron_results(layer or -1, project_output_onto=projection, **options),
+            whole @ projection,
+            1e-10,
+        )
+        both = cache.stack_neuron_results(
+            layer or -1, project_output_onto=projection, apply_ln=True, **options
+        )
         equal(both, scaled @ projection, 1e-10)
     some = cache.stack_neuron_results(layer or -1, pos_slice=1, neuron_slice=[3, 7])
     equal(some, stack[[64 * index + neuron for index in range(n) for neuron in (3, 7)]][:, :, 1])
@@ -239,7 +317,9 @@ def test_what_every_neuron_writes(bound: Bound, folded: Bound, layer: Any, mlp_i
 )
 @pytest.mark.parametrize(("layer", "mlp_input", "target", "norm"), TARGETS)
 @pytest.mark.parametrize("neurons", [True, False])
-def test_everything_that_writes(folded: Bound, layer: Any, mlp_input: bool, target: str, norm: str, neurons: bool) -> None:
+def test_everything_that_writes(
+    folded: Bound, layer: Any, mlp_input: bool, target: str, norm: str, neurons: bool
+) -> None:
     cache = folded.clean_cache
     options = {"layer": layer, "mlp_input": mlp_input, "expand_neurons": neurons}
     stack, labels = cache.get_full_resid_decomposition(**options, return_labels=True)
@@ -250,22 +330,37 @@ def test_everything_that_writes(folded: Bound, layer: Any, mlp_input: bool, targ
     equal(scaled, normed(stack, cache, norm), 1e-10)
     equal(scaled.sum(0), cache[f"{norm}.hook_normalized"], 1e-10)
     direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    equal(cache.get_full_resid_decomposition(**options, project_output_onto=direction), stack @ direction, 1e-10)
-    both = cache.get_full_resid_decomposition(**options, project_output_onto=direction, apply_ln=True)
+    equal(
+        cache.get_full_resid_decomposition(**options, project_output_onto=direction),
+        stack @ direction,
+        1e-10,
+    )
+    both = cache.get_full_resid_decomposition(
+        **options, project_output_onto=direction, apply_ln=True
+    )
     equal(both, scaled @ direction, 1e-10)
-    equal(cache.get_full_resid_decomposition(**options, pos_slice=[3, 1]), stack[:, :, [3, 1]], 1e-10)
+    equal(
+        cache.get_full_resid_decomposition(**options, pos_slice=[3, 1]), stack[:, :, [3, 1]], 1e-10
+    )
 
 
 @pytest.mark.parametrize("positions", [2, -1, [1, 3], (0, 3), Slice(1)])
-def test_position_slices_of_decompositions_are_transformer_lens_own(folded: Bound, positions: Any) -> None:
-    """An int drops the axis, as in every ActivationCache; compared with TransformerLens on what it knows, self-attention."""
+def test_position_slices_of_decompositions_are_transformer_lens_own(
+    folded: Bound, positions: Any
+) -> None:
+    """An int drops the axis, as in every ActivationCache; compared with TransformerLens on what it
+    knows, self-attention.
+    """
     cache = folded.clean_cache
     plain = ActivationCache(cache.cache_dict, folded.dit)
     for options in ({}, {"apply_ln": True}):
         ours, labels = cache.decompose_resid(pos_slice=positions, return_labels=True, **options)
         theirs, names = plain.decompose_resid(pos_slice=positions, return_labels=True, **options)
         equal(ours[[labels.index(name) for name in names]], theirs)
-        equal(cache.accumulated_resid(pos_slice=positions, **options), plain.accumulated_resid(pos_slice=positions, **options))
+        equal(
+            cache.accumulated_resid(pos_slice=positions, **options),
+            plain.accumulated_resid(pos_slice=positions, **options),
+        )
         ours, labels = cache.stack_head_results(pos_slice=positions, return_labels=True, **options)
         theirs, names = plain.stack_head_results(pos_slice=positions, return_labels=True, **options)
         equal(ours[[labels.index(name) for name in names]], theirs)
@@ -292,25 +387,44 @@ TEXT_AXES = {
 )
 @pytest.mark.parametrize("positions", [1, -1, [2, 0], (1, 3)])
 @pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in"])
-def test_position_slices_of_every_hook(bound: Bound, text_bound: Bound, positions: Any, flag: str) -> None:
+def test_position_slices_of_every_hook(
+    bound: Bound, text_bound: Bound, positions: Any, flag: str
+) -> None:
     dit = bound.dit
-    switches = [getattr(dit, f"set_{name}") for name in (flag, "use_attn_result", "use_hook_mlp_in")]
+    switches = [
+        getattr(dit, f"set_{name}") for name in (flag, "use_attn_result", "use_hook_mlp_in")
+    ]
     for switch in switches:
         switch(True)
     try:
-        whole, part = (bound.view.run_with_cache(bound.clean, pos_slice=s)[1] for s in (None, positions))
+        whole, part = (
+            bound.view.run_with_cache(bound.clean, pos_slice=s)[1] for s in (None, positions)
+        )
         _, text = text_bound.view.run_with_cache(text_bound.clean, pos_slice=positions)
         call = {name: None if value is None else value[:ROWS] for name, value in bound.call.items()}
         _, direct = dit.run_with_cache(**call, pos_slice=positions)
     finally:
         for switch in switches:
             switch(False)
-    kept = [positions] if isinstance(positions, int) else list(range(*positions)) if isinstance(positions, tuple) else positions
+    kept = (
+        [positions]
+        if isinstance(positions, int)
+        else list(range(*positions))
+        if isinstance(positions, tuple)
+        else positions
+    )
     sliced = 0
     for name, tensor in whole.items():
         for found, axes in ((part, IMAGE_AXES), (direct, IMAGE_AXES), (text, TEXT_AXES)):
-            axis = next((axis for pattern, axis in axes.items() if re.fullmatch(pattern, name)), None)
-            equal(found[name], tensor if axis is None else tensor.index_select(axis, torch.tensor(kept) % tensor.shape[axis]))
+            axis = next(
+                (axis for pattern, axis in axes.items() if re.fullmatch(pattern, name)), None
+            )
+            equal(
+                found[name],
+                tensor
+                if axis is None
+                else tensor.index_select(axis, torch.tensor(kept) % tensor.shape[axis]),
+            )
             sliced += axis is not None
     assert sliced > 100
 

@@ -1,7 +1,7 @@
 """Every tool on every family: the same assertions, on tiny random pipelines of each kind.
 
-A tool that a family cannot have raises one sentence on purpose; `UNABLE` and `NOWHERE` list them, and `families` writes
-docs/families.md from them and from these tests.
+A tool that a family cannot have raises one sentence on purpose; `UNABLE` and `NOWHERE` list them,
+and `families` writes docs/families.md from them and from these tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from transformer_lens import patching as tl_patching
 
-from dit_lens import Add, Intervention, Replace, Scale, attribution, patching, prompts, sweep, synopsis
+from dit_lens import (
+    Add,
+    Intervention,
+    Replace,
+    Scale,
+    attribution,
+    patching,
+    prompts,
+    sweep,
+    synopsis,
+)
 from hooked_models import GenerationCache, HookedTextToImage, UnknownHookError
 from hooked_models.families.adapter import submodule
 from hooked_models.generation.cache import CacheTooLargeError, estimate
@@ -34,10 +44,19 @@ LEFT_OUT = ("SANA",)
 OTHERS = tuple(name for name in PIPELINES if name not in (*FIRST, *LEFT_OUT))
 
 
-ONE_BRANCH = "it is distilled with guidance, and every step is one call: there is no unconditional branch"
-ONE_PROMPT = "its loop guides one prompt at a time: batches run without guidance, with no unconditional branch"
+ONE_BRANCH = (
+    "it is distilled with guidance, and every step is one call: there is no unconditional branch"
+)
+ONE_PROMPT = (
+    "its loop guides one prompt at a time: batches run without guidance, with no unconditional "
+    "branch"
+)
 UNABLE: dict[tuple[str, str], str] = {
-    **{(name, tool): ONE_BRANCH for name in ("FLUX.1", "HunyuanVideo") for tool in ("branches", "one branch alone")},
+    **{
+        (name, tool): ONE_BRANCH
+        for name in ("FLUX.1", "HunyuanVideo")
+        for tool in ("branches", "one branch alone")
+    },
     **{("PRX", tool): ONE_PROMPT for tool in ("branches", "one branch alone")},
     (
         "AuraFlow",
@@ -48,7 +67,10 @@ UNABLE: dict[tuple[str, str], str] = {
 NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "attribution of edges": (
         "blocks run as diffusers wrote them, with no copy of the residual stream for each reader",
-        lambda case: attribution.edges(attribution.pair(case.run, case.run, steps=[0]), lambda images: images.flatten(1).mean(1)),
+        lambda case: attribution.edges(
+            attribution.pair(case.run, case.run, steps=[0]),
+            lambda images: images.flatten(1).mean(1),
+        ),
     ),
     "hooks and interventions in text encoders, steering in text space": (
         "text encoders are transformers' own modules, of many kinds, and run without hooks",
@@ -60,12 +82,19 @@ NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
     ),
     "text as a node of path patching": (
         "text is a stream of its own there, or enters through modules that differ between families",
-        lambda case: patching.path_patch(case.run, case.run, "text", "image", lambda images: images.flatten(1).mean(1)),
+        lambda case: patching.path_patch(
+            case.run, case.run, "text", "image", lambda images: images.flatten(1).mean(1)
+        ),
     ),
     "sweeps on a Ray cluster": (
         "workers open PixArt models only",
         lambda case: sweep.run(
-            case.model, PROMPTS[:1], 0, Intervention("blocks.0.hook_resid_post"), {"m": torch.mean}, executor="ray"
+            case.model,
+            PROMPTS[:1],
+            0,
+            Intervention("blocks.0.hook_resid_post"),
+            {"m": torch.mean},
+            executor="ray",
         ),
     ),
 }
@@ -89,14 +118,18 @@ class Case:
         return found.images if hasattr(found, "images") else found.frames
 
     def images(self, hooks: Any = ()) -> Tensor:
-        return self.model.run_with_hooks(PROMPTS, SEEDS, STEPS, self.guidance, fwd_hooks=list(hooks))
+        return self.model.run_with_hooks(
+            PROMPTS, SEEDS, STEPS, self.guidance, fwd_hooks=list(hooks)
+        )
 
     @property
     def run(self) -> Any:
         return self.model.trajectory(PROMPTS, SEEDS, STEPS, self.guidance)
 
     def cached(self, names: Any, **how: Any) -> Any:
-        return self.model.run_with_cache(PROMPTS, SEEDS, STEPS, self.guidance, names_filter=names, **how)[1]
+        return self.model.run_with_cache(
+            PROMPTS, SEEDS, STEPS, self.guidance, names_filter=names, **how
+        )[1]
 
     def act(self, site: str, **how: Any) -> list[Any]:
         return Intervention(site, **how).hooks(self.model, list(PROMPTS), num_steps=STEPS)
@@ -113,7 +146,11 @@ class Case:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        return ("cond", "uncond") if self.model.draft(PROMPTS, SEEDS, STEPS, self.guidance).guided else ("cond",)
+        return (
+            ("cond", "uncond")
+            if self.model.draft(PROMPTS, SEEDS, STEPS, self.guidance).guided
+            else ("cond",)
+        )
 
 
 @cache
@@ -122,8 +159,19 @@ def case_of(name: str) -> Case:
     pipe, call = tiny_pipeline(name)
     model: Any = HookedTextToImage.from_pipeline(pipe)
     call = {**call, "num_inference_steps": STEPS}
-    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
-    guide = next((key for key in ("true_cfg_scale", "guidance_scale") if key in options and (key == model.guide)), None)
+    options = {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
+    guide = next(
+        (
+            key
+            for key in ("true_cfg_scale", "guidance_scale")
+            if key in options and (key == model.guide)
+        ),
+        None,
+    )
     guidance = options.pop(guide) if guide else None
     model.options = options
     return Case(name, pipe, model, guidance, call)
@@ -155,22 +203,39 @@ def test_images_are_bitwise_the_pipelines_with_hooks_that_look(case: Case) -> No
     def look(tensor: Tensor, hook: Any) -> None:
         seen.add(hook.name)
 
-    chosen = ("hook_resid_post", "hook_latent", "hook_x0", "hook_out", "hook_z", "hook_k", "hook_image")
+    chosen = (
+        "hook_resid_post",
+        "hook_latent",
+        "hook_x0",
+        "hook_out",
+        "hook_z",
+        "hook_k",
+        "hook_image",
+    )
     assert torch.equal(case.images([(lambda name: name.endswith(chosen), look)]), reference)
     assert {f"steps.{step}.hook_out" for step in range(STEPS)} | {"hook_image"} <= seen
     assert torch.equal(case.plain(), reference)
 
 
 def test_both_branches_make_up_the_guided_output(case: Case) -> None:
-    """Which rows or calls are which branch's: out = uncond + scale · (cond − uncond), for one number at all places."""
+    """Which rows or calls are which branch's: out = uncond + scale · (cond − uncond), for one
+    number at all places.
+    """
     assert ((case.name, "branches") in UNABLE) == (len(case.branches) == 1)
     if len(case.branches) == 1:
         return
-    cache = case.cached([f"steps.0.hook_{name}" for name in ("out", "out_cond", "out_uncond")], branch="both")
-    out, cond, uncond = (cache[f"steps.0.hook_{name}"].double() for name in ("out", "out_cond", "out_uncond"))
+    cache = case.cached(
+        [f"steps.0.hook_{name}" for name in ("out", "out_cond", "out_uncond")], branch="both"
+    )
+    out, cond, uncond = (
+        cache[f"steps.0.hook_{name}"].double() for name in ("out", "out_cond", "out_uncond")
+    )
     cond, uncond = (x.reshape(len(x), -1)[:, : out[0].numel()] for x in (cond, uncond))
     signs = (1, -1)  # some pipelines turn the prediction's sign for their scheduler
-    assert any(fits(sign * out.flatten(1), cond, uncond) or rescaled(case, sign * out, cond, uncond) for sign in signs)
+    assert any(
+        fits(sign * out.flatten(1), cond, uncond) or rescaled(case, sign * out, cond, uncond)
+        for sign in signs
+    )
 
 
 def fits(out: Tensor, cond: Tensor, uncond: Tensor) -> bool:
@@ -181,18 +246,33 @@ def fits(out: Tensor, cond: Tensor, uncond: Tensor) -> bool:
 
 
 def rescaled(case: Case, out: Tensor, cond: Tensor, uncond: Tensor) -> bool:
-    """True if the guided output has been given other lengths along its last axis, as Qwen-Image and Lumina 2 do."""
+    """True if the guided output has been given other lengths along its last axis, as Qwen-Image and
+    Lumina 2 do.
+    """
     guided = (uncond + case.guidance * (cond - uncond)).reshape(out.shape)
-    return close(torch.nn.functional.normalize(out, dim=-1), torch.nn.functional.normalize(guided, dim=-1), 1e-4)
+    return close(
+        torch.nn.functional.normalize(out, dim=-1),
+        torch.nn.functional.normalize(guided, dim=-1),
+        1e-4,
+    )
 
 
 def test_a_block_scaled_by_a_torch_hook(case: Case) -> None:
-    """The residual stream that leaves block 0, halved in one branch of the last step: ours against a forward hook."""
+    """The residual stream that leaves block 0, halved in one branch of the last step: ours against
+    a forward hook.
+    """
     where = case.model.dit.family.blocks[0]
     block = case.pipe.transformer.get_submodule(where.path)[0]
     for branch in case.branches:
-        ours = case.images(case.act("blocks.0.hook_resid_post", steps=LAST, branch=branch, action=Scale(0.5)))
-        with halved(case, [(block, False)], branch, lambda tensor, rows: tensor.index_copy(0, rows, tensor[rows] / 2)):
+        ours = case.images(
+            case.act("blocks.0.hook_resid_post", steps=LAST, branch=branch, action=Scale(0.5))
+        )
+        with halved(
+            case,
+            [(block, False)],
+            branch,
+            lambda tensor, rows: tensor.index_copy(0, rows, tensor[rows] / 2),
+        ):
             theirs = case.plain()
         assert close(ours, theirs), branch
         assert not close(ours, case.images())
@@ -202,9 +282,13 @@ def test_a_head_switched_off_by_a_torch_hook(case: Case) -> None:
     """Head 1 of block 0: `hook_z` against the input of the output projections."""
     name, n_heads = case.attention, case.model.cfg.n_heads
     where = case.model.dit.family.blocks[0]
-    attention = submodule(case.pipe.transformer.get_submodule(where.path)[0], where.attentions[name].path)
+    attention = submodule(
+        case.pipe.transformer.get_submodule(where.path)[0], where.attentions[name].path
+    )
     outs = [getattr(attention, path, None) for path in ("to_out", "to_add_out")]
-    outs = [out[0] if isinstance(out, torch.nn.ModuleList) else out for out in outs if out is not None]
+    outs = [
+        out[0] if isinstance(out, torch.nn.ModuleList) else out for out in outs if out is not None
+    ]
 
     def without(tensor: Tensor, rows: Tensor) -> Tensor:
         heads = tensor.unflatten(-1, (n_heads, -1)).clone()
@@ -220,21 +304,30 @@ def test_a_head_switched_off_by_a_torch_hook(case: Case) -> None:
 
 @contextmanager
 def halved(
-    case: Case, modules: list[tuple[Any, bool]], branch: str, change: Callable[[Tensor, Tensor], Tensor]
+    case: Case,
+    modules: list[tuple[Any, bool]],
+    branch: str,
+    change: Callable[[Tensor, Tensor], Tensor],
 ) -> Iterator[None]:
-    """`change` what enters or leaves modules, in one branch's rows of the last step; calls are counted here."""
+    """`change` what enters or leaves modules, in one branch's rows of the last step; calls are
+    counted here.
+    """
     draft, n = case.model.draft(PROMPTS, SEEDS, STEPS, case.guidance), len(PROMPTS)
     together = case.together
 
     def edit(counts: dict[str, int], value: Any) -> Any:
         count = counts["calls"] = counts.get("calls", 0) + 1
-        first = next(x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor))
+        first = next(
+            x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor)
+        )
         step, place = divmod(count - 1, 1 if together or len(case.branches) == 1 else 2)
         here = draft.branches if together else (draft.branches[place],)
         if step != LAST or branch not in here:
             return None
         start = draft.branches.index(branch) * n if together else 0
-        rows = torch.arange(start, start + n) if len(first) >= start + n else torch.arange(len(first))
+        rows = (
+            torch.arange(start, start + n) if len(first) >= start + n else torch.arange(len(first))
+        )
         if isinstance(value, tuple):
             return tuple(change(x, rows) if isinstance(x, Tensor) else x for x in value)
         return change(value, rows)
@@ -243,9 +336,13 @@ def halved(
         for module, enters in modules:
             counts: dict[str, int] = {}
             if enters:
-                handle = module.register_forward_pre_hook(lambda m, args, counts=counts: edit(counts, args))
+                handle = module.register_forward_pre_hook(
+                    lambda m, args, counts=counts: edit(counts, args)
+                )
             else:
-                handle = module.register_forward_hook(lambda m, args, out, counts=counts: edit(counts, out))
+                handle = module.register_forward_hook(
+                    lambda m, args, out, counts=counts: edit(counts, out)
+                )
             stack.callback(handle.remove)
         yield
 
@@ -262,7 +359,8 @@ def test_a_fork_is_bitwise_a_full_run(case: Case) -> None:
         assert torch.equal(run.fork(step, hooks).images, case.images(hooks))
     with full.hooks(hooks):
         edited = case.run
-    assert all(torch.equal(a, b) for a, b in zip(edited.latents[:2], run.latents[:2], strict=True))  # nothing before its step
+    # nothing before its step
+    assert all(torch.equal(a, b) for a, b in zip(edited.latents[:2], run.latents[:2], strict=True))
     assert not torch.equal(edited.latents[2], run.latents[2])
     alone = run.take(torch.tensor([1])).fork(1).images
     assert close(alone[0], run.images[1], 1e-4)
@@ -274,11 +372,16 @@ def test_a_cache_has_what_the_transformer_returns(case: Case) -> None:
     names = [f"steps.{step}.hook_out_{branch}" for step in range(STEPS) for branch in case.branches]
     cache = case.cached([*names, "blocks.0.hook_resid_post"], branch="both")
     recorded: list[Tensor] = []
-    keep = case.pipe.transformer.register_forward_hook(lambda module, args, output: recorded.append(output[0]))
+    keep = case.pipe.transformer.register_forward_hook(
+        lambda module, args, output: recorded.append(output[0])
+    )
     case.plain()
     keep.remove()
     order = case.model.draft(PROMPTS, SEEDS, STEPS, case.guidance).branches
-    said = [torch.cat([cache[f"steps.{step}.hook_out_{branch}"] for branch in order]) for step in range(STEPS)]
+    said = [
+        torch.cat([cache[f"steps.{step}.hook_out_{branch}"] for branch in order])
+        for step in range(STEPS)
+    ]
     flat = [one if isinstance(one, Tensor) else torch.stack(list(one)) for one in recorded]
     together = case.together or len(order) == 1
     rows = flat if together else [torch.cat(flat[i : i + 2]) for i in range(0, len(flat), 2)]
@@ -295,10 +398,16 @@ def test_an_edit_stays_in_its_branch(case: Case) -> None:
     names = [f"steps.{LAST}.hook_out_{branch}" for branch in case.branches]
     clean = case.cached(names, branch="both")
     for branch, other in (("cond", "uncond"), ("uncond", "cond")):
-        with case.model.hooks(case.act("blocks.0.hook_resid_post", steps=LAST, branch=branch, action=Scale(0.5))):
+        with case.model.hooks(
+            case.act("blocks.0.hook_resid_post", steps=LAST, branch=branch, action=Scale(0.5))
+        ):
             edited = case.cached(names, branch="both")
-        assert torch.equal(edited[f"steps.{LAST}.hook_out_{other}"], clean[f"steps.{LAST}.hook_out_{other}"])
-        assert not close(edited[f"steps.{LAST}.hook_out_{branch}"], clean[f"steps.{LAST}.hook_out_{branch}"])
+        assert torch.equal(
+            edited[f"steps.{LAST}.hook_out_{other}"], clean[f"steps.{LAST}.hook_out_{other}"]
+        )
+        assert not close(
+            edited[f"steps.{LAST}.hook_out_{branch}"], clean[f"steps.{LAST}.hook_out_{branch}"]
+        )
 
 
 # Interventions
@@ -310,7 +419,9 @@ def test_identity_edits_change_nothing(case: Case) -> None:
     for action in (Scale(1.0), Replace(kept), Add(torch.zeros(1))):
         assert torch.equal(case.images(case.act(site, action=action)), reference), action
     pattern = site.replace("hook_z", "hook_pattern")
-    explicit = case.images([(lambda name: name.endswith(pattern) and ".cond." in name, lambda tensor, hook: None)])
+    explicit = case.images(
+        [(lambda name: name.endswith(pattern) and ".cond." in name, lambda tensor, hook: None)]
+    )
     assert torch.equal(case.images(case.act(pattern, action=Scale(1.0))), explicit)
     assert close(explicit, reference, 1e-4)
 
@@ -328,7 +439,8 @@ def test_every_action(case: Case) -> None:
         (Replace(shift), lambda z: shift.expand_as(z)),
     ]
     lengths = set(case.model.layout(PROMPTS).text_mask.sum(1).tolist())
-    alike = "joint_pos" not in case.model.dit.axes(site) or len(lengths) == 1  # else queries are the image's
+    # else queries are the image's
+    alike = "joint_pos" not in case.model.dit.axes(site) or len(lengths) == 1
     reference = case.images()
     for action, change in by_hand:
         if action in ("mean", "resample") and not alike:
@@ -336,20 +448,28 @@ def test_every_action(case: Case) -> None:
                 case.act(site, steps=LAST, action=action)
             continue
         ours = case.images(case.act(site, steps=LAST, action=action))
-        assert torch.equal(ours, case.images([(full, lambda z, hook, change=change: change(z))])), action
+        assert torch.equal(ours, case.images([(full, lambda z, hook, change=change: change(z))])), (
+            action
+        )
         assert not torch.equal(ours, reference), action
 
 
 def test_a_word_knocked_out(case: Case) -> None:
     """Its keys get no attention, and the others share it in their old proportions."""
     hide = Intervention(
-        f"blocks.0.{case.attention}.hook_pattern", heads=[0], tokens=prompts.word("circle"), steps=0, action="knockout"
+        f"blocks.0.{case.attention}.hook_pattern",
+        heads=[0],
+        tokens=prompts.word("circle"),
+        steps=0,
+        action="knockout",
     )
     words = prompts.token_mask(case.model, PROMPTS, prompts.word("circle"))
     read = [
-        [one.text[a:b] for (a, b), chosen in zip(one.spans, row, strict=True) if chosen] for one, row in texts_of(case, words)
+        [one.text[a:b] for (a, b), chosen in zip(one.spans, row, strict=True) if chosen]
+        for one, row in texts_of(case, words)
     ]
-    assert [set(row) for row in read] == [{"circle"}, {"circle"}]  # one in the tokens of each text encoder
+    # one in the tokens of each text encoder
+    assert [set(row) for row in read] == [{"circle"}, {"circle"}]
     name = f"steps.0.cond.blocks.0.{case.attention}.hook_pattern"
     clean = case.cached(name)[name]
     with case.model.hooks(hide.hooks(case.model, list(PROMPTS), num_steps=STEPS)):
@@ -357,7 +477,8 @@ def test_a_word_knocked_out(case: Case) -> None:
     layout = case.model.layout(PROMPTS)
     image = 0 if case.attention == "cross_attn" else layout.n_image
     keys = torch.zeros(len(PROMPTS), clean.shape[-1], dtype=torch.bool)
-    words = words[:, : clean.shape[-1] - image]  # some models cut the text to the longest of the batch
+    # some models cut the text to the longest of the batch
+    words = words[:, : clean.shape[-1] - image]
     keys[:, image : image + words.shape[1]] = words
     gone = keys[:, None, :].expand(-1, clean.shape[2], -1)
     assert float(masked[:, 0][gone].abs().max()) == 0.0
@@ -379,12 +500,23 @@ def test_a_sweeps_cell_is_a_run_of_its_own(case: Case) -> None:
         "head": Intervention(site, heads=[1], steps=1),
         "late": Intervention("blocks.1.hook_resid_post", steps=LAST, action=Scale(0.5)),
         "latent": Intervention("hook_latent", steps=1, action=Scale(1.1)),
-        "twice": Intervention(site, heads=[0], steps=[0, LAST], branch="both" if len(case.branches) == 2 else "cond"),
+        "twice": Intervention(
+            site, heads=[0], steps=[0, LAST], branch="both" if len(case.branches) == 2 else "cond"
+        ),
     }
-    metric = sweep.Metric(lambda images: {"mean": images.flatten(1).mean(1), "first": images.flatten(1)[:, 7]})
+    metric = sweep.Metric(
+        lambda images: {"mean": images.flatten(1).mean(1), "first": images.flatten(1)[:, 7]}
+    )
     one_step = sweep.Metric(lambda out: out.flatten(1).norm(dim=1), on="out")
     plan = sweep.plan(
-        case.model, PROMPTS, SEEDS, cells, {"m": metric, "o": one_step}, num_steps=STEPS, guidance=case.guidance, batch=5
+        case.model,
+        PROMPTS,
+        SEEDS,
+        cells,
+        {"m": metric, "o": one_step},
+        num_steps=STEPS,
+        guidance=case.guidance,
+        batch=5,
     )
     found = plan.run()
     assert (found["error"] == "").all()
@@ -404,11 +536,24 @@ def test_a_sweeps_cell_is_a_run_of_its_own(case: Case) -> None:
 def test_an_estimate_is_the_size_of_the_cache(case: Case) -> None:
     def wanted(name: str) -> bool:
         return name.endswith(
-            ("hook_q", "hook_k", "hook_z", "resid_post", "hook_pattern", "hook_latent", "hook_out", "hook_image")
+            (
+                "hook_q",
+                "hook_k",
+                "hook_z",
+                "resid_post",
+                "hook_pattern",
+                "hook_latent",
+                "hook_out",
+                "hook_image",
+            )
         )
 
-    _, cache = case.model.run_with_cache(PROMPTS, SEEDS, STEPS, case.guidance, names_filter=wanted, branch="both")
-    size = estimate(case.model, list(PROMPTS), STEPS, case.guidance, names_filter=wanted, branch="both")
+    _, cache = case.model.run_with_cache(
+        PROMPTS, SEEDS, STEPS, case.guidance, names_filter=wanted, branch="both"
+    )
+    size = estimate(
+        case.model, list(PROMPTS), STEPS, case.guidance, names_filter=wanted, branch="both"
+    )
     assert size.sizes == {name: tensor.nbytes for name, tensor in cache.items()}
     with pytest.raises(CacheTooLargeError, match="Narrow it"):
         case.cached(wanted, max_bytes=100)
@@ -421,16 +566,24 @@ def test_chosen_heads_and_summaries_are_those_of_the_whole_cache(case: Case) -> 
     z, pattern = (f"steps.0.cond.{name}" for name in names)
     assert close(head[z], whole[z][:, :, [1]])
     assert close(head[pattern], whole[pattern][:, [1]])
-    assert close(case.cached(names[1:], steps=0, patterns="received")[pattern], whole[pattern].sum(2), 1e-4)
+    assert close(
+        case.cached(names[1:], steps=0, patterns="received")[pattern], whole[pattern].sum(2), 1e-4
+    )
     if len(case.branches) == 2:
         both = case.cached(names[1:], steps=0, branch="both")
         for branch in case.branches:
-            chosen = case.cached(names[1:], steps=0, branch=branch, heads="L0H1")[f"steps.0.{branch}.{names[1]}"]
+            chosen = case.cached(names[1:], steps=0, branch=branch, heads="L0H1")[
+                f"steps.0.{branch}.{names[1]}"
+            ]
             assert close(chosen, both[f"steps.0.{branch}.{names[1]}"][:, [1]])
 
 
 def test_a_cache_on_disk_is_the_one_in_memory(case: Case, tmp_path: Any) -> None:
-    names = ["blocks.0.hook_resid_post", "hook_image", *(f"steps.{step}.hook_latent" for step in range(STEPS))]
+    names = [
+        "blocks.0.hook_resid_post",
+        "hook_image",
+        *(f"steps.{step}.hook_latent" for step in range(STEPS)),
+    ]
     arguments = (PROMPTS, SEEDS, STEPS, case.guidance)
     images, memory = case.model.run_with_cache(*arguments, names_filter=names)
     again, disk = case.model.run_with_cache(*arguments, names_filter=names, out=tmp_path / "cache")
@@ -439,7 +592,9 @@ def test_a_cache_on_disk_is_the_one_in_memory(case: Case, tmp_path: Any) -> None
     assert set(memory) == set(disk) == set(loaded)
     assert all(torch.equal(memory[name], loaded[name]) for name in memory)
     with pytest.raises(ValueError, match="seeds"):
-        case.model.run_with_cache(PROMPTS, 9, STEPS, case.guidance, names_filter=names, out=tmp_path / "cache")
+        case.model.run_with_cache(
+            PROMPTS, 9, STEPS, case.guidance, names_filter=names, out=tmp_path / "cache"
+        )
 
 
 # Views of one step, gradients, attribution
@@ -454,7 +609,9 @@ def test_transformer_lens_patches_a_view_of_one_step(case: Case) -> None:
     layout = case.model.layout(PROMPTS)
     assert tokens.shape == (2, layout.length("joint") if joint else layout.n_image)
     first = tokens[:1].repeat(1, 1)
-    _, cache = view.run_with_cache(first, names_filter=lambda known: known.endswith("hook_resid_pre"))
+    _, cache = view.run_with_cache(
+        first, names_filter=lambda known: known.endswith("hook_resid_pre")
+    )
     place = 3
 
     def patch(tensor: Tensor, hook: Any) -> Tensor:
@@ -464,7 +621,9 @@ def test_transformer_lens_patches_a_view_of_one_step(case: Case) -> None:
 
     found = view.run_with_hooks(tokens[1:], [(name, patch)])
     if case.name == "FLUX.1":
-        table = tl_patching.get_act_patch_resid_pre(view, tokens[1:], cache, lambda out: out.flatten()[7])
+        table = tl_patching.get_act_patch_resid_pre(
+            view, tokens[1:], cache, lambda out: out.flatten()[7]
+        )
         assert close(table[1, place], found.flatten()[7])
     ours = case.run.take(torch.tensor([1])).fork(1, [(f"steps.1.cond.{name}", patch)], until=2)
     assert close(found, ours.record.outs[1])
@@ -473,7 +632,9 @@ def test_transformer_lens_patches_a_view_of_one_step(case: Case) -> None:
 
 
 def test_gradients_are_autograds(case: Case) -> None:
-    """Directional derivative by central differences of a run, against a gradient through all later steps."""
+    """Directional derivative by central differences of a run, against a gradient through all later
+    steps.
+    """
     name = f"steps.1.cond.blocks.0.{case.attention}.hook_z"
     run = case.run
     seen: dict[str, Tensor] = {}
@@ -486,16 +647,24 @@ def test_gradients_are_autograds(case: Case) -> None:
         total = run.fork(1, [(name, open_)]).latent.double().sum()
         (gradient,) = torch.autograd.grad(total, seen["z"])
     direction = gradient / gradient.norm()
-    sides = [run.fork(1, [(name, lambda z, hook, e=e: z + e * direction)]).latent.double().sum() for e in (1e-3, -1e-3)]
+    sides = [
+        run.fork(1, [(name, lambda z, hook, e=e: z + e * direction)]).latent.double().sum()
+        for e in (1e-3, -1e-3)
+    ]
     slope = float(sides[0] - sides[1]) / 2e-3
     assert slope == pytest.approx(float(gradient.norm()), rel=2e-2)
 
 
 def test_attribution_is_first_order_patching(case: Case) -> None:
-    """Scores against autograd by hand, and their exact verification against a run with the patch."""
+    """Scores against autograd by hand, and their exact verification against a run with the
+    patch.
+    """
     words = [("red circle is above blue square", "blue circle is above red square")]
     (source_text, original_text), *_ = words
-    original, source = (case.model.trajectory(text, 3, STEPS, case.guidance) for text in (original_text, source_text))
+    original, source = (
+        case.model.trajectory(text, 3, STEPS, case.guidance)
+        for text in (original_text, source_text)
+    )
     pair = attribution.pair(original, source, steps=[1])
     kinds = [case.attention, "resid_post"]
     with torch.enable_grad():
@@ -541,10 +710,16 @@ def test_a_path_patch_is_the_patch_by_hand(case: Case) -> None:
     exact = patching.path_patch(original, source, senders, "image", metric, "exact")
     assert close(torch.from_numpy(exact["patched"].values), by_hand.double())
     queries = patching.Nodes(f"{case.attention}.L1H0.q", steps=1)
-    assert np.isfinite(patching.path_patch(original, source, senders, queries, metric)["patched"].values).all()
+    assert np.isfinite(
+        patching.path_patch(original, source, senders, queries, metric)["patched"].values
+    ).all()
     receivers = patching.Nodes("output", steps=1)
-    direct = patching.path_patch(original, source, senders, receivers, metric, metric_on="steps.1.hook_out")
-    change, size = (float(x.squeeze()) for x in (direct["patched"] - direct["original"], direct["original"]))
+    direct = patching.path_patch(
+        original, source, senders, receivers, metric, metric_on="steps.1.hook_out"
+    )
+    change, size = (
+        float(x.squeeze()) for x in (direct["patched"] - direct["original"], direct["original"])
+    )
     assert (abs(change) <= 2e-6 * abs(size)) == ((case.name, "path patching") in UNABLE)
     with pytest.raises(ValueError, match="has no hook_text to patch"):
         patching.path_patch(original, source, "text", "image", metric)
@@ -556,7 +731,13 @@ def test_a_synopsis_is_the_patterns_sums(case: Case) -> None:
     groups = {"upper": upper, "lower": ~upper}
     text = {"circle": prompts.word("circle")}
     found = synopsis.attention_synopsis(
-        case.model, PROMPTS, SEEDS, image_groups=groups, text_groups=text, num_steps=STEPS, guidance=case.guidance
+        case.model,
+        PROMPTS,
+        SEEDS,
+        image_groups=groups,
+        text_groups=text,
+        num_steps=STEPS,
+        guidance=case.guidance,
     )
     name = f"blocks.0.{case.attention}.hook_pattern"
     pattern = case.cached(name, steps=1)[f"steps.1.cond.{name}"]
@@ -565,7 +746,9 @@ def test_a_synopsis_is_the_patterns_sums(case: Case) -> None:
     words = words[:, : pattern.shape[-1] - image]
     keys = pattern[..., image : image + words.shape[1]] * words[:, None, None]
     by_hand = keys[:, :, : layout.n_image][:, :, upper].sum((2, 3))
-    ours = torch.from_numpy(found.sel(layer=0, step=1, branch="cond", image_group="upper", text_group="circle").values)
+    ours = torch.from_numpy(
+        found.sel(layer=0, step=1, branch="cond", image_group="upper", text_group="circle").values
+    )
     assert close(ours, by_hand.to(ours), 1e-4)
 
 
@@ -586,7 +769,9 @@ def test_the_page_is_up_to_date() -> None:
     written = [name for name in globals() if name.startswith("test_") and name not in PAGE_TESTS]
     assert {test.__name__ for test in families.TOOLS.values()} == set(written)
     assert {tool for _, tool in UNABLE} <= set(families.TOOLS)
-    assert families.PAGE.read_text() == families.page(), "run `python -m tests.conformance.families`"
+    assert families.PAGE.read_text() == families.page(), (
+        "run `python -m tests.conformance.families`"
+    )
 
 
 PAGE_TESTS = ("test_a_tool_that_no_family_has_says_so", "test_the_page_is_up_to_date")

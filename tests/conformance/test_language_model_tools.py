@@ -37,18 +37,28 @@ def test_head_detector(model: Any) -> None:
 
 
 @tool(
-    "evals.sanity_check, …", "bind at model", "refuses", check="the error", note="for language models: an image model has no loss"
+    "evals.sanity_check, …",
+    "bind at model",
+    "refuses",
+    check="the error",
+    note="for language models: an image model has no loss",
 )
 def test_evals(model: Any) -> None:
     with pytest.raises(TypeError, match="evals are for language models"):
         evals.sanity_check(model)
     with pytest.raises(TypeError, match="evals are for language models"):
-        evals.evaluate_on_dataset(model, [{"tokens": torch.zeros(1, 4, dtype=torch.long)}], device="cpu")
+        evals.evaluate_on_dataset(
+            model, [{"tokens": torch.zeros(1, 4, dtype=torch.long)}], device="cpu"
+        )
 
 
 @pytest.mark.parametrize("where", ["bind", "at"])
 def test_a_view_has_no_return_type(where: str, bound: Bound, generation: HookedTextToImage) -> None:
-    view, tokens = (bound.view, bound.clean) if where == "bind" else generation.at(0, "red circle", num_steps=2)
+    view, tokens = (
+        (bound.view, bound.clean)
+        if where == "bind"
+        else generation.at(0, "red circle", num_steps=2)
+    )
     equal(view.run_with_cache(tokens, return_type=None)[0], view(tokens))
     equal(view.run_with_hooks(tokens, return_type=None), view(tokens))
     for run in (view.run_with_cache, view.run_with_hooks):
@@ -66,6 +76,11 @@ def test_jacobian_lens(model: Any) -> None:
 
 
 def test_a_scheduler_without_clean_image_prediction() -> None:
-    model = HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=CMStochasticIterativeScheduler()))
-    with pytest.raises(ValueError, match=r"CMStochasticIterativeScheduler forms no clean-image .*: take returns='out'"):
+    model = HookedTextToImage.from_pipeline(
+        tiny_pipeline(scheduler=CMStochasticIterativeScheduler())
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"CMStochasticIterativeScheduler forms no clean-image .*: take returns='out'",
+    ):
         model.at(0, "red circle", num_steps=2, returns="x0")

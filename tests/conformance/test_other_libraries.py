@@ -1,4 +1,6 @@
-"""Other libraries and modes that TransformerLens' users bring along: nnsight, plain torch hooks, strict type checks."""
+"""Other libraries and modes that TransformerLens' users bring along: nnsight, plain torch hooks,
+strict type checks.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ SITES = (
 
 
 @tool(
-    "nnsight.NNsight(model).trace", "model", check="TransformerLens hooks at the same point, read and written", note="every hook"
+    "nnsight.NNsight(model).trace",
+    "model",
+    check="TransformerLens hooks at the same point, read and written",
+    note="every hook",
 )
 @pytest.mark.parametrize("site", SITES)
 def test_nnsight_reads_and_writes_the_same_points(site: str) -> None:
     nnsight = pytest.importorskip("nnsight")
-    dit = HookedDiT(tiny_transformer(num_attention_heads=2, sample_size=4).double()).eval()  # nnsight leaves its mark on a model
+    # nnsight leaves its mark on a model
+    dit = HookedDiT(tiny_transformer(num_attention_heads=2, sample_size=4).double()).eval()
     call = {**bind(dit).call, "return_dict": False}
     name = f"blocks.1.{site}"
     with torch.no_grad():
@@ -54,13 +60,19 @@ def test_nnsight_reads_and_writes_the_same_points(site: str) -> None:
         equal(dit(**call)[0], expected[0])  # nothing is left behind
 
 
-@tool("torch's register_forward_hook on a HookPoint", "model", check="TransformerLens hooks at the same point")
+@tool(
+    "torch's register_forward_hook on a HookPoint",
+    "model",
+    check="TransformerLens hooks at the same point",
+)
 @pytest.mark.parametrize("site", SITES)
 def test_plain_torch_hooks(dit: HookedDiT, site: str) -> None:
     call, name = {**bind(dit).call, "return_dict": False}, f"blocks.1.{site}"
     with torch.no_grad():
         changed = dit.run_with_hooks(**call, fwd_hooks=[(name, lambda tensor, hook: 0.5 * tensor)])
-        handle = dit.hook_dict[name].register_forward_hook(lambda module, args, tensor: 0.5 * tensor)
+        handle = dit.hook_dict[name].register_forward_hook(
+            lambda module, args, tensor: 0.5 * tensor
+        )
         try:
             equal(dit(**call)[0], changed[0])
         finally:
@@ -69,7 +81,9 @@ def test_plain_torch_hooks(dit: HookedDiT, site: str) -> None:
 
 @pytest.mark.slow
 def test_tools_with_strict_type_checks() -> None:
-    """TransformerLens' own annotations enforced at run time, as its test suite does; in a process of its own, at import."""
+    """TransformerLens' own annotations enforced at run time, as its test suite does; in a process
+    of its own, at import.
+    """
     script = textwrap.dedent(
         """
         from jaxtyping import install_import_hook
@@ -94,11 +108,15 @@ def test_tools_with_strict_type_checks() -> None:
         assert attribution_patch(view, tokens[:1], tokens[1:], metric).node_scores
         """
     )
-    done: Any = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
+    done: Any = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_hook_point_nobody_watches_keeps_attention_fused(dit: HookedDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_point_nobody_watches_keeps_attention_fused(
+    dit: HookedDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other way round: without a hook on scores or pattern, the fused kernel runs."""
     calls: list[Tensor] = []
     fused = torch.nn.functional.scaled_dot_product_attention
@@ -110,5 +128,8 @@ def test_a_hook_point_nobody_watches_keeps_attention_fused(dit: HookedDiT, monke
     with torch.no_grad():
         dit(**bind(dit).call)
         assert len(calls) == 4
-        dit.run_with_hooks(**bind(dit).call, fwd_hooks=[("blocks.0.cross_attn.hook_pattern", lambda tensor, hook: None)])
+        dit.run_with_hooks(
+            **bind(dit).call,
+            fwd_hooks=[("blocks.0.cross_attn.hook_pattern", lambda tensor, hook: None)],
+        )
         assert len(calls) == 7

@@ -1,4 +1,6 @@
-"""Reading the output off the residual stream and circuits off the weights: logit lens, DLA, SVD, composition."""
+"""Reading the output off the residual stream and circuits off the weights: logit lens, DLA, SVD,
+composition.
+"""
 
 from __future__ import annotations
 
@@ -39,19 +41,30 @@ def no_grad() -> Any:
 def test_logit_lens(bound: Bound, folded: Bound) -> None:
     output = bound.dit.patches(bound.plain(slice(0, 6)))  # of the unfolded model
     lens = logit_lens(folded.clean_cache, positions=None, incl_mid=True)
-    assert lens.labels == ["0_pre", "0_mid", "0_mid_cross", "1_pre", "1_mid", "1_mid_cross", "final_post"]
+    assert lens.labels == [
+        "0_pre",
+        "0_mid",
+        "0_mid_cross",
+        "1_pre",
+        "1_mid",
+        "1_mid_cross",
+        "final_post",
+    ]
     equal(lens.values[-1], output, 1e-10)
     names = [f"blocks.{i}.hook_resid_{x}" for i in range(2) for x in ("pre", "mid", "mid_cross")]
     for entry, name in zip(lens.values, names, strict=False):
         # an intervention: a model in which everything after this point writes nothing
-        later = [n for n in bound.dit.hook_dict if n.endswith(("attn_out", "mlp_out")) and after(n, name)]
+        later = [
+            n for n in bound.dit.hook_dict if n.endswith(("attn_out", "mlp_out")) and after(n, name)
+        ]
         silent = [(n, lambda tensor, hook: torch.zeros_like(tensor)) for n in later]
         equal(entry, bound.dit.patches(bound.plain(slice(0, 6), silent)), 1e-10)
     equal(
         logit_lens(folded.view, folded.clean, positions=2).values,
         logit_lens(folded.view, folded.clean, positions=None).values[:, :, 2],
     )
-    own = logit_lens(folded.view, folded.clean, positions=None, incl_mid=True)  # caches what TransformerLens knows of
+    # caches what TransformerLens knows of
+    own = logit_lens(folded.view, folded.clean, positions=None, incl_mid=True)
     assert own.labels == [label for label in lens.labels if "cross" not in label]
     equal(own.values, lens.values[[0, 1, 3, 4, 6]])
     equal(folded.clean_cache.logit_lens(positions=None, incl_mid=True).values, lens.values)
@@ -81,12 +94,18 @@ def test_readout_of_any_vector(folded: Bound) -> None:
     variance = vectors.var(-1, unbiased=False, keepdim=True)
     normed = (vectors - vectors.mean(-1, keepdim=True)) / (variance + folded.dit.cfg.eps).sqrt()
     logits = normed @ folded.dit.W_U + folded.dit.b_U
-    equal(found.values.double(), logits.log_softmax(-1), 1e-5)  # TransformerLens takes the softmax in float32
+    # TransformerLens takes the softmax in float32
+    equal(found.values.double(), logits.log_softmax(-1), 1e-5)
     equal(logit_readout(folded.view, vectors, vocab=[1, 0]).values, logits[..., [1, 0]])
-    equal(logit_readout(folded.view, vectors, apply_ln=False).values, vectors @ folded.dit.W_U + folded.dit.b_U)
+    equal(
+        logit_readout(folded.view, vectors, apply_ln=False).values,
+        vectors @ folded.dit.W_U + folded.dit.b_U,
+    )
 
 
-@tool("direct_logit_attribution", "fold", check="components + b_U = the output, 1e-10", note=CHANNELS)
+@tool(
+    "direct_logit_attribution", "fold", check="components + b_U = the output, 1e-10", note=CHANNELS
+)
 @pytest.mark.parametrize("position", [-1, 1, None])
 def test_direct_attribution(bound: Bound, folded: Bound, position: int | None) -> None:
     output = bound.dit.patches(bound.plain(slice(0, 6)))
@@ -96,16 +115,26 @@ def test_direct_attribution(bound: Bound, folded: Bound, position: int | None) -
         if minus is not None:
             expected = expected - (output[:, at, minus] - folded.dit.b_U[minus])
         for unit in ("component", "head", "layer"):
-            found = direct_logit_attribution(folded.view, folded.clean, channel, minus, unit=unit, pos=position)
+            found = direct_logit_attribution(
+                folded.view, folded.clean, channel, minus, unit=unit, pos=position
+            )
             assert found.attribution.shape == (len(found.labels), *expected.shape)
             total = found.attribution[-1] if unit == "layer" else found.attribution.sum(0)
             equal(total, expected, 1e-10)
         parts = direct_logit_attribution(
-            folded.view, answer_tokens=channel, incorrect_tokens=minus, pos=position, cache=folded.clean_cache
+            folded.view,
+            answer_tokens=channel,
+            incorrect_tokens=minus,
+            pos=position,
+            cache=folded.clean_cache,
         )
         direction = folded.dit.W_U[:, channel] - (0 if minus is None else folded.dit.W_U[:, minus])
         write = bound.clean_cache["cross_attn_out", 1]
-        by_hand = ((write - write.mean(-1, keepdim=True)) / bound.clean_cache["ln_final.hook_scale"] @ direction)[:, at]
+        by_hand = (
+            (write - write.mean(-1, keepdim=True))
+            / bound.clean_cache["ln_final.hook_scale"]
+            @ direction
+        )[:, at]
         equal(parts.attribution[parts.labels.index("1_cross_attn_out")], by_hand, 1e-10)
 
 
@@ -113,7 +142,9 @@ def test_direct_attribution(bound: Bound, folded: Bound, position: int | None) -
 @tool("logit_lens.logit_readout", "bind at", "refuses", check="the error", note=FOLD)
 @tool("direct_logit_attribution", "bind at", "refuses", check="the error", note=FOLD)
 @tool("SVDInterpreter", "bind at", "refuses", check="the error", note=FOLD)
-def test_readouts_need_a_folded_model(bound: Bound, folded: Bound, generation: HookedTextToImage) -> None:
+def test_readouts_need_a_folded_model(
+    bound: Bound, folded: Bound, generation: HookedTextToImage
+) -> None:
     step_view, step_tokens = generation.at(0, "red circle", num_steps=2)
     for view, tokens in ((bound.view, bound.clean), (step_view, step_tokens)):
         for call in (
@@ -124,8 +155,11 @@ def test_readouts_need_a_folded_model(bound: Bound, folded: Bound, generation: H
         ):
             with pytest.raises(NotFoldedError, match=r"fold_timestep\(t\)"):
                 call()
-    view, tokens = folded.dit.bind(*(folded.call[x] for x in ("hidden_states", "timestep", "encoder_hidden_states")))
-    with pytest.raises(ValueError, match="readout is not that path"):  # an image has no logits by position
+    view, tokens = folded.dit.bind(
+        *(folded.call[x] for x in ("hidden_states", "timestep", "encoder_hidden_states"))
+    )
+    # an image has no logits by position
+    with pytest.raises(ValueError, match="readout is not that path"):
         logit_lens(view, tokens)
     with pytest.raises(TypeError, match="output channels are numbers"):
         direct_logit_attribution(folded.view, folded.clean, "red")
@@ -145,10 +179,14 @@ def test_singular_vectors(folded: Bound, count: int) -> None:
     for model in (folded.dit, folded.view):
         interpreter = SVDInterpreter(model)
         for layer, block in enumerate(folded.dit.blocks):
-            matrices = {("OV", head): block.attn.W_V[head] @ block.attn.W_O[head] for head in range(2)}
+            matrices = {
+                ("OV", head): block.attn.W_V[head] @ block.attn.W_O[head] for head in range(2)
+            }
             matrices |= {("w_in", None): block.mlp.W_in.T, ("w_out", None): block.mlp.W_out}
             for (kind, head), matrix in matrices.items():
-                found = interpreter.get_singular_vectors(kind, layer, num_vectors=count, head_index=head)
+                found = interpreter.get_singular_vectors(
+                    kind, layer, num_vectors=count, head_index=head
+                )
                 directions = torch.linalg.svd(matrix)[2][:count]
                 equal(found[:, 0].abs(), (folded.dit.W_U.T @ directions.T).abs(), 1e-9)
                 assert found.shape == (folded.dit.cfg.d_vocab, 1, count)
@@ -164,13 +202,17 @@ def frobenius(left: Tensor, right: Tensor) -> Tensor:
     "utilities.composition_scores",
     "fold",
     check="dense matrices",
-    note="`dit.QK`, `dit.OV`, `dit.cross_QK`, `dit.cross_OV`; cross-attention ones are exact unfolded too",
+    note=(
+        "`dit.QK`, `dit.OV`, `dit.cross_QK`, `dit.cross_OV`; cross-attention ones are exact "
+        "unfolded too"
+    ),
 )
 def test_composition_of_heads(dit: HookedDiT, folded: Bound) -> None:
     pairs = {
         "OV → QK": (folded.dit.OV, folded.dit.QK),
         "OV → OV": (folded.dit.OV, folded.dit.OV),
-        "cross OV → cross QK": (dit.cross_OV, dit.cross_QK),  # the text's head → head link, through the image
+        # the text's head → head link, through the image
+        "cross OV → cross QK": (dit.cross_OV, dit.cross_QK),
         "cross OV → QK": (dit.cross_OV, folded.dit.QK),
     }
     for left, right in pairs.values():
@@ -179,18 +221,29 @@ def test_composition_of_heads(dit: HookedDiT, folded: Bound) -> None:
         for a, b, c, d in product(range(2), repeat=4):
             equal(found[a, b, c, d], frobenius(left.AB[a, b], right.AB[c, d]), 1e-10)
     _, cache = folded.dit.run_with_cache(**folded.call)
-    for layer, head in product(range(2), range(2)):  # and that is what runs: q kᵀ of the centred, scaled stream
+    # and that is what runs: q kᵀ of the centred, scaled stream
+    for layer, head in product(range(2), range(2)):
         x, c = cache[f"blocks.{layer}.ln1.hook_normalized"], cache["hook_caption"]
         attn, text = folded.dit.blocks[layer].attn, folded.dit.blocks[layer].cross_attn
-        moved = x @ folded.dit.QK.AB[layer, head] @ x.mT + (x @ attn.W_Q[head] @ attn.b_K[head])[:, :, None]
-        moved = moved + (x @ attn.W_K[head] @ attn.b_Q[head])[:, None] + attn.b_Q[head] @ attn.b_K[head]
+        moved = (
+            x @ folded.dit.QK.AB[layer, head] @ x.mT
+            + (x @ attn.W_Q[head] @ attn.b_K[head])[:, :, None]
+        )
+        moved = (
+            moved + (x @ attn.W_K[head] @ attn.b_Q[head])[:, None] + attn.b_Q[head] @ attn.b_K[head]
+        )
         equal(cache["attn_scores", layer][:, head], moved * 8**-0.5, 1e-10)
         values = cache["pattern", layer, "cross_attn"][:, head] @ (c @ dit.cross_OV.AB[layer, head])
         bias = text.b_V[head] @ text.W_O[head]
         equal(values + bias, cache["z", layer, "cross_attn"][:, :, head] @ text.W_O[head], 1e-10)
 
 
-@tool("FactoredMatrix", "model", check="dense matrices", note="eigenvalues need d_caption = d_model, which PixArt has")
+@tool(
+    "FactoredMatrix",
+    "model",
+    check="dense matrices",
+    note="eigenvalues need d_caption = d_model, which PixArt has",
+)
 @pytest.mark.parametrize("circuit", ["QK", "OV", "cross_QK", "cross_OV"])
 def test_factored_matrices(dit: HookedDiT, circuit: str) -> None:
     factored: FactoredMatrix = getattr(dit, circuit)

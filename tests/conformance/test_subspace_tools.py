@@ -22,11 +22,17 @@ AT = torch.tensor([0, 3, 1, 2, 2, 0])
 @tool("interchange.collect_activations", "bind fold", check="the cache")
 def test_collected_activations(bound: Bound, folded: Bound) -> None:
     for model in (bound, folded):
-        found = tl.collect_activations(model.view, SITE, model.clean, model.view, positions=AT, batch_size=4)
+        found = tl.collect_activations(
+            model.view, SITE, model.clean, model.view, positions=AT, batch_size=4
+        )
         equal(found, model.clean_cache[SITE][torch.arange(ROWS), AT])
 
 
-@tool("interchange.run_with_intervention, intervened_logits, SubspaceInterchange", "bind", check="a plain hook")
+@tool(
+    "interchange.run_with_intervention, intervened_logits, SubspaceInterchange",
+    "bind",
+    check="a plain hook",
+)
 @tool(
     "interchange.NormMatchedPlacebo, random_basis, mean_difference_basis, probe_basis",
     "bind",
@@ -38,8 +44,11 @@ def test_interchange_at_a_position(bound: Bound) -> None:
     labels = ["clean"] * ROWS + ["corrupted"] * ROWS
     direction = source.mean(0) - activations[ROWS:].mean(0)
     difference = tl.mean_difference_basis(activations, labels)
-    equal((difference.double()[:, 0] @ direction).abs(), direction.norm(), 1e-5)  # TransformerLens computes it in float32
-    equal((tl.probe_basis(direction[None]).double()[:, 0] @ direction).abs(), direction.norm(), 1e-5)
+    # TransformerLens computes it in float32
+    equal((difference.double()[:, 0] @ direction).abs(), direction.norm(), 1e-5)
+    equal(
+        (tl.probe_basis(direction[None]).double()[:, 0] @ direction).abs(), direction.norm(), 1e-5
+    )
     basis = tl.random_basis(16, 3, seed=1)
     exchange = tl.SubspaceInterchange(basis, strength=0.7)
     for step in (exchange, tl.NormMatchedPlacebo(exchange, tl.random_basis(16, 3, seed=2))):
@@ -60,7 +69,11 @@ def test_interchange_at_a_position(bound: Bound) -> None:
         assert (expected - bound.plain()).abs().max() > 1e-2
 
 
-@tool("interchange.neuron_basis, random_neuron_basis", "bind", check="a plain hook that sets the neurons")
+@tool(
+    "interchange.neuron_basis, random_neuron_basis",
+    "bind",
+    check="a plain hook that sets the neurons",
+)
 def test_interchange_of_neurons(bound: Bound) -> None:
     site, neurons, d_mlp = "blocks.0.mlp.hook_post", [5, 40], bound.dit.cfg.d_mlp
     source = tl.collect_activations(bound.view, site, bound.clean, bound.view, positions=AT)
@@ -72,7 +85,9 @@ def test_interchange_of_neurons(bound: Bound) -> None:
             changed[row, position, neurons] = source[row, neurons]
         return changed
 
-    found = tl.run_with_intervention(bound.view, site, step, bound.corrupted, source, bound.view, positions=AT)
+    found = tl.run_with_intervention(
+        bound.view, site, step, bound.corrupted, source, bound.view, positions=AT
+    )
     equal(found, bound.plain(hooks=[(site, hook)]))
     placebo = tl.random_neuron_basis(d_mlp, 2, seed=0, exclude=neurons)
     assert placebo.sum() == 2
@@ -84,7 +99,9 @@ LAST, POSITION = "blocks.1.hook_resid_post", 2
 
 @pytest.fixture(scope="module")
 def planted(dit: HookedDiT) -> dict[str, Any]:
-    """A task with a known answer: in which of five ranges does the last residual lie along one direction?"""
+    """A task with a known answer: in which of five ranges does the last residual lie along one
+    direction?
+    """
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(240, 4, 4, 4, generator=generator, dtype=torch.float64)
     text = torch.randn(240, 3, dit.cfg.d_text, generator=generator, dtype=torch.float64)
@@ -100,13 +117,20 @@ def planted(dit: HookedDiT) -> dict[str, Any]:
         def read(tensor: Tensor, hook: Any) -> None:
             seen.append(tensor[:, POSITION] @ direction)
 
-        with view.hooks([(LAST, read)]):  # attached after an intervention there, so it reads what that has left
+        # attached after an intervention there, so it reads what that has left
+        with view.hooks([(LAST, read)]):
             view(tokens)
         return -10 * (seen[0][:, None] - centres) ** 2
 
     with torch.no_grad():
         classes = task(tokens).argmax(1)
-    return {"view": view, "tokens": tokens, "task": task, "classes": classes, "direction": direction}
+    return {
+        "view": view,
+        "tokens": tokens,
+        "task": task,
+        "classes": classes,
+        "direction": direction,
+    }
 
 
 @tool(
@@ -119,9 +143,17 @@ def test_das_finds_a_planted_direction(dit: HookedDiT, planted: dict[str, Any]) 
     view, tokens, task, classes = (planted[name] for name in ("view", "tokens", "task", "classes"))
     bases, sources = slice(0, 100), slice(100, 200)
     places = torch.full((100,), POSITION)
-    where = {"base_positions": places, "source_positions": places, "rank": 1, "lr": 0.03, "batch_size": 25}
+    where = {
+        "base_positions": places,
+        "source_positions": places,
+        "rank": 1,
+        "lr": 0.03,
+        "batch_size": 25,
+    }
     flags = [p.requires_grad for p in dit.parameters()]
-    found = tl.fit_das(view, LAST, tokens[bases], tokens[sources], classes[sources], task, epochs=25, **where)
+    found = tl.fit_das(
+        view, LAST, tokens[bases], tokens[sources], classes[sources], task, epochs=25, **where
+    )
     assert abs(float(found.basis[:, 0].double() @ planted["direction"])) > 0.99
     assert found.losses[-1] < found.losses[0]
     assert [p.requires_grad for p in dit.parameters()] == flags
@@ -131,19 +163,27 @@ def test_das_finds_a_planted_direction(dit: HookedDiT, planted: dict[str, Any]) 
         """On pairs that were not trained on."""
         base, source, at = tokens[200:220], tokens[220:], torch.full((20,), POSITION)
         activations = tl.collect_activations(view, LAST, source, task, positions=at)
-        logits = tl.intervened_logits(view, LAST, tl.SubspaceInterchange(basis), base, activations, task, positions=at)
+        logits = tl.intervened_logits(
+            view, LAST, tl.SubspaceInterchange(basis), base, activations, task, positions=at
+        )
         return float((logits.argmax(1) == classes[220:]).float().mean())
 
     assert accuracy(planted["direction"][:, None]) == 1
     assert accuracy(found.basis) > 0.9
     assert accuracy(tl.random_basis(16, 1, seed=0)) < 0.6
     labels = tl.arbitrary_targets([f"row {row}" for row in range(100, 200)], 5, seed=0)
-    control = tl.fit_das(view, LAST, tokens[bases], tokens[sources], labels, task, epochs=5, **where)
+    control = tl.fit_das(
+        view, LAST, tokens[bases], tokens[sources], labels, task, epochs=5, **where
+    )
     assert accuracy(control.basis) < 0.6
     assert all(p.grad is None for p in dit.parameters())
 
 
-@tool("interchange.reinitialized", "model", check="every parameter is new, the trained model unchanged")
+@tool(
+    "interchange.reinitialized",
+    "model",
+    check="every parameter is new, the trained model unchanged",
+)
 @tool(
     "interchange.reinitialized",
     "bind fold",
@@ -157,9 +197,17 @@ def test_random_initialisation_as_a_control(bound: Bound, folded: Bound) -> None
     for name, parameter in fresh.named_parameters():
         assert not torch.equal(parameter, before[name]), name
         assert torch.equal(bound.dit.get_parameter(name), before[name]), name
-    view, tokens = fresh.bind(*(bound.call[x] for x in ("hidden_states", "timestep", "encoder_hidden_states")))
+    view, tokens = fresh.bind(
+        *(bound.call[x] for x in ("hidden_states", "timestep", "encoder_hidden_states"))
+    )
     out = view(tokens[:2])
-    equal(out, fresh.wrapped(**{k: v[:2] for k, v in bound.call.items() if k != "encoder_attention_mask"}, return_dict=False)[0])
+    equal(
+        out,
+        fresh.wrapped(
+            **{k: v[:2] for k, v in bound.call.items() if k != "encoder_attention_mask"},
+            return_dict=False,
+        )[0],
+    )
     assert (out - bound.view(bound.tokens[:2])).abs().max() > 1e-2
     again: Any = tl.reinitialized(bound.dit, seed=0)
     assert torch.equal(again.proj_out.weight, fresh.proj_out.weight)

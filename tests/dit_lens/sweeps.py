@@ -14,7 +14,11 @@ from hooked_models import HookedTextToImage
 
 from ..hooked_models.pipelines import tiny_pipeline
 
-PROMPTS = ["red circle is above blue square", "blue square is above circle red", "circle is left of red square"]
+PROMPTS = [
+    "red circle is above blue square",
+    "blue square is above circle red",
+    "circle is left of red square",
+]
 SEEDS = [3, 4]
 STEPS = 3
 
@@ -33,15 +37,23 @@ METRICS = {"image": sweep.Metric(pixels), "latent": sweep.Metric(pixels, on="lat
 
 
 def durable() -> dict[str, Intervention]:
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), steps=range(STEPS))
+    cells = sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), steps=range(STEPS)
+    )
     return {
         **cells,
         "mean": Intervention("blocks.0.attn.hook_z", steps=1, action="mean"),
         "untouched": Intervention(
-            "blocks.0.cross_attn.hook_pattern", tokens=[[True] + [False] * 6] + [[False] * 7] * 2, steps=1, missing="ignore"
+            "blocks.0.cross_attn.hook_pattern",
+            tokens=[[True] + [False] * 6] + [[False] * 7] * 2,
+            steps=1,
+            missing="ignore",
         ),
     }
 
 
 def shards(folder: Path) -> pd.DataFrame:
-    return pd.concat([pd.read_parquet(path) for path in sorted(folder.glob("cells-*.parquet"))], ignore_index=True)
+    return pd.concat(
+        [pd.read_parquet(path) for path in sorted(folder.glob("cells-*.parquet"))],
+        ignore_index=True,
+    )

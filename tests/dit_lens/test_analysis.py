@@ -1,4 +1,6 @@
-"""Token roles, position-by-word maps, head screening and intervals, each against something independent."""
+"""Token roles, position-by-word maps, head screening and intervals, each against something
+independent.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_roles_of_every_caption_agree_with_the_scene(monkeypatch):
         assert len(found) == 20
         assert found[len(words)] == "eos"
         assert set(found[len(words) + 1 :]) == {"pad"}
-        by_role = {role: [w for w, r in zip(words, found, strict=False) if r == role] for role in found}
+        by_role = {
+            role: [w for w, r in zip(words, found, strict=False) if r == role] for role in found
+        }
         assert by_role["shape1"] == [scene.shape1]
         assert by_role["shape2"] == [scene.shape2]
         assert by_role.get("color1", []) == ([scene.color1] if scene.names_color1 else [])
@@ -50,9 +54,9 @@ def test_roles_of_every_caption_agree_with_the_scene(monkeypatch):
             "left": "x",
             "right": "x",
         }
-        assert [axes[w] for w in by_role["relation"]] == ["y"] * (scene.relation not in ("left", "right")) + ["x"] * (
-            scene.relation not in ("above", "below")
-        )
+        assert [axes[w] for w in by_role["relation"]] == ["y"] * (
+            scene.relation not in ("left", "right")
+        ) + ["x"] * (scene.relation not in ("above", "below"))
 
 
 def test_a_word_of_several_tokens_gives_each_its_role(model, monkeypatch):
@@ -71,7 +75,10 @@ def test_role_masks_are_padded_like_the_tokens(model):
     texts = ["red circle is above blue square", "circle is left of square"]
     mask = prompts.role_mask(model, texts, "relation")
     assert mask.shape == model.to_tokens(texts).shape
-    assert [[model.to_str_tokens(t)[i] for i in row.nonzero().flatten()] for t, row in zip(texts, mask, strict=True)] == [
+    assert [
+        [model.to_str_tokens(t)[i] for i in row.nonzero().flatten()]
+        for t, row in zip(texts, mask, strict=True)
+    ] == [
         ["▁above"],
         ["▁left"],
     ]
@@ -81,21 +88,31 @@ def test_role_masks_are_padded_like_the_tokens(model):
 
 
 def test_a_position_word_map_is_an_exact_term_of_the_attention_score(model):
-    """Add E_pos to the residual stream: the scores change by exactly the map (its query part, over √d_head)."""
+    """Add E_pos to the residual stream: the scores change by exactly the map (its query part, over
+    √d_head).
+    """
     dit = model.dit
     vector = model.text_encoder.W_E[3]
     maps = circuits.position_word_maps(dit, vector[None])
     for layer, block in enumerate(dit.blocks):
         attn = block.cross_attn
-        residual = torch.randn(1, len(dit.W_pos), dit.cfg.d_model, generator=torch.Generator().manual_seed(layer))
+        residual = torch.randn(
+            1, len(dit.W_pos), dit.cfg.d_model, generator=torch.Generator().manual_seed(layer)
+        )
         caption = dit.project_caption(vector[None, None])
 
         def scores(x, attn=attn, caption=caption):
-            both = torch.einsum("bqhe,bkhe->hqk", attn.queries(x), attn.keys(torch.cat([caption, 0 * caption], dim=1)))
-            return both[..., 0] - both[..., 1]  # against a key of nothing but the bias: what a pattern can depend on
+            both = torch.einsum(
+                "bqhe,bkhe->hqk",
+                attn.queries(x),
+                attn.keys(torch.cat([caption, 0 * caption], dim=1)),
+            )
+            # against a key of nothing but the bias: what a pattern can depend on
+            return both[..., 0] - both[..., 1]
 
         difference = scores(residual + dit.W_pos) - scores(residual)
-        bias = scores(torch.zeros_like(residual))  # the map has the query bias, the difference has not
+        # the map has the query bias, the difference has not
+        bias = scores(torch.zeros_like(residual))
         assert torch.allclose(difference + bias, maps[layer, :, 0], atol=1e-4)
         assert difference.std() > 0.01
 
@@ -104,7 +121,10 @@ def test_map_of_one_head_is_a_picture(model):
     vector = model.text_encoder.W_E[4]
     picture = circuits.position_word_map(model.dit, "L1H0", vector)
     assert picture.dims == ("y", "x")
-    assert np.allclose(picture.values.ravel(), circuits.position_word_maps(model.dit, vector[None])[1, 0, 0].detach())
+    assert np.allclose(
+        picture.values.ravel(),
+        circuits.position_word_maps(model.dit, vector[None])[1, 0, 0].detach(),
+    )
     with pytest.raises(ValueError, match="2 layers of 2 heads"):
         circuits.position_word_map(model.dit, "L2H0", vector)
     with pytest.raises(ValueError, match="such as 'L2H8'"):
@@ -114,14 +134,16 @@ def test_map_of_one_head_is_a_picture(model):
 
 def test_a_words_vector_is_its_row_plus_its_place(model):
     encoder = model.text_encoder
-    expected = encoder.W_E[8] + encoder.wrapped.position_code(4)[3]  # "red circle is above …": the fourth token
+    # "red circle is above …": the fourth token
+    expected = encoder.W_E[8] + encoder.wrapped.position_code(4)[3]
     assert torch.allclose(screening.word_vector(model, "above"), expected)
     with pytest.raises(ValueError, match="needs a"):
         screening.word_vector(model, "above", "red circle")
 
 
 def test_the_ramp_is_the_papers_template():
-    assert screening.ramp((1, 0), 8).norm().item() == pytest.approx(5.237, abs=1e-3)  # arXiv 2601.06338, appendix B.7
+    # arXiv 2601.06338, appendix B.7
+    assert screening.ramp((1, 0), 8).norm().item() == pytest.approx(5.237, abs=1e-3)
     left = screening.ramp((-1, 0), 8).reshape(8, 8)
     assert (left[:, 0] > left[:, -1]).all()
     assert (left[0] == left[5]).all()
@@ -133,8 +155,10 @@ def test_the_ramp_is_the_papers_template():
 def plant(dit: HookedDiT, layer: int, head: int, vectors: dict[str, torch.Tensor]) -> None:
     """Set one head's queries to the position's coordinates and its keys to the word's direction."""
     side = dit.cfg.sample_size // dit.cfg.patch_size
-    coordinates = torch.stack([screening.ramp((1, 0), side), screening.ramp((0, 1), side)], dim=1)  # [pos 2]
-    directions = torch.tensor([screening.WORD_DIRECTIONS[w] for w in vectors], dtype=torch.float64)  # [word 2]
+    # [pos 2]
+    coordinates = torch.stack([screening.ramp((1, 0), side), screening.ramp((0, 1), side)], dim=1)
+    # [word 2]
+    directions = torch.tensor([screening.WORD_DIRECTIONS[w] for w in vectors], dtype=torch.float64)
     captions = dit.project_caption(torch.stack(list(vectors.values()))).double()
     attn = dit.blocks[layer].cross_attn
     with torch.no_grad():
@@ -142,8 +166,13 @@ def plant(dit: HookedDiT, layer: int, head: int, vectors: dict[str, torch.Tensor
         attn.W_K[head].zero_()
         attn.b_Q[head].zero_()
         attn.b_K[head].zero_()
-        attn.W_Q[head][:, :2] = 20 * torch.linalg.lstsq(dit.W_pos.double(), coordinates, driver="gelsd").solution.float()
-        attn.W_K[head][:, :2] = torch.linalg.lstsq(captions, directions, driver="gelsd").solution.float()
+        attn.W_Q[head][:, :2] = (
+            20
+            * torch.linalg.lstsq(dit.W_pos.double(), coordinates, driver="gelsd").solution.float()
+        )
+        attn.W_K[head][:, :2] = torch.linalg.lstsq(
+            captions, directions, driver="gelsd"
+        ).solution.float()
 
 
 RELATIONS = [str(relation) for relation in scenes.DIRECTIONS]
@@ -157,8 +186,14 @@ def relation_vectors() -> dict[str, torch.Tensor]:
 
 
 def test_screening_numbers_are_those_of_the_written_out_maps(model, relation_vectors):
-    table = screening.screen_heads(model.dit, relation_vectors, null_draws=2).set_index(["layer", "head"])
-    maps = circuits.position_word_maps(model.dit, torch.stack(list(relation_vectors.values()))).double().detach()
+    table = screening.screen_heads(model.dit, relation_vectors, null_draws=2).set_index(
+        ["layer", "head"]
+    )
+    maps = (
+        circuits.position_word_maps(model.dit, torch.stack(list(relation_vectors.values())))
+        .double()
+        .detach()
+    )
     maps = maps - maps.mean(-1, keepdim=True)
     ramps = torch.stack([screening.ramp(scenes.DIRECTIONS[r], 8) for r in scenes.DIRECTIONS])
     ramps = ramps / ramps.norm(dim=1, keepdim=True)
@@ -167,10 +202,14 @@ def test_screening_numbers_are_those_of_the_written_out_maps(model, relation_vec
         row = table.loc[(layer, head)]
         assert row.projection == pytest.approx(projection[layer, head].mean().item(), rel=1e-4)
         assert row.energy == pytest.approx(maps[layer, head].norm(dim=-1).mean().item(), rel=1e-4)
-        assert row.cosine == pytest.approx((projection / maps.norm(dim=-1))[layer, head].mean().item(), rel=1e-4)
+        assert row.cosine == pytest.approx(
+            (projection / maps.norm(dim=-1))[layer, head].mean().item(), rel=1e-4
+        )
 
 
-def test_screening_finds_the_planted_heads_of_either_sign_and_its_control_does_not(relation_vectors):
+def test_screening_finds_the_planted_heads_of_either_sign_and_its_control_does_not(
+    relation_vectors,
+):
     model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
     blank = screening.screen_heads(model.dit, relation_vectors)
     assert blank.cosine.abs().max() < 0.9
@@ -184,21 +223,38 @@ def test_screening_finds_the_planted_heads_of_either_sign_and_its_control_does_n
     assert table.index[:2].sort_values().tolist() == [(0, 1), (1, 0)]
     assert (table.p[:2] < 0.01).all()
     assert table.cosine[2:].abs().max() < 0.9
-    rotated = {word: relation_vectors[RELATIONS[i - 3]] for i, word in enumerate(RELATIONS)}  # the same maps, the wrong ramps
-    assert abs(screening.screen_heads(model.dit, rotated).set_index(["layer", "head"]).loc[(1, 0)].cosine) < 0.8
+    # the same maps, the wrong ramps
+    rotated = {word: relation_vectors[RELATIONS[i - 3]] for i, word in enumerate(RELATIONS)}
+    assert (
+        abs(
+            screening.screen_heads(model.dit, rotated)
+            .set_index(["layer", "head"])
+            .loc[(1, 0)]
+            .cosine
+        )
+        < 0.8
+    )
     with pytest.raises(ValueError, match="sideways has no direction"):
         screening.screen_heads(model.dit, {"sideways": relation_vectors["left"]})
 
 
 def test_a_ramp_that_is_the_same_for_every_word_is_no_relation_head(relation_vectors):
     """However unevenly the words' directions are chosen."""
-    up_twice = {word: relation_vectors[word] for word in ("above", "upper_left", "upper_right", "left", "right")}
+    up_twice = {
+        word: relation_vectors[word]
+        for word in ("above", "upper_left", "upper_right", "left", "right")
+    }
     model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
     plant(model.dit, 1, 0, relation_vectors)
-    attn, caption = model.dit.blocks[1].cross_attn, model.dit.project_caption(torch.stack(list(up_twice.values())))
+    attn, caption = (
+        model.dit.blocks[1].cross_attn,
+        model.dit.project_caption(torch.stack(list(up_twice.values()))),
+    )
     with torch.no_grad():
         attn.W_K[0].zero_()
-        attn.W_K[0][:, 1] = -20 * torch.linalg.lstsq(caption, torch.ones(5, 1), driver="gelsd").solution[:, 0]
+        attn.W_K[0][:, 1] = (
+            -20 * torch.linalg.lstsq(caption, torch.ones(5, 1), driver="gelsd").solution[:, 0]
+        )
     row = screening.screen_heads(model.dit, up_twice).set_index(["layer", "head"]).loc[(1, 0)]
     assert row.cosine > 0.4
     assert row.p > 0.2
@@ -206,7 +262,9 @@ def test_a_ramp_that_is_the_same_for_every_word_is_no_relation_head(relation_vec
 
 @pytest.mark.parametrize("at", ["text", "caption"])
 def test_p_values_are_uniform_or_larger_without_a_relation_head(at):
-    """Random words in a random model: 4 heads × 60 draws of words, p ≤ 0.1 in about a tenth of them or less."""
+    """Random words in a random model: 4 heads × 60 draws of words, p ≤ 0.1 in about a tenth of them
+    or less.
+    """
     model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
     generator = torch.Generator().manual_seed(0)
     found = []
@@ -222,9 +280,21 @@ def test_p_values_are_uniform_or_larger_without_a_relation_head(at):
 
 
 def test_gains_are_slopes_of_the_written_out_maps(model, relation_vectors):
-    caption = dict(zip(RELATIONS, model.dit.project_caption(torch.stack(list(relation_vectors.values()))), strict=True))
-    table = screening.screen_axes(model.dit, screening.half_differences(caption, list(screening.ENDS)))
-    maps = circuits.position_word_maps(model.dit, torch.stack(list(relation_vectors.values()))).double().detach()
+    caption = dict(
+        zip(
+            RELATIONS,
+            model.dit.project_caption(torch.stack(list(relation_vectors.values()))),
+            strict=True,
+        )
+    )
+    table = screening.screen_axes(
+        model.dit, screening.half_differences(caption, list(screening.ENDS))
+    )
+    maps = (
+        circuits.position_word_maps(model.dit, torch.stack(list(relation_vectors.values())))
+        .double()
+        .detach()
+    )
     maps = dict(zip(RELATIONS, maps.movedim(2, 0), strict=True))
     for axis, (plus, minus) in screening.ENDS.items():
         ramp = screening.ramp(scenes.DIRECTIONS[plus], 8)
@@ -239,8 +309,19 @@ def test_a_head_of_one_axis_is_found_on_that_axis_alone(relation_vectors):
     plant(model.dit, 1, 0, relation_vectors)
     with torch.no_grad():
         model.dit.blocks[1].cross_attn.W_Q[0][:, 1].zero_()  # the column that reads y
-    caption = dict(zip(RELATIONS, model.dit.project_caption(torch.stack(list(relation_vectors.values()))), strict=True))
-    first = screening.screen_axes(model.dit, screening.half_differences(caption)).groupby("axis").nth(0).set_index("axis")
+    caption = dict(
+        zip(
+            RELATIONS,
+            model.dit.project_caption(torch.stack(list(relation_vectors.values()))),
+            strict=True,
+        )
+    )
+    first = (
+        screening.screen_axes(model.dit, screening.half_differences(caption))
+        .groupby("axis")
+        .nth(0)
+        .set_index("axis")
+    )
     assert tuple(first.loc["horizontal", ["layer", "head"]]) == (1, 0)
     assert first.loc["horizontal", "share"] > 0.9
     assert first.loc["horizontal", "cosine"] > 0.95
@@ -262,12 +343,21 @@ def test_p_of_an_axis_is_uniform_or_larger_without_a_relation_head(model):
 
 def test_phrases_are_compared_token_by_token():
     model = HookedTextToImage.from_pretrained("rte-nano")
-    words = {w: model.dit.project_caption(screening.word_vector(model, w)[None])[0] for w in ("above", "below")}
+    words = {
+        w: model.dit.project_caption(screening.word_vector(model, w)[None])[0]
+        for w in ("above", "below")
+    }
     of_words = screening.phrase_contrasts(model, {"vertical": ("below", "above")})["vertical"]
     torch.testing.assert_close(of_words, (words["below"] - words["above"]) / 2)
-    longer = screening.phrase_contrasts(model, {"vertical": ("directly below", "directly above")})["vertical"]
-    last = [model.dit.project_caption(screening.word_vector(model, f"directly {w}")[None])[0] for w in ("below", "above")]
-    torch.testing.assert_close(longer, (last[0] - last[1]) / 2, atol=1e-5, rtol=1e-4)  # "directly" is the same in both
+    longer = screening.phrase_contrasts(model, {"vertical": ("directly below", "directly above")})[
+        "vertical"
+    ]
+    last = [
+        model.dit.project_caption(screening.word_vector(model, f"directly {w}")[None])[0]
+        for w in ("below", "above")
+    ]
+    # "directly" is the same in both
+    torch.testing.assert_close(longer, (last[0] - last[1]) / 2, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="number of tokens"):
         screening.phrase_contrasts(model, {"vertical": ("below", "directly above")})
 

@@ -1,4 +1,6 @@
-"""What the command line adds to the functions that it calls: a table, a way to go on, and no waiting for torch."""
+"""What the command line adds to the functions that it calls: a table, a way to go on, and no
+waiting for torch.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_help_waits_for_nothing_heavy():
     """Of any command: tyro reads all of them."""
-    code = "import sys; sys.argv = ['dit-lens', 'sweep', '--help']\nfrom dit_lens import cli\ntry: cli.main()\n"
+    code = (
+        "import sys; sys.argv = ['dit-lens', 'sweep', '--help']\nfrom dit_lens import cli\ntry: "
+        "cli.main()\n"
+    )
     code += "except SystemExit: print(*sorted({'torch', 'diffusers', 'transformers', 'pandas'} & set(sys.modules)), 'loaded')"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert "--explain" in printed
     assert printed.splitlines()[-1].split() == ["loaded"]
 
@@ -54,12 +61,16 @@ def test_a_sweep_prints_its_strongest_cells_and_goes_on(folder, monkeypatch, cap
     model = HookedTextToImage.from_pretrained(folder)
     cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), steps=range(3))
     metric = sweep.Metric(sweep.displacement, given=("baseline",))
-    found = sweep.run(model, PROMPTS, 0, cells, {"displacement": metric}, num_steps=3)["displacement_effect"]
+    found = sweep.run(model, PROMPTS, 0, cells, {"displacement": metric}, num_steps=3)[
+        "displacement_effect"
+    ]
     strongest = found.sel(interval="mean").to_series().sort_values(ascending=False)
     assert len(printed.splitlines()) == 2 + 2
     for label, value in strongest.head(2).items():
         line = next(line for line in printed.splitlines() if label in line)
-        assert [float(part) for part in line.split()[-3:]] == found.sel(intervention=label).round(4).values.tolist()
+        assert [float(part) for part in line.split()[-3:]] == found.sel(intervention=label).round(
+            4
+        ).values.tolist()
         assert f"{value:.4f}".rstrip("0") in line
     ran = []
     monkeypatch.setattr(HookedTextToImage, "denoise", lambda *args: ran.append(1))
@@ -70,7 +81,11 @@ def test_a_sweep_prints_its_strongest_cells_and_goes_on(folder, monkeypatch, cap
     dit_lens(monkeypatch, "sweep", folder, *options, "--out", str(tmp_path / "cells.csv"))
     table = pd.read_csv(tmp_path / "cells.csv")
     assert table["intervention"].tolist() == strongest.index.tolist()  # all of them
-    np.testing.assert_allclose(table["low"], found.sel(interval="low", intervention=table["intervention"].values), atol=1e-6)
+    np.testing.assert_allclose(
+        table["low"],
+        found.sel(interval="low", intervention=table["intervention"].values),
+        atol=1e-6,
+    )
 
 
 def test_a_sweep_is_explained_before_it_runs(folder, monkeypatch, capsys):
@@ -79,8 +94,22 @@ def test_a_sweep_is_explained_before_it_runs(folder, monkeypatch, capsys):
 
 
 def test_a_search_on_scenes(monkeypatch, capsys):
-    """Along the relation, on a model that can draw; verdicts and prompts of one's own are refused there."""
-    options = ["rte-nano", "--num-scenes", "2", "--num-steps", "2", "--metric", "relation", "--top", "2", "--sample", "4"]
+    """Along the relation, on a model that can draw; verdicts and prompts of one's own are refused
+    there.
+    """
+    options = [
+        "rte-nano",
+        "--num-scenes",
+        "2",
+        "--num-steps",
+        "2",
+        "--metric",
+        "relation",
+        "--top",
+        "2",
+        "--sample",
+        "4",
+    ]
     dit_lens(monkeypatch, "sweep", *options)
     printed = capsys.readouterr().out
     assert "rank correlation" in printed
@@ -94,36 +123,75 @@ def test_tables_are_numbers(suffix, folder, monkeypatch, capsys, tmp_path):
     path = tmp_path / f"heads[/b]{suffix}"  # brackets are no markup
     dit_lens(monkeypatch, "screen", folder, "--words", "above", "left", "--out", str(path))
     model = HookedTextToImage.from_pretrained(folder)
-    expected = screening.screen_heads(model.dit, {word: screening.word_vector(model, word) for word in ("above", "left")})
+    expected = screening.screen_heads(
+        model.dit, {word: screening.word_vector(model, word) for word in ("above", "left")}
+    )
     if suffix == ".html":
         row = re.findall("<td>(.*?)</td>", path.read_text())[: len(expected.columns)]
         assert [float(cell) for cell in row] == pytest.approx(list(expected.iloc[0]), abs=1e-5)
         return
     read = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": pd.read_json}[suffix]
-    pd.testing.assert_frame_equal(read(path), expected.reset_index(drop=True), check_dtype=False, atol=1e-5)
+    pd.testing.assert_frame_equal(
+        read(path), expected.reset_index(drop=True), check_dtype=False, atol=1e-5
+    )
 
 
 def test_prompts_of_ones_own(folder, monkeypatch, capsys, tmp_path):
     """A synopsis of a word of the prompts, and the judge's verdicts on captions."""
-    dit_lens(monkeypatch, "synopsis", folder, "--prompts", *PROMPTS, "--key-group", "red", "--out", str(tmp_path / "a.csv"))
+    dit_lens(
+        monkeypatch,
+        "synopsis",
+        folder,
+        "--prompts",
+        *PROMPTS,
+        "--key-group",
+        "red",
+        "--out",
+        str(tmp_path / "a.csv"),
+    )
     assert "image → red" in capsys.readouterr().out
     model = HookedTextToImage.from_pretrained(folder)
     word = prompts.phrase_mask(model, PROMPTS, "red")
-    seen = synopsis.attention_synopsis(model, PROMPTS, [0, 1], reduce="mean", text_groups={"red": word})
-    expected = seen.sel(branch="cond", text_group="red", image_group="image").mean(("prompt", "step"))
+    seen = synopsis.attention_synopsis(
+        model, PROMPTS, [0, 1], reduce="mean", text_groups={"red": word}
+    )
+    expected = seen.sel(branch="cond", text_group="red", image_group="image").mean(
+        ("prompt", "step")
+    )
     table = pd.read_csv(tmp_path / "a.csv").set_index(["layer", "head"])["mean"]
     for place, value in table.items():
         assert value == pytest.approx(float(expected.sel(layer=place[0], head=place[1])), abs=1e-6)
     captions = ["red circle is above blue square", "square is to the left of circle"]
-    dit_lens(monkeypatch, "evaluate", "rte-nano", "--prompts", *captions, "--out", str(tmp_path / "b.csv"), "--quiet")
+    dit_lens(
+        monkeypatch,
+        "evaluate",
+        "rte-nano",
+        "--prompts",
+        *captions,
+        "--out",
+        str(tmp_path / "b.csv"),
+        "--quiet",
+    )
     table = pd.read_csv(tmp_path / "b.csv").set_index("metric")
-    score = evaluation.score(HookedTextToImage.from_pretrained("rte-nano"), [scenes.from_caption(text) for text in captions])
+    score = evaluation.score(
+        HookedTextToImage.from_pretrained("rte-nano"),
+        [scenes.from_caption(text) for text in captions],
+    )
     assert table.loc["color", "mean"] == score["color"].values.mean()
 
 
 def test_a_run_folder_stands_for_its_pipeline(folder, monkeypatch, capsys, tmp_path):
     (tmp_path / "pipeline").symlink_to(folder, target_is_directory=True)
-    dit_lens(monkeypatch, "generate", str(tmp_path), PROMPTS[0], "--num-steps", "1", "--out", str(tmp_path / "a[/b].png"))
+    dit_lens(
+        monkeypatch,
+        "generate",
+        str(tmp_path),
+        PROMPTS[0],
+        "--num-steps",
+        "1",
+        "--out",
+        str(tmp_path / "a[/b].png"),
+    )
     assert capsys.readouterr().out == f"Saved {tmp_path / 'a[/b].png'}\n"
     with torch.no_grad():
         image = HookedTextToImage.from_pretrained(folder)(PROMPTS[0], num_steps=1)[0]
@@ -132,19 +200,41 @@ def test_a_run_folder_stands_for_its_pipeline(folder, monkeypatch, capsys, tmp_p
 
 
 def test_quiet_prints_the_result_alone(folder, tmp_path):
-    command = [sys.executable, "-W", "always", "-m", "dit_lens.cli", "generate", folder, PROMPTS[0], "--num-steps", "1"]
-    done = subprocess.run([*command, "--quiet", "--out", str(tmp_path / "a.png")], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        "-W",
+        "always",
+        "-m",
+        "dit_lens.cli",
+        "generate",
+        folder,
+        PROMPTS[0],
+        "--num-steps",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--quiet", "--out", str(tmp_path / "a.png")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert (done.stdout, done.stderr) == (f"Saved {tmp_path / 'a.png'}\n", "")
 
 
 def test_models_are_a_table_without_torch():
     code = "import sys; sys.argv = ['dit-lens', 'models']\nfrom dit_lens import cli\ncli.main()\n"
     code += "print(*sorted({'torch', 'diffusers', 'transformers', 'pandas'} & set(sys.modules)), 'loaded')"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert printed[-1].split() == ["loaded"]
     (line,) = (line for line in printed if line.split()[:1] == ["rte-micro"])
-    rows = evaluation.accuracies(pd.read_parquet(ZOO / "rte-micro/evaluation.parquet"), ["split", "template"])
-    right = rows.set_index(["split", "template", "metric"]).loc[("held_out", "is", "relation_loose"), "mean"]
+    rows = evaluation.accuracies(
+        pd.read_parquet(ZOO / "rte-micro/evaluation.parquet"), ["split", "template"]
+    )
+    right = rows.set_index(["split", "template", "metric"]).loc[
+        ("held_out", "is", "relation_loose"), "mean"
+    ]
     assert line.split()[1:7] == ["6", "×", "192", "3", "rte", f"{right:.3f}"]
 
 
@@ -204,13 +294,19 @@ def damaged(folder: str, path: Path) -> Path:
         (["generate", "{damaged}", "x"], "is truncated or damaged"),
         (["generate", "{folder}", "red", "--out", "{file}/a.png"], "Not a directory|exists"),
         (["generate", "{folder}", "red", "--out", "{tmp}"], "name a picture file"),
-        (["generate", "{folder}", "red", "--device", "nowhere"], "--device nowhere: torch cannot use it"),
+        (
+            ["generate", "{folder}", "red", "--device", "nowhere"],
+            "--device nowhere: torch cannot use it",
+        ),
         (["generate", "{folder}", "green"], "green"),
         (["screen", "{folder}", "--words", "green"], "green"),
         (["screen", "{folder}", "--words", "left", "--out", "{tmp}/a.txt"], r"ends in \.csv"),
         (["evaluate", "{folder}", "--n", "0"], "at least one scene"),
         (["evaluate", "{folder}", "--prompts", "a horse"], "no caption of the task"),
-        (["sweep", "{folder}", "--prompts", "red", "--site", "blocks.*.hook_y"], "no hook is called|hook_y"),
+        (
+            ["sweep", "{folder}", "--prompts", "red", "--site", "blocks.*.hook_y"],
+            "no hook is called|hook_y",
+        ),
         (["synopsis", "{folder}", "--prompts", "red", "--key-group", "blue"], "has no 'blue'"),
     ],
 )
@@ -235,6 +331,8 @@ def test_an_error_of_the_program_keeps_its_traceback(folder, monkeypatch):
 def test_the_relation_metric_rises_with_the_right_layout():
     wanted = scenes.sample(20, seed=3, split="all")
     right = sweep.relation_metric(wanted).function(scenes.render(wanted), prompt=np.arange(20))
-    turned = sweep.relation_metric(wanted).function(scenes.render(wanted).flip(2, 3), prompt=np.arange(20))
+    turned = sweep.relation_metric(wanted).function(
+        scenes.render(wanted).flip(2, 3), prompt=np.arange(20)
+    )
     assert (right > 0).all()
     torch.testing.assert_close(turned, -right, rtol=0, atol=1e-6)

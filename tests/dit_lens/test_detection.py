@@ -22,7 +22,13 @@ BOXES = pd.DataFrame(ROWS, columns=list(COLUMNS))
 
 def test_the_surest_boxes_centres_are_compared() -> None:
     found = pair_positions(
-        BOXES, {"b.png": ("dog", "cat"), "a.png": ("cat", "dog"), "c.png": ("cat", "dog"), "d.png": ("cat", "dog")}
+        BOXES,
+        {
+            "b.png": ("dog", "cat"),
+            "a.png": ("cat", "dog"),
+            "c.png": ("cat", "dog"),
+            "d.png": ("cat", "dog"),
+        },
     )
     expected = pd.DataFrame(
         {
@@ -40,7 +46,9 @@ def test_a_missing_column_is_named(column: str, tmp_path) -> None:  # type: igno
     with pytest.raises(ValueError, match=rf"no column {column}: they need image, label"):
         pair_positions(BOXES.drop(columns=column), {"a.png": ("cat", "dog")})
     BOXES.drop(columns=column).to_csv(tmp_path / "boxes.csv", index=False)
-    with pytest.raises(ValueError, match=rf"boxes\.csv has no column {column}: boxes need image, label"):
+    with pytest.raises(
+        ValueError, match=rf"boxes\.csv has no column {column}: boxes need image, label"
+    ):
         read_boxes(tmp_path / "boxes.csv")
 
 

@@ -1,4 +1,6 @@
-"""Every figure of `viz` is legible at its own width, on white and on black, with one color for each head; faults are found."""
+"""Every figure of `viz` is legible at its own width, on white and on black, with one color for each
+head; faults are found.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,29 @@ def _close() -> Iterator[None]:
 
 def head_step_map() -> Figure:
     dims = {"layer": range(6), "head": range(3), "step": range(14)}
-    return viz.head_step_map(xr.DataArray(RNG.normal(size=(6, 3, 14)), dims=tuple(dims), coords=dims), "change of the relation")
+    return viz.head_step_map(
+        xr.DataArray(RNG.normal(size=(6, 3, 14)), dims=tuple(dims), coords=dims),
+        "change of the relation",
+    )
 
 
 def word_maps() -> Figure:
-    tokens = ["▁red", "▁circle", "▁is", "▁diagonally", "▁down", "▁and", "▁left", "▁from", "▁blue", "▁square", "</s>"]
-    return viz.word_maps(RNG.random((len(tokens), 64)), tokens, torch.rand(3, 128, 128), "L2H1, step 0")
+    tokens = [
+        "▁red",
+        "▁circle",
+        "▁is",
+        "▁diagonally",
+        "▁down",
+        "▁and",
+        "▁left",
+        "▁from",
+        "▁blue",
+        "▁square",
+        "</s>",
+    ]
+    return viz.word_maps(
+        RNG.random((len(tokens), 64)), tokens, torch.rand(3, 128, 128), "L2H1, step 0"
+    )
 
 
 def ramp_gallery() -> Figure:
@@ -47,7 +66,15 @@ def ramp_gallery() -> Figure:
 
 
 def variance_bars() -> Figure:
-    terms = ["shape1", "color1", "shape2", "relation", "shape1:color1", "shape2:relation", "color1:relation"]
+    terms = [
+        "shape1",
+        "color1",
+        "shape2",
+        "relation",
+        "shape1:color1",
+        "shape2:relation",
+        "color1:relation",
+    ]
     table = pd.DataFrame({"r2_partial": RNG.random(len(terms)).round(2)}, index=terms)
     table.iloc[4] = np.nan
     return viz.variance_bars({"before projection": table, "after projection": table})
@@ -67,16 +94,27 @@ def learning_curves() -> Figure:
     rows = []
     for samples in (1000, 10000, 100000):
         for quantity in ("color", "shape", "unique_binding", "relation_loose", "dipole"):
-            rows.append({"quantity": quantity, "samples": samples, "value": 0.5, "low": 0.4, "high": 0.6})
+            rows.append(
+                {"quantity": quantity, "samples": samples, "value": 0.5, "low": 0.4, "high": 0.6}
+            )
         for source, (layer, head) in itertools.product(("words", "shape2"), ((2, 1), (1, 0))):
-            row = {"quantity": "projection", "samples": samples, "value": 3.0, "source": source, "layer": layer, "head": head}
+            row = {
+                "quantity": "projection",
+                "samples": samples,
+                "value": 3.0,
+                "source": source,
+                "layer": layer,
+                "head": head,
+            }
             rows.append(row)
     return viz.learning_curves(pd.DataFrame(rows), {"words": [(2, 1), (1, 0)], "shape2": [(1, 0)]})
 
 
 def relation_head_figure() -> Figure:
     dims = {"prompt": range(2), "step": [0, 1, 2, 4, 8, 13]}
-    attention = xr.DataArray(RNG.random((2, 6, 8, 8)), dims=("prompt", "step", "y", "x"), coords=dims)
+    attention = xr.DataArray(
+        RNG.random((2, 6, 8, 8)), dims=("prompt", "step", "y", "x"), coords=dims
+    )
     weights = {word: xr.DataArray(RNG.normal(size=(8, 8)), dims=("y", "x")) for word in WORDS[:4]}
     return viz.relation_head_figure("L2H1", PROMPTS, torch.rand(2, 3, 128, 128), attention, weights)
 
@@ -93,7 +131,12 @@ FIGURES = [
 
 
 def test_every_figure_is_looked_at() -> None:
-    drawn = {name for name in viz.__all__ if callable(getattr(viz, name))} - {"attention_page", "bare", "report", "show"}
+    drawn = {name for name in viz.__all__ if callable(getattr(viz, name))} - {
+        "attention_page",
+        "bare",
+        "report",
+        "show",
+    }
     assert drawn == {draw.__name__ for draw in FIGURES}
 
 
@@ -104,7 +147,11 @@ def test_a_figure_has_no_faults(draw: Callable[[], Figure], tmp_path: Path) -> N
     assert dict(plt.rcParams) == before  # the look is not left behind
     assert style.problems(figure) == []
     vectors = style.save(figure, tmp_path / "figure.svg").read_text()
-    words = {text.get_text() for text in figure.findobj(plt.Text) if re.fullmatch(r"[a-z ]+", text.get_text())}
+    words = {
+        text.get_text()
+        for text in figure.findobj(plt.Text)
+        if re.fullmatch(r"[a-z ]+", text.get_text())
+    }
     assert words
     assert all(f">{word}<" in vectors for word in words)  # letters are text, not shapes
     style.save(figure, tmp_path / "figure.pdf")
@@ -136,7 +183,12 @@ def test_a_head_has_one_color() -> None:
         shade = style.luminance(color)
         assert min(1.05 / (shade + 0.05), (shade + 0.05) / 0.05) >= 3  # lines on white and on black
     axes = learning_curves().axes
-    lines = {(ax, line.get_label()): line.get_color() for ax in axes[1:] for line in ax.get_lines() if line.get_label()[0] == "L"}
+    lines = {
+        (ax, line.get_label()): line.get_color()
+        for ax in axes[1:]
+        for line in ax.get_lines()
+        if line.get_label()[0] == "L"
+    }
     assert len(lines) == 3
     assert all(color == style.head_color(label) for (_, label), color in lines.items())
 

@@ -48,7 +48,9 @@ def server(lab: Lab) -> Iterator[tuple[int, str]]:
 
 def ask(port: int, method: str, path: str, body: str = "", **headers: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    connection.request(
+        method, path, body, {name.replace("_", "-"): value for name, value in headers.items()}
+    )
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
 
@@ -69,7 +71,9 @@ STATES = [
 
 
 @pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
-def test_a_snippet_draws_the_same_image(lab: Lab, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snippet_draws_the_same_image(
+    lab: Lab, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(HookedTextToImage, "from_pretrained", lambda name: lab.model)
     names: dict[str, Any] = {}
     with torch.no_grad():
@@ -81,9 +85,15 @@ def test_a_snippet_draws_the_same_image(lab: Lab, state: State, monkeypatch: pyt
 
 def test_frozen_heads_keep_their_attention(lab: Lab) -> None:
     state = State(ABOVE, num_steps=3, action="freeze", heads=("L2H1",), first=1, last=2)
-    hooks = [hook for edit in state.interventions(lab.model) for hook in edit.hooks(lab.model, ABOVE, num_steps=3)]
+    hooks = [
+        hook
+        for edit in state.interventions(lab.model)
+        for hook in edit.hooks(lab.model, ABOVE, num_steps=3)
+    ]
     with torch.no_grad(), lab.model.hooks(fwd_hooks=hooks):
-        _, cache = lab.model.run_with_cache(ABOVE, num_steps=3, names_filter="blocks.2.cross_attn.hook_pattern")
+        _, cache = lab.model.run_with_cache(
+            ABOVE, num_steps=3, names_filter="blocks.2.cross_attn.hook_pattern"
+        )
     first, second, third = (cache["pattern", 2, "cross_attn", step][0] for step in range(3))
     assert torch.equal(third[1], second[1])
     assert not torch.equal(second[1], first[1])
@@ -94,7 +104,9 @@ def test_an_exchange_is_an_interchange(lab: Lab) -> None:
     scene = from_caption(ABOVE)
     swap = Interchange(lab.model, [scene], [opposite(scene)])
     with torch.no_grad():
-        expected = lab.model.run_with_hooks(swap.texts, seed=1, fwd_hooks=swap.hooks(["L0H1", "L1H0"], steps=slice(0, 3)))
+        expected = lab.model.run_with_hooks(
+            swap.texts, seed=1, fwd_hooks=swap.hooks(["L0H1", "L1H0"], steps=slice(0, 3))
+        )
     state = State(ABOVE, BELOW, 1, 14, "exchange", ("L0H1", "L1H0"), (), 0, 2)
     torch.testing.assert_close(state.draw(lab.model), expected, rtol=0, atol=1e-6)
 
@@ -102,7 +114,10 @@ def test_an_exchange_is_an_interchange(lab: Lab) -> None:
 def test_the_four_relation_heads_turn_the_relation() -> None:
     model = HookedTextToImage.from_pretrained("rte-micro")
     scene = from_caption(ABOVE)
-    plain, turned = (State(ABOVE, BELOW, 1, action="exchange", heads=heads).draw(model) for heads in ((), RELATION_HEADS))
+    plain, turned = (
+        State(ABOVE, BELOW, 1, action="exchange", heads=heads).draw(model)
+        for heads in ((), RELATION_HEADS)
+    )
     assert float(layout(plain, [scene])["dy"][0]) < 0 < float(layout(turned, [scene])["dy"][0])
 
 
@@ -121,7 +136,10 @@ def test_the_four_relation_heads_turn_the_relation() -> None:
         ({"prompt": ABOVE, "heads": [None]}, "None"),
         ({"prompt": ABOVE, "heads": ["L0H0"], "words": [99]}, "no number 99"),
         ({"prompt": ABOVE, "heads": ["L0H0"], "action": "exchange"}, "needs another prompt"),
-        ({"prompt": ABOVE, "heads": ["L0H0"], "action": "exchange", "other": "red circle"}, "tokens"),
+        (
+            {"prompt": ABOVE, "heads": ["L0H0"], "action": "exchange", "other": "red circle"},
+            "tokens",
+        ),
         ({"prompt": "green horse"}, "green"),
         ([], "A prompt is needed"),
     ],
@@ -151,7 +169,9 @@ def test_other_pages_are_refused(server: tuple[int, str]) -> None:
 
 def test_attention_and_ranking(lab: Lab) -> None:
     answer = lab.draw(State(ABOVE, num_steps=2, last=1))
-    _, cache = lab.model.run_with_cache(ABOVE, num_steps=2, names_filter=lambda name: name.endswith("cross_attn.hook_pattern"))
+    _, cache = lab.model.run_with_cache(
+        ABOVE, num_steps=2, names_filter=lambda name: name.endswith("cross_attn.hook_pattern")
+    )
     for i, head in enumerate(lab.heads):
         expected = cache["pattern", int(head[1]), "cross_attn", 0][0, int(head[3])].mean(dim=0)
         np.testing.assert_allclose(answer["attention"][i], expected.detach(), atol=1e-4)
@@ -162,13 +182,19 @@ def test_attention_and_ranking(lab: Lab) -> None:
 
 
 def test_in_a_browser(lab: Lab, server: tuple[int, str], browser: Any, tmp_path: Path) -> None:
-    """Four heads are clicked, the image changes, the snippet draws it, and the address brings it back."""
+    """Four heads are clicked, the image changes, the snippet draws it, and the address brings it
+    back.
+    """
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
     def drawn(**wanted: Any) -> dict[str, Any]:
         def ready(found: Any) -> Any:
             state = json.loads(found.execute_script("return document.body.dataset.drawn || '{}'"))
-            return state if state and all(state[name] == value for name, value in wanted.items()) else False
+            return (
+                state
+                if state and all(state[name] == value for name, value in wanted.items())
+                else False
+            )
 
         return WebDriverWait(browser, 120).until(ready)
 
@@ -177,22 +203,31 @@ def test_in_a_browser(lab: Lab, server: tuple[int, str], browser: Any, tmp_path:
     drawn(heads=[])
     assert browser.find_element("id", "prompt").get_attribute("value") == ABOVE
     for name, value in (("num_steps", 3), ("seed", 2)):
-        script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+        script = (
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+        )
         browser.execute_script(script, browser.find_element("id", name), value)
     Select(browser.find_element("id", "action")).select_by_value("exchange")
     heads = ["L0H1", "L0H0", "L1H2", "L1H0"]
     for head in heads:
         browser.execute_script(
-            "[...document.querySelectorAll('#heads button')].find((b) => b.firstChild.data === arguments[0]).click()", head
+            "[...document.querySelectorAll('#heads button')].find((b) => b.firstChild.data === "
+            "arguments[0]).click()",
+            head,
         )
     state = drawn(heads=heads, action="exchange", num_steps=3, seed=2)
-    original, edited = (pixels(browser.find_element("id", name).get_attribute("src")) for name in ("original", "edited"))
+    original, edited = (
+        pixels(browser.find_element("id", name).get_attribute("src"))
+        for name in ("original", "edited")
+    )
     names: dict[str, Any] = {}
     with torch.no_grad():
         exec(browser.find_element("id", "snippet").text, names)
         plain = lab.model(ABOVE, seed=2, num_steps=3)
     for shown, image in ((edited, names["image"]), (original, plain)):
-        np.testing.assert_array_equal(shown, (image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
+        np.testing.assert_array_equal(
+            shown, (image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+        )
     assert (original != edited).any()
     address = browser.current_url
     browser.get("about:blank")
@@ -200,8 +235,13 @@ def test_in_a_browser(lab: Lab, server: tuple[int, str], browser: Any, tmp_path:
     assert drawn(heads=heads) == state
 
     def order() -> list[str]:
-        return [button.text.split("\n")[0] for button in browser.find_elements("css selector", "#heads button")]
+        return [
+            button.text.split("\n")[0]
+            for button in browser.find_elements("css selector", "#heads button")
+        ]
 
     Select(browser.find_element("id", "sort")).select_by_value("weights")
     assert order() == sorted(lab.heads, key=lambda head: -abs(lab.cosines[head]))
-    assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
+    assert [
+        entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]
+    ] == []

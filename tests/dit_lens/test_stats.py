@@ -1,4 +1,6 @@
-"""Intervals cover what they say: exact coverage where it can be summed, simulated where not, at the sizes that recipes use."""
+"""Intervals cover what they say: exact coverage where it can be summed, simulated where not, at the
+sizes that recipes use.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_a_mean_of_clusters_of_unequal_size_is_covered(n):
 def test_a_proportion_is_covered_exactly(n):
     hits = np.arange(n + 1)
     intervals = np.array([stats.proportion(np.repeat([1.0, 0.0], [h, n - h])) for h in hits])
-    coverage = [binom.pmf(hits, n, p)[covers(intervals, p)].sum() for p in np.arange(0.02, 0.99, 0.01)]
+    coverage = [
+        binom.pmf(hits, n, p)[covers(intervals, p)].sum() for p in np.arange(0.02, 0.99, 0.01)
+    ]
     assert np.mean(coverage) >= 0.945
     assert np.quantile(coverage, 0.1) >= 0.925
     for p in (0.03, 0.1, 0.25, 0.5, 0.9):
@@ -52,11 +56,17 @@ def test_a_proportion_is_covered_exactly(n):
 
 
 @pytest.mark.parametrize("n", [8, 24, 64])
-@pytest.mark.parametrize(("gained", "lost"), [(0.0, 0.05), (0.05, 0.1), (0.3, 0.02), (0.25, 0.25), (0.0, 0.6)])
+@pytest.mark.parametrize(
+    ("gained", "lost"), [(0.0, 0.05), (0.05, 0.1), (0.3, 0.02), (0.25, 0.25), (0.0, 0.6)]
+)
 def test_a_paired_difference_of_verdicts_is_covered_exactly(n, gained, lost):
     coverage = 0.0
     for up, down in itertools.product(range(n + 1), repeat=2):
-        chance = multinomial.pmf([up, down, n - up - down], n, [gained, lost, 1 - gained - lost]) if up + down <= n else 0
+        chance = (
+            multinomial.pmf([up, down, n - up - down], n, [gained, lost, 1 - gained - lost])
+            if up + down <= n
+            else 0
+        )
         if chance > 1e-9:
             _, low, high = stats.paired_proportions((up - down) / n, (up + down) / n, n)
             coverage += chance * (low <= gained - lost <= high)
@@ -69,7 +79,8 @@ def test_verdicts_with_repeats_are_covered(n, signed):
     rng = np.random.default_rng(n)
 
     def verdicts() -> np.ndarray:
-        return (rng.random((3000, n, 4)) < rng.beta(0.6, 1.4, size=(3000, n, 1))).astype(float)  # mean .3, alike in a cluster
+        # mean .3, alike in a cluster
+        return (rng.random((3000, n, 4)) < rng.beta(0.6, 1.4, size=(3000, n, 1))).astype(float)
 
     values = verdicts() - verdicts() if signed else verdicts()
     assert covers(stats.clustered_means(values, signed), 0.0 if signed else 0.3).mean() >= COVERS
@@ -85,10 +96,13 @@ def test_a_paired_difference_is_the_formula_of_the_counts():
 
 def test_no_interval_is_of_zero_width_but_that_of_a_finite_population():
     never = np.zeros((64, 1))
-    assert stats.clustered_mean(never)[1:] == pytest.approx(proportion_confint(0, 64, method="beta"))
+    assert stats.clustered_mean(never)[1:] == pytest.approx(
+        proportion_confint(0, 64, method="beta")
+    )
     low, high = stats.paired_difference(never + 1, never + 1)[1:]
     assert low == -high == pytest.approx(-1.959964 / 66, rel=1e-5)
-    assert stats.paired_difference(never + 0.9, never + 0.9) == (0, 0, 0)  # numbers, not verdicts: nothing varies
+    # numbers, not verdicts: nothing varies
+    assert stats.paired_difference(never + 0.9, never + 0.9) == (0, 0, 0)
     assert str(stats.finite(18)) == "18.000"
     assert np.isnan(stats.clustered_mean(np.array([[0.3, 0.4]]))[1:]).all()
 
@@ -97,7 +111,9 @@ def test_continuous_repeats_are_students_interval_of_cluster_means():
     values = np.random.default_rng(0).normal(size=(12, 5))
     means = values.mean(axis=1)
     half = student.ppf(0.975, 11) * means.std(ddof=1) / np.sqrt(12)
-    assert stats.clustered_mean(values) == pytest.approx((means.mean(), means.mean() - half, means.mean() + half))
+    assert stats.clustered_mean(values) == pytest.approx(
+        (means.mean(), means.mean() - half, means.mean() + half)
+    )
 
 
 @pytest.mark.parametrize("n", [4, 5, 9, 30])
@@ -110,9 +126,13 @@ def test_a_rank_correlation_is_bonett_and_wrights(n):
     assert rho == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert (rho, p) == pytest.approx(tuple(spearmanr(x, y)))
     half = 1.959964 * np.sqrt((1 + rho**2 / 2) / (n - 3))
-    assert np.arctanh([low, high]) == pytest.approx([np.arctanh(rho) - half, np.arctanh(rho) + half], abs=1e-4)
+    assert np.arctanh([low, high]) == pytest.approx(
+        [np.arctanh(rho) - half, np.arctanh(rho) + half], abs=1e-4
+    )
     for constant in ((x, np.ones(n)), (np.ones(n), y), (x[:3], y[:3])):
-        assert np.isnan([*stats.rank_correlation(*constant)[0], stats.rank_correlation(*constant)[1]]).all()
+        assert np.isnan(
+            [*stats.rank_correlation(*constant)[0], stats.rank_correlation(*constant)[1]]
+        ).all()
     perfect, _ = stats.rank_correlation(x, -np.exp(x))
     assert perfect.mean == pytest.approx(-1)
     assert perfect.low == pytest.approx(-1)
@@ -125,7 +145,10 @@ def test_a_bound_on_a_count_is_the_largest_that_the_sample_does_not_exclude(draw
     for hits, level in itertools.product(range(drawn + 1), (0.61, 0.95)):
         likely = []
         for count in range(hits, total - drawn + hits + 1):
-            ways = [math.comb(count, seen) * math.comb(total - count, drawn - seen) for seen in range(hits + 1)]
+            ways = [
+                math.comb(count, seen) * math.comb(total - count, drawn - seen)
+                for seen in range(hits + 1)
+            ]
             if sum(ways) / math.comb(total, drawn) > 1 - level:
                 likely.append(count)
         assert stats.count_bound(hits, drawn, total, level) == max(likely)
@@ -147,7 +170,9 @@ def test_one_cluster_has_a_mean_and_no_interval_and_none_has_neither():
 
 
 def test_verdicts_with_repeats_have_the_size_of_an_independent_sample_of_their_variance():
-    values = (np.random.default_rng(1).random((30, 6)) < np.linspace(0.1, 0.9, 30)[:, None]).astype(float)
+    values = (np.random.default_rng(1).random((30, 6)) < np.linspace(0.1, 0.9, 30)[:, None]).astype(
+        float
+    )
     mean, spread = values.mean(), values.mean(axis=1).var(ddof=1) / 30
     size = min(values.var() / spread * (1.959964 / student.ppf(0.975, 29)) ** 2, values.size)
     assert 30 < size < 180
@@ -160,5 +185,10 @@ def test_verdicts_with_repeats_have_the_size_of_an_independent_sample_of_their_v
 
 def values_of_clusters(values: np.ndarray) -> tuple[float, ...]:
     n, mean = len(values), values.mean()
-    size = mean * (1 - mean) / (values[:, 0].var(ddof=1) / n) * (1.959964 / student.ppf(0.975, n - 1)) ** 2
+    size = (
+        mean
+        * (1 - mean)
+        / (values[:, 0].var(ddof=1) / n)
+        * (1.959964 / student.ppf(0.975, n - 1)) ** 2
+    )
     return (mean, *proportion_confint(mean * size, size, method="wilson"))

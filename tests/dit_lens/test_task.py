@@ -1,4 +1,6 @@
-"""Tasks: the two of this package and one from outside of it keep the same promises; training takes any of them."""
+"""Tasks: the two of this package and one from outside of it keep the same promises; training takes
+any of them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def test_a_task_keeps_its_promises(task: Any) -> None:
         for metric in task.metrics:
             assert verdict[metric].values.all(), metric
         wrong = task.judge(images.roll(1, 0), drawn)[task.metrics[-1]]
-        assert np.nanmean(wrong.values.astype(float)) < 0.7 or wrong.isnull().mean() > 0.5  # other images are refused
+        # other images are refused
+        assert np.nanmean(wrong.values.astype(float)) < 0.7 or wrong.isnull().mean() > 0.5
 
 
 def test_the_example_judges_each_part() -> None:
@@ -55,24 +58,41 @@ def test_the_example_judges_each_part() -> None:
         verdict = task.judge(images, changed)
         return [float(verdict[name].mean()) for name in task.metrics]
 
-    assert means([replace(s, first=(other_shape[s.first[0]], s.first[1])) for s in drawn]) == [1, 0, 1]
+    assert means([replace(s, first=(other_shape[s.first[0]], s.first[1])) for s in drawn]) == [
+        1,
+        0,
+        1,
+    ]
     assert means([replace(s, relation=other_relation[s.relation]) for s in drawn]) == [1, 1, 0]
     turned = [replace(s, first=s.second, second=s.first) for s in drawn]
     assert means(turned)[2] == 0
     absent = [replace(s, first=(s.first[0], other_color[s.first[1]])) for s in drawn]
-    gone = [i for i, (scene, new) in enumerate(zip(drawn, absent, strict=True)) if new.first[1] != scene.second[1]]
+    gone = [
+        i
+        for i, (scene, new) in enumerate(zip(drawn, absent, strict=True))
+        if new.first[1] != scene.second[1]
+    ]
     assert not task.judge(images[gone], [absent[i] for i in gone])["color"].any()
 
 
 def test_held_out_kinds_of_the_example_have_all_parts_elsewhere() -> None:
     for part in range(3):
-        assert {kind[part] for kind in HELD_OUT} <= {kind[part] for kind in KINDS if kind not in HELD_OUT}
+        assert {kind[part] for kind in HELD_OUT} <= {
+            kind[part] for kind in KINDS if kind not in HELD_OUT
+        }
     seen = {(s.first, s.second, s.relation) for s in Inside().sample(400, seed=0)}
     assert not seen & HELD_OUT
 
 
 def test_a_curriculum_draws_each_step_as_its_settings_say() -> None:
-    config = TrainConfig(Path("run"), trios=0.25, anchored_steps=2, spreading_steps=4, biased_steps=9, hold_out="above")
+    config = TrainConfig(
+        Path("run"),
+        trios=0.25,
+        anchored_steps=2,
+        spreading_steps=4,
+        biased_steps=9,
+        hold_out="above",
+    )
     for step in (0, 3, 8):
         drawn = Curriculum(config).sample(8, seed=5, start=8 * 7, step=step)
         pairs = scenes.sample(
@@ -107,13 +127,27 @@ def test_a_pipeline_for_other_images_and_words() -> None:
 
 
 def test_a_run_is_of_one_task(tmp_path: Path) -> None:
-    """Trained on the example, its model draws 64 pixels; another task is refused in its folder, as is what is no task."""
-    config = TrainConfig(tmp_path / "run", "nano", steps=2, batch_size=4, precision="no", evaluation_scenes=2, dynamics_points=1)
-    with pytest.raises(TypeError, match=r"str is no Task: it lacks name, image_size, words|parameter 'task'"):
+    """Trained on the example, its model draws 64 pixels; another task is refused in its folder, as
+    is what is no task.
+    """
+    config = TrainConfig(
+        tmp_path / "run",
+        "nano",
+        steps=2,
+        batch_size=4,
+        precision="no",
+        evaluation_scenes=2,
+        dynamics_points=1,
+    )
+    with pytest.raises(
+        TypeError, match=r"str is no Task: it lacks name, image_size, words|parameter 'task'"
+    ):
         train(config, "inside")  # type: ignore[arg-type]
     folder = train(config, Inside())
     with torch.no_grad():
-        assert HookedTextToImage.from_pretrained(folder)("red disc is inside blue box", num_steps=1).shape == (1, 3, 64, 64)
+        assert HookedTextToImage.from_pretrained(folder)(
+            "red disc is inside blue box", num_steps=1
+        ).shape == (1, 3, 64, 64)
     lines = (tmp_path / "run/metrics.jsonl").read_text()
     assert '"relation"' in lines
     assert "dipole" not in lines

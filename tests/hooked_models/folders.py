@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+)
 from transformers import T5Config, T5EncoderModel
 
 from hooked_models import word_tokenizer
@@ -15,7 +20,9 @@ from hooked_models import word_tokenizer
 from .pipelines import WORDS, randomise
 from .tiny import tiny_transformer
 
-XL = {  # transformer/config.json of PixArt-Sigma-XL-2-512-MS, class name included, without num_attention_heads and num_layers
+# transformer/config.json of PixArt-Sigma-XL-2-512-MS, class name included, without
+# num_attention_heads and num_layers
+XL = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "attention_head_dim": 72,
@@ -38,7 +45,12 @@ XL = {  # transformer/config.json of PixArt-Sigma-XL-2-512-MS, class name includ
     "use_additional_conditions": False,
     "use_linear_projection": False,
 }
-OF_LEGACY_ALONE = ("double_self_attention", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
+OF_LEGACY_ALONE = (
+    "double_self_attention",
+    "num_vector_embeds",
+    "only_cross_attention",
+    "use_linear_projection",
+)
 
 
 def write_folder(
@@ -50,7 +62,8 @@ def write_folder(
     vae_levels: int = 2,
     **transformer: Any,
 ) -> Path:
-    """A random pipeline: T5, AutoencoderKL, and a transformer of a few hundred image tokens at most.
+    """A random pipeline: T5, AutoencoderKL, and a transformer of a few hundred image tokens at
+    most.
 
     Args:
         legacy: name the transformer's class, and list its settings, as the checkpoints of 2024 do.
@@ -60,7 +73,14 @@ def write_folder(
     torch.manual_seed(0)
     tokenizer = word_tokenizer(WORDS)
     tokenizer.model_max_length = 512  # T5's own
-    sizes = {"d_model": 10, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    sizes = {
+        "d_model": 10,
+        "d_kv": 4,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).eval()
     randomise(encoder, 0.3)
     channels = (4,) * vae_levels
@@ -76,8 +96,16 @@ def write_folder(
     ).eval()
     with torch.no_grad():
         vae.decoder.conv_out.weight.mul_(0.15)  # so that images saturate nowhere
-    settings = {"num_attention_heads": 2, "use_additional_conditions": False, "patch_size": 4, "sample_size": 16, **transformer}
-    network = tiny_transformer(**{name: value for name, value in settings.items() if name not in OF_LEGACY_ALONE})
+    settings = {
+        "num_attention_heads": 2,
+        "use_additional_conditions": False,
+        "patch_size": 4,
+        "sample_size": 16,
+        **transformer,
+    }
+    network = tiny_transformer(
+        **{name: value for name, value in settings.items() if name not in OF_LEGACY_ALONE}
+    )
     cls = PixArtAlphaPipeline if pipeline == "alpha" else PixArtSigmaPipeline
     pipe = cls(tokenizer, encoder, vae, network, DPMSolverMultistepScheduler())
     pipe.save_pretrained(folder, **(saved or {}))

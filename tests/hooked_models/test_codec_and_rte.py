@@ -1,4 +1,6 @@
-"""The codec is an exact PCA with AutoencoderKL's manners; the random-token encoder is the paper's table and position code."""
+"""The codec is an exact PCA with AutoencoderKL's manners; the random-token encoder is the paper's
+table and position code.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,31 @@ def images() -> torch.Tensor:
 def test_codec_reconstructs_like_scikit_learns_pca(images):
     codec = PatchCodec.fit(images[:300], latent_channels=6)
     # one patch of 8 × 8 in torch.unfold's order
-    patches = torch.nn.functional.unfold(images[300:310], 8, stride=8).transpose(1, 2).flatten(0, 1).double().numpy()
-    train = torch.nn.functional.unfold(images[:300], 8, stride=8).transpose(1, 2).flatten(0, 1).double().numpy()
+    patches = (
+        torch.nn.functional.unfold(images[300:310], 8, stride=8)
+        .transpose(1, 2)
+        .flatten(0, 1)
+        .double()
+        .numpy()
+    )
+    train = (
+        torch.nn.functional.unfold(images[:300], 8, stride=8)
+        .transpose(1, 2)
+        .flatten(0, 1)
+        .double()
+        .numpy()
+    )
     pca = PCA(6, svd_solver="covariance_eigh").fit(train)
     expected = pca.inverse_transform(pca.transform(patches))
-    ours = torch.nn.functional.unfold(codec(images[300:310]), 8, stride=8).transpose(1, 2).flatten(0, 1)
+    ours = (
+        torch.nn.functional.unfold(codec(images[300:310]), 8, stride=8)
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
     assert np.abs(ours.numpy() - expected).max() < 1e-4
-    assert torch.allclose(codec.components.flatten(1) @ codec.components.flatten(1).T, torch.eye(6), atol=1e-5)
+    assert torch.allclose(
+        codec.components.flatten(1) @ codec.components.flatten(1).T, torch.eye(6), atol=1e-5
+    )
 
 
 def test_with_all_components_the_codec_loses_nothing():
@@ -57,7 +77,14 @@ def test_the_round_trip_scores_like_the_ground_truth(images, channels):
     wanted = scenes.sample(600, seed=1)
     codec = PatchCodec.fit(scenes.render(scenes.sample(2000, seed=2)) * 2 - 1, channels)
     verdict = scenes.evaluate((codec(images) / 2 + 0.5).clamp(0, 1), wanted)
-    for name in ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both"):
+    for name in (
+        "color",
+        "shape",
+        "unique_binding",
+        "relation_strict",
+        "relation_loose",
+        "relation_given_both",
+    ):
         assert float(verdict[name].mean()) >= 0.995, name
 
 
@@ -71,8 +98,14 @@ def test_codec_answers_every_call_that_a_pipeline_makes_of_autoencoder_kl(images
         assert type(vae.encode(images[:2])).__name__ == "AutoencoderKLOutput"
         z = posterior.sample()
         assert z.shape[-2:] == posterior.mode().shape[-2:] == (16, 16)
-        assert vae.decode(z).sample.shape == vae.decode(z, return_dict=False)[0].shape == (2, 3, 128, 128)
-    assert torch.equal(codec.encode(images[:2]).latent_dist.sample(), codec.encode(images[:2]).latent_dist.mode())
+        assert (
+            vae.decode(z).sample.shape
+            == vae.decode(z, return_dict=False)[0].shape
+            == (2, 3, 128, 128)
+        )
+    assert torch.equal(
+        codec.encode(images[:2]).latent_dist.sample(), codec.encode(images[:2]).latent_dist.mode()
+    )
 
 
 # The text encoder
@@ -80,10 +113,13 @@ def test_codec_answers_every_call_that_a_pipeline_makes_of_autoencoder_kl(images
 
 @pytest.mark.parametrize("positions", [True, False])
 def test_encoder_is_a_table_plus_the_standard_position_code(positions):
-    encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=["a", "b"], d_model=32, positions=positions))
+    encoder = RandomTokenEncoder(
+        RandomTokenEncoderConfig(words=["a", "b"], d_model=32, positions=positions)
+    )
     ids = torch.tensor([[3, 4, 3, 1]]).repeat(1, 10)  # 40 tokens: any length will do
     out = encoder(ids).last_hidden_state[0]
-    code = get_1d_sincos_pos_embed_from_grid(32, torch.arange(40), output_type="pt").numpy()  # [sin | cos], base 10,000
+    # [sin | cos], base 10,000
+    code = get_1d_sincos_pos_embed_from_grid(32, torch.arange(40), output_type="pt").numpy()
     interleaved = np.stack([code[:, :16], code[:, 16:]], axis=2).reshape(40, 32)
     scaled = interleaved * (32**0.5 / 16**0.5) if positions else 0 * interleaved
     expected = encoder.embed_tokens.weight[ids[0]].detach().numpy() + scaled
@@ -92,7 +128,9 @@ def test_encoder_is_a_table_plus_the_standard_position_code(positions):
 
 def test_table_and_code_have_the_same_norm_and_the_table_follows_from_the_seed():
     def table(**kwargs):
-        return RandomTokenEncoder(RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256, **kwargs)).embed_tokens.weight
+        return RandomTokenEncoder(
+            RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256, **kwargs)
+        ).embed_tokens.weight
 
     assert torch.allclose(table().norm(dim=1), torch.tensor(16.0), atol=1e-4)
     encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=scenes.WORDS, d_model=256))
@@ -109,7 +147,9 @@ def test_unknown_words_are_an_error_that_lists_the_vocabulary():
     with pytest.raises(ValueError, match=r"a word of the prompt\. It knows: red, circle"):
         encoder(tokenizer("yellow circle", return_tensors="pt").input_ids)
     with pytest.raises(ValueError, match=r"no vector for 'yellow', ','\. It knows"):
-        HookedTextToImage.from_pipeline(tiny_pipeline()).to_tokens(["red circle", "Yellow circle, red"])
+        HookedTextToImage.from_pipeline(tiny_pipeline()).to_tokens(
+            ["red circle", "Yellow circle, red"]
+        )
     with pytest.raises(ValueError, match="It knows"):
         encoder(torch.tensor([[99]]))
 
@@ -138,7 +178,11 @@ def test_folder_opens_in_plain_diffusers(tmp_path):
     for name, tensor in pipe.text_encoder.state_dict().items():
         assert torch.equal(tensor, reloaded.text_encoder.state_dict()[name])
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    a, b = (p(list(PROMPTS), latents=latents.clone(), num_inference_steps=3, **CALL).images for p in (pipe, reloaded))
+    a, b = (
+        p(list(PROMPTS), latents=latents.clone(), num_inference_steps=3, **CALL).images
+        for p in (pipe, reloaded)
+    )
     assert torch.equal(a, b)
     text = (tmp_path / "model_index.json").read_text()
-    assert '"hooked_models",\n    "PatchCodec"' in text  # by package: a moved file breaks no checkpoint
+    # by package: a moved file breaks no checkpoint
+    assert '"hooked_models",\n    "PatchCodec"' in text

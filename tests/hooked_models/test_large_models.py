@@ -29,13 +29,20 @@ EXPECTED: dict[str, tuple[int, int, int, int | None]] = {
     "Qwen-Image": (20_430_401_088, 60, 24, None),
     "Z-Image-Turbo": (6_154_908_736, 30, 30, None),
 }
-"""Model → parameters of its transformer, blocks, heads and text positions (None: as long as the prompt)."""
+"""Model → parameters of its transformer, blocks, heads and text positions (None: as long as the
+prompt).
+"""
 
 
 def write_folder(name: str, folder: Path) -> Path:
-    """A pipeline's folder without weights, with a small tokenizer in the place of each of its own."""
+    """A pipeline's folder without weights, with a small tokenizer in the place of each of its
+    own.
+    """
     parts = dict(CONFIGS[name])
-    index: dict[str, Any] = {"_class_name": parts.pop("pipeline"), "_diffusers_version": diffusers.__version__}
+    index: dict[str, Any] = {
+        "_class_name": parts.pop("pipeline"),
+        "_diffusers_version": diffusers.__version__,
+    }
     for part, values in parts.items():
         kind = values["_class_name"]
         index[part] = ["diffusers" if hasattr(diffusers, kind) else "transformers", kind]
@@ -67,14 +74,22 @@ def test_names_and_estimates_cost_seconds(name: str, tmp_path: Path) -> None:
     last = f"blocks.{n_layers - 1}.attn.hook_z"
     assert f"steps.27.cond.{last}" in estimate(model, PROMPT, 28, names_filter=last).sizes
     assert size.nbytes == 28 * n_layers * n_heads * (64 * 64 + text) ** 2 * 2
-    one = estimate(model, PROMPT, 28, names_filter=lambda name: name.endswith("attn.hook_pattern"), heads=["L5H1"])
+    one = estimate(
+        model,
+        PROMPT,
+        28,
+        names_filter=lambda name: name.endswith("attn.hook_pattern"),
+        heads=["L5H1"],
+    )
     assert one.nbytes * n_layers * n_heads == size.nbytes
     stream = estimate(model, [PROMPT] * 3, 2, names_filter="blocks.1.hook_resid_post", steps=0)
     assert stream.nbytes == 3 * (64 * 64 + text) * model.cfg.d_model * 2
 
 
 def test_words_are_found_without_weights_and_nothing_is_drawn(tmp_path: Path) -> None:
-    model: Any = HookedTextToImage.from_pretrained(write_folder("SD3.5-large", tmp_path), weights=False)
+    model: Any = HookedTextToImage.from_pretrained(
+        write_folder("SD3.5-large", tmp_path), weights=False
+    )
     mask = prompts.token_mask(model, PROMPT, prompts.word("circle"))
     assert mask[0].nonzero().flatten().tolist() == [1, 77 + 1]
     with pytest.raises(ValueError, match="opened without weights"):
@@ -86,8 +101,15 @@ def test_estimates_without_weights_are_those_of_the_live_model(name: str, tmp_pa
     pipe, call = tiny_pipeline(name)
     pipe.save_pretrained(tmp_path)
     sizes = []
-    for model in (HookedTextToImage.from_pipeline(pipe), HookedTextToImage.from_pretrained(tmp_path, weights=False)):
+    for model in (
+        HookedTextToImage.from_pipeline(pipe),
+        HookedTextToImage.from_pretrained(tmp_path, weights=False),
+    ):
         found: Any = model
-        found.options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+        found.options = {
+            key: value
+            for key, value in call.items()
+            if key not in ("num_inference_steps", "output_type")
+        }
         sizes.append(estimate(found, PROMPTS, 2, branch="both").sizes)
     assert sizes[0] == sizes[1]

@@ -1,4 +1,6 @@
-"""Every public name is there, costs nothing until used, and moved modules are found under their old names."""
+"""Every public name is there, costs nothing until used, and moved modules are found under their old
+names.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_importing_a_package_loads_no_torch():
 
 
 @pytest.mark.parametrize(
-    "old", [name for name in sys.meta_path if isinstance(name, lazy_imports._MovedModules)], ids=lambda f: min(f.table)
+    "old",
+    [name for name in sys.meta_path if isinstance(name, lazy_imports._MovedModules)],
+    ids=lambda f: min(f.table),
 )
 def test_old_paths_are_the_new_modules(old):
     for name, new in old.table.items():

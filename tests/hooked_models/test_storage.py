@@ -1,4 +1,6 @@
-"""Weights that are offloaded, stored in few bits or compiled: hooked as they are, or refused with the way out."""
+"""Weights that are offloaded, stored in few bits or compiled: hooked as they are, or refused with
+the way out.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,20 @@ Z = "steps.1.cond.blocks.1.attn.hook_z"
 def offload(kind: str) -> Callable[[Any], None]:
     cpu = torch.device("cpu")
     return lambda pipe: apply_group_offloading(
-        pipe.transformer, onload_device=cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=1
+        pipe.transformer,
+        onload_device=cpu,
+        offload_device=cpu,
+        offload_type=kind,
+        num_blocks_per_group=1,
     )
 
 
 STORED: dict[str, Callable[[Any], Any]] = {
     "group offload, leaves": offload("leaf_level"),
     "group offload, blocks": offload("block_level"),
-    "bfloat16 storage": lambda pipe: pipe.transformer.enable_layerwise_casting(torch.bfloat16, torch.float32),
+    "bfloat16 storage": lambda pipe: pipe.transformer.enable_layerwise_casting(
+        torch.bfloat16, torch.float32
+    ),
     "compiled": lambda pipe: pipe.transformer.compile(backend="eager"),
     "compiled blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(backend="eager"),
 }
@@ -49,7 +57,11 @@ def plain(pipe: Any, call: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("how", STORED)
 def test_hooks_act_as_torchs_own(how: str) -> None:
     pipe, call = tiny_pipeline("FLUX.1")
-    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    options = {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
     STORED[how](pipe)
     model = HookedTextToImage.from_pipeline(pipe)
     drawn = plain(pipe, call)
@@ -62,12 +74,15 @@ def test_hooks_act_as_torchs_own(how: str) -> None:
     assert bool(cache[Z].any())
     calls: list[int] = []
 
-    def without(module: nn.Module, args: Any, output: Any) -> Any:  # of the second step's attention, what zeros in z leave
+    # of the second step's attention, what zeros in z leave
+    def without(module: nn.Module, args: Any, output: Any) -> Any:
         calls.append(1)
         if len(calls) != 2:
             return None
         biases = pipe.transformer.transformer_blocks[1].attn
-        return biases.to_out[0].bias.expand_as(output[0]).clone(), biases.to_add_out.bias.expand_as(output[1]).clone()
+        return biases.to_out[0].bias.expand_as(output[0]).clone(), biases.to_add_out.bias.expand_as(
+            output[1]
+        ).clone()
 
     if "compiled" not in how and "storage" not in how:
         handle = pipe.transformer.transformer_blocks[1].attn.register_forward_hook(without)
@@ -87,7 +102,8 @@ def test_a_wrapper_of_torch_compile_is_refused_with_the_way_out() -> None:
 
 def test_packed_weights_are_no_weights_to_view() -> None:
     packed = nn.Linear(4, 4, bias=False)
-    packed.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)  # as in 4 bits
+    # as in 4 bits
+    packed.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match="is quantised"):
         weight_of(packed)
 
@@ -95,7 +111,11 @@ def test_packed_weights_are_no_weights_to_view() -> None:
 def test_torchao_weights_are_hooked() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     pipe, call = tiny_pipeline("FLUX.1")
-    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    options = {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
     before = plain(pipe, call)
     quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
     model = HookedTextToImage.from_pipeline(pipe)

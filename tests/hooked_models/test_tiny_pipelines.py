@@ -1,4 +1,6 @@
-"""The tiny pipelines that other tests run: finite, moved by their prompts, and the same after they were saved and opened."""
+"""The tiny pipelines that other tests run: finite, moved by their prompts, and the same after they
+were saved and opened.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def images(pipe: Any, call: dict[str, Any], prompts: tuple[str, ...] = PROMPTS) 
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_tiny_pipeline_draws_by_its_prompts_and_survives_its_folder(name: str, tmp_path: Path) -> None:
+def test_a_tiny_pipeline_draws_by_its_prompts_and_survives_its_folder(
+    name: str, tmp_path: Path
+) -> None:
     pipe, call = tiny_pipeline(name)
     drawn = images(pipe, call)
     assert bool(drawn.isfinite().all())
@@ -48,7 +52,9 @@ FRAMES = {"Wan": 2, "LTX-Video": 2, "CogVideoX": 3, "HunyuanVideo": 2}
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_hooked_transformer_stands_in_its_pipeline(name: str) -> None:
-    """Without hooks and with hooks that only look, images are bitwise the plain pipeline's; positions are the latents'."""
+    """Without hooks and with hooks that only look, images are bitwise the plain pipeline's;
+    positions are the latents'.
+    """
     pipe, call = tiny_pipeline(name)
     drawn = images(pipe, call)
     pipe.transformer = model = families.hook(pipe.transformer)
@@ -79,9 +85,14 @@ def test_a_folder_of_any_pipeline_opens_by_the_same_call(name: str, tmp_path: Pa
     pipe.save_pretrained(tmp_path)
     call.pop("output_type")
     steps = call.pop("num_inference_steps")
-    opened, live = HookedTextToImage.from_pretrained(tmp_path), HookedTextToImage.from_pipeline(pipe)
+    opened, live = (
+        HookedTextToImage.from_pretrained(tmp_path),
+        HookedTextToImage.from_pipeline(pipe),
+    )
     assert opened.source.folder == tmp_path
-    assert torch.equal(opened(PROMPTS, num_steps=steps, **call), live(PROMPTS, num_steps=steps, **call))
+    assert torch.equal(
+        opened(PROMPTS, num_steps=steps, **call), live(PROMPTS, num_steps=steps, **call)
+    )
     file = next((tmp_path / "transformer").glob("*.safetensors"))
     tensors = load_file(file)
     tensors.popitem()
@@ -95,7 +106,9 @@ def test_no_part_of_a_folder_imports_foreign_code(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     for part in ("text_encoder_2", "tokenizer_2", "extra"):
-        (tmp_path / "model_index.json").write_text(json.dumps({**index, part: ["antigravity", "Thing"]}))
+        (tmp_path / "model_index.json").write_text(
+            json.dumps({**index, part: ["antigravity", "Thing"]})
+        )
         for weights in (True, False):
             with pytest.raises(ValueError, match=f"takes its {part} from 'antigravity'"):
                 HookedTextToImage.from_pretrained(tmp_path, weights=weights)

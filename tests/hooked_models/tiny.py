@@ -9,7 +9,9 @@ from diffusers import PixArtTransformer2DModel
 
 
 def tiny_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
-    """A transformer in which every parameter matters: biases and tables are random too, and none is zero."""
+    """A transformer in which every parameter matters: biases and tables are random too, and none is
+    zero.
+    """
     heads, d_head = config.get("num_attention_heads", 3), config.get("attention_head_dim", 8)
     defaults = {
         "num_attention_heads": heads,
@@ -42,9 +44,11 @@ def tiny_inputs(
     batch: int = 2,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """The keyword arguments with which PixArtSigmaPipeline calls its transformer, with random values.
+    """The keyword arguments with which PixArtSigmaPipeline calls its transformer, with random
+    values.
 
-    Row b masks its last ``pads + b`` text tokens, if ``pads`` is not 0; without pads there is no mask.
+    Row b masks its last ``pads + b`` text tokens, if ``pads`` is not 0; without pads there is no
+    mask.
     """
     config, dtype = transformer.config, transformer.dtype
     generator = torch.Generator().manual_seed(seed)
@@ -58,10 +62,15 @@ def tiny_inputs(
         mask = (torch.arange(text_len) < lengths[:, None]).long()
     sizes = {"resolution": None, "aspect_ratio": None}
     if transformer.use_additional_conditions:
-        sizes = {"resolution": 500 + 100 * randn(batch, 2), "aspect_ratio": 1 + randn(batch, 1).abs()}
+        sizes = {
+            "resolution": 500 + 100 * randn(batch, 2),
+            "aspect_ratio": 1 + randn(batch, 1).abs(),
+        }
     return {
         "hidden_states": randn(batch, config.in_channels, height, width),
-        "encoder_hidden_states": randn(batch, text_len, config.caption_channels or config.cross_attention_dim),
+        "encoder_hidden_states": randn(
+            batch, text_len, config.caption_channels or config.cross_attention_dim
+        ),
         "encoder_attention_mask": mask,
         "timestep": torch.tensor([901, 17, 500])[:batch],
         "added_cond_kwargs": sizes,

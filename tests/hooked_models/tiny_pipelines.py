@@ -1,9 +1,11 @@
-"""Tiny random text-to-image pipelines of many families, with text encoders and tokenizers of their own kinds.
+"""Tiny random text-to-image pipelines of many families, with text encoders and tokenizers of their
+own kinds.
 
     pipe, call = tiny_pipeline("FLUX.1")
     images = pipe(prompt=list(PROMPTS), **call).images
 
-Every parameter is random, 1-D ones included. Tokens are words, letters and "," whatever the family's own tokenizer is.
+Every parameter is random, 1-D ones included. Tokens are words, letters and "," whatever the
+family's own tokenizer is.
 """
 
 from __future__ import annotations
@@ -18,15 +20,30 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from .pipelines import WORDS, randomise
 
-PIECES = ("<|im_start|>", "<|im_end|>", "▁", *",:\n", *"abcdefghijklmnopqrstuvwxyz", *("▁" + word for word in WORDS))
-CHAT = "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}<|im_start|> assistant"
+PIECES = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "▁",
+    *",:\n",
+    *"abcdefghijklmnopqrstuvwxyz",
+    *("▁" + word for word in WORDS),
+)
+CHAT = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor "
+    "%}<|im_start|> assistant"
+)
 SIZE = {"num_attention_heads": 2, "num_hidden_layers": 2}
 D_TEXT = 16
 
 
 def tokenizer(max_length: int = 12, padding_side: str = "right") -> Any:
     """Words of the prompts, other words by letters; signs of chat templates."""
-    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -10.0 if len(piece) == 1 else -2.0) for piece in PIECES)]
+    scores = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((piece, -10.0 if len(piece) == 1 else -2.0) for piece in PIECES),
+    ]
     found = T.T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=max_length)
     found.chat_template, found.padding_side = CHAT, padding_side
     return found
@@ -36,7 +53,13 @@ N_WORDS = len(tokenizer())
 
 
 def t5(kind: Any = T.T5EncoderModel, config: Any = T.T5Config, d_model: int = D_TEXT) -> Any:
-    sizes = {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    sizes = {
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
     return kind(config(vocab_size=N_WORDS, d_model=d_model, **sizes))
 
 
@@ -49,12 +72,20 @@ def clip(projected: bool = False, length: int = 12) -> Any:
         "eos_token_id": 1,
         **SIZE,
     }
-    return (T.CLIPTextModelWithProjection if projected else T.CLIPTextModel)(T.CLIPTextConfig(vocab_size=N_WORDS, **sizes))
+    return (T.CLIPTextModelWithProjection if projected else T.CLIPTextModel)(
+        T.CLIPTextConfig(vocab_size=N_WORDS, **sizes)
+    )
 
 
 def decoder(kind: Any, config: Any, layers: int = 2, **more: Any) -> Any:
     """A tiny decoder-only language model."""
-    sizes = {"hidden_size": D_TEXT, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": D_TEXT,
+        "intermediate_size": 32,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_attention_heads": 2,
+    }
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     return kind(config(vocab_size=N_WORDS, num_hidden_layers=layers, **sizes, **special, **more))
 
@@ -74,8 +105,16 @@ def qwen_text() -> dict[str, Any]:
 
 
 def qwen_vl() -> Any:
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": D_TEXT}
-    return T.Qwen2_5_VLForConditionalGeneration(T.Qwen2_5_VLConfig(text_config=qwen_text(), vision_config=vision))
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": D_TEXT,
+    }
+    return T.Qwen2_5_VLForConditionalGeneration(
+        T.Qwen2_5_VLConfig(text_config=qwen_text(), vision_config=vision)
+    )
 
 
 def vae(channels: int, blocks: int = 2, **more: Any) -> Any:
@@ -95,7 +134,10 @@ def vae(channels: int, blocks: int = 2, **more: Any) -> Any:
 
 
 def deep_compression_vae() -> Any:
-    types, shape = ("ResBlock", "EfficientViTBlock"), {"attention_head_dim": 2, "latent_channels": 4, "in_channels": 3}
+    types, shape = (
+        ("ResBlock", "EfficientViTBlock"),
+        {"attention_head_dim": 2, "latent_channels": 4, "in_channels": 3},
+    )
     return D.AutoencoderDC(
         encoder_block_types=types,
         decoder_block_types=types,
@@ -127,7 +169,12 @@ def flux() -> Any:
         "axes_dims_rope": (4, 4, 8),
     }
     model = D.FluxTransformer2DModel(
-        patch_size=1, in_channels=16, joint_attention_dim=D_TEXT, pooled_projection_dim=8, guidance_embeds=True, **sizes
+        patch_size=1,
+        in_channels=16,
+        joint_attention_dim=D_TEXT,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
+        **sizes,
     )
     return D.FluxPipeline(flow(), vae(4), clip(), tokenizer(), t5(), tokenizer(), model)
 
@@ -148,34 +195,80 @@ def flux2() -> Any:
         guidance_embeds=False,
         **sizes,
     )
-    blocks = {"block_out_channels": (4, 4), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 1}
-    types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    blocks = {
+        "block_out_channels": (4, 4),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 1,
+    }
+    types = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     encoder = decoder(T.Qwen3ForCausalLM, T.Qwen3Config, layers=28)
-    return D.Flux2KleinPipeline(flow(), D.AutoencoderKLFlux2(**blocks, **types), encoder, tokenizer(), model)
+    return D.Flux2KleinPipeline(
+        flow(), D.AutoencoderKLFlux2(**blocks, **types), encoder, tokenizer(), model
+    )
 
 
 def sd3() -> Any:
-    sizes = {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "sample_size": 16, "pos_embed_max_size": 16}
-    text = {"joint_attention_dim": D_TEXT, "caption_projection_dim": 16, "pooled_projection_dim": 16}
+    sizes = {
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "sample_size": 16,
+        "pos_embed_max_size": 16,
+    }
+    text = {
+        "joint_attention_dim": D_TEXT,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 16,
+    }
     model = D.SD3Transformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, dual_attention_layers=(0,), qk_norm="rms_norm", **sizes, **text
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+        **sizes,
+        **text,
     )
-    return D.StableDiffusion3Pipeline(model, flow(), vae(4), clip(True), tokenizer(), clip(True), tokenizer(), t5(), tokenizer())
+    return D.StableDiffusion3Pipeline(
+        model, flow(), vae(4), clip(True), tokenizer(), clip(True), tokenizer(), t5(), tokenizer()
+    )
 
 
 def qwen_image() -> Any:
-    sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
-    model = D.QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, joint_attention_dim=D_TEXT, **sizes)
+    sizes = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    model = D.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, joint_attention_dim=D_TEXT, **sizes
+    )
     return D.QwenImagePipeline(flow(), qwen_image_vae(), qwen_vl(), tokenizer(), model)
 
 
 def qwen_image_vae() -> Any:
-    shape = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [False, True]}
+    shape = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True],
+    }
     return D.AutoencoderKLQwenImage(latents_mean=[0.1] * 4, latents_std=[1.5] * 4, **shape)
 
 
 def sana(scheduler: Any = None) -> Any:
-    sizes = {"num_attention_heads": 4, "attention_head_dim": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
+    sizes = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 4,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+    }
     model = D.SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -186,7 +279,13 @@ def sana(scheduler: Any = None) -> Any:
         patch_size=1,
         **sizes,
     )
-    return D.SanaPipeline(tokenizer(), decoder(T.Gemma2Model, T.Gemma2Config), deep_compression_vae(), model, scheduler or flow())
+    return D.SanaPipeline(
+        tokenizer(),
+        decoder(T.Gemma2Model, T.Gemma2Config),
+        deep_compression_vae(),
+        model,
+        scheduler or flow(),
+    )
 
 
 def sana_dpm() -> Any:
@@ -206,7 +305,9 @@ def z_image() -> Any:
         axes_dims=[4, 6, 6],
         axes_lens=[128, 64, 64],
     )
-    return D.ZImagePipeline(flow(), vae(4), decoder(T.Qwen3Model, T.Qwen3Config), tokenizer(), model)
+    return D.ZImagePipeline(
+        flow(), vae(4), decoder(T.Qwen3Model, T.Qwen3Config), tokenizer(), model
+    )
 
 
 def aura_flow() -> Any:
@@ -226,11 +327,18 @@ def aura_flow() -> Any:
         pos_embed_max_size=64,
         **sizes,
     )
-    return D.AuraFlowPipeline(tokenizer(), t5(T.UMT5EncoderModel, T.UMT5Config), vae(4), model, flow())
+    return D.AuraFlowPipeline(
+        tokenizer(), t5(T.UMT5EncoderModel, T.UMT5Config), vae(4), model, flow()
+    )
 
 
 def lumina2() -> Any:
-    heads = {"num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": (4, 2, 2), "axes_lens": (300, 32, 32)}
+    heads = {
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "axes_dim_rope": (4, 2, 2),
+        "axes_lens": (300, 32, 32),
+    }
     sizes = {
         "sample_size": 4,
         "hidden_size": 32,
@@ -240,11 +348,19 @@ def lumina2() -> Any:
         "cap_feat_dim": D_TEXT,
     }
     model = D.Lumina2Transformer2DModel(patch_size=2, in_channels=4, **heads, **sizes)
-    return D.Lumina2Pipeline(model, flow(), vae(4, blocks=4), decoder(T.Gemma2Model, T.Gemma2Config), tokenizer())
+    return D.Lumina2Pipeline(
+        model, flow(), vae(4, blocks=4), decoder(T.Gemma2Model, T.Gemma2Config), tokenizer()
+    )
 
 
 def cogview4() -> Any:
-    sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "pos_embed_max_size": 8, "sample_size": 8}
+    sizes = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "pos_embed_max_size": 8,
+        "sample_size": 8,
+    }
     model = D.CogView4Transformer2DModel(
         patch_size=2,
         in_channels=4,
@@ -255,7 +371,9 @@ def cogview4() -> Any:
         rope_axes_dim=(8, 8),
         **sizes,
     )
-    return D.CogView4Pipeline(tokenizer(padding_side="left"), decoder(T.GlmModel, T.GlmConfig), vae(4), model, flow())
+    return D.CogView4Pipeline(
+        tokenizer(padding_side="left"), decoder(T.GlmModel, T.GlmConfig), vae(4), model, flow()
+    )
 
 
 def hunyuan_dit() -> Any:
@@ -274,7 +392,13 @@ def hunyuan_dit() -> Any:
         text_len_t5=256,
     )
     bert = T.BertModel(
-        T.BertConfig(vocab_size=N_WORDS, hidden_size=D_TEXT, intermediate_size=32, max_position_embeddings=80, **SIZE)
+        T.BertConfig(
+            vocab_size=N_WORDS,
+            hidden_size=D_TEXT,
+            intermediate_size=32,
+            max_position_embeddings=80,
+            **SIZE,
+        )
     )
     t5_encoder = t5(d_model=8)
     return D.HunyuanDiTPipeline(
@@ -299,8 +423,14 @@ def chroma() -> Any:
         "num_attention_heads": 2,
         "axes_dims_rope": (4, 4, 8),
     }
-    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
-    model = D.ChromaTransformer2DModel(patch_size=1, in_channels=16, joint_attention_dim=D_TEXT, **sizes, **approximator)
+    approximator = {
+        "approximator_num_channels": 8,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    }
+    model = D.ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, joint_attention_dim=D_TEXT, **sizes, **approximator
+    )
     return D.ChromaPipeline(flow(), vae(4), t5(), tokenizer(), model)
 
 
@@ -318,15 +448,31 @@ def wan() -> Any:
         cross_attn_norm=True,
         rope_max_seq_len=32,
     )
-    shape = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    shape = {
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+    }
     codec = D.AutoencoderKLWan(latents_mean=[0.1] * 4, latents_std=[1.5] * 4, **shape)
     return D.WanPipeline(tokenizer(), t5(T.UMT5EncoderModel, T.UMT5Config), codec, flow(), model)
 
 
 def ltx() -> Any:
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2}
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "num_layers": 2,
+    }
     model = D.LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, caption_channels=D_TEXT, **sizes
+        in_channels=8,
+        out_channels=8,
+        patch_size=1,
+        patch_size_t=1,
+        caption_channels=D_TEXT,
+        **sizes,
     )
     codec = D.AutoencoderKLLTXVideo(
         latent_channels=8,
@@ -343,17 +489,40 @@ def ltx() -> Any:
 
 
 def cogvideox() -> Any:
-    size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_width": 2, "sample_height": 2}
-    text = {"time_embed_dim": 4, "text_embed_dim": D_TEXT, "max_text_seq_length": 12, "sample_frames": 9}
-    model = D.CogVideoXTransformer3DModel(in_channels=4, out_channels=4, patch_size=2, **size, **text)
+    size = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "sample_width": 2,
+        "sample_height": 2,
+    }
+    text = {
+        "time_embed_dim": 4,
+        "text_embed_dim": D_TEXT,
+        "max_text_seq_length": 12,
+        "sample_frames": 9,
+    }
+    model = D.CogVideoXTransformer3DModel(
+        in_channels=4, out_channels=4, patch_size=2, **size, **text
+    )
     codec = D.AutoencoderKLCogVideoX(
-        block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
     )
     return D.CogVideoXPipeline(tokenizer(), t5(), codec, model, D.CogVideoXDDIMScheduler())
 
 
 def hunyuan_video() -> Any:
-    size = {"num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+    size = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 10,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_refiner_layers": 1,
+    }
     model = D.HunyuanVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -376,7 +545,9 @@ def hunyuan_video() -> Any:
         temporal_compression_ratio=4,
     )
     language = decoder(T.LlamaModel, T.LlamaConfig, layers=4)
-    return D.HunyuanVideoPipeline(language, tokenizer(), model, codec, flow(), clip(length=77), tokenizer())
+    return D.HunyuanVideoPipeline(
+        language, tokenizer(), model, codec, flow(), clip(length=77), tokenizer()
+    )
 
 
 def longcat_image() -> Any:
@@ -400,8 +571,12 @@ def ovis_image() -> Any:
         "num_attention_heads": 2,
         "axes_dims_rope": (4, 6, 6),
     }
-    model = D.OvisImageTransformer2DModel(patch_size=1, in_channels=16, out_channels=16, joint_attention_dim=D_TEXT, **sizes)
-    return D.OvisImagePipeline(flow(), vae(4), decoder(T.Qwen3Model, T.Qwen3Config), tokenizer(), model)
+    model = D.OvisImageTransformer2DModel(
+        patch_size=1, in_channels=16, out_channels=16, joint_attention_dim=D_TEXT, **sizes
+    )
+    return D.OvisImagePipeline(
+        flow(), vae(4), decoder(T.Qwen3Model, T.Qwen3Config), tokenizer(), model
+    )
 
 
 def bria() -> Any:
@@ -412,7 +587,9 @@ def bria() -> Any:
         "num_attention_heads": 2,
         "axes_dims_rope": [4, 6, 6],
     }
-    model = D.BriaTransformer2DModel(patch_size=1, in_channels=16, joint_attention_dim=D_TEXT, **sizes)
+    model = D.BriaTransformer2DModel(
+        patch_size=1, in_channels=16, joint_attention_dim=D_TEXT, **sizes
+    )
     return D.BriaPipeline(model, flow(), vae(4), t5(), tokenizer())
 
 
@@ -427,7 +604,9 @@ def prx() -> Any:
         "head_dim": 8,
         **SIZE,
     }
-    encoder = T5GemmaEncoder(T.T5GemmaConfig(encoder=text, decoder=text, vocab_size=N_WORDS).encoder)
+    encoder = T5GemmaEncoder(
+        T.T5GemmaConfig(encoder=text, decoder=text, vocab_size=N_WORDS).encoder
+    )
     pipe = D.PRXPipeline(model, flow(), encoder, tokenizer(), vae(4))
     pipe.text_preprocessor.basic_clean = str.strip  # its own needs ftfy
     return pipe
@@ -441,7 +620,12 @@ def krea2() -> Any:
         "num_key_value_heads": 2,
         "axes_dims_rope": (4, 6, 6),
     }
-    text = {"text_hidden_dim": D_TEXT, "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
+    text = {
+        "text_hidden_dim": D_TEXT,
+        "num_text_layers": 2,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+    }
     model = D.Krea2Transformer2DModel(
         in_channels=16,
         intermediate_size=32,
@@ -452,15 +636,33 @@ def krea2() -> Any:
         **sizes,
         **text,
     )
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": D_TEXT}
-    encoder = T.Qwen3VLModel(T.Qwen3VLConfig(text_config={**qwen_text(), "head_dim": 8}, vision_config=vision))
-    return D.Krea2Pipeline(flow(), qwen_image_vae(), encoder, tokenizer(), model, text_encoder_select_layers=(1, 2))
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": D_TEXT,
+    }
+    encoder = T.Qwen3VLModel(
+        T.Qwen3VLConfig(text_config={**qwen_text(), "head_dim": 8}, vision_config=vision)
+    )
+    return D.Krea2Pipeline(
+        flow(), qwen_image_vae(), encoder, tokenizer(), model, text_encoder_select_layers=(1, 2)
+    )
 
 
 SQUARE = {"height": 16, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "FLUX.1": (flux, {**SQUARE, "guidance_scale": 3.5, "max_sequence_length": 12}),
-    "FLUX.1 true CFG": (flux, {**SQUARE, "true_cfg_scale": 3.0, "negative_prompt": "blue square", "max_sequence_length": 12}),
+    "FLUX.1 true CFG": (
+        flux,
+        {
+            **SQUARE,
+            "true_cfg_scale": 3.0,
+            "negative_prompt": "blue square",
+            "max_sequence_length": 12,
+        },
+    ),
     "FLUX.2": (flux2, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 20}),
     "SD3": (sd3, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
     "Qwen-Image": (qwen_image, {**SQUARE, "true_cfg_scale": 4.0, "negative_prompt": " "}),
@@ -488,15 +690,45 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     ),
     "Z-Image": (z_image, {**SQUARE, "guidance_scale": 4.0}),
     "AuraFlow": (aura_flow, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
-    "Lumina 2": (lumina2, {**SQUARE, "height": 32, "width": 32, "guidance_scale": 4.0, "max_sequence_length": 240}),
+    "Lumina 2": (
+        lumina2,
+        {**SQUARE, "height": 32, "width": 32, "guidance_scale": 4.0, "max_sequence_length": 240},
+    ),
     "CogView4": (cogview4, {**SQUARE, "guidance_scale": 4.0}),
     "HunyuanDiT": (hunyuan_dit, {**SQUARE, "guidance_scale": 4.0, "use_resolution_binning": False}),
     "Chroma": (chroma, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
-    "Wan": (wan, {**SQUARE, "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 4.0, "max_sequence_length": 12}),
-    "LTX-Video": (ltx, {**SQUARE, "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0, "max_sequence_length": 12}),
+    "Wan": (
+        wan,
+        {
+            **SQUARE,
+            "height": 32,
+            "width": 32,
+            "num_frames": 5,
+            "guidance_scale": 4.0,
+            "max_sequence_length": 12,
+        },
+    ),
+    "LTX-Video": (
+        ltx,
+        {
+            **SQUARE,
+            "height": 32,
+            "width": 32,
+            "num_frames": 5,
+            "guidance_scale": 3.0,
+            "max_sequence_length": 12,
+        },
+    ),
     "CogVideoX": (
         cogvideox,
-        {**SQUARE, "height": 32, "width": 32, "num_frames": 9, "guidance_scale": 6.0, "max_sequence_length": 12},
+        {
+            **SQUARE,
+            "height": 32,
+            "width": 32,
+            "num_frames": 9,
+            "guidance_scale": 6.0,
+            "max_sequence_length": 12,
+        },
     ),
     "HunyuanVideo": (
         hunyuan_video,
@@ -510,19 +742,38 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
             "prompt_template": {"template": "is {}", "crop_start": 0},
         },
     ),
-    "LongCat-Image": (longcat_image, {**SQUARE, "guidance_scale": 4.0, "enable_prompt_rewrite": False}),
+    "LongCat-Image": (
+        longcat_image,
+        {**SQUARE, "guidance_scale": 4.0, "enable_prompt_rewrite": False},
+    ),
     "Ovis-Image": (ovis_image, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 200}),
     "Bria": (bria, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
-    "PRX": (prx, {**SQUARE, "skip_text_cleaning": True, "guidance_scale": 1.0, "use_resolution_binning": False}),
+    "PRX": (
+        prx,
+        {
+            **SQUARE,
+            "skip_text_cleaning": True,
+            "guidance_scale": 1.0,
+            "use_resolution_binning": False,
+        },
+    ),
     "Krea 2": (krea2, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 200}),
 }
-"""Name → how the pipeline is built, and the arguments of its call. PRX's own loop guides one prompt at a time."""
-NO_FOLDER = {"PRX": "its text cleaning needs ftfy", "LongCat-Image": "its folder must hold a processor of images"}
+"""Name → how the pipeline is built, and the arguments of its call.
+
+PRX's own loop guides one prompt at a time.
+"""
+NO_FOLDER = {
+    "PRX": "its text cleaning needs ftfy",
+    "LongCat-Image": "its folder must hold a processor of images",
+}
 """Pipelines that cannot be opened again after they were saved, and why."""
 
 
 def tiny_pipeline(name: str) -> tuple[Any, dict[str, Any]]:
-    """A tiny pipeline, the same at each call, and the arguments with which to call it beside the prompts."""
+    """A tiny pipeline, the same at each call, and the arguments with which to call it beside the
+    prompts.
+    """
     build, call = PIPELINES[name]
     torch.manual_seed(0)
     pipe = build()

@@ -29,7 +29,11 @@ def test_earlier_runs_are_told_once(tmp_path, monkeypatch):
 
 
 def test_a_run_that_has_not_ended_is_not_bundled(tmp_path):
-    save_file({"a": torch.zeros(1)}, tmp_path / "checkpoint.safetensors", {"step": "3", "facts": json.dumps({"steps": 6})})
+    save_file(
+        {"a": torch.zeros(1)},
+        tmp_path / "checkpoint.safetensors",
+        {"step": "3", "facts": json.dumps({"steps": 6})},
+    )
     with pytest.raises(SystemExit, match="step 3 of 6"):
         bundle_model.training_facts(bundle_model.Config(tmp_path, "m"))
 
@@ -46,7 +50,14 @@ def test_a_card_tells_of_every_run():
         "anchored_steps": 0,
         "spreading_steps": 0,
     }
-    later |= {"seed": 5, "muon_lr": 0.25, "history": [], "init_from": "rte-nano", "decay_from": 0.2, "earlier": [first]}
+    later |= {
+        "seed": 5,
+        "muon_lr": 0.25,
+        "history": [],
+        "init_from": "rte-nano",
+        "decay_from": 0.2,
+        "earlier": [first],
+    }
     text = zoo_cards.how_trained(later)
     assert f"{first['samples'] + 1_000:,} samples in 2 runs" in text
     runs = text.split("### Run ")[1:]

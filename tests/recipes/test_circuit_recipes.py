@@ -1,4 +1,6 @@
-"""The recipes on heads: their computations against planted circuits, made-up tables and independent runs."""
+"""The recipes on heads: their computations against planted circuits, made-up tables and independent
+runs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from dit_lens.text.prompts import role_mask
 from dit_lens.text.variance import encode
 from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
-from recipes import attention_synopsis, knockouts, object_heads, relation_heads, robustness, t5_fusion
+from recipes import (
+    attention_synopsis,
+    knockouts,
+    object_heads,
+    relation_heads,
+    robustness,
+    t5_fusion,
+)
 from recipes.claims import independent
 from recipes.knockouts import screened
 
@@ -33,19 +42,35 @@ def rte() -> HookedTextToImage:
 
 
 def made_up(prompts: int = 8, steps: int = 10) -> xr.DataArray:
-    """One head of four that reads: in object 1 the relation at step 0; one the red object's own shape, most at step 5."""
+    """One head of four that reads: in object 1 the relation at step 0; one the red object's own
+    shape, most at step 5.
+    """
     rng = np.random.default_rng(0)
     roles = [*attention_synopsis.ROLES]
     dims = ("prompt", "layer", "head", "step", "image_group", "text_group")
     shape = (prompts, 2, 2, steps, 3, len(roles))
     seen = xr.DataArray(rng.uniform(0, 0.02, shape), dims=dims)
-    seen = seen.assign_coords({name: range(size) for name, size in zip(dims[:4], shape[:4], strict=True)})
+    seen = seen.assign_coords(
+        {name: range(size) for name, size in zip(dims[:4], shape[:4], strict=True)}
+    )
     colors = ["red", "red", "blue", "blue"] * (prompts // 4)
-    seen = seen.assign_coords(image_group=["object1", "object2", "background"], text_group=roles, color1=("prompt", colors))
-    seen.loc[{"layer": 0, "head": 1, "step": 0, "image_group": "object1", "text_group": "relation"}] = 0.8
+    seen = seen.assign_coords(
+        image_group=["object1", "object2", "background"],
+        text_group=roles,
+        color1=("prompt", colors),
+    )
+    seen.loc[
+        {"layer": 0, "head": 1, "step": 0, "image_group": "object1", "text_group": "relation"}
+    ] = 0.8
     for prompt in range(prompts):
         red = "1" if seen["color1"].values[prompt] == "red" else "2"
-        at = {"prompt": prompt, "layer": 1, "head": 0, "image_group": f"object{red}", "text_group": f"shape{red}"}
+        at = {
+            "prompt": prompt,
+            "layer": 1,
+            "head": 0,
+            "image_group": f"object{red}",
+            "text_group": f"shape{red}",
+        }
         seen.loc[{**at, "step": slice(4, 8)}] = 0.6
         seen.loc[{**at, "step": 5}] = 0.7
     return seen
@@ -55,17 +80,27 @@ def test_a_synopsis_survives_its_table_and_names_words_as_objects_see_them():
     seen = made_up()
     table = seen.rename("attention").to_dataframe().reset_index()
     again = attention_synopsis.labelled([table, table])
-    np.testing.assert_array_equal(again.values[8:], seen.sel(image_group=again["image_group"], text_group=again["text_group"]))
+    np.testing.assert_array_equal(
+        again.values[8:], seen.sel(image_group=again["image_group"], text_group=again["text_group"])
+    )
     assert again["color1"].values.tolist() == seen["color1"].values.tolist() * 2
     named = attention_synopsis.by_object(seen)
     for region, own, other in (("object1", "1", "2"), ("object2", "2", "1")):
         for word in ("shape", "color"):
             plain = seen.sel(image_group=region)
             there = named.sel(image_group=region)
-            np.testing.assert_array_equal(there.sel(text_group=f"own {word}"), plain.sel(text_group=f"{word}{own}"))
-            np.testing.assert_array_equal(there.sel(text_group=f"other {word}"), plain.sel(text_group=f"{word}{other}"))
-    np.testing.assert_array_equal(named.sel(image_group="red")[:2], named.sel(image_group="object1")[:2])
-    np.testing.assert_array_equal(named.sel(image_group="red")[2:4], named.sel(image_group="object2")[2:4])
+            np.testing.assert_array_equal(
+                there.sel(text_group=f"own {word}"), plain.sel(text_group=f"{word}{own}")
+            )
+            np.testing.assert_array_equal(
+                there.sel(text_group=f"other {word}"), plain.sel(text_group=f"{word}{other}")
+            )
+    np.testing.assert_array_equal(
+        named.sel(image_group="red")[:2], named.sel(image_group="object1")[:2]
+    )
+    np.testing.assert_array_equal(
+        named.sel(image_group="red")[2:4], named.sel(image_group="object2")[2:4]
+    )
 
 
 def test_questions_pick_the_heads_that_were_made_to_read():
@@ -76,21 +111,31 @@ def test_questions_pick_the_heads_that_were_made_to_read():
     claims = {claim.what: claim for claim in attention_synopsis.shape_claims("m", seen)}
     step = claims["m: the same head, step of most attention to own shape"].here
     assert step == (5, 5, 5)
-    assert claims["m: own shape, the head of either colour, its colour minus the other"].control.startswith("red L1H0 +0.6")
+    assert claims[
+        "m: own shape, the head of either colour, its colour minus the other"
+    ].control.startswith("red L1H0 +0.6")
 
 
 def test_the_excess_is_attention_minus_what_label_shuffles_give_on_average():
     seen = made_up()
-    ranked = synopsis.rank_heads(seen.expand_dims(branch=["cond"]), "object1", "relation", step=0, shuffles=2000)
+    ranked = synopsis.rank_heads(
+        seen.expand_dims(branch=["cond"]), "object1", "relation", step=0, shuffles=2000
+    )
     top = ranked.iloc[0]
-    beyond = attention_synopsis.excess(seen).sel(image_group="object1", text_group="relation", step=0).mean("prompt")
+    beyond = (
+        attention_synopsis.excess(seen)
+        .sel(image_group="object1", text_group="relation", step=0)
+        .mean("prompt")
+    )
     expected = float(beyond.sel(layer=int(top["layer"]), head=int(top["head"])))
     assert expected == pytest.approx(top["mean"] - top["control"], abs=0.01)
     assert expected > 0.6
 
 
 def test_knock_outs_are_the_runs_that_they_say():
-    """Against plain generations and hooks, image by image; changes are paired by scene whatever the order of rows."""
+    """Against plain generations and hooks, image by image; changes are paired by scene whatever the
+    order of rows.
+    """
     conditions = {"all": (ablation.knockout_role("relation"), ["tokens"])}
     rows = knockouts.knocked_out(rte(), conditions, 2, seed=2)
     assert set(rows["condition"]) == {"none", "all", "all | random tokens"}
@@ -120,7 +165,12 @@ def test_knock_outs_are_the_runs_that_they_say():
 
 def test_the_slope_of_a_ramp_is_along_its_relation():
     slopes: tuple[tuple[Relation, int], ...] = (("above", 1), ("left", -3), ("upper_left", 1))
-    maps = np.stack([factor * screening.ramp(DIRECTIONS[name], 8).numpy().reshape(8, 8) for name, factor in slopes])
+    maps = np.stack(
+        [
+            factor * screening.ramp(DIRECTIONS[name], 8).numpy().reshape(8, 8)
+            for name, factor in slopes
+        ]
+    )
     relations = ("phrase", ["above", "left", "left"])
     found = xr.DataArray(maps, dims=("phrase", "y", "x"), coords={"relation": relations})
     np.testing.assert_allclose(relation_heads.degrees_off(found), [0, 0, 45], atol=1e-4)
@@ -129,7 +179,12 @@ def test_the_slope_of_a_ramp_is_along_its_relation():
 
 
 def test_ways_name_heads_by_their_thresholds_and_agreement_is_between_them():
-    scores = {"L0H0": (0.5, 0.4, 0.6), "L0H1": (0.04, 0.03, 0.05), "L1H0": (-0.2, 0.9, -0.3), "L1H1": (0.0, 0.0, 0.0)}
+    scores = {
+        "L0H0": (0.5, 0.4, 0.6),
+        "L0H1": (0.04, 0.03, 0.05),
+        "L1H0": (-0.2, 0.9, -0.3),
+        "L1H1": (0.0, 0.0, 0.0),
+    }
     looks = pd.DataFrame(
         {"condition": head, "kind": "single", "heads": 1, "seed": 0, "scene": i, "lost": value}
         for head, values in scores.items()
@@ -139,15 +194,26 @@ def test_ways_name_heads_by_their_thresholds_and_agreement_is_between_them():
     assert knockouts.names_of(table.index[table["named"]]) == ["L0H0"]
     assert relation_heads.agreement(table, {(0, 0)}).mean == 1
     for positive in ({(1, 1)}, {(0, 1), (1, 0)}):
-        assert relation_heads.agreement(table, positive).mean == pytest.approx(auroc(table["score"], positive))
+        assert relation_heads.agreement(table, positive).mean == pytest.approx(
+            auroc(table["score"], positive)
+        )
     assert np.isnan(relation_heads.agreement(table, set()).mean)
-    ranking = pd.DataFrame({"layer": [0, 0, 1], "head": [0, 1, 0], "cosine": [-0.9, 0.9, 0.2], "projection": [-3.0, 2.0, 9.0]})
+    ranking = pd.DataFrame(
+        {
+            "layer": [0, 0, 1],
+            "head": [0, 1, 0],
+            "cosine": [-0.9, 0.9, 0.2],
+            "projection": [-3.0, 2.0, 9.0],
+        }
+    )
     ranking["p"] = [0.002, 0.2, 0.002]
     named = relation_heads.by_weights(ranking)
     assert knockouts.names_of(named.index[named["named"]]) == ["L0H0"]
     all_ways = {"screening": table[["score", "named"]], "synopsis": table, "knock-out": table}
     assert relation_heads.unanimous(all_ways).here == (1, 1, 1)
-    assert relation_heads.unanimous({**all_ways, "screening": all_ways["screening"].assign(named=False)}).here == (0, 0, 0)
+    assert relation_heads.unanimous(
+        {**all_ways, "screening": all_ways["screening"].assign(named=False)}
+    ).here == (0, 0, 0)
 
 
 def test_a_first_look_is_the_run_with_the_word_masked():
@@ -157,7 +223,11 @@ def test_a_first_look_is_the_run_with_the_word_masked():
     np.testing.assert_allclose(by["first 1"], by["L2H2"], atol=1e-6)
     wanted, _ = knockouts.scenes_of(2, 0)
     texts = [scenes.caption(scene) for scene in wanted]
-    hide = [h for part in ablation.knockout_role("relation", ["L2H1", "L2H2"], steps=0) for h in part.hooks(rte(), texts)]
+    hide = [
+        h
+        for part in ablation.knockout_role("relation", ["L2H1", "L2H2"], steps=0)
+        for h in part.hooks(rte(), texts)
+    ]
     lost = []
     for noise in (0, 1):
         seen: list[torch.Tensor] = []
@@ -172,13 +242,19 @@ def test_a_first_look_is_the_run_with_the_word_masked():
 
 @pytest.mark.slow
 def test_weights_and_patterns_name_the_planted_relation_heads(planted_model):
-    """The vertical ones: most of `knockouts.WORDS` are vertical, so screening asks for those. Decoys that share their ramps
-    pass both ways, so a knock-out has to be the third."""
+    """The vertical ones: most of `knockouts.WORDS` are vertical, so screening asks for those.
+
+    Decoys that share their ramps pass both ways, so a knock-out has to be the third.
+    """
     model, truth = planted_model("two-stage", 0)
-    seen = attention_synopsis.by_object(attention_synopsis.labelled([attention_synopsis.reading(model, 8, 0)]))
+    seen = attention_synopsis.by_object(
+        attention_synopsis.labelled([attention_synopsis.reading(model, 8, 0)])
+    )
     tables = (relation_heads.by_weights(screened(model)[0]), relation_heads.by_attention(seen))
     weights, patterns = ({*table.index[table["named"]]} for table in tables)
-    vertical = {(head.layer, head.head) for head in truth.relation_heads if head.writes[0].endswith("_y")}
+    vertical = {
+        (head.layer, head.head) for head in truth.relation_heads if head.writes[0].endswith("_y")
+    }
     assert vertical < weights & patterns <= ramp_heads(truth)
     assert {(head.layer, head.head) for head in truth.relation_heads} <= patterns
     assert relation_heads.agreement(tables[1], vertical).mean > 0.8
@@ -188,9 +264,15 @@ def test_weights_and_patterns_name_the_planted_relation_heads(planted_model):
 
 
 def test_a_receiver_that_reads_what_relation_heads_write_is_flat_before_and_selective_after():
-    """Planted: its query reads only where the relation heads put object 1, its key tells the first shape word from the second."""
+    """Planted: its query reads only where the relation heads put object 1, its key tells the first
+    shape word from the second.
+    """
     model, truth = planted.planted_circuit("two-stage", seed=0)
-    senders = [head for head in truth.relation_heads if any(name.startswith("side1") for name in head.writes)]
+    senders = [
+        head
+        for head in truth.relation_heads
+        if any(name.startswith("side1") for name in head.writes)
+    ]
     names = [f"L{head.layer}H{head.head}" for head in senders]
     words = {word: screening.word_vector(model, word) for word in ("above", "left")}
     wanted, _ = knockouts.scenes_of(16, 0)
@@ -204,7 +286,9 @@ def test_a_receiver_that_reads_what_relation_heads_write_is_flat_before_and_sele
         caption = encode(model, model.to_tokens(texts), "caption")
         first, second = (caption[role_mask(model, texts, role)] for role in ("shape1", "shape2"))
         target = torch.cat([torch.ones(len(first)), -torch.ones(len(second))])
-        key = torch.linalg.lstsq(torch.cat([first, second]), target[:, None], driver="gelsd").solution[:, 0]
+        key = torch.linalg.lstsq(
+            torch.cat([first, second]), target[:, None], driver="gelsd"
+        ).solution[:, 0]
         attn = model.dit.blocks[3].cross_attn
         attn.W_Q[0].zero_()[:, 0] = read
         attn.W_K[0].zero_()[:, 0] = key
@@ -220,10 +304,14 @@ def test_a_receiver_that_reads_what_relation_heads_write_is_flat_before_and_sele
 
 @pytest.mark.parametrize("head", ["L3H2", "L1H0"])
 def test_what_an_rte_head_writes_from_the_first_shape_word_is_that_shape_alone(head):
-    """An identity: the word's vector is the word's and the place's, and the place is the same in all prompts."""
+    """An identity: the word's vector is the word's and the place's, and the place is the same in
+    all prompts.
+    """
     layer, index = parse_head(head)
     attn = rte().dit.blocks[layer].cross_attn
-    vectors, factors = variance.word_vectors(rte(), variance.factorial_prompts(), "shape1", at="caption")
+    vectors, factors = variance.word_vectors(
+        rte(), variance.factorial_prompts(), "shape1", at="caption"
+    )
     written = (vectors @ attn.W_V[index] @ attn.W_O[index]).detach()
     table = variance.partition(written, factors[["shape1", "relation"]], permutations=0)
     assert table["r2_marginal"]["shape1"] == pytest.approx(1, abs=1e-6)
@@ -232,14 +320,18 @@ def test_what_an_rte_head_writes_from_the_first_shape_word_is_that_shape_alone(h
 
 @pytest.mark.parametrize("role", ["shape1", "shape2"])
 def test_without_an_encoder_that_mixes_words_a_shape_word_is_the_plain_prompts(role):
-    """Identities, so no findings: a shape word's exchange changes nothing, that of all relation words is the other prompt."""
+    """Identities, so no findings: a shape word's exchange changes nothing, that of all relation
+    words is the other prompt.
+    """
     wanted = scenes.sample(3, seed=0, split="all", color_words="both")
     swap = Interchange(rte(), wanted, [scenes.opposite(scene) for scene in wanted])
     view, tokens = rte().at(step=0, prompts=swap.texts, seed=[0, 1, 2], guidance=1.0, returns="x0")
     others = [scenes.caption(scenes.opposite(scene)) for scene in wanted]
     turned, same = rte().at(step=0, prompts=others, seed=[0, 1, 2], guidance=1.0, returns="x0")
     with torch.no_grad():
-        torch.testing.assert_close(view.run_with_hooks(tokens, fwd_hooks=swap.hooks(None, role, 0, view)), view(tokens))
+        torch.testing.assert_close(
+            view.run_with_hooks(tokens, fwd_hooks=swap.hooks(None, role, 0, view)), view(tokens)
+        )
         exchanged = view.run_with_hooks(tokens, fwd_hooks=swap.hooks(None, "relation", 0, view))
         torch.testing.assert_close(exchanged, turned(same), atol=1e-4, rtol=1e-4)
 
@@ -279,9 +371,9 @@ def test_a_share_of_the_total_is_of_sums():
 def test_a_path_from_the_whole_text_to_the_image_is_the_opposite_prompt():
     wanted, _ = knockouts.scenes_of(2, 0)
     paths = {"all": (["text"], ["image"]), "none": (["cross_attn.L5H2"], ["image"])}
-    found = object_heads.patched_paths(rte(), paths, 2, 0, lambda images: torch.from_numpy(layout(images, wanted))).set_index(
-        "path"
-    )
+    found = object_heads.patched_paths(
+        rte(), paths, 2, 0, lambda images: torch.from_numpy(layout(images, wanted))
+    ).set_index("path")
     np.testing.assert_allclose(found.loc["all", "patched"], found.loc["all", "source"], atol=1e-3)
     assert (found.loc["all", "source"] < 0).all()
     assert (found.loc["none", "patched"] > 0.5).all()
@@ -291,12 +383,19 @@ def test_a_path_from_the_whole_text_to_the_image_is_the_opposite_prompt():
 
 
 def test_masks_and_vectors_are_judged_by_axis():
-    """Made up: the vertical axis' word is hidden and half of the layouts are right; everything else changes nothing."""
+    """Made up: the vertical axis' word is hidden and half of the layouts are right; everything else
+    changes nothing.
+    """
     rows = []
     for axis, own in t5_fusion.CARRIER.items():
         for condition in ("none", "random word", *t5_fusion.NAMES, "own, early", "own, late"):
             right = [i % 2 if condition in (own, "own, early") else 1 for i in range(200)]
-            part = {"axis": axis, "condition": condition, "scene": range(200), "asked": np.asarray(right, float)}
+            part = {
+                "axis": axis,
+                "condition": condition,
+                "scene": range(200),
+                "asked": np.asarray(right, float),
+            }
             rows.append(pd.DataFrame({**part, "binding": 1.0}))
     claims = t5_fusion.mask_claims("m", pd.concat(rows))
     assert {claim.verdict for claim in claims} == {"as predicted"}

@@ -1,4 +1,6 @@
-"""Verdicts by the interval, and what the recipes that read evaluations and courses make of made-up ones."""
+"""Verdicts by the interval, and what the recipes that read evaluations and courses make of made-up
+ones.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,24 @@ from recipes.claims import Claim, report, stage, together
 def test_a_verdict_is_by_the_whole_interval(interval, verdict):
     contrast = Interval(0.2, 0.1, 0.3)
     assert Claim("x", ".5", Interval(*interval), (0.4, 0.6), contrast=contrast).verdict == verdict
-    beyond = verdict.replace("replicates", "as predicted").replace("does not replicate here", "not as predicted")
+    beyond = verdict.replace("replicates", "as predicted").replace(
+        "does not replicate here", "not as predicted"
+    )
     assert Claim("x", "–", Interval(*interval), (0.4, 0.6)).verdict == beyond
 
 
-@pytest.mark.parametrize("contrast", [None, Interval(0.1, -0.1, 0.3), Interval(0.1, np.nan, np.nan)])
+@pytest.mark.parametrize(
+    "contrast", [None, Interval(0.1, -0.1, 0.3), Interval(0.1, np.nan, np.nan)]
+)
 def test_nothing_replicates_without_a_contrast_beyond_doubt(contrast):
     claim = Claim("x", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6), contrast=contrast)
     assert claim.verdict == "as predicted"
 
 
 def test_a_verdict_among_many_is_by_an_interval_that_holds_for_all():
-    """Against exact intervals of a count of zero; a normal interval is widened by more than it needs."""
+    """Against exact intervals of a count of zero; a normal interval is widened by more than it
+    needs.
+    """
     for n in (8, 64):
         alone, of_ten = (1 - alpha ** (1 / n) for alpha in (0.025, 0.0025))
         wider = together(Interval(0.0, 0.0, alone), 10)
@@ -73,14 +81,21 @@ def test_a_report_is_written_whole(tmp_path, capsys):
     assert written["model"] == "m"
     assert [row["verdict"] for row in written["claims"]] == ["replicates", "not run here"]
     assert written["claims"][1]["mean"] is None
-    assert pd.read_parquet(tmp_path / "claims.parquet")["verdict"].tolist() == ["replicates", "not run here"]
+    assert pd.read_parquet(tmp_path / "claims.parquet")["verdict"].tolist() == [
+        "replicates",
+        "not run here",
+    ]
 
 
 def test_a_stage_is_made_again_when_its_code_has_changed(tmp_path):
     model = HookedTextToImage.from_pretrained("rte-nano")
     module: dict[str, object] = {"__name__": "recipe", "pd": pd}
     for helper, expected in (("1", 1), ("1", 1), ("2", 2)):
-        exec(f"def value(): return {helper}\ndef make(model, n): return pd.DataFrame({{'x': [value()] * n}})", module)
+        exec(
+            f"def value(): return {helper}\ndef make(model, n): return pd.DataFrame({{'x': "
+            f"[value()] * n}})",
+            module,
+        )
         assert stage(tmp_path, "s", model, module["make"], 2)["x"].tolist() == [expected] * 2
     assert len(list((tmp_path / "stages").iterdir())) == 2
 
@@ -111,13 +126,25 @@ def test_what_a_bag_of_words_cannot_tell_apart():
 
 
 def test_the_goes_before_the_second_object():
-    assert robustness.the_second("red circle is above blue square") == "red circle is above the blue square"
-    assert robustness.the_second("circle is to the left of square") == "circle is to the left of the square"
+    assert (
+        robustness.the_second("red circle is above blue square")
+        == "red circle is above the blue square"
+    )
+    assert (
+        robustness.the_second("circle is to the left of square")
+        == "circle is to the left of the square"
+    )
 
 
 def test_changes_by_a_template_are_of_the_same_scenes():
-    rows = [{"split": "train", "template": "is", "scene": i, "relation_loose": float(i < 6)} for i in range(8)]
-    rows += [{"split": "train", "template": "the both", "scene": i, "relation_loose": 0.0} for i in (7, 1)]
+    rows = [
+        {"split": "train", "template": "is", "scene": i, "relation_loose": float(i < 6)}
+        for i in range(8)
+    ]
+    rows += [
+        {"split": "train", "template": "the both", "scene": i, "relation_loose": 0.0}
+        for i in (7, 1)
+    ]
     table = pd.DataFrame(rows)
     assert robustness.changes(table, "the both", "relation_loose").to_dict() == {1: -1.0, 7: 0.0}
     assert robustness.change(table, "the both", "relation_loose").mean == -0.5
@@ -125,7 +152,9 @@ def test_changes_by_a_template_are_of_the_same_scenes():
 
 
 def test_later_is_a_ratio_of_samples_with_its_bracket():
-    came = pd.DataFrame({"samples": [100, 400, pd.NA], "before": [50, 200, pd.NA]}, index=["a", "b", "never"]).astype("Int64")
+    came = pd.DataFrame(
+        {"samples": [100, 400, pd.NA], "before": [50, 200, pd.NA]}, index=["a", "b", "never"]
+    ).astype("Int64")
     assert learning_dynamics.later(came, "a", "b") == pytest.approx((2, 1, 3))
     assert np.isnan(learning_dynamics.later(came, "a", "never").mean)
     assert learning_dynamics.times(came, "b", "never") == "b 400, never never"

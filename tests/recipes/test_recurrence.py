@@ -28,8 +28,15 @@ def ranking(shares: list[float], axis: str = "vertical") -> pd.DataFrame:
 
 
 def test_the_fewest_heads_that_hold_enough_are_found():
-    assert recurrence.found(ranking([0.1, 0.5, 0.4, 0.0]), "vertical")["name"].tolist() == ["L0H1", "L1H0"]
-    assert recurrence.found(ranking([0.1, 0.45, 0.4, 0.05]), "vertical")["name"].tolist() == ["L0H1", "L1H0", "L0H0"]
+    assert recurrence.found(ranking([0.1, 0.5, 0.4, 0.0]), "vertical")["name"].tolist() == [
+        "L0H1",
+        "L1H0",
+    ]
+    assert recurrence.found(ranking([0.1, 0.45, 0.4, 0.05]), "vertical")["name"].tolist() == [
+        "L0H1",
+        "L1H0",
+        "L0H0",
+    ]
 
 
 def test_heads_are_counted_and_their_depth_is_between_the_first_and_the_last_layer():
@@ -59,7 +66,11 @@ def test_the_planted_heads_of_an_axis_are_found():
     ramps = {f"L{layer}H{head}" for layer, head in ramp_heads(truth)}
     table = recurrence.screening_by_axis(model)
     for axis, end in (("vertical", "_y"), ("horizontal", "_x")):
-        own = {f"L{head.layer}H{head.head}" for head in truth.relation_heads if head.writes[0].endswith(end)}
+        own = {
+            f"L{head.layer}H{head.head}"
+            for head in truth.relation_heads
+            if head.writes[0].endswith(end)
+        }
         names = set(recurrence.found(table, axis)["name"])
         assert names <= ramps
         assert names & own
@@ -67,6 +78,9 @@ def test_the_planted_heads_of_an_axis_are_found():
 
 def test_without_a_gain_the_null_is_small():
     nothing, some = (
-        pd.concat([ranking([size, 0.0, 0.0, 0.0], axis) for axis in ("vertical", "horizontal")]) for size in (1e-4, 1.0)
+        pd.concat([ranking([size, 0.0, 0.0, 0.0], axis) for axis in ("vertical", "horizontal")])
+        for size in (1e-4, 1.0)
     )
-    assert [claim.verdict for claim in recurrence.null_claims(nothing, some)] == ["as predicted"] * 2
+    assert [claim.verdict for claim in recurrence.null_claims(nothing, some)] == [
+        "as predicted"
+    ] * 2

@@ -1,4 +1,6 @@
-"""Circuits by axis and carriers: verdicts against rendered scenes, claims against made-up tables, heads against planted ones."""
+"""Circuits by axis and carriers: verdicts against rendered scenes, claims against made-up tables,
+heads against planted ones.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,44 @@ def test_verdicts_of_scenes_of_the_opposite_and_of_one_turned_axis():
 
 def rows_of(condition: str, hits: list[int], binding: int = 1) -> pd.DataFrame:
     values = np.array(hits, float)
-    table = {"condition": condition, "scene": np.arange(len(hits)), "axis": "diagonal", "binding": float(binding)}
+    table = {
+        "condition": condition,
+        "scene": np.arange(len(hits)),
+        "axis": "diagonal",
+        "binding": float(binding),
+    }
     names = ("opposite", "strict_opposite", "layout_opposite", "x_turned", "y_turned")
     return pd.DataFrame(table | {"both_colors": 1.0} | dict.fromkeys(names, values))
 
 
 def made_up() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    sets = pd.DataFrame({"axis": ["vertical", "horizontal"], "head": ["L1H0", "L2H2"], "share": [0.9, 0.8], "turned": 1.0})
-    hits = {"none": [0] * 40, "set": [1] * 40, "without L1H0": [0] * 40, "without L2H2": [1] * 30 + [0] * 10}
-    hits |= {"random 0": [0] * 40, "steps 0-3": [1] * 40, "steps 4-13": [0] * 40, "vertical": [1] * 40, "horizontal": [0] * 40}
-    images = pd.concat([rows_of(condition, some) for condition, some in hits.items()], ignore_index=True)
-    paths = pd.DataFrame({"frozen": np.repeat(list(relation_das.PARTS), 5), "lost": np.repeat([0.1, 0.02, 0.9], 5)})
+    sets = pd.DataFrame(
+        {
+            "axis": ["vertical", "horizontal"],
+            "head": ["L1H0", "L2H2"],
+            "share": [0.9, 0.8],
+            "turned": 1.0,
+        }
+    )
+    hits = {
+        "none": [0] * 40,
+        "set": [1] * 40,
+        "without L1H0": [0] * 40,
+        "without L2H2": [1] * 30 + [0] * 10,
+    }
+    hits |= {
+        "random 0": [0] * 40,
+        "steps 0-3": [1] * 40,
+        "steps 4-13": [0] * 40,
+        "vertical": [1] * 40,
+        "horizontal": [0] * 40,
+    }
+    images = pd.concat(
+        [rows_of(condition, some) for condition, some in hits.items()], ignore_index=True
+    )
+    paths = pd.DataFrame(
+        {"frozen": np.repeat(list(relation_das.PARTS), 5), "lost": np.repeat([0.1, 0.02, 0.9], 5)}
+    )
     return sets, images, paths
 
 

@@ -15,14 +15,21 @@ from recipes import run_all
 from recipes.claims import Claim, report
 
 SHOWN_ELSEWHERE = {"pixart_sigma", "relation_head"}
-SHARED = {"circuit_figures", "claims", "dose_figure", "knockouts", "relation_das", "relation_figure"}
+SHARED = {
+    "circuit_figures",
+    "claims",
+    "dose_figure",
+    "knockouts",
+    "relation_das",
+    "relation_figure",
+}
 TOOLS = {"bundle_model", "bundle_text_encoder", "memory_plan", "run_all", "zoo_cards"}
 
 
 def test_every_recipe_is_on_the_page():
-    assert {module.name for module in pkgutil.iter_modules(recipes.__path__)} == SHOWN_ELSEWHERE | SHARED | TOOLS | set(
-        run_all.FIGURES
-    )
+    assert {
+        module.name for module in pkgutil.iter_modules(recipes.__path__)
+    } == SHOWN_ELSEWHERE | SHARED | TOOLS | set(run_all.FIGURES)
     text = (run_all.HERE / "README.md").read_text()
     for name in run_all.FIGURES:
         assert f"## {name}\n\n{run_all.question(name)}" in text
@@ -31,13 +38,27 @@ def test_every_recipe_is_on_the_page():
 
 def test_a_page_has_verdicts_numbers_and_escaped_bars(tmp_path, capsys):
     claims = [
-        Claim("a|b", ".5", Interval(0.5, 0.45, 0.55), (0.4, 0.6), "control", Interval(0.2, 0.1, 0.3), "64 images"),
+        Claim(
+            "a|b",
+            ".5",
+            Interval(0.5, 0.45, 0.55),
+            (0.4, 0.6),
+            "control",
+            Interval(0.2, 0.1, 0.3),
+            "64 images",
+        ),
         Claim("d", "–", finite(18), None),
         Claim("c", "–", Interval(*[float("nan")] * 3), (0, 1)),
     ]
     report("title", claims, tmp_path)
-    page = run_all.page({"t5_fusion": json.loads((tmp_path / "claims.json").read_text())}, {"m": "0123456789abcdef" * 4})
-    assert "| a\\|b | .5 | 0.500 [0.450, 0.550] | 0.4 … 0.6 | control; 64 images | **replicates** |" in page
+    page = run_all.page(
+        {"t5_fusion": json.loads((tmp_path / "claims.json").read_text())},
+        {"m": "0123456789abcdef" * 4},
+    )
+    assert (
+        "| a\\|b | .5 | 0.500 [0.450, 0.550] | 0.4 … 0.6 | control; 64 images | **replicates** |"
+        in page
+    )
     assert "| d | – | 18.000 | – |  | **exploratory** |" in page
     assert "| c | – | – | 0 … 1 |  | **not run here** |" in page
     assert "| `m` | `0123456789abcdef` |" in page
@@ -76,7 +97,8 @@ def test_results_of_other_weights_are_not_shown(tmp_path):
     folder.mkdir()
     assert run_all.current(tmp_path, {"m": "new"}) == {}
     (folder / "claims.json").write_text("{}")
-    assert run_all.current(tmp_path, {"m": "new"}) == {"t5_fusion": folder}  # run by hand, who knows on what
+    # run by hand, who knows on what
+    assert run_all.current(tmp_path, {"m": "new"}) == {"t5_fusion": folder}
     for asked, shown in ({"m": "new"}, 1), ({"m": "old"}, 0), ({"gone": "old"}, 0):
         (folder / "models.json").write_text(json.dumps(asked))
         assert len(run_all.current(tmp_path, {"m": "new", "other": "x"})) == shown

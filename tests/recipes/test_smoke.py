@@ -1,4 +1,6 @@
-"""Every recipe runs at smoke settings, leaves its claims and figures, and measures nothing a second time."""
+"""Every recipe runs at smoke settings, leaves its claims and figures, and measures nothing a second
+time.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +58,15 @@ def test_a_recipe_runs_and_goes_on_where_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = importlib.import_module(f"recipes.{name}"), tmp_path / "out"
-    config = recipe.Config(**SMOKE[name], **{folder: tmp_path / folder for folder in FOLDERS.get(name, ())}, out=out)
+    config = recipe.Config(
+        **SMOKE[name], **{folder: tmp_path / folder for folder in FOLDERS.get(name, ())}, out=out
+    )
     recipe.main(config)
     printed, written = capsys.readouterr().out, json.loads((out / "claims.json").read_text())
     assert len(written["claims"]) == len(pd.read_parquet(out / "claims.parquet")) >= 3
     assert all(claim["verdict"] for claim in written["claims"])
-    assert (out / run_all.FIGURES[name]).exists() or name == "learning_dynamics"  # whose figures are named by run
+    # whose figures are named by run
+    assert (out / run_all.FIGURES[name]).exists() or name == "learning_dynamics"
     assert list(out.glob("*.png"))
     stages = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stages/*.parquet")}
 
@@ -76,12 +81,23 @@ def test_a_recipe_runs_and_goes_on_where_it_was(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stages/*.parquet")} == stages
 
 
-def test_the_demonstration_redraws_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demonstration_redraws_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     relation_head.main(relation_head.Config(images=4, out=tmp_path))
     assert "L1H1" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"redrawn.csv", "redrawn.png", "result.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "redrawn.csv",
+        "redrawn.png",
+        "result.json",
+    }
     table = pd.read_csv(tmp_path / "redrawn.csv").set_index(["heads", "relation drawn"])["mean"]
-    assert table["found heads", "opposite"] == table["random heads", "as prompted"] == table["as prompted", "as prompted"] == 1
+    assert (
+        table["found heads", "opposite"]
+        == table["random heads", "as prompted"]
+        == table["as prompted", "as prompted"]
+        == 1
+    )
     assert table["random heads", "opposite"] == table["found heads", "as prompted"] == 0
 
 

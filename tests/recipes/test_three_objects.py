@@ -31,7 +31,10 @@ def test_each_clause_has_its_own_words(model):
         ]
         for clause, mask in clause_masks(model, texts).items()
     }
-    assert words == {"relation1": [["▁above"], ["▁lower", "▁right"]], "relation2": [["▁upper", "▁left"], ["▁higher"]]}
+    assert words == {
+        "relation1": [["▁above"], ["▁lower", "▁right"]],
+        "relation2": [["▁upper", "▁left"], ["▁higher"]],
+    }
 
 
 def test_an_exchange_says_one_thing_otherwise_in_as_many_words():
@@ -54,8 +57,14 @@ def test_a_share_is_a_projection_in_units_of_the_whole():
     baseline = torch.randn(3, 3, 4, 4)
     aside = torch.randn(3, 3, 4, 4)
     of_row = whole[prompt]
-    aside = aside - of_row * ((aside * of_row).sum((1, 2, 3)) / of_row.square().sum((1, 2, 3)))[:, None, None, None]
-    assert share(baseline + 0.3 * of_row + aside, baseline, prompt) == pytest.approx(torch.full((3,), 0.3), abs=1e-5)
+    aside = (
+        aside
+        - of_row
+        * ((aside * of_row).sum((1, 2, 3)) / of_row.square().sum((1, 2, 3)))[:, None, None, None]
+    )
+    assert share(baseline + 0.3 * of_row + aside, baseline, prompt) == pytest.approx(
+        torch.full((3,), 0.3), abs=1e-5
+    )
 
 
 def test_agreement_is_one_for_proportional_profiles_and_zero_for_disjoint_ones():

@@ -24,8 +24,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = tiny_pipeline("t5", learned_sigma=True)
     torch.manual_seed(3)
     pipe.vae = AutoencoderKL(
-        **{"latent_channels": 4, "block_out_channels": (4, 4), "norm_num_groups": 2, "layers_per_block": 1},
-        **{"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 8},
+        **{
+            "latent_channels": 4,
+            "block_out_channels": (4, 4),
+            "norm_num_groups": 2,
+            "layers_per_block": 1,
+        },
+        **{
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "sample_size": 8,
+        },
     ).eval()
     randomise(pipe.text_encoder, 0.1)
     path = tmp_path_factory.mktemp("pipeline")

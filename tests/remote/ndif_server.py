@@ -1,18 +1,20 @@
-"""A server that speaks NDIF's protocol, for tests: it runs whatever it is sent, so it listens on the loopback alone.
+"""A server that speaks NDIF's protocol, for tests: it runs whatever it is sent, so it listens on
+the loopback alone.
 
     python -I tests/remote/ndif_server.py [--port PORT] [--hooked-models FOLDER]
 
-Without a folder to import `hooked_models` from, this process has none of the packages of ABSENT, as a stranger's server. It
-prints one line of JSON: `port`, and, unless a port was given, `child` and `child_port` of a second server, forked off, which a
-test may kill.
+Without a folder to import `hooked_models` from, this process has none of the packages of ABSENT, as
+a stranger's server. It prints one line of JSON: `port`, and, unless a port was given, `child` and
+`child_port` of a second server, forked off, which a test may kill.
 
-The first part of a path is the face it shows: "locked" wants the API key SECRET; "old" says that it runs another nnsight; "gated"
-does not say, and refuses the client's; "stuck" takes runs and never begins them. "open" has no quirk, and neither has an address
-without a face.
+The first part of a path is the face it shows: "locked" wants the API key SECRET; "old" says that it
+runs another nnsight; "gated" does not say, and refuses the client's; "stuck" takes runs and never
+begins them. "open" has no quirk, and neither has an address without a face.
 
-What nnsight 0.8.1 asks for: GET /env; POST /request, a form with `data` (JSON: model_key, compress, …) and `blob` (the block);
-GET /response/{id}, 404 until there is a status; on COMPLETED its `data` is the address of the result, written by torch.save.
-GET /log tells the test what has passed: bytes in and out of every run.
+What nnsight 0.8.1 asks for: GET /env; POST /request, a form with `data` (JSON: model_key, compress,
+…) and `blob` (the block); GET /response/{id}, 404 until there is a status; on COMPLETED its `data`
+is the address of the result, written by torch.save. GET /log tells the test what has passed: bytes
+in and out of every run.
 """
 
 from __future__ import annotations
@@ -31,7 +33,16 @@ import uuid
 import warnings
 from typing import Any
 
-ABSENT = ("dit_lens", "hooked_models", "transformer_lens", "jaxtyping", "beartype", "einops", "xarray", "sklearn")
+ABSENT = (
+    "dit_lens",
+    "hooked_models",
+    "transformer_lens",
+    "jaxtyping",
+    "beartype",
+    "einops",
+    "xarray",
+    "sklearn",
+)
 SECRET = "open-sesame"
 
 MODELS: dict[str, Any] = {}
@@ -47,14 +58,18 @@ def open_model(key: str) -> Any:
 
     if key not in MODELS:
         # without a dtype every component has that of its files, and a pipeline's may differ
-        MODELS[key] = model = HuggingFaceModel.from_model_key(key, dispatch=True, dtype=torch.float32)
+        MODELS[key] = model = HuggingFaceModel.from_model_key(
+            key, dispatch=True, dtype=torch.float32
+        )
         model._module.requires_grad_(False)
         model.pipeline.set_progress_bar_config(disable=True)
     return MODELS[key]
 
 
 def execute(key: str, blob: bytes, compress: bool) -> bytes:
-    """As NDIF's actor does: rebuild the block around the live model, run it, keep what was saved."""
+    """As NDIF's actor does: rebuild the block around the live model, run it, keep what was
+    saved.
+    """
     import torch
     import zstandard
     from nnsight.schema.request import RequestModel
@@ -62,26 +77,38 @@ def execute(key: str, blob: bytes, compress: bool) -> bytes:
 
     model = open_model(key)
     try:
-        tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), compress=compress)
+        tracer = RequestModel.deserialize(
+            blob, model._remoteable_persistent_objects(), compress=compress
+        )
         inc()
         try:
             tracer.execute(tracer.info.code)
             marked = _saves()
-            saved = {name: value for name, value in tracer.info.frame.f_locals.items() if id(value) in marked}
+            saved = {
+                name: value
+                for name, value in tracer.info.frame.f_locals.items()
+                if id(value) in marked
+            }
         finally:
             dec()
     finally:
         model.interleaver.cancel()
     buffer = io.BytesIO()
     torch.save(saved, buffer)
-    return zstandard.ZstdCompressor(level=3).compress(buffer.getvalue()) if compress else buffer.getvalue()
+    return (
+        zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())
+        if compress
+        else buffer.getvalue()
+    )
 
 
 def work(run: str, request: dict[str, Any], blob: bytes, address: str) -> None:
     from nnsight.schema.response import ResponseModel, Status
 
     def say(status: Status, description: str = "", data: str | None = None) -> None:
-        STATUS[run] = ResponseModel(id=run, status=status, description=description, data=data).model_dump_json()
+        STATUS[run] = ResponseModel(
+            id=run, status=status, description=description, data=data
+        ).model_dump_json()
 
     try:
         with ONE_AT_A_TIME:
@@ -98,7 +125,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def answer(self, body: Any, code: int = 200) -> None:
-        data = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
+        data = (
+            body
+            if isinstance(body, bytes)
+            else (body if isinstance(body, str) else json.dumps(body)).encode()
+        )
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -106,7 +137,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self) -> tuple[str, list[str]]:
         face, *rest = self.path.strip("/").split("/")
-        return (face, rest) if face in ("open", "locked", "old", "gated", "stuck") else ("open", [face, *rest])
+        return (
+            (face, rest)
+            if face in ("open", "locked", "old", "gated", "stuck")
+            else ("open", [face, *rest])
+        )
 
     def locked_out(self, face: str) -> bool:
         wrong = face == "locked" and self.headers.get("ndif-api-key") != SECRET
@@ -119,8 +154,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         face, path = self.route()
         if path == ["env"] and face != "gated":
-            versions = {name: version(name) for name in ("nnsight", "diffusers", "transformers", "torch")}
-            self.answer({"python_version": sys.version, "packages": versions | ({"nnsight": "0.7.3"} if face == "old" else {})})
+            versions = {
+                name: version(name) for name in ("nnsight", "diffusers", "transformers", "torch")
+            }
+            self.answer(
+                {
+                    "python_version": sys.version,
+                    "packages": versions | ({"nnsight": "0.7.3"} if face == "old" else {}),
+                }
+            )
         elif path[0] == "response" and path[1] in STATUS:
             if not self.locked_out(face):
                 self.answer(STATUS[path[1]])
@@ -139,19 +181,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.locked_out(face):
             return
         if face == "gated":
-            self.answer({"detail": f"nnsight {self.headers['nnsight-version']} is not supported: use 0.7.x."}, 400)
+            self.answer(
+                {
+                    "detail": (
+                        f"nnsight {self.headers['nnsight-version']} is not supported: use 0.7.x."
+                    )
+                },
+                400,
+            )
             return
         head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
         form: Any = email.message_from_bytes(head + body, policy=email.policy.HTTP)
         parts = {
-            part.get_param("name", header="content-disposition"): part.get_payload(decode=True) for part in form.iter_parts()
+            part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
+            for part in form.iter_parts()
         }
         request, run = json.loads(parts["data"]), uuid.uuid4().hex
         received = ResponseModel(id=run, status=Status.QUEUED).model_dump_json()
         STATUS[run] = received
         if face != "stuck":
             address = f"http://{self.headers['Host']}"
-            threading.Thread(target=work, args=(run, request, parts["blob"], address), daemon=True).start()
+            threading.Thread(
+                target=work, args=(run, request, parts["blob"], address), daemon=True
+            ).start()
         self.answer(received)
 
 

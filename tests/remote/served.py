@@ -18,12 +18,20 @@ class Served:
     """A server process."""
 
     def __init__(self, *options: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTHON", "COV"))
+        }
         command = [sys.executable, "-I", str(SERVER), *options]
-        self.process = subprocess.Popen(command, cwd="/", env=environment, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd="/", env=environment, stdout=subprocess.PIPE, text=True
+        )
         assert self.process.stdout is not None
         said = json.loads(self.process.stdout.readline())
-        self.url, self.child_url = (f"http://127.0.0.1:{said[port]}" for port in ("port", "child_port"))
+        self.url, self.child_url = (
+            f"http://127.0.0.1:{said[port]}" for port in ("port", "child_port")
+        )
         self.child: int | None = said["child"]
 
     def log(self) -> list[dict[str, int]]:

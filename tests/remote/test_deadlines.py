@@ -1,4 +1,7 @@
-"""Servers that are silent, slow or no NDIF servers at all: one sentence each, within the timeout. All on loopback."""
+"""Servers that are silent, slow or no NDIF servers at all: one sentence each, within the timeout.
+
+All on loopback.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ ENVIRONMENT = b"/env"
 
 
 def reply(body: bytes, status: str = "200 OK") -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
 
 
 def silent(connection: socket.socket, stop: threading.Event) -> None:
@@ -44,18 +50,27 @@ def say(answer: bytes) -> Callable[[socket.socket, threading.Event], None]:
 
 
 @contextmanager
-def serving(talk: Callable[[socket.socket, threading.Event], None], environment: bool) -> Iterator[str]:
-    """A server whose every answer is `talk`'s; with `environment`, it is a well-behaved one when its packages are requested."""
+def serving(
+    talk: Callable[[socket.socket, threading.Event], None], environment: bool
+) -> Iterator[str]:
+    """A server whose every answer is `talk`'s; with `environment`, it is a well-behaved one when
+    its packages are requested.
+    """
     stop, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
 
     def serve(connection: socket.socket) -> None:
         with connection:
             try:
                 request = connection.recv(2**16)
-                (say(reply(b'{"packages": {}}')) if environment and ENVIRONMENT in request else talk)(connection, stop)
+                (
+                    say(reply(b'{"packages": {}}'))
+                    if environment and ENVIRONMENT in request
+                    else talk
+                )(connection, stop)
                 if not environment or ENVIRONMENT not in request:
                     connection.settimeout(0.2)
-                    while connection.recv(2**16):  # read the request to its end, so that closing does not reset it
+                    # read the request to its end, so that closing does not reset it
+                    while connection.recv(2**16):
                         pass
             except OSError:
                 pass
@@ -81,7 +96,10 @@ HUGE = json.dumps({"packages": {"nnsight": "9" * 20_000_000}}).encode()
 LONG = json.dumps({"packages": {"nnsight": "9" * 500_000}}).encode()
 TALKS = {
     "silent": (silent, "has not answered within 1.5 s"),
-    "a byte now and then": (drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"), "has not answered within 1.5 s"),
+    "a byte now and then": (
+        drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"),
+        "has not answered within 1.5 s",
+    ),
     "headers byte by byte": (drip(b"HTTP/1.1 200 OK\r\nX:"), "has not answered within 1.5 s"),
     "html": (say(reply(b"<html><body>Welcome</body></html>")), "not as an NDIF server does"),
     "a list": (say(reply(b"[1, 2]")), "not as an NDIF server does"),
@@ -94,7 +112,10 @@ TALKS = {
     "packages of another kind": (say(reply(b'{"packages": [1]}')), "not as an NDIF server does"),
     "huge": (say(reply(HUGE)), "not as an NDIF server does"),
     "a long version": (say(reply(LONG)), "runs nnsight 99999"),
-    "an error page": (say(reply(b"<html>" + b"x" * 10**6, "500 Internal Server Error")), r"HTTP 500"),
+    "an error page": (
+        say(reply(b"<html>" + b"x" * 10**6, "500 Internal Server Error")),
+        r"HTTP 500",
+    ),
     "moved": (say(reply(b"", "302 Found")), r"HTTP 302"),
     "no http": (say(b"SSH-2.0-OpenSSH_9.6\r\n"), "No server answers"),
     "nothing": (lambda connection, stop: None, "No server answers"),
@@ -106,9 +127,13 @@ def model(folder: Path) -> RemoteTextToImage:
     return RemoteTextToImage(folder, remote="http://127.0.0.1:9", timeout=TIMEOUT)
 
 
-@pytest.mark.parametrize("environment", [False, True], ids=["from the start", "when the run is sent"])
+@pytest.mark.parametrize(
+    "environment", [False, True], ids=["from the start", "when the run is sent"]
+)
 @pytest.mark.parametrize("name", TALKS)
-def test_every_answer_is_one_sentence_within_the_timeout(model: RemoteTextToImage, name: str, environment: bool) -> None:
+def test_every_answer_is_one_sentence_within_the_timeout(
+    model: RemoteTextToImage, name: str, environment: bool
+) -> None:
     talk, message = TALKS[name]
     if environment and name in ("huge", "a long version", "other keys", "packages of another kind"):
         message = "not as an NDIF server does"
@@ -122,7 +147,8 @@ def test_every_answer_is_one_sentence_within_the_timeout(model: RemoteTextToImag
     assert url in said
     assert len(said) < 600
     assert "\n" not in said
-    assert caught.value.__context__ is None or environment  # nnsight raises within its own frames when a trace is sent
+    # nnsight raises within its own frames when a trace is sent
+    assert caught.value.__context__ is None or environment
     assert took < TIMEOUT + 3.5  # tracing itself, on a loaded machine, is the remainder
 
 

@@ -1,4 +1,6 @@
-"""Through nnsight, here and on a server that has no dit_lens: the numbers of the local hooked model."""
+"""Through nnsight, here and on a server that has no dit_lens: the numbers of the local hooked
+model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ from hooked_models import HookedTextToImage, UnknownHookError, list_models
 
 from .served import Served
 
-PROMPTS = ["red circle is above blue square", "blue square is left of red circle", "red square is above blue circle"]
+PROMPTS = [
+    "red circle is above blue square",
+    "blue square is left of red circle",
+    "red square is above blue circle",
+]
 RUN: dict[str, Any] = {"seed": [3, 4, 5], "num_steps": 3}
 UNREACHABLE = ("hook_latent", "hook_rel_pos_bias")
 """May be read, not written."""
@@ -24,10 +30,14 @@ UNREACHABLE = ("hook_latent", "hook_rel_pos_bias")
 
 def close(ours: Tensor, oracle: Tensor, tolerance: float = 1e-5) -> None:
     """Equal up to a part of the largest value."""
-    torch.testing.assert_close(ours, oracle.detach(), rtol=0, atol=tolerance * max(1.0, float(oracle.abs().max())))
+    torch.testing.assert_close(
+        ours, oracle.detach(), rtol=0, atol=tolerance * max(1.0, float(oracle.abs().max()))
+    )
 
 
-def same_caches(model: RemoteTextToImage, oracle: HookedTextToImage, tolerance: float = 1e-5, **wanted: Any) -> None:
+def same_caches(
+    model: RemoteTextToImage, oracle: HookedTextToImage, tolerance: float = 1e-5, **wanted: Any
+) -> None:
     with torch.no_grad():
         images, cache = oracle.run_with_cache(PROMPTS, **RUN, **wanted)
         ours, found = model.run_with_cache(PROMPTS, **RUN, **wanted)
@@ -39,8 +49,13 @@ def same_caches(model: RemoteTextToImage, oracle: HookedTextToImage, tolerance: 
 
 @pytest.fixture(scope="module")
 def exact(folder) -> tuple[RemoteTextToImage, HookedTextToImage]:
-    """nnsight in this process and the oracle, in float64 (in which the fused and the explicit attention agree)."""
-    ours, oracle = RemoteTextToImage(folder, dtype=torch.float64), HookedTextToImage.from_pretrained(folder)
+    """nnsight in this process and the oracle, in float64 (in which the fused and the explicit
+    attention agree).
+    """
+    ours, oracle = (
+        RemoteTextToImage(folder, dtype=torch.float64),
+        HookedTextToImage.from_pretrained(folder),
+    )
     for part in (oracle.dit, oracle.text_encoder, oracle.codec):
         part.double()
     return ours, oracle
@@ -50,8 +65,14 @@ def exact(folder) -> tuple[RemoteTextToImage, HookedTextToImage]:
 
 
 def test_every_name_is_read(exact) -> None:
-    same_caches(*exact, tolerance=1e-6, branch="both", steps=[0, 2])  # T5's norms are float32 in any model
-    same_caches(*exact, tolerance=1e-6, names_filter=lambda name: name.endswith(("hook_z", "hook_mlp_out")), guidance=1.0)
+    # T5's norms are float32 in any model
+    same_caches(*exact, tolerance=1e-6, branch="both", steps=[0, 2])
+    same_caches(
+        *exact,
+        tolerance=1e-6,
+        names_filter=lambda name: name.endswith(("hook_z", "hook_mlp_out")),
+        guidance=1.0,
+    )
 
 
 def nudge(tensor: Tensor, hook: Any) -> Tensor:
@@ -64,7 +85,11 @@ def nudge_in_place(tensor: Tensor, hook: Any) -> None:
 
 def writable(model: HookedTextToImage) -> list[str]:
     names = [name for name in model.hook_dict if not name.endswith(UNREACHABLE)]
-    return [name for name in names if name.startswith(("steps.1.", "text_encoder", "null_text_encoder", "hook_image"))]
+    return [
+        name
+        for name in names
+        if name.startswith(("steps.1.", "text_encoder", "null_text_encoder", "hook_image"))
+    ]
 
 
 @pytest.mark.parametrize("function", [nudge, nudge_in_place])
@@ -83,7 +108,13 @@ def by_name(exact, names: list[str]) -> None:
     for name in names:
         hooks, last = (
             [(name, nudge)],
-            {"names_filter": ["hook_image", "steps.2.hook_latent", "steps.1.cond.blocks.1.hook_resid_post"]},
+            {
+                "names_filter": [
+                    "hook_image",
+                    "steps.2.hook_latent",
+                    "steps.1.cond.blocks.1.hook_resid_post",
+                ]
+            },
         )
         with torch.no_grad(), oracle.hooks(hooks):
             _, expected = oracle.run_with_cache(PROMPTS, **RUN, **last)
@@ -93,11 +124,22 @@ def by_name(exact, names: list[str]) -> None:
             close(found[key], tensor, 1e-6)
 
 
-SOME = ("hook_attn_out", "hook_resid_mid", "hook_resid_mid_cross", "hook_mlp_out", "adaln.hook_gate_msa", "ln2.hook_scale")
+SOME = (
+    "hook_attn_out",
+    "hook_resid_mid",
+    "hook_resid_mid_cross",
+    "hook_mlp_out",
+    "adaln.hook_gate_msa",
+    "ln2.hook_scale",
+)
 
 
 def test_residual_stream_is_written_name_by_name(exact) -> None:
-    by_name(exact, [f"steps.1.cond.blocks.0.{name}" for name in SOME] + ["steps.1.hook_x0", "steps.0.hook_out"])
+    by_name(
+        exact,
+        [f"steps.1.cond.blocks.0.{name}" for name in SOME]
+        + ["steps.1.hook_x0", "steps.0.hook_out"],
+    )
 
 
 @pytest.mark.slow
@@ -108,13 +150,16 @@ def test_every_name_is_written(exact) -> None:
 @pytest.mark.parametrize("name", ["rte-micro", pytest.param("t5-micro", marks=pytest.mark.slow)])
 def test_bundled_models(name: str) -> None:
     ours, oracle = RemoteTextToImage(name), HookedTextToImage.from_pretrained(name)
-    names = ["cross_attn.hook_z", "attn.hook_q", "hook_attn_out", "hook_resid_post"]  # (patterns: in float64, above)
+    # (patterns: in float64, above)
+    names = ["cross_attn.hook_z", "attn.hook_q", "hook_attn_out", "hook_resid_post"]
     wanted = [f"blocks.{layer}.{part}" for layer in range(oracle.cfg.n_layers) for part in names]
     same_caches(ours, oracle, names_filter=wanted, steps=[0, 2], branch="both")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in list_models() if name not in ("rte-micro", "t5-micro")])
+@pytest.mark.parametrize(
+    "name", [name for name in list_models() if name not in ("rte-micro", "t5-micro")]
+)
 def test_other_bundled_models(name: str) -> None:
     test_bundled_models(name)
 
@@ -149,11 +194,20 @@ def test_remote_hook_functions(remote, hooked) -> None:
     factor = torch.tensor(0.5)
 
     def scale(tensor: Tensor, hook: Any) -> Tensor | None:
-        if hook.step == 1 and hook.branch == "uncond" and hook.layer() == 1 and hook.name.endswith("cross_attn.hook_pattern"):
+        if (
+            hook.step == 1
+            and hook.branch == "uncond"
+            and hook.layer() == 1
+            and hook.name.endswith("cross_attn.hook_pattern")
+        ):
             return factor * tensor
         return None
 
-    hooks = [(name, scale) for name in hooked.hook_dict if name.endswith("cross_attn.hook_pattern") and name < "steps.3"]
+    hooks = [
+        (name, scale)
+        for name in hooked.hook_dict
+        if name.endswith("cross_attn.hook_pattern") and name < "steps.3"
+    ]
     hooks = [(name, function) for name, function in hooks if int(name.split(".")[1]) < 3]
     with torch.no_grad():
         expected = hooked.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks)
@@ -162,23 +216,34 @@ def test_remote_hook_functions(remote, hooked) -> None:
 
 
 ACTIONS = [
-    Intervention("blocks.*.cross_attn.hook_pattern", heads=[1], tokens="relation", action="knockout"),
+    Intervention(
+        "blocks.*.cross_attn.hook_pattern", heads=[1], tokens="relation", action="knockout"
+    ),
     Intervention("blocks.1.cross_attn.hook_z", heads="L1H0", steps=[0, 2], branch="both"),
     Intervention("blocks.0.hook_mlp_out", tokens=[1, 3], action="mean"),
     Intervention("blocks.1.cross_attn.hook_v", tokens="color1", action="resample"),
     Intervention("text_encoder.hook_out", tokens="shape2", action=Scale(-2.0)),
-    Intervention("text_encoder.blocks.1.attn.hook_pattern", heads=[2], tokens=[1], action="knockout"),
-    Intervention("blocks.0.hook_resid_mid2", steps=slice(1, 3), action=Add(torch.linspace(-1, 1, 16))),
+    Intervention(
+        "text_encoder.blocks.1.attn.hook_pattern", heads=[2], tokens=[1], action="knockout"
+    ),
+    Intervention(
+        "blocks.0.hook_resid_mid2", steps=slice(1, 3), action=Add(torch.linspace(-1, 1, 16))
+    ),
     Intervention("hook_x0", steps=1, action=Replace(torch.full((1, 4, 1, 1), 0.3))),
 ]
 
 
 def test_remote_interventions(remote, hooked) -> None:
-    """All kinds of action; those that act at once are told apart by their effects, one after the other."""
+    """All kinds of action; those that act at once are told apart by their effects, one after the
+    other.
+    """
     ours = [hook for each in ACTIONS for hook in each.hooks(remote, PROMPTS, num_steps=3, seed=2)]
     theirs = [hook for each in ACTIONS for hook in each.hooks(hooked, PROMPTS, num_steps=3, seed=2)]
     with torch.no_grad():
-        close(remote.run_with_hooks(PROMPTS, **RUN, fwd_hooks=ours), hooked.run_with_hooks(PROMPTS, **RUN, fwd_hooks=theirs))
+        close(
+            remote.run_with_hooks(PROMPTS, **RUN, fwd_hooks=ours),
+            hooked.run_with_hooks(PROMPTS, **RUN, fwd_hooks=theirs),
+        )
 
 
 @pytest.mark.parametrize("action", ACTIONS, ids=lambda each: f"{each.site}-{each.action}"[:60])
@@ -186,9 +251,16 @@ def test_interventions_one_by_one(exact, action: Intervention) -> None:
     ours, oracle = exact
     with torch.no_grad():
         hooks = action.hooks(oracle, PROMPTS, num_steps=3)
-        expected, plain = oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks), oracle(PROMPTS, **RUN)
+        expected, plain = (
+            oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks),
+            oracle(PROMPTS, **RUN),
+        )
     assert (expected - plain).abs().max() > 1e-7
-    close(ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=action.hooks(ours, PROMPTS, num_steps=3)), expected, 1e-7)
+    close(
+        ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=action.hooks(ours, PROMPTS, num_steps=3)),
+        expected,
+        1e-7,
+    )
 
 
 def test_patching_is_one_request(remote, hooked, server: Served) -> None:
@@ -213,7 +285,12 @@ def test_patching_is_one_request(remote, hooked, server: Served) -> None:
         for name, condition in conditions.items():
             filled = [
                 Intervention(
-                    i.site, i.heads, i.tokens, i.steps, i.branch, Replace(cache) if isinstance(i.action, Replace) else i.action
+                    i.site,
+                    i.heads,
+                    i.tokens,
+                    i.steps,
+                    i.branch,
+                    Replace(cache) if isinstance(i.action, Replace) else i.action,
                 )
                 for i in condition
             ]
@@ -226,16 +303,32 @@ def test_patching_is_one_request(remote, hooked, server: Served) -> None:
 @pytest.mark.parametrize("reduce", ["mass", "max"])
 @pytest.mark.parametrize("sublayer", ["cross_attn", "attn"])
 def test_synopsis_is_reduced_there(remote, hooked, server: Served, sublayer, reduce) -> None:
-    how: dict[str, Any] = {"seed": [3, 4, 5], "sublayer": sublayer, "reduce": reduce, "num_steps": 2, "batch_size": 2}
+    how: dict[str, Any] = {
+        "seed": [3, 4, 5],
+        "sublayer": sublayer,
+        "reduce": reduce,
+        "num_steps": 2,
+        "batch_size": 2,
+    }
     if reduce == "max":  # with an edited pattern, which is read instead of q and k
         how["interventions"] = [
-            Intervention(f"blocks.1.{sublayer}.hook_pattern", heads=[1], steps=1, tokens=[0], action="knockout")
+            Intervention(
+                f"blocks.1.{sublayer}.hook_pattern",
+                heads=[1],
+                steps=1,
+                tokens=[0],
+                action="knockout",
+            )
         ]
     before = len(server.log())
-    ours, oracle = (synopsis.attention_synopsis(model, PROMPTS, **how) for model in (remote, hooked))
+    ours, oracle = (
+        synopsis.attention_synopsis(model, PROMPTS, **how) for model in (remote, hooked)
+    )
     assert ours.dims == oracle.dims
     assert all(ours[dim].equals(oracle[dim]) for dim in ours.dims)
-    torch.testing.assert_close(torch.tensor(ours.values), torch.tensor(oracle.values), rtol=0, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        torch.tensor(ours.values), torch.tensor(oracle.values), rtol=0, atol=1e-6, equal_nan=True
+    )
     assert len(server.log()) == before + 2  # a request a batch
 
 
@@ -250,7 +343,9 @@ def test_tokens_stand_for_their_text(remote, hooked) -> None:
 # What cannot be
 
 
-def test_what_no_trace_reaches_is_said_before_anything_is_sent(remote, hooked, server: Served) -> None:
+def test_what_no_trace_reaches_is_said_before_anything_is_sent(
+    remote, hooked, server: Served
+) -> None:
     before = len(server.log())
     for name, reason in (
         ("steps.1.hook_latent", "scheduler"),
@@ -277,7 +372,9 @@ def test_what_no_trace_reaches_is_said_before_anything_is_sent(remote, hooked, s
     with pytest.raises(ValueError, match="has a meaning in"):
         remote.run_with_hooks(PROMPTS, fwd_hooks=clean.hooks(remote, PROMPTS))
     with pytest.raises(ValueError, match="this edit was made for"):
-        remote.run_with_hooks(PROMPTS[:2], fwd_hooks=Intervention("blocks.1.attn.hook_z").hooks(remote, PROMPTS))
+        remote.run_with_hooks(
+            PROMPTS[:2], fwd_hooks=Intervention("blocks.1.attn.hook_z").hooks(remote, PROMPTS)
+        )
     with pytest.raises(ValueError, match="equally long"):
         remote.patch("red circle", PROMPTS[0], {})
     assert len(server.log()) == before
@@ -291,6 +388,9 @@ def test_ablation_effects_are_those_of_the_local_model(tmp_path) -> None:
     conditions = {"relation": ablation.knockout_role("relation", heads="L2H2")}
     ours, oracle = (
         ablation.ablation_effects(model, wanted, conditions, [0], controls=1, num_steps=4)
-        for model in (RemoteTextToImage("rte-micro"), HookedTextToImage.from_pretrained("rte-micro"))
+        for model in (
+            RemoteTextToImage("rte-micro"),
+            HookedTextToImage.from_pretrained("rte-micro"),
+        )
     )
     assert ours.identical(oracle)

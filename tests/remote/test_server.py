@@ -25,7 +25,9 @@ def refused(folder: Path, url: str, match: str, **options: Any) -> ServerError:
     return caught.value
 
 
-def test_an_api_key_is_sent_and_never_shown(folder, server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_api_key_is_sent_and_never_shown(
+    folder, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"{server.url}/locked"
     model = RemoteTextToImage(folder, remote=url, api_key=SECRET)
     assert model(PROMPT, num_steps=1).shape == (1, 3, 8, 8)
@@ -33,7 +35,12 @@ def test_an_api_key_is_sent_and_never_shown(folder, server: Served, monkeypatch:
     error = refused(folder, url, "refused the API key: say api_key=", api_key=wrong)
     assert error.__context__ is None  # httpx' error holds the request and its headers
     assert error.__cause__ is None
-    said = "".join(traceback.format_exception(error)) + repr(model) + repr(model.server) + str(vars(error))
+    said = (
+        "".join(traceback.format_exception(error))
+        + repr(model)
+        + repr(model.server)
+        + str(vars(error))
+    )
     assert wrong not in said
     assert SECRET not in said
     monkeypatch.setattr("nnsight.CONFIG.API.APIKEY", SECRET)  # nnsight's own setting
@@ -43,16 +50,25 @@ def test_an_api_key_is_sent_and_never_shown(folder, server: Served, monkeypatch:
 
 def test_other_versions(folder, server: Served) -> None:
     refused(folder, f"{server.url}/old", r"runs nnsight 0\.7\.3, and here is 0\.8")
-    refused(folder, f"{server.url}/gated", r"refused the run \(HTTP 400\): nnsight 0\.8.* is not supported")
+    refused(
+        folder,
+        f"{server.url}/gated",
+        r"refused the run \(HTTP 400\): nnsight 0\.8.* is not supported",
+    )
 
 
 def test_an_error_in_a_hook_comes_back(remote: RemoteTextToImage) -> None:
     def wrong(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
         return tensor.reshape(7, 11, 13)
 
-    with pytest.raises(ServerError, match=r"The run failed at .*: RuntimeError: shape '\[7, 11, 13\]' is invalid") as caught:
-        remote.run_with_hooks(PROMPT, num_steps=1, fwd_hooks=[("steps.0.cond.blocks.1.attn.hook_z", wrong)])
-    assert "return tensor.reshape(7, 11, 13)" in caught.value.remote_traceback  # the line, of a file that is not there
+    with pytest.raises(
+        ServerError, match=r"The run failed at .*: RuntimeError: shape '\[7, 11, 13\]' is invalid"
+    ) as caught:
+        remote.run_with_hooks(
+            PROMPT, num_steps=1, fwd_hooks=[("steps.0.cond.blocks.1.attn.hook_z", wrong)]
+        )
+    # the line, of a file that is not there
+    assert "return tensor.reshape(7, 11, 13)" in caught.value.remote_traceback
     assert remote(PROMPT, num_steps=1).shape == (1, 3, 8, 8)  # the server goes on
 
 
@@ -70,7 +86,9 @@ def test_no_server(folder) -> None:
 
 
 def test_waiting_has_an_end(folder, server: Served) -> None:
-    refused(folder, f"{server.url}/stuck", r"No result within 2 s: the run \w+ is QUEUED", timeout=2)
+    refused(
+        folder, f"{server.url}/stuck", r"No result within 2 s: the run \w+ is QUEUED", timeout=2
+    )
 
 
 def test_a_server_that_dies(folder, server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +125,8 @@ def test_bundled_models_where_the_server_imports_hooked_models() -> None:
     served = Served("--hooked-models", str(Path(__file__).parents[2]))
     try:
         ours, here = RemoteTextToImage("t5-micro", remote=served.url), RemoteTextToImage("t5-micro")
-        torch.testing.assert_close(ours(PROMPT, num_steps=3), here(PROMPT, num_steps=3), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            ours(PROMPT, num_steps=3), here(PROMPT, num_steps=3), rtol=0, atol=1e-5
+        )
     finally:
         served.stop()

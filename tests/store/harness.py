@@ -1,4 +1,5 @@
-"""Ways to harm what writes to a folder, and what may come of it: the right result, or a sentence that says what to do.
+"""Ways to harm what writes to a folder, and what may come of it: the right result, or a sentence
+that says what to do.
 
 Every harm happens in a process that is forked from this one, so that nothing is imported again.
 """
@@ -28,7 +29,16 @@ import torch
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "ctypes.dlsym")
 ADVICE = (
-    *("run again", "train again", "save the pipeline again", "restore", "choose", "make room", "free some", "wait"),
+    *(
+        "run again",
+        "train again",
+        "save the pipeline again",
+        "restore",
+        "choose",
+        "make room",
+        "free some",
+        "wait",
+    ),
     *("writes one", "has no model_index.json", "give a"),
 )
 """What to do, in our sentences; the last three are of folders that hold nothing yet."""
@@ -78,7 +88,11 @@ def outcome(work: Callable[[], Any], same: Callable[[Any], object], folder: Path
     try:
         found = work()
     except Exception as error:
-        return SENTENCE if is_sentence(error, folder) else f"raw {''.join(traceback.format_exception(error))[-1500:]}"
+        return (
+            SENTENCE
+            if is_sentence(error, folder)
+            else f"raw {''.join(traceback.format_exception(error))[-1500:]}"
+        )
     try:
         same(found)
     except AssertionError as error:
@@ -89,8 +103,17 @@ def outcome(work: Callable[[], Any], same: Callable[[Any], object], folder: Path
 def is_sentence(error: Exception, folder: Path) -> bool:
     """Whether an error names a path in the folder and what to do, and was worded by us."""
     text = str(error)
-    ours = isinstance(error, (OSError, ValueError, MemoryError)) and "[Errno" not in text and "\n" not in text
-    return ours and str(folder) in text and text.rstrip().endswith(".") and any(advice in text for advice in ADVICE)
+    ours = (
+        isinstance(error, (OSError, ValueError, MemoryError))
+        and "[Errno" not in text
+        and "\n" not in text
+    )
+    return (
+        ours
+        and str(folder) in text
+        and text.rstrip().endswith(".")
+        and any(advice in text for advice in ADVICE)
+    )
 
 
 # Processes
@@ -126,7 +149,10 @@ def forked(work: Callable[[], Any], kill_after: float | None = None) -> Any:
 
 
 def at_operation(folder: Path, number: int | None, act: Callable[[], object]) -> Callable[[], int]:
-    """Count this process's operations on files in the folder, and act at one of them. It cannot be undone."""
+    """Count this process's operations on files in the folder, and act at one of them.
+
+    It cannot be undone.
+    """
     count, sync, inside, hooked = itertools.count(1), os.fsync, str(folder), [0]
 
     def operation() -> None:
@@ -140,8 +166,15 @@ def at_operation(folder: Path, number: int | None, act: Callable[[], object]) ->
         if event == "ctypes.dlsym":
             ours = arguments[1] == "renameat2"
         else:
-            path, writes = arguments[0], event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            ours = bool(writes) and isinstance(path, (str, bytes, os.PathLike)) and inside in os.fsdecode(path)
+            path, writes = (
+                arguments[0],
+                event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT),
+            )
+            ours = (
+                bool(writes)
+                and isinstance(path, (str, bytes, os.PathLike))
+                and inside in os.fsdecode(path)
+            )
         if ours:
             operation()
 
@@ -168,7 +201,9 @@ def operations(user: User, folder: Path) -> int:
 # Harms
 
 
-def kill_at_operations(user: User, expected: Any, at: Path, times: int, rng: random.Random, tally: Tally) -> None:
+def kill_at_operations(
+    user: User, expected: Any, at: Path, times: int, rng: random.Random, tally: Tally
+) -> None:
     """Kill a run at random operations on files, once or twice, and go on with it."""
     total = operations(user, at / "count")
     shutil.rmtree(at / "count")
@@ -186,7 +221,9 @@ def kill_at_operations(user: User, expected: Any, at: Path, times: int, rng: ran
         tally.add("killed at an operation", go_on(user, expected, folder), point)
 
 
-def kill_at_times(user: User, expected: Any, at: Path, times: int, rng: random.Random, tally: Tally) -> None:
+def kill_at_times(
+    user: User, expected: Any, at: Path, times: int, rng: random.Random, tally: Tally
+) -> None:
     """Kill a run at random moments, and go on with it."""
     start = time.perf_counter()
     forked(lambda: (user.work(at / "timed"), None)[1])
@@ -198,7 +235,9 @@ def kill_at_times(user: User, expected: Any, at: Path, times: int, rng: random.R
         tally.add("killed at a moment", go_on(user, expected, folder), f"{moment:.3f} s")
 
 
-def fail_at_operations(user: User, expected: Any, at: Path, times: int, rng: random.Random, tally: Tally) -> None:
+def fail_at_operations(
+    user: User, expected: Any, at: Path, times: int, rng: random.Random, tally: Tally
+) -> None:
     """Let random operations on files fail as on a full disk; then there is room again."""
     total = operations(user, at / "count")
     shutil.rmtree(at / "count")
@@ -210,7 +249,9 @@ def fail_at_operations(user: User, expected: Any, at: Path, times: int, rng: ran
 
         def work(folder: Path = folder, point: int = point) -> str:
             at_operation(folder, point, full)
-            return outcome(lambda: user.work(folder), lambda found: user.same(found, expected), folder)
+            return outcome(
+                lambda: user.work(folder), lambda found: user.same(found, expected), folder
+            )
 
         tally.add("full at an operation", forked(work), point)
         tally.add("then room", go_on(user, expected, folder), point)
@@ -225,7 +266,9 @@ def fill_the_disk(user: User, expected: Any, at: Path, sizes: list[int], tally: 
             folder = disk / "out"
 
             def work(folder: Path = folder) -> str:
-                return outcome(lambda: user.work(folder), lambda found: user.same(found, expected), folder)
+                return outcome(
+                    lambda: user.work(folder), lambda found: user.same(found, expected), folder
+                )
 
             tally.add("full disk", forked(work), f"{size} kB")
             if folder.exists():
@@ -248,9 +291,18 @@ def small_disk(at: Path, kilobytes: int) -> Iterator[Path | None]:
 
 
 def damage_every_file(
-    user: User, expected: Any, whole: Path, at: Path, flips: int, rng: random.Random, tally: Tally, only: float = 1.0
+    user: User,
+    expected: Any,
+    whole: Path,
+    at: Path,
+    flips: int,
+    rng: random.Random,
+    tally: Tally,
+    only: float = 1.0,
 ) -> None:
-    """Truncate, flip, delete and empty each file of a folder; `only`: share of the damages that is made."""
+    """Truncate, flip, delete and empty each file of a folder; `only`: share of the damages that is
+    made.
+    """
     expected_read = user.read(whole) if user.read else None
     for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
         data = (whole / file).read_bytes()
@@ -258,7 +310,10 @@ def damage_every_file(
         if data:
             cut = rng.randrange(len(data))
             places = {rng.randrange(len(data)) for _ in range(flips)}
-            damages |= {"truncated": [data[:cut]], "flipped": [flipped(data, place, rng) for place in places]}
+            damages |= {
+                "truncated": [data[:cut]],
+                "flipped": [flipped(data, place, rng) for place in places],
+            }
         for harm, contents in damages.items():
             for content in contents:
                 if rng.random() >= only:
@@ -268,14 +323,31 @@ def damage_every_file(
                 if content is not None:
                     (at / file).write_bytes(content)
                 read_back(user, expected_read, at, f"{harm}, read", file, tally)
-                tally.add(harm, outcome(lambda: user.work(at), lambda found: user.same(found, expected), at), file)
+                tally.add(
+                    harm,
+                    outcome(lambda: user.work(at), lambda found: user.same(found, expected), at),
+                    file,
+                )
                 shutil.rmtree(at)
 
 
-def read_back(user: User, expected: dict[str, torch.Tensor] | None, folder: Path, harm: str, what: object, tally: Tally) -> None:
+def read_back(
+    user: User,
+    expected: dict[str, torch.Tensor] | None,
+    folder: Path,
+    harm: str,
+    what: object,
+    tally: Tally,
+) -> None:
     """Open a folder without writing; where nothing is expected, any whole state is right."""
     if (read := user.read) is not None:
-        tally.add(harm, outcome(lambda: read(folder), lambda found: same_tensors(found, expected or found), folder), what)
+        tally.add(
+            harm,
+            outcome(
+                lambda: read(folder), lambda found: same_tensors(found, expected or found), folder
+            ),
+            what,
+        )
 
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -290,7 +362,9 @@ def flipped(data: bytes, place: int, rng: random.Random) -> bytes:
 
 
 def start_two(user: User, expected: Any, at: Path, times: int, tally: Tally) -> None:
-    """Start two processes on one folder at once: each is right or refused in a sentence, and one at least is right."""
+    """Start two processes on one folder at once: each is right or refused in a sentence, and one at
+    least is right.
+    """
     for number in range(times):
         folder = at / str(number)
         pipes = []
@@ -301,7 +375,9 @@ def start_two(user: User, expected: Any, at: Path, times: int, tally: Tally) -> 
                 try:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                     torch.set_num_threads(1)
-                    found = outcome(partial(user.work, folder), lambda found: user.same(found, expected), folder)
+                    found = outcome(
+                        partial(user.work, folder), lambda found: user.same(found, expected), folder
+                    )
                 finally:
                     os.write(send, found.encode()[:4000])
                     os._exit(0)

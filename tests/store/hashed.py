@@ -1,4 +1,6 @@
-"""Values to hash under any Python, which needs no package: `python hashed.py hashing.py` prints a hash for each."""
+"""Values to hash under any Python, which needs no package: `python hashed.py hashing.py` prints a
+hash for each.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Hashes by content: the same in every process, under every hash seed and Python version; other content, another hash."""
+"""Hashes by content: the same in every process, under every hash seed and Python version; other
+content, another hash.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ SCALE = 2.0
 
 def printed(python: str | Path, seed: str) -> list[str]:
     command = [str(python), str(Path(hashed.__file__)), str(FILE)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.splitlines()
 
 
@@ -52,7 +60,19 @@ def test_tensors_have_known_hashes():
 def test_digests_tell_types_shapes_and_borders_apart():
     zeros = torch.zeros(2, 2)
     assert digest(zeros) == digest(zeros.clone().T)
-    assert len({digest(zeros), digest(zeros[0]), digest(zeros.int()), digest("ab", "c"), digest("a", "bc"), digest()}) == 6
+    assert (
+        len(
+            {
+                digest(zeros),
+                digest(zeros[0]),
+                digest(zeros.int()),
+                digest("ab", "c"),
+                digest("a", "bc"),
+                digest(),
+            }
+        )
+        == 6
+    )
     with pytest.raises(TypeError, match="see fingerprint"):
         digest(3)
     with pytest.raises(TypeError, match="meta device"):
@@ -100,12 +120,15 @@ def test_comments_docstrings_and_places_do_not_count(tmp_path):
     found = []
     for number, text in enumerate(texts):
         (file := tmp_path / f"m{number}.py").write_text(text)
-        exec(compile(text, str(file), "exec", dont_inherit=True), space := {"__name__": f"m{number}"})
+        exec(
+            compile(text, str(file), "exec", dont_inherit=True), space := {"__name__": f"m{number}"}
+        )
         assert source_tree(space["f"].__code__, "m") is not None
         found.append(fingerprint(space["f"]))
     assert found[0] == found[1] != found[2]
     assert "Return" in tree_text(source_tree(space["f"].__code__, "m"))
-    file.write_text("def f(x): return x + 3\n")  # a file that changed after its import is not what runs
+    # a file that changed after its import is not what runs
+    file.write_text("def f(x): return x + 3\n")
     module_cache = sys.modules["linecache"]
     module_cache.checkcache(str(file))
     assert source_tree(space["f"].__code__, "m") is None
@@ -128,13 +151,21 @@ def test_modules_objects_and_arrays_count_by_content():
     with torch.no_grad():
         linear.weight[0, 0] += 1e-6
     assert fingerprint(Tail(linear)) != before
-    assert different(nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), nn.Dropout(0.1), nn.Dropout(0.2))
-    assert different(np.float32(1), np.float64(1), np.arange(2), np.arange(2.0), np.array(["a"]), np.array(["b"]))
-    assert different(np.random.default_rng(0), np.random.default_rng(1), torch.float32, torch.device("cpu"))
+    assert different(
+        nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), nn.Dropout(0.1), nn.Dropout(0.2)
+    )
+    assert different(
+        np.float32(1), np.float64(1), np.arange(2), np.arange(2.0), np.array(["a"]), np.array(["b"])
+    )
+    assert different(
+        np.random.default_rng(0), np.random.default_rng(1), torch.float32, torch.device("cpu")
+    )
 
 
 def test_what_has_no_content_is_refused():
-    with pytest.raises(TypeError, match="A lock has no content that could be compared between processes"):
+    with pytest.raises(
+        TypeError, match="A lock has no content that could be compared between processes"
+    ):
         fingerprint({"lock": threading.Lock()})
 
 

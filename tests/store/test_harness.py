@@ -1,4 +1,6 @@
-"""Every user of the store is killed, damaged, starved of disk and started twice: the right result, or a sentence."""
+"""Every user of the store is killed, damaged, starved of disk and started twice: the right result,
+or a sentence.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,30 @@ def all_users() -> dict[str, User]:
 
 
 def harmed(
-    user: User, at: Path, *, kills: int, moments: int, failures: int, disks: int, flips: int, twice: int, only: float
+    user: User,
+    at: Path,
+    *,
+    kills: int,
+    moments: int,
+    failures: int,
+    disks: int,
+    flips: int,
+    twice: int,
+    only: float,
 ) -> Tally:
     """The counts of a user's harms."""
     rng, tally = random.Random(user.name), Tally(user.name)
     expected = user.work(at / "whole")
-    size = sum(path.stat().st_size for path in (at / "whole").rglob("*") if path.is_file()) // 1024 + 1
+    size = (
+        sum(path.stat().st_size for path in (at / "whole").rglob("*") if path.is_file()) // 1024 + 1
+    )
     kill_at_operations(user, expected, at / "kills", kills, rng, tally)
     kill_at_times(user, expected, at / "moments", moments, rng, tally)
     fail_at_operations(user, expected, at / "failures", failures, rng, tally)
     largest = max(48, round(1.5 * size))
-    fill_the_disk(user, expected, at / "disks", [4 + (largest - 4) * i // disks for i in range(disks)], tally)
+    fill_the_disk(
+        user, expected, at / "disks", [4 + (largest - 4) * i // disks for i in range(disks)], tally
+    )
     start_two(user, expected, at / "twice", twice, tally)
     if user.name not in UNLISTED:
         damage_every_file(user, expected, at / "whole", at / "damaged", flips, rng, tally, only)
@@ -66,7 +81,15 @@ def test_a_few_harms(all_users, name, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_many_harms(all_users, name, tmp_path, capsys):
-    many = {"kills": 60, "moments": 20, "failures": 20, "disks": 12, "flips": 4, "twice": 4, "only": 1.0}
+    many = {
+        "kills": 60,
+        "moments": 20,
+        "failures": 20,
+        "disks": 12,
+        "flips": 4,
+        "twice": 4,
+        "only": 1.0,
+    }
     tally = harmed(all_users[name], tmp_path / "out", **many)
     with capsys.disabled():
         print(f"\n{tally}", end="")  # noqa: T201
@@ -74,10 +97,14 @@ def test_many_harms(all_users, name, tmp_path, capsys):
 
 
 def test_the_harness_finds_what_is_wrong(all_users, tmp_path, monkeypatch):
-    """Without digests, flips are read as they are; without whole writes, a kill leaves half a file."""
+    """Without digests, flips are read as they are; without whole writes, a kill leaves half a
+    file.
+    """
     user, tally = all_users["cache"], Tally("cache")
     expected = user.work(tmp_path / "whole")
     monkeypatch.setattr(folder, "_wrong_file", lambda path, entry: None)
-    damage_every_file(user, expected, tmp_path / "whole", tmp_path / "damaged", 3, random.Random(0), tally)
+    damage_every_file(
+        user, expected, tmp_path / "whole", tmp_path / "damaged", 3, random.Random(0), tally
+    )
     assert any("silently wrong" in what for what in tally.wrong)
     assert any("raw" in what for what in tally.wrong)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODELS = ("torch", "diffusers", "transformers", "transformer_lens", "accelerate", "safetensors", "pandas", "sklearn")
+MODELS = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "transformer_lens",
+    "accelerate",
+    "safetensors",
+    "pandas",
+    "sklearn",
+)
 
 
 def test_the_store_loads_no_model_code():
@@ -14,10 +23,18 @@ def test_the_store_loads_no_model_code():
         "print(sorted({m for m in sys.modules if m.startswith(('dit_lens', 'hooked_models'))})); "
         f"print([m for m in {MODELS} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     own, others = done.stdout.splitlines()
     assert others == "[]"
     assert set(eval(own)) == {
-        *("dit_lens", "dit_lens.store", "hooked_models", "hooked_models.lazy_imports", "hooked_models.store"),
+        *(
+            "dit_lens",
+            "dit_lens.store",
+            "hooked_models",
+            "hooked_models.lazy_imports",
+            "hooked_models.store",
+        ),
         *(f"hooked_models.store.{name}" for name in ("folder", "hashing", "writing")),
     }

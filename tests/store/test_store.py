@@ -33,7 +33,9 @@ def test_a_file_or_folder_is_replaced_whole(tmp_path):
 
             replaced(target, lambda path: write(path, "old"))
             killed(lambda: replaced(target, lambda path: write(path, "new")), os, "fsync", call)  # noqa: B023
-            assert (target / inner if inner else target).read_text() in ("old", "new")[: call + (inner != "x")]
+            assert (target / inner if inner else target).read_text() in ("old", "new")[
+                : call + (inner != "x")
+            ]
             replaced(target, lambda path: write(path, "new"))
             assert (target / inner if inner else target).read_text() == "new"
 
@@ -42,7 +44,9 @@ def test_without_an_exchange_a_folder_is_renamed_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_exchanged", lambda a, b: False)
     for content in ("old", "new"):
         replace_folder(tmp_path / "f", lambda path: (path / "a").write_text(content))  # noqa: B023
-        assert [(path.name, path.read_text()) for path in (tmp_path / "f").iterdir()] == [("a", content)]
+        assert [(path.name, path.read_text()) for path in (tmp_path / "f").iterdir()] == [
+            ("a", content)
+        ]
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
@@ -66,7 +70,9 @@ def test_a_second_process_is_refused_or_waits(tmp_path):
             Store(tmp_path, {})
         opened = f"Store({str(tmp_path)!r}, {{}}, wait=True)"
         script = f"from hooked_models.store import Store; print({opened}.path('a').read_text())"
-        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+        ) as other:
             store.put("a", text("from the first"))
             store.close()
             assert other.communicate(timeout=120)[0] == "from the first\n"
@@ -89,7 +95,8 @@ def test_every_file_is_listed_and_checked(tmp_path):
     (tmp_path / "f/d/b").write_text("owt")
     assert index.path("f")  # checked once
     with pytest.raises(
-        OSError, match=r"f/d/b is damaged: its 3 bytes are not those that were written; delete it and run again\.$"
+        OSError,
+        match=r"f/d/b is damaged: its 3 bytes are not those that were written; delete it and run again\.$",
     ):
         Index.read(tmp_path).path("f")
     (tmp_path / "sub/a").unlink()
@@ -103,7 +110,9 @@ def test_every_file_is_listed_and_checked(tmp_path):
 def test_a_damaged_index_is_named(tmp_path, damage):
     Store(tmp_path, SETTINGS, facts={"levels": [1.25]}).close()
     whole = (tmp_path / "index.json").read_bytes()
-    (tmp_path / "index.json").write_bytes(whole.replace(b"1.25", b"1.35") if damage is None else damage)
+    (tmp_path / "index.json").write_bytes(
+        whole.replace(b"1.25", b"1.35") if damage is None else damage
+    )
     for opened in (lambda: Index.read(tmp_path), lambda: Store(tmp_path, SETTINGS)):
         with pytest.raises(OSError, match=r"index\.json is damaged.*: delete it and run again\.$"):
             opened()
@@ -115,7 +124,9 @@ def test_a_file_is_made_once_and_again_if_it_is_gone(tmp_path):
     made = []
 
     def value(store: Store) -> str:
-        return store.load_or("v", lambda: made.append(1) or "v", lambda v, path: path.write_text(v), Path.read_text)
+        return store.load_or(
+            "v", lambda: made.append(1) or "v", lambda v, path: path.write_text(v), Path.read_text
+        )
 
     with Store(tmp_path, {}) as store:
         assert [value(store) for _ in range(2)] == ["v", "v"]
@@ -143,7 +154,8 @@ def test_a_kill_while_files_are_replaced_leaves_old_or_new(tmp_path, call):
     (only,) = index.path("f").iterdir()
     assert only.name == only.read_text()
     Store(tmp_path, {}).close()
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "f", "index.json", "lock"}  # no parts are left
+    # no parts are left
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "f", "index.json", "lock"}
 
 
 def full(*_: object) -> None:
@@ -159,7 +171,9 @@ def test_a_full_disk_is_a_sentence_with_the_path(tmp_path, monkeypatch):
         assert error.value.errno == errno.ENOSPC
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", full)
-            with pytest.raises(OSError, match=r"index\.json could not be written|a could not be written"):
+            with pytest.raises(
+                OSError, match=r"index\.json could not be written|a could not be written"
+            ):
                 store.put("a", text("new"))
         assert store.path("a").read_text() == "old"
         store.put("a", text("newer"))
@@ -169,14 +183,19 @@ def test_a_full_disk_is_a_sentence_with_the_path(tmp_path, monkeypatch):
 
 def test_errors_of_rust_are_sentences_too_and_others_stay(tmp_path):
     def storage_full(path: Path) -> None:  # what safetensors says on a full disk
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        OSError, match=r"file/x could not be written \((Not a directory|File exists)\): choose another folder, and"
+        OSError,
+        match=r"file/x could not be written \((Not a directory|File exists)\): choose another folder, and",
     ):
         write_json(tmp_path / "file" / "x", 1)
-    with pytest.raises(OSError, match=r"could not be written \(No space left on device\): make room") as error:
+    with pytest.raises(
+        OSError, match=r"could not be written \(No space left on device\): make room"
+    ) as error:
         write_whole(tmp_path / "t", storage_full)
     assert error.value.errno == errno.ENOSPC
     with pytest.raises(ZeroDivisionError):

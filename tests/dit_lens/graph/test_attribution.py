@@ -1,4 +1,6 @@
-"""Attribution against plain autograd, hand-written interventions, exact patching and TransformerLens' own sweep."""
+"""Attribution against plain autograd, hand-written interventions, exact patching and
+TransformerLens' own sweep.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from scipy.stats import spearmanr
 from torch import Tensor
-from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
+from transformer_lens.tools.analysis.attribution_patching import (
+    EdgeAttributionConfig,
+    attribution_patch,
+)
 
 from dit_lens import attribution, patching, scenes, stats
 from hooked_models import HookedDiT, HookedTextToImage, UnknownHookError
@@ -42,14 +47,18 @@ def dit() -> HookedDiT:
 
 
 def views(dit: HookedDiT, difference: float = 1.0, latents: bool = False) -> list[Any]:
-    """Two denoiser calls of two rows, the last text tokens masked; their texts differ, and their latents if asked for."""
+    """Two denoiser calls of two rows, the last text tokens masked; their texts differ, and their
+    latents if asked for.
+    """
     arguments = tiny_inputs(dit.wrapped, pads=1)
     text, x = arguments["encoder_hidden_states"], arguments["hidden_states"]
 
     def view(difference: float) -> Any:
         other = text + difference * direction(*text.shape)
         moved = x + difference * direction(*x.shape) if latents else x
-        return dit.bind(moved, arguments["timestep"].double(), other, arguments["encoder_attention_mask"])[0]
+        return dit.bind(
+            moved, arguments["timestep"].double(), other, arguments["encoder_attention_mask"]
+        )[0]
 
     return [view(0), view(difference)]
 
@@ -62,7 +71,8 @@ def calls(dit: HookedDiT) -> attribution.Pair:
 @pytest.fixture(scope="module")
 def model() -> HookedTextToImage:
     model = HookedTextToImage.from_pipeline(tiny_pipeline(dtype=torch.float64))
-    model.codec.register_to_config(scaling_factor=4.0)  # away from the clamp to [0, 1], where nothing is smooth
+    # away from the clamp to [0, 1], where nothing is smooth
+    model.codec.register_to_config(scaling_factor=4.0)
     return model
 
 
@@ -79,7 +89,10 @@ def flags(dit: HookedDiT) -> Iterator[None]:
 
 def generations(model: HookedTextToImage, **call: Any) -> list[Any]:
     with torch.no_grad():
-        return [model.trajectory(prompts, **{"num_steps": STEPS, "seed": 3, **call}) for prompts in (ORIGINAL, SOURCE)]
+        return [
+            model.trajectory(prompts, **{"num_steps": STEPS, "seed": 3, **call})
+            for prompts in (ORIGINAL, SOURCE)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +100,12 @@ def images(model: HookedTextToImage) -> attribution.Pair:
     return attribution.pair(*generations(model))
 
 
-def by_autograd(run: Callable[[], Tensor], hooks: Callable[..., Any], names: list[str]) -> dict[str, Tensor]:
-    """∂ Σ metric(run()) / ∂ each named activation, with the whole graph, as the derivative in something added there."""
+def by_autograd(
+    run: Callable[[], Tensor], hooks: Callable[..., Any], names: list[str]
+) -> dict[str, Tensor]:
+    """∂ Σ metric(run()) / ∂ each named activation, with the whole graph, as the derivative in
+    something added there.
+    """
     added: dict[str, Tensor] = {}
 
     def add(tensor: Tensor, hook: Any) -> Tensor:
@@ -102,7 +119,11 @@ def by_autograd(run: Callable[[], Tensor], hooks: Callable[..., Any], names: lis
 
 def close(a: Any, b: Any, tolerance: float = 1e-11) -> bool:
     a, b = np.asarray(a), np.asarray(b)
-    return a.shape == b.shape and np.abs(b).max() > 1e-6 and np.abs(a - b).max() <= tolerance * np.abs(b).max()
+    return (
+        a.shape == b.shape
+        and np.abs(b).max() > 1e-6
+        and np.abs(a - b).max() <= tolerance * np.abs(b).max()
+    )
 
 
 # Nodes of one call
@@ -110,9 +131,19 @@ def close(a: Any, b: Any, tolerance: float = 1e-11) -> bool:
 
 def test_scores_are_difference_times_gradient(dit, calls):
     first, second = views(dit, latents=True)
-    found = attribution.nodes(calls, metric, (*KINDS, "blocks.{layer}.cross_attn.hook_pattern", "blocks.1.cross_attn.hook_v"))
-    names = [name for name in dit.hook_dict if "attn_in" not in name and not name.endswith(("_input", "result", "mlp_in"))]
-    gradient = by_autograd(lambda: first(first.to_tokens()), dit.hooks, [n for n in names if "scale" not in n])
+    found = attribution.nodes(
+        calls,
+        metric,
+        (*KINDS, "blocks.{layer}.cross_attn.hook_pattern", "blocks.1.cross_attn.hook_v"),
+    )
+    names = [
+        name
+        for name in dit.hook_dict
+        if "attn_in" not in name and not name.endswith(("_input", "result", "mlp_in"))
+    ]
+    gradient = by_autograd(
+        lambda: first(first.to_tokens()), dit.hooks, [n for n in names if "scale" not in n]
+    )
     with torch.no_grad():
         original, source = (view.run_with_cache(view.to_tokens())[1] for view in (first, second))
 
@@ -123,17 +154,27 @@ def test_scores_are_difference_times_gradient(dit, calls):
         expected = torch.stack([product(f"blocks.{layer}.{leaf}").sum(1) for layer in (0, 1)], 1)
         assert found.scores[kind].dims == ("prompt", "layer", "head")
         assert close(found.scores[kind], expected)
-    for kind, leaf in {"mlp": "mlp_out", "resid_pre": "resid_pre", "resid_post": "resid_post"}.items():
-        expected = torch.stack([product(f"blocks.{layer}.hook_{leaf}").sum(1) for layer in (0, 1)], 1)
+    for kind, leaf in {
+        "mlp": "mlp_out",
+        "resid_pre": "resid_pre",
+        "resid_post": "resid_post",
+    }.items():
+        expected = torch.stack(
+            [product(f"blocks.{layer}.hook_{leaf}").sum(1) for layer in (0, 1)], 1
+        )
         assert found.scores[kind].dims == ("prompt", "layer")
         assert close(found.scores[kind], expected)
     assert close(found.scores["embed"], product("hook_embed").sum(1))
     assert close(found.scores["text"], product("hook_text"))
     assert found.scores["text"].dims == ("prompt", "text_pos")
-    pattern = torch.stack([product(f"blocks.{layer}.cross_attn.hook_pattern").sum(2) for layer in (0, 1)], 1)
+    pattern = torch.stack(
+        [product(f"blocks.{layer}.cross_attn.hook_pattern").sum(2) for layer in (0, 1)], 1
+    )
     assert close(found.scores["blocks.{layer}.cross_attn.hook_pattern"], pattern)
     values = found.scores["blocks.1.cross_attn.hook_v"]
-    assert close(values.transpose("prompt", "text_pos", "head"), product("blocks.1.cross_attn.hook_v"))
+    assert close(
+        values.transpose("prompt", "text_pos", "head"), product("blocks.1.cross_attn.hook_v")
+    )
 
     by_position = attribution.nodes(calls, metric, ("cross_attn", "mlp"), positions=True).scores
     assert close(by_position["cross_attn"].sum("pos"), found.scores["cross_attn"])
@@ -141,10 +182,15 @@ def test_scores_are_difference_times_gradient(dit, calls):
 
 
 def test_transformer_lens_own_sweep_gives_the_same(dit):
-    """`attribution_patch` on the denoiser's view, for all that it knows; its graph has no cross-attention."""
+    """`attribution_patch` on the denoiser's view, for all that it knows; its graph has no
+    cross-attention.
+    """
     rows = [0, 1]
     arguments = [{**tiny_inputs(dit.wrapped, batch=1, seed=seed)} for seed in (1, 2)]
-    call = [torch.cat([a[name] for a in arguments]) for name in ("hidden_states", "encoder_hidden_states")]
+    call = [
+        torch.cat([a[name] for a in arguments])
+        for name in ("hidden_states", "encoder_hidden_states")
+    ]
     both, tokens = dit.bind(call[0], 901.0, call[1])
     pair = attribution.pair(*(dit.bind(call[0][[i]], 901.0, call[1][[i]])[0] for i in rows))
 
@@ -152,13 +198,19 @@ def test_transformer_lens_own_sweep_gives_the_same(dit):
         return metric(output)[0]
 
     theirs = attribution_patch(both, tokens[[1]], tokens[[0]], scalar)
-    ours = attribution.nodes(pair, metric, ("attn", "mlp", "embed"), positions=True).scores.isel(prompt=0)
+    ours = attribution.nodes(pair, metric, ("attn", "mlp", "embed"), positions=True).scores.isel(
+        prompt=0
+    )
     for node, score in theirs.node_scores.items():
         place = {"pos": node.position, "layer": node.layer, "head": node.head}
         kind = {"attn_head_out": "attn", "mlp_out": "mlp", "embed": "embed"}[node.kind]
-        assert ours[kind].sel({dim: label for dim, label in place.items() if label is not None}).item() == pytest.approx(score)
+        assert ours[kind].sel(
+            {dim: label for dim, label in place.items() if label is not None}
+        ).item() == pytest.approx(score)
 
-    theirs = attribution_patch(both, tokens[[1]], tokens[[0]], scalar, EdgeAttributionConfig(granularity="edge"))
+    theirs = attribution_patch(
+        both, tokens[[1]], tokens[[0]], scalar, EdgeAttributionConfig(granularity="edge")
+    )
     ours = attribution.edges(pair, metric).scores.isel(prompt=0)
     sums: dict[tuple[str, str], float] = {}
     for (sender, receiver), score in theirs.edge_scores.items():
@@ -175,7 +227,9 @@ def _label(node: Any) -> str:
         return {"embed": "embed", "logits": "output"}[node.kind]
     if node.kind.startswith("mlp"):
         return f"mlp.L{node.layer}"
-    return f"attn.L{node.layer}H{node.head}" + (f".{node.kind[0]}" if node.kind.endswith("input") else "")
+    return f"attn.L{node.layer}H{node.head}" + (
+        f".{node.kind[0]}" if node.kind.endswith("input") else ""
+    )
 
 
 def test_for_small_differences_scores_are_exact_effects(dit):
@@ -191,8 +245,12 @@ def test_for_small_differences_scores_are_exact_effects(dit):
 # Edges
 
 
-def edge(original: Any, source: Any, sender: str, receiver: str, scale: Tensor | float = 1.0) -> tuple[str, Any]:
-    """The hook that adds `scale` times a sender's difference to one receiver's input, and to nothing else."""
+def edge(
+    original: Any, source: Any, sender: str, receiver: str, scale: Tensor | float = 1.0
+) -> tuple[str, Any]:
+    """The hook that adds `scale` times a sender's difference to one receiver's input, and to
+    nothing else.
+    """
     name, head = _tensor(sender, "hook_result")
     change = source[name] - original[name]
     change = change if head is None else change[:, :, head]
@@ -216,7 +274,9 @@ def _tensor(label: str, leaf: str) -> tuple[str, int | None]:
     if kind in ("embed", "output"):
         return {"embed": "hook_embed", "output": "blocks.1.hook_resid_post"}[kind], None
     if kind == "mlp":
-        return f"blocks.{rest[1]}." + ("hook_mlp_out" if leaf == "hook_result" else "hook_mlp_in"), None
+        return f"blocks.{rest[1]}." + (
+            "hook_mlp_out" if leaf == "hook_result" else "hook_mlp_in"
+        ), None
     return f"blocks.{rest[1]}.{kind}.{leaf}", int(rest[3])
 
 
@@ -225,7 +285,9 @@ def test_edges_are_derivatives_of_a_hand_written_intervention(dit, calls):
     first, second = views(dit, latents=True)
     with flags(dit):
         with torch.no_grad():
-            original, source = (view.run_with_cache(view.to_tokens())[1] for view in (first, second))
+            original, source = (
+                view.run_with_cache(view.to_tokens())[1] for view in (first, second)
+            )
         for sender, receiver in [
             ("embed", "attn.L0H1.q"),
             ("embed", "cross_attn.L0H2.q"),
@@ -245,12 +307,16 @@ def test_edges_are_derivatives_of_a_hand_written_intervention(dit, calls):
                 output = first.run_with_hooks(first.to_tokens(), fwd_hooks=[hook])
                 (expected,) = torch.autograd.grad(metric(output).sum(), epsilon)
             assert abs(expected) > 1e-9
-            assert found.sel(sender=sender, receiver=receiver).item() == pytest.approx(expected.item(), rel=1e-9)
+            assert found.sel(sender=sender, receiver=receiver).item() == pytest.approx(
+                expected.item(), rel=1e-9
+            )
 
 
 @pytest.mark.parametrize("ig_steps", [1, 3])
 def test_edges_add_up(dit, calls, ig_steps):
-    """A receiver's column to its whole input, a sender's row to its score as a node: no edge is missing, none is too many."""
+    """A receiver's column to its whole input, a sender's row to its score as a node: no edge is
+    missing, none is too many.
+    """
     found = attribution.edges(calls, metric, ig_steps=ig_steps).scores
     heads = [f"L{layer}H{head}" for layer in (0, 1) for head in (0, 1, 2)]
     inputs = [f"{kind}.{x}" for kind in ("attn", "cross_attn") for x in "qkv"]
@@ -264,12 +330,17 @@ def test_edges_add_up(dit, calls, ig_steps):
         columns = found.sel(receiver=[f"{sublayer}.{head}.{x}" for head in heads]).sum("sender")
         whole = node[kind].sum("text_pos") if "text_pos" in node[kind].dims else node[kind]
         assert close(columns, whole.stack(at=("layer", "head")))
-    assert close(found.sel(receiver=["mlp.L0", "mlp.L1"]).sum("sender"), node["blocks.{layer}.hook_mlp_in"])
+    assert close(
+        found.sel(receiver=["mlp.L0", "mlp.L1"]).sum("sender"), node["blocks.{layer}.hook_mlp_in"]
+    )
     assert close(found.sel(receiver="output").sum("sender"), node["resid_post"].sel(layer=1))
 
     rows = found.sum("receiver")
     for kind in ("attn", "cross_attn"):
-        assert close(rows.sel(sender=[f"{kind}.{head}" for head in heads]), node[kind].stack(at=("layer", "head")))
+        assert close(
+            rows.sel(sender=[f"{kind}.{head}" for head in heads]),
+            node[kind].stack(at=("layer", "head")),
+        )
     assert close(rows.sel(sender=["mlp.L0", "mlp.L1"]), node["mlp"])
     assert close(rows.sel(sender="embed"), node["embed"])
     assert close(rows.sel(sender=[f"text[{word}]" for word in range(5)]), node["hook_caption"])
@@ -285,7 +356,10 @@ def test_over_inputs_the_inputs_scores_add_up_to_the_metrics_difference(calls, i
 
         def error(ig_steps: int, pair: Any = pair, kinds: Any = kinds, gap: Any = gap) -> float:
             scores = attribution.nodes(pair, metric, kinds, ig_steps=ig_steps).scores
-            total = sum(scores[kind].sum([dim for dim in scores[kind].dims if dim != "prompt"]) for kind in kinds)
+            total = sum(
+                scores[kind].sum([dim for dim in scores[kind].dims if dim != "prompt"])
+                for kind in kinds
+            )
             return float(np.abs(total - gap.numpy()).max() / gap.abs().max())
 
         assert error(1) > 0.05
@@ -295,14 +369,18 @@ def test_over_inputs_the_inputs_scores_add_up_to_the_metrics_difference(calls, i
 def test_over_activations_scores_add_up_to_the_exact_patch_of_the_hook(model):
     call = {"num_steps": STEPS, "seed": 3}
     pair = attribution.pair(*generations(model))
-    found = attribution.nodes(pair, metric, ("cross_attn",), ig_steps=4, ig_over="activations").scores["cross_attn"]
+    found = attribution.nodes(
+        pair, metric, ("cross_attn",), ig_steps=4, ig_over="activations"
+    ).scores["cross_attn"]
     plain = attribution.nodes(pair, metric, ("cross_attn",)).scores["cross_attn"]
     for step, layer in ((0, 0), (1, 1)):
         name = f"steps.{step}.cond.blocks.{layer}.cross_attn.hook_z"
         with torch.no_grad():
             base, _ = model.run_with_cache(ORIGINAL, **call, names_filter=name)
             _, cache = model.run_with_cache(SOURCE, **call, names_filter=name)
-            patched = model.run_with_hooks(ORIGINAL, fwd_hooks=[(name, lambda z, hook, c=cache: c[hook.name])], **call)
+            patched = model.run_with_hooks(
+                ORIGINAL, fwd_hooks=[(name, lambda z, hook, c=cache: c[hook.name])], **call
+            )
         exact = (metric(patched) - metric(base)).numpy()
         assert close(found.sel(step=step, layer=layer, branch="cond").sum("head"), exact, 1e-5)
         assert not close(plain.sel(step=step, layer=layer, branch="cond").sum("head"), exact, 1e-3)
@@ -319,9 +397,13 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_step_by_step_gradients_equal_the_whole_graphs(scheduler):
-    model = HookedTextToImage.from_pipeline(tiny_pipeline(dtype=torch.float64, scheduler=SCHEDULERS[scheduler]))
+    model = HookedTextToImage.from_pipeline(
+        tiny_pipeline(dtype=torch.float64, scheduler=SCHEDULERS[scheduler])
+    )
     call = {"num_steps": 4, "seed": [3, 4]}
-    found = attribution.nodes(attribution.pair(*generations(model, **call), branch="both"), metric, KINDS).scores
+    found = attribution.nodes(
+        attribution.pair(*generations(model, **call), branch="both"), metric, KINDS
+    ).scores
     names = {kind: attribution.NODES[kind] for kind in KINDS}
     full = [
         f"steps.{step}.{branch}.{name.format(layer=layer)}"
@@ -334,7 +416,8 @@ def test_step_by_step_gradients_equal_the_whole_graphs(scheduler):
     gradient = by_autograd(lambda: model(ORIGINAL, **call), model.hooks, full)
     with torch.no_grad():
         original, source = (
-            model.run_with_cache(prompts, **call, names_filter=full, branch="both")[1] for prompts in (ORIGINAL, SOURCE)
+            model.run_with_cache(prompts, **call, names_filter=full, branch="both")[1]
+            for prompts in (ORIGINAL, SOURCE)
         )
     largest, reference = 0.0, 0.0
     for kind, name in names.items():
@@ -345,7 +428,9 @@ def test_step_by_step_gradients_equal_the_whole_graphs(scheduler):
             .stack(at=[d for d in found[kind].dims if d not in ("prompt", "head", "text_pos")])
             .transpose("at", ...)
         ):
-            at = {dim: cell[dim].item() for dim in ("step", "branch", "layer") if dim in cell.coords}
+            at = {
+                dim: cell[dim].item() for dim in ("step", "branch", "layer") if dim in cell.coords
+            }
             where = f"steps.{at['step']}.{at['branch']}.{name.format(layer=at.get('layer'))}"
             product = ((source[where] - original[where]) * gradient[where]).detach()
             expected = product.flatten(2).sum(2) if kind == "text" else product.flatten(1).sum(1)
@@ -353,13 +438,16 @@ def test_step_by_step_gradients_equal_the_whole_graphs(scheduler):
             largest = max(largest, float(np.abs(cell.to_numpy() - expected.numpy()).max()))
             reference = max(reference, float(expected.abs().max()))
     assert reference > 1e-3
-    tolerance = 1e-11 if scheduler == "unipc" else 1e-6  # DPM-Solver steps in float32, through which cotangents are rounded
+    # DPM-Solver steps in float32, through which cotangents are rounded
+    tolerance = 1e-11 if scheduler == "unipc" else 1e-6
     assert largest < tolerance * reference
     assert float(np.abs(found["mlp"].sel(branch="uncond", step=slice(1, None))).max()) > 1e-6
 
 
 def peak_saved_bytes(run: Callable[[], Any], weights: set[int]) -> int:
-    """The most that autograd keeps for backward at a time, without the weights; each storage once."""
+    """The most that autograd keeps for backward at a time, without the weights; each storage
+    once.
+    """
     kept: dict[int, list[int]] = {}
     peak = 0
 
@@ -409,7 +497,8 @@ def test_one_step_is_that_of_the_step_view(model, returns):
     pair = attribution.pair(*generations(model), steps=1, returns=returns)
     found = attribution.nodes(pair, metric).scores.sel(step=1, branch="cond")
     (first, tokens), (second, _) = (
-        model.at(step=1, prompts=model.to_tokens(p), seed=3, num_steps=STEPS, returns=returns) for p in (ORIGINAL, SOURCE)
+        model.at(step=1, prompts=model.to_tokens(p), seed=3, num_steps=STEPS, returns=returns)
+        for p in (ORIGINAL, SOURCE)
     )
     names = [f"blocks.{layer}.cross_attn.hook_z" for layer in (0, 1)]
     gradient = by_autograd(lambda: first(tokens), first.hooks, names)
@@ -425,7 +514,9 @@ def test_edges_of_a_generation_add_up_across_later_steps(images):
     node = attribution.nodes(images, metric).scores
     heads = [f"cross_attn.L{layer}H{head}" for layer in (0, 1) for head in (0, 1)]
     assert found.dims == ("step", "branch", "prompt", "sender", "receiver")
-    assert close(found.sel(sender=heads).sum("receiver"), node["cross_attn"].stack(at=("layer", "head")))
+    assert close(
+        found.sel(sender=heads).sum("receiver"), node["cross_attn"].stack(at=("layer", "head"))
+    )
 
 
 # Verification
@@ -446,7 +537,11 @@ def test_verification_is_a_patch_by_hand(model, images):
         def patch(tensor: Tensor, hook: Any, row: Any = row) -> Tensor:
             part: Any = ...
             if row.node != "mlp":
-                part = (slice(None), int(row.text_pos)) if row.node == "text" else (..., int(row["head"]), slice(None))
+                part = (
+                    (slice(None), int(row.text_pos))
+                    if row.node == "text"
+                    else (..., int(row["head"]), slice(None))
+                )
             new = tensor.clone()
             new[part] = source[hook.name][part]
             return new
@@ -466,7 +561,8 @@ def test_verification_is_a_patch_by_hand(model, images):
     assert len(sample) == 9
     assert verified.spearman.mean == pytest.approx(spearmanr(sample["score"], sample["exact"])[0])
     assert verified.spearman.low < verified.spearman.mean < verified.spearman.high
-    assert verified.result.permutation_pvalue().shape == (13,)  # TransformerLens' statistics are at hand
+    # TransformerLens' statistics are at hand
+    assert verified.result.permutation_pvalue().shape == (13,)
 
 
 def test_edges_are_verified_by_changing_one_receivers_input(dit):
@@ -478,7 +574,9 @@ def test_edges_are_verified_by_changing_one_receivers_input(dit):
         base = first(first.to_tokens())
         original, source = (view.run_with_cache(view.to_tokens())[1] for view in (first, second))
         for i, row in verified.table.iterrows():
-            patched = first.run_with_hooks(first.to_tokens(), fwd_hooks=[edge(original, source, row.sender, row.receiver)])
+            patched = first.run_with_hooks(
+                first.to_tokens(), fwd_hooks=[edge(original, source, row.sender, row.receiver)]
+            )
             effect = metric(patched) - metric(base)
             assert torch.allclose(verified.result.effect()[i], effect, rtol=0, atol=1e-12)
 
@@ -489,7 +587,9 @@ def test_path_patching_finds_the_same_effects_under_the_same_names(model, images
     for row in table.itertuples():
         ends = [patching.Nodes(name, steps=int(row.step)) for name in (row.sender, row.receiver)]
         found = patching.path_patch(original, source, *ends, metric)
-        assert row.exact == pytest.approx((found["patched"] - found["original"]).mean().item(), abs=1e-12)
+        assert row.exact == pytest.approx(
+            (found["patched"] - found["original"]).mean().item(), abs=1e-12
+        )
 
 
 def test_rank_correlation_has_an_interval_that_covers():
@@ -519,7 +619,8 @@ def test_frozen_weights_no_grad_and_texts_of_different_lengths():
     expected = attribution.nodes(attribution.pair(*padded), metric).scores
     model.requires_grad_(False)
     with torch.no_grad():
-        found = attribution.nodes(attribution.pair(*runs), lambda out: metric(out)[0]).scores  # one prompt: a scalar will do
+        # one prompt: a scalar will do
+        found = attribution.nodes(attribution.pair(*runs), lambda out: metric(out)[0]).scores
     for kind in found:
         assert close(found[kind], expected[kind])
 
@@ -555,7 +656,12 @@ def test_refusals(model, dit, calls, images):
     with pytest.raises(ValueError, match="no unconditional branch"):
         attribution.pair(*unguided, branch="both")
     with pytest.raises(ValueError, match="stopped before step 0"):
-        attribution.pair(*(model.trajectory(p, num_steps=STEPS, until=0) for p in (ORIGINAL, SOURCE)), steps=0)
-    lengths = [model.trajectory(["red circle is above blue square", p], num_steps=2) for p in (ORIGINAL[0], ORIGINAL[1])]
+        attribution.pair(
+            *(model.trajectory(p, num_steps=STEPS, until=0) for p in (ORIGINAL, SOURCE)), steps=0
+        )
+    lengths = [
+        model.trajectory(["red circle is above blue square", p], num_steps=2)
+        for p in (ORIGINAL[0], ORIGINAL[1])
+    ]
     with pytest.raises(ValueError, match="different numbers of tokens"):
         attribution.nodes(attribution.pair(*lengths), metric, ig_steps=2)

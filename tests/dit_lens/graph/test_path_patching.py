@@ -1,5 +1,7 @@
-"""Path patching against the definition (paths followed one by one through the block's maths, without a hook), against edge
-interventions by plain hooks, across steps against diffusers' own solver, and against identities."""
+"""Path patching against the definition (paths followed one by one through the block's maths,
+without a hook), against edge interventions by plain hooks, across steps against diffusers' own
+solver, and against identities.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from einops import rearrange
 from torch import Tensor
 from transformer_lens.patching import get_act_patch_direct_path
 
-from dit_lens.graph.path_patching import VARIANTS, Node, Nodes, head_matrix, path_patch, path_patch_matrix
+from dit_lens.graph.path_patching import (
+    VARIANTS,
+    Node,
+    Nodes,
+    head_matrix,
+    path_patch,
+    path_patch_matrix,
+)
 from hooked_models import HookedDiT, HookedTextToImage
 
 from ...hooked_models.pipelines import tiny_pipeline
@@ -26,7 +35,9 @@ HEADS, D_HEAD, LAYERS = 2, 4, 3
 
 def weighted(tensor: Tensor) -> Tensor:
     """A linear metric to which every entry matters."""
-    weights = torch.randn(tensor[0].numel(), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    weights = torch.randn(
+        tensor[0].numel(), generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    )
     return tensor.flatten(1).double() @ weights
 
 
@@ -35,7 +46,9 @@ def agree(result, hand: Tensor, atol: float = 1e-11) -> None:
     assert np.abs(hand.numpy() - result.original.values).min() > 1e-7
     np.testing.assert_allclose(result.patched.values, hand.numpy(), rtol=0, atol=atol)
     total = result.source.values - result.original.values
-    np.testing.assert_allclose(result.effect.values, (hand.numpy() - result.original.values) / total, atol=1e-7)
+    np.testing.assert_allclose(
+        result.effect.values, (hand.numpy() - result.original.values) / total, atol=1e-7
+    )
 
 
 # One denoiser call
@@ -55,14 +68,22 @@ def dit(transformer) -> HookedDiT:
 @pytest.fixture(scope="module")
 def calls(transformer):
     """Two calls that differ in text and latents; the second row has a masked token."""
-    pair = [tiny_inputs(transformer, height=4, width=4, text_len=4, pads=1, seed=seed) for seed in (1, 2)]
+    pair = [
+        tiny_inputs(transformer, height=4, width=4, text_len=4, pads=1, seed=seed)
+        for seed in (1, 2)
+    ]
     for call in pair:
         call["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     return pair
 
 
 def view(dit: HookedDiT, call):
-    return dit.bind(call["hidden_states"], call["timestep"], call["encoder_hidden_states"], call["encoder_attention_mask"])[0]
+    return dit.bind(
+        call["hidden_states"],
+        call["timestep"],
+        call["encoder_hidden_states"],
+        call["encoder_attention_mask"],
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +92,29 @@ def pair(dit, calls):
 
 
 class Paths:
-    """The definition. `write(component, counts)` is what a component adds to the residual stream along those paths to the
-    output of which the remainder, from this component on, reaches a receiver by components that are not frozen (`counts`), or
-    along the others. Only the first kind sees the senders' source values."""
+    """The definition.
 
-    def __init__(self, transformer, call, senders=(), receivers=(), frozen=(), source: Paths | None = None) -> None:
+    `write(component, counts)` is what a component adds to the residual stream along those paths to
+    the output of which the remainder, from this component on, reaches a receiver by components that
+    are not frozen (`counts`), or along the others. Only the first kind sees the senders' source
+    values.
+    """
+
+    def __init__(
+        self, transformer, call, senders=(), receivers=(), frozen=(), source: Paths | None = None
+    ) -> None:
         self.model, self.call, self.source = transformer, call, source
         self.senders, self.receivers, self.frozen = senders, receivers, frozen
-        six, self.t_emb = transformer.adaln_single(call["timestep"], {}, batch_size=None, hidden_dtype=torch.float64)
+        six, self.t_emb = transformer.adaln_single(
+            call["timestep"], {}, batch_size=None, hidden_dtype=torch.float64
+        )
         self.six = six.view(len(six), 6, -1)
         self.groups = [["embed"]]
         for layer in range(LAYERS):
             for kind in ("attn", "cross_attn"):
-                self.groups.append([f"{kind}.L{layer}H{h}" for h in range(HEADS)] + [f"{kind}.L{layer}.bias"])
+                self.groups.append(
+                    [f"{kind}.L{layer}H{h}" for h in range(HEADS)] + [f"{kind}.L{layer}.bias"]
+                )
             self.groups.append([f"mlp.L{layer}"])
         self.write = cache(self._write)
 
@@ -92,7 +123,9 @@ class Paths:
         return any(name == c or name.startswith((c + "H", c + ".")) for c in chosen)
 
     def counted(self, port: str, counts: bool) -> bool:
-        return self.among(port, self.receivers) or (counts and port.split(".")[0] not in self.frozen)
+        return self.among(port, self.receivers) or (
+            counts and port.split(".")[0] not in self.frozen
+        )
 
     def stream(self, group: int, counts: bool) -> Tensor:
         return sum(self.write(name, counts) for names in self.groups[:group] for name in names)
@@ -111,13 +144,22 @@ class Paths:
         if name == "embed":
             return self.model.pos_embed(self.call["hidden_states"])
         kind, layer = name.split(".")[0], int(name.split(".")[1][1])
-        block, group = self.model.transformer_blocks[layer], 1 + 3 * layer + ("attn", "cross_attn", "mlp").index(kind)
+        block, group = (
+            self.model.transformer_blocks[layer],
+            1 + 3 * layer + ("attn", "cross_attn", "mlp").index(kind),
+        )
         mod = block.scale_shift_table + self.six
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (row[:, None] for row in mod.unbind(1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            row[:, None] for row in mod.unbind(1)
+        )
         if kind == "mlp":
             x = self.stream(group, self.counted(name, counts))
-            return gate_mlp * block.ff(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_mlp) + shift_mlp)
-        attention, gate = (block.attn1, gate_msa) if kind == "attn" else (block.attn2, torch.ones_like(gate_msa))
+            return gate_mlp * block.ff(
+                F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_mlp) + shift_mlp
+            )
+        attention, gate = (
+            (block.attn1, gate_msa) if kind == "attn" else (block.attn2, torch.ones_like(gate_msa))
+        )
         if name.endswith("bias"):
             return gate * attention.to_out[0].bias
         head = int(name[-1])
@@ -159,16 +201,26 @@ EDGES = [
     ("text[0]", "mlp.L1", ["exact", ("mlp",)]),
     ("text[0]", "output", ["exact", ("mlp",)]),
     ("cross_attn.L1H0", "output", EVERY_VARIANT),
-    # receivers that paths join, so that writing recorded inputs over the original ones would give something else
+    # receivers that paths join, so that writing recorded inputs over the original ones would give
+    # something else
     (["attn.L0H0", "embed"], ["cross_attn.L1H0.q", "mlp.L1", "attn.L2H1.v"], EVERY_VARIANT),
-    (["text[1]", "mlp.L0"], ["cross_attn.L0H1.k", "attn.L1H1", "cross_attn.L2H0.v", "output"], EVERY_VARIANT),
-    (["mlp.L0", "mlp.L1"], ["mlp.L1", "mlp.L2", "attn.L1"], EVERY_VARIANT),  # one of them sends and receives
+    (
+        ["text[1]", "mlp.L0"],
+        ["cross_attn.L0H1.k", "attn.L1H1", "cross_attn.L2H0.v", "output"],
+        EVERY_VARIANT,
+    ),
+    # one of them sends and receives
+    (["mlp.L0", "mlp.L1"], ["mlp.L1", "mlp.L2", "attn.L1"], EVERY_VARIANT),
 ]
 
 
-@pytest.mark.parametrize(("senders", "receivers", "variants"), EDGES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("senders", "receivers", "variants"), EDGES, ids=lambda value: str(value)[:40]
+)
 @torch.no_grad()
-def test_every_edge_and_variant_follows_the_definition(transformer, calls, pair, senders, receivers, variants):
+def test_every_edge_and_variant_follows_the_definition(
+    transformer, calls, pair, senders, receivers, variants
+):
     ends = [[end] if isinstance(end, str) else end for end in (senders, receivers)]
     source = Paths(transformer, calls[1])
     for variant in variants:
@@ -180,7 +232,9 @@ def test_every_edge_and_variant_follows_the_definition(transformer, calls, pair,
 @torch.no_grad()
 def test_the_definition_without_senders_is_the_model(transformer, calls):
     for call in calls:
-        torch.testing.assert_close(Paths(transformer, call).output(), transformer(**call).sample, atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            Paths(transformer, call).output(), transformer(**call).sample, atol=1e-12, rtol=0
+        )
 
 
 @pytest.fixture
@@ -217,7 +271,9 @@ RESULT = "blocks.0.cross_attn.hook_result"
     ],
 )
 @torch.no_grad()
-def test_a_direct_edge_adds_the_difference_of_the_results_to_one_input(dit, calls, pair, receiver, name, head):
+def test_a_direct_edge_adds_the_difference_of_the_results_to_one_input(
+    dit, calls, pair, receiver, name, head
+):
     results = [dit.run_with_cache(**call)[1][RESULT][:, :, 1] for call in calls]
 
     def add(tensor: Tensor, hook) -> None:
@@ -235,7 +291,9 @@ def test_wang_et_al_record_the_input_in_one_run_and_write_it_in_another(dit, cal
     hooks = [(RESULT, set_head(source[RESULT][:, :, 1], 1))]
     if variant == "through_mlps":
         frozen = [name for name in dit.hook_dict if name.endswith("attn.hook_result")]
-        hooks = [(name, lambda tensor, hook: original[hook.name].clone()) for name in frozen] + hooks
+        hooks = [
+            (name, lambda tensor, hook: original[hook.name].clone()) for name in frozen
+        ] + hooks
     recorded = {}
     port = "blocks.2.attn.hook_q_input"
     keep = [(port, lambda tensor, hook: recorded.update(q=tensor[:, :, 0].clone()))]
@@ -253,19 +311,31 @@ def test_a_direct_edge_from_a_token_replaces_its_row_of_one_heads_caption(dit, c
     def write(tensor: Tensor, hook) -> None:
         tensor[:, 2, 1] = caption[:, 2]
 
-    hand = dit.run_with_hooks(**calls[0], fwd_hooks=[(f"blocks.1.cross_attn.hook_{part}_input", write)]).sample
+    hand = dit.run_with_hooks(
+        **calls[0], fwd_hooks=[(f"blocks.1.cross_attn.hook_{part}_input", write)]
+    ).sample
     agree(path_patch(*pair, "text[2]", f"cross_attn.L1H1.{part}", weighted), weighted(hand))
 
 
 @pytest.mark.parametrize("part", ["q", "v"])
 @torch.no_grad()
 def test_between_two_heads_direct_is_what_transformer_lens_calls_direct_path(dit, calls, part):
-    """TransformerLens reads results off W_O, so it needs the timestep folded into the weights; path patching does not."""
+    """TransformerLens reads results off W_O, so it needs the timestep folded into the weights; path
+    patching does not.
+    """
     same_time = [view(dit, {**call, "timestep": torch.tensor([500, 500])}) for call in calls]
-    ours = head_matrix(*same_time, weighted, senders="attn", receivers="attn", part=part).sel(layer=0, head=1)
+    ours = head_matrix(*same_time, weighted, senders="attn", receivers="attn", part=part).sel(
+        layer=0, head=1
+    )
     folded = dit.fold_timestep(500.0)
     (original, tokens), (source, _) = (
-        folded.bind(call["hidden_states"], 500.0, call["encoder_hidden_states"], call["encoder_attention_mask"]) for call in calls
+        folded.bind(
+            call["hidden_states"],
+            500.0,
+            call["encoder_hidden_states"],
+            call["encoder_attention_mask"],
+        )
+        for call in calls
     )
     caches = [folded_view.run_with_cache(tokens)[1] for folded_view in (source, original)]
     theirs: list[Tensor] = []  # what it returns is rounded to float32
@@ -280,7 +350,10 @@ def test_between_two_heads_direct_is_what_transformer_lens_calls_direct_path(dit
     assert np.abs(found - ours.original).min() > 1e-7
 
 
-WRITERS = ["embed", *(f"{kind}.L{layer}" for kind in ("attn", "cross_attn", "mlp") for layer in range(LAYERS))]
+WRITERS = [
+    "embed",
+    *(f"{kind}.L{layer}" for kind in ("attn", "cross_attn", "mlp") for layer in range(LAYERS)),
+]
 FINAL_RESIDUAL = f"blocks.{LAYERS - 1}.hook_resid_post"
 
 
@@ -307,14 +380,21 @@ def test_direct_effects_on_the_residual_stream_add_up(pair):
 def test_direct_paths_to_all_readers_are_a_plain_patch(dit, calls, pair):
     readers = ["attn.L1", "cross_attn.L1", "mlp.L1", "attn.L2", "cross_attn.L2", "mlp.L2", "output"]
     z = dit.run_with_cache(**calls[1])[1]["blocks.0.cross_attn.hook_z"][:, :, 1]
-    hand = dit.run_with_hooks(**calls[0], fwd_hooks=[("blocks.0.cross_attn.hook_z", set_head(z, 1))]).sample
+    hand = dit.run_with_hooks(
+        **calls[0], fwd_hooks=[("blocks.0.cross_attn.hook_z", set_head(z, 1))]
+    ).sample
     for variant in EVERY_VARIANT:
-        agree(path_patch(*pair, "cross_attn.L0H1", ["mlp.L0", *readers], weighted, variant), weighted(hand))
+        agree(
+            path_patch(*pair, "cross_attn.L0H1", ["mlp.L0", *readers], weighted, variant),
+            weighted(hand),
+        )
 
 
 def test_a_run_patched_from_itself_is_unchanged(pair):
     for variant in VARIANTS:
-        result = path_patch(pair[0], pair[0], WRITERS[:4], ["attn.L1H0", "mlp.L2", "output"], weighted, variant)
+        result = path_patch(
+            pair[0], pair[0], WRITERS[:4], ["attn.L1H0", "mlp.L2", "output"], weighted, variant
+        )
         close(result.patched, result.original, atol=1e-13)
         assert result.effect.isnull().all()  # no difference to normalise by
 
@@ -360,7 +440,9 @@ HOW = {"seed": [3, 4], "num_steps": STEPS, "guidance": 3.0}
 @pytest.fixture(scope="module")
 def model() -> HookedTextToImage:
     # It predicts noise, so that the latents themselves, too, are carried to the end.
-    pipe = tiny_pipeline(dtype=torch.float64, learned_sigma=True, scheduler=DPMSolverMultistepScheduler())
+    pipe = tiny_pipeline(
+        dtype=torch.float64, learned_sigma=True, scheduler=DPMSolverMultistepScheduler()
+    )
     model = HookedTextToImage.from_pipeline(pipe)
     model.dit.set_use_split_qkv_input(True)
     return model
@@ -374,21 +456,36 @@ def runs(model):
 
 def READ(name: str) -> bool:
     return name.endswith(
-        ("hook_latent", "hook_out", "0.attn.hook_z", "0.cross_attn.hook_z", "0.adaln.hook_gate_msa", "k_input", "hook_text")
+        (
+            "hook_latent",
+            "hook_out",
+            "0.attn.hook_z",
+            "0.cross_attn.hook_z",
+            "0.adaln.hook_gate_msa",
+            "k_input",
+            "hook_text",
+        )
     )
 
 
 @pytest.fixture(scope="module")
 def caches(model):
     with torch.no_grad():
-        return [model.run_with_cache(prompts, **HOW, branch="both", names_filter=READ)[1] for prompts in (ORIGINAL, SOURCE)]
+        return [
+            model.run_with_cache(prompts, **HOW, branch="both", names_filter=READ)[1]
+            for prompts in (ORIGINAL, SOURCE)
+        ]
 
 
 @torch.no_grad()
 def record(model, names: list[str], hooks=()) -> list[Tensor]:
     """Tensors of a run of the original prompts with plain hooks, all of it run anew."""
     found = {}
-    keep = [(name, lambda tensor, hook: found.update({hook.name: tensor.clone()})) for name in names if name != "hook_image"]
+    keep = [
+        (name, lambda tensor, hook: found.update({hook.name: tensor.clone()}))
+        for name in names
+        if name != "hook_image"
+    ]
     found["hook_image"] = model.run_with_hooks(ORIGINAL, **HOW, fwd_hooks=[*hooks, *keep])
     return [found[name] for name in names]
 
@@ -398,7 +495,9 @@ def replace_by(value: Tensor):
 
 
 def solve(model, caches, outs: dict[int, Tensor]) -> list[Tensor]:
-    """The latents before every step and after the last, by a new diffusers solver; network outputs original unless given."""
+    """The latents before every step and after the last, by a new diffusers solver; network outputs
+    original unless given.
+    """
     solver = DPMSolverMultistepScheduler.from_config(model.scheduler.config)
     solver.set_timesteps(STEPS)
     latents = [caches[0]["steps.0.hook_latent"]]
@@ -414,12 +513,18 @@ def z_from_source(caches, step: int):
 
 
 def direct_out(model, caches, step: int, branch: str = "cond", kind: str = "cross_attn") -> Tensor:
-    """The network output when the difference of L0H1 reaches the final residual and nothing else."""
+    """The network output when the difference of L0H1 reaches the final residual and nothing
+    else.
+    """
     prefix = f"steps.{step}.{branch}.blocks"
     z = [cache[f"{prefix}.0.{kind}.hook_z"][:, :, 1] for cache in caches]
     gate = caches[0][f"{prefix}.0.adaln.hook_gate_msa"] if kind == "attn" else 1
     add = gate * ((z[1] - z[0]) @ getattr(model.dit.blocks[0], kind).W_O[1].detach())
-    return record(model, [f"steps.{step}.hook_out"], [(f"{prefix}.1.hook_resid_post", lambda tensor, hook: tensor + add)])[0]
+    return record(
+        model,
+        [f"steps.{step}.hook_out"],
+        [(f"{prefix}.1.hook_resid_post", lambda tensor, hook: tensor + add)],
+    )[0]
 
 
 def k_input(step: int) -> str:
@@ -428,7 +533,9 @@ def k_input(step: int) -> str:
 
 def test_exact_paths_into_a_later_step_are_two_runs(model, runs, caches):
     (recorded,) = record(model, [k_input(3)], [z_from_source(caches, 1)])
-    images, out = record(model, ["hook_image", "steps.4.hook_out"], [(k_input(3), set_head(recorded[:, :, 0], 0))])
+    images, out = record(
+        model, ["hook_image", "steps.4.hook_out"], [(k_input(3), set_head(recorded[:, :, 0], 0))]
+    )
     ends = Nodes("cross_attn.L0H1", steps=1), Nodes("attn.L1H0.k", steps=3)
     agree(path_patch(*runs, *ends, weighted, "exact"), weighted(images))
     agree(path_patch(*runs, *ends, weighted, "exact", metric_on="steps.4.hook_out"), weighted(out))
@@ -436,11 +543,14 @@ def test_exact_paths_into_a_later_step_are_two_runs(model, runs, caches):
 
 # (The empty prompt is one token, so that no cross-attention there depends on anything.)
 @pytest.mark.parametrize(("branch", "kind"), [("cond", "cross_attn"), ("uncond", "attn")])
-def test_direct_paths_into_a_later_step_are_what_the_solver_carries(model, runs, caches, branch, kind):
+def test_direct_paths_into_a_later_step_are_what_the_solver_carries(
+    model, runs, caches, branch, kind
+):
     latents = solve(model, caches, {1: direct_out(model, caches, 1, branch, kind)})
     proj = model.dit.patch_embed.proj
     with torch.no_grad():
-        change = (proj(latents[3]) - proj(caches[0]["steps.3.hook_latent"])).flatten(2).mT  # the embedding is affine
+        # the embedding is affine
+        change = (proj(latents[3]) - proj(caches[0]["steps.3.hook_latent"])).flatten(2).mT
     patched = caches[0][k_input(3)][:, :, 0] + change
     (x0,) = record(model, ["steps.3.hook_x0"], [(k_input(3), set_head(patched, 0))])
     ends = Nodes(f"{kind}.L0H1", steps=1, branch=branch), Nodes("attn.L1H0.k", steps=3)
@@ -449,7 +559,10 @@ def test_direct_paths_into_a_later_step_are_what_the_solver_carries(model, runs,
 
 def test_receivers_at_every_step_are_reached_from_the_senders_step_on(runs):
     sender = Nodes("cross_attn.L0H1", steps=2)
-    every, later = (path_patch(*runs, sender, Nodes("attn.L1H0.k", steps), weighted) for steps in (None, [2, 3, 4]))
+    every, later = (
+        path_patch(*runs, sender, Nodes("attn.L1H0.k", steps), weighted)
+        for steps in (None, [2, 3, 4])
+    )
     assert float(abs(later["patched"] - later["original"]).max()) > 1e-6
     agree(every, torch.tensor(later["patched"].values))
 
@@ -467,11 +580,17 @@ def test_senders_of_several_steps_do_not_reach_through_one_another(model, runs, 
     outs = {step: direct_out(model, caches, step) for step in (0, 2)}
     latents = solve(model, caches, outs)
     images = model.decode(latents[-1]).detach()
-    agree(path_patch(*runs, Nodes("cross_attn.L0H1", steps=[0, 2]), "image", weighted), weighted(images))
+    agree(
+        path_patch(*runs, Nodes("cross_attn.L0H1", steps=[0, 2]), "image", weighted),
+        weighted(images),
+    )
     embed = [("steps.3.hook_latent", replace_by(latents[3]))]
-    recorded = record(model, [f"steps.3.{branch}.hook_embed" for branch in ("cond", "uncond")], embed)
+    recorded = record(
+        model, [f"steps.3.{branch}.hook_embed" for branch in ("cond", "uncond")], embed
+    )
     hooks = [
-        (f"steps.3.{branch}.hook_embed", replace_by(rows)) for branch, rows in zip(("cond", "uncond"), recorded, strict=True)
+        (f"steps.3.{branch}.hook_embed", replace_by(rows))
+        for branch, rows in zip(("cond", "uncond"), recorded, strict=True)
     ]
     (out,) = record(model, ["steps.4.hook_out"], hooks)
     ends = Nodes("cross_attn.L0H1", steps=[0, 2]), Nodes("embed", steps=3, branch="both")
@@ -486,7 +605,9 @@ def test_what_a_receiver_does_reaches_later_receivers_though_steps_are_frozen(mo
     outs = record(model, ["steps.1.hook_out", "steps.2.hook_out"], receive)
     latent3 = solve(model, caches, {0: out0, 1: outs[0], 2: outs[1]})[3]
     (second,) = record(model, [k_input(3)], [("steps.3.hook_latent", replace_by(latent3))])
-    (images,) = record(model, ["hook_image"], [*receive, (k_input(3), set_head(second[:, :, 0], 0))])
+    (images,) = record(
+        model, ["hook_image"], [*receive, (k_input(3), set_head(second[:, :, 0], 0))]
+    )
     ends = Nodes("cross_attn.L0H1", steps=0), Nodes("attn.L1H0.k", steps=[1, 3])
     agree(path_patch(*runs, *ends, weighted, ["steps"]), weighted(images))
 
@@ -497,7 +618,9 @@ def test_the_image_receives_what_the_solver_carries(model, runs, caches):
 
 
 def test_a_word_is_found_by_its_role(model, runs, caches):
-    """The relation word is token 3 in both prompts; by hand, its key alone is replaced at one step."""
+    """The relation word is token 3 in both prompts; by hand, its key alone is replaced at one
+    step.
+    """
     name = "steps.2.cond.blocks.1.cross_attn.hook_k_input"
     word = model.dit.project_caption(caches[1]["steps.2.cond.hook_text"][:, 3])
 
@@ -522,18 +645,30 @@ def test_direct_paths_to_all_readers_of_all_steps_are_a_plain_patch(model, runs,
     (images,) = record(model, ["hook_image"], [z_from_source(caches, 1)])
     readers = ["mlp.L0", "attn.L1", "cross_attn.L1", "mlp.L1", "output"]
     for variant in ("direct", "exact"):
-        agree(path_patch(*runs, Nodes("cross_attn.L0H1", steps=1), Nodes(readers, steps=1), weighted, variant), weighted(images))
+        agree(
+            path_patch(
+                *runs, Nodes("cross_attn.L0H1", steps=1), Nodes(readers, steps=1), weighted, variant
+            ),
+            weighted(images),
+        )
 
 
 def test_a_matrix_across_steps_holds_the_single_results(runs):
     senders = [Nodes("cross_attn.L0H1", steps=1)]
-    receivers = [Nodes(*r) for r in (("attn.L1H0.k", 1), ("mlp.L1", [1, 2]), ("attn.L0H0.q", 1), ("embed", 2))]
+    receivers = [
+        Nodes(*r)
+        for r in (("attn.L1H0.k", 1), ("mlp.L1", [1, 2]), ("attn.L0H0.q", 1), ("embed", 2))
+    ]
     for variant in ("direct", "exact"):
-        table = path_patch_matrix(*runs, senders, receivers, weighted, variant, metric_on="steps.3.hook_out")
+        table = path_patch_matrix(
+            *runs, senders, receivers, weighted, variant, metric_on="steps.3.hook_out"
+        )
         assert list(table.receiver) == ["attn.L1H0.k@1", "mlp.L1@1,2", "attn.L0H0.q@1", "embed@2"]
         assert list(table.effect.isnull().all("prompt")[0]) == [False, False, True, False]
         for j in (0, 1, 3):
-            single = path_patch(*runs, senders[0], receivers[j], weighted, variant, metric_on="steps.3.hook_out")
+            single = path_patch(
+                *runs, senders[0], receivers[j], weighted, variant, metric_on="steps.3.hook_out"
+            )
             close(table.patched[0, j], single.patched)
             assert np.abs(single.patched - single.original).min() > 1e-9
 
@@ -544,7 +679,11 @@ def test_a_matrix_across_steps_holds_the_single_results(runs):
 @pytest.mark.parametrize(
     ("senders", "receivers", "message"),
     [
-        ("mlp.L1", "attn.L1H0.q", "No path leads from mlp.L1 to attn.L1H0.q: within a denoiser call"),
+        (
+            "mlp.L1",
+            "attn.L1H0.q",
+            "No path leads from mlp.L1 to attn.L1H0.q: within a denoiser call",
+        ),
         ("mlp.L1", "mlp.L1", "No path leads"),
         ("mlp.L1", "embed", "No path leads"),
         (["mlp.L0", "mlp.L2"], ["attn.L1", "cross_attn.L1.q"], "No path leads from mlp.L2"),
@@ -572,7 +711,11 @@ def test_what_has_no_meaning_is_refused_in_a_sentence(pair, senders, receivers, 
 
 
 def test_nodes_of_other_forms_are_refused():
-    for wrong in ({"kind": "attn"}, {"kind": "mlp", "layer": 1, "head": 0}, {"kind": "embed", "tokens": (1,)}):
+    for wrong in (
+        {"kind": "attn"},
+        {"kind": "mlp", "layer": 1, "head": 0},
+        {"kind": "embed", "tokens": (1,)},
+    ):
         with pytest.raises(ValueError, match="is no node"):
             Node(**wrong)
     with pytest.raises(ValueError, match="set is empty"):
@@ -587,7 +730,9 @@ def test_runs_that_do_not_fit_together_are_refused(dit, calls, pair, model, runs
         path_patch(pair[0], other_time, "embed", "output", weighted)
     with pytest.raises(ValueError, match="of one model"):
         path_patch(pair[0], runs[0], "embed", "output", weighted)
-    masked = view(dit, {**calls[1], "encoder_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])})
+    masked = view(
+        dit, {**calls[1], "encoder_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    )
     with pytest.raises(ValueError, match="Token 2 of row 1 is masked"):
         path_patch(pair[0], masked, "text", "cross_attn.L1H0.k", weighted)
     with pytest.raises(ValueError, match="one number for each row"):
@@ -605,9 +750,17 @@ def test_runs_that_do_not_fit_together_are_refused(dit, calls, pair, model, runs
     with pytest.raises(ValueError, match="step 3 comes before step 4"):
         path_patch(*runs, Nodes("mlp.L0", steps=4), Nodes("mlp.L1", steps=3), weighted)
     with pytest.raises(ValueError, match="cond and uncond do not meet"):
-        path_patch(*runs, Nodes("mlp.L0", steps=4), Nodes("mlp.L1", steps=4, branch="uncond"), weighted)
+        path_patch(
+            *runs, Nodes("mlp.L0", steps=4), Nodes("mlp.L1", steps=4, branch="uncond"), weighted
+        )
     with pytest.raises(ValueError, match="step 4 is not among the steps 0 to 2"):
         path_patch(*runs, "mlp.L0", Nodes("mlp.L1", steps=4), weighted, metric_on="steps.2.hook_x0")
     colourless = model.trajectory(["circle is above square"], seed=0, num_steps=2)
     with pytest.raises(ValueError, match="no token with the role 'color1'"):
-        path_patch(colourless, colourless, Nodes("text[color1]", steps=0), Nodes("cross_attn.L1H0.k", steps=0), weighted)
+        path_patch(
+            colourless,
+            colourless,
+            Nodes("text[color1]", steps=0),
+            Nodes("cross_attn.L1H0.k", steps=0),
+            weighted,
+        )

@@ -1,4 +1,6 @@
-"""Ablation presets against identities, controls against what they must match, effects against runs and hooks made by hand."""
+"""Ablation presets against identities, controls against what they must match, effects against runs
+and hooks made by hand.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,25 @@ import pytest
 import torch
 
 from dit_lens import scenes, stats
-from dit_lens.intervene.ablation import VERDICTS, ablate_heads, ablation_effects, knockout_role, random_heads, random_tokens
+from dit_lens.intervene.ablation import (
+    VERDICTS,
+    ablate_heads,
+    ablation_effects,
+    knockout_role,
+    random_heads,
+    random_tokens,
+)
 from dit_lens.intervene.interventions import Intervention, Scale
 from dit_lens.text.prompts import role_mask, token_roles
 from hooked_models import HookedTextToImage
 
 from ...hooked_models.pipelines import tiny_pipeline
 
-PROMPTS = ["red circle is above blue square", "red square is above left of blue circle", "circle is left of square"]
+PROMPTS = [
+    "red circle is above blue square",
+    "red square is above left of blue circle",
+    "circle is left of square",
+]
 STEPS = 4
 """Enough for the bundled model to draw two shapes."""
 
@@ -56,13 +69,22 @@ def test_dropped_words_are_not_read(model):
         return torch.where(hidden[..., None, None], 3 * tensor.flip(1) + 1, tensor)
 
     drop = hooks(model, knockout_role("shape2", steps=slice(1, None)), num_steps=3)
-    names = [f"steps.{s}.cond.blocks.{layer}.cross_attn.hook_{x}" for s in (1, 2) for layer in (0, 1) for x in "kv"]
+    names = [
+        f"steps.{s}.cond.blocks.{layer}.cross_attn.hook_{x}"
+        for s in (1, 2)
+        for layer in (0, 1)
+        for x in "kv"
+    ]
     with torch.no_grad():
         dropped = model.run_with_hooks(PROMPTS, num_steps=3, fwd_hooks=drop)
-        scrambled = model.run_with_hooks(PROMPTS, num_steps=3, fwd_hooks=[*drop, *((name, scramble) for name in names)])
+        scrambled = model.run_with_hooks(
+            PROMPTS, num_steps=3, fwd_hooks=[*drop, *((name, scramble) for name in names)]
+        )
         torch.testing.assert_close(scrambled, dropped, rtol=0, atol=1e-12)
         early = names[0].replace("steps.1", "steps.0")
-        not_dropped = model.run_with_hooks(PROMPTS, num_steps=3, fwd_hooks=[*drop, (early, scramble)])
+        not_dropped = model.run_with_hooks(
+            PROMPTS, num_steps=3, fwd_hooks=[*drop, (early, scramble)]
+        )
     assert (not_dropped - dropped).abs().max() > 1e-6
 
 
@@ -70,9 +92,10 @@ def test_layers_are_knocked_out_one_by_one_or_all(model):
     both = hooks(model, knockout_role("relation", layers=[0, 1], branch="both"), num_steps=1)
     every = hooks(model, knockout_role("relation"), num_steps=1)
     assert [name for name, _ in both] == [name for name, _ in every]
-    assert [name for name, _ in hooks(model, knockout_role([2, 3], layers=1, branch="both"), num_steps=1)] == [
-        f"steps.0.{branch}.blocks.1.cross_attn.hook_attn_scores" for branch in ("cond", "uncond")
-    ]
+    assert [
+        name
+        for name, _ in hooks(model, knockout_role([2, 3], layers=1, branch="both"), num_steps=1)
+    ] == [f"steps.0.{branch}.blocks.1.cross_attn.hook_attn_scores" for branch in ("cond", "uncond")]
 
 
 # Controls
@@ -80,19 +103,28 @@ def test_layers_are_knocked_out_one_by_one_or_all(model):
 
 @pytest.mark.parametrize("heads", [["L2H2", "L1H0"], ["L3H1"], ["L4H0", "L4H1"], ["L0H0", "L5H2"]])
 def test_random_heads_match(trained, heads):
-    """As many, all others, in the same layers unless these have too few; and the same in everything else."""
+    """As many, all others, in the same layers unless these have too few; and the same in everything
+    else.
+    """
     condition = knockout_role("relation", heads=heads, steps=[3, 4]) + ablate_heads(heads, "mean")
     drawn = set()
     for seed in range(100):
         control = random_heads(trained, condition, np.random.default_rng(seed))
         for action, tokens, steps in (("knockout", ("relation",), (3, 4)), ("mean", None, None)):
             picked = [i for i in control if i.action == action]
-            assert all(i.tokens == tokens and i.steps == steps and ".cross_attn." in i.site for i in picked)
+            assert all(
+                i.tokens == tokens and i.steps == steps and ".cross_attn." in i.site for i in picked
+            )
             names = [f"L{i.site.split('.')[1]}H{head}" for i in picked for head in i.heads]
             assert len(names) == len(set(names)) == len(heads)
             assert not set(names) & set(heads)
             assert sorted(names) == sorted(
-                [f"L{i.site.split('.')[1]}H{h}" for i in control if i.action == "mean" for h in i.heads]
+                [
+                    f"L{i.site.split('.')[1]}H{h}"
+                    for i in control
+                    if i.action == "mean"
+                    for h in i.heads
+                ]
             )
             drawn |= set(names)
     layers = [int(head[1]) for head in heads]
@@ -104,22 +136,33 @@ def test_random_heads_match(trained, heads):
 def test_heads_that_were_found_too_are_no_control(trained):
     found = ["L2H1", "L2H2", "L1H0"]
     for seed in range(30):
-        (control,) = random_heads(trained, ablate_heads("L2H1"), np.random.default_rng(seed), exclude=found)
+        (control,) = random_heads(
+            trained, ablate_heads("L2H1"), np.random.default_rng(seed), exclude=found
+        )
         assert f"L{control.site.split('.')[1]}H{control.heads[0]}" not in found
     every = [f"L{layer}H{head}" for layer in range(6) for head in range(3)]
-    assert random_heads(trained, ablate_heads("L2H1"), np.random.default_rng(0), exclude=every)  # rather those than none
+    # rather those than none
+    assert random_heads(trained, ablate_heads("L2H1"), np.random.default_rng(0), exclude=every)
 
 
 def test_places_of_an_image_and_of_a_sentence_are_drawn_apart(model):
-    both = [Intervention("blocks.0.hook_resid_pre", tokens=[1, 2]), Intervention("hook_text", tokens=[1, 2])]
+    both = [
+        Intervention("blocks.0.hook_resid_pre", tokens=[1, 2]),
+        Intervention("hook_text", tokens=[1, 2]),
+    ]
     image, text = random_tokens(model, PROMPTS[:1], both, np.random.default_rng(0))
     assert len(image.tokens[0]) != len(text.tokens[0])
     assert sum(image.tokens[0]) == sum(text.tokens[0]) == 2
 
 
 def test_random_tokens_match(model):
-    """As many in each prompt, none of those selected, no pads, EOS only if nothing else is left; equal roles get equal draws."""
-    condition = [*knockout_role("relation", layers=[0, 1], branch="both"), Intervention("hook_text", tokens="shape1")]
+    """As many in each prompt, none of those selected, no pads, EOS only if nothing else is left;
+    equal roles get equal draws.
+    """
+    condition = [
+        *knockout_role("relation", layers=[0, 1], branch="both"),
+        Intervention("hook_text", tokens="shape1"),
+    ]
     roles = [token_roles(model, prompt, length=9) for prompt in PROMPTS]
     drawn = [set() for _ in PROMPTS]
     for seed in range(30):
@@ -132,7 +175,9 @@ def test_random_tokens_match(model):
             assert sum(three.tokens[row]) == found.count("shape1")
             drawn[row] |= hidden
     for row, found in enumerate(roles):
-        assert drawn[row] == {i for i, role in enumerate(found) if role not in ("relation", "shape1", "eos", "pad")}
+        assert drawn[row] == {
+            i for i, role in enumerate(found) if role not in ("relation", "shape1", "eos", "pad")
+        }
     words = ["color1", "shape1", "filler", "relation", "color2", "shape2"]
     with pytest.raises(ValueError, match="controls=0"):
         random_tokens(model, PROMPTS, knockout_role(words), np.random.default_rng(0))
@@ -145,7 +190,10 @@ def test_controls_keep_the_steps(model, steps):
     """For every form of `steps`, slices among them: they are unhashable before Python 3.12."""
     condition = knockout_role("relation", "L1H1", steps=steps)
     rng = np.random.default_rng(0)
-    for control in (random_heads(model, condition, rng), random_tokens(model, PROMPTS, condition, rng)):
+    for control in (
+        random_heads(model, condition, rng),
+        random_tokens(model, PROMPTS, condition, rng),
+    ):
         assert [one.steps for one in control] == [condition[0].steps]
         assert (control[0].heads, control[0].tokens) != (condition[0].heads, condition[0].tokens)
 
@@ -160,20 +208,26 @@ def effects(trained):
         "identity": [Intervention("blocks.2.cross_attn.hook_z", action=Scale(1.0))],
         "drop": knockout_role("relation"),
     }
-    return wanted, ablation_effects(trained, wanted, conditions, seeds=[0, 7], controls=1, batch=4, num_steps=STEPS)
+    return wanted, ablation_effects(
+        trained, wanted, conditions, seeds=[0, 7], controls=1, batch=4, num_steps=STEPS
+    )
 
 
 def test_an_identity_has_no_effect(effects):
     _, found = effects
     for verdict in VERDICTS:
-        assert (found[f"{verdict}_effect"].sel(condition=["none", "identity"], interval="mean") == 0).all()
+        assert (
+            found[f"{verdict}_effect"].sel(condition=["none", "identity"], interval="mean") == 0
+        ).all()
     for variable in ("x1", "y1", "n_objects"):
         left, right = (found[variable].sel(condition=name).values for name in ("none", "identity"))
         np.testing.assert_array_equal(left, right)
 
 
 def test_effects_are_those_of_runs_by_hand(trained, effects):
-    """Scene by scene, with relation words masked by a hook; above, batches hold several scenes and cut across seeds."""
+    """Scene by scene, with relation words masked by a hook; above, batches hold several scenes and
+    cut across seeds.
+    """
     wanted, found = effects
     values = {"none": [], "drop": []}
 
@@ -181,18 +235,28 @@ def test_effects_are_those_of_runs_by_hand(trained, effects):
         scores[..., hidden[0]] = -10000.0
 
     layers, steps = range(trained.cfg.n_layers), range(STEPS)
-    fwd_hooks = [(f"steps.{s}.cond.blocks.{layer}.cross_attn.hook_attn_scores", mask) for s in steps for layer in layers]
+    fwd_hooks = [
+        (f"steps.{s}.cond.blocks.{layer}.cross_attn.hook_attn_scores", mask)
+        for s in steps
+        for layer in layers
+    ]
     for scene in wanted:
         prompt = scenes.caption(scene)
         hidden = role_mask(trained, [prompt], "relation")
         for name, attached in (("none", []), ("drop", fwd_hooks)):
             with torch.no_grad():
-                images = trained.run_with_hooks([prompt] * 2, seed=[0, 7], num_steps=STEPS, fwd_hooks=attached)
+                images = trained.run_with_hooks(
+                    [prompt] * 2, seed=[0, 7], num_steps=STEPS, fwd_hooks=attached
+                )
             values[name].append(scenes.evaluate(images, [scene] * 2))
     for verdict in VERDICTS:
-        by_hand = {name: np.array([v[verdict].values for v in vs], float) for name, vs in values.items()}
+        by_hand = {
+            name: np.array([v[verdict].values for v in vs], float) for name, vs in values.items()
+        }
         for name, expected in by_hand.items():
-            np.testing.assert_array_equal(found[verdict].sel(condition=name).values.astype(float), expected)
+            np.testing.assert_array_equal(
+                found[verdict].sel(condition=name).values.astype(float), expected
+            )
         interval = stats.paired_difference(by_hand["none"], by_hand["drop"])
         np.testing.assert_array_equal(found[f"{verdict}_effect"].sel(condition="drop"), interval)
     assert found["relation_loose_effect"].sel(condition="drop", interval="mean") < 0
@@ -204,7 +268,11 @@ def test_effects_are_labelled(trained, effects):
     assert found["relation"].values.tolist() == [scene.relation for scene in wanted]
     assert found["noise_seed"].values.tolist() == [[0, 7]] * 3
 
-    conditions = {"drop": knockout_role("relation"), "head": knockout_role("relation", "L2H2"), "layer": []}
+    conditions = {
+        "drop": knockout_role("relation"),
+        "head": knockout_role("relation", "L2H2"),
+        "layer": [],
+    }
     plan = ablation_effects(trained, wanted[:1], conditions, seeds=[0], num_steps=1)
     table = plan[["kind", "control_for"]].to_dataframe()
     assert table.loc[table.kind == "condition"].index.tolist() == ["drop", "head", "layer"]
@@ -223,7 +291,9 @@ def test_every_scene_may_have_its_own_seeds(trained):
     for row, seeds in enumerate([[3, 4], [5, 6]]):
         with torch.no_grad():
             images = trained([scenes.caption(wanted[row])] * 2, seed=seeds, num_steps=STEPS)
-        np.testing.assert_array_equal(found["x1"][0, row], scenes.evaluate(images, [wanted[row]] * 2)["x1"])
+        np.testing.assert_array_equal(
+            found["x1"][0, row], scenes.evaluate(images, [wanted[row]] * 2)["x1"]
+        )
     with pytest.raises(ValueError, match=r"\[2 seed\]"):
         ablation_effects(trained, wanted, {}, seeds=np.zeros((3, 1), dtype=int))
     with pytest.raises(ValueError, match="another name"):

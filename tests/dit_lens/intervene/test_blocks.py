@@ -1,4 +1,6 @@
-"""Edits of blocks equal independent PyTorch hooks on the plain pipelines, and diffusers' own layer skipping."""
+"""Edits of blocks equal independent PyTorch hooks on the plain pipelines, and diffusers' own layer
+skipping.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,21 @@ BLOCKS = {
 """Pipeline → its block of layer 1."""
 
 
-def opened(name: str) -> tuple[Any, Callable[..., Tensor], HookedTextToImage, Callable[[Any], Tensor]]:
-    """A plain pipeline and how it draws, the hooked model around it and how that draws with hooks."""
+def opened(
+    name: str,
+) -> tuple[Any, Callable[..., Tensor], HookedTextToImage, Callable[[Any], Tensor]]:
+    """A plain pipeline and how it draws, the hooked model around it and how that draws with
+    hooks.
+    """
     if name == "PixArt":
         pipe, options, call = tiny_pixart("t5"), {}, {**CALL, "guidance_scale": 4.5}
     else:
         pipe, call = tiny_pipeline(name)
-        options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+        options = {
+            key: value
+            for key, value in call.items()
+            if key not in ("num_inference_steps", "output_type")
+        }
     call = {**call, "num_inference_steps": 3, "output_type": "pt"}
     model = HookedTextToImage.from_pipeline(pipe)
 
@@ -57,13 +67,22 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_removed_block_hands_on_what_it_receives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_block_hands_on_what_it_receives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe, plain, model, hooked = opened(name)
     untouched = plain()
     block = pipe.transformer.get_submodule(BLOCKS[name])
 
-    def forward(hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        return hidden_states if name in ("PixArt", "SANA") else (encoder_hidden_states, hidden_states)
+    def forward(
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return (
+            hidden_states if name in ("PixArt", "SANA") else (encoder_hidden_states, hidden_states)
+        )
 
     ours = hooked(remove_blocks(model, 1))
     with monkeypatch.context() as patch:
@@ -78,13 +97,20 @@ def test_a_removed_block_hands_on_what_it_receives(name: str, monkeypatch: pytes
 
 
 def text_scaled(pipe: Any, path: str, factor: float) -> ExitStack:
-    """The text argument of a block, or of its cross-attention, multiplied, by a plain torch hook."""
+    """The text argument of a block, or of its cross-attention, multiplied, by a plain torch
+    hook.
+    """
     stack, block = ExitStack(), pipe.transformer.get_submodule(path)
-    place = getattr(block, "attn2", block) if type(block).__name__ != "JointTransformerBlock" else block
+    place = (
+        getattr(block, "attn2", block) if type(block).__name__ != "JointTransformerBlock" else block
+    )
 
     def scaled(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if "encoder_hidden_states" in kwargs:
-            return args, {**kwargs, "encoder_hidden_states": factor * kwargs["encoder_hidden_states"]}
+            return args, {
+                **kwargs,
+                "encoder_hidden_states": factor * kwargs["encoder_hidden_states"],
+            }
         return (args[0], factor * args[1], *args[2:]), kwargs
 
     stack.callback(place.register_forward_pre_hook(scaled, with_kwargs=True).remove)
@@ -97,7 +123,8 @@ def test_text_is_scaled_for_one_block(name: str, factor: float) -> None:
     pipe, plain, model, hooked = opened(name)
     untouched = plain()
     ours = hooked(scale_text(model, 0, factor))
-    if name == "PixArt":  # the hooked model does not call the live attention: the plain pipeline must
+    # the hooked model does not call the live attention: the plain pipeline must
+    if name == "PixArt":
         assert torch.equal(plain(), untouched)
     with text_scaled(pipe, BLOCKS[name].replace("1", "0"), factor):
         theirs = plain()
@@ -118,11 +145,15 @@ ATTENTIONS = {
     "PixArt": "transformer_blocks.1.attn1",
     "Qwen-Image": "",
 }
-"""Pipeline → its attention of layer 1; none where diffusers' LayerSkip knows the attention itself."""
+"""Pipeline → its attention of layer 1; none where diffusers' LayerSkip knows the attention
+itself.
+"""
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_full_strength_is_what_layer_skip_makes_of_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_strength_is_what_layer_skip_makes_of_scores(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe, plain, model, hooked = opened(name)
     untouched = plain()
     assert torch.equal(hooked(toward_identity(model, None, 0.0)), hooked([]))
@@ -137,7 +168,13 @@ def test_full_strength_is_what_layer_skip_makes_of_scores(name: str, monkeypatch
 
         monkeypatch.setattr(attention, "forward", skipping)
     else:
-        config = LayerSkipConfig([1], "transformer_blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False)
+        config = LayerSkipConfig(
+            [1],
+            "transformer_blocks",
+            skip_attention=False,
+            skip_attention_scores=True,
+            skip_ff=False,
+        )
         apply_layer_skip(pipe.transformer, config)
     assert close(ours, plain())
     assert not close(ours, untouched)
@@ -157,6 +194,13 @@ def test_part_strength_is_an_interpolated_pattern(name: str) -> None:
         new[:, 1] = 0.7 * pattern[:, 1] + 0.3 * torch.eye(n_queries, n_keys)
         return new
 
-    theirs = hooked([(lambda name: name.startswith("steps.") and ".blocks.1.attn.hook_pattern" in name, interpolated)])
+    theirs = hooked(
+        [
+            (
+                lambda name: name.startswith("steps.") and ".blocks.1.attn.hook_pattern" in name,
+                interpolated,
+            )
+        ]
+    )
     assert close(hooked(toward_identity(model, "L1H1", 0.3)), theirs)
     assert not close(hooked(toward_identity(model, "L1H1", 0.6)), theirs)

@@ -1,4 +1,6 @@
-"""Every action at every kind of site against a hook written by hand, in float64; the rest stays as it was, exactly."""
+"""Every action at every kind of site against a hook written by hand, in float64; the rest stays as
+it was, exactly.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from hooked_models import HookedTextToImage, Trajectory, UnknownHookError
 from ...hooked_models.pipelines import tiny_pipeline
 
 # the first two have equally many tokens of every role, but in other places
-PROMPTS = ["red circle is above blue square", "blue square is above circle red", "circle is left of red square"]
+PROMPTS = [
+    "red circle is above blue square",
+    "blue square is above circle red",
+    "circle is left of red square",
+]
 RUN = {"seed": [3, 4, 5], "num_steps": 2}
 GENERATOR = torch.Generator().manual_seed(9)
 
@@ -41,7 +47,9 @@ def one_step(model) -> Tensor:
 
 
 def read(run: Trajectory, hooks, names: list[str]) -> dict[str, Tensor]:
-    """The tensors called `names` as they go on, and the images, of the run's last step with hooks."""
+    """The tensors called `names` as they go on, and the images, of the run's last step with
+    hooks.
+    """
     kept = {}
 
     def keep(tensor: Tensor, hook) -> None:
@@ -70,8 +78,14 @@ ACTIONS = {
     "zero": ("zero", lambda parts: [torch.zeros_like(part) for part in parts]),
     "mean": ("mean", lambda parts: [sum(parts) / len(parts)] * len(parts)),
     "scale": (Scale(-1.5), lambda parts: [-1.5 * part for part in parts]),
-    "add": (Add(torch.tensor(0.7, dtype=torch.float64)), lambda parts: [part + 0.7 for part in parts]),
-    "replace": (Replace(torch.tensor(0.2, dtype=torch.float64)), lambda parts: [torch.full_like(part, 0.2) for part in parts]),
+    "add": (
+        Add(torch.tensor(0.7, dtype=torch.float64)),
+        lambda parts: [part + 0.7 for part in parts],
+    ),
+    "replace": (
+        Replace(torch.tensor(0.2, dtype=torch.float64)),
+        lambda parts: [torch.full_like(part, 0.2) for part in parts],
+    ),
 }
 
 # Site → its heads and tokens, and where they are in one row of the tensor.
@@ -92,7 +106,9 @@ SITES = {
 def test_actions_in_the_denoiser(model, run, site, kind, branch):
     heads, tokens, part = SITES[site]
     action, expected = ACTIONS[kind]
-    intervention = Intervention(site, heads=heads, tokens=tokens, steps=1, branch=branch, action=action)
+    intervention = Intervention(
+        site, heads=heads, tokens=tokens, steps=1, branch=branch, action=action
+    )
 
     def change(tensor: Tensor) -> None:
         for row, new in zip(tensor, expected([row[part].clone() for row in tensor]), strict=True):
@@ -119,7 +135,9 @@ def test_actions_in_the_denoiser(model, run, site, kind, branch):
 
 
 @pytest.mark.parametrize("kind", ACTIONS)
-@pytest.mark.parametrize("site", ["hook_latent", "hook_out", "hook_x0", "hook_out_uncond", "hook_image"])
+@pytest.mark.parametrize(
+    "site", ["hook_latent", "hook_out", "hook_x0", "hook_out_uncond", "hook_image"]
+)
 def test_actions_between_denoiser_calls(model, run, site, kind):
     action, expected = ACTIONS[kind]
 
@@ -131,7 +149,12 @@ def test_actions_between_denoiser_calls(model, run, site, kind):
     if site == "hook_image":  # comes after the fork
         plain = run.images
         change(expected_image := plain.clone())
-        torch.testing.assert_close(model.run_with_hooks(PROMPTS, **RUN, fwd_hooks=found), expected_image, rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            model.run_with_hooks(PROMPTS, **RUN, fwd_hooks=found),
+            expected_image,
+            rtol=0,
+            atol=1e-14,
+        )
         return
     ours = read(run, found, [f"steps.1.{site}"])
     hand = read(run, [(f"steps.1.{site}", by_hand(change))], [f"steps.1.{site}"])
@@ -144,13 +167,21 @@ def test_actions_between_denoiser_calls(model, run, site, kind):
 TEXT_SITES = {
     "hook_text": ("steps.0.cond.hook_text", None, lambda row, k: (row, k)),
     "hook_caption": ("steps.0.cond.hook_caption", None, lambda row, k: (row, k)),
-    "blocks.1.cross_attn.hook_v": ("steps.0.cond.blocks.1.cross_attn.hook_v", [1], lambda row, k: (row, k, 1)),
+    "blocks.1.cross_attn.hook_v": (
+        "steps.0.cond.blocks.1.cross_attn.hook_v",
+        [1],
+        lambda row, k: (row, k, 1),
+    ),
     "blocks.0.hook_cross_pattern": (
         "steps.0.cond.blocks.0.cross_attn.hook_pattern",
         [0],
         lambda row, k: (row, 0, slice(None), k),
     ),
-    "text_encoder.blocks.1.hook_resid_post": ("text_encoder.blocks.1.hook_resid_post", None, lambda row, k: (row, k)),
+    "text_encoder.blocks.1.hook_resid_post": (
+        "text_encoder.blocks.1.hook_resid_post",
+        None,
+        lambda row, k: (row, k),
+    ),
     "text_encoder.blocks.0.attn.hook_pattern": (
         "text_encoder.blocks.0.attn.hook_pattern",
         [2],
@@ -162,12 +193,17 @@ TEXT_SITES = {
 @pytest.mark.parametrize("kind", [*ACTIONS, "resample"])
 @pytest.mark.parametrize("site", TEXT_SITES)
 def test_actions_on_the_words_of_a_role(model, one_step, site, kind):
-    """Tokens of a role are found in each prompt, and are averaged and exchanged with those of the same role."""
+    """Tokens of a role are found in each prompt, and are averaged and exchanged with those of the
+    same role.
+    """
     name, heads, entry = TEXT_SITES[site]
     action, expected = ACTIONS.get(kind, ("resample", None))
-    prompts = PROMPTS[:2] if kind == "resample" else PROMPTS  # in the third, no counterpart of the second's colour order
+    # in the third, no counterpart of the second's colour order
+    prompts = PROMPTS[:2] if kind == "resample" else PROMPTS
     role = ["shape1", "color2"]
-    places = [sorted(a + b) for a, b in zip(words(model, role[0]), words(model, role[1]), strict=True)][: len(prompts)]
+    places = [
+        sorted(a + b) for a, b in zip(words(model, role[0]), words(model, role[1]), strict=True)
+    ][: len(prompts)]
 
     def change(tensor: Tensor) -> None:
         old = tensor.clone()
@@ -185,7 +221,9 @@ def test_actions_on_the_words_of_a_role(model, one_step, site, kind):
     found = intervention.hooks(model, prompts, num_steps=1)
     with torch.no_grad():
         ours = model.run_with_hooks(prompts, seed=0, num_steps=1, fwd_hooks=found)
-        hand = model.run_with_hooks(prompts, seed=0, num_steps=1, fwd_hooks=[(name, by_hand(change))])
+        hand = model.run_with_hooks(
+            prompts, seed=0, num_steps=1, fwd_hooks=[(name, by_hand(change))]
+        )
     assert [full for full, _ in found] == [name]
     torch.testing.assert_close(ours, hand, rtol=0, atol=1e-13)
     assert (ours - one_step[: len(prompts)]).abs().max() > 1e-9
@@ -194,8 +232,13 @@ def test_actions_on_the_words_of_a_role(model, one_step, site, kind):
 def test_resample_takes_another_prompts_image_side(model, run):
     """The same row at every site, of another prompt; rows of one prompt never serve each other."""
     names = ["steps.1.cond.blocks.1.attn.hook_z", "steps.1.uncond.blocks.1.attn.hook_z"]
-    intervention = Intervention("blocks.1.attn.hook_z", heads="L1H1", steps=1, branch="both", action="resample")
-    ours, plain = read(run, intervention.hooks(model, PROMPTS, num_steps=2, seed=4), names), read(run, [], names)
+    intervention = Intervention(
+        "blocks.1.attn.hook_z", heads="L1H1", steps=1, branch="both", action="resample"
+    )
+    ours, plain = (
+        read(run, intervention.hooks(model, PROMPTS, num_steps=2, seed=4), names),
+        read(run, [], names),
+    )
     source = intervention.resolve(model, PROMPTS, num_steps=2, seed=4)[0].sources
     assert sorted(source) == [0, 1, 2]
     assert not (source == torch.arange(3)).any()
@@ -204,11 +247,16 @@ def test_resample_takes_another_prompts_image_side(model, run):
         assert torch.equal(ours[name][:, :, 0], plain[name][:, :, 0])
 
 
-@pytest.mark.parametrize("prompt", [[0, 1], [0, 0, 1, 1, 2], [2, 0, 1, 0, 3, 1, 2, 3], [0, 1, 1, 2]])
+@pytest.mark.parametrize(
+    "prompt", [[0, 1], [0, 0, 1, 1, 2], [2, 0, 1, 0, 3, 1, 2, 3], [0, 1, 1, 2]]
+)
 def test_another_prompt(prompt):
     prompt = np.array(prompt)
     drawn = {tuple(another_prompt(prompt, np.random.default_rng(seed))) for seed in range(20)}
-    assert all(sorted(source) == list(range(len(prompt))) and (prompt[list(source)] != prompt).all() for source in drawn)
+    assert all(
+        sorted(source) == list(range(len(prompt))) and (prompt[list(source)] != prompt).all()
+        for source in drawn
+    )
     assert len(drawn) > 1 or len(prompt) == 2
     with pytest.raises(ValueError, match="larger batch"):
         another_prompt(np.array([0, 0, 1]), np.random.default_rng(0))
@@ -223,10 +271,18 @@ def test_knocked_out_keys_leave_their_attention_to_the_others(model, run, site, 
     """The pattern is the old one, restricted to the other keys and divided by its sum."""
     tokens = [0, 3] if site == "attn" else [1, 2]
     intervention = Intervention(
-        f"blocks.0.{site}.hook_pattern", heads=[1], tokens=tokens, steps=1, branch=branch, action="knockout"
+        f"blocks.0.{site}.hook_pattern",
+        heads=[1],
+        tokens=tokens,
+        steps=1,
+        branch=branch,
+        action="knockout",
     )
     names = [f"steps.1.{b}.blocks.0.{site}.hook_pattern" for b in ("cond", "uncond")]
-    ours, plain = read(run, intervention.hooks(model, PROMPTS, num_steps=2), names), read(run, [], names)
+    ours, plain = (
+        read(run, intervention.hooks(model, PROMPTS, num_steps=2), names),
+        read(run, [], names),
+    )
     for name, b in zip(names, ("cond", "uncond"), strict=True):
         expected = plain[name].clone()
         if branch in (b, "both"):
@@ -239,56 +295,95 @@ def test_knocked_out_keys_leave_their_attention_to_the_others(model, run, site, 
 
 
 def test_knocking_a_role_out_everywhere_is_the_models_own_text_mask(model):
-    """All heads, layers, steps: the same images as if the tokenizer had called these tokens pads."""
+    """All heads, layers, steps: the same images as if the tokenizer had called these tokens
+    pads.
+    """
     hidden = role_mask(model, PROMPTS, "relation")
-    intervention = Intervention("blocks.*.cross_attn.hook_pattern", tokens="relation", action="knockout")
+    intervention = Intervention(
+        "blocks.*.cross_attn.hook_pattern", tokens="relation", action="knockout"
+    )
     with torch.no_grad():
-        ours = model.run_with_hooks(PROMPTS, **RUN, fwd_hooks=intervention.hooks(model, PROMPTS, num_steps=2))
+        ours = model.run_with_hooks(
+            PROMPTS, **RUN, fwd_hooks=intervention.hooks(model, PROMPTS, num_steps=2)
+        )
         masked = model.trajectory(PROMPTS, **RUN, until=0)
         bias = masked.inputs.text.bias.clone()
         bias[len(PROMPTS) :, 0][hidden] = -10000.0  # rows are [uncond; cond]
-        inputs = dataclasses.replace(masked.inputs, text=dataclasses.replace(masked.inputs.text, bias=bias))
+        inputs = dataclasses.replace(
+            masked.inputs, text=dataclasses.replace(masked.inputs.text, bias=bias)
+        )
         oracle = dataclasses.replace(masked, inputs=inputs).fork(0).images
         torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-12)
         assert (ours - model(PROMPTS, **RUN)).abs().max() > 1e-6
 
 
 def test_every_token_of_a_role_is_selected(model):
-    """Not the first only, and where the tokenizer put it; a prompt without the role is an error, or stays as it is."""
+    """Not the first only, and where the tokenizer put it; a prompt without the role is an error, or
+    stays as it is.
+    """
     prompts = ["red circle is above left of blue square", "circle is red square"]
-    strict = Intervention("blocks.1.cross_attn.hook_pattern", "L1H0", "relation", steps=0, action="knockout")
-    with pytest.raises(ValueError, match=r"'circle is red square' has no relation token.*square \(shape2\).*missing='ignore'"):
+    strict = Intervention(
+        "blocks.1.cross_attn.hook_pattern", "L1H0", "relation", steps=0, action="knockout"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"'circle is red square' has no relation token.*square \(shape2\).*missing='ignore'",
+    ):
         strict.resolve(model, prompts)
     (edit,) = dataclasses.replace(strict, missing="ignore").resolve(model, prompts)
     tokens = model.to_str_tokens(model.to_tokens(prompts)[0])
-    assert [token for token, there in zip(tokens, edit.where[0, 0, 0], strict=True) if there] == ["▁above", "▁left"]
+    assert [token for token, there in zip(tokens, edit.where[0, 0, 0], strict=True) if there] == [
+        "▁above",
+        "▁left",
+    ]
     assert edit.where[0, 0].any()
     assert not edit.where[0, 1].any()
     assert not edit.where[1].any()
 
 
 def test_a_role_in_the_unconditional_branch_is_that_of_the_empty_prompt(model):
-    """There is no relation in it, so "both" is "cond"; the encoder's unconditional side is that of the null prompt."""
-    both = Intervention("blocks.0.cross_attn.hook_v", tokens="relation", steps=0, branch="both").hooks(model, PROMPTS)
+    """There is no relation in it, so "both" is "cond"; the encoder's unconditional side is that of
+    the null prompt.
+    """
+    both = Intervention(
+        "blocks.0.cross_attn.hook_v", tokens="relation", steps=0, branch="both"
+    ).hooks(model, PROMPTS)
     assert [name for name, _ in both] == ["steps.0.cond.blocks.0.cross_attn.hook_v"]
-    (edit,) = Intervention("text_encoder.hook_out", tokens="eos", branch="uncond", action="zero").resolve(model, PROMPTS)
+    (edit,) = Intervention(
+        "text_encoder.hook_out", tokens="eos", branch="uncond", action="zero"
+    ).resolve(model, PROMPTS)
     assert edit.site.name == "null_text_encoder.hook_out"
     assert edit.where[:, 0].all()
     assert edit.where.sum() == len(PROMPTS)
-    for missing, message in (("error", "'' has no relation token. Its words are none"), ("ignore", "selects nothing")):
+    for missing, message in (
+        ("error", "'' has no relation token. Its words are none"),
+        ("ignore", "selects nothing"),
+    ):
         with pytest.raises(ValueError, match=message):
-            Intervention("hook_text", tokens="relation", branch="uncond", missing=missing).hooks(model, PROMPTS)
+            Intervention("hook_text", tokens="relation", branch="uncond", missing=missing).hooks(
+                model, PROMPTS
+            )
 
 
 # Values from elsewhere, and ways to run
 
 
 def test_replace_by_a_cache_is_activation_patching(model):
-    """At all steps and both branches: each site gets its own tensor of the other run, rows in order."""
-    others = ["blue circle is left of square", "red square is left of circle", "red circle is above red circle"]
+    """At all steps and both branches: each site gets its own tensor of the other run, rows in
+    order.
+    """
+    others = [
+        "blue circle is left of square",
+        "red square is left of circle",
+        "red circle is above red circle",
+    ]
     with torch.no_grad():
-        _, cache = model.run_with_cache(others, **RUN, names_filter="blocks.1.cross_attn.hook_z", branch="both")
-        intervention = Intervention("blocks.1.cross_attn.hook_z", heads=[0], branch="both", action=Replace(cache))
+        _, cache = model.run_with_cache(
+            others, **RUN, names_filter="blocks.1.cross_attn.hook_z", branch="both"
+        )
+        intervention = Intervention(
+            "blocks.1.cross_attn.hook_z", heads=[0], branch="both", action=Replace(cache)
+        )
         found = intervention.hooks(model, PROMPTS, num_steps=2)
 
         def patch(tensor: Tensor, hook) -> Tensor:
@@ -298,22 +393,32 @@ def test_replace_by_a_cache_is_activation_patching(model):
         assert len(found) == 4
         assert torch.equal(model.run_with_hooks(PROMPTS, **RUN, fwd_hooks=found), oracle)
 
-        reference = {"blocks.1.cross_attn.hook_z": torch.stack([*cache.cache_dict.values()]).mean((0, 1))}
-        mean = Intervention("blocks.1.cross_attn.hook_z", steps=0, action=Replace(reference)).hooks(model, PROMPTS, num_steps=2)
+        reference = {
+            "blocks.1.cross_attn.hook_z": torch.stack([*cache.cache_dict.values()]).mean((0, 1))
+        }
+        mean = Intervention("blocks.1.cross_attn.hook_z", steps=0, action=Replace(reference)).hooks(
+            model, PROMPTS, num_steps=2
+        )
         name = mean[0][0]
         with model.hooks(mean):
             _, kept = model.run_with_cache(PROMPTS, **RUN, names_filter=name)
-        assert torch.equal(kept[name], reference["blocks.1.cross_attn.hook_z"].expand_as(kept[name]))
+        assert torch.equal(
+            kept[name], reference["blocks.1.cross_attn.hook_z"].expand_as(kept[name])
+        )
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "resample", "knockout", "add", "replace"])
 def test_an_edit_acts_on_some_rows_of_a_larger_batch(model, kind):
-    """Two copies of the prompts, rows shuffled: one copy is edited as in a batch of its own, the other not at all."""
+    """Two copies of the prompts, rows shuffled: one copy is edited as in a batch of its own, the
+    other not at all.
+    """
     rows = torch.tensor([4, 0, 2])  # of a batch of 6, in which prompt i is row rows[i]
     per_prompt = torch.randn(3, 2, 4, 7, dtype=torch.float64, generator=GENERATOR)
     action = {"add": Add(per_prompt), "replace": Replace(per_prompt)}.get(kind, kind)
     prompts = [*PROMPTS[:2], "square red is above blue circle"]
-    (edit,) = Intervention("blocks.0.cross_attn.hook_pattern", [1], "shape1", steps=0, action=action).resolve(model, prompts)
+    (edit,) = Intervention(
+        "blocks.0.cross_attn.hook_pattern", [1], "shape1", steps=0, action=action
+    ).resolve(model, prompts)
     batch = torch.rand(6, 2, 4, 7, dtype=torch.float64, generator=GENERATOR)
     alone = edit(batch[rows])
     together = edit.on(rows)(batch)
@@ -322,7 +427,8 @@ def test_an_edit_acts_on_some_rows_of_a_larger_batch(model, kind):
     others = [1, 3, 5]
     assert torch.equal(together[others], batch[others])
 
-    taken = torch.tensor([2, 1])  # and rows of an edit are those of an intervention on these prompts alone
+    # and rows of an edit are those of an intervention on these prompts alone
+    taken = torch.tensor([2, 1])
     part = {"add": Add(per_prompt[taken]), "replace": Replace(per_prompt[taken])}.get(kind, kind)
     fewer = Intervention("blocks.0.cross_attn.hook_pattern", [1], "shape1", steps=0, action=part)
     (expected,) = fewer.resolve(model, [prompts[i] for i in taken])
@@ -330,28 +436,48 @@ def test_an_edit_acts_on_some_rows_of_a_larger_batch(model, kind):
 
 
 def test_a_view_of_one_step(model):
-    intervention = Intervention("blocks.*.cross_attn.hook_pattern", tokens="relation", steps=slice(1, None), action="knockout")
+    intervention = Intervention(
+        "blocks.*.cross_attn.hook_pattern",
+        tokens="relation",
+        steps=slice(1, None),
+        action="knockout",
+    )
     with torch.no_grad():
         view, tokens = model.at(step=1, prompts=PROMPTS, **RUN)
         ours = view.run_with_hooks(tokens, fwd_hooks=intervention.hooks(view, PROMPTS))
-        assert torch.equal(ours, model.run_with_hooks(PROMPTS, **RUN, fwd_hooks=intervention.hooks(model, PROMPTS, num_steps=2)))
+        assert torch.equal(
+            ours,
+            model.run_with_hooks(
+                PROMPTS, **RUN, fwd_hooks=intervention.hooks(model, PROMPTS, num_steps=2)
+            ),
+        )
         first, _ = model.at(step=0, prompts=PROMPTS, **RUN)
         with pytest.raises(ValueError, match="step 0"):
             intervention.hooks(first, PROMPTS)
 
 
 def test_it_is_data():
-    one = Intervention("blocks.2.cross_attn.hook_z", "L2H8", steps=[0, 1], tokens=torch.tensor([[True, False]]))
-    assert one == Intervention("blocks.2.cross_attn.hook_z", [8], steps=(0, 1), tokens=[[True, False]])
+    one = Intervention(
+        "blocks.2.cross_attn.hook_z", "L2H8", steps=[0, 1], tokens=torch.tensor([[True, False]])
+    )
+    assert one == Intervention(
+        "blocks.2.cross_attn.hook_z", [8], steps=(0, 1), tokens=[[True, False]]
+    )
     assert hash(one) == hash(dataclasses.replace(one))
     for steps in (None, 2, [0, 2], slice(4)):
-        assert {Intervention("hook_latent", steps=steps): "found"}[Intervention("hook_latent", steps=steps)] == "found"
+        assert {Intervention("hook_latent", steps=steps): "found"}[
+            Intervention("hook_latent", steps=steps)
+        ] == "found"
     assert one != dataclasses.replace(one, heads=(7,))
 
 
 @pytest.mark.parametrize("action", [Add, Replace])
 def test_values_that_are_no_real_numbers_are_refused(action):
-    for wrong in (torch.zeros(2, dtype=torch.complex64), torch.tensor(torch.nan), torch.ones(2, dtype=torch.bool)):
+    for wrong in (
+        torch.zeros(2, dtype=torch.complex64),
+        torch.tensor(torch.nan),
+        torch.ones(2, dtype=torch.bool),
+    ):
         with pytest.raises(ValueError, match="real, finite numbers"):
             action(wrong)
     with pytest.raises(ValueError, match="factor=nan: give a finite number"):
@@ -359,24 +485,36 @@ def test_values_that_are_no_real_numbers_are_refused(action):
 
 
 def test_numpys_numbers_and_steps_from_the_end_are_numbers(model):
-    ours = Intervention("blocks.0.attn.hook_z", heads=np.arange(2), steps=np.int64(-1), tokens=np.array([0, 2]))
+    ours = Intervention(
+        "blocks.0.attn.hook_z", heads=np.arange(2), steps=np.int64(-1), tokens=np.array([0, 2])
+    )
     assert ours == Intervention("blocks.0.attn.hook_z", heads=[0, 1], steps=-1, tokens=[0, 2])
     (edit,) = ours.resolve(model, PROMPTS, num_steps=5)
     assert (edit.site.step, edit.num_steps) == (4, 5)
     masks = [[[1, 0, 1, 0]], np.array([[True, False, True, False]]), torch.tensor([[1, 0, 1, 0]])]
     for mask in masks:
-        assert Intervention("blocks.0.attn.hook_z", tokens=mask).tokens == ((True, False, True, False),)
+        assert Intervention("blocks.0.attn.hook_z", tokens=mask).tokens == (
+            (True, False, True, False),
+        )
 
 
 def test_words_are_selected_in_each_prompt(model):
-    """By the tokens of the word, in the branch that reads the prompt; the k-th of one prompt stands for another's k-th."""
+    """By the tokens of the word, in the branch that reads the prompt; the k-th of one prompt stands
+    for another's k-th.
+    """
     prompts = ["red circle is left of red square", "blue circle is above red square"]
-    (edit,) = Intervention("blocks.0.cross_attn.hook_v", tokens=word("Red"), steps=0).resolve(model, prompts)
+    (edit,) = Intervention("blocks.0.cross_attn.hook_v", tokens=word("Red"), steps=0).resolve(
+        model, prompts
+    )
     assert [row.nonzero().flatten().tolist() for row in edit.where[:, :, 0, 0]] == [[0, 5], [4]]
-    last = Intervention("blocks.0.cross_attn.hook_v", tokens=[word("red", nth=2), "shape1"], steps=0, branch="both")
+    last = Intervention(
+        "blocks.0.cross_attn.hook_v", tokens=[word("red", nth=2), "shape1"], steps=0, branch="both"
+    )
     (edit,) = last.resolve(model, prompts)
     assert [row.nonzero().flatten().tolist() for row in edit.where[:, :, 0, 0]] == [[1, 5], [1]]
-    mean = Intervention("blocks.0.cross_attn.hook_v", tokens=word("circle"), steps=0, action="mean").resolve(model, prompts)[0]
+    mean = Intervention(
+        "blocks.0.cross_attn.hook_v", tokens=word("circle"), steps=0, action="mean"
+    ).resolve(model, prompts)[0]
     values = torch.randn(2, edit.where.shape[1], 2, 8, dtype=torch.float64)
     assert torch.allclose(mean(values)[:, 1], values[:, 1].mean(dim=0).expand(2, -1, -1))
     assert torch.equal(mean(values)[:, 2:], values[:, 2:])
@@ -395,7 +533,10 @@ def test_words_are_selected_in_each_prompt(model):
         ({"site": "hook_text", "tokens": [[0, 2]] * 3}, "holds 2: give booleans"),
         ({"site": "hook_text", "tokens": word("cat")}, "has no 'cat'"),
         ({"site": "hook_text", "tokens": word("blue", nth=2)}, "has no 'blue' number 2"),
-        ({"site": "hook_text", "tokens": [[True] * 7, [False] * 7, [True] * 7]}, "row 1, of 'red circle"),
+        (
+            {"site": "hook_text", "tokens": [[True] * 7, [False] * 7, [True] * 7]},
+            "row 1, of 'red circle",
+        ),
         ({"site": "hook_t_emb", "heads": []}, "heads is empty"),
         ({"site": "hook_t_emb", "steps": [True]}, "steps=True: give an integer"),
         ({"site": "hook_text", "tokens": [True, False]}, "one row for each prompt"),
@@ -417,9 +558,21 @@ def test_words_are_selected_in_each_prompt(model):
         ({"site": "blocks.0.attn.hook_result"}, "set_use_attn_result"),
         ({"site": "blocks.0.attn.hook_z", "action": "knockout"}, "hook_pattern"),
         ({"site": "blocks.0.cross_attn.hook_pattern", "action": "knockout"}, "nothing is left"),
-        ({"site": "blocks.0.cross_attn.hook_pattern", "tokens": list(range(7)), "action": "knockout"}, "nothing is left"),
         (
-            {"site": "blocks.0.cross_attn.hook_pattern", "tokens": "eos", "branch": "uncond", "action": "knockout"},
+            {
+                "site": "blocks.0.cross_attn.hook_pattern",
+                "tokens": list(range(7)),
+                "action": "knockout",
+            },
+            "nothing is left",
+        ),
+        (
+            {
+                "site": "blocks.0.cross_attn.hook_pattern",
+                "tokens": "eos",
+                "branch": "uncond",
+                "action": "knockout",
+            },
             "nothing is left",
         ),
         ({"site": "blocks.0.attn.hook_attn_scores"}, "knockout"),
@@ -451,8 +604,12 @@ def test_a_misspelt_site_suggests_the_nearest_one(model, wrong, right):
 def test_hooks_of_other_prompts_are_refused(model):
     zero = Intervention("blocks.0.attn.hook_z", steps=0)
     with pytest.raises(ValueError, match="in the order and number"), torch.no_grad():
-        model.run_with_hooks(PROMPTS[:2], num_steps=1, fwd_hooks=zero.hooks(model, PROMPTS, num_steps=1))
-    wide = dataclasses.replace(zero, action=Add(torch.zeros(5, dtype=torch.float64))).hooks(model, PROMPTS, num_steps=1)
+        model.run_with_hooks(
+            PROMPTS[:2], num_steps=1, fwd_hooks=zero.hooks(model, PROMPTS, num_steps=1)
+        )
+    wide = dataclasses.replace(zero, action=Add(torch.zeros(5, dtype=torch.float64))).hooks(
+        model, PROMPTS, num_steps=1
+    )
     with pytest.raises(ValueError, match="does not broadcast"), torch.no_grad():
         model.run_with_hooks(PROMPTS, num_steps=1, fwd_hooks=wide)
     with pytest.raises(ValueError, match="run several"):

@@ -1,4 +1,6 @@
-"""Embedding arithmetic against prompts that say the same in words, and doses against planted images."""
+"""Embedding arithmetic against prompts that say the same in words, and doses against planted
+images.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def tiny(request) -> HookedTextToImage:
 @torch.no_grad()
 def test_steering_text_is_an_edit_of_the_text_encoders_output(tiny):
     vector = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    out = "text_encoder.hook_out" if "text_encoder.hook_out" in tiny.hook_dict else "text_encoder.ln_final.hook_normalized"
+    out = (
+        "text_encoder.hook_out"
+        if "text_encoder.hook_out" in tiny.hook_dict
+        else "text_encoder.ln_final.hook_normalized"
+    )
 
     def edit(text, hook):
         text[0, 3] += 0.7 * vector  # above
@@ -46,7 +52,10 @@ def test_steering_text_is_an_edit_of_the_text_encoders_output(tiny):
     found = steering.steer(tiny, PROMPTS, vector, "relation", k=0.7, seed=[3, 4], **FAST)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        steering.steer(tiny, PROMPTS, vector, [3], k=0.7, seed=[3, 4], **FAST), expected, atol=1e-5, rtol=0
+        steering.steer(tiny, PROMPTS, vector, [3], k=0.7, seed=[3, 4], **FAST),
+        expected,
+        atol=1e-5,
+        rtol=0,
     )
     assert (found - tiny(list(PROMPTS), seed=[3, 4], **FAST)).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
@@ -54,7 +63,9 @@ def test_steering_text_is_an_edit_of_the_text_encoders_output(tiny):
 @torch.no_grad()
 def test_steering_captions_edits_what_cross_attention_reads_in_one_branch(tiny):
     vectors = torch.zeros(2, 8, tiny.cfg.d_model)
-    vectors[0, 5], vectors[1, 6] = torch.randn(2, tiny.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    vectors[0, 5], vectors[1, 6] = torch.randn(
+        2, tiny.cfg.d_model, generator=torch.Generator().manual_seed(0)
+    )
     own, _ = variance.word_vectors(tiny, PROMPTS, "shape2", "caption")
     found = steering.steer(tiny, PROMPTS, vectors, at="caption", k=2.0, **FAST)
 
@@ -86,8 +97,12 @@ def test_steering_captions_edits_what_cross_attention_reads_in_one_branch(tiny):
 def test_batches_change_nothing_and_neither_does_a_dose_of_zero(tiny):
     prompts = [*PROMPTS, PROMPTS[0], "circle is above square", PROMPTS[1]]
     vector = torch.ones(16)
-    whole = steering.steer(tiny, prompts, vector, ["shape1", "relation"], seed=[0, 1, 2, 3, 4], **FAST)
-    parts = steering.steer(tiny, prompts, vector, ["shape1", "relation"], seed=[0, 1, 2, 3, 4], batch_size=2, **FAST)
+    whole = steering.steer(
+        tiny, prompts, vector, ["shape1", "relation"], seed=[0, 1, 2, 3, 4], **FAST
+    )
+    parts = steering.steer(
+        tiny, prompts, vector, ["shape1", "relation"], seed=[0, 1, 2, 3, 4], batch_size=2, **FAST
+    )
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
     none = steering.steer(tiny, prompts, vector, "shape2", k=0.0, **FAST)
     torch.testing.assert_close(none, tiny(prompts, **FAST), atol=1e-6, rtol=0)
@@ -115,26 +130,51 @@ def test_tokens_and_vectors_that_do_not_go_together_are_refused(tiny):
         ("caption", "phrase", "left", "right", "to the left of", "to the right of"),
         ("text", "phrase", "left", "higher than", "left of", "higher than"),
         ("text", "phrase", "left", "above", "left of", "directly above"),
-        ("text", "phrase", "upper_left", "lower_right", "above and to the left of", "below and to the right of"),
+        (
+            "text",
+            "phrase",
+            "upper_left",
+            "lower_right",
+            "above and to the left of",
+            "below and to the right of",
+        ),
         ("text", "relation", "left", "above", "to the left of", "to the above of"),
         ("text", "relation", "above", "below", "higher than", "lower than"),
-        ("caption", "relation", "upper_right", "lower_left", "diagonally up and right from", "diagonally down and left from"),
+        (
+            "caption",
+            "relation",
+            "upper_right",
+            "lower_left",
+            "diagonally up and right from",
+            "diagonally down and left from",
+        ),
     ],
 )
 @torch.no_grad()
-def test_a_dose_of_one_is_the_other_sentence_for_an_encoder_without_context(micro, at, tokens, from_, to, phrase, becomes):
+def test_a_dose_of_one_is_the_other_sentence_for_an_encoder_without_context(
+    micro, at, tokens, from_, to, phrase, becomes
+):
     prompt = "blue circle is {} red triangle"
-    found = steering.swap_relation(micro, prompt.format(phrase), from_, to, tokens=tokens, at=at, seed=1, **FAST)
-    torch.testing.assert_close(found, micro(prompt.format(becomes), seed=1, **FAST), atol=1e-3, rtol=0)
+    found = steering.swap_relation(
+        micro, prompt.format(phrase), from_, to, tokens=tokens, at=at, seed=1, **FAST
+    )
+    torch.testing.assert_close(
+        found, micro(prompt.format(becomes), seed=1, **FAST), atol=1e-3, rtol=0
+    )
     assert (found - micro(prompt.format(phrase), seed=1, **FAST)).abs().max() > 0.05
 
 
 @torch.no_grad()
 def test_only_words_that_differ_are_changed_wherever_they_stand(micro):
-    prompts = ["circle is to the left of red square", "red circle is above and to the left of square"]
+    prompts = [
+        "circle is to the left of red square",
+        "red circle is above and to the left of square",
+    ]
     vectors = steering.swap_vectors(micro, prompts, ["right", "lower_left"])
     table = micro.text_encoder.W_E
-    word = {name: table[micro.to_tokens(name)[0, 0]] for name in ("left", "right", "above", "below")}
+    word = {
+        name: table[micro.to_tokens(name)[0, 0]] for name in ("left", "right", "above", "below")
+    }
     expected = torch.zeros_like(vectors)
     expected[0, 4], expected[1, 3] = word["right"] - word["left"], word["below"] - word["above"]
     torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
@@ -144,10 +184,18 @@ def test_only_words_that_differ_are_changed_wherever_they_stand(micro):
 def test_at_another_role_the_relations_mean_vectors_are_exchanged(micro):
     prompts = ["circle is left of square", "red circle is directly above blue square"]
     found = steering.swap_vectors(micro, prompts, ["above", "upper_right"], "shape2", "caption")
-    vectors, factors = variance.word_vectors(micro, variance.factorial_prompts(), "shape2", "caption")
-    mean = {r: vectors[torch.tensor(list(factors["relation"] == r))].mean(dim=0) for r in DIRECTIONS}  # the set is balanced
+    vectors, factors = variance.word_vectors(
+        micro, variance.factorial_prompts(), "shape2", "caption"
+    )
+    # the set is balanced
+    mean = {
+        r: vectors[torch.tensor(list(factors["relation"] == r))].mean(dim=0) for r in DIRECTIONS
+    }
     expected = torch.zeros_like(found)
-    expected[0, 4], expected[1, 6] = mean["above"] - mean["left"], mean["upper_right"] - mean["above"]
+    expected[0, 4], expected[1, 6] = (
+        mean["above"] - mean["left"],
+        mean["upper_right"] - mean["above"],
+    )
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -155,14 +203,18 @@ def test_at_another_role_the_relations_mean_vectors_are_exchanged(micro):
 def test_an_encoder_that_mixes_words_gets_the_mean_difference_over_all_pairs_of_objects():
     pipe = tiny_pipeline("t5")
     pipe.tokenizer = word_tokenizer(scenes.WORDS)
-    pipe.text_encoder = T5EncoderModel(replaced_config(pipe.text_encoder.config, vocab_size=len(pipe.tokenizer))).eval()
+    pipe.text_encoder = T5EncoderModel(
+        replaced_config(pipe.text_encoder.config, vocab_size=len(pipe.tokenizer))
+    ).eval()
     model = HookedTextToImage.from_pipeline(pipe)
     found = steering.swap_vectors(model, ["triangle is higher than blue circle"], ["below"])[0]
     expected = torch.zeros_like(found)
     for first, second in itertools.permutations(scenes.SHAPES, 2):
         for color, other in (("red", "blue"), ("blue", "red")):
             higher, lower = (
-                model.text_encoder(model.to_tokens(f"{color} {first} is {phrase} {other} {second}"))[0][0, 3:5]
+                model.text_encoder(
+                    model.to_tokens(f"{color} {first} is {phrase} {other} {second}")
+                )[0][0, 3:5]
                 for phrase in ("higher than", "lower than")
             )
             expected[2:4] += (lower - higher) / 12
@@ -176,11 +228,14 @@ def replaced_config(config: T5Config, **changes: int) -> T5Config:
 
 def test_what_cannot_be_swapped_says_so(micro):
     with pytest.raises(
-        ValueError, match=r"No phrase for 'above' has as many tokens as 'to the left of' \(4\).*tokens='relation'"
+        ValueError,
+        match=r"No phrase for 'above' has as many tokens as 'to the left of' \(4\).*tokens='relation'",
     ):
         steering.swap_relation(micro, "circle is to the left of square", "left", "above")
     with pytest.raises(ValueError, match="different numbers of direction words"):
-        steering.swap_relation(micro, "circle is left of square", "left", "upper_left", tokens="relation")
+        steering.swap_relation(
+            micro, "circle is left of square", "left", "upper_left", tokens="relation"
+        )
     with pytest.raises(ValueError, match=r"says 'above' \(above\), not 'left'"):
         steering.swap_relation(micro, "circle is above square", "left", "right")
     with pytest.raises(ValueError, match="no effect vector"):
@@ -210,10 +265,15 @@ def mirrored(scene: Scene) -> Scene:
 def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monkeypatch):
     calls = []
     by_caption = {scenes.caption(scene): scene for scene in WANTED}
-    swaps = {t: steering.swap_vectors(micro, [t], [scenes.OPPOSITE[s.relation]])[0] for t, s in by_caption.items()}
+    swaps = {
+        t: steering.swap_vectors(micro, [t], [scenes.OPPOSITE[s.relation]])[0]
+        for t, s in by_caption.items()
+    }
 
     def draw(model, texts, added, at, seeds, drawing):
-        """Draws the opposite of what is said if all of V_to − V_from is there, in odd seeds; else what is said."""
+        """Draws the opposite of what is said if all of V_to − V_from is there, in odd seeds; else
+        what is said.
+        """
         calls.append(len(texts))
         images = []
         for text, row, seed in zip(texts, added, seeds, strict=True):
@@ -226,7 +286,13 @@ def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monk
     monkeypatch.setattr(steering, "_generate", draw)
     found = steering.dose_response(micro, WANTED, ks=(0, 1, 2), seeds=(4, 7), draws=2, batch_size=7)
     assert dict(found.sizes) == {"condition": 5, "k": 3, "scene": 6, "seed": 2}
-    assert list(found.kind.values) == ["steered", "random_vector", "random_vector", "wrong_token", "wrong_token"]
+    assert list(found.kind.values) == [
+        "steered",
+        "random_vector",
+        "random_vector",
+        "wrong_token",
+        "wrong_token",
+    ]
     moved = xr.zeros_like(found.target_loose)
     moved.loc[{"condition": "steered", "k": 1, "seed": 7}] = True
     # scenes of the sample do not overlap, so what they show is judged without error
@@ -238,7 +304,8 @@ def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monk
         dx, dy = DIRECTIONS[scenes.OPPOSITE[scene.relation]]
         offset = ((scene.x1 - scene.x2) * dx + (scene.y1 - scene.y2) * dy) / np.hypot(dx, dy)
         expected = xr.where(moved.isel(scene=i), -offset, offset)
-        np.testing.assert_allclose(found.offset.isel(scene=i), expected, atol=2.01)  # centres are measured to a pixel each
+        # centres are measured to a pixel each
+        np.testing.assert_allclose(found.offset.isel(scene=i), expected, atol=2.01)
     assert sum(calls) == (5 * 2 + 1) * 6 * 2  # a dose of 0 is drawn once for all conditions
 
 
@@ -273,16 +340,25 @@ def test_controls_have_the_same_norms_at_the_same_or_at_other_tokens(micro, monk
 @torch.no_grad()
 def test_a_dose_of_one_draws_what_the_swapped_caption_does(micro):
     wanted = [Scene("circle", "red", 40, 64, "square", "blue", 90, 64, "left", "left of")]
-    found = steering.dose_response(micro, wanted, "right", ks=(0, 1), seeds=(0, 1), draws=0, batch_size=3, num_steps=8)
+    found = steering.dose_response(
+        micro, wanted, "right", ks=(0, 1), seeds=(0, 1), draws=0, batch_size=3, num_steps=8
+    )
     texts = [scenes.caption(wanted[0], phrase) for phrase in ("left of", "right of")]
     for k, text in enumerate(texts):
         images = micro([text, text], seed=[0, 1], num_steps=8)
-        verdict, mirror = (scenes.evaluate(images, [scene] * 2) for scene in (wanted[0], mirrored(wanted[0])))
+        verdict, mirror = (
+            scenes.evaluate(images, [scene] * 2) for scene in (wanted[0], mirrored(wanted[0]))
+        )
         for how in ("strict", "loose"):
-            own, goal = (found[f"{by}_{how}"].isel(condition=0, k=k, scene=0) for by in ("original", "target"))
+            own, goal = (
+                found[f"{by}_{how}"].isel(condition=0, k=k, scene=0)
+                for by in ("original", "target")
+            )
             np.testing.assert_array_equal(own, verdict[f"relation_{how}"])
             np.testing.assert_array_equal(goal, mirror[f"relation_{how}"])
-        np.testing.assert_allclose(found.offset.isel(condition=0, k=k, scene=0), verdict.x1 - verdict.x2, atol=1)
+        np.testing.assert_allclose(
+            found.offset.isel(condition=0, k=k, scene=0), verdict.x1 - verdict.x2, atol=1
+        )
     assert found.original_loose.isel(k=0).any()
     assert found.target_loose.isel(k=1).any()
     with pytest.raises(ValueError, match="'left' already"):
@@ -292,7 +368,10 @@ def test_a_dose_of_one_draws_what_the_swapped_caption_does(micro):
 def test_a_summary_has_the_means_and_their_paired_differences():
     rng = np.random.default_rng(0)
     kinds = ["steered", "random_vector", "random_vector"]
-    values = {name: (("condition", "k", "scene", "seed"), rng.random((3, 2, 40, 3))) for name in steering.METRICS}
+    values = {
+        name: (("condition", "k", "scene", "seed"), rng.random((3, 2, 40, 3)))
+        for name in steering.METRICS
+    }
     values["target_strict"][1][0] += 1
     values["offset"][1][:, :, 0, 0] = np.nan
     doses = xr.Dataset(values, {"k": [0.5, 1.0], "kind": ("condition", kinds)})
@@ -300,8 +379,12 @@ def test_a_summary_has_the_means_and_their_paired_differences():
     for metric in steering.METRICS:
         data = values[metric][1]
         assert table.loc[("steered", 1.0, metric), "mean"] == pytest.approx(np.nanmean(data[0, 1]))
-        assert table.loc[("random_vector", 0.5, metric), "mean"] == pytest.approx(np.nanmean(data[1:, 0]))
+        assert table.loc[("random_vector", 0.5, metric), "mean"] == pytest.approx(
+            np.nanmean(data[1:, 0])
+        )
         difference = np.nanmean(data[0, 0] - data[1:, 0].mean(axis=0))
-        assert table.loc[("steered − random_vector", 0.5, metric), "mean"] == pytest.approx(difference)
+        assert table.loc[("steered − random_vector", 0.5, metric), "mean"] == pytest.approx(
+            difference
+        )
     low, high = table.loc[("steered − random_vector", 1.0, "target_strict"), ["low", "high"]]
     assert 0.9 < low < 1 < high < 1.1

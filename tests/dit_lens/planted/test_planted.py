@@ -16,7 +16,12 @@ from dit_lens.graph.nodes import Node
 from dit_lens.planted import Kind, PlantedHead, PlantedTruth
 from dit_lens.planted.build import D_HEAD
 from dit_lens.text.prompts import token_roles
-from hooked_models import FusedTokenEncoder, FusedTokenEncoderConfig, HookedTextToImage, RandomTokenEncoder
+from hooked_models import (
+    FusedTokenEncoder,
+    FusedTokenEncoderConfig,
+    HookedTextToImage,
+    RandomTokenEncoder,
+)
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DRAWING: tuple[Kind, ...] = ("two-stage", "fused", "rotated")
@@ -25,7 +30,10 @@ circuit = cache(planted.planted_circuit)
 
 
 POOL = scenes.sample(200, seed=0, color_words="both", split="all")
-SCENES = [next(s for s in POOL if s.relation == relation) for relation in ("upper_left", "below", "right", "lower_left")]
+SCENES = [
+    next(s for s in POOL if s.relation == relation)
+    for relation in ("upper_left", "below", "right", "lower_left")
+]
 PROMPTS = [scenes.caption(scene) for scene in SCENES]
 
 
@@ -35,7 +43,10 @@ def zero(heads: tuple[PlantedHead, ...], steps: tuple[int, ...]) -> list:
     for head in heads:
         by_site.setdefault(f"blocks.{head.layer}.{head.sublayer}.hook_z", []).append(head.head)
     return [
-        (f"steps.{s}.{branch}.{site}", lambda z, hook, at=at: z.index_fill(2, torch.tensor(at), 0.0))
+        (
+            f"steps.{s}.{branch}.{site}",
+            lambda z, hook, at=at: z.index_fill(2, torch.tensor(at), 0.0),
+        )
         for site, at in by_site.items()
         for s in steps
         for branch in ("cond", "uncond")
@@ -66,22 +77,34 @@ def test_it_draws_the_task(kind: Kind) -> None:
 def test_the_negative_control_binds_but_relates_at_chance() -> None:
     verdict = judge(undisturbed("no-relation"))
     assert verdict.unique_binding >= 0.95
-    assert verdict.relation_strict <= 1 / 4  # a layout without a relation has one by chance, left or right
+    # a layout without a relation has one by chance, left or right
+    assert verdict.relation_strict <= 1 / 4
     assert circuit("no-relation", 0)[1].relation_heads == ()
 
 
 def head_norms(model: HookedTextToImage) -> torch.Tensor:
     blocks = [part for block in model.dit.blocks for part in (block.attn, block.cross_attn)]
-    return torch.stack([torch.stack([w.flatten(1).norm(dim=1) for w in (a.W_Q, a.W_K, a.W_V, a.W_O)]) for a in blocks])
+    return torch.stack(
+        [
+            torch.stack([w.flatten(1).norm(dim=1) for w in (a.W_Q, a.W_K, a.W_V, a.W_O)])
+            for a in blocks
+        ]
+    )
 
 
 def test_no_norm_tells_the_control_from_the_positive() -> None:
     control, positive = (circuit(kind, 0) for kind in ("no-relation", "two-stage"))
-    torch.testing.assert_close(head_norms(control[0]), head_norms(positive[0]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        head_norms(control[0]), head_norms(positive[0]), rtol=1e-4, atol=1e-4
+    )
     place = {str(h) for h in positive[1].relation_heads}
     assert place == {str(h) for h in control[1].idle_heads[:4]}
     for block, (a, b) in enumerate(zip(control[0].dit.blocks, positive[0].dit.blocks, strict=True)):
-        differ = {f"cross_attn.L{block}H{i}" for i in range(8) if not torch.equal(a.cross_attn.W_Q[i], b.cross_attn.W_Q[i])}
+        differ = {
+            f"cross_attn.L{block}H{i}"
+            for i in range(8)
+            if not torch.equal(a.cross_attn.W_Q[i], b.cross_attn.W_Q[i])
+        }
         assert differ == (place if block == 1 else set())
 
 
@@ -138,7 +161,10 @@ def test_relation_heads_read_what_the_truth_says(kind: Kind) -> None:
     roles = token_roles(model, prompt)
     with torch.no_grad():
         _, run = model.run_with_cache(
-            prompt, seed=0, steps=[0], names_filter=lambda name: name.endswith("1.cross_attn.hook_pattern")
+            prompt,
+            seed=0,
+            steps=[0],
+            names_filter=lambda name: name.endswith("1.cross_attn.hook_pattern"),
         )
     pattern = run["pattern", 1, "cross_attn", 0][0]
     for head in truth.relation_heads:
@@ -170,7 +196,9 @@ def test_save_and_load(kind: Kind, tmp_path) -> None:
 
 def test_the_plain_pipeline_draws_the_same() -> None:
     model, _ = circuit("fused", 0)
-    pipe = PixArtSigmaPipeline(model.tokenizer, model.text_encoder, model.codec, model.dit.wrapped, model.scheduler)
+    pipe = PixArtSigmaPipeline(
+        model.tokenizer, model.text_encoder, model.codec, model.dit.wrapped, model.scheduler
+    )
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 192, 16, 16, generator=torch.Generator().manual_seed(0))
     image = pipe(
@@ -186,7 +214,9 @@ def test_the_plain_pipeline_draws_the_same() -> None:
 
 
 def test_fused_encoder_moves_words_into_the_last_one() -> None:
-    config = FusedTokenEncoderConfig(["red", "circle", "above", "square"], moved=["above"], d_model=16)
+    config = FusedTokenEncoderConfig(
+        ["red", "circle", "above", "square"], moved=["above"], d_model=16
+    )
     encoder, plain = FusedTokenEncoder(config).eval(), RandomTokenEncoder(config).eval()
     ids = torch.tensor([[3, 4, 5, 6, 1, 0], [3, 5, 4, 5, 6, 1]])
     expected = plain(ids).last_hidden_state.clone()
@@ -206,7 +236,10 @@ def test_unknown_kind() -> None:
 def test_the_model_is_small_and_seeds_differ() -> None:
     (a, truth_a), (b, truth_b) = circuit("two-stage", 0), circuit("two-stage", 1)
     assert a.cfg.d_head == D_HEAD
-    assert not torch.equal(a.dit.W_pos @ a.dit.blocks[1].cross_attn.W_Q[0], b.dit.W_pos @ b.dit.blocks[1].cross_attn.W_Q[0])
+    assert not torch.equal(
+        a.dit.W_pos @ a.dit.blocks[1].cross_attn.W_Q[0],
+        b.dit.W_pos @ b.dit.blocks[1].cross_attn.W_Q[0],
+    )
     assert [str(h) for h in truth_a.relation_heads] != [str(h) for h in truth_b.relation_heads]
 
 
@@ -217,7 +250,16 @@ def test_all_combinations_and_phrases(kind: Kind, seed: int) -> None:
     model, truth = planted.planted_circuit(kind, seed)
     phrased = [
         scenes.Scene(
-            c.shape1, c.color1, 0, 0, c.shape2, scenes.scene.other_color(c.color1), 0, 0, c.relation, truth_phrase(c.relation, i)
+            c.shape1,
+            c.color1,
+            0,
+            0,
+            c.shape2,
+            scenes.scene.other_color(c.color1),
+            0,
+            0,
+            c.relation,
+            truth_phrase(c.relation, i),
         )
         for i, c in enumerate(scenes.COMBINATIONS)
     ]

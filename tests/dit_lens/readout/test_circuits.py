@@ -17,14 +17,25 @@ from ...hooked_models.tiny import tiny_transformer
 
 @pytest.mark.parametrize(
     ("kind", "sender", "receiver"),
-    [("Q", "cross_attn", "cross_attn"), ("Q", "attn", "cross_attn"), ("K", "cross_attn", "attn"), ("V", "attn", "attn")],
+    [
+        ("Q", "cross_attn", "cross_attn"),
+        ("Q", "attn", "cross_attn"),
+        ("K", "cross_attn", "attn"),
+        ("V", "attn", "attn"),
+    ],
 )
 @torch.no_grad()
-def test_composition_scores_are_norms_of_the_written_out_products(kind: str, sender: str, receiver: str) -> None:
+def test_composition_scores_are_norms_of_the_written_out_products(
+    kind: str, sender: str, receiver: str
+) -> None:
     dit = HookedDiT(tiny_transformer().double()).fold_timestep(300.0)
     scores = circuits.composition_scores(dit, kind, sender, receiver)  # type: ignore[arg-type]
-    for layer_s, head_s, layer_r, head_r in itertools.product(range(2), range(3), range(2), range(3)):
-        first = layer_s < layer_r or (layer_s == layer_r and (sender, receiver) == ("attn", "cross_attn"))
+    for layer_s, head_s, layer_r, head_r in itertools.product(
+        range(2), range(3), range(2), range(3)
+    ):
+        first = layer_s < layer_r or (
+            layer_s == layer_r and (sender, receiver) == ("attn", "cross_attn")
+        )
         found = float(scores[layer_s, head_s, layer_r, head_r])
         assert np.isnan(found) == (not first)
         if first:
@@ -35,7 +46,9 @@ def test_composition_scores_are_norms_of_the_written_out_products(kind: str, sen
                 "K": r.W_K[head_r] @ r.W_Q[head_r].T,
                 "V": r.W_V[head_r] @ r.W_O[head_r],
             }[kind]
-            assert found == pytest.approx(float((writes @ reads).norm() / writes.norm() / reads.norm()), abs=1e-12)
+            assert found == pytest.approx(
+                float((writes @ reads).norm() / writes.norm() / reads.norm()), abs=1e-12
+            )
 
 
 def test_composition_that_does_not_exist_or_would_be_wrong_is_refused() -> None:
@@ -63,7 +76,10 @@ def test_logit_terms_sum_to_the_scores(model: HookedTextToImage, expand_heads: b
             pads = (model.to_tokens(PROMPTS) == 0)[:, None]
             scores = (found["attn_scores", layer, "cross_attn"][:, head] + 10000 * pads).numpy()
             np.testing.assert_allclose(terms.sum(("query_part", "key_part")), scores, atol=1e-10)
-            assert (abs(terms).max(("prompt", "image_pos", "text_pos")).drop_sel(query_part="bias") > 1e-6).all()
+            assert (
+                abs(terms).max(("prompt", "image_pos", "text_pos")).drop_sel(query_part="bias")
+                > 1e-6
+            ).all()
     parts = list(terms.query_part.values)
     assert parts[:3] == ["embed", "pos_embed", "0_attn_out"]
     assert ("cross_L0H1" in parts) == expand_heads
@@ -75,12 +91,16 @@ def test_the_position_word_term_is_the_position_word_map(model: HookedTextToImag
     found = cache.at(step=0)
     terms = circuits.logit_terms(found, "L1H1").sel(key_part="text")[0]
     maps = circuits.position_word_maps(model.dit, cache["text_encoder.hook_out"][0])[1, 1] * 8**-0.5
-    np.testing.assert_allclose(terms.sel(query_part=["pos_embed", "bias"]).sum("query_part"), maps.T, atol=1e-12)
+    np.testing.assert_allclose(
+        terms.sel(query_part=["pos_embed", "bias"]).sum("query_part"), maps.T, atol=1e-12
+    )
 
 
 @torch.no_grad()
 def test_two_heads_compose_as_an_intervention_on_the_model_shows(model: HookedTextToImage) -> None:
-    """Run the model with a residual stream of nothing but the position code, then let one head of layer 0 write into it."""
+    """Run the model with a residual stream of nothing but the position code, then let one head of
+    layer 0 write into it.
+    """
     prompt = PROMPTS[0]
     maps = circuits.two_head_maps(model, prompt, "L0H1", "L1H0", gain=2.0)
     found = {}
@@ -102,17 +122,27 @@ def test_two_heads_compose_as_an_intervention_on_the_model_shows(model: HookedTe
     for name, write in (("alone", zero), ("composed", only_one_head)):
         hooks = [
             ("blocks.0.hook_resid_pre", only_position),
-            *((f"blocks.{layer}.hook_{part}_out", zero) for layer in (0, 1) for part in ("attn", "mlp")),
+            *(
+                (f"blocks.{layer}.hook_{part}_out", zero)
+                for layer in (0, 1)
+                for part in ("attn", "mlp")
+            ),
             ("blocks.0.cross_attn.hook_z", keep("z")),
             ("blocks.0.hook_cross_attn_out", write),
             ("blocks.1.cross_attn.hook_attn_scores", keep("scores")),
         ]
-        model.run_with_hooks(prompt, num_steps=1, fwd_hooks=[(f"steps.0.cond.{site}", hook) for site, hook in hooks])
+        model.run_with_hooks(
+            prompt, num_steps=1, fwd_hooks=[(f"steps.0.cond.{site}", hook) for site, hook in hooks]
+        )
         attn = model.dit.blocks[1].cross_attn
         scores = found["scores"][0, 0]
-        stream = model.dit.W_pos if name == "alone" else model.dit.W_pos + only_one_head(None, None)[0]
+        stream = (
+            model.dit.W_pos if name == "alone" else model.dit.W_pos + only_one_head(None, None)[0]
+        )
         scores = scores - attn.scale * (stream @ attn.W_Q[0] + attn.b_Q[0]) @ attn.b_K[0][:, None]
-        np.testing.assert_allclose(maps[name].values.reshape(len(scores.T), -1), (scores - scores.mean(0)).T, atol=1e-6)
+        np.testing.assert_allclose(
+            maps[name].values.reshape(len(scores.T), -1), (scores - scores.mean(0)).T, atol=1e-6
+        )
     assert abs(maps["composed"] - maps["alone"]).max() > 1e-3
     assert list(maps.token.values) == model.to_str_tokens(prompt)
     with pytest.raises(ValueError, match="must be in an earlier layer"):
@@ -124,19 +154,28 @@ def test_what_a_head_writes_and_reads(model: HookedTextToImage) -> None:
     dit = model.dit
     words = {word: model.text_encoder.W_E[i].detach() for i, word in [(5, "circle"), (6, "square")]}
     written = circuits.ov_outputs(dit, "L0H1", words)
-    scores = circuits.content_word_scores(dit, "L1H0", {w: torch.tensor(written.sel(word=w).values) for w in words}, words)
+    scores = circuits.content_word_scores(
+        dit, "L1H0", {w: torch.tensor(written.sel(word=w).values) for w in words}, words
+    )
     for word, other in itertools.product(words, words):
         caption = {w: dit.project_caption(words[w].double()) for w in words}
-        np.testing.assert_allclose(written.sel(word=word), caption[word] @ dit.cross_OV.AB[0, 1], atol=1e-12)
+        np.testing.assert_allclose(
+            written.sel(word=word), caption[word] @ dit.cross_OV.AB[0, 1], atol=1e-12
+        )
         expected = caption[word] @ dit.cross_OV.AB[0, 1] @ dit.cross_QK.AB[1, 0] @ caption[other]
-        assert float(scores.sel(content=word, word=other)) == pytest.approx(float(expected), abs=1e-12)
+        assert float(scores.sel(content=word, word=other)) == pytest.approx(
+            float(expected), abs=1e-12
+        )
 
 
-@pytest.mark.parametrize("head", ["L2H0", "L0H2", (2, 0), (0, 2), (1, -1), (-1, 1), (0.5, 1), "H1", "L1"])
+@pytest.mark.parametrize(
+    "head", ["L2H0", "L0H2", (2, 0), (0, 2), (1, -1), (-1, 1), (0.5, 1), "H1", "L1"]
+)
 def test_a_head_that_is_not_there_is_refused(head: object) -> None:
     dit = HookedTextToImage.from_pipeline(tiny_pipeline()).dit
     assert (dit.cfg.n_layers, dit.cfg.n_heads) == (2, 2)
-    map_of = getattr(circuits.position_word_map, "__wrapped__", circuits.position_word_map)  # past the type checker
+    # past the type checker
+    map_of = getattr(circuits.position_word_map, "__wrapped__", circuits.position_word_map)
     with pytest.raises(ValueError, match=r"no head|names no head|give an integer"):
         map_of(dit, head, torch.zeros(16))
     assert circuits.position_word_map(dit, (1, 1), torch.zeros(16)).shape == (2, 2)

@@ -1,4 +1,6 @@
-"""Concept attention equals an independent one: a plain pipeline whose kernel is replaced, and vectors compared by hand."""
+"""Concept attention equals an independent one: a plain pipeline whose kernel is replaced, and
+vectors compared by hand.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ FIRST_TEXT = {"FLUX.1": True, "SD3": False, "Qwen-Image": True}
 
 
 class Kernel(TorchFunctionMode):
-    """Lets the image of the first conditional row be that of all, and keeps what joint attention returns."""
+    """Lets the image of the first conditional row be that of all, and keeps what joint attention
+    returns.
+    """
 
     def __init__(self, n_image: int, text_first: bool, cond: slice) -> None:
         super().__init__()
@@ -42,7 +46,10 @@ class Kernel(TorchFunctionMode):
             x[self.cond][1:, :, image] = x[self.cond][:1, :, image]
         z = func(q, k, v, *args[3:], **kwargs)
         ours = z[self.cond].transpose(1, 2).flatten(2)
-        parts = ours[:, image], ours[:, : -self.n_image] if self.text_first else ours[:, self.n_image :]
+        parts = (
+            ours[:, image],
+            ours[:, : -self.n_image] if self.text_first else ours[:, self.n_image :],
+        )
         self.outputs.append(torch.cat(parts, dim=1))
         return z
 
@@ -50,12 +57,19 @@ class Kernel(TorchFunctionMode):
 @pytest.mark.parametrize("name", FIRST_TEXT)
 def test_shares_are_those_of_a_plain_pipeline_by_hand(name: str) -> None:
     pipe, call = tiny_pipeline(name)
-    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    options = {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
     model = HookedTextToImage.from_pipeline(pipe)
-    found = concept_attention(model, PROMPT, [*CONCEPTS, prompts.word("circle")], 3, 3, by=["layer", "step"], **options)
+    found = concept_attention(
+        model, PROMPT, [*CONCEPTS, prompts.word("circle")], 3, 3, by=["layer", "step"], **options
+    )
     n_image = found.sizes["y"] * found.sizes["x"]
     rows = [PROMPT, *CONCEPTS]
-    kernel = Kernel(n_image, FIRST_TEXT[name], slice(3, 6) if name == "SD3" else slice(0, 3))  # SD3: [uncond; cond]
+    # SD3: [uncond; cond]
+    kernel = Kernel(n_image, FIRST_TEXT[name], slice(3, 6) if name == "SD3" else slice(0, 3))
     encode = pipe.encode_prompt
 
     def outside(*args: Any, **kwargs: Any) -> Any:  # text encoders have attention of their own
@@ -64,15 +78,25 @@ def test_shares_are_those_of_a_plain_pipeline_by_hand(name: str) -> None:
 
     pipe.encode_prompt = outside
     with torch.no_grad(), kernel:
-        pipe(prompt=rows, generator=[torch.Generator().manual_seed(3) for _ in rows], **{**call, "output_type": "latent"})
+        pipe(
+            prompt=rows,
+            generator=[torch.Generator().manual_seed(3) for _ in rows],
+            **{**call, "output_type": "latent"},
+        )
     del pipe.encode_prompt
     n_layers = found.sizes["layer"]
     per_step = n_layers * (2 if name == "Qwen-Image" else 1)  # cond, then uncond
-    masks = [prompts.token_mask(model, rows, prompts.word(one), missing="ignore", **options) for one in (*CONCEPTS, "circle")]
+    masks = [
+        prompts.token_mask(model, rows, prompts.word(one), missing="ignore", **options)
+        for one in (*CONCEPTS, "circle")
+    ]
     for step in range(3):
         for layer in range(n_layers):
             z = kernel.outputs[step * per_step + layer]
-            means = [z[row, n_image + mask[row].nonzero().flatten()].mean(0) for row, mask in zip((1, 2, 0), masks, strict=True)]
+            means = [
+                z[row, n_image + mask[row].nonzero().flatten()].mean(0)
+                for row, mask in zip((1, 2, 0), masks, strict=True)
+            ]
             by_hand = torch.stack([z[0, :n_image] @ mean for mean in means]).softmax(0)
             ours = torch.from_numpy(found.sel(layer=layer, step=step).values).flatten(1)
             assert torch.allclose(ours, by_hand, atol=1e-4)
@@ -84,11 +108,17 @@ def test_shares_are_those_of_a_plain_pipeline_by_hand(name: str) -> None:
 
 def test_senseless_concepts_are_refused() -> None:
     pipe, call = tiny_pipeline("SD3")
-    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    options = {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
     model = HookedTextToImage.from_pipeline(pipe)
     with pytest.raises(ValueError, match="at least two"):
         concept_attention(model, PROMPT, ["circle"], 3, 3, **options)
     with pytest.raises(ValueError, match="has no 'dog'"):
         concept_attention(model, PROMPT, ["circle", prompts.word("dog")], 3, 3, **options)
     with pytest.raises(ValueError, match="read by cross-attention"):
-        concept_attention(HookedTextToImage.from_pipeline(tiny_pipeline("SANA")[0]), PROMPT, CONCEPTS)
+        concept_attention(
+            HookedTextToImage.from_pipeline(tiny_pipeline("SANA")[0]), PROMPT, CONCEPTS
+        )

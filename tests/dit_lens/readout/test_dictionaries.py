@@ -1,4 +1,6 @@
-"""A dictionary reads what the hook has, changes what was changed of its features and nothing else."""
+"""A dictionary reads what the hook has, changes what was changed of its features and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from ...hooked_models.pipelines import PROMPTS
 from .test_heat_maps import SEEDS, opened
 
 NAMES = {
-    "PixArt": ["blocks.1.hook_resid_post", "blocks.0.cross_attn.hook_z", "text_encoder.blocks.1.hook_resid_post", "hook_x0"],
+    "PixArt": [
+        "blocks.1.hook_resid_post",
+        "blocks.0.cross_attn.hook_z",
+        "text_encoder.blocks.1.hook_resid_post",
+        "hook_x0",
+    ],
     "FLUX.1 true CFG": ["blocks.1.hook_resid_post", "blocks.2.attn.hook_z"],
     "SD3": ["blocks.1.hook_mlp_out_pre_gate"],
     "SANA DPM++": ["blocks.1.hook_mlp_out_pre_gate", "blocks.0.cross_attn.hook_q"],
@@ -46,7 +53,13 @@ def first_reversed(features: Tensor) -> Tensor:
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_features_are_read_and_edited_beside_an_error_that_stays(family: str, name: str) -> None:
     model, n_steps, options = opened(family)
-    full = name if name.startswith("text_encoder") else f"steps.1.{name}" if name == "hook_x0" else f"steps.1.cond.{name}"
+    full = (
+        name
+        if name.startswith("text_encoder")
+        else f"steps.1.{name}"
+        if name == "hook_x0"
+        else f"steps.1.cond.{name}"
+    )
     with torch.no_grad():
         own, cache = model.run_with_cache(PROMPTS, SEEDS, n_steps, names_filter=full, **options)
         x, sae = cache[full], Sparse(cache[full].shape[-1])
@@ -54,15 +67,27 @@ def test_features_are_read_and_edited_beside_an_error_that_stays(family: str, na
         found = ours.activations(model, PROMPTS, SEEDS, n_steps, **options)
         step = 0 if name.startswith("text_encoder") else 1
         expected = sae.encode(x).flatten(1, -2)
-        assert torch.allclose(torch.from_numpy(found["activation"].sel(step=step).values), expected.amax(1), atol=1e-4)
-        error = (x - sae.decode(sae.encode(x))).flatten(1).square().sum(1) / x.flatten(1).square().sum(1)
-        assert torch.allclose(torch.from_numpy(found["error"].sel(step=step).values), error, rtol=1e-3)
-        mean = ours.activations(model, PROMPTS, SEEDS, n_steps, reduce="mean", **options)["activation"].sel(step=step)
+        assert torch.allclose(
+            torch.from_numpy(found["activation"].sel(step=step).values), expected.amax(1), atol=1e-4
+        )
+        error = (x - sae.decode(sae.encode(x))).flatten(1).square().sum(1) / x.flatten(
+            1
+        ).square().sum(1)
+        assert torch.allclose(
+            torch.from_numpy(found["error"].sel(step=step).values), error, rtol=1e-3
+        )
+        mean = ours.activations(model, PROMPTS, SEEDS, n_steps, reduce="mean", **options)[
+            "activation"
+        ].sel(step=step)
         assert torch.allclose(torch.from_numpy(mean.values), expected.mean(1), atol=1e-4)
 
-        same = model.run_with_hooks(PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(lambda f: f), **options)
+        same = model.run_with_hooks(
+            PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(lambda f: f), **options
+        )
         assert torch.equal(same, own)
-        edited = model.run_with_hooks(PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(first_off, branch="cond"), **options)
+        edited = model.run_with_hooks(
+            PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(first_off, branch="cond"), **options
+        )
 
         def by_hand(x: Tensor, hook: object) -> Tensor:
             features = sae.encode(x)
@@ -70,10 +95,13 @@ def test_features_are_read_and_edited_beside_an_error_that_stays(family: str, na
 
         def chosen(there: str) -> bool:
             return there == name or (
-                there.startswith("steps.") and there.endswith(f"{'.' if name == 'hook_x0' else '.cond.'}{name}")
+                there.startswith("steps.")
+                and there.endswith(f"{'.' if name == 'hook_x0' else '.cond.'}{name}")
             )
 
-        theirs = model.run_with_hooks(PROMPTS, SEEDS, n_steps, fwd_hooks=[(chosen, by_hand)], **options)
+        theirs = model.run_with_hooks(
+            PROMPTS, SEEDS, n_steps, fwd_hooks=[(chosen, by_hand)], **options
+        )
         assert torch.allclose(edited, theirs, atol=1e-4)
         assert not torch.allclose(edited, own, atol=1e-4)
 
@@ -86,8 +114,15 @@ def test_a_transcoder_reads_one_hook_and_writes_to_another() -> None:
     ours = dictionary(before, lambda x: sae.encode(x[:, :n_image]), sae.decode, output=after)
     with torch.no_grad():
         own = model(PROMPTS, SEEDS, n_steps, **options)
-        assert torch.equal(model.run_with_hooks(PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(lambda f: f), **options), own)
-        edited = model.run_with_hooks(PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(first_reversed, steps=1), **options)
+        assert torch.equal(
+            model.run_with_hooks(
+                PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(lambda f: f), **options
+            ),
+            own,
+        )
+        edited = model.run_with_hooks(
+            PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(first_reversed, steps=1), **options
+        )
         held = {}
 
         def read(x: Tensor, hook: object) -> None:
@@ -96,17 +131,32 @@ def test_a_transcoder_reads_one_hook_and_writes_to_another() -> None:
         def write(y: Tensor, hook: object) -> Tensor:
             return y - held["off"]
 
-        hooks = [(f"steps.1.{b}.{name}", fn) for b in ("cond", "uncond") for name, fn in ((before, read), (after, write))]
-        theirs = [model.run_with_hooks(PROMPTS, SEEDS, n_steps, fwd_hooks=pair, **options) for pair in (hooks[:2], hooks[2:])]
+        hooks = [
+            (f"steps.1.{b}.{name}", fn)
+            for b in ("cond", "uncond")
+            for name, fn in ((before, read), (after, write))
+        ]
+        theirs = [
+            model.run_with_hooks(PROMPTS, SEEDS, n_steps, fwd_hooks=pair, **options)
+            for pair in (hooks[:2], hooks[2:])
+        ]
         apart = [
-            model.run_with_hooks(PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(first_reversed, steps=[1], branch=b), **options)
+            model.run_with_hooks(
+                PROMPTS,
+                SEEDS,
+                n_steps,
+                fwd_hooks=ours.edit(first_reversed, steps=[1], branch=b),
+                **options,
+            )
             for b in ("cond", "uncond")
         ]
         for one, other in zip(apart, theirs, strict=True):
             assert torch.allclose(one, other, atol=1e-4)
             assert not torch.allclose(one, own, atol=1e-4)
         assert not torch.allclose(edited, apart[0], atol=1e-4)
-        found = ours.activations(model, PROMPTS, SEEDS, n_steps, reduce="none", steps=[0, 2], **options)
+        found = ours.activations(
+            model, PROMPTS, SEEDS, n_steps, reduce="none", steps=[0, 2], **options
+        )
     assert found["activation"].shape == (2, 2, n_image, 3)
     assert found["step"].values.tolist() == [0, 2]
 
@@ -114,6 +164,10 @@ def test_a_transcoder_reads_one_hook_and_writes_to_another() -> None:
 def test_an_unknown_name_is_refused() -> None:
     model, n_steps, options = opened("SANA DPM++")
     with pytest.raises(UnknownHookError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
-        dictionary("blocks.1.hook_resid_pots", torch.relu, torch.relu).activations(model, PROMPTS, SEEDS, n_steps, **options)
+        dictionary("blocks.1.hook_resid_pots", torch.relu, torch.relu).activations(
+            model, PROMPTS, SEEDS, n_steps, **options
+        )
     with pytest.raises(UnknownHookError, match="linear"):
-        dictionary("blocks.1.attn.hook_z", torch.relu, torch.relu).activations(model, PROMPTS, SEEDS, n_steps, **options)
+        dictionary("blocks.1.attn.hook_z", torch.relu, torch.relu).activations(
+            model, PROMPTS, SEEDS, n_steps, **options
+        )

@@ -37,15 +37,29 @@ def opened(name: str) -> tuple[HookedTextToImage, int, dict[str, Any]]:
     if name == "PixArt":
         return HookedTextToImage.from_pipeline(tiny_pixart("t5")), 3, {}
     pipe, call = tiny_pipeline(name)
-    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    options = {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
     return HookedTextToImage.from_pipeline(pipe), call["num_inference_steps"], options
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_heat_map_is_the_sum_over_the_words_keys(name: str) -> None:
     model, n_steps, options = opened(name)
-    found = heatmap(model, PROMPTS, ["circle", "blue square"], SEEDS, n_steps, by=["layer", "head", "step"], **options)
-    _, cache = model.run_with_cache(PROMPTS, SEEDS, n_steps, names_filter=lambda n: n.endswith("hook_pattern"), **options)
+    found = heatmap(
+        model,
+        PROMPTS,
+        ["circle", "blue square"],
+        SEEDS,
+        n_steps,
+        by=["layer", "head", "step"],
+        **options,
+    )
+    _, cache = model.run_with_cache(
+        PROMPTS, SEEDS, n_steps, names_filter=lambda n: n.endswith("hook_pattern"), **options
+    )
     own = {} if name == "PixArt" else options
     mask = prompts.token_mask(model, PROMPTS, prompts.word("blue square"), **own)
     text = "cross_attn" if "steps.0.cond.blocks.0.cross_attn.hook_pattern" in cache else "attn"
@@ -54,8 +68,13 @@ def test_a_heat_map_is_the_sum_over_the_words_keys(name: str) -> None:
             pattern = cache[f"steps.{step}.cond.blocks.{layer}.{text}.hook_pattern"]
             n_image = found.sizes["y"] * found.sizes["x"]
             start = n_image if text == "attn" else 0
-            sums = [pattern[i, :, :n_image, start + mask[i].nonzero().flatten()].sum(-1) for i in range(2)]
-            ours = torch.from_numpy(found.sel(layer=layer, step=step, word="blue square").values).flatten(2)
+            sums = [
+                pattern[i, :, :n_image, start + mask[i].nonzero().flatten()].sum(-1)
+                for i in range(2)
+            ]
+            ours = torch.from_numpy(
+                found.sel(layer=layer, step=step, word="blue square").values
+            ).flatten(2)
             assert torch.allclose(ours, torch.stack(sums), atol=1e-5)
             assert ours.max() > 1e-3
     assert found["layer"].size == model.cfg.n_layers
@@ -63,7 +82,9 @@ def test_a_heat_map_is_the_sum_over_the_words_keys(name: str) -> None:
     assert mean.dims == ("prompt", "word", "y", "x")
     ours = found.sel(word="circle").mean(("layer", "head", "step"))
     assert abs(mean.sel(word="word('circle')") - ours).max() < 1e-6
-    last = heatmap(model, PROMPTS[0], "circle", SEEDS[:1], n_steps, by=["head"], steps=-1, **options)
+    last = heatmap(
+        model, PROMPTS[0], "circle", SEEDS[:1], n_steps, by=["head"], steps=-1, **options
+    )
     ours = found.sel(word="circle", step=n_steps - 1)[:1].mean("layer")
     assert abs(last.values[:, 0] - ours.transpose("prompt", "head", "y", "x").values).max() < 1e-5
 
@@ -77,13 +98,22 @@ def test_hooks_act_and_an_explicit_pattern_is_read_after_them() -> None:
     names = ("attn.hook_pattern",)
     with model.hooks([(lambda name: name.endswith(names) and "image_attn" not in name, sharper)]):
         found = heatmap(model, PROMPTS, "circle", SEEDS, n_steps, by=["layer", "step"], **options)
-        cached = model.run_with_cache(PROMPTS, SEEDS, n_steps, names_filter=lambda n: n.endswith(names), **options)[1]
+        cached = model.run_with_cache(
+            PROMPTS, SEEDS, n_steps, names_filter=lambda n: n.endswith(names), **options
+        )[1]
     pattern = cached["steps.1.cond.blocks.1.attn.hook_pattern"]  # cached after the hooks before it
     mask = prompts.token_mask(model, PROMPTS, prompts.word("circle"), **options)
-    sums = torch.stack([pattern[i, :, :16, 16 + mask[i].nonzero().flatten()].sum(-1) for i in range(2)]).mean(1)
-    assert abs(found.sel(layer=1, step=1, word="circle").values.reshape(2, 16) - sums.numpy()).max() < 1e-6
+    sums = torch.stack(
+        [pattern[i, :, :16, 16 + mask[i].nonzero().flatten()].sum(-1) for i in range(2)]
+    ).mean(1)
+    assert (
+        abs(found.sel(layer=1, step=1, word="circle").values.reshape(2, 16) - sums.numpy()).max()
+        < 1e-6
+    )
     model, n_steps, _ = opened("PixArt")
-    hide = Intervention("blocks.1.cross_attn.hook_pattern", tokens=prompts.word("circle"), action="knockout")
+    hide = Intervention(
+        "blocks.1.cross_attn.hook_pattern", tokens=prompts.word("circle"), action="knockout"
+    )
     with model.hooks(hide.hooks(model, PROMPTS, num_steps=n_steps)):
         found = heatmap(model, PROMPTS, "circle", SEEDS, n_steps, by=["layer"])
     assert found.sel(layer=1).max() == 0

@@ -1,4 +1,6 @@
-"""Sinks and massive activations: found as in cached tensors, their removal as written out, and planted ones are found."""
+"""Sinks and massive activations: found as in cached tensors, their removal as written out, and
+planted ones are found.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def last_latents(model: Any, n_steps: int, options: dict[str, Any], hooks: Any) 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sinks_are_the_keys_with_most_attention_and_masking_them_is_renormalising(name: str) -> None:
+def test_sinks_are_the_keys_with_most_attention_and_masking_them_is_renormalising(
+    name: str,
+) -> None:
     model, n_steps, options = opened(name)
     found = attention_sinks(model, PROMPTS, SEEDS, n_steps, k=2, draws=1, **options)
     chosen = lambda full: full.startswith("steps.") and full.endswith(".attn.hook_pattern")  # noqa: E731
@@ -44,7 +48,9 @@ def test_sinks_are_the_keys_with_most_attention_and_masking_them_is_renormalisin
         return new / new.sum(-1, keepdim=True)
 
     sites = lambda full: chosen(full) and ".cond." in full  # noqa: E731
-    before, after = (last_latents(model, n_steps, options, hooks) for hooks in ([], [(sites, masked)]))
+    before, after = (
+        last_latents(model, n_steps, options, hooks) for hooks in ([], [(sites, masked)])
+    )
     shift = (after - before).norm(dim=1) / before.norm(dim=1)
     assert np.allclose(found["shift"], shift, rtol=1e-2)
     assert found["control_shift"].shape == (1, 2)
@@ -70,7 +76,11 @@ def test_massive_channels_are_the_largest_and_are_set_to_zero(name: str) -> None
     model, n_steps, options = opened(name)
     found = massive_activations(model, PROMPTS, SEEDS, n_steps, k=2, draws=2, **options)
     _, cache = model.run_with_cache(
-        PROMPTS, SEEDS, n_steps, names_filter=lambda n: n.startswith("steps.") and n.endswith("hook_resid_post"), **options
+        PROMPTS,
+        SEEDS,
+        n_steps,
+        names_filter=lambda n: n.startswith("steps.") and n.endswith("hook_resid_post"),
+        **options,
     )
     sizes: dict[int, list[Tensor]] = {}
     for full, x in cache.items():
@@ -78,7 +88,9 @@ def test_massive_channels_are_the_largest_and_are_set_to_zero(name: str) -> None
     for layer, steps in sizes.items():
         mean = torch.stack(steps).mean(0)
         top = mean.topk(2)
-        assert torch.equal(torch.from_numpy(found["channel_index"].sel(layer=layer).values), top.indices)
+        assert torch.equal(
+            torch.from_numpy(found["channel_index"].sel(layer=layer).values), top.indices
+        )
         ratio = top.values / mean.median(-1, keepdim=True).values
         assert np.allclose(found["ratio"].sel(layer=layer), ratio, rtol=1e-3)
 
@@ -89,7 +101,9 @@ def test_massive_channels_are_the_largest_and_are_set_to_zero(name: str) -> None
         return x
 
     sites = lambda full: ".cond." in full and full.endswith("hook_resid_post")  # noqa: E731
-    before, after = (last_latents(model, n_steps, options, hooks) for hooks in ([], [(sites, zeroed)]))
+    before, after = (
+        last_latents(model, n_steps, options, hooks) for hooks in ([], [(sites, zeroed)])
+    )
     assert np.allclose(found["shift"], (after - before).norm(dim=1) / before.norm(dim=1), rtol=1e-3)
 
 
@@ -101,7 +115,9 @@ def test_a_planted_channel_is_found() -> None:
         x[..., 7] += 50
         return x
 
-    with model.hooks([(f"steps.{step}.cond.blocks.0.hook_resid_post", larger) for step in range(n_steps)]):
+    with model.hooks(
+        [(f"steps.{step}.cond.blocks.0.hook_resid_post", larger) for step in range(n_steps)]
+    ):
         found = massive_activations(model, PROMPTS, SEEDS, n_steps, k=1, draws=1, **options)
     assert (found["channel_index"] == 7).all()
     assert (found["ratio"] > 5).all()
@@ -109,7 +125,10 @@ def test_a_planted_channel_is_found() -> None:
 
 def test_controls_are_other_places_that_are_there() -> None:
     rng = np.random.default_rng(0)
-    taken, there = torch.tensor([[0, 3], [1, 2]]), torch.tensor([[True] * 6, [False, True, True, True, True, False]])
+    taken, there = (
+        torch.tensor([[0, 3], [1, 2]]),
+        torch.tensor([[True] * 6, [False, True, True, True, True, False]]),
+    )
     for _ in range(50):
         others = random_others(taken, there, rng)
         assert not set(others[0].tolist()) & {0, 3}

@@ -33,7 +33,11 @@ def test_a_layer_is_an_encoder_that_ends_there(name: str) -> None:
         pipe, call, options = tiny_pixart("t5"), {**CALL, "guidance_scale": 4.5}, {}
     else:
         pipe, call = tiny_pipeline(name)
-        options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+        options = {
+            key: value
+            for key, value in call.items()
+            if key not in ("num_inference_steps", "output_type")
+        }
     model = HookedTextToImage.from_pipeline(pipe)
     found = diffusion_lens(model, PROMPTS, None, SEEDS, 3, **options)
     assert found["layer"].values.tolist() == [0, 1]
@@ -59,9 +63,16 @@ def test_a_layer_is_an_encoder_that_ends_there(name: str) -> None:
 
 def test_an_encoder_is_chosen_by_name_and_senseless_ones_are_refused() -> None:
     pipe, call = tiny_pipeline("SD3")
-    options = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    options = {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
     model = HookedTextToImage.from_pipeline(pipe)
-    t5, clip = (diffusion_lens(model, PROMPTS[0], 0, 3, 2, encoder=name, **options) for name in (None, "text_encoder"))
+    t5, clip = (
+        diffusion_lens(model, PROMPTS[0], 0, 3, 2, encoder=name, **options)
+        for name in (None, "text_encoder")
+    )
     assert abs(t5 - clip).max() > 1e-4
     with pytest.raises(ValueError, match="has text_encoder, text_encoder_2, text_encoder_3"):
         diffusion_lens(model, PROMPTS[0], 0, encoder="t5", **options)

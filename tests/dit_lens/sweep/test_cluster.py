@@ -1,4 +1,6 @@
-"""A sweep on the workers of a Ray cluster is the local one, also when a worker is lost on the way."""
+"""A sweep on the workers of a Ray cluster is the local one, also when a worker is lost on the
+way.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def model() -> HookedTextToImage:
 
 
 class InThisProcess:
-    """Stands for a cluster: what is sent is pickled, as Ray would, and worked on by one worker after the other."""
+    """Stands for a cluster: what is sent is pickled, as Ray would, and worked on by one worker
+    after the other.
+    """
 
     def __init__(self, count: int) -> None:
         self.count, self.sizes, self.samples = count, [], 0
@@ -49,16 +53,27 @@ class InThisProcess:
     @contextmanager
     def start(self, plan: Any, jobs: int) -> Iterator[Any]:
         self.model = plan.model
-        sent = (cluster.parts_of(self.model), self.model.device.type, self.model.dit.dtype, cluster.flags_of(self.model))
+        sent = (
+            cluster.parts_of(self.model),
+            self.model.device.type,
+            self.model.dit.dtype,
+            cluster.flags_of(self.model),
+        )
         shared = cloudpickle.dumps(replace(plan, model=None))
-        self.actors = [cluster.Worker(pickle.loads(shared), *pickle.loads(pickle.dumps(sent))) for _ in range(self.count)]
+        self.actors = [
+            cluster.Worker(pickle.loads(shared), *pickle.loads(pickle.dumps(sent)))
+            for _ in range(self.count)
+        ]
         assert len({worker.digest() for worker in self.actors}) == 1
         yield self
 
     def sample(self, rows: Any, reads: Any, batch: int) -> Any:
         parts = cluster.shares(rows, self.count, batch)
         self.samples = len(parts)
-        sent = [cloudpickle.dumps(worker.sample(part, reads, batch)) for worker, part in zip(self.actors, parts, strict=True)]
+        sent = [
+            cloudpickle.dumps(worker.sample(part, reads, batch))
+            for worker, part in zip(self.actors, parts, strict=True)
+        ]
         return Clean.join([pickle.loads(part) for part in sent]).on(self.model)
 
     def tables(self, work: Any, jobs: Any) -> Iterator[pd.DataFrame]:
@@ -66,11 +81,15 @@ class InThisProcess:
         works = [[pickle.loads(shared)] for _ in self.actors]
         self.sizes.append(len(shared))
         numbers = reversed(range(len(jobs)))
-        yield from (self.actors[i % self.count].rows(works[i % self.count], jobs[i]) for i in numbers)
+        yield from (
+            self.actors[i % self.count].rows(works[i % self.count], jobs[i]) for i in numbers
+        )
 
 
 def test_a_worker_has_all_it_needs_and_works_as_this_process_does(model):
-    """With hooks behind a flag, which the worker's own model has to be told of, and without the model itself."""
+    """With hooks behind a flag, which the worker's own model has to be told of, and without the
+    model itself.
+    """
     cells = {**durable(), "result": Intervention("blocks.1.attn.hook_result", [1], steps=1)}
     model.dit.set_use_attn_result(True)
     try:
@@ -106,7 +125,9 @@ def test_workers_are_those_of_a_cluster(model):
     with pytest.raises(ValueError, match="choose executor='ray'"):
         sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, workers=2, num_steps=STEPS)
     with pytest.raises(ValueError, match="at least one"):
-        sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, executor="ray", workers=0, num_steps=STEPS)
+        sweep.run(
+            model, PROMPTS, SEEDS, durable(), METRICS, executor="ray", workers=0, num_steps=STEPS
+        )
 
 
 # On a cluster of two workers
@@ -130,10 +151,13 @@ def two_workers() -> Iterator[None]:
 @pytest.mark.slow
 def test_two_workers_give_the_same_dataset_and_shards(two_workers, model, tmp_path):
     whole = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS)
-    found = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, "ray", 2, num_steps=STEPS)
+    found = sweep.run(
+        model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, "ray", 2, num_steps=STEPS
+    )
     xr.testing.assert_allclose(found, whole, rtol=0, atol=1e-10)
     assert sorted(shards(tmp_path)["cell"]) == list(range(whole["error"].size))
-    again = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS)  # local goes on where a cluster was
+    # local goes on where a cluster was
+    again = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS)
     xr.testing.assert_identical(again, found)
 
 
@@ -154,7 +178,18 @@ def lethal(folder: Path, times: int) -> sweep.Metric:
 def test_a_lost_worker_loses_nothing(two_workers, model, tmp_path):
     whole = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS)
     metrics = {"mean": lethal(tmp_path, times=1)}
-    found = sweep.run(model, PROMPTS, SEEDS, durable(), metrics, tmp_path / "out", "ray", 2, num_steps=STEPS, batch=5)
+    found = sweep.run(
+        model,
+        PROMPTS,
+        SEEDS,
+        durable(),
+        metrics,
+        tmp_path / "out",
+        "ray",
+        2,
+        num_steps=STEPS,
+        batch=5,
+    )
     assert len(list(tmp_path.glob("killed-*"))) == 1
     np.testing.assert_allclose(found["mean"], whole["image_mean"], rtol=0, atol=1e-10)
     assert sorted(shards(tmp_path / "out")["cell"]) == list(range(whole["error"].size))
@@ -176,24 +211,39 @@ def lethal_worker(folder: Path) -> type[cluster.Worker]:
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["step", "attribution"])
 def test_a_search_by_two_workers_is_the_local_one(two_workers, model, score):
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(2))
-    plan = sweep.plan(model, PROMPTS, SEEDS, cells, {"mean": sweep.Metric(lambda x: x.flatten(1).mean(1))}, num_steps=STEPS)
+    cells = sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(2)
+    )
+    plan = sweep.plan(
+        model,
+        PROMPTS,
+        SEEDS,
+        cells,
+        {"mean": sweep.Metric(lambda x: x.flatten(1).mean(1))},
+        num_steps=STEPS,
+    )
     here = sweep.two_stage(plan, "mean", k=2, sample=3, score=score)
     there = sweep.two_stage(plan, "mean", k=2, sample=3, score=score, executor="ray", workers=2)
     pd.testing.assert_frame_equal(here.table, there.table, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_lost_before_the_forks_loses_nothing(two_workers, model, tmp_path, monkeypatch):
+def test_a_worker_that_is_lost_before_the_forks_loses_nothing(
+    two_workers, model, tmp_path, monkeypatch
+):
     whole = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS)
     monkeypatch.setattr(cluster, "Worker", lethal_worker(tmp_path))
-    found = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "out", "ray", 2, num_steps=STEPS)
+    found = sweep.run(
+        model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "out", "ray", 2, num_steps=STEPS
+    )
     assert (tmp_path / "killed").exists()
     xr.testing.assert_allclose(found, whole, rtol=0, atol=1e-10)
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_lost_again_and_again_is_reported(two_workers, model, tmp_path, monkeypatch):
+def test_a_worker_that_is_lost_again_and_again_is_reported(
+    two_workers, model, tmp_path, monkeypatch
+):
     monkeypatch.setattr(cluster, "RESTARTS", 1)
     metrics = {"mean": lethal(tmp_path, times=1000)}
     with pytest.raises(RuntimeError, match="lost 2 times"):

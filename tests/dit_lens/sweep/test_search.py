@@ -1,4 +1,6 @@
-"""Scores against exact effects of small interventions; the search against the exhaustive sweep; the bound against all cases."""
+"""Scores against exact effects of small interventions; the search against the exhaustive sweep; the
+bound against all cases.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,19 @@ def model() -> HookedTextToImage:
 def energy(tensor: Tensor) -> Tensor:
     """A smooth number that says rows apart."""
     flat = tensor.flatten(1)
-    return (flat * torch.linspace(-1, 2, flat.shape[1]).to(flat)).sum(dim=1) + flat.square().mean(dim=1)
+    return (flat * torch.linspace(-1, 2, flat.shape[1]).to(flat)).sum(dim=1) + flat.square().mean(
+        dim=1
+    )
 
 
 SITES = {
     "z": Intervention("blocks.1.cross_attn.hook_z", [1], steps=1, action=Scale(1 + SMALL)),
-    "several steps": Intervention("blocks.*.attn.hook_v", tokens=[1, 3], branch="both", action=Scale(1 - SMALL)),
-    "uncond": Intervention("blocks.0.hook_mlp_out", steps=[0, 2], branch="uncond", action=Scale(1 + SMALL)),
+    "several steps": Intervention(
+        "blocks.*.attn.hook_v", tokens=[1, 3], branch="both", action=Scale(1 - SMALL)
+    ),
+    "uncond": Intervention(
+        "blocks.0.hook_mlp_out", steps=[0, 2], branch="uncond", action=Scale(1 + SMALL)
+    ),
     "words": Intervention("hook_caption", tokens="shape1", steps=1, action=Scale(1 + SMALL)),
     "latent": Intervention("hook_latent", steps=1, action=Scale(1 + SMALL)),
     "x0": Intervention("hook_x0", steps=0, action=Scale(1 + SMALL)),
@@ -44,30 +52,45 @@ SITES = {
 @pytest.mark.parametrize("on", ["latent", "x0", "eps", "steps.1.hook_x0", "steps.1.hook_out_cond"])
 def test_a_score_is_the_effect_of_a_small_change(model, on, score):
     """In every branch, at one step and at several, on words and between denoiser calls."""
-    sites = {name: one for name, one in SITES.items() if not (name == "latent" and on.endswith("cond"))}
-    plan = sweep.plan(model, PROMPTS, SEEDS, sites, {"m": sweep.Metric(energy, on=on)}, num_steps=STEPS, batch=3)
+    sites = {
+        name: one for name, one in SITES.items() if not (name == "latent" and on.endswith("cond"))
+    }
+    plan = sweep.plan(
+        model, PROMPTS, SEEDS, sites, {"m": sweep.Metric(energy, on=on)}, num_steps=STEPS, batch=3
+    )
     found = sweep.two_stage(plan, "m", k=len(sites), sample=1, score=score).table
-    assert found.loc[found["drawn"] == "unscored", "intervention"].tolist() == (["latent"] if on == "eps" else [])
+    assert found.loc[found["drawn"] == "unscored", "intervention"].tolist() == (
+        ["latent"] if on == "eps" else []
+    )
     found = found[found["drawn"] == "top"]
     np.testing.assert_allclose(found["score"], found["exact"], rtol=2e-3, atol=1e-9)
     assert (found["score"].abs() > 1e-7).all()
 
 
 def test_a_step_is_taken_exactly(model):
-    """At the last step and for a linear metric nothing is approximated: the score is the effect, where attribution is far off."""
+    """At the last step and for a linear metric nothing is approximated: the score is the effect,
+    where attribution is far off.
+    """
     last = STEPS - 1
     cells = {
         "zero": Intervention("blocks.0.cross_attn.hook_z", [1], steps=last, branch="both"),
         "mean": Intervention("blocks.1.attn.hook_pattern", [0], None, last, "cond", "mean"),
-        "hidden": Intervention("blocks.0.cross_attn.hook_attn_scores", None, "relation", last, action="knockout"),
+        "hidden": Intervention(
+            "blocks.0.cross_attn.hook_attn_scores", None, "relation", last, action="knockout"
+        ),
         "modulation": Intervention("blocks.1.adaln.hook_scale_msa", steps=last),
         "tripled": Intervention("blocks.0.hook_mlp_out", None, [0, 3], last, "uncond", Scale(3.0)),
     }
-    linear = sweep.Metric(lambda latent: (latent.flatten(1) * torch.linspace(-1, 2, latent[0].numel())).sum(1), on="latent")
+    linear = sweep.Metric(
+        lambda latent: (latent.flatten(1) * torch.linspace(-1, 2, latent[0].numel())).sum(1),
+        on="latent",
+    )
     plan = sweep.plan(model, PROMPTS, SEEDS, cells, {"m": linear}, num_steps=STEPS, batch=4)
     errors = {}
     for score in ("step", "attribution"):
-        table = sweep.two_stage(plan, "m", k=len(cells), sample=1, score=score).table.set_index("intervention")
+        table = sweep.two_stage(plan, "m", k=len(cells), sample=1, score=score).table.set_index(
+            "intervention"
+        )
         assert (table["exact"].abs() > 1e-4).all()
         errors[score] = ((table["score"] - table["exact"]) / table["exact"]).abs()
     assert errors["step"].max() < 1e-5
@@ -78,9 +101,19 @@ def test_a_step_is_taken_exactly(model):
 def test_several_edits_of_one_tensor_are_scored_in_their_order(model):
     """And a run that the metric's step comes before has no score but 0."""
     site = "blocks.0.attn.hook_z"
-    double, shift = Intervention(site, steps=1, action=Scale(1 + SMALL)), Intervention(site, steps=1, action=Scale(1 - 3 * SMALL))
+    double, shift = (
+        Intervention(site, steps=1, action=Scale(1 + SMALL)),
+        Intervention(site, steps=1, action=Scale(1 - 3 * SMALL)),
+    )
     cells = {"both": [double, shift], "late": Intervention(site, steps=2), "one": double}
-    plan = sweep.plan(model, PROMPTS, SEEDS, cells, {"m": sweep.Metric(energy, on="steps.1.hook_x0")}, num_steps=STEPS)
+    plan = sweep.plan(
+        model,
+        PROMPTS,
+        SEEDS,
+        cells,
+        {"m": sweep.Metric(energy, on="steps.1.hook_x0")},
+        num_steps=STEPS,
+    )
     found = sweep.two_stage(plan, "m", k=3, sample=1).table.set_index("intervention")
     np.testing.assert_allclose(found["score"], found["exact"], rtol=2e-3, atol=1e-12)
     assert found.loc["late", "score"] == 0
@@ -93,20 +126,30 @@ def test_a_masked_key_is_scored_by_the_pattern_that_comes_of_it(model):
     hide = Intervention(name, [0], "relation", 1, action="knockout")
     with torch.no_grad(), model.hooks(hide.hooks(model, PROMPTS, num_steps=STEPS)):
         _, cache = model.run_with_cache(PROMPTS, 0, STEPS, names_filter=name, steps=1)
-    cells = {"hide": hide, "put": Intervention(name, [0], None, 1, action=Replace(cache[f"steps.1.cond.{name}"]))}
-    plan = sweep.plan(model, PROMPTS, 0, cells, {"m": sweep.Metric(energy, on="x0")}, num_steps=STEPS)
+    cells = {
+        "hide": hide,
+        "put": Intervention(name, [0], None, 1, action=Replace(cache[f"steps.1.cond.{name}"])),
+    }
+    plan = sweep.plan(
+        model, PROMPTS, 0, cells, {"m": sweep.Metric(energy, on="x0")}, num_steps=STEPS
+    )
     found = sweep.two_stage(plan, "m", k=2, sample=1, score="attribution").table
     assert found["score"].iloc[0] == pytest.approx(found["score"].iloc[1], rel=1e-9)
     assert abs(found["score"].iloc[0]) > 1e-6
 
 
 def heads(steps: range) -> dict[str, Intervention]:
-    return sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=steps)
+    return sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=steps
+    )
 
 
 def test_the_search_runs_what_it_says_and_no_more(model, tmp_path):
     metrics = {"m": sweep.Metric(lambda tensor: {"energy": energy(tensor)}, on="latent")}
-    cells = {**heads(range(STEPS)), "encoder": Intervention("text_encoder.hook_out", tokens="shape1", action="mean")}
+    cells = {
+        **heads(range(STEPS)),
+        "encoder": Intervention("text_encoder.hook_out", tokens="shape1", action="mean"),
+    }
     plan = sweep.plan(model, PROMPTS, SEEDS, cells, metrics, num_steps=STEPS)
     found = sweep.two_stage(plan, "m_energy", k=3, sample=5, out=tmp_path)
     whole, table = plan.run(), found.table
@@ -121,8 +164,14 @@ def test_the_search_runs_what_it_says_and_no_more(model, tmp_path):
     assert table.loc[table["drawn"] == "", "exact"].isna().all()
     sample = table[found.in_sample]
     assert len(sample) == 5
-    assert found.spearman == rank_correlation(sample["score"].to_numpy(), sample["exact"].to_numpy())[0]
-    assert found.of_sizes == rank_correlation(sample["score"].abs().to_numpy(), sample["exact"].abs().to_numpy())[0]
+    assert (
+        found.spearman
+        == rank_correlation(sample["score"].to_numpy(), sample["exact"].to_numpy())[0]
+    )
+    assert (
+        found.of_sizes
+        == rank_correlation(sample["score"].abs().to_numpy(), sample["exact"].abs().to_numpy())[0]
+    )
 
     scored = []
     handle = model.dit.register_forward_pre_hook(lambda *args: scored.append(1))
@@ -135,7 +184,14 @@ def test_the_search_runs_what_it_says_and_no_more(model, tmp_path):
 
 
 def test_the_bound_is_what_the_sample_allows(model):
-    plan = sweep.plan(model, PROMPTS, SEEDS[:1], heads(range(STEPS)), {"m": sweep.Metric(energy, on="latent")}, num_steps=STEPS)
+    plan = sweep.plan(
+        model,
+        PROMPTS,
+        SEEDS[:1],
+        heads(range(STEPS)),
+        {"m": sweep.Metric(energy, on="latent")},
+        num_steps=STEPS,
+    )
     found = sweep.two_stage(plan, "m", k=4, sample=6)
     whole = abs(plan.run()["m_effect"].sel(interval="mean")).to_series()
     table, missed = found.table, found.missed(rank=2)
@@ -149,7 +205,8 @@ def test_the_bound_is_what_the_sample_allows(model):
     assert found.missed().beyond <= missed.beyond
     with pytest.raises(ValueError, match="ranks 1 to 4"):
         found.missed(rank=5)
-    every = sweep.two_stage(plan, "m", k=len(whole), sample=1).missed()  # nothing is left that could have been missed
+    # nothing is left that could have been missed
+    every = sweep.two_stage(plan, "m", k=len(whole), sample=1).missed()
     assert (every.sampled, every.most, every.most_larger) == (0, 0, 0)
 
 
@@ -157,11 +214,15 @@ def test_the_bound_is_what_the_sample_allows(model):
 def test_a_count_is_bounded_in_at_least_95_of_100_samples(total, drawn):
     """Whatever the true count is: exactly, over all samples."""
     hits = np.arange(drawn + 1)
-    bounds = np.array([count_bound(int(seen), drawn, total) if seen <= total else total for seen in hits])
+    bounds = np.array(
+        [count_bound(int(seen), drawn, total) if seen <= total else total for seen in hits]
+    )
     for true in range(total + 1):
         covered = hypergeom.pmf(hits, total, true, drawn)[bounds >= true].sum()
         assert covered >= 0.95 - 1e-12
-    assert count_bound(0, drawn, total) == (total if drawn == 0 else 0 if drawn == total else count_bound(0, drawn, total))
+    assert count_bound(0, drawn, total) == (
+        total if drawn == 0 else 0 if drawn == total else count_bound(0, drawn, total)
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,14 +230,22 @@ def test_a_count_is_bounded_in_at_least_95_of_100_samples(total, drawn):
     [
         ({"metric": "energy"}, ValueError, "it has m, moved"),
         ({"metric": "moved"}, ValueError, "no slope"),
-        ({"by": lambda tensor: (tensor > 0).flatten(1).sum(1)}, TypeError, "cannot be differentiated"),
+        (
+            {"by": lambda tensor: (tensor > 0).flatten(1).sum(1)},
+            TypeError,
+            "cannot be differentiated",
+        ),
         ({"k": 0}, ValueError, "at least 1"),
     ],
 )
 def test_what_has_no_score_is_refused(model, arguments, error, message):
     metrics = {
         "m": sweep.Metric(energy, on="x0"),
-        "moved": sweep.Metric(lambda x0, baseline: (x0 - baseline).square().flatten(1).sum(1), on="x0", given=["baseline"]),
+        "moved": sweep.Metric(
+            lambda x0, baseline: (x0 - baseline).square().flatten(1).sum(1),
+            on="x0",
+            given=["baseline"],
+        ),
     }
     plan = sweep.plan(model, PROMPTS, 0, heads(range(1)), metrics, num_steps=STEPS)
     with pytest.raises(error, match=message):
@@ -185,20 +254,33 @@ def test_what_has_no_score_is_refused(model, arguments, error, message):
 
 @pytest.mark.slow
 def test_the_planted_circuit_stands_at_the_top(planted_model):
-    """Exhaustively, and in the scores by step; attribution passes over a saturated head (measured: L1H4), as its bound allows."""
+    """Exhaustively, and in the scores by step; attribution passes over a saturated head (measured:
+    L1H4), as its bound allows.
+    """
     model, truth = planted_model("two-stage", 0)
     needed = [head for head in truth.relation_heads if head.what.startswith("vertical")]
     needed += [head for head in truth.helper_heads if head.role == "presence"]
     layer = needed[0].layer
 
     def height(latent: Tensor) -> Tensor:
-        images = model.codec.decode(latent / model.codec.config.scaling_factor, return_dict=False)[0]  # not clamped to [0, 1]
-        return ((images[:, 0] - images[:, 2]) * torch.linspace(1, -1, images.shape[-1])[:, None]).mean(dim=(1, 2))
+        # not clamped to [0, 1]
+        images = model.codec.decode(latent / model.codec.config.scaling_factor, return_dict=False)[
+            0
+        ]
+        return (
+            (images[:, 0] - images[:, 2]) * torch.linspace(1, -1, images.shape[-1])[:, None]
+        ).mean(dim=(1, 2))
 
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=[layer], heads=range(model.cfg.n_heads))
+    cells = sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"), layers=[layer], heads=range(model.cfg.n_heads)
+    )
     metrics = {"height": sweep.Metric(height, on="latent")}
     plan = sweep.plan(model, "red circle is directly above blue square", 0, cells, metrics)
-    whole = abs(plan.run()["height_effect"].sel(interval="mean")).to_series().sort_values(ascending=False)
+    whole = (
+        abs(plan.run()["height_effect"].sel(interval="mean"))
+        .to_series()
+        .sort_values(ascending=False)
+    )
     assert set(whole.index[: len(needed)]) == {f"L{head.layer}H{head.head}" for head in needed}
     for score in ("step", "attribution"):
         found = sweep.two_stage(plan, "height", k=4, sample=2, score=score)

@@ -1,4 +1,6 @@
-"""Every cell of a sweep against its own run with hooks, one at a time; what is shared, counted; and what survives."""
+"""Every cell of a sweep against its own run with hooks, one at a time; what is shared, counted; and
+what survives.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,27 @@ DENOISER = {  # site → heads, tokens
     "blocks.1.hook_resid_pre": (None, None),
     "ln_final.hook_normalized": (None, None),
 }
-TEXT = ("hook_text", "hook_caption", "blocks.1.cross_attn.hook_v", "text_encoder.blocks.1.hook_resid_post")
+TEXT = (
+    "hook_text",
+    "hook_caption",
+    "blocks.1.cross_attn.hook_v",
+    "text_encoder.blocks.1.hook_resid_post",
+)
 ALIKE = ("hook_t_emb", "blocks.0.adaln.hook_gate_mlp")
 """Tensors in which prompts do not differ."""
 
 
 def vector(site: str) -> Add:
     """Not the same for all channels: a LayerNorm would take that away."""
-    sizes = {"hook_z": 8, "hook_v": 8, "hook_pattern": 4, "hook_latent": 4, "hook_x0": 4, "hook_out": 4, "hook_out_uncond": 4}
+    sizes = {
+        "hook_z": 8,
+        "hook_v": 8,
+        "hook_pattern": 4,
+        "hook_latent": 4,
+        "hook_x0": 4,
+        "hook_out": 4,
+        "hook_out_uncond": 4,
+    }
     size = sizes.get(site.rpartition(".")[2], 16)
     return Add(torch.linspace(-1, 1.5, size, dtype=torch.float64))
 
@@ -62,13 +77,19 @@ def vector(site: str) -> Add:
 def everything() -> dict[str, Intervention]:
     """All actions at sites of every kind, in all branches, at one step and at several."""
     found = {}
-    early, late = itertools.cycle([1, slice(1, None), None, 0, STEPS - 1]), itertools.cycle([1, None, STEPS - 1, slice(1, None)])
+    early, late = (
+        itertools.cycle([1, slice(1, None), None, 0, STEPS - 1]),
+        itertools.cycle([1, None, STEPS - 1, slice(1, None)]),
+    )
 
     def add(label: str, site: str, kind: str, steps: object = 0, **where: object) -> None:
-        # what prompts share at the first step, the noise and what follows from it alone, has no other mean
+        # what prompts share at the first step, the noise and what follows from it alone, has no
+        # other mean
         steps = None if steps is None else next(late if kind in ("mean", "resample") else early)
         action = ACTIONS[kind] or vector(site)
-        found[f"{site} {kind} {label}".strip()] = Intervention(site, steps=steps, action=action, **where)
+        found[f"{site} {kind} {label}".strip()] = Intervention(
+            site, steps=steps, action=action, **where
+        )
 
     for kind, branch in itertools.product(ACTIONS, ("cond", "uncond", "both")):
         for site, (heads, tokens) in DENOISER.items():
@@ -84,18 +105,28 @@ def everything() -> dict[str, Intervention]:
         for site in ("hook_latent", "hook_out", "hook_x0", "hook_image"):
             add("", site, kind, None if site == "hook_image" else 0)
     for branch, step in itertools.product(("cond", "both"), (None, 0, 2)):
-        hide = Intervention("blocks.*.cross_attn.hook_pattern", None, "relation", step, "cond", "knockout")
+        hide = Intervention(
+            "blocks.*.cross_attn.hook_pattern", None, "relation", step, "cond", "knockout"
+        )
         found[f"words {branch} {step}"] = hide
-        found[f"keys {branch} {step}"] = Intervention("blocks.0.attn.hook_attn_scores", [1], [0, 2], step, branch, "knockout")
+        found[f"keys {branch} {step}"] = Intervention(
+            "blocks.0.attn.hook_attn_scores", [1], [0, 2], step, branch, "knockout"
+        )
     return found
 
 
 def one_at_a_time(
-    model: HookedTextToImage, several: Sequence[Intervention], seed: int, extra: Sequence[tuple] = (), **run: float
+    model: HookedTextToImage,
+    several: Sequence[Intervention],
+    seed: int,
+    extra: Sequence[tuple] = (),
+    **run: float,
 ) -> Tensor:
     hooks = [hook for one in several for hook in one.hooks(model, PROMPTS, num_steps=STEPS)]
     with torch.no_grad():
-        return model.run_with_hooks(PROMPTS, seed=seed, num_steps=STEPS, fwd_hooks=[*hooks, *extra], **run)
+        return model.run_with_hooks(
+            PROMPTS, seed=seed, num_steps=STEPS, fwd_hooks=[*hooks, *extra], **run
+        )
 
 
 def assert_equal_to_hook_runs(
@@ -115,15 +146,25 @@ def assert_equal_to_hook_runs(
                 kept["x0"] = tensor.clone()
 
             # the last prediction of the clean image is where the last solver step ends
-            images = one_at_a_time(model, several, seed, [(f"steps.{STEPS - 1}.hook_x0", keep)], **run)
+            images = one_at_a_time(
+                model, several, seed, [(f"steps.{STEPS - 1}.hook_x0", keep)], **run
+            )
             here = found.sel(intervention=label, seed=seed)
             for name, values in (("image", pixels(images)), ("latent", pixels(kept["x0"]))):
                 for part, value in values.items():
-                    np.testing.assert_allclose(here[f"{name}_{part}"], value, rtol=atol, atol=atol, err_msg=f"{label}, {name}")
+                    np.testing.assert_allclose(
+                        here[f"{name}_{part}"],
+                        value,
+                        rtol=atol,
+                        atol=atol,
+                        err_msg=f"{label}, {name}",
+                    )
     clean = found.sel(seed=SEEDS[0])
     with torch.no_grad():
         images = model(PROMPTS, seed=SEEDS[0], num_steps=STEPS, **run)
-    np.testing.assert_allclose(clean["image_mean_baseline"], images.flatten(1).mean(dim=1), rtol=0, atol=atol)
+    np.testing.assert_allclose(
+        clean["image_mean_baseline"], images.flatten(1).mean(dim=1), rtol=0, atol=atol
+    )
 
 
 def differs(found: xr.Dataset, names: Sequence[str]) -> xr.DataArray:
@@ -144,22 +185,37 @@ def test_every_cell_is_that_of_its_own_hook_run(dtype, atol):
     assert list(found["intervention"].values) == list(cells)
     assert_equal_to_hook_runs(found, model, cells, atol)
     changed = differs(found, ["image_mean", "image_first", "latent_first", "latent_mean"])
-    same = {f"blocks.1.cross_attn.hook_z {kind} uncond" for kind in ("mean", "resample")}  # there is one word, whose value it is
-    assert set(changed["intervention"].values[~changed]) == (same if dtype == torch.float64 else set())
+    # there is one word, whose value it is
+    same = {f"blocks.1.cross_attn.hook_z {kind} uncond" for kind in ("mean", "resample")}
+    assert set(changed["intervention"].values[~changed]) == (
+        same if dtype == torch.float64 else set()
+    )
 
 
 def test_batches_of_any_size_agree(model):
     cells = dict(list(everything().items())[::16])
-    one, other = (sweep.run(model, PROMPTS, SEEDS, cells, METRICS, num_steps=STEPS, batch=batch) for batch in (1, 1000))
+    one, other = (
+        sweep.run(model, PROMPTS, SEEDS, cells, METRICS, num_steps=STEPS, batch=batch)
+        for batch in (1, 1000)
+    )
     xr.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
 def test_several_interventions_of_one_condition_act_in_order(model):
     site = "blocks.0.attn.hook_z"
-    double, shift = (Intervention(site, steps=1, action=action) for action in (Scale(2.0), Add(torch.tensor(1.0))))
+    double, shift = (
+        Intervention(site, steps=1, action=action)
+        for action in (Scale(2.0), Add(torch.tensor(1.0)))
+    )
     words = Intervention("blocks.1.cross_attn.hook_pattern", tokens="relation", action="knockout")
-    encoder = Intervention("text_encoder.hook_out", tokens="color1", action="mean", missing="ignore")
-    cells = {"double, shift": [double, shift], "shift, double": [shift, double], "all": [encoder, words, double, shift]}
+    encoder = Intervention(
+        "text_encoder.hook_out", tokens="color1", action="mean", missing="ignore"
+    )
+    cells = {
+        "double, shift": [double, shift],
+        "shift, double": [shift, double],
+        "all": [encoder, words, double, shift],
+    }
     found = sweep.run(model, PROMPTS, SEEDS, cells, METRICS, num_steps=STEPS)
     assert_equal_to_hook_runs(found, model, cells, 1e-10)
     assert (abs(found["latent_mean"].diff("intervention")) > 1e-6).all()
@@ -174,7 +230,14 @@ def test_without_guidance_there_is_one_branch(model):
     found = sweep.run(model, PROMPTS, SEEDS, cells, METRICS, num_steps=STEPS, guidance=1.0, batch=4)
     assert_equal_to_hook_runs(found, model, cells, 1e-10, guidance=1.0)
     with pytest.raises(ValueError, match="no unconditional branch"):
-        sweep.run(model, PROMPTS, SEEDS, [Intervention("blocks.0.attn.hook_z", branch="both")], METRICS, guidance=1.0)
+        sweep.run(
+            model,
+            PROMPTS,
+            SEEDS,
+            [Intervention("blocks.0.attn.hook_z", branch="both")],
+            METRICS,
+            guidance=1.0,
+        )
 
 
 def test_hooks_behind_a_flag():
@@ -183,7 +246,11 @@ def test_hooks_behind_a_flag():
     model.dit.set_use_split_qkv_input(True)
     cells = {
         site: Intervention(f"blocks.{layer}.{site}", [1], steps=1)
-        for layer, site in ((1, "attn.hook_result"), (0, "attn.hook_q_input"), (1, "cross_attn.hook_k_input"))
+        for layer, site in (
+            (1, "attn.hook_result"),
+            (0, "attn.hook_q_input"),
+            (1, "cross_attn.hook_k_input"),
+        )
     }
     found = sweep.run(model, PROMPTS, SEEDS, cells, METRICS, num_steps=STEPS)
     assert_equal_to_hook_runs(found, model, cells, 1e-10)
@@ -200,8 +267,13 @@ def test_metrics_on_what_one_step_predicts(model):
         "early": Intervention("blocks.0.attn.hook_z", steps=[0, 1], branch="uncond"),
         "words": Intervention("text_encoder.hook_out", tokens="shape1"),
     }
-    own = {name: sweep.Metric(lambda tensor: tensor.flatten(1)[:, 5], on=name) for name in ("x0", "out", "eps")}
-    named = {"named": sweep.Metric(lambda tensor: tensor.flatten(1)[:, 5], on="steps.1.hook_latent")}
+    own = {
+        name: sweep.Metric(lambda tensor: tensor.flatten(1)[:, 5], on=name)
+        for name in ("x0", "out", "eps")
+    }
+    named = {
+        "named": sweep.Metric(lambda tensor: tensor.flatten(1)[:, 5], on="steps.1.hook_latent")
+    }
     found = sweep.run(model, PROMPTS, SEEDS, cells, {**own, **named}, num_steps=STEPS)
     for label, step in (("late", 2), ("early", 0), ("words", 0)):
         for seed in SEEDS:
@@ -209,7 +281,9 @@ def test_metrics_on_what_one_step_predicts(model):
                 hooks = cells[label].hooks(model, PROMPTS, num_steps=STEPS) if edited else []
                 names = [f"steps.{step}.{hook}" for hook in ("hook_x0", "hook_out", "hook_latent")]
                 with torch.no_grad(), model.hooks(hooks):
-                    _, cache = model.run_with_cache(PROMPTS, seed, STEPS, names_filter=[*names, "steps.1.hook_latent"])
+                    _, cache = model.run_with_cache(
+                        PROMPTS, seed, STEPS, names_filter=[*names, "steps.1.hook_latent"]
+                    )
                 expected = {
                     "x0": cache[names[0]],
                     "out": cache[names[1]],
@@ -222,16 +296,22 @@ def test_metrics_on_what_one_step_predicts(model):
                     np.testing.assert_allclose(here, tensor.flatten(1)[:, 5], rtol=0, atol=1e-10)
     assert found["x0_baseline"].dims == ("intervention", "prompt", "seed")
     assert found["named_baseline"].dims == ("prompt", "seed")
-    assert (found["named"] == found["named_baseline"]).sel(intervention="late").all()  # step 1 comes before
+    # step 1 comes before
+    assert (found["named"] == found["named_baseline"]).sel(intervention="late").all()
     assert differs(found, ["x0"]).all()
 
 
 def test_a_metric_is_given_its_prompt_and_the_clean_run(model):
-    cells = {"head": Intervention("blocks.1.cross_attn.hook_z", steps=1), "all": Intervention("hook_latent", steps=1)}
+    cells = {
+        "head": Intervention("blocks.1.cross_attn.hook_z", steps=1),
+        "all": Intervention("hook_latent", steps=1),
+    }
     weights = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
     metrics = {
         "moved": sweep.Metric(sweep.displacement, given=["baseline"]),
-        "weighed": sweep.Metric(lambda images, prompt: images.flatten(1).mean(dim=1) * weights[prompt], given=["prompt"]),
+        "weighed": sweep.Metric(
+            lambda images, prompt: images.flatten(1).mean(dim=1) * weights[prompt], given=["prompt"]
+        ),
     }
     found = sweep.run(model, PROMPTS, SEEDS, cells, metrics, num_steps=STEPS, batch=4)
     for label, seed in itertools.product(cells, SEEDS):
@@ -240,7 +320,9 @@ def test_a_metric_is_given_its_prompt_and_the_clean_run(model):
         moved = (images - clean).flatten(1).norm(dim=1) / clean.flatten(1).norm(dim=1)
         here = found.sel(intervention=label, seed=seed)
         np.testing.assert_allclose(here["moved"], moved, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(here["weighed"], images.flatten(1).mean(dim=1) * weights, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            here["weighed"], images.flatten(1).mean(dim=1) * weights, rtol=0, atol=1e-10
+        )
     assert (found["moved_baseline"] == 0).all()
 
 
@@ -248,32 +330,69 @@ def test_scenes_are_judged_by_their_own_prompts():
     model = HookedTextToImage.from_pretrained("rte-micro")
     wanted = scenes.sample(3, seed=5, color_words="both")
     prompts = [scenes.caption(scene) for scene in wanted]
-    cells = {"words": Intervention("blocks.*.cross_attn.hook_pattern", tokens="shape1", action="knockout")}
-    found = sweep.run(model, prompts, [0], cells, {"scene": sweep.scene_metric(wanted)}, num_steps=4)
+    cells = {
+        "words": Intervention(
+            "blocks.*.cross_attn.hook_pattern", tokens="shape1", action="knockout"
+        )
+    }
+    found = sweep.run(
+        model, prompts, [0], cells, {"scene": sweep.scene_metric(wanted)}, num_steps=4
+    )
     with torch.no_grad():
-        images = model.run_with_hooks(prompts, seed=0, num_steps=4, fwd_hooks=cells["words"].hooks(model, prompts, num_steps=4))
+        images = model.run_with_hooks(
+            prompts,
+            seed=0,
+            num_steps=4,
+            fwd_hooks=cells["words"].hooks(model, prompts, num_steps=4),
+        )
         clean = model(prompts, seed=0, num_steps=4)
     for suffix, drawn in (("", images), ("_baseline", clean)):
         judged = scenes.evaluate(drawn, wanted)
         for verdict in ("color", "shape", "relation_loose"):
-            assert found[f"scene_{verdict}{suffix}"].values.flatten().tolist() == judged[verdict].values.tolist()
+            assert (
+                found[f"scene_{verdict}{suffix}"].values.flatten().tolist()
+                == judged[verdict].values.tolist()
+            )
 
 
 # What the Dataset says
 
 
 def test_effects_are_paired_and_have_intervals(model):
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=[0, 2])
+    cells = sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=[0, 2]
+    )
     assert list(cells)[:3] == ["L0H0 s0", "L0H0 s2", "L0H1 s0"]
-    found = sweep.run(model, PROMPTS, SEEDS, cells, {"mean": lambda images: images.flatten(1).mean(dim=1)}, num_steps=STEPS)
+    found = sweep.run(
+        model,
+        PROMPTS,
+        SEEDS,
+        cells,
+        {"mean": lambda images: images.flatten(1).mean(dim=1)},
+        num_steps=STEPS,
+    )
     for label in cells:
         here = found.sel(intervention=label)
         expected = paired_difference(found["mean_baseline"].values, here["mean"].values)
         np.testing.assert_allclose(here["mean_effect"], expected, rtol=0, atol=1e-12)
-    wide = found["mean_effect"].set_index(intervention=["layer", "head", "step"]).unstack("intervention")
+    wide = (
+        found["mean_effect"]
+        .set_index(intervention=["layer", "head", "step"])
+        .unstack("intervention")
+    )
     assert wide.sizes == {"interval": 3, "layer": 2, "head": 2, "step": 2}
-    assert wide.sel(layer=1, head=0, step=2).values.tolist() == found["mean_effect"].sel(intervention="L1H0 s2").values.tolist()
-    alone = sweep.run(model, PROMPTS[0], SEEDS, cells, {"mean": lambda images: images.flatten(1).mean(dim=1)}, num_steps=STEPS)
+    assert (
+        wide.sel(layer=1, head=0, step=2).values.tolist()
+        == found["mean_effect"].sel(intervention="L1H0 s2").values.tolist()
+    )
+    alone = sweep.run(
+        model,
+        PROMPTS[0],
+        SEEDS,
+        cells,
+        {"mean": lambda images: images.flatten(1).mean(dim=1)},
+        num_steps=STEPS,
+    )
     mean, low, high = alone["mean_effect"].values.T
     assert (low < mean).any()  # of one prompt, seeds are what is drawn
     assert (mean < high).any()
@@ -292,8 +411,13 @@ def test_intervals_of_many_conditions_are_those_of_each():
 
 
 def test_conditions_are_named_apart(model):
-    shift = [Intervention("hook_latent", steps=0, action=Add(torch.tensor(value))) for value in (0.1, 0.2)]
-    found = sweep.plan(model, PROMPTS, SEEDS, [*shift, [shift[0], Intervention("hook_t_emb", steps=1)]], METRICS)
+    shift = [
+        Intervention("hook_latent", steps=0, action=Add(torch.tensor(value)))
+        for value in (0.1, 0.2)
+    ]
+    found = sweep.plan(
+        model, PROMPTS, SEEDS, [*shift, [shift[0], Intervention("hook_t_emb", steps=1)]], METRICS
+    )
     assert [one.label for one in found.treatments] == [
         "hook_latent steps=0 add",
         "hook_latent steps=0 add #2",
@@ -305,29 +429,48 @@ def test_conditions_are_named_apart(model):
 
 
 def test_work_is_what_the_prefix_tree_says(model):
-    """Rows through every block, in full sampling and for what one step predicts; the decoder only where pixels are looked at."""
+    """Rows through every block, in full sampling and for what one step predicts; the decoder only
+    where pixels are looked at.
+    """
     layers, heads, runs = 2, 2, len(PROMPTS) * len(SEEDS)
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(layers), heads=range(heads), steps=range(STEPS))
+    cells = sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"),
+        layers=range(layers),
+        heads=range(heads),
+        steps=range(STEPS),
+    )
     passed, decoded = [], []
-    handles = [block.register_forward_pre_hook(lambda module, args: passed.append(len(args[0]))) for block in model.dit.blocks]
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: passed.append(len(args[0])))
+        for block in model.dit.blocks
+    ]
     decode = model.codec.decode
     try:
-        model.codec.decode = lambda latent, **kwargs: (decoded.append(len(latent)), decode(latent, **kwargs))[1]
-        sweep.run(model, PROMPTS, SEEDS, cells, {"latent": METRICS["latent"]}, num_steps=STEPS, batch=40)
+        model.codec.decode = lambda latent, **kwargs: (
+            decoded.append(len(latent)),
+            decode(latent, **kwargs),
+        )[1]
+        sweep.run(
+            model, PROMPTS, SEEDS, cells, {"latent": METRICS["latent"]}, num_steps=STEPS, batch=40
+        )
         full = sum(passed)
         passed.clear()
         x0 = sweep.Metric(lambda x0: x0.flatten(1).mean(dim=1), on="x0")
         sweep.run(model, PROMPTS, SEEDS, cells, {"x0": x0}, num_steps=STEPS, batch=40)
         one_step = sum(passed)
         assert not decoded
-        sweep.run(model, PROMPTS, SEEDS, {"image": Intervention("hook_image")}, METRICS, num_steps=STEPS)
+        sweep.run(
+            model, PROMPTS, SEEDS, {"image": Intervention("hook_image")}, METRICS, num_steps=STEPS
+        )
         assert sum(decoded) == 2 * runs
     finally:
         del model.codec.decode
         for handle in handles:
             handle.remove()
-    clean = runs * 2 * layers * STEPS + runs * layers * STEPS  # the runs; and what forks begin with, in one branch
-    at_the_fork = runs * heads * sum(layers - layer for layer in range(layers)) * STEPS  # one branch, from the head's layer on
+    # the runs; and what forks begin with, in one branch
+    clean = runs * 2 * layers * STEPS + runs * layers * STEPS
+    # one branch, from the head's layer on
+    at_the_fork = runs * heads * sum(layers - layer for layer in range(layers)) * STEPS
     after = runs * heads * layers * 2 * layers * sum(range(STEPS))
     assert full == clean + at_the_fork + after
     assert one_step == clean + at_the_fork
@@ -336,7 +479,9 @@ def test_work_is_what_the_prefix_tree_says(model):
 def test_prompts_that_are_not_touched_are_the_clean_run(model):
     """No rows are run for them."""
     prompts = [PROMPTS[0], "red circle is blue square"]
-    words = Intervention("blocks.0.cross_attn.hook_pattern", tokens="relation", action="knockout", missing="ignore")
+    words = Intervention(
+        "blocks.0.cross_attn.hook_pattern", tokens="relation", action="knockout", missing="ignore"
+    )
     cells = {"words": words}
     plan = sweep.plan(model, prompts, SEEDS, cells, METRICS, num_steps=STEPS)
     assert [fork.rows.tolist() for fork in plan.forks] == [[0], [2]]
@@ -365,8 +510,11 @@ def test_a_metric_that_fails_in_one_cell_is_reported_with_it(model):
     here = {"intervention": "L1 s1", "prompt": PROMPTS[2], "seed": 4}
     assert found["error"].sel(here) == "fussy: RuntimeError: too dark"
     assert np.isnan(found["fussy"].sel(here))
-    xr.testing.assert_allclose(found["image_mean"], plain["image_mean"])  # the others go on, in this cell too
-    xr.testing.assert_allclose(found["fussy"].where(~failed), plain["image_mean"].where(~failed).rename("fussy"))
+    # the others go on, in this cell too
+    xr.testing.assert_allclose(found["image_mean"], plain["image_mean"])
+    xr.testing.assert_allclose(
+        found["fussy"].where(~failed), plain["image_mean"].where(~failed).rename("fussy")
+    )
     assert np.isfinite(found["fussy_effect"]).all()
 
 
@@ -380,15 +528,29 @@ def test_a_metric_that_fails_in_one_cell_is_reported_with_it(model):
         ({"metrics": {"m": sweep.Metric(pixels, on="steps.3.hook_x0")}}, "steps 0 to 2"),
         ({"metrics": {"m": lambda images: images}}, "one number for each row"),
         ({"metrics": {"m": lambda images: images.nothing}}, "fails on every run"),
-        ({"metrics": {"m": sweep.Metric(pixels, on="x0")}, "interventions": [Intervention("hook_image")]}, "touches none"),
+        (
+            {
+                "metrics": {"m": sweep.Metric(pixels, on="x0")},
+                "interventions": [Intervention("hook_image")],
+            },
+            "touches none",
+        ),
         ({"interventions": [Intervention("blocks.0.attn.hook_z", steps=3)]}, "0 to 2"),
-        ({"interventions": [Intervention("hook_latent", action=Add(torch.zeros(5)))]}, "does not broadcast"),
+        (
+            {"interventions": [Intervention("hook_latent", action=Add(torch.zeros(5)))]},
+            "does not broadcast",
+        ),
         ({"batch": 0}, "batch=0: give an integer of at least 1"),
         ({"executor": "slurm"}, "choose 'local'"),
     ],
 )
 def test_what_has_no_meaning_is_refused_before_anything_runs(model, arguments, message):
-    chosen = {"interventions": [Intervention("blocks.0.attn.hook_z")], "metrics": METRICS, "seeds": SEEDS, **arguments}
+    chosen = {
+        "interventions": [Intervention("blocks.0.attn.hook_z")],
+        "metrics": METRICS,
+        "seeds": SEEDS,
+        **arguments,
+    }
     with pytest.raises(ValueError, match=message):
         sweep.run(model, PROMPTS, num_steps=STEPS, **chosen)
 
@@ -396,7 +558,10 @@ def test_what_has_no_meaning_is_refused_before_anything_runs(model, arguments, m
 def test_misspelt_sites_and_attached_hooks(model):
     with pytest.raises(UnknownHookError, match=r"blocks.0.attn.hook_z"):
         sweep.run(model, PROMPTS, SEEDS, [Intervention("blocks.0.atn.hook_z")], METRICS)
-    with model.hooks([("steps.0.hook_latent", lambda tensor, hook: None)]), pytest.raises(ValueError, match="reset_hooks"):
+    with (
+        model.hooks([("steps.0.hook_latent", lambda tensor, hook: None)]),
+        pytest.raises(ValueError, match="reset_hooks"),
+    ):
         sweep.run(model, PROMPTS, SEEDS, [Intervention("blocks.0.attn.hook_z")], METRICS)
     with pytest.raises(ValueError, match="has none"):
         sweep.grid(Intervention("blocks.0.attn.hook_z"), layers=[0])
@@ -405,14 +570,18 @@ def test_misspelt_sites_and_attached_hooks(model):
 # What is on disk
 
 
-@pytest.mark.parametrize(("when", "after"), [("pixels", 2), ("pixels", 5), ("replace", 1), ("replace", 4), ("fsync", 2)])
+@pytest.mark.parametrize(
+    ("when", "after"), [("pixels", 2), ("pixels", 5), ("replace", 1), ("replace", 4), ("fsync", 2)]
+)
 def test_a_killed_sweep_goes_on(model, tmp_path, when, after, monkeypatch):
     """Every cell stands exactly once, as in a sweep that was left alone."""
     whole = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS, batch=5)
     monkeypatch.setattr(results, "FLUSH_SECONDS", 0.0)
 
     def run() -> xr.Dataset:
-        return sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS, batch=5)
+        return sweep.run(
+            model, PROMPTS, SEEDS, durable(), METRICS, tmp_path, num_steps=STEPS, batch=5
+        )
 
     killed(run, model if when == "pixels" else os, when, after)
     before = list(tmp_path.glob("cells-*.parquet"))
@@ -436,7 +605,9 @@ def test_a_killed_sweep_goes_on(model, tmp_path, when, after, monkeypatch):
 def test_another_sweep_is_never_mixed_in(model, tmp_path):
     cells_of_all = durable()
 
-    def swept(model=model, prompts=PROMPTS, seeds=SEEDS, cells=cells_of_all, metrics=METRICS, steps=STEPS):
+    def swept(
+        model=model, prompts=PROMPTS, seeds=SEEDS, cells=cells_of_all, metrics=METRICS, steps=STEPS
+    ):
         return sweep.run(model, prompts, seeds, cells, metrics, tmp_path, num_steps=steps)
 
     first = swept()
@@ -452,7 +623,10 @@ def test_another_sweep_is_never_mixed_in(model, tmp_path):
         ({"seeds": SEEDS[::-1]}, "seeds"),
         ({"cells": changed}, "interventions"),
         ({"cells": shift}, "interventions"),
-        ({"metrics": {"image": sweep.Metric(pixels, on="latent"), "latent": METRICS["latent"]}}, "metrics"),
+        (
+            {"metrics": {"image": sweep.Metric(pixels, on="latent"), "latent": METRICS["latent"]}},
+            "metrics",
+        ),
         ({"steps": 4}, "num_steps"),
     ):
         with pytest.raises(ValueError, match=f"other .*{what}"):
@@ -465,7 +639,12 @@ def test_metrics_are_known_by_what_they_compute():
 
     known = fingerprint
     assert known(scaled(2.0)) == known(scaled(2.0))
-    functions = [scaled(2.0), scaled(3.0), lambda images: images.sum() * 2.0, lambda images, prompt=None: images.mean()]
+    functions = [
+        scaled(2.0),
+        scaled(3.0),
+        lambda images: images.sum() * 2.0,
+        lambda images, prompt=None: images.mean(),
+    ]
     functions += [scaled(torch.zeros(2)), scaled(torch.ones(2)), torch.nn.Linear(2, 2), pixels]
     assert len({known(function) for function in functions}) == len(functions)
 
@@ -487,18 +666,25 @@ class Along:
 def test_a_metric_is_another_when_what_it_reads_changes():
     """The loop of a notebook: a threshold, or a helper, is edited in a cell of its own."""
     module: dict[str, object] = {"__name__": "notebook"}
-    exec("THRESHOLD = 0.5\ndef helper(x): return x > THRESHOLD\ndef metric(x): return [helper(y) for y in x]", module)
+    exec(
+        "THRESHOLD = 0.5\ndef helper(x): return x > THRESHOLD\ndef metric(x): return [helper(y) "
+        "for y in x]",
+        module,
+    )
     known, before = fingerprint, fingerprint(module["metric"])
     assert known(module["metric"]) == before
     module["THRESHOLD"] = 0.6
     assert (after := known(module["metric"])) != before
-    exec("def helper(x): return metric and x < THRESHOLD", module)  # which names its caller: no endless recursion
+    # which names its caller: no endless recursion
+    exec("def helper(x): return metric and x < THRESHOLD", module)
     assert known(module["metric"]) not in (before, after)
     assert known(Along(1.0).measure) == known(Along(1.0).measure) != known(Along(2.0).measure)
 
 
 def test_a_full_disk_costs_no_results(model, tmp_path, monkeypatch):
-    """What cannot be written is kept, tried again, reported at last, and computed by the next call."""
+    """What cannot be written is kept, tried again, reported at last, and computed by the next
+    call.
+    """
     write, calls = pd.DataFrame.to_parquet, itertools.count(1)
 
     def full(frame, file, **kwargs):
@@ -511,18 +697,24 @@ def test_a_full_disk_costs_no_results(model, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FLUSH_SECONDS", 0.0)
     plain = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS)
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full_at_first)
-    found = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "a", num_steps=STEPS, batch=5)
+    found = sweep.run(
+        model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "a", num_steps=STEPS, batch=5
+    )
     xr.testing.assert_allclose(found, plain)
     assert sorted(shards(tmp_path / "a")["cell"]) == list(range(plain["error"].size))
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     with pytest.warns(UserWarning, match="No space left"):
-        found = sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "b", num_steps=STEPS, batch=5)
+        found = sweep.run(
+            model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "b", num_steps=STEPS, batch=5
+        )
     xr.testing.assert_allclose(found.drop_vars("error"), plain.drop_vars("error"))
     assert found["error"].str.startswith("not saved: ").all()
     assert not list((tmp_path / "b").glob("cells*"))
     monkeypatch.setattr(pd.DataFrame, "to_parquet", write)
-    xr.testing.assert_allclose(sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "b", num_steps=STEPS), plain)
+    xr.testing.assert_allclose(
+        sweep.run(model, PROMPTS, SEEDS, durable(), METRICS, tmp_path / "b", num_steps=STEPS), plain
+    )
 
 
 def test_one_run_at_a_time_writes_to_a_folder(model, tmp_path):
@@ -540,26 +732,42 @@ def test_one_run_at_a_time_writes_to_a_folder(model, tmp_path):
 @pytest.mark.parametrize("on", ["image", "x0"])
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_the_work_that_a_plan_announces_is_the_work_that_is_done(model, monkeypatch, on, guidance):
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(STEPS))
+    cells = sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"),
+        layers=range(2),
+        heads=range(2),
+        steps=range(STEPS),
+    )
     cells |= {
         "late": Intervention("ln_final.hook_normalized", steps=1),
         "between": Intervention("hook_latent", steps=2, action=Scale(2.0)),
     }
     metric = sweep.Metric(pixels, on=on)
-    plan = sweep.plan(model, PROMPTS, SEEDS, cells, {"m": metric}, num_steps=STEPS, guidance=guidance, batch=7)
+    plan = sweep.plan(
+        model, PROMPTS, SEEDS, cells, {"m": metric}, num_steps=STEPS, guidance=guidance, batch=7
+    )
     cost = plan.cost
     done, decoded = [], []
     for block in model.dit.blocks:
         forward = block.forward
-        monkeypatch.setattr(block, "forward", lambda x, *args, forward=forward: done.append(len(x)) or forward(x, *args))
+        monkeypatch.setattr(
+            block,
+            "forward",
+            lambda x, *args, forward=forward: done.append(len(x)) or forward(x, *args),
+        )
     decode = model.decoded
-    monkeypatch.setattr(model, "decoded", lambda latent: decoded.append(len(latent)) or decode(latent))
+    monkeypatch.setattr(
+        model, "decoded", lambda latent: decoded.append(len(latent)) or decode(latent)
+    )
     with FlopCounterMode(display=False) as counter:
         plan.run()
-    assert cost.fork_layers + len(PROMPTS) * len(SEEDS) * STEPS * 2 * (2 if guidance > 1 else 1) <= sum(done)
+    assert cost.fork_layers + len(PROMPTS) * len(SEEDS) * STEPS * 2 * (
+        2 if guidance > 1 else 1
+    ) <= sum(done)
     assert cost.row_layers == sum(done)
     assert cost.images == sum(decoded)
-    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.1)  # embeddings of rows that begin in the middle
+    # embeddings of rows that begin in the middle
+    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
     assert cost.naive_layers == plan.cells * STEPS * 2 * (2 if guidance > 1 else 1)
     assert f"{plan.cells} cells" in plan.explain()
 
@@ -567,7 +775,14 @@ def test_the_work_that_a_plan_announces_is_the_work_that_is_done(model, monkeypa
 def test_a_batch_is_as_large_as_half_of_the_memory_allows(model, monkeypatch):
     def batch_with(free: int) -> int:
         monkeypatch.setattr("dit_lens.sweep.cost.free_bytes", lambda device: free)
-        return sweep.plan(model, PROMPTS, SEEDS, {"a": Intervention("blocks.0.attn.hook_z")}, METRICS, num_steps=STEPS).batch
+        return sweep.plan(
+            model,
+            PROMPTS,
+            SEEDS,
+            {"a": Intervention("blocks.0.attn.hook_z")},
+            METRICS,
+            num_steps=STEPS,
+        ).batch
 
     assert batch_with(0) == 1
     assert batch_with(2**40) == 32

@@ -15,7 +15,9 @@ RED, BLUE = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
 
 
 def painted(red: int, blue: int) -> torch.Tensor:
-    """A white image with so many red and blue pixels, row by row from the upper and the lower end."""
+    """A white image with so many red and blue pixels, row by row from the upper and the lower
+    end.
+    """
     pixels = torch.ones(128 * 128, 3)
     pixels[:red], pixels[len(pixels) - blue :] = RED, BLUE
     return pixels.T.reshape(1, 3, 128, 128)
@@ -29,7 +31,8 @@ def test_an_object_below_the_judges_smallest_area_is_absent(red: int) -> None:
     assert groups["blue"].sum() == pytest.approx(64 * 3000 / 128**2)
     assert torch.allclose(sum(groups.values()), torch.ones(1, 64))
     if seen:
-        assert groups["red"][0, : seen // (128 * 16)].eq(1).all()  # whole rows of tokens, from the upper left corner
+        # whole rows of tokens, from the upper left corner
+        assert groups["red"][0, : seen // (128 * 16)].eq(1).all()
 
 
 def test_a_threshold_is_reached_by_the_share_that_equals_it() -> None:
@@ -54,8 +57,14 @@ def test_objects_are_those_of_the_scene_wherever_they_lie() -> None:
             center = groups[f"object{number}"][row].reshape(8, 8)
             rows, columns = np.indices((8, 8))
             mass = center.numpy()
-            place = ((mass * columns).sum() / mass.sum() * 16 + 8, (mass * rows).sum() / mass.sum() * 16 + 8)
-            assert np.abs(np.array(place) - (x, y)).max() < 4 + max(half_size(shape)) / 4, (scene, place)
+            place = (
+                (mass * columns).sum() / mass.sum() * 16 + 8,
+                (mass * rows).sum() / mass.sum() * 16 + 8,
+            )
+            assert np.abs(np.array(place) - (x, y)).max() < 4 + max(half_size(shape)) / 4, (
+                scene,
+                place,
+            )
             channel = 0 if color == "red" else 2
             inside = images[row, :, y, x]
             assert inside[channel] > 0.9

@@ -1,4 +1,6 @@
-"""The judge of images: perfect on perfect images, and wrong about a picture as soon as the picture is wrong."""
+"""The judge of images: perfect on perfect images, and wrong about a picture as soon as the picture
+is wrong.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ from dit_lens.task.scene import relation_between
 
 BOOLEANS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose")
 CENTRES = ("x1", "y1", "x2", "y2")
-LOOSELY = {r: {r, *r.replace("upper", "above").replace("lower", "below").split("_")} for r in RELATIONS}
-"""What `relation_loose` accepts when the centres are further than 5 px apart and strictly have a relation."""
+LOOSELY = {
+    r: {r, *r.replace("upper", "above").replace("lower", "below").split("_")} for r in RELATIONS
+}
+"""What `relation_loose` accepts when the centres are further than 5 px apart and strictly have a
+relation.
+"""
 SCENE = Scene("triangle", "red", 30, 40, "square", "blue", 90, 42, "left", "left of")
 GREY = torch.full((3, 128, 128), 128 / 255)
 BLUE, MAROON = (0, 0, 255), (150, 0, 0)
@@ -37,11 +43,19 @@ def expect(image: torch.Tensor, scene: Scene = SCENE, **expected: float) -> None
     assert {name: result[name] for name in expected} == expected
 
 
-def paint(image: torch.Tensor, mask: np.ndarray, x: int, y: int, color: tuple[int, int, int] = PIXELS["red"]) -> torch.Tensor:
+def paint(
+    image: torch.Tensor,
+    mask: np.ndarray,
+    x: int,
+    y: int,
+    color: tuple[int, int, int] = PIXELS["red"],
+) -> torch.Tensor:
     """A copy with `mask` painted on it, its box's centre at (x, y)."""
     image = image.clone()
     top, left = y - mask.shape[0] // 2, x - mask.shape[1] // 2
-    image[:, top : top + mask.shape[0], left : left + mask.shape[1]][:, torch.tensor(mask)] = torch.tensor(color)[:, None] / 255
+    image[:, top : top + mask.shape[0], left : left + mask.shape[1]][:, torch.tensor(mask)] = (
+        torch.tensor(color)[:, None] / 255
+    )
     return image
 
 
@@ -51,7 +65,9 @@ def disc(radius: int) -> np.ndarray:
 
 
 def block_low_pass(images: np.ndarray) -> np.ndarray:
-    """What a linear patch codec leaves: the lowest 3 × 3 cosine components of every 8 × 8 block and channel."""
+    """What a linear patch codec leaves: the lowest 3 × 3 cosine components of every 8 × 8 block and
+    channel.
+    """
     blocks = images.reshape(*images.shape[:2], 16, 8, 16, 8)
     spectrum = dctn(blocks, axes=(3, 5), norm="ortho")
     spectrum[:, :, :, 3:] = 0
@@ -92,11 +108,19 @@ def test_slightly_spoilt_images_still_pass(spoil):
 
 @pytest.mark.parametrize("distribution", ["balanced", "natural"])
 def test_measured_centres_obey_the_scalar_rules(distribution):
-    """With each scene's relation replaced by any other; overlapping scenes are among the natural ones."""
+    """With each scene's relation replaced by any other; overlapping scenes are among the natural
+    ones.
+    """
     rng = np.random.default_rng(0)
-    scenes = [replace(s, relation=RELATIONS[rng.integers(8)]) for s in sample(300, 1, split="all", distribution=distribution)]
+    scenes = [
+        replace(s, relation=RELATIONS[rng.integers(8)])
+        for s in sample(300, 1, split="all", distribution=distribution)
+    ]
     result = evaluate(render(scenes), scenes)
-    columns = [result[name].values for name in ("unique_binding", "relation_strict", "relation_loose", *CENTRES)]
+    columns = [
+        result[name].values
+        for name in ("unique_binding", "relation_strict", "relation_loose", *CENTRES)
+    ]
     assert columns[0].all() == (distribution == "balanced")
     for scene, unique, strict, loose, *centre in zip(scenes, *columns, strict=True):
         if unique:
@@ -129,7 +153,8 @@ def test_moving_an_object_flips_the_relation_and_nothing_else(x1, y1, true_relat
     for claim in RELATIONS:
         expect(
             image,
-            replace(scene, relation=claim, x1=0, y1=0),  # where the scene says that objects are does not matter
+            # where the scene says that objects are does not matter
+            replace(scene, relation=claim, x1=0, y1=0),
             **dict.fromkeys(("color", "shape", "unique_binding"), True),
             relation_strict=claim == true_relation,
             relation_loose=claim in LOOSELY[true_relation],
@@ -139,26 +164,53 @@ def test_moving_an_object_flips_the_relation_and_nothing_else(x1, y1, true_relat
 
 
 def test_strict_asks_for_level_objects_and_loose_does_not():
-    for y1, strict in ((SCENE.y2 + 5, True), (SCENE.y2 + 6, False), (SCENE.y2 - 6, False), (SCENE.y2 + 60, False)):
+    for y1, strict in (
+        (SCENE.y2 + 5, True),
+        (SCENE.y2 + 6, False),
+        (SCENE.y2 - 6, False),
+        (SCENE.y2 + 60, False),
+    ):
         expect(render([replace(SCENE, y1=y1)])[0], relation_strict=strict, relation_loose=True)
 
 
-@pytest.mark.parametrize("swap", [{"shape1": "square", "shape2": "triangle"}, {"color1": "blue", "color2": "red"}])
+@pytest.mark.parametrize(
+    "swap", [{"shape1": "square", "shape2": "triangle"}, {"color1": "blue", "color2": "red"}]
+)
 def test_swapped_attributes_break_binding_only(swap):
     image = render([replace(SCENE, **swap)])[0]
-    expect(image, color=True, shape=True, n_objects=2, unique_binding=False, relation_strict=False, relation_loose=False)
+    expect(
+        image,
+        color=True,
+        shape=True,
+        n_objects=2,
+        unique_binding=False,
+        relation_strict=False,
+        relation_loose=False,
+    )
     result = verdict(image)
     assert np.isnan([result[name] for name in (*CENTRES, "relation_given_both")]).all()
 
 
 def test_both_swapped_is_the_relation_reversed():
     swap = {"shape1": "square", "shape2": "triangle", "color1": "blue", "color2": "red"}
-    expect(render([replace(SCENE, **swap)])[0], unique_binding=True, relation_loose=False, x1=SCENE.x2, x2=SCENE.x1)
+    expect(
+        render([replace(SCENE, **swap)])[0],
+        unique_binding=True,
+        relation_loose=False,
+        x1=SCENE.x2,
+        x2=SCENE.x1,
+    )
 
 
 def test_a_duplicate_breaks_binding_but_a_bystander_does_not():
     image = render([SCENE])[0]
-    expect(paint(image, shape_mask("triangle"), 64, 100), n_objects=3, color=True, shape=True, unique_binding=False)
+    expect(
+        paint(image, shape_mask("triangle"), 64, 100),
+        n_objects=3,
+        color=True,
+        shape=True,
+        unique_binding=False,
+    )
     expect(paint(image, shape_mask("circle"), 64, 100), n_objects=3, relation_strict=True)
 
 
@@ -179,20 +231,35 @@ def test_an_object_of_quite_another_size_is_none(radius):
 
 @pytest.mark.parametrize("radius", [14, 15, 17, 19])
 def test_a_slightly_other_size_changes_neither_shape_nor_place(radius):
-    """A large disc covers more of the ideal square than of the ideal circle, so shapes are compared at equal area."""
-    image = paint(paint(GREY, np.ones((2 * radius + 1,) * 2, dtype=bool), 40, 40), disc(radius), 90, 90, BLUE)
-    scene = Scene("square", "red", 0, 0, "circle", "blue", 0, 0, "upper_left", "above and to the left of")
+    """A large disc covers more of the ideal square than of the ideal circle, so shapes are compared
+    at equal area.
+    """
+    image = paint(
+        paint(GREY, np.ones((2 * radius + 1,) * 2, dtype=bool), 40, 40), disc(radius), 90, 90, BLUE
+    )
+    scene = Scene(
+        "square", "red", 0, 0, "circle", "blue", 0, 0, "upper_left", "above and to the left of"
+    )
     expect(image, scene, relation_strict=True, x1=40, y1=40, x2=90, y2=90)
 
 
-@pytest.mark.parametrize("color", [(255, 128, 0), (255, 0, 255), (255, 120, 120), MAROON, (0, 255, 0), (255, 255, 255)])
+@pytest.mark.parametrize(
+    "color", [(255, 128, 0), (255, 0, 255), (255, 120, 120), MAROON, (0, 255, 0), (255, 255, 255)]
+)
 def test_an_object_of_another_colour_is_none(color):
     expect(paint(GREY, SQUARE, 64, 64, color), n_objects=0, color=False)
 
 
 def test_colour_and_shape_are_judged_apart():
-    """A model learns colours before shapes: discs of wrong sizes have `color`; the right outlines in maroon have `shape`."""
-    expect(paint(paint(GREY, disc(8), 30, 30), disc(25), 90, 90, BLUE), color=True, shape=False, n_objects=0)
+    """A model learns colours before shapes: discs of wrong sizes have `color`; the right outlines
+    in maroon have `shape`.
+    """
+    expect(
+        paint(paint(GREY, disc(8), 30, 30), disc(25), 90, 90, BLUE),
+        color=True,
+        shape=False,
+        n_objects=0,
+    )
     maroon = paint(paint(GREY, shape_mask("triangle"), 30, 30, MAROON), SQUARE, 90, 90, MAROON)
     expect(maroon, color=False, shape=True, n_objects=0)
 
@@ -211,7 +278,9 @@ def test_a_halo_fainter_than_half_does_not_matter():
     pale = tuple(round(128 + 0.4 * (value - 128)) for value in PIXELS["red"])
     image = paint(GREY, np.ones((50, 45), dtype=bool), 58, 66, pale)
     image = paint(paint(image, SQUARE, 54, 60), disc(16), 100, 100, BLUE)
-    scene = Scene("square", "red", 0, 0, "circle", "blue", 0, 0, "upper_left", "above and to the left of")
+    scene = Scene(
+        "square", "red", 0, 0, "circle", "blue", 0, 0, "upper_left", "above and to the left of"
+    )
     expect(image, scene, relation_strict=True, x1=54, y1=60)
 
 
@@ -224,15 +293,20 @@ def test_specks_do_not_matter():
 
 
 def test_chance_level_of_the_relation():
-    """Each image against all eight claims: strict accepts one; loose accepts three for a diagonal, one for level objects.
+    """Each image against all eight claims: strict accepts one; loose accepts three for a diagonal,
+    one for level objects.
 
     Relations being balanced, a model that ignores the relation therefore scores 1/8 and 1/4.
     """
     scenes = sample(120, 4, split="all")
     images = render(scenes)
-    results = [evaluate(images, [replace(s, relation=claim) for s in scenes]) for claim in RELATIONS]
+    results = [
+        evaluate(images, [replace(s, relation=claim) for s in scenes]) for claim in RELATIONS
+    ]
     assert (np.sum([r.relation_strict.values for r in results], axis=0) == 1).all()
-    assert np.sum([r.relation_loose.values for r in results], axis=0).tolist() == [len(LOOSELY[s.relation]) for s in scenes]
+    assert np.sum([r.relation_loose.values for r in results], axis=0).tolist() == [
+        len(LOOSELY[s.relation]) for s in scenes
+    ]
 
 
 def test_shuffled_scenes_score_at_chance():
@@ -242,8 +316,11 @@ def test_shuffled_scenes_score_at_chance():
     mean = {name: value.item() for name, value in result.mean().items()}
     assert mean["color"] == 1
     assert mean["shape"] == pytest.approx(1 / 3, abs=0.05)  # the same two of three shapes …
-    assert mean["unique_binding"] == pytest.approx(1 / 6, abs=0.04)  # … and the same colours on them
-    assert mean["relation_given_both"] == pytest.approx(mean["relation_loose"] / mean["unique_binding"])
+    # … and the same colours on them
+    assert mean["unique_binding"] == pytest.approx(1 / 6, abs=0.04)
+    assert mean["relation_given_both"] == pytest.approx(
+        mean["relation_loose"] / mean["unique_binding"]
+    )
     assert mean["relation_given_both"] == pytest.approx(1 / 4, abs=0.1)
 
 
@@ -259,7 +336,15 @@ NO_PICTURES = {
 
 @pytest.mark.parametrize("image", NO_PICTURES.values(), ids=NO_PICTURES)
 def test_no_picture_is_an_error(image):
-    expect(image, n_objects=0, color=False, shape=False, unique_binding=False, relation_strict=False, relation_loose=False)
+    expect(
+        image,
+        n_objects=0,
+        color=False,
+        shape=False,
+        unique_binding=False,
+        relation_strict=False,
+        relation_loose=False,
+    )
 
 
 @settings(max_examples=30)
@@ -268,7 +353,8 @@ def test_no_picture_is_an_error(image):
     st.integers(0, 50),
 )
 def test_any_array_gets_a_consistent_verdict(coarse, seed):
-    images = torch.from_numpy(coarse).repeat_interleave(8, 2).repeat_interleave(8, 3)  # blocks, so that regions are large
+    # blocks, so that regions are large
+    images = torch.from_numpy(coarse).repeat_interleave(8, 2).repeat_interleave(8, 3)
     result = evaluate(images, sample(2, seed))
     assert (result.unique_binding | ~(result.relation_loose | result.relation_strict)).all()
     assert ((result.color & result.shape) | ~result.unique_binding).all()
@@ -291,7 +377,10 @@ def test_a_batch_is_its_images():
 
 def test_pixels_beyond_the_range_are_clipped_and_nan_is_background():
     image = render([SCENE])[0]
-    expect(torch.where(image == 1, 7.0, torch.where(image == 0, -torch.inf, torch.nan)), relation_strict=True)
+    expect(
+        torch.where(image == 1, 7.0, torch.where(image == 0, -torch.inf, torch.nan)),
+        relation_strict=True,
+    )
 
 
 def test_an_overshoot_of_the_background_is_no_color():
@@ -309,7 +398,9 @@ def test_any_precision_and_gradients_are_taken(dtype):
 
 def test_wrong_sizes_are_explained():
     image = render([SCENE])
-    with pytest.raises(ValueError, match=r"images must have shape \(2, 3, 128, 128\).* not \(1, 3, 128, 128\)"):
+    with pytest.raises(
+        ValueError, match=r"images must have shape \(2, 3, 128, 128\).* not \(1, 3, 128, 128\)"
+    ):
         evaluate(image, [SCENE, SCENE])
     with pytest.raises(ValueError, match=r"not \(1, 3, 64, 64\)"):
         evaluate(image[:, :, :64, :64], [SCENE])

@@ -1,4 +1,6 @@
-"""Layout by colours alone, stray regions, and the paper's rules: against scenes whose objects are known."""
+"""Layout by colours alone, stray regions, and the paper's rules: against scenes whose objects are
+known.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_the_layout_is_blind_to_shapes_and_the_judge_is_not():
 
 def test_a_lost_color_has_no_layout():
     red_alone = IMAGES.clone()
-    red_alone[:, :, :] = torch.where((IMAGES[:, 2:] > IMAGES[:, :1] + 0.3).expand_as(IMAGES), torch.tensor(0.5), IMAGES)
+    red_alone[:, :, :] = torch.where(
+        (IMAGES[:, 2:] > IMAGES[:, :1] + 0.3).expand_as(IMAGES), torch.tensor(0.5), IMAGES
+    )
     seen = scenes.layout(red_alone, WANTED)
     assert np.isnan(seen["dx"]).all()
     assert np.isnan(seen["y_sign"]).all()
@@ -71,7 +75,9 @@ def test_the_papers_rules_pass_the_papers_own_images():
     cardinal = np.array([s.relation in ("left", "right") for s in WANTED])
     assert seen["relation_loose"].mean() > 0.97
     assert seen["relation_strict"][~cardinal].mean() > 0.97
-    assert not scenes.paper_verdicts(IMAGES, [scenes.opposite(s) for s in WANTED])["relation_loose"].any()
+    assert not scenes.paper_verdicts(IMAGES, [scenes.opposite(s) for s in WANTED])[
+        "relation_loose"
+    ].any()
 
 
 def test_the_papers_triangle_is_about_a_pixel_high():

@@ -1,4 +1,6 @@
-"""Scenes: what is drawn is what the record says, and samples have the statistics that they claim."""
+"""Scenes: what is drawn is what the record says, and samples have the statistics that they
+claim.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dit_lens.task import HELD_OUT, PHRASES, RELATIONS, Scene, caption, evaluate, from_caption, opposite, render, sample
+from dit_lens.task import (
+    HELD_OUT,
+    PHRASES,
+    RELATIONS,
+    Scene,
+    caption,
+    evaluate,
+    from_caption,
+    opposite,
+    render,
+    sample,
+)
 from dit_lens.task.rendering import shape_mask
-from dit_lens.task.scene import CENTRE_RANGE, COLORS, COMBINATIONS, DIRECTIONS, SHAPES, WORDS, relation_between
+from dit_lens.task.scene import (
+    CENTRE_RANGE,
+    COLORS,
+    COMBINATIONS,
+    DIRECTIONS,
+    SHAPES,
+    WORDS,
+    relation_between,
+)
 
 DISTRIBUTIONS = ("balanced", "natural")
 RED_CIRCLE_LEFT = Scene("circle", "red", 30, 64, "square", "blue", 90, 64, "left", "left of")
@@ -29,7 +50,12 @@ def pixels_of(image: torch.Tensor, color: str) -> np.ndarray:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @settings(max_examples=25)
-@given(n=st.integers(0, 150), more=st.integers(0, 100), start=st.integers(0, 150), seed=st.integers(0, 2**32))
+@given(
+    n=st.integers(0, 150),
+    more=st.integers(0, 100),
+    start=st.integers(0, 150),
+    seed=st.integers(0, 2**32),
+)
 def test_a_sample_is_a_window_of_one_endless_sequence(distribution, n, more, start, seed):
     window = sample(n, seed, start=start, distribution=distribution)
     assert len(window) == n
@@ -65,8 +91,12 @@ def test_every_part_of_a_held_out_combination_is_in_training():
 def test_training_never_sees_what_is_held_out(distribution):
     drawn = {s.combination for s in sample(4000, 0, distribution=distribution)}
     assert drawn == set(COMBINATIONS) - HELD_OUT
-    assert {s.combination for s in sample(500, 0, distribution=distribution, split="held_out")} == HELD_OUT
-    assert {s.combination for s in sample(4000, 0, distribution=distribution, split="all")} == set(COMBINATIONS)
+    assert {
+        s.combination for s in sample(500, 0, distribution=distribution, split="held_out")
+    } == HELD_OUT
+    assert {s.combination for s in sample(4000, 0, distribution=distribution, split="all")} == set(
+        COMBINATIONS
+    )
 
 
 def test_balanced_is_uniform_over_relations_combinations_and_phrases():
@@ -100,7 +130,9 @@ def test_balanced_positions_reach_the_whole_range():
 
 
 def test_natural_is_the_original_training_set():
-    """Frequencies of the original's generator: paper.md §1.1 of the project's facts (10,000 simulated scenes)."""
+    """Frequencies of the original's generator: paper.md §1.1 of the project's facts (10,000
+    simulated scenes).
+    """
     scenes = sample(10_000, 0, split="all", distribution="natural")
     frequency = {r: n / len(scenes) for r, n in Counter(s.relation for s in scenes).items()}
     for relation in RELATIONS:
@@ -116,10 +148,14 @@ def test_natural_is_the_original_training_set():
 
 
 def overlap_share(scene: Scene) -> float:
-    """The bounding boxes' intersection over the smaller one, in the original's geometry (a triangle hangs on its centroid)."""
+    """The bounding boxes' intersection over the smaller one, in the original's geometry (a triangle
+    hangs on its centroid).
+    """
     height = 16 * math.sqrt(3)
     up1, up2 = (height / 3 if shape == "triangle" else 16 for shape in (scene.shape1, scene.shape2))
-    down1, down2 = (2 * height / 3 if shape == "triangle" else 16 for shape in (scene.shape1, scene.shape2))
+    down1, down2 = (
+        2 * height / 3 if shape == "triangle" else 16 for shape in (scene.shape1, scene.shape2)
+    )
     width = 32 - abs(scene.x1 - scene.x2)
     rows = min(scene.y1 + down1, scene.y2 + down2) - max(scene.y1 - up1, scene.y2 - up2)
     return max(width, 0) * max(rows, 0) / (32 * min(up1 + down1, up2 + down2))
@@ -127,7 +163,9 @@ def overlap_share(scene: Scene) -> float:
 
 def test_spread_is_a_curriculum_from_eight_layouts():
     for s in sample(500, 0, spread=0.0):
-        for (value1, value2), direction in zip(((s.x1, s.x2), (s.y1, s.y2)), DIRECTIONS[s.relation], strict=True):
+        for (value1, value2), direction in zip(
+            ((s.x1, s.x2), (s.y1, s.y2)), DIRECTIONS[s.relation], strict=True
+        ):
             assert abs(value1 - (64 + 28 * direction)) <= 2
             assert abs(value2 - (64 - 28 * direction)) <= 2
     assert sample(100, 0, spread=1.0) == sample(100, 0)
@@ -173,7 +211,8 @@ def test_every_pixel_is_red_blue_or_grey_and_objects_are_whole():
     for scene, image, background in zip(scenes, images, grey.numpy(), strict=True):
         first, second = pixels_of(image, scene.color1), pixels_of(image, scene.color2)
         assert (first ^ second ^ background).all()
-        # an object that was covered, or cut by the border, would have lost pixels: balanced scenes never overlap
+        # an object that was covered, or cut by the border, would have lost pixels: balanced scenes
+        # never overlap
         assert first.sum() == shape_mask(scene.shape1).sum()
         assert second.sum() == shape_mask(scene.shape2).sum()
 
@@ -189,7 +228,8 @@ def test_the_bounding_box_is_centred_on_the_nominal_centre(shape):
 
 
 def test_shapes_have_the_area_and_the_outline_that_their_names_promise():
-    # a disc and a polygon drawn on pixel centres cover half a pixel more on every side than their nominal radius
+    # a disc and a polygon drawn on pixel centres cover half a pixel more on every side than their
+    # nominal radius
     assert shape_mask("square").shape == shape_mask("circle").shape == (33, 33)
     assert shape_mask("square").all()
     assert shape_mask("circle").sum() == pytest.approx(math.pi * 16.5**2, rel=0.02)
@@ -225,7 +265,10 @@ def test_caption_names_the_colours_that_it_is_told_to():
     assert caption(scene) == "red circle is left of blue square"
     assert caption(replace(scene, names_color1=False)) == "circle is left of blue square"
     assert caption(replace(scene, names_color2=False)) == "red circle is left of square"
-    assert caption(replace(scene, names_color1=False, names_color2=False)) == "circle is left of square"
+    assert (
+        caption(replace(scene, names_color1=False, names_color2=False))
+        == "circle is left of square"
+    )
 
 
 def test_a_caption_has_its_scene_back():
@@ -234,14 +277,22 @@ def test_a_caption_has_its_scene_back():
     found = [from_caption(caption(scene)) for scene in wanted]
     for scene, back in zip(wanted, found, strict=True):
         assert caption(back) == caption(scene)
-        assert relation_between(back.x1, back.y1, back.x2, back.y2) == back.relation == scene.relation
+        assert (
+            relation_between(back.x1, back.y1, back.x2, back.y2) == back.relation == scene.relation
+        )
         if scene.names_color1 or scene.names_color2:
             assert (back.color1, back.color2) == (scene.color1, scene.color2)
     assert evaluate(render(found), found)["relation_strict"].all()
 
 
 @pytest.mark.parametrize(
-    "text", ["a horse", "red circle is above red square", "red circle is above blue circle", "red circle above blue square"]
+    "text",
+    [
+        "a horse",
+        "red circle is above red square",
+        "red circle is above blue circle",
+        "red circle above blue square",
+    ],
 )
 def test_a_sentence_that_is_no_caption_is_refused(text):
     with pytest.raises(ValueError, match="no caption of the task"):
@@ -276,13 +327,18 @@ def test_the_opposite_of_a_scene_is_said_in_as_many_words_of_the_same_objects():
 
 
 def test_words_are_exactly_those_of_captions():
-    assert {word for s in sample(2000, 0, color_words="both") for word in caption(s).split()} == set(WORDS)
+    assert {
+        word for s in sample(2000, 0, color_words="both") for word in caption(s).split()
+    } == set(WORDS)
 
 
 def test_options_that_do_not_exist_are_refused():
     for options in ({"split": "heldout"}, {"distribution": "uniform"}, {"color_words": "all"}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))}='{next(iter(options.values()))}': choose"):
-            getattr(sample, "__wrapped__", sample)(2, seed=0, **options)  # past the type checker, as a user calls it
+        with pytest.raises(
+            ValueError, match=f"{next(iter(options))}='{next(iter(options.values()))}': choose"
+        ):
+            # past the type checker, as a user calls it
+            getattr(sample, "__wrapped__", sample)(2, seed=0, **options)
 
 
 def test_centres_reach_both_ends_of_their_range_and_a_shared_centre_is_below():

@@ -19,7 +19,12 @@ TRIOS = sample_trios(512, seed=3)
 
 
 @settings(max_examples=10)
-@given(n=st.integers(0, 100), more=st.integers(0, 70), start=st.integers(0, 100), seed=st.integers(0, 2**32))
+@given(
+    n=st.integers(0, 100),
+    more=st.integers(0, 70),
+    start=st.integers(0, 100),
+    seed=st.integers(0, 2**32),
+)
 def test_a_sample_is_a_window_of_one_endless_sequence(n, more, start, seed):
     window = sample_trios(n, seed, start=start)
     assert len(window) == n
@@ -27,17 +32,25 @@ def test_a_sample_is_a_window_of_one_endless_sequence(n, more, start, seed):
 
 
 def test_a_seed_names_its_sequence_for_good():
-    """Bundled models were trained on these: a generator for each chunk of 64, seeded by (seed, chunk, 3)."""
+    """Bundled models were trained on these: a generator for each chunk of 64, seeded by (seed,
+    chunk, 3).
+    """
     assert [scenes.caption(trio) for trio in sample_trios(2, seed=3, start=63)] == [
         "blue circle is to the lower right of red triangle and above red square",
         "blue circle is to the lower right of red triangle and below blue square",
     ]
-    assert TRIOS[0].objects == (("triangle", "blue", 28, 80), ("square", "red", 28, 36), ("circle", "red", 78, 89))
+    assert TRIOS[0].objects == (
+        ("triangle", "blue", 28, 80),
+        ("square", "red", 28, 36),
+        ("circle", "red", 78, 89),
+    )
 
 
 def test_a_caption_names_both_relations_and_three_objects():
     first = Scene("circle", "red", 64, 30, "square", "blue", 64, 90, "above", "higher than")
-    second = Scene("circle", "red", 64, 30, "triangle", "red", 100, 90, "upper_left", "to the upper left of")
+    second = Scene(
+        "circle", "red", 64, 30, "triangle", "red", 100, 90, "upper_left", "to the upper left of"
+    )
     said = scenes.caption(Trio(first, second))
     assert said == "red circle is higher than blue square and to the upper left of red triangle"
     assert scenes.caption(Trio(first, second), "below") == said.replace("higher than", "below")
@@ -56,10 +69,17 @@ def test_every_trio_obeys_both_relations_and_shares_object_1():
 
 
 def test_all_relations_colours_and_captions_occur():
-    assert {trio.first.relation for trio in TRIOS} == {trio.second.relation for trio in TRIOS} == set(RELATIONS)
-    assert {(trio.first.color1, trio.second.color2) for trio in TRIOS} == {(a, b) for a in scenes.COLORS for b in scenes.COLORS}
+    assert (
+        {trio.first.relation for trio in TRIOS}
+        == {trio.second.relation for trio in TRIOS}
+        == set(RELATIONS)
+    )
+    assert {(trio.first.color1, trio.second.color2) for trio in TRIOS} == {
+        (a, b) for a in scenes.COLORS for b in scenes.COLORS
+    }
     captions = all_trio_captions()
-    assert len(captions) == len(set(captions)) == 6 * 4 * (14**2 - 2 * 3**2 - 2 * 2**2 - 4)  # ordered phrases of two relations
+    # ordered phrases of two relations
+    assert len(captions) == len(set(captions)) == 6 * 4 * (14**2 - 2 * 3**2 - 2 * 2**2 - 4)
     assert {scenes.caption(trio) for trio in TRIOS} <= set(captions)
 
 
@@ -67,13 +87,23 @@ def test_held_out_combinations_stay_out_of_training():
     for trio in TRIOS:
         assert trio.first.combination not in HELD_OUT
         assert trio.second.combination not in HELD_OUT
-    assert all(trio.first.combination in HELD_OUT for trio in sample_trios(64, seed=3, split="held_out"))
+    assert all(
+        trio.first.combination in HELD_OUT for trio in sample_trios(64, seed=3, split="held_out")
+    )
 
 
 def test_perfect_images_score_one_and_every_object_is_whole():
     images = scenes.render(TRIOS)
     verdict = scenes.evaluate(images, TRIOS)
-    for name in ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation1_loose", "relation2_loose"):
+    for name in (
+        "color",
+        "shape",
+        "unique_binding",
+        "relation_strict",
+        "relation_loose",
+        "relation1_loose",
+        "relation2_loose",
+    ):
         assert verdict[name].values.all(), name
     assert (verdict["n_objects"] == 3).all()
     for i in (1, 2, 3):
@@ -85,7 +115,9 @@ def test_perfect_images_score_one_and_every_object_is_whole():
 
 @pytest.mark.parametrize(("missing", "hurt"), [(1, "relation1_loose"), (2, "relation2_loose")])
 def test_each_relation_is_judged_by_its_own_objects(missing, hurt):
-    """Pictures that lack one object: the relation that speaks of it fails, the other does not, and nothing holds as a whole."""
+    """Pictures that lack one object: the relation that speaks of it fails, the other does not, and
+    nothing holds as a whole.
+    """
     lacking = [trio.second if missing == 1 else trio.first for trio in TRIOS]
     verdict = scenes.evaluate(scenes.render(lacking), TRIOS)
     other = {"relation1_loose": "relation2_loose", "relation2_loose": "relation1_loose"}[hurt]
@@ -97,9 +129,13 @@ def test_each_relation_is_judged_by_its_own_objects(missing, hurt):
 
 def test_a_mirrored_picture_has_the_objects_but_neither_relation():
     def mirrored(scene: Scene) -> Scene:
-        return replace(scene, x1=128 - scene.x1, y1=128 - scene.y1, x2=128 - scene.x2, y2=128 - scene.y2)
+        return replace(
+            scene, x1=128 - scene.x1, y1=128 - scene.y1, x2=128 - scene.x2, y2=128 - scene.y2
+        )
 
-    verdict = scenes.evaluate(scenes.render([Trio(mirrored(trio.first), mirrored(trio.second)) for trio in TRIOS]), TRIOS)
+    verdict = scenes.evaluate(
+        scenes.render([Trio(mirrored(trio.first), mirrored(trio.second)) for trio in TRIOS]), TRIOS
+    )
     assert verdict["unique_binding"].values.all()
     for name in ("relation1_loose", "relation2_loose", "relation_strict"):
         assert not verdict[name].values.any(), name

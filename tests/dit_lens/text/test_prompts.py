@@ -17,7 +17,20 @@ from dit_lens.readout.synopsis import attention_synopsis
 from dit_lens.text.prompts import RELATION_WORDS, as_choice, token_mask, token_roles
 from hooked_models import HookedTextToImage
 
-PLACE_WORDS = ("under", "over", "beneath", "beside", "behind", "between", "near", "next", "inside", "on", "top", "front")
+PLACE_WORDS = (
+    "under",
+    "over",
+    "beneath",
+    "beside",
+    "behind",
+    "between",
+    "near",
+    "next",
+    "inside",
+    "on",
+    "top",
+    "front",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +56,29 @@ def spelled(model: HookedTextToImage, prompt: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("prompt", "roles"),
     [
-        ("red circle, above blue square.", {"color1": ["red"], "shape1": ["circle"], "color2": ["blue"], "shape2": ["square"]}),
+        (
+            "red circle, above blue square.",
+            {"color1": ["red"], "shape1": ["circle"], "color2": ["blue"], "shape2": ["square"]},
+        ),
         ("a red circle above a blue square!", {"shape1": ["circle"], "color2": ["blue"]}),
-        ("RED circle: left of (blue square)", {"color1": ["red"], "shape1": ["circle"], "relation": ["left"]}),
-        ("red circle</s> above blue square", {"shape1": ["circle"], "relation": ["above"], "shape2": ["square"]}),
-        ("red-colored circle's above square", {"color1": ["red"], "shape1": ["circle"], "shape2": ["square"]}),
+        (
+            "RED circle: left of (blue square)",
+            {"color1": ["red"], "shape1": ["circle"], "relation": ["left"]},
+        ),
+        (
+            "red circle</s> above blue square",
+            {"shape1": ["circle"], "relation": ["above"], "shape2": ["square"]},
+        ),
+        (
+            "red-colored circle's above square",
+            {"color1": ["red"], "shape1": ["circle"], "shape2": ["square"]},
+        ),
         ("ｒｅｄ ＣＩＲＣＬＥ above", {"relation": ["above"]}),
     ],
 )
-def test_words_end_at_punctuation(t5: HookedTextToImage, prompt: str, roles: dict[str, list[str]]) -> None:
+def test_words_end_at_punctuation(
+    t5: HookedTextToImage, prompt: str, roles: dict[str, list[str]]
+) -> None:
     found = spelled(t5, prompt)
     assert {role: found[role] for role in roles} == roles
     assert found["eos"][-1] == "</s>"
@@ -66,9 +93,16 @@ def test_words_of_place_are_no_filler(t5: HookedTextToImage, word: str) -> None:
 
 
 @settings(max_examples=60)
-@given(scene=st.sampled_from(scenes.sample(60, seed=3, color_words="optional")), sign=st.sampled_from([",", ".", "", " ,", "!"]))
-def test_roles_of_captions_do_not_depend_on_signs(t5: HookedTextToImage, scene: scenes.Scene, sign: str) -> None:
-    """Against the scene itself: its colors, shapes and the direction words of its phrase, each with a sign behind it."""
+@given(
+    scene=st.sampled_from(scenes.sample(60, seed=3, color_words="optional")),
+    sign=st.sampled_from([",", ".", "", " ,", "!"]),
+)
+def test_roles_of_captions_do_not_depend_on_signs(
+    t5: HookedTextToImage, scene: scenes.Scene, sign: str
+) -> None:
+    """Against the scene itself: its colors, shapes and the direction words of its phrase, each with
+    a sign behind it.
+    """
     prompt = " ".join(word + sign for word in scenes.caption(scene).split())
     assume(len(t5.tokenizer(prompt).input_ids) <= t5.max_sequence_length)
     found = spelled(t5, prompt)
@@ -97,10 +131,15 @@ def test_the_cleaned_text_is_what_roles_are_found_in(t5: HookedTextToImage) -> N
     }
 
 
-def test_unknown_words_are_named_unless_allowed(t5: HookedTextToImage, rte: HookedTextToImage) -> None:
+def test_unknown_words_are_named_unless_allowed(
+    t5: HookedTextToImage, rte: HookedTextToImage
+) -> None:
     t5.allow_unknown_words = False
     try:
-        with pytest.raises(ValueError, match=r"does not know 'dragon', '~' in 'red dragon ~' .*allow_unknown_words = True"):
+        with pytest.raises(
+            ValueError,
+            match=r"does not know 'dragon', '~' in 'red dragon ~' .*allow_unknown_words = True",
+        ):
             t5(["red circle above blue square", "Red dragon ~"], num_steps=1)
     finally:
         t5.allow_unknown_words = True
@@ -115,7 +154,9 @@ def test_masks_of_every_form(rte: HookedTextToImage) -> None:
     texts = ["red circle is left of red square", "circle is above red square"]
 
     def rows(tokens, **options) -> list[list[int]]:
-        return [row.nonzero().flatten().tolist() for row in token_mask(rte, texts, tokens, **options)]
+        return [
+            row.nonzero().flatten().tolist() for row in token_mask(rte, texts, tokens, **options)
+        ]
 
     assert rows(prompts.word("red")) == [[0, 5], [3]]
     assert rows(prompts.word("red", nth=2), missing="ignore") == [[5], []]
@@ -129,7 +170,9 @@ def test_masks_of_every_form(rte: HookedTextToImage) -> None:
         rows("pad")
     with pytest.raises(ValueError, match=r"has no 'red' number 2\. Its words are circle"):
         rows(prompts.word("red", nth=2))
-    with pytest.raises(ValueError, match="There is no position 8 in the text: it has positions 0 to 7"):
+    with pytest.raises(
+        ValueError, match="There is no position 8 in the text: it has positions 0 to 7"
+    ):
         rows([8])
 
 
@@ -140,7 +183,9 @@ def test_words_that_are_none(text: object, nth: object) -> None:
 
 
 def test_choices_are_hashable_and_equal_for_equal_tokens() -> None:
-    assert hash(as_choice(prompts.word("a b", nth=np.int64(2)))) == hash(as_choice([prompts.word("a b", 2)]))
+    assert hash(as_choice(prompts.word("a b", nth=np.int64(2)))) == hash(
+        as_choice([prompts.word("a b", 2)])
+    )
     assert as_choice(range(2)) == as_choice(np.array([0, 1])) == (0, 1)
     assert str(prompts.word("a", 2)) == "word('a', nth=2)"
 
@@ -150,13 +195,20 @@ def test_words_are_tokens_wherever_roles_are(rte: HookedTextToImage) -> None:
     texts = ["red circle is above blue square", "blue circle is left of red square"]
     positions = token_mask(rte, texts, prompts.word("red"))
     for words, mask in ((prompts.word("red"), positions),):
-        ours, hand = (knockout_role(tokens, layers=2)[0].resolve(rte, texts) for tokens in (words, mask))
-        assert all(torch.equal(one.where, other.where) for one, other in zip(ours, hand, strict=True))
+        ours, hand = (
+            knockout_role(tokens, layers=2)[0].resolve(rte, texts) for tokens in (words, mask)
+        )
+        assert all(
+            torch.equal(one.where, other.where) for one, other in zip(ours, hand, strict=True)
+        )
         vector = torch.randn(rte.cfg.d_text, generator=torch.Generator().manual_seed(0))
-        ours, hand = (steer(rte, texts, vector, tokens, num_steps=1, guidance=1.0) for tokens in (words, mask))
+        ours, hand = (
+            steer(rte, texts, vector, tokens, num_steps=1, guidance=1.0) for tokens in (words, mask)
+        )
         assert torch.equal(ours, hand)
         ours, hand = (
-            attention_synopsis(rte, texts, text_groups={"red": tokens}, num_steps=1, guidance=1.0) for tokens in (words, mask)
+            attention_synopsis(rte, texts, text_groups={"red": tokens}, num_steps=1, guidance=1.0)
+            for tokens in (words, mask)
         )
         assert np.array_equal(ours, hand)
         assert ours.std() > 0

@@ -1,4 +1,6 @@
-"""Variance partition against statsmodels' ANOVA, effect vectors against least squares and planted truth."""
+"""Variance partition against statsmodels' ANOVA, effect vectors against least squares and planted
+truth.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def unbalanced(n: int = 70, d: int = 3, seed: int = 0) -> tuple[np.ndarray, pd.D
 
 def anova(vectors: np.ndarray, factors: pd.DataFrame, formula: str, typ: int) -> pd.DataFrame:
     """statsmodels' sums of squares, added over the vectors' components; rows named as here."""
-    tables = [anova_lm(ols(f"y ~ {formula}", factors.assign(y=column)).fit(), typ=typ)[["sum_sq", "df"]] for column in vectors.T]
+    tables = [
+        anova_lm(ols(f"y ~ {formula}", factors.assign(y=column)).fit(), typ=typ)[["sum_sq", "df"]]
+        for column in vectors.T
+    ]
     table = sum(tables[1:], tables[0])
     table.index = [row.replace("C(", "").replace(", Sum)", "") for row in table.index]
     return table / [((vectors - vectors.mean(0)) ** 2).sum(), len(tables)]
@@ -60,34 +65,51 @@ def test_shares_of_main_effects_are_those_of_statsmodels(d):
         assert table.r2_marginal[factor] == pytest.approx(alone.sum_sq[factor], rel=1e-9)
         assert table.df[factor] == table.df_partial[factor] == first.df[factor]
         residual = second.sum_sq["Residual"]
-        assert table.partial_eta2[factor] == pytest.approx(second.sum_sq[factor] / (second.sum_sq[factor] + residual), rel=1e-9)
+        assert table.partial_eta2[factor] == pytest.approx(
+            second.sum_sq[factor] / (second.sum_sq[factor] + residual), rel=1e-9
+        )
     assert table.r2_sequential["residual"] == pytest.approx(first.sum_sq["Residual"], rel=1e-9)
     assert table.df["residual"] == first.df["Residual"]
     assert table.r2_sequential.drop("total").sum() == pytest.approx(1)
-    assert not np.isclose(table.r2_sequential["a"], table.r2_partial["a"], rtol=0.05)  # the design is not orthogonal
+    # the design is not orthogonal
+    assert not np.isclose(table.r2_sequential["a"], table.r2_partial["a"], rtol=0.05)
 
 
 def test_more_components_than_vectors_make_no_difference_to_a_rotated_table():
     vectors, factors = unbalanced()
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(100, 3)))[0]
-    tables = [variance.partition(v, factors, permutations=99) for v in (vectors, vectors @ rotation.T + 1)]
+    tables = [
+        variance.partition(v, factors, permutations=99) for v in (vectors, vectors @ rotation.T + 1)
+    ]
     pd.testing.assert_frame_equal(*tables)
 
 
 def test_interactions_are_tested_beside_their_factors_and_factors_not_beside_them():
     vectors, factors = unbalanced(140, seed=1)
-    assert len(factors[["a", "b"]].drop_duplicates()) == 12  # statsmodels' type II needs every combination
+    # statsmodels' type II needs every combination
+    assert len(factors[["a", "b"]].drop_duplicates()) == 12
     table = variance.partition(vectors, factors, ["a:b"], permutations=9)
-    first, second = (anova(vectors, factors, f"{CODED} + C(a, Sum):C(b, Sum)", typ) for typ in (1, 2))
+    first, second = (
+        anova(vectors, factors, f"{CODED} + C(a, Sum):C(b, Sum)", typ) for typ in (1, 2)
+    )
     for term in ("a", "b", "c", "a:b"):
         assert table.r2_sequential[term] == pytest.approx(first.sum_sq[term], rel=1e-9)
         assert table.r2_partial[term] == pytest.approx(second.sum_sq[term], rel=1e-9)
-    assert list(variance.partition(vectors, factors, "all", permutations=1).index[:6]) == ["a", "b", "c", "a:b", "a:c", "b:c"]
+    assert list(variance.partition(vectors, factors, "all", permutations=1).index[:6]) == [
+        "a",
+        "b",
+        "c",
+        "a:b",
+        "a:c",
+        "b:c",
+    ]
 
 
 def test_shares_of_a_balanced_design_are_one_and_the_same():
     rng = np.random.default_rng(0)
-    grid = pd.MultiIndex.from_product([range(3), list("xy"), range(4)], names=["a", "b", "c"]).to_frame(index=False)
+    grid = pd.MultiIndex.from_product(
+        [range(3), list("xy"), range(4)], names=["a", "b", "c"]
+    ).to_frame(index=False)
     parts = {name: rng.normal(size=(grid[name].nunique(), 6)) for name in grid}
     parts = {name: part - part.mean(0) for name, part in parts.items()}
     vectors = 2 + sum(parts[name][pd.factorize(grid[name])[0]] for name in grid)
@@ -95,26 +117,39 @@ def test_shares_of_a_balanced_design_are_one_and_the_same():
     sizes = {name: (part**2).sum() * len(grid) / len(part) for name, part in parts.items()}
     for name in grid:
         expected = sizes[name] / sum(sizes.values())
-        assert table.loc[name, ["r2_sequential", "r2_marginal", "r2_partial"]].tolist() == pytest.approx([expected] * 3)
+        assert table.loc[
+            name, ["r2_sequential", "r2_marginal", "r2_partial"]
+        ].tolist() == pytest.approx([expected] * 3)
         assert table.partial_eta2[name] == pytest.approx(1)
         assert table.p[name] == 0.01
     assert table.r2_sequential["residual"] == pytest.approx(0, abs=1e-12)
     effects = variance.effect_vectors(vectors, grid)
     np.testing.assert_allclose(effects["mean"], vectors.mean(0), atol=1e-12)
     for name in grid:
-        np.testing.assert_allclose(effects[name].sel({name: list(dict.fromkeys(grid[name]))}), parts[name], atol=1e-12)
+        np.testing.assert_allclose(
+            effects[name].sel({name: list(dict.fromkeys(grid[name]))}), parts[name], atol=1e-12
+        )
     everything = sum(effects.values()).sel(a=1, b="y", c=2)
-    np.testing.assert_allclose(everything, vectors[grid.query("a == 1 and b == 'y' and c == 2").index[0]], atol=1e-12)
+    np.testing.assert_allclose(
+        everything, vectors[grid.query("a == 1 and b == 'y' and c == 2").index[0]], atol=1e-12
+    )
 
 
 def test_permutation_p_agrees_with_the_f_test_on_normal_data():
     for seed in range(4):
         rng = np.random.default_rng(seed)
         _, factors = unbalanced(60, seed=seed)
-        y = 0.25 * rng.integers(1, 3) * (factors["c"] == "x") + 0.8 * factors["b"] + rng.normal(size=60)
+        y = (
+            0.25 * rng.integers(1, 3) * (factors["c"] == "x")
+            + 0.8 * factors["b"]
+            + rng.normal(size=60)
+        )
         found = variance.partition(y.to_numpy()[:, None], factors, permutations=1999, seed=1).p
-        expected = anova_lm(ols(f"y ~ {CODED}", factors.assign(y=y)).fit(), typ=2)["PR(>F)"].to_numpy()[:3]
-        np.testing.assert_allclose(found[:3].astype(float), expected, atol=0.04)  # about 3 standard errors at p = 1/2
+        expected = anova_lm(ols(f"y ~ {CODED}", factors.assign(y=y)).fit(), typ=2)[
+            "PR(>F)"
+        ].to_numpy()[:3]
+        # about 3 standard errors at p = 1/2
+        np.testing.assert_allclose(found[:3].astype(float), expected, atol=0.04)
     again = variance.partition(y.to_numpy()[:, None], factors, permutations=1999, seed=1).p
     pd.testing.assert_series_equal(found, again)
 
@@ -144,7 +179,8 @@ def test_what_only_several_others_explain_together_is_aliased_too():
     vectors = np.random.default_rng(0).normal(size=(12, 4))
     with pytest.warns(UserWarning, match="a with cell; b with cell; cell with a, b"):
         table = variance.partition(vectors, grid, permutations=9)
-    assert (table.df["cell"], table.df_partial["cell"]) == (5, 2)  # the interaction is all that is its own
+    # the interaction is all that is its own
+    assert (table.df["cell"], table.df_partial["cell"]) == (5, 2)
     interaction = variance.partition(vectors, grid[["a", "b"]], ["a:b"], permutations=9)
     assert table.r2_partial["cell"] == pytest.approx(interaction.r2_partial["a:b"])
 
@@ -152,7 +188,9 @@ def test_what_only_several_others_explain_together_is_aliased_too():
 def test_effect_vectors_of_an_unbalanced_design_are_the_least_squares_fit():
     vectors, factors = unbalanced()
     effects = variance.effect_vectors(vectors, factors, ["a:c"])
-    fits = [ols("y ~ C(a, Sum) * C(c, Sum) + C(b, Sum)", factors.assign(y=y)).fit() for y in vectors.T]
+    fits = [
+        ols("y ~ C(a, Sum) * C(c, Sum) + C(b, Sum)", factors.assign(y=y)).fit() for y in vectors.T
+    ]
     fitted = np.stack([fit.fittedvalues for fit in fits], axis=1)
     total = sum(effects.values())
     rows = [total.sel(a=row.a, b=row.b, c=row.c).values for row in factors.itertuples()]
@@ -202,14 +240,21 @@ def test_factorial_prompts_are_the_papers_264():
 @torch.no_grad()
 def test_word_vectors_are_the_encoders_output_at_the_word(kind):
     model = HookedTextToImage.from_pipeline(tiny_pipeline(kind))
-    for role, positions in (("shape2", [5, 6, 3, 5]), ("relation", [3, 3, 2, 3]), ("eos", [6, 7, 4, 6])):
+    for role, positions in (
+        ("shape2", [5, 6, 3, 5]),
+        ("relation", [3, 3, 2, 3]),
+        ("eos", [6, 7, 4, 6]),
+    ):
         vectors, factors = variance.word_vectors(model, PROMPTS, role)
         projected, _ = variance.word_vectors(model, PROMPTS, role, at="caption")
         for i, (prompt, position) in enumerate(zip(PROMPTS, positions, strict=True)):
             tokens = model.to_tokens(prompt)
             expected = model.text_encoder(tokens)[0][0, position]
-            torch.testing.assert_close(vectors[i], expected, atol=1e-5, rtol=1e-5)  # T5 pads the batch
-            torch.testing.assert_close(projected[i], model.dit.caption_projection(expected), atol=1e-5, rtol=1e-5)
+            # T5 pads the batch
+            torch.testing.assert_close(vectors[i], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                projected[i], model.dit.caption_projection(expected), atol=1e-5, rtol=1e-5
+            )
         assert list(factors["position"]) == positions
     assert factors.drop(columns="position").to_dict("list") == {
         "color1": ["red", "blue", "", "red"],
@@ -232,7 +277,9 @@ def test_pooling_and_scenes_and_phrases_of_the_bundled_model():
         text = scenes.caption(scene)
         directions = [p for p, word in enumerate(text.split()) if word in DIRECTION_WORDS]
         tokens = model.to_tokens(text)[0]
-        expected = (encoder.embed_tokens(tokens) + encoder.position_code(len(tokens)))[directions].mean(dim=0)
+        expected = (encoder.embed_tokens(tokens) + encoder.position_code(len(tokens)))[
+            directions
+        ].mean(dim=0)
         torch.testing.assert_close(mean[i], expected)
 
 
@@ -242,11 +289,17 @@ def test_random_token_vectors_carry_their_own_word_and_nothing_else():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vectors, factors = variance.word_vectors(model, prompts, "shape2", at="caption")
-        table = variance.partition(vectors, factors[["shape2", "shape1", "color1", "relation"]], permutations=9)
-    assert table.r2_marginal["shape2"] == pytest.approx(1)  # equal lengths: not even the position varies
-    assert table.r2_partial[["shape1", "color1", "relation"]].tolist() == pytest.approx([0, 0, 0], abs=1e-9)
+        table = variance.partition(
+            vectors, factors[["shape2", "shape1", "color1", "relation"]], permutations=9
+        )
+    # equal lengths: not even the position varies
+    assert table.r2_marginal["shape2"] == pytest.approx(1)
+    assert table.r2_partial[["shape1", "color1", "relation"]].tolist() == pytest.approx(
+        [0, 0, 0], abs=1e-9
+    )
     assert table.p[["shape1", "color1", "relation"]].tolist() == [1, 1, 1]
-    assert table.partial_eta2[["shape1", "relation"]].isna().all()  # nothing was left for them to explain
+    # nothing was left for them to explain
+    assert table.partial_eta2[["shape1", "relation"]].isna().all()
 
 
 def test_prompts_without_the_role_or_a_second_object_are_refused():

@@ -1,4 +1,6 @@
-"""What is recorded while a model learns: against planted circuits, whose abilities and heads are known, and made-up courses."""
+"""What is recorded while a model learns: against planted circuits, whose abilities and heads are
+known, and made-up courses.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,20 @@ WANTED = scenes.sample(12, seed=1, split="held_out", color_words="both")
 
 @pytest.fixture(scope="module")
 def course() -> pd.DataFrame:
-    """Four points at which the relation comes at the third, its head at the second, and a colour comes and goes."""
+    """Four points at which the relation comes at the third, its head at the second, and a colour
+    comes and goes.
+    """
     rows = []
-    values = {"color": (0.6, 0.9, 0.4, 0.9), "relation_loose": (0.0, 0.1, 0.5, 0.9), "shape": (1.0, 1.0, 1.0, 1.0)}
-    cosines = {("words", 1, 0): (0.1, -0.7, -0.8, -0.9), ("words", 0, 1): (0.0, 0.0, 0.1, 0.2), ("shape2", 1, 0): (0.0,) * 4}
+    values = {
+        "color": (0.6, 0.9, 0.4, 0.9),
+        "relation_loose": (0.0, 0.1, 0.5, 0.9),
+        "shape": (1.0, 1.0, 1.0, 1.0),
+    }
+    cosines = {
+        ("words", 1, 0): (0.1, -0.7, -0.8, -0.9),
+        ("words", 0, 1): (0.0, 0.0, 0.1, 0.2),
+        ("shape2", 1, 0): (0.0,) * 4,
+    }
     p = {("words", 1, 0): 0.005, ("words", 0, 1): 0.04, ("shape2", 1, 0): 0.6}
     for i, step in enumerate((1, 10, 100, 1000)):
         point = {"step": step, "samples": step * 4}
@@ -32,9 +44,15 @@ def course() -> pd.DataFrame:
             at = {**point, "source": source, "layer": layer, "head": head}
             rows += [
                 {**at, "quantity": name, "value": value}
-                for name, value in (("cosine", course[i]), ("projection", 10 * course[i]), ("p", p[source, layer, head]))
+                for name, value in (
+                    ("cosine", course[i]),
+                    ("projection", 10 * course[i]),
+                    ("p", p[source, layer, head]),
+                )
             ]
-    return pd.DataFrame(rows, columns=list(dynamics.COLUMNS)).astype({"layer": "Int64", "head": "Int64"})
+    return pd.DataFrame(rows, columns=list(dynamics.COLUMNS)).astype(
+        {"layer": "Int64", "head": "Int64"}
+    )
 
 
 def test_a_planted_circuit_is_measured_as_what_it_is(planted_model):
@@ -49,7 +67,9 @@ def test_a_planted_circuit_is_measured_as_what_it_is(planted_model):
     assert len(heads) == model.cfg.n_layers * model.cfg.n_heads
     ramps = {(head.layer, head.head) for head in truth.heads if head.role in ("relation", "decoy")}
     assert {*dynamics.strongest_heads(table, "words", 2)} <= ramps
-    gains = table[(table["source"] == "words") & table["quantity"].isin(["gain_vertical", "gain_horizontal"])]
+    gains = table[
+        (table["source"] == "words") & table["quantity"].isin(["gain_vertical", "gain_horizontal"])
+    ]
     assert len(gains) == 2 * len(heads)
     assert gains.groupby("quantity")["value"].apply(lambda values: values.abs().max()).min() > 1
 
@@ -64,7 +84,10 @@ def test_the_color_moment_is_that_of_the_objects_areas_and_places():
         ):
             mask = shape_mask(shape)
             rows, columns = np.nonzero(mask)
-            place = [x - mask.shape[1] // 2 + columns.mean() - 63.5, y - mask.shape[0] // 2 + rows.mean() - 63.5]
+            place = [
+                x - mask.shape[1] // 2 + columns.mean() - 63.5,
+                y - mask.shape[0] // 2 + rows.mean() - 63.5,
+            ]
             expected += (1 if color == "red" else -1) * mask.sum() * np.array(place)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -73,7 +96,8 @@ def test_the_dipole_points_where_the_caption_says():
     model = HookedTextToImage.from_pretrained("rte-micro")
     found = dynamics.dipole(model, WANTED)
     assert found.min() > 0.7
-    opposite = [replace(scene, relation=OPPOSITE[scene.relation]) for scene in WANTED]  # the captions stay
+    # the captions stay
+    opposite = [replace(scene, relation=OPPOSITE[scene.relation]) for scene in WANTED]
     np.testing.assert_allclose(dynamics.dipole(model, opposite), -found, atol=1e-6)
     recolored = [replace(scene, color1=scene.color2, color2=scene.color1) for scene in WANTED]
     assert dynamics.dipole(model, recolored).min() > 0.7  # other captions
@@ -91,11 +115,16 @@ def test_points_are_log_spaced_and_end_at_the_end():
 
 
 def test_words_that_an_encoder_does_not_mix_carry_no_relation():
-    """Their effects are rounding, to which screening, which knows no scale, would give cosines and a small p."""
-    for name, roles in (("rte-nano", ["shape1"]), ("rte-nopos-micro", ["shape1", "shape2"])):  # a phrase's length moves shape2
+    """Their effects are rounding, to which screening, which knows no scale, would give cosines and
+    a small p.
+    """
+    # a phrase's length moves shape2
+    for name, roles in (("rte-nano", ["shape1"]), ("rte-nopos-micro", ["shape1", "shape2"])):
         model = HookedTextToImage.from_pretrained(name)
         for role in roles:
-            assert all(vector.norm() == 0 for vector in dynamics.relation_vectors(model, role).values())
+            assert all(
+                vector.norm() == 0 for vector in dynamics.relation_vectors(model, role).values()
+            )
         found = dynamics.screen(model)
         assert found["words"]["p"].min() < 0.05
         assert all(found[role]["p"].min() == 1 for role in roles)

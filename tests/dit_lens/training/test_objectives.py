@@ -42,11 +42,15 @@ def test_the_network_gets_the_straight_path_and_a_time_of_a_thousand() -> None:
     assert torch.allclose(seen["noisy"][0], CLEAN[0])
     noise = torch.randn(CLEAN.shape, generator=torch.Generator().manual_seed(3))
     for row, level in enumerate(levels):
-        assert torch.allclose(seen["noisy"][row], (1 - level) * CLEAN[row] + level * noise[row], atol=1e-6)
+        assert torch.allclose(
+            seen["noisy"][row], (1 - level) * CLEAN[row] + level * noise[row], atol=1e-6
+        )
 
 
 def test_levels_are_logistic_around_eight_tenths() -> None:
-    levels = CleanImageObjective().levels(200_000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    levels = CleanImageObjective().levels(
+        200_000, torch.Generator().manual_seed(0), torch.device("cpu")
+    )
     normal = torch.logit(levels.double()) - 0.8
     assert ((levels > 0) & (levels < 1)).all()
     assert normal.mean().abs() < 0.01
@@ -56,13 +60,22 @@ def test_levels_are_logistic_around_eight_tenths() -> None:
 def test_a_mean_over_rows_weights_each_row_by_its_own_level() -> None:
     levels = [0.05, 0.1, 0.2, 0.5, 0.7, 1.0]
     errors = torch.arange(1.0, 7.0, dtype=torch.float64)
-    loss = FixedLevels(levels).loss(lambda noisy, t: CLEAN + errors[:, None, None, None], CLEAN, torch.Generator())
-    expected = np.mean([error**2 / max(level, 0.1) ** 2 for error, level in zip(errors.tolist(), levels, strict=True)])
+    loss = FixedLevels(levels).loss(
+        lambda noisy, t: CLEAN + errors[:, None, None, None], CLEAN, torch.Generator()
+    )
+    expected = np.mean(
+        [
+            error**2 / max(level, 0.1) ** 2
+            for error, level in zip(errors.tolist(), levels, strict=True)
+        ]
+    )
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_noise_objective_is_ddpms() -> None:
-    """Its noisy latents are DDPM's at the drawn times; a network that answers with the noise loses nothing."""
+    """Its noisy latents are DDPM's at the drawn times; a network that answers with the noise loses
+    nothing.
+    """
     noiser, seen = DDPMScheduler(), {}
 
     def answer(noisy: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -74,7 +87,9 @@ def test_the_noise_objective_is_ddpms() -> None:
     objective = NoiseObjective()
     assert objective.loss(answer, clean, torch.Generator().manual_seed(0)) < 1e-6
     assert seen["time"].unique().tolist() == list(range(1000))
-    off_by_one = objective.loss(lambda x, t: answer(x, t) + 2, clean, torch.Generator().manual_seed(0))
+    off_by_one = objective.loss(
+        lambda x, t: answer(x, t) + 2, clean, torch.Generator().manual_seed(0)
+    )
     assert off_by_one.item() == pytest.approx(4, rel=1e-3)
 
 

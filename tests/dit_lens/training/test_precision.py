@@ -18,7 +18,12 @@ from dit_lens.training.precision import Float32Muon, muon, resolve_precision
 
 @pytest.mark.parametrize(
     ("has", "chosen"),
-    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True, "amx_bf16": False}, "no"), ({}, "no")],
+    [
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"avx2": True, "amx_bf16": False}, "no"),
+        ({}, "no"),
+    ],
 )
 def test_a_cpu_that_would_emulate_bfloat16_trains_in_float32(monkeypatch, has, chosen):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
@@ -39,7 +44,11 @@ def test_a_torch_that_cannot_tell_trains_in_float32(monkeypatch):
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_gpu_is_asked_for_more_than_emulation(monkeypatch, supported):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported and not including_emulation)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation: supported and not including_emulation,
+    )
     assert resolve_precision("auto", torch.device("cuda")) == ("bf16" if supported else "no")
 
 
@@ -66,9 +75,18 @@ def test_muon_orthogonalises_in_float32(shape):
         optimizer.step()
         steps[precision] = (start - weight.detach()).double()
     group = optimizer.param_groups[0]
-    # the first momentum buffer is a multiple of the gradient, and the scale of what is orthogonalised does not matter
-    wanted = orthogonalised(gradient, group["ns_coefficients"], group["ns_steps"]) * 0.1 * 0.2 * max(shape) ** 0.5
-    error = {precision: float((step - wanted).norm() / wanted.norm()) for precision, step in steps.items()}
+    # the first momentum buffer is a multiple of the gradient, and the scale of what is
+    # orthogonalised does not matter
+    wanted = (
+        orthogonalised(gradient, group["ns_coefficients"], group["ns_steps"])
+        * 0.1
+        * 0.2
+        * max(shape) ** 0.5
+    )
+    error = {
+        precision: float((step - wanted).norm() / wanted.norm())
+        for precision, step in steps.items()
+    }
     assert error["no"] < 1e-5 < 1e-3 < error["bf16"]
     assert torch.ones(1).bfloat16().dtype == torch.bfloat16  # outside of a step, casts cast
 
@@ -85,7 +103,15 @@ def test_a_run_goes_on_in_another_precision(tmp_path, monkeypatch, fresh_acceler
     monkeypatch.setitem(PRESETS, "nano", Size(layers=1, width=32, heads=2))
     monkeypatch.setattr("dit_lens.training.pipelines.CODEC_SCENES", 100)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    config = TrainConfig(tmp_path, size="nano", steps=1, batch_size=2, evaluate_every=100, evaluation_scenes=2, dynamics_points=0)
+    config = TrainConfig(
+        tmp_path,
+        size="nano",
+        steps=1,
+        batch_size=2,
+        evaluate_every=100,
+        evaluation_scenes=2,
+        dynamics_points=0,
+    )
     train(config)
     assert precision_of(tmp_path) == "no"
     fresh_accelerator(reset_partial_state=True)

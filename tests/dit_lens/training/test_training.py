@@ -1,4 +1,6 @@
-"""Training: exact resumption after SIGKILL, objectives that match their schedulers, and a recipe that learns."""
+"""Training: exact resumption after SIGKILL, objectives that match their schedulers, and a recipe
+that learns.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +60,19 @@ def assert_equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
     config = TrainConfig(
-        out=tmp_path / "whole", steps=8, caption_dropout=0.3, anchored_steps=2, spreading_steps=4, trios=0.5, **TINY
+        out=tmp_path / "whole",
+        steps=8,
+        caption_dropout=0.3,
+        anchored_steps=2,
+        spreading_steps=4,
+        trios=0.5,
+        **TINY,
     )
     train(config)
 
     broken = replace(config, out=tmp_path / "killed")
-    for _ in range(2):  # at the checkpoints of steps 4 and 6; tests/store kills it at any file operation
+    # at the checkpoints of steps 4 and 6; tests/store kills it at any file operation
+    for _ in range(2):
         killed(lambda: train(broken), loop, "save_checkpoint", 2)
     train(broken)
 
@@ -76,15 +85,31 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
     assert logged[-1]["dipole"] == pytest.approx(last["dipole"], abs=1e-3) != 0
     assert sorted(courses[0]["step"].unique()) == dynamics.record_points(8, 2) == [1, 8]
     pd.testing.assert_frame_equal(*courses)
-    weights = [load_file(c.out / "pipeline/transformer/diffusion_pytorch_model.safetensors") for c in (config, broken)]
+    weights = [
+        load_file(c.out / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+        for c in (config, broken)
+    ]
     for key in weights[0]:
         assert torch.equal(weights[0][key], weights[1][key])
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path):
-    launch = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "-m", "dit_lens.cli", "train"]
-    options = ["--size=nano", "--batch-size=2", "--precision=no", "--evaluation-scenes=2", "--dynamics-points=1"]
+    launch = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "dit_lens.cli",
+        "train",
+    ]
+    options = [
+        "--size=nano",
+        "--batch-size=2",
+        "--precision=no",
+        "--evaluation-scenes=2",
+        "--dynamics-points=1",
+    ]
     options += ["--checkpoint-every=1"]
     for steps, logged in ((2, [8]), (3, [8, 12])):  # the second goes on where the first ended
         command = [*launch, "--out", str(tmp_path), "--steps", str(steps), *options]
@@ -111,7 +136,9 @@ def test_other_settings_are_refused_before_the_first_checkpoint(tmp_path):
 
 
 def test_the_history_is_the_checkpoints_whatever_becomes_of_the_files(tmp_path):
-    config = TrainConfig(out=tmp_path, steps=4, **{**TINY, "dynamics_points": 2, "evaluate_every": 2})
+    config = TrainConfig(
+        out=tmp_path, steps=4, **{**TINY, "dynamics_points": 2, "evaluate_every": 2}
+    )
     train(config)
     log, course = tmp_path / "metrics.jsonl", tmp_path / "dynamics.parquet"
     whole, points = log.read_text(), pd.read_parquet(course)
@@ -126,7 +153,9 @@ def test_the_history_is_the_checkpoints_whatever_becomes_of_the_files(tmp_path):
 
 def test_a_run_that_version_0_1_began_goes_on(tmp_path):
     """Its checkpoint has no history and its folder no index; a kill has torn its last line."""
-    config = TrainConfig(out=tmp_path, steps=2, **{**TINY, "dynamics_points": 1, "evaluate_every": 1})
+    config = TrainConfig(
+        out=tmp_path, steps=2, **{**TINY, "dynamics_points": 1, "evaluate_every": 1}
+    )
     train(config)
     before = (tmp_path / "metrics.jsonl").read_text()
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
@@ -155,7 +184,9 @@ def test_a_run_that_version_0_1_began_goes_on(tmp_path):
 )
 def test_a_model_of_another_kind_is_no_start(tmp_path, settings, says):
     build_pipeline(PRESETS["nano"], "rte").save_pretrained(tmp_path / "source")
-    config = TrainConfig(out=tmp_path / "run", steps=1, init_from=str(tmp_path / "source"), **{**TINY, **settings})
+    config = TrainConfig(
+        out=tmp_path / "run", steps=1, init_from=str(tmp_path / "source"), **{**TINY, **settings}
+    )
     with pytest.raises(ValueError, match=says):
         train(config)
 
@@ -164,7 +195,8 @@ def test_a_model_of_another_kind_is_no_start(tmp_path, settings, says):
 def test_the_fused_encoder_moves_a_share_of_the_relation_words_into_the_second_shape(share):
     captions = ["red circle is to the left of square", "circle is above blue square"]
     moved, plain = (
-        encode_captions(build_pipeline(PRESETS["nano"], encoder, moved_share=share), captions)[0] for encoder in ("fused", "rte")
+        encode_captions(build_pipeline(PRESETS["nano"], encoder, moved_share=share), captions)[0]
+        for encoder in ("fused", "rte")
     )
     change = moved - plain
     bare = build_text_encoder("rte")[0]
@@ -182,9 +214,20 @@ def test_the_fused_encoder_trains_resumes_and_goes_on(tmp_path):
     train(config)
     folder = train(replace(config, steps=2))
     assert load_pipeline(str(folder)).text_encoder.config.share == 0.5
-    train(TrainConfig(out=tmp_path / "b", steps=1, encoder="fused", moved_share=0.5, init_from=str(folder), **TINY))
+    train(
+        TrainConfig(
+            out=tmp_path / "b",
+            steps=1,
+            encoder="fused",
+            moved_share=0.5,
+            init_from=str(folder),
+            **TINY,
+        )
+    )
     with pytest.raises(ValueError, match="fused, not what --encoder fused says"):
-        train(TrainConfig(out=tmp_path / "c", steps=1, encoder="fused", init_from=str(folder), **TINY))
+        train(
+            TrainConfig(out=tmp_path / "c", steps=1, encoder="fused", init_from=str(folder), **TINY)
+        )
 
 
 def test_heads_and_weight_decay_are_what_they_say(tmp_path):
@@ -210,17 +253,29 @@ def test_a_held_out_relation_is_never_drawn():
 
 
 def test_settings_at_their_ends(tmp_path):
-    assert TrainConfig(tmp_path, steps=10, decay_from=1.0, warmup_steps=0).learning_rate_factor(9) == 1
+    assert (
+        TrainConfig(tmp_path, steps=10, decay_from=1.0, warmup_steps=0).learning_rate_factor(9) == 1
+    )
     with pytest.raises(ValueError, match="one scene at least"):
         train(TrainConfig(tmp_path, steps=1, **{**TINY, "evaluation_scenes": 0}))
 
 
 def test_starting_from_a_model_takes_its_weights_and_codec(tmp_path):
     first = train(TrainConfig(out=tmp_path / "first", steps=2, **TINY))
-    train(TrainConfig(out=tmp_path / "second", steps=1, muon_lr=0.0, adam_lr=0.0, init_from=str(first), **TINY))
-    a, b = (load_file(p / "transformer/diffusion_pytorch_model.safetensors") for p in (first, tmp_path / "second/pipeline"))
+    train(
+        TrainConfig(
+            out=tmp_path / "second", steps=1, muon_lr=0.0, adam_lr=0.0, init_from=str(first), **TINY
+        )
+    )
+    a, b = (
+        load_file(p / "transformer/diffusion_pytorch_model.safetensors")
+        for p in (first, tmp_path / "second/pipeline")
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
-    a, b = (load_file(p / "vae/diffusion_pytorch_model.safetensors") for p in (first, tmp_path / "second/pipeline"))
+    a, b = (
+        load_file(p / "vae/diffusion_pytorch_model.safetensors")
+        for p in (first, tmp_path / "second/pipeline")
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -242,7 +297,9 @@ def test_the_speed_is_of_training_alone(tmp_path, monkeypatch):
     settings = {**TINY, "dynamics_points": 3, "evaluate_every": 30}
     train(TrainConfig(out=tmp_path, steps=50, **settings))
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["samples_per_second"] for entry in log if "samples_per_second" in entry] == [4 / 0.5] * 2
+    assert [entry["samples_per_second"] for entry in log if "samples_per_second" in entry] == [
+        4 / 0.5
+    ] * 2
     assert now == 25 + 3000 + 200
 
 
@@ -267,11 +324,14 @@ def test_all_captions_are_924_and_cover_what_is_sampled():
     assert {scenes.caption(s) for s in scenes.sample(3000, seed=0, split="all")} <= set(captions)
 
 
-# Objectives: with the right answer the loss vanishes, and the stock scheduler that is saved beside it walks to the image.
+# Objectives: with the right answer the loss vanishes, and the stock scheduler that is saved beside
+# it walks to the image.
 
 
 @pytest.mark.parametrize(
-    ("objective", "prediction"), [(CleanImageObjective(), "clean"), (NoiseObjective(), "noise")], ids=["x0", "epsilon"]
+    ("objective", "prediction"),
+    [(CleanImageObjective(), "clean"), (NoiseObjective(), "noise")],
+    ids=["x0", "epsilon"],
 )
 def test_a_perfect_network_has_no_loss_and_samples_the_image(objective, prediction):
     clean = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -285,11 +345,19 @@ def test_a_perfect_network_has_no_loss_and_samples_the_image(objective, predicti
 
     assert objective.loss(perfect, clean, torch.Generator().manual_seed(0)) < 1e-6
     name = "x0" if prediction == "clean" else "epsilon"
-    assert objective.loss(lambda noisy, t: perfect(noisy, t) + 1, clean, torch.Generator().manual_seed(0)) > 0.9
+    assert (
+        objective.loss(
+            lambda noisy, t: perfect(noisy, t) + 1, clean, torch.Generator().manual_seed(0)
+        )
+        > 0.9
+    )
     scheduler = build_pipeline(PRESETS["nano"], objective=name).scheduler
     assert isinstance(scheduler, DPMSolverMultistepScheduler)
     scheduler.set_timesteps(14)
-    latent = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2)) * scheduler.init_noise_sigma
+    latent = (
+        torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
+        * scheduler.init_noise_sigma
+    )
     for t in scheduler.timesteps:
         latent = scheduler.step(perfect(latent, t.expand(3)), t, latent).prev_sample
     assert (latent - clean).abs().max() < 1e-3
@@ -306,16 +374,26 @@ def test_noise_levels_of_training_are_those_the_saved_scheduler_tells_the_networ
     noisy, timestep = seen[0]
     scheduler = build_pipeline(PRESETS["nano"]).scheduler
     scheduler.set_timesteps(14)
-    for t, sigma in itertools.islice(zip(scheduler.timesteps, scheduler.sigmas, strict=False), 1, 12):
+    for t, sigma in itertools.islice(
+        zip(scheduler.timesteps, scheduler.sigmas, strict=False), 1, 12
+    ):
         near = (timestep - t).abs() < 30
         assert noisy[near].std().item() == pytest.approx(sigma.item(), abs=0.05)
 
 
 def test_schedules():
     config = TrainConfig(
-        out=Path("x"), steps=1000, warmup_steps=10, decay_from=0.5, biased_steps=100, anchored_steps=200, spreading_steps=100
+        out=Path("x"),
+        steps=1000,
+        warmup_steps=10,
+        decay_from=0.5,
+        biased_steps=100,
+        anchored_steps=200,
+        spreading_steps=100,
     )
-    assert [config.learning_rate_factor(s) for s in (0, 9, 500, 1000)] == pytest.approx([0.1, 1.0, 1.0, 0.02])
+    assert [config.learning_rate_factor(s) for s in (0, 9, 500, 1000)] == pytest.approx(
+        [0.1, 1.0, 1.0, 0.02]
+    )
     assert config.learning_rate_factor(750) == pytest.approx(0.51)
     assert [config.spread(s) for s in (0, 199, 299, 900)] == [0.0, 0.0, 1.0, 1.0]
     assert [config.red_first(s) for s in (0, 50, 100)] == pytest.approx([0.9, 0.7, 0.5])
@@ -326,6 +404,15 @@ def test_schedules():
 @pytest.mark.slow
 def test_the_recipe_learns_colours(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "nano", Size(3, 192, 3))
-    train(TrainConfig(out=tmp_path, size="nano", steps=400, anchored_steps=400, evaluate_every=400, evaluation_scenes=32))
+    train(
+        TrainConfig(
+            out=tmp_path,
+            size="nano",
+            steps=400,
+            anchored_steps=400,
+            evaluate_every=400,
+            evaluation_scenes=32,
+        )
+    )
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["color"] > 0.8

@@ -32,7 +32,8 @@ def small(kind: str) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def _no_grad():
-    with torch.no_grad(), attention_backend("native"):  # set_attention_backend also sets the default of all models
+    # set_attention_backend also sets the default of all models
+    with torch.no_grad(), attention_backend("native"):
         yield
 
 
@@ -40,10 +41,14 @@ def _no_grad():
 
 
 def zeroed(model: Any, inputs: dict[str, Any], name: str = "blocks.0.attn.hook_z") -> Tensor:
-    return model.run_with_hooks(fwd_hooks=[(name, lambda x, hook: torch.zeros_like(x))], **inputs)[0]
+    return model.run_with_hooks(fwd_hooks=[(name, lambda x, hook: torch.zeros_like(x))], **inputs)[
+        0
+    ]
 
 
-def test_watched_attentions_run_natively_and_the_others_as_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watched_attentions_run_natively_and_the_others_as_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = families.hook(small(FLUX))
     inputs = model.family.inputs(model.wrapped)
     clean = model(**inputs)[0]
@@ -54,12 +59,18 @@ def test_watched_attentions_run_natively_and_the_others_as_set(monkeypatch: pyte
 
     for name in (AttentionBackendName.NATIVE, AttentionBackendName._NATIVE_MATH):
         kernel = registry._backends[name]
-        monkeypatch.setitem(registry._backends, name, lambda *a, k=kernel, n=name, **kw: (used.update([n.value]), k(*a, **kw))[1])
+        monkeypatch.setitem(
+            registry._backends,
+            name,
+            lambda *a, k=kernel, n=name, **kw: (used.update([n.value]), k(*a, **kw))[1],
+        )
     found = zeroed(model, inputs)
     assert used == {"native": 1, "_native_math": 2}
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, clean, atol=1e-3)
-    backends = {m.processor._attention_backend for m in model.wrapped.modules() if hasattr(m, "processor")}
+    backends = {
+        m.processor._attention_backend for m in model.wrapped.modules() if hasattr(m, "processor")
+    }
     assert backends == {AttentionBackendName._NATIVE_MATH}
 
 
@@ -80,16 +91,22 @@ def test_a_hook_that_should_have_fired_and_did_not_is_an_error() -> None:
     inputs = model.family.inputs(model.wrapped)
     attention = model.wrapped.transformer_blocks[0].attn
 
-    def own_kernel(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def own_kernel(
+        attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
         return hidden_states, encoder_hidden_states
 
     attention.processor = own_kernel
     model(**inputs)
-    with pytest.raises(SilentHookError, match=r"blocks\.0\.attn\.hook_\* has a hook that did not fire in this call"):
+    with pytest.raises(
+        SilentHookError, match=r"blocks\.0\.attn\.hook_\* has a hook that did not fire in this call"
+    ):
         zeroed(model, inputs)
-    model.wrapped.transformer_blocks[1].forward = lambda hidden_states, encoder_hidden_states, **kwargs: (
-        encoder_hidden_states,
-        hidden_states,
+    model.wrapped.transformer_blocks[1].forward = (
+        lambda hidden_states, encoder_hidden_states, **kwargs: (
+            encoder_hidden_states,
+            hidden_states,
+        )
     )
     with pytest.raises(SilentHookError, match=r"blocks\.1\.hook_mlp_out_pre_gate has a hook"):
         zeroed(model, inputs, "blocks.1.hook_mlp_out_pre_gate")
@@ -100,7 +117,9 @@ def test_layers_that_the_caller_skips_are_no_error() -> None:
     inputs = model.family.inputs(model.wrapped)
     names: list[str] = []
     model.run_with_hooks(
-        fwd_hooks=[(lambda n: n.endswith("hook_z"), lambda x, hook: names.append(hook.name))], **inputs, skip_layers=[1]
+        fwd_hooks=[(lambda n: n.endswith("hook_z"), lambda x, hook: names.append(hook.name))],
+        **inputs,
+        skip_layers=[1],
     )
     assert not any(name.startswith("blocks.1.") for name in names)
     assert any(name.startswith("blocks.2.") for name in names)
@@ -110,7 +129,9 @@ def test_a_hook_that_returns_another_shape_is_an_error() -> None:
     model = families.hook(small(FLUX))
     for name in ("blocks.0.attn.hook_q", "blocks.1.hook_resid_pre"):
         with pytest.raises(ValueError, match=rf"A hook on {name} returned shape .*; it must be"):
-            model.run_with_hooks(fwd_hooks=[(name, lambda x, hook: x[:, :3])], **model.family.inputs(model.wrapped))
+            model.run_with_hooks(
+                fwd_hooks=[(name, lambda x, hook: x[:, :3])], **model.family.inputs(model.wrapped)
+            )
 
 
 # Cost
@@ -156,7 +177,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, kind: str, **wrong: Any) -> str:
 def test_text_on_the_wrong_side_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     found = refused(monkeypatch, FLUX, layout=in_order("image", ids))
     assert (
-        "blocks.0.attn.hook_q: when image token 1 of row 0 changes, positions [6] change where the family declares [1]" in found
+        "blocks.0.attn.hook_q: when image token 1 of row 0 changes, positions [6] change where the "
+        "family declares [1]" in found
     )
     found = refused(monkeypatch, "SD3Transformer2DModel", layout=in_order("text", patches))
     assert "blocks.0.attn.hook_q: when image token 1 of row 0 changes" in found
@@ -172,34 +194,53 @@ def test_image_blocks_declared_as_joint_are_refused(monkeypatch: pytest.MonkeyPa
     assert "blocks.1.attn.hook_q" in found
 
 
-def test_queries_of_the_image_declared_as_joint_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_of_the_image_declared_as_joint_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """PRX: queries are the image's alone, keys are both; the old check looked at keys only."""
     kind = "PRXTransformer2DModel"
     blocks = families.SUPPORTED[kind].blocks[0]
-    found = refused(monkeypatch, kind, blocks=(replace(blocks, attentions={"attn": Attention("attention")}),))
+    found = refused(
+        monkeypatch, kind, blocks=(replace(blocks, attentions={"attn": Attention("attention")}),)
+    )
     assert "blocks.0.attn.hook_q has 6 positions where its family declares 11 (joint)" in found
 
 
 def test_rows_with_texts_of_unequal_length_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lumina 2: the second row's image begins where its own text ends."""
-    found = refused(monkeypatch, "Lumina2Transformer2DModel", layout=in_order("text", patches, mask="encoder_attention_mask"))
+    found = refused(
+        monkeypatch,
+        "Lumina2Transformer2DModel",
+        layout=in_order("text", patches, mask="encoder_attention_mask"),
+    )
     assert "of row 1 changes, positions" in found
 
 
 def test_an_attention_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """SANA's attention within the image is linear."""
     blocks = families.SUPPORTED["SanaTransformer2DModel"].blocks[0]
-    listed = replace(blocks, attentions={"attn": Attention("attn1", "image", "image"), **blocks.attentions})
-    assert "blocks.0.attn.hook_*" in refused(monkeypatch, "SanaTransformer2DModel", blocks=(listed,))
+    listed = replace(
+        blocks, attentions={"attn": Attention("attn1", "image", "image"), **blocks.attentions}
+    )
+    assert "blocks.0.attn.hook_*" in refused(
+        monkeypatch, "SanaTransformer2DModel", blocks=(listed,)
+    )
 
 
 def test_streams_that_are_mixed_up_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = families.SUPPORTED[FLUX].blocks
     mixed = replace(two_streams("transformer_blocks"), leaves=("image", "text"))
-    assert "blocks.0.hook_resid_post has 5 positions where its family declares 6 (image)" in refused(
-        monkeypatch, FLUX, blocks=(mixed, blocks[1])
+    assert (
+        "blocks.0.hook_resid_post has 5 positions where its family declares 6 (image)"
+        in refused(monkeypatch, FLUX, blocks=(mixed, blocks[1]))
     )
-    late = Blocks("layers", {"attn": Attention("attn")}, {"hidden_states": "joint"}, ("joint",), one_stream("layers").writes)
+    late = Blocks(
+        "layers",
+        {"attn": Attention("attn")},
+        {"hidden_states": "joint"},
+        ("joint",),
+        one_stream("layers").writes,
+    )
     assert "declares" in refused(
         monkeypatch,
         "Lumina2Transformer2DModel",
@@ -215,17 +256,22 @@ def test_a_denoiser_alone_says_how_to_open_its_pipeline() -> None:
     model = families.hook(small(FLUX))
     for tool in ("refuse_hooks", "trajectory", "sampler", "text_encoder"):
         with pytest.raises(
-            AttributeError, match=rf"FLUX.1 is hooked here as a denoiser alone.*no '{tool}'.*from_pipeline\(pipe\)"
+            AttributeError,
+            match=rf"FLUX.1 is hooked here as a denoiser alone.*no '{tool}'.*from_pipeline\(pipe\)",
         ):
             getattr(model, tool)
-    with pytest.raises(TypeError, match=r"FLUX.1 is hooked here as a denoiser alone.*from_pipeline\(pipe\)"):
+    with pytest.raises(
+        TypeError, match=r"FLUX.1 is hooked here as a denoiser alone.*from_pipeline\(pipe\)"
+    ):
         model.to_tokens(["red circle"])
     head = Intervention("blocks.0.attn.hook_z", heads=[0])
     for tool in (
         lambda: head.hooks(model, ["red circle"]),
         lambda: sweep.plan(model, ["red circle"], [0], [head], {"mean": torch.mean}),
     ):
-        with pytest.raises((AttributeError, TypeError), match=r"denoiser alone.*from_pipeline\(pipe\)"):
+        with pytest.raises(
+            (AttributeError, TypeError), match=r"denoiser alone.*from_pipeline\(pipe\)"
+        ):
             tool()
     assert model.config.num_layers == 2
     assert not hasattr(model, "no_such_attribute")

@@ -1,4 +1,6 @@
-"""Rows whose text is a single token: their cross-attention is not computed position by position unless somebody looks."""
+"""Rows whose text is a single token: their cross-attention is not computed position by position
+unless somebody looks.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,19 @@ def masked(*lengths: int, text_len: int = 5) -> tuple[HookedDiT, dict[str, Any]]
     """A model in float64 with inputs of which each row attends to its first tokens."""
     transformer = tiny_transformer().double()
     inputs = tiny_inputs(transformer, batch=len(lengths), text_len=text_len)
-    inputs["encoder_attention_mask"] = (torch.arange(text_len) < torch.tensor(lengths)[:, None]).long()
+    inputs["encoder_attention_mask"] = (
+        torch.arange(text_len) < torch.tensor(lengths)[:, None]
+    ).long()
     dit = HookedDiT(transformer)
     empty_prompts.skip(dit)
     return dit, inputs
 
 
-@pytest.mark.parametrize(("lengths", "n_empty"), [((1, 1, 4), 2), ((1, 3, 1), 1), ((3, 1), 0), ((1, 1), 2), ((0, 2), 0)], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "n_empty"),
+    [((1, 1, 4), 2), ((1, 3, 1), 1), ((3, 1), 0), ((1, 1), 2), ((0, 2), 0)],
+    ids=str,
+)
 def test_the_prediction_is_the_wrapped_models(lengths, n_empty):
     dit, inputs = masked(*lengths)
     text, mask = inputs.pop("encoder_hidden_states"), inputs.pop("encoder_attention_mask")
@@ -55,7 +63,12 @@ def test_a_bias_that_leaves_other_keys_something_is_no_empty_text():
     expected = dit.wrapped(encoder_hidden_states=text, encoder_attention_mask=bias, **inputs).sample
     assert (dit(text_state=state, **inputs).sample - expected).abs().max() < 1e-12
     assert dit.encode_text(text, None).n_empty_prompts == 0
-    assert dit.encode_text(text, torch.tensor([[1, 0, 0, 0, 0]] * 2)).take(torch.tensor([1, 0, 1])).n_empty_prompts == 3
+    assert (
+        dit.encode_text(text, torch.tensor([[1, 0, 0, 0, 0]] * 2))
+        .take(torch.tensor([1, 0, 1]))
+        .n_empty_prompts
+        == 3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -68,10 +81,14 @@ def test_generations_are_the_same_whoever_looks(dtype):
     watched = model.run_with_hooks(PROMPTS, seed=0, num_steps=3, fwd_hooks=hooks)
     difference = (images.double() - watched.double()).abs()
     assert difference.max() < 1e-5 if dtype != torch.bfloat16 else difference.mean() < 2e-2
-    assert (model(["", ""], seed=0, num_steps=2) - model(["", ""], seed=0, num_steps=2, guidance=1.0)).abs().max() < 1e-2
+    assert (
+        model(["", ""], seed=0, num_steps=2) - model(["", ""], seed=0, num_steps=2, guidance=1.0)
+    ).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("point", ["q", "k", "v", "attn_scores", "pattern", "z", "result", "cross_attn_in"])
+@pytest.mark.parametrize(
+    "point", ["q", "k", "v", "attn_scores", "pattern", "z", "result", "cross_attn_in"]
+)
 def test_hooks_see_all_rows(point):
     model = HookedTextToImage.from_pipeline(tiny_pipeline())
     model.dit.set_use_attn_result(point == "result")
@@ -94,7 +111,9 @@ def test_hooks_see_all_rows(point):
 def test_a_torch_hook_on_a_projection_sees_all_rows():
     model = HookedTextToImage.from_pipeline(tiny_pipeline())
     rows: list[int] = []
-    handle = model.dit.blocks[0].cross_attn.to_q.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    handle = model.dit.blocks[0].cross_attn.to_q.register_forward_hook(
+        lambda module, args, out: rows.append(len(out))
+    )
     model(PROMPTS, seed=0, num_steps=1)
     handle.remove()
     assert rows == [2 * len(PROMPTS)]
@@ -102,7 +121,9 @@ def test_a_torch_hook_on_a_projection_sees_all_rows():
 
 def test_it_can_be_switched_off():
     dit, inputs = masked(1, 4)
-    state = dit.encode_text(inputs.pop("encoder_hidden_states"), inputs.pop("encoder_attention_mask"))
+    state = dit.encode_text(
+        inputs.pop("encoder_hidden_states"), inputs.pop("encoder_attention_mask")
+    )
     rows: list[int] = []
     queries = dit.blocks[0].cross_attn.queries
     dit.blocks[0].cross_attn.queries = lambda x: rows.append(len(x)) or queries(x)

@@ -14,7 +14,9 @@ def test_rows_enter_where_they_are_told():
     transformer = tiny_transformer().double()
     dit, inputs = HookedDiT(transformer), tiny_inputs(transformer, batch=3, text_len=5)
     sizes, n_layers = inputs["added_cond_kwargs"], dit.cfg.n_layers
-    state = dit.encode_text(inputs.pop("encoder_hidden_states"), inputs.pop("encoder_attention_mask"))
+    state = dit.encode_text(
+        inputs.pop("encoder_hidden_states"), inputs.pop("encoder_attention_mask")
+    )
     with torch.no_grad():
         output, cache = dit.run_with_cache(text_state=state, **inputs)
         layers = {0: 1, 1: n_layers - 1, 2: n_layers}  # row → where it enters
@@ -25,5 +27,7 @@ def test_rows_enter_where_they_are_told():
         latents, t = inputs["hidden_states"], inputs["timestep"]
         found = enter_at_layers.denoise_from(dit, latents[:0], residuals, t, sizes, state)
         assert (found - output.sample).abs().max() < 1e-12
-        first = enter_at_layers.denoise_from(dit, latents[:1], {1: cache["blocks.0.hook_resid_post"][1:]}, t, sizes, state)
+        first = enter_at_layers.denoise_from(
+            dit, latents[:1], {1: cache["blocks.0.hook_resid_post"][1:]}, t, sizes, state
+        )
         assert (first - output.sample).abs().max() < 1e-12

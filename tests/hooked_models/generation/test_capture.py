@@ -1,4 +1,6 @@
-"""What caches keep: chosen heads, summaries of patterns, tensors on disk; always against the whole cache in memory."""
+"""What caches keep: chosen heads, summaries of patterns, tensors on disk; always against the whole
+cache in memory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_models import CacheTooLargeError, GenerationCache, HookedTextToImage
@@ -38,7 +45,9 @@ def _no_grad():
 
 @pytest.fixture(scope="module")
 def model() -> HookedTextToImage:
-    """In float64, because an attention that is looked at sums in another order than the fused one."""
+    """In float64, because an attention that is looked at sums in another order than the fused
+    one.
+    """
     return HookedTextToImage.from_pipeline(tiny_pipeline("t5", dtype=torch.float64, grid=8))
 
 
@@ -50,7 +59,13 @@ def whole(model: HookedTextToImage) -> GenerationCache:
 
 def is_watched(name: str) -> bool:
     """Of each kind one or two, so that the tests stay quick."""
-    kinds = ("attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.hook_attn_scores", "attn.hook_pattern")
+    kinds = (
+        "attn.hook_k",
+        "attn.hook_v",
+        "attn.hook_z",
+        "attn.hook_attn_scores",
+        "attn.hook_pattern",
+    )
     return name.endswith((*kinds, "resid_post", "hook_latent", "hook_x0", "text_encoder.hook_out"))
 
 
@@ -72,7 +87,9 @@ def run(model: HookedTextToImage, **settings: Any) -> GenerationCache:
 def test_chosen_heads_are_those_of_the_whole_cache(model, whole, heads, kept) -> None:
     others = {name for name in whole if name.endswith("resid_post") or "text_encoder." in name}
     per_head = {name for name in whole if "attn.hook_" in name} - others
-    cache = run(model, heads=heads, branch="both", names_filter=lambda name: name in per_head | others)
+    cache = run(
+        model, heads=heads, branch="both", names_filter=lambda name: name in per_head | others
+    )
     assert set(cache) == others | {name for name in per_head if int(name.split(".")[4]) in kept}
     for name, tensor in cache.items():
         expected = whole[name]
@@ -89,14 +106,17 @@ def test_ways_to_name_heads(model) -> None:
     assert heads_by_layer(1, 2, 2) == {0: [1], 1: [1]}
     assert heads_by_layer([0, "L1H1"], 2, 2) == {0: [0], 1: [0, 1]}
     for head in ("L2H0", "L0H2", 2):
-        with pytest.raises(ValueError, match=f"There is no head {head}: the model has 2 layers of 2 heads"):
+        with pytest.raises(
+            ValueError, match=f"There is no head {head}: the model has 2 layers of 2 heads"
+        ):
             run(model, heads=head)
     with pytest.raises(ValueError, match="no tensor in common"):
         run(model, heads="L1H0", names_filter="blocks.0.attn.hook_z")
 
 
 @pytest.mark.parametrize(
-    ("patterns", "heads"), [("entropy", None), ("largest", "L1H1"), ("received", None), ("received", "L1H1")]
+    ("patterns", "heads"),
+    [("entropy", None), ("largest", "L1H1"), ("received", None), ("received", "L1H1")],
 )
 def test_summaries_are_those_of_whole_patterns(model, whole, patterns, heads) -> None:
     cache = run(model, names_filter=is_pattern, branch="both", patterns=patterns, heads=heads)
@@ -122,7 +142,9 @@ class Largest(TorchDispatchMode):
 
     numel = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
@@ -130,9 +152,12 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("settings", [{"patterns": "entropy"}, {"patterns": "received", "heads": "L1H1"}])
+@pytest.mark.parametrize(
+    "settings", [{"patterns": "entropy"}, {"patterns": "received", "heads": "L1H1"}]
+)
 def test_no_pattern_is_made_to_be_summarised(settings) -> None:
-    model = HookedTextToImage.from_pipeline(tiny_pipeline("rte", grid=32))  # 256 positions: 2 × 2 × 256² in a pattern
+    # 256 positions: 2 × 2 × 256² in a pattern
+    model = HookedTextToImage.from_pipeline(tiny_pipeline("rte", grid=32))
     plain, summarised, explicit = Largest(), Largest(), Largest()
     chosen = {"num_steps": 1, "names_filter": is_pattern}
     with plain:
@@ -149,7 +174,9 @@ def test_a_summary_is_of_the_pattern_that_others_have_edited(model, whole) -> No
     name = "steps.1.cond.blocks.0.cross_attn.hook_pattern"
     with model.hooks([(name, lambda pattern, hook: torch.ones_like(pattern) / pattern.shape[-1])]):
         cache = run(model, names_filter=[name], patterns="largest", heads="L0H1")
-    assert torch.equal(cache[name], torch.full_like(whole[name][:, [1], :, 0], 1 / whole[name].shape[-1]))
+    assert torch.equal(
+        cache[name], torch.full_like(whole[name][:, [1], :, 0], 1 / whole[name].shape[-1])
+    )
 
 
 # The text's keys and values
@@ -175,11 +202,26 @@ def test_keys_and_values_of_the_text_are_kept_once(model, whole) -> None:
     [
         (8, 2, torch.float32, {"steps": 0, "num_steps": 1}),
         pytest.param(
-            *(16, 1, torch.bfloat16, {"steps": 0, "num_steps": 1, "branch": "both", "heads": ["L0H1", "L1H0"]}),
+            *(
+                16,
+                1,
+                torch.bfloat16,
+                {"steps": 0, "num_steps": 1, "branch": "both", "heads": ["L0H1", "L1H0"]},
+            ),
             marks=pytest.mark.slow,
         ),
-        (32, 2, torch.bfloat16, {"names_filter": lambda name: name.endswith(("pattern", "_v")), "patterns": "received"}),
-        (32, 1, torch.float32, {"names_filter": is_pattern, "patterns": "entropy", "branch": "uncond"}),
+        (
+            32,
+            2,
+            torch.bfloat16,
+            {"names_filter": lambda name: name.endswith(("pattern", "_v")), "patterns": "received"},
+        ),
+        (
+            32,
+            1,
+            torch.float32,
+            {"names_filter": is_pattern, "patterns": "entropy", "branch": "uncond"},
+        ),
         (32, 1, torch.float32, {"names_filter": ["blocks.1.hook_resid_post", "hook_image"]}),
     ],
 )
@@ -202,7 +244,9 @@ def test_a_plan_needs_no_weights_and_no_prompt(model) -> None:
     by_text = estimate(model, PROMPTS, names_filter=is_pattern)
     by_size = estimate(model, (2, model.to_tokens(PROMPTS).shape[1]), names_filter=is_pattern)
     assert by_text == by_size
-    assert estimate(model, PROMPTS, names_filter=is_pattern, grid=(8, 16)).nbytes > 2 * by_text.nbytes
+    assert (
+        estimate(model, PROMPTS, names_filter=is_pattern, grid=(8, 16)).nbytes > 2 * by_text.nbytes
+    )
     assert "hook_pattern" in str(by_text)
 
 
@@ -213,11 +257,18 @@ def test_a_cache_on_disk_is_the_one_in_memory(model, whole, tmp_path: Path) -> N
     cache = run(model, branch="both", names_filter=is_watched, out=tmp_path / "run")
     assert set(cache) == set(whole)
     assert all(torch.equal(cache[name], whole[name]) for name in whole)
-    assert torch.equal(cache["pattern", 1, "cross_attn", 1, "uncond"], whole["pattern", 1, "cross_attn", 1, "uncond"])
+    assert torch.equal(
+        cache["pattern", 1, "cross_attn", 1, "uncond"],
+        whole["pattern", 1, "cross_attn", 1, "uncond"],
+    )
     assert torch.equal(cache.stack("z", 0, "attn"), whole.stack("z", 0, "attn"))
     assert torch.equal(cache["steps.1.eps"], whole["steps.1.eps"])
-    assert torch.equal(cache.at(step=1).stack_activation("z"), whole.at(step=1).stack_activation("z"))
-    assert torch.equal(cache.cache_dict.read("steps.1.hook_latent", slice(1, 2)), whole["steps.1.hook_latent"][1:])
+    assert torch.equal(
+        cache.at(step=1).stack_activation("z"), whole.at(step=1).stack_activation("z")
+    )
+    assert torch.equal(
+        cache.cache_dict.read("steps.1.hook_latent", slice(1, 2)), whole["steps.1.hook_latent"][1:]
+    )
     assert cache.nbytes == whole.nbytes
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
         *("images.safetensors", "index.json", "lock"),
@@ -230,26 +281,44 @@ def test_a_folder_opens_without_the_model(tmp_path: Path) -> None:
     pipe = tiny_pipeline("t5")
     pipe.save_pretrained(tmp_path / "model")
     model = HookedTextToImage.from_pretrained(tmp_path / "model")
-    _, cache = model.run_with_cache(PROMPTS, num_steps=1, names_filter=is_pattern, out=tmp_path / "run")
+    _, cache = model.run_with_cache(
+        PROMPTS, num_steps=1, names_filter=is_pattern, out=tmp_path / "run"
+    )
     opened = GenerationCache.load(tmp_path / "run")
     assert opened.model.dit.device.type == "meta"
     alias = "steps.0.cond.blocks.1.hook_cross_pattern"
     assert torch.equal(opened[alias], cache[alias])
     with pytest.raises(FileNotFoundError, match="no finished cache"):
         GenerationCache.load(tmp_path)
-    HookedTextToImage.from_pipeline(pipe).run_with_cache(PROMPTS, num_steps=1, names_filter=is_pattern, out=tmp_path / "other")
+    HookedTextToImage.from_pipeline(pipe).run_with_cache(
+        PROMPTS, num_steps=1, names_filter=is_pattern, out=tmp_path / "other"
+    )
     with pytest.raises(ValueError, match="does not say which model"):
         GenerationCache.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, total, killed_at = HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=scheduler)), 5, 3
-    settings = {"num_steps": total, "names_filter": lambda name: "resid_post" in name or "hook_latent" in name}
+def test_a_killed_run_goes_on_where_it_was(
+    tmp_path: Path, scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, total, killed_at = (
+        HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=scheduler)),
+        5,
+        3,
+    )
+    settings = {
+        "num_steps": total,
+        "names_filter": lambda name: "resid_post" in name or "hook_latent" in name,
+    }
     images, whole = model.run_with_cache(PROMPTS, **settings)
     denoise, ran = model.denoise, []
 
-    killed(lambda: model.run_with_cache(PROMPTS, out=tmp_path / "run", **settings), model, "denoise", killed_at + 1)
+    killed(
+        lambda: model.run_with_cache(PROMPTS, out=tmp_path / "run", **settings),
+        model,
+        "denoise",
+        killed_at + 1,
+    )
     with pytest.raises(FileNotFoundError, match="no finished cache"):
         GenerationCache.load(tmp_path / "run", model)
 
@@ -274,14 +343,22 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, scheduler, monkeypatc
         ({"seed": 1}, "noise"),
         ({"guidance": 3.0}, r"guidance \(4\.5, now 3\.0\)"),
         ({"names_filter": "hook_image"}, "names"),
-        ({"names_filter": is_pattern, "patterns": "entropy"}, r"names, patterns \('whole', now 'entropy'\)"),
+        (
+            {"names_filter": is_pattern, "patterns": "entropy"},
+            r"names, patterns \('whole', now 'entropy'\)",
+        ),
         ({"prompts": [PROMPTS[1]] * 2}, "text"),
         ({"weights": 1}, "model"),
     ],
 )
 def test_a_folder_of_another_generation_is_refused(tmp_path: Path, change, named) -> None:
     model = HookedTextToImage.from_pipeline(tiny_pipeline())
-    settings = {"prompts": PROMPTS, "num_steps": 1, "names_filter": "blocks.0.attn.hook_z", "out": tmp_path}
+    settings = {
+        "prompts": PROMPTS,
+        "num_steps": 1,
+        "names_filter": "blocks.0.attn.hook_z",
+        "out": tmp_path,
+    }
     model.run_with_cache(**settings)
     if change.pop("weights", 0):
         model.dit.proj_out.bias[0] += 1e-6
@@ -293,14 +370,19 @@ def test_hooks_are_recorded_but_cannot_be_compared(model, tmp_path: Path) -> Non
     settings = {"num_steps": 1, "names_filter": "steps.0.hook_x0", "out": tmp_path}
     with model.hooks([("steps.0.hook_latent", lambda latent, hook: 2 * latent)]):
         _, cache = model.run_with_cache(PROMPTS, **settings)
-        assert not torch.equal(cache["steps.0.hook_x0"], run(model, names_filter="steps.0.hook_latent")["steps.0.hook_latent"])
+        assert not torch.equal(
+            cache["steps.0.hook_x0"],
+            run(model, names_filter="steps.0.hook_latent")["steps.0.hook_latent"],
+        )
         with pytest.raises(ValueError, match=r"with hooks on steps\.0\.hook_latent, and whether"):
             model.run_with_cache(PROMPTS, **settings)
     with pytest.raises(ValueError, match="with other hooks"):
         model.run_with_cache(PROMPTS, **settings)
 
 
-def test_a_full_disk_is_noticed_before_running(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_before_running(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr(model, "run", lambda *args: pytest.fail("it ran"))
     with pytest.raises(CacheTooLargeError, match="1000 B are free"):
@@ -309,9 +391,14 @@ def test_a_full_disk_is_noticed_before_running(model, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
 def test_every_file_of_a_cache_is_known(tmp_path: Path, damage: str) -> None:
-    """A damaged or missing step is named, at the latest when a tensor of it is read; no step is left out in silence."""
+    """A damaged or missing step is named, at the latest when a tensor of it is read; no step is
+    left out in silence.
+    """
     model = HookedTextToImage.from_pipeline(tiny_pipeline())
-    settings = {"num_steps": 3, "names_filter": lambda name: "hook_latent" in name or "resid_post" in name}
+    settings = {
+        "num_steps": 3,
+        "names_filter": lambda name: "hook_latent" in name or "resid_post" in name,
+    }
     model.run_with_cache(PROMPTS, out=tmp_path / "run", **settings)
     for file in sorted((tmp_path / "run").glob("*.safetensors")):
         whole = file.read_bytes()
@@ -321,7 +408,10 @@ def test_every_file_of_a_cache_is_known(tmp_path: Path, damage: str) -> None:
             file.unlink()
         else:
             file.write_bytes({"flip": bytes(changed), "truncate": whole[:-1], "empty": b""}[damage])
-        with pytest.raises(OSError, match=rf"{file} is (missing|damaged).*delete the folder {tmp_path / 'run'} and run again"):
+        with pytest.raises(
+            OSError,
+            match=rf"{file} is (missing|damaged).*delete the folder {tmp_path / 'run'} and run again",
+        ):
             dict(GenerationCache.load(tmp_path / "run", model))
         file.write_bytes(whole)
     assert len(dict(GenerationCache.load(tmp_path / "run", model)))

@@ -1,4 +1,6 @@
-"""Hooks of a whole generation: they fire where they say, for any number of steps, or are refused."""
+"""Hooks of a whole generation: they fire where they say, for any number of steps, or are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -40,33 +42,49 @@ def zero(z: torch.Tensor, hook: object) -> torch.Tensor:
 def test_a_predicate_is_asked_of_the_runs_own_names(model, num_steps, guidance):
     seen = []
     model.run_with_hooks(
-        PROMPTS, num_steps=num_steps, guidance=guidance, fwd_hooks=[(is_z, lambda z, hook: seen.append(hook.name))]
+        PROMPTS,
+        num_steps=num_steps,
+        guidance=guidance,
+        fwd_hooks=[(is_z, lambda z, hook: seen.append(hook.name))],
     )
     branches = ("uncond", "cond") if guidance > 1 else ("cond",)
     layers = range(model.cfg.n_layers)
-    expected = [f"steps.{s}.{b}.blocks.{n}.cross_attn.hook_z" for s in range(num_steps) for n in layers for b in branches]
+    expected = [
+        f"steps.{s}.{b}.blocks.{n}.cross_attn.hook_z"
+        for s in range(num_steps)
+        for n in layers
+        for b in branches
+    ]
     assert sorted(seen) == sorted(expected)
     run = model.trajectory(PROMPTS, num_steps=num_steps, guidance=guidance)
     seen.clear()
     run.fork(num_steps - 1, [(is_z, lambda z, hook: seen.append(hook.name))])
-    assert sorted(seen) == sorted(name for name in expected if name.startswith(f"steps.{num_steps - 1}."))
+    assert sorted(seen) == sorted(
+        name for name in expected if name.startswith(f"steps.{num_steps - 1}.")
+    )
 
 
 def test_a_predicate_may_be_about_the_text_encoder_and_the_image(model):
     seen = []
-    hook = (lambda name: name.startswith("text_encoder") or name == "hook_image", lambda x, hook: seen.append(hook.name))
+    hook = (
+        lambda name: name.startswith("text_encoder") or name == "hook_image",
+        lambda x, hook: seen.append(hook.name),
+    )
     model.run_with_hooks(PROMPTS, num_steps=1, fwd_hooks=[hook])
     encoder = [f"text_encoder.{name}" for name in model.text_encoder.names(None)]
     assert sorted(seen) == sorted([*encoder, "hook_image"])
     assert encoder
     run = model.trajectory(PROMPTS, num_steps=2)
-    with pytest.raises(ValueError, match="selects no hook"):  # a fork keeps the text as it was encoded
+    # a fork keeps the text as it was encoded
+    with pytest.raises(ValueError, match="selects no hook"):
         run.fork(1, [(lambda name: name.startswith("text_encoder"), zero)])
 
 
 def test_a_predicate_that_selects_nothing_is_refused(model):
     with pytest.raises(ValueError, match="selects no hook: this run goes over steps 0 to 1"):
-        model.run_with_hooks(PROMPTS, num_steps=2, fwd_hooks=[(lambda name: name.endswith("crossattn.hook_z"), zero)])
+        model.run_with_hooks(
+            PROMPTS, num_steps=2, fwd_hooks=[(lambda name: name.endswith("crossattn.hook_z"), zero)]
+        )
     with pytest.raises(ValueError, match="selects no hook"):
         model.dit.add_hook(lambda name: name.endswith("crossattn.hook_z"), zero)
 
@@ -74,10 +92,17 @@ def test_a_predicate_that_selects_nothing_is_refused(model):
 def test_an_edit_of_all_steps_is_of_a_run_of_as_many(model):
     for steps in (None, slice(1, None)):
         hooks = Intervention(Z, steps=steps).hooks(model, PROMPTS)
-        with pytest.raises(ValueError, match=r"made for a run of 14 steps, and this one has 20: .*num_steps=20"):
+        with pytest.raises(
+            ValueError, match=r"made for a run of 14 steps, and this one has 20: .*num_steps=20"
+        ):
             model.run_with_hooks(PROMPTS, num_steps=20, fwd_hooks=hooks)
-    model.run_with_hooks(PROMPTS, num_steps=3, fwd_hooks=Intervention(Z).hooks(model, PROMPTS, num_steps=3))
-    model.run_with_hooks(PROMPTS, num_steps=3, fwd_hooks=Intervention(Z, steps=1).hooks(model, PROMPTS))  # a step is a step
+    model.run_with_hooks(
+        PROMPTS, num_steps=3, fwd_hooks=Intervention(Z).hooks(model, PROMPTS, num_steps=3)
+    )
+    # a step is a step
+    model.run_with_hooks(
+        PROMPTS, num_steps=3, fwd_hooks=Intervention(Z, steps=1).hooks(model, PROMPTS)
+    )
 
 
 def test_names_are_no_modules_to_attach_to(model):
@@ -88,10 +113,17 @@ def test_names_are_no_modules_to_attach_to(model):
         model.add_caching_hooks(is_z)
 
 
-@pytest.mark.parametrize("change", [lambda z: z[:, 1].zero_(), lambda z: z.mean(1), lambda z: 0.0, lambda z: z[:, :, :1]])
+@pytest.mark.parametrize(
+    "change", [lambda z: z[:, 1].zero_(), lambda z: z.mean(1), lambda z: 0.0, lambda z: z[:, :, :1]]
+)
 def test_a_hook_returns_the_whole_tensor(model, change):
-    with pytest.raises(ValueError, match=r"steps\.0\.cond\.blocks\.1\.cross_attn\.hook_z got \[2, 4, .*return the whole tensor"):
-        model.run_with_hooks(PROMPTS, num_steps=1, fwd_hooks=[(f"steps.0.cond.{Z}", lambda z, hook: change(z))])
+    with pytest.raises(
+        ValueError,
+        match=r"steps\.0\.cond\.blocks\.1\.cross_attn\.hook_z got \[2, 4, .*return the whole tensor",
+    ):
+        model.run_with_hooks(
+            PROMPTS, num_steps=1, fwd_hooks=[(f"steps.0.cond.{Z}", lambda z, hook: change(z))]
+        )
 
 
 def test_permanent_hooks_stay(model):
@@ -147,7 +179,9 @@ def test_a_cache_of_a_generation_keeps_its_kind(model):
 def test_a_cache_of_some_heads_replaces_no_others(model):
     _, cache = model.run_with_cache(PROMPTS, num_steps=1, names_filter=Z, heads="L1H1")
     with pytest.raises(ValueError, match=r"1 of the \d heads"):
-        Intervention(Z, heads=[0], steps=0, action=Replace(cache)).hooks(model, PROMPTS, num_steps=1)
+        Intervention(Z, heads=[0], steps=0, action=Replace(cache)).hooks(
+            model, PROMPTS, num_steps=1
+        )
 
 
 def test_steps_that_a_full_name_contradicts(model):
@@ -155,7 +189,9 @@ def test_steps_that_a_full_name_contradicts(model):
         model.run_with_cache(PROMPTS, num_steps=3, names_filter=f"steps.0.cond.{Z}", steps=2)
 
 
-@pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3), np.array([3, 3]), torch.tensor([3, 3]), (3, 3)])
+@pytest.mark.parametrize(
+    "seed", [np.int64(3), torch.tensor(3), np.array([3, 3]), torch.tensor([3, 3]), (3, 3)]
+)
 def test_any_integers_are_seeds(model, seed):
     assert torch.equal(model(PROMPTS, seed=seed, num_steps=1), model(PROMPTS, seed=3, num_steps=1))
 
@@ -163,7 +199,8 @@ def test_any_integers_are_seeds(model, seed):
 def test_what_is_no_seed_and_no_run(model):
     for seed in (1.5, [0.5, 1.0]):
         with pytest.raises(ValueError, match="give an integer"):
-            getattr(seed_of_each, "__wrapped__", seed_of_each)(seed, 2)  # past the type checker, as a user calls it
+            # past the type checker, as a user calls it
+            getattr(seed_of_each, "__wrapped__", seed_of_each)(seed, 2)
     with pytest.raises(ValueError, match="num_steps=0: give an integer of at least 1"):
         model(PROMPTS, num_steps=0)
 

@@ -1,4 +1,6 @@
-"""Words at the text positions of a pipeline's denoiser: one word changes exactly there, where encoders do not mix tokens."""
+"""Words at the text positions of a pipeline's denoiser: one word changes exactly there, where
+encoders do not mix tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,16 @@ FIRST, OTHER = "red circle is above blue square", "red square is above blue squa
 
 def own(name: str) -> tuple[Any, dict[str, Any]]:
     pipe, call = tiny_pipeline(name)
-    return pipe, {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+    return pipe, {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
 
 
-def words_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def words_alone(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """Hidden states that depend on the token at their own position alone."""
     ids = kwargs.get("input_ids", args[0] if args else None)
 
@@ -47,8 +55,18 @@ def texts_read(pipe: Any, prompt: str, options: dict[str, Any]) -> Tensor:
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         parts = [value for key, value in given.items() if key == text or key.startswith(text + "_")]
-        parts = [part[0][None] if isinstance(part, list) else part for part in parts]  # of a list, the prompt's own row
-        seen.append(torch.cat([p.flatten(2) if p.ndim > 3 else p for p in parts if isinstance(p, Tensor) and p.ndim > 2], dim=1))
+        # of a list, the prompt's own row
+        parts = [part[0][None] if isinstance(part, list) else part for part in parts]
+        seen.append(
+            torch.cat(
+                [
+                    p.flatten(2) if p.ndim > 3 else p
+                    for p in parts
+                    if isinstance(p, Tensor) and p.ndim > 2
+                ],
+                dim=1,
+            )
+        )
 
     handles = [pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)]
     for part in pipe.components.values():
@@ -60,7 +78,8 @@ def texts_read(pipe: Any, prompt: str, options: dict[str, Any]) -> Tensor:
     return torch.cat(seen[:2]) if seen[0].shape == seen[-1].shape else seen[0]
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "HunyuanDiT"])  # whose two texts differ in width
+# whose two texts differ in width
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "HunyuanDiT"])
 def test_a_word_stands_where_the_text_changes_with_it(name: str) -> None:
     pipe, options = own(name)
     changed = (texts_read(pipe, FIRST, options) != texts_read(pipe, OTHER, options)).any(-1).any(0)
@@ -96,7 +115,9 @@ def test_words_beyond_one_encoders_length_are_found_in_the_other() -> None:
     pipe, options = own("SD3")
     text = "red blue red blue red blue red blue red blue red circle"
     model = HookedTextToImage.from_pipeline(pipe)
-    mask = prompts.token_mask(model, text, prompts.word("circle"), **{**options, "max_sequence_length": 20})
+    mask = prompts.token_mask(
+        model, text, prompts.word("circle"), **{**options, "max_sequence_length": 20}
+    )
     assert mask[0].nonzero().flatten().tolist() == [12 + 11]
 
 

@@ -1,4 +1,6 @@
-"""State belongs to a run: graphs, hooks in threads and in hooks, contexts, levels, and changes of a wrapped module."""
+"""State belongs to a run: graphs, hooks in threads and in hooks, contexts, levels, and changes of a
+wrapped module.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_a_plain_call_keeps_nothing_for_a_backward_pass(model):
 
 
 class PeakBytes(TorchDispatchMode):
-    """Largest sum of the bytes of live storages that operators gave, over a block; a module's weights apart."""
+    """Largest sum of the bytes of live storages that operators gave, over a block; a module's
+    weights apart.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -57,10 +61,15 @@ class PeakBytes(TorchDispatchMode):
         self.live = {tensor.untyped_storage()._cdata: 0 for tensor in weights}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         output = function(*args, **(kwargs or {}))
         for tensor in tree_iter(output):
-            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.live:
+            if (
+                isinstance(tensor, Tensor)
+                and (key := (storage := tensor.untyped_storage())._cdata) not in self.live
+            ):
                 self.live[key] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self.freed, key)
@@ -94,7 +103,10 @@ def test_a_graph_is_there_for_whoever_asks(model):
     assert model.dit.blocks[0].attn.to_q.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", [Z, PATTERN, "steps.0.hook_latent", "text_encoder.blocks.0.attn.hook_z", "steps.1.hook_out"])
+@pytest.mark.parametrize(
+    "name",
+    [Z, PATTERN, "steps.0.hook_latent", "text_encoder.blocks.0.attn.hook_z", "steps.1.hook_out"],
+)
 def test_backward_hooks_fire_in_frozen_models(model, name):
     seen: list[Tensor] = []
     nudge: Tensor | None = None
@@ -105,7 +117,9 @@ def test_backward_hooks_fire_in_frozen_models(model, name):
     with model.hooks(bwd_hooks=[(name, lambda gradient, hook: seen.append(gradient.clone()))]):
         model(PROMPTS, num_steps=STEPS).square().sum().backward()
     nudge = torch.zeros_like(seen[0]).requires_grad_()
-    (expected,) = torch.autograd.grad(run({"fwd_hooks": [(name, lambda tensor, hook: tensor + nudge)]}), nudge)
+    (expected,) = torch.autograd.grad(
+        run({"fwd_hooks": [(name, lambda tensor, hook: tensor + nudge)]}), nudge
+    )
     assert expected.abs().max() > 0
     assert torch.allclose(seen[0], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
@@ -128,7 +142,10 @@ def test_threads_have_their_own_hooks(model):
         plain = model(PROMPTS, num_steps=STEPS)
         zeroed = model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, zero)])
         names = ["blocks.0.hook_resid_post", "blocks.1.attn.hook_pattern"]
-        caches = [model.run_with_cache(prompt, num_steps=STEPS, names_filter=names)[1] for prompt in PROMPTS]
+        caches = [
+            model.run_with_cache(prompt, num_steps=STEPS, names_filter=names)[1]
+            for prompt in PROMPTS
+        ]
     barrier = threading.Barrier(3)
 
     def work(which: int) -> bool:
@@ -137,7 +154,10 @@ def test_threads_have_their_own_hooks(model):
             for _ in range(4):
                 barrier.wait()
                 if which == 0:
-                    right &= torch.equal(model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, zero)]), zeroed)
+                    right &= torch.equal(
+                        model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, zero)]),
+                        zeroed,
+                    )
                 elif which == 1:
                     right &= torch.equal(model(PROMPTS, num_steps=STEPS), plain)
                 else:
@@ -155,12 +175,18 @@ def test_denoiser_calls_in_threads_have_their_own_hooks_and_flags(model):
     latents, text = model.noise(0, 2), model.encode(model.to_tokens(PROMPTS), 1.0).text
     view, tokens = model.dit.bind(latents, 500.0, text)
     with torch.no_grad():
-        plain, zeroed = view(tokens), view.run_with_hooks(tokens, [("blocks.0.attn.hook_pattern", zero)])
+        plain, zeroed = (
+            view(tokens),
+            view.run_with_hooks(tokens, [("blocks.0.attn.hook_pattern", zero)]),
+        )
 
     def work(hooked: bool) -> bool:
         with torch.no_grad():
             outs = [
-                view.run_with_hooks(tokens, [("blocks.0.attn.hook_pattern", zero)]) if hooked else view(tokens) for _ in range(8)
+                view.run_with_hooks(tokens, [("blocks.0.attn.hook_pattern", zero)])
+                if hooked
+                else view(tokens)
+                for _ in range(8)
             ]
         return all(torch.equal(out, zeroed if hooked else plain) for out in outs)
 
@@ -180,7 +206,9 @@ def test_a_run_in_a_hook_is_a_run_of_its_own(model):
         plain = model(PROMPTS, num_steps=STEPS)
         zeroed = model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, zero)])
         other = model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(PATTERN, zero)])
-        assert torch.equal(model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, run_again)]), zeroed)
+        assert torch.equal(
+            model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, run_again)]), zeroed
+        )
         assert torch.equal(inner[0], plain)
         assert torch.equal(inner[1], other)
         model.add_hook(Z, run_again)
@@ -198,7 +226,9 @@ def test_an_added_hook_acts_in_all_threads_and_in_open_blocks(model):
             assert not torch.allclose(model(PROMPTS, num_steps=STEPS), plain)
         changed = model(PROMPTS, num_steps=STEPS)
         with ThreadPoolExecutor(1) as pool:
-            assert torch.equal(pool.submit(lambda: model(PROMPTS, num_steps=STEPS).detach()).result(), changed)
+            assert torch.equal(
+                pool.submit(lambda: model(PROMPTS, num_steps=STEPS).detach()).result(), changed
+            )
         assert not torch.allclose(changed, plain)
         model.reset_hooks()
         assert torch.equal(model(PROMPTS, num_steps=STEPS), plain)
@@ -217,10 +247,14 @@ def test_hooks_of_a_name_share_a_context(model):
         model(PROMPTS, num_steps=STEPS).sum().backward()
     assert len(seen) == 1
     later = []
-    model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, lambda tensor, hook: later.append(dict(hook.ctx)))])
+    model.run_with_hooks(
+        PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, lambda tensor, hook: later.append(dict(hook.ctx)))]
+    )
     assert later == [{"mean": seen[0]}]
     model.reset_hooks()  # clears contexts, as in TransformerLens
-    model.run_with_hooks(PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, lambda tensor, hook: later.append(dict(hook.ctx)))])
+    model.run_with_hooks(
+        PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, lambda tensor, hook: later.append(dict(hook.ctx)))]
+    )
     assert later[1] == {}
 
 
@@ -264,7 +298,9 @@ def test_weights_edited_after_a_view_are_followed_or_refused(model):
                 stale()
 
 
-@pytest.mark.parametrize("part", ["transformer_blocks.0.attn2.to_v", "transformer_blocks.1.ff.net.2", "proj_out"])
+@pytest.mark.parametrize(
+    "part", ["transformer_blocks.0.attn2.to_v", "transformer_blocks.1.ff.net.2", "proj_out"]
+)
 def test_a_replaced_leaf_is_an_error_that_names_it(model, part):
     wrapped = model.dit.wrapped
     parent, _, name = part.rpartition(".")
@@ -280,7 +316,11 @@ def test_a_replaced_leaf_is_an_error_that_names_it(model, part):
         lambda: bound(tokens),
     )
     for call in calls:
-        with pytest.raises(ValueError, match=part.replace(".", r"\.") + " of the wrapped PixArtTransformer2DModel was replaced"):
+        with pytest.raises(
+            ValueError,
+            match=part.replace(".", r"\.")
+            + " of the wrapped PixArtTransformer2DModel was replaced",
+        ):
             call()
 
 
@@ -297,7 +337,10 @@ def test_torch_hooks_and_processors_that_would_be_ignored_are_refused():
     handle.remove()
     model(PROMPTS, num_steps=1)
     pipe.transformer.transformer_blocks[1].attn1.set_processor(Other())
-    for call in (lambda: model(PROMPTS, num_steps=1), lambda: HookedTextToImage.from_pipeline(pipe)):
+    for call in (
+        lambda: model(PROMPTS, num_steps=1),
+        lambda: HookedTextToImage.from_pipeline(pipe),
+    ):
         with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn1 .* processor Other"):
             call()
 
@@ -305,8 +348,16 @@ def test_torch_hooks_and_processors_that_would_be_ignored_are_refused():
 def test_generation_hooks_are_refused_around_a_pipelines_own_call(model):
     pipe = model.as_diffusers()
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": 1, "clean_caption": False, "use_resolution_binning": False, "output_type": "latent"}
+    call = {
+        "num_inference_steps": 1,
+        "clean_caption": False,
+        "use_resolution_binning": False,
+        "output_type": "latent",
+    }
     pipe(list(PROMPTS), **call)
     assert type(pipe).__name__ == "PixArtSigmaPipeline"
-    with model.hooks([(Z, zero)]), pytest.raises(ValueError, match="do not fire in a diffusers pipeline's own call"):
+    with (
+        model.hooks([(Z, zero)]),
+        pytest.raises(ValueError, match="do not fire in a diffusers pipeline's own call"),
+    ):
         pipe(list(PROMPTS), **call)

@@ -28,7 +28,9 @@ def pattern(name: str) -> str:
 
 
 def tiny(text: str) -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline(text, learned_sigma=True, scheduler=SCHEDULER))
+    return HookedTextToImage.from_pipeline(
+        tiny_pipeline(text, learned_sigma=True, scheduler=SCHEDULER)
+    )
 
 
 def set_all(model: HookedTextToImage, fork: str) -> None:
@@ -47,7 +49,9 @@ def set_all(model: HookedTextToImage, fork: str) -> None:
 def test_shapes_of_a_whole_run(text: str, fork: str) -> None:
     model = tiny(text)
     set_all(model, fork)
-    images, cache = model.run_with_cache(model.to_tokens(PROMPTS, length=TEXT_LENGTH), num_steps=1, branch="both")
+    images, cache = model.run_with_cache(
+        model.to_tokens(PROMPTS, length=TEXT_LENGTH), num_steps=1, branch="both"
+    )
     grid = (model.cfg.sample_size,) * 2
     seen = set()
     for name, tensor in cache.items():
@@ -55,9 +59,15 @@ def test_shapes_of_a_whole_run(text: str, fork: str) -> None:
         cfg = model.text_encoder.cfg if site.part.endswith("text_encoder") else model.cfg
         sizes = axis_sizes(cfg, len(PROMPTS), TEXT_LENGTH, grid, tuple(images.shape[-2:]))
         assert tuple(tensor.shape) == tuple(sizes[axis] for axis in site.row.axes), name
-        assert tuple(tensor.shape) == activation_shape(cfg, site, 2, grid, TEXT_LENGTH, tuple(images.shape[-2:]))
+        assert tuple(tensor.shape) == activation_shape(
+            cfg, site, 2, grid, TEXT_LENGTH, tuple(images.shape[-2:])
+        )
         seen.add((site.part, site.inner))
-    fires = {name for name in model.dit.hook_dict if model.dit.hook_flags.get(name) not in {*FORKS} - {fork}}
+    fires = {
+        name
+        for name in model.dit.hook_dict
+        if model.dit.hook_flags.get(name) not in {*FORKS} - {fork}
+    }
     assert {name for part, name in seen if part == "dit"} == fires
     assert {name for part, name in seen if part == "sampler"} == set(model.sampler_hooks.hook_dict)
 
@@ -65,12 +75,19 @@ def test_shapes_of_a_whole_run(text: str, fork: str) -> None:
 def test_the_table_has_every_name_and_no_other() -> None:
     t5, rte = tiny("t5"), tiny("rte")
     families_too: list[Any] = [families.hook(small(kind)[0], check=False) for kind in KINDS[1:]]
-    found = {("dit", pattern(name)) for model in (t5.dit, *families_too) for name in model.hook_dict}
-    found |= {("text_encoder", pattern(name)) for model in (t5, rte) for name in model.text_encoder.hook_dict}
+    found = {
+        ("dit", pattern(name)) for model in (t5.dit, *families_too) for name in model.hook_dict
+    }
+    found |= {
+        ("text_encoder", pattern(name))
+        for model in (t5, rte)
+        for name in model.text_encoder.hook_dict
+    }
     found |= {("sampler", name) for name in t5.sampler_hooks.hook_dict}
     assert found <= set(HOOKS)
     nowhere = {name for part, name in set(HOOKS) - found}
-    assert all("image_attn" in name for name in nowhere), nowhere  # of families that none of these models is
+    # of families that none of these models is
+    assert all("image_attn" in name for name in nowhere), nowhere
 
 
 @torch.no_grad()
@@ -90,7 +107,12 @@ def test_layers_of_sites() -> None:
     model = tiny("t5")
     assert model.names.site("steps.0.cond.blocks.1.hook_cross_z").layer == 1
     assert model.names.site("text_encoder.blocks.0.hook_resid_pre").layer == 0
-    for name in ("steps.0.hook_latent", "hook_image", "steps.0.uncond.hook_t_emb", "text_encoder.hook_out"):
+    for name in (
+        "steps.0.hook_latent",
+        "hook_image",
+        "steps.0.uncond.hook_t_emb",
+        "text_encoder.hook_out",
+    ):
         assert model.names.site(name).layer is None
     with pytest.raises(KeyError, match="stands in no row"):
         hook_row("blocks.0.hook_nothing")

@@ -1,4 +1,6 @@
-"""A tiny random pipeline whose every parameter, 1-D ones included, is random: an equality test on zeros proves nothing."""
+"""A tiny random pipeline whose every parameter, 1-D ones included, is random: an equality test on
+zeros proves nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from hooked_models import PatchCodec, RandomTokenEncoder, RandomTokenEncoderConf
 
 WORDS = ("red", "blue", "circle", "square", "is", "above", "left", "of")
 PROMPTS = ("red circle is above blue square", "blue square is left of red circle")
-CALL = {"use_resolution_binning": False, "max_sequence_length": 20, "clean_caption": False, "output_type": "pt"}
+CALL = {
+    "use_resolution_binning": False,
+    "max_sequence_length": 20,
+    "clean_caption": False,
+    "output_type": "pt",
+}
 
 
 def randomise(module: torch.nn.Module, scale: float, seed: int = 0) -> None:
@@ -23,15 +30,28 @@ def randomise(module: torch.nn.Module, scale: float, seed: int = 0) -> None:
 
 
 def tiny_pipeline(
-    text: str = "rte", learned_sigma: bool = False, dtype: torch.dtype = torch.float32, scheduler: object = None, grid: int = 4
+    text: str = "rte",
+    learned_sigma: bool = False,
+    dtype: torch.dtype = torch.float32,
+    scheduler: object = None,
+    grid: int = 4,
 ) -> PixArtSigmaPipeline:
     torch.manual_seed(1)
     tokenizer = word_tokenizer(WORDS)
     if text == "t5":
-        sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+        sizes = {
+            "d_model": 16,
+            "d_kv": 4,
+            "d_ff": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+        }
         encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
     else:
-        encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=WORDS, d_model=16, positions=text == "rte"))
+        encoder = RandomTokenEncoder(
+            RandomTokenEncoderConfig(words=WORDS, d_model=16, positions=text == "rte")
+        )
     codec = PatchCodec(latent_channels=4, patch_size=4, scaling_factor=0.7)
     transformer = PixArtTransformer2DModel(
         num_layers=2,
@@ -50,6 +70,8 @@ def tiny_pipeline(
     randomise(transformer, 0.2)
     if scheduler is None:  # some schedulers have a length, and it may fail
         scheduler = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
-    pipe = PixArtSigmaPipeline(tokenizer, encoder.eval(), codec, transformer.eval(), scheduler).to(dtype)
+    pipe = PixArtSigmaPipeline(tokenizer, encoder.eval(), codec, transformer.eval(), scheduler).to(
+        dtype
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

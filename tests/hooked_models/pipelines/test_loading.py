@@ -1,4 +1,6 @@
-"""Loading PixArt pipelines as they come: against diffusers' own pipelines, and every way in which it can go wrong."""
+"""Loading PixArt pipelines as they come: against diffusers' own pipelines, and every way in which
+it can go wrong.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def diffusers_pipeline(folder: Path, **load: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
+)
 def test_trajectories_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
     settings = {"load": {}, "tolerance": 1e-4, **CASES[case]}
     load, tolerance = settings.pop("load"), settings.pop("tolerance")
@@ -89,8 +93,11 @@ def test_trajectories_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
     model = HookedTextToImage.from_pretrained(tmp_path / "model", **load)
     ours = model.trajectory(PROMPTS, latents=latents, num_steps=2).latents[-1]
     pipe = diffusers_pipeline(tmp_path / "model", **load)
-    call = {"use_resolution_binning": False, "clean_caption": False, "output_type": "latent"}  # as long as its default text
-    theirs = pipe(list(PROMPTS), latents=latents.to(pipe.dtype), num_inference_steps=2, **call).images
+    # as long as its default text
+    call = {"use_resolution_binning": False, "clean_caption": False, "output_type": "latent"}
+    theirs = pipe(
+        list(PROMPTS), latents=latents.to(pipe.dtype), num_inference_steps=2, **call
+    ).images
     assert isinstance(model.as_diffusers(), type(pipe))
     assert ours.dtype == load.get("dtype", torch.float32)
     assert model.max_sequence_length == (120 if settings.get("pipeline") == "alpha" else 300)
@@ -99,15 +106,24 @@ def test_trajectories_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(200, 330), pytest.param((400, 100), marks=pytest.mark.slow)])
-def test_images_of_other_sizes_are_those_of_diffusers(size: tuple[int, int], tmp_path: Path) -> None:
+def test_images_of_other_sizes_are_those_of_diffusers(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
     write_folder(tmp_path / "model", vae_levels=4, sample_size=32, patch_size=8)
     model = HookedTextToImage.from_pretrained(tmp_path / "model")
     height, width = size
     latents = model.noise([1, 2], 2, height=height, width=width)
     assert abs(latents.shape[2] / latents.shape[3] - height / width) < 0.1 * height / width
     ours = resize_and_crop(model(PROMPTS, latents=latents, num_steps=1), height, width)
-    call = {"use_resolution_binning": True, "clean_caption": False, "output_type": "pt", "num_inference_steps": 1}
-    theirs = diffusers_pipeline(tmp_path / "model")(list(PROMPTS), latents=latents, height=height, width=width, **call).images
+    call = {
+        "use_resolution_binning": True,
+        "clean_caption": False,
+        "output_type": "pt",
+        "num_inference_steps": 1,
+    }
+    theirs = diffusers_pipeline(tmp_path / "model")(
+        list(PROMPTS), latents=latents, height=height, width=width, **call
+    ).images
     assert theirs.std() > 0.01
     assert 0 < theirs.min() < theirs.max() < 1  # they clamp after resizing, hook_image before
     assert (ours - theirs).abs().max() < 1e-4
@@ -124,7 +140,11 @@ def test_other_sizes_without_a_table(folder: Path) -> None:
 
 def test_float16_spares_what_overflows_in_it(folder: Path) -> None:
     model = HookedTextToImage.from_pretrained(folder, dtype=F16)
-    assert (model.dit.dtype, model.text_encoder.dtype, model.codec.dtype) == (F16, BF16, torch.float32)
+    assert (model.dit.dtype, model.text_encoder.dtype, model.codec.dtype) == (
+        F16,
+        BF16,
+        torch.float32,
+    )
     full = HookedTextToImage.from_pretrained(folder)
     ours, exact = (m.trajectory(PROMPTS, num_steps=2).latents[-1] for m in (model, full))
     assert (ours - exact).abs().max() < 0.05 * exact.abs().max()
@@ -133,15 +153,22 @@ def test_float16_spares_what_overflows_in_it(folder: Path) -> None:
 def test_a_legacy_class_that_is_live_already() -> None:
     from diffusers import Transformer2DModel
 
-    settings = {k: v for k, v in XL.items() if k != "use_additional_conditions"} | {"caption_channels": 10, "sample_size": 16}
-    live = Transformer2DModel(num_attention_heads=1, num_layers=1, cross_attention_dim=72, **settings).eval()
+    settings = {k: v for k, v in XL.items() if k != "use_additional_conditions"} | {
+        "caption_channels": 10,
+        "sample_size": 16,
+    }
+    live = Transformer2DModel(
+        num_attention_heads=1, num_layers=1, cross_attention_dim=72, **settings
+    ).eval()
     torch.nn.init.normal_(live.proj_out.weight)
     assert check_denoiser(HookedDiT(live)) == []
 
 
 def test_text_may_be_as_long_as_it_was_in_training(folder: Path, tmp_path: Path) -> None:
     sigma = HookedTextToImage.from_pretrained(folder, check=False)
-    alpha = HookedTextToImage.from_pretrained(write_folder(tmp_path / "alpha", "alpha"), check=False)
+    alpha = HookedTextToImage.from_pretrained(
+        write_folder(tmp_path / "alpha", "alpha"), check=False
+    )
     assert sigma.to_tokens("red " * 150).shape == (1, 151)
     with pytest.raises(ValueError, match="151 tokens, but 120"):
         alpha.to_tokens("red " * 150)
@@ -162,9 +189,14 @@ def test_captions_are_cleaned_on_request(folder: Path) -> None:
     assert torch.equal(model.to_tokens(prompt), pipe.tokenizer(text, return_tensors="pt").input_ids)
 
 
-def test_parts_are_on_the_device_only_while_they_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_on_the_device_only_while_they_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = HookedTextToImage.from_pretrained(folder, check=False)
-    images, names = model(PROMPTS, num_steps=2), {id(model.text_encoder): "text", id(model.dit): "dit", id(model.codec): "codec"}
+    images, names = (
+        model(PROMPTS, num_steps=2),
+        {id(model.text_encoder): "text", id(model.dit): "dit", id(model.codec): "codec"},
+    )
     moves = []
     move = torch.nn.Module.to
 
@@ -177,7 +209,13 @@ def test_parts_are_on_the_device_only_while_they_work(folder: Path, monkeypatch:
     model.enable_cpu_offload(device)
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     assert torch.equal(model(PROMPTS, num_steps=2), images)
-    assert moves == [("text", "cpu:0"), ("text", "cpu"), ("dit", "cpu:0"), ("dit", "cpu"), ("codec", "cpu:0")]
+    assert moves == [
+        ("text", "cpu:0"),
+        ("text", "cpu"),
+        ("dit", "cpu:0"),
+        ("dit", "cpu"),
+        ("codec", "cpu:0"),
+    ]
 
 
 @pytest.mark.gpu
@@ -196,7 +234,9 @@ def test_on_a_gpu_the_images_are_the_same_with_and_without_offloading(folder: Pa
 
 
 def hub_cache(folder: Path, cache: Path, commits: dict[str, float]) -> str:
-    """A cache as huggingface_hub leaves it, with the model at several commits, the last of which is `main`."""
+    """A cache as huggingface_hub leaves it, with the model at several commits, the last of which is
+    `main`.
+    """
     repository = cache / "models--somebody--tiny"
     for commit, bias in commits.items():
         snapshot = repository / "snapshots" / commit
@@ -230,13 +270,19 @@ def test_a_revision_is_a_commit_and_is_recorded(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("weights", [True, False])
 def test_offline_the_error_says_how_to_fetch(tmp_path: Path, weights: bool) -> None:
     with pytest.raises(FileNotFoundError, match=r"hf download somebody/absent --revision abc"):
-        HookedTextToImage.from_pretrained("somebody/absent", cache_dir=tmp_path, revision="abc", weights=weights)
+        HookedTextToImage.from_pretrained(
+            "somebody/absent", cache_dir=tmp_path, revision="abc", weights=weights
+        )
 
 
 @pytest.mark.parametrize(
     ("cause", "error", "message"),
     [
-        (GatedRepoError, PermissionError, r"gated: accept its terms at https://huggingface.co/some/model"),
+        (
+            GatedRepoError,
+            PermissionError,
+            r"gated: accept its terms at https://huggingface.co/some/model",
+        ),
         (RepositoryNotFoundError, FileNotFoundError, "has no model 'some/model'"),
         (RevisionNotFoundError, FileNotFoundError, r"has no revision 'v9'.*commits/main"),
     ],
@@ -245,7 +291,9 @@ def test_what_the_hub_refuses(
     monkeypatch: pytest.MonkeyPatch, cause: type[Exception], error: type[Exception], message: str
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
-        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/some/model"))
+        response = httpx.Response(
+            403, request=httpx.Request("GET", "https://huggingface.co/some/model")
+        )
         raise OSError("Cannot load model some/model") from cause("refused", response=response)
 
     monkeypatch.setattr(DiffusionPipeline, "download", refuse)
@@ -264,9 +312,15 @@ def test_a_folder_has_no_revision(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline, which has no transformer"),
+        (
+            {"_class_name": "StableDiffusionPipeline"},
+            "is a StableDiffusionPipeline, which has no transformer",
+        ),
         ({"_class_name": "Pipeline4"}, "is a Pipeline4, which diffusers .* has not"),
-        ({"transformer": ["diffusers", "SanaTransformer2DModel"]}, "has a SanaTransformer2DModel for its transformer"),
+        (
+            {"transformer": ["diffusers", "SanaTransformer2DModel"]},
+            "has a SanaTransformer2DModel for its transformer",
+        ),
     ],
 )
 def test_a_pipeline_of_another_kind(copy: Path, changes: dict[str, Any], message: str) -> None:
@@ -280,17 +334,25 @@ def test_a_missing_component_can_be_passed(copy: Path, folder: Path, how: str) -
     if how == "not named":
         edit_json(copy / "model_index.json", text_encoder=[None, None])
     shutil.rmtree(copy / "text_encoder")
-    with pytest.raises(FileNotFoundError, match=r"has no text_encoder: pass one \(from_pretrained\(…, text_encoder=…\)\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has no text_encoder: pass one \(from_pretrained\(…, text_encoder=…\)\)",
+    ):
         HookedTextToImage.from_pretrained(copy)
     encoder = diffusers_pipeline(folder).text_encoder
-    whole, mended = HookedTextToImage.from_pretrained(folder), HookedTextToImage.from_pretrained(copy, text_encoder=encoder)
+    whole, mended = (
+        HookedTextToImage.from_pretrained(folder),
+        HookedTextToImage.from_pretrained(copy, text_encoder=encoder),
+    )
     assert torch.equal(whole(PROMPTS, num_steps=1), mended(PROMPTS, num_steps=1))
     with pytest.raises(TypeError, match="no argument 'torch_dtype': choose dtype"):
         HookedTextToImage.from_pretrained(copy, torch_dtype=F16)
 
 
 def test_a_transformer_of_another_folder(folder: Path, tmp_path: Path) -> None:
-    tiny_transformer(7, num_attention_heads=2, use_additional_conditions=False).save_pretrained(tmp_path / "other/transformer")
+    tiny_transformer(7, num_attention_heads=2, use_additional_conditions=False).save_pretrained(
+        tmp_path / "other/transformer"
+    )
     model = HookedTextToImage.from_pretrained(folder, transformer=str(tmp_path / "other"))
     assert model.cfg.patch_size == 2
 
@@ -299,17 +361,24 @@ def test_a_transformer_of_another_folder(folder: Path, tmp_path: Path) -> None:
 def test_truncated_and_missing_weights(copy: Path, component: str) -> None:
     file = next((copy / component).glob("*.safetensors"))
     os.truncate(file, file.stat().st_size - 10)
-    with pytest.raises(OSError, match=rf"{component}/{file.name} is truncated or damaged .* download it again"):
+    with pytest.raises(
+        OSError, match=rf"{component}/{file.name} is truncated or damaged .* download it again"
+    ):
         HookedTextToImage.from_pretrained(copy)
     file.rename(file.with_suffix(".bin"))
-    with pytest.raises(FileNotFoundError, match=rf"has no {component}/{file.name} \(there is: {file.stem}.bin\)"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"has no {component}/{file.name} \(there is: {file.stem}.bin\)"
+    ):
         HookedTextToImage.from_pretrained(copy)
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", saved=SHARDS)
     next((tmp_path / "model/transformer").glob("*-00002-of-*.safetensors")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks transformer/diffusion_pytorch_model-00002-of-\d+.safetensors"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"lacks transformer/diffusion_pytorch_model-00002-of-\d+.safetensors",
+    ):
         HookedTextToImage.from_pretrained(tmp_path / "model")
 
 
@@ -324,7 +393,9 @@ def test_a_pipeline_that_is_spread_out_is_refused(folder: Path) -> None:
 
 
 def wrong_output(self: MLP, x: torch.Tensor) -> torch.Tensor:
-    return 1.01 * self.proj_out(self.hook_post(F.gelu(self.hook_pre(self.proj_in(x)), approximate="tanh")))
+    return 1.01 * self.proj_out(
+        self.hook_post(F.gelu(self.hook_pre(self.proj_in(x)), approximate="tanh"))
+    )
 
 
 def silent(self: MLP, x: torch.Tensor) -> torch.Tensor:
@@ -335,7 +406,10 @@ def attention(use_pattern: bool, factor: float) -> Any:
     """An attention whose pattern is not used, or is not what it should be."""
 
     def forward(self: Attention, q: Any, k: Any, v: Any, bias: Any = None) -> torch.Tensor:
-        q, k, v = (hook(x).transpose(1, 2) for hook, x in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v)))
+        q, k, v = (
+            hook(x).transpose(1, 2)
+            for hook, x in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v))
+        )
         scores = q @ k.mT * self.scale
         bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
         pattern = self.hook_attn_scores(scores if bias is None else scores + bias).softmax(-1)
@@ -348,7 +422,11 @@ def attention(use_pattern: bool, factor: float) -> Any:
 @pytest.mark.parametrize(
     ("broken", "forward", "message"),
     [
-        (MLP, wrong_output, r"the denoiser's output differs from the original's by [\d.e-]+ \(allowed: "),
+        (
+            MLP,
+            wrong_output,
+            r"the denoiser's output differs from the original's by [\d.e-]+ \(allowed: ",
+        ),
         (MLP, silent, r"names do not fire once each: blocks.0.mlp.hook_pre \(0 times\)"),
         (Attention, attention(False, 1), "attn.hook_z does not change when its pattern is edited"),
         (Attention, attention(True, 2), "attn.hook_pattern has rows that do not sum to one"),
@@ -369,7 +447,9 @@ def test_a_model_that_says_nothing_finite(copy: Path) -> None:
     network = PixArtTransformer2DModel.from_pretrained(copy, subfolder="transformer")
     network.proj_out.bias.fill_(torch.nan)
     network.save_pretrained(copy / "transformer")
-    with pytest.raises(ModelCheckError, match=r"transformer's proj_out\.bias holds a value that is not a number"):
+    with pytest.raises(
+        ModelCheckError, match=r"transformer's proj_out\.bias holds a value that is not a number"
+    ):
         HookedTextToImage.from_pretrained(copy)
     opened = HookedTextToImage.from_pretrained(copy, check=False)
     with pytest.raises(ModelCheckError, match="not finite even without hooks"):
@@ -380,9 +460,18 @@ def test_a_model_that_says_nothing_finite(copy: Path) -> None:
 
 
 def test_xl_without_weights(copy: Path) -> None:
-    """28 layers × 16 heads × 72 with T5-XXL: names and sizes, without a weight file and within 5 s of a processor and 300 MB."""
-    size = {"num_attention_heads": 16, "num_layers": 28, "cross_attention_dim": 1152, "caption_channels": 4096}
-    (copy / "transformer/config.json").write_text(json.dumps({"_class_name": "Transformer2DModel", **XL, **size}))
+    """28 layers × 16 heads × 72 with T5-XXL: names and sizes, without a weight file and within 5 s
+    of a processor and 300 MB.
+    """
+    size = {
+        "num_attention_heads": 16,
+        "num_layers": 28,
+        "cross_attention_dim": 1152,
+        "caption_channels": 4096,
+    }
+    (copy / "transformer/config.json").write_text(
+        json.dumps({"_class_name": "Transformer2DModel", **XL, **size})
+    )
     xxl = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_layers=24, num_heads=64, vocab_size=32128)
     xxl.feed_forward_proj = "gated-gelu"
     xxl.save_pretrained(copy / "text_encoder")

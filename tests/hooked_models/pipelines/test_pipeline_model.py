@@ -1,4 +1,6 @@
-"""Folders of models and caches from anywhere: nothing is imported because a folder names it, and a folder is saved whole."""
+"""Folders of models and caches from anywhere: nothing is imported because a folder names it, and a
+folder is saved whole.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_no_library_is_imported_because_a_folder_names_it(folder, evil, weights, component):
     edit_json(folder / "model_index.json", **{component: [evil, "Thing"]})
     shutil.copy(folder.parent / f"{evil}.py", folder / f"{evil}.py")
-    with pytest.raises(ValueError, match=rf"{component} from 'evil_component', but opening a folder imports diffusers"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{component} from 'evil_component', but opening a folder imports diffusers",
+    ):
         HookedTextToImage.from_pretrained(folder, weights=weights)
     assert evil not in sys.modules
 
@@ -53,7 +58,9 @@ def test_no_library_is_imported_because_a_folder_names_it(folder, evil, weights,
 def test_training_and_nnsight_import_no_more(folder, evil):
     edit_json(folder / "model_index.json", vae=[evil, "Thing"])
     for opened in (load_pipeline, RemoteTextToImage):
-        with pytest.raises(ValueError, match="vae from 'evil_component', but opening a folder imports diffusers"):
+        with pytest.raises(
+            ValueError, match="vae from 'evil_component', but opening a folder imports diffusers"
+        ):
             opened(str(folder))
     assert evil not in sys.modules
 
@@ -75,7 +82,9 @@ def test_a_component_is_what_its_place_needs(folder, component, named):
             HookedTextToImage.from_pretrained(folder, weights=weights)
 
 
-@pytest.mark.parametrize("content", [b"", b"[", b"[]", b"3", b'{"_class_name": ["a", "b"]}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"[", b"[]", b"3", b'{"_class_name": ["a", "b"]}', b"[" * 100_000]
+)
 def test_a_damaged_index_of_a_pipeline_is_a_sentence(folder, content):
     (folder / "model_index.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"model_index\.json is damaged|is a \["):
@@ -100,7 +109,9 @@ def test_a_weight_that_is_missing_is_no_random_number(folder, part):
     name = sorted(tensors)[0]
     del tensors[name]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(OSError, match=rf"{part} lacks 1 of its weights \({name}\), which would be drawn at random"):
+    with pytest.raises(
+        OSError, match=rf"{part} lacks 1 of its weights \({name}\), which would be drawn at random"
+    ):
         HookedTextToImage.from_pretrained(folder)
 
 
@@ -111,7 +122,11 @@ def test_a_weight_that_is_missing_is_no_random_number(folder, part):
         (lambda found: found.pop("weight_map"), ValueError, r"index\.json is damaged"),
         (lambda found: found.update(weight_map=3), ValueError, r"index\.json is damaged"),
         (lambda found: found["weight_map"].update(x=3), FileNotFoundError, "lacks transformer/3"),
-        (lambda found: found["weight_map"].update(x="../x.safetensors"), ValueError, r"index\.json is damaged"),
+        (
+            lambda found: found["weight_map"].update(x="../x.safetensors"),
+            ValueError,
+            r"index\.json is damaged",
+        ),
     ],
 )
 def test_an_index_of_shards_lists_every_weight(tmp_path, edit, error, message):
@@ -133,7 +148,9 @@ def test_a_denoisers_attributes_are_pointed_to(folder):
         "transformer": "dit",
         "vae": "codec",
     }.items():
-        with pytest.raises(AttributeError, match=rf"HookedPixArt has no {name}: see model\.{there}\."):
+        with pytest.raises(
+            AttributeError, match=rf"HookedPixArt has no {name}: see model\.{there}\."
+        ):
             getattr(model, name)
     with pytest.raises(AttributeError, match="no attribute 'no_such'"):
         getattr(model, "no_such")  # noqa: B009 (an attribute that is not there)
@@ -141,7 +158,8 @@ def test_a_denoisers_attributes_are_pointed_to(folder):
 
 def test_a_cache_opens_no_model_by_a_relative_name(folder, evil, tmp_path, monkeypatch):
     settings = {"num_steps": 1, "names_filter": "steps.0.hook_latent", "out": tmp_path / "cache"}
-    HookedTextToImage.from_pretrained("model").run_with_cache(PROMPTS, **settings)  # the working folder is tmp_path
+    # the working folder is tmp_path
+    HookedTextToImage.from_pretrained("model").run_with_cache(PROMPTS, **settings)
     assert Index.read(tmp_path / "cache").facts["source"] == [str(folder.resolve()), None]
     monkeypatch.chdir("/")
     assert GenerationCache.load(tmp_path / "cache").model.dit.device.type == "meta"
@@ -163,7 +181,10 @@ def test_a_weight_that_is_no_number_is_named(folder, part, value):
     name = sorted(tensors)[0]
     tensors[name].view(-1)[-1] = value
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ModelCheckError, match=rf"{part}'s {name} holds a value (that is not a number|of size (inf|1e\+30))\."):
+    with pytest.raises(
+        ModelCheckError,
+        match=rf"{part}'s {name} holds a value (that is not a number|of size (inf|1e\+30))\.",
+    ):
         HookedTextToImage.from_pretrained(folder)
 
 
@@ -173,7 +194,9 @@ def test_weights_of_t5_are_looked_at_too(tmp_path):
     tensors = load_file(file)
     tensors["shared.weight"][0, 0] = float("nan")
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ModelCheckError, match=r"text_encoder's .* holds a value that is not a number"):
+    with pytest.raises(
+        ModelCheckError, match=r"text_encoder's .* holds a value that is not a number"
+    ):
         HookedTextToImage.from_pretrained(folder)
 
 
@@ -207,7 +230,9 @@ def test_saving_replaces_a_pipeline_whole_and_nothing_else(folder, tmp_path):
     assert (folder / "README.md").read_text() == "a card"
     assert (folder / "samples").is_dir()
     assert not (folder / "transformer" / "old.safetensors").exists()
-    assert torch.equal(HookedTextToImage.from_pretrained(folder).dit.proj_out.bias, model.dit.proj_out.bias)
+    assert torch.equal(
+        HookedTextToImage.from_pretrained(folder).dit.proj_out.bias, model.dit.proj_out.bias
+    )
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mine.txt").write_text("dear")
     with pytest.raises(FileExistsError, match=r"holds files that are no pipeline \(mine\.txt"):
@@ -225,8 +250,13 @@ def test_a_training_run_is_a_model_whose_files_are_checked(tmp_path):
     file = tmp_path / "pipeline/vae/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "scaling_factor": 2.0}))
     for name in (tmp_path, tmp_path / "pipeline"):
-        with pytest.raises(OSError, match=r"pipeline/vae/config\.json is damaged: .*; save the pipeline again"):
+        with pytest.raises(
+            OSError, match=r"pipeline/vae/config\.json is damaged: .*; save the pipeline again"
+        ):
             HookedTextToImage.from_pretrained(name)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"pipeline/vae/config\.json is missing: restore it, or save the pipeline again"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"pipeline/vae/config\.json is missing: restore it, or save the pipeline again",
+    ):
         HookedTextToImage.from_pretrained(tmp_path)

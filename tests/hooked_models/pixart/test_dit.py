@@ -11,7 +11,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 
@@ -33,11 +38,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "scale from sample_size": ({"sample_size": 192, "patch_size": 8}, {"height": 16, "width": 16}),
     "text longer than image": ({}, {"height": 4, "width": 4, "text_len": 19, "pads": 3}),
     "no variance": ({"out_channels": 4}, {}),
-    "patch of one": ({"patch_size": 1, "in_channels": 3, "out_channels": None}, {"height": 4, "width": 6}),
+    "patch of one": (
+        {"patch_size": 1, "in_channels": 3, "out_channels": None},
+        {"height": 4, "width": 6},
+    ),
     "text not projected": ({"caption_channels": None}, {"pads": 2}),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
-paths = pytest.mark.parametrize("path", ["fused", "explicit", "text state", "head by head", "one fork"])
+paths = pytest.mark.parametrize(
+    "path", ["fused", "explicit", "text state", "head by head", "one fork"]
+)
 
 
 @functools.cache
@@ -48,7 +58,13 @@ def build(variant: str, dtype: torch.dtype) -> tuple[nn.Module, HookedDiT, dict[
     return transformer, HookedDiT(transformer), tiny_inputs(transformer, **inputs)
 
 
-def set_flags(dit: HookedDiT, result: bool = False, split: bool = False, attn_in: bool = False, mlp_in: bool = False) -> None:
+def set_flags(
+    dit: HookedDiT,
+    result: bool = False,
+    split: bool = False,
+    attn_in: bool = False,
+    mlp_in: bool = False,
+) -> None:
     """Every flag at once; the two forks exclude each other, so both go off first."""
     dit.set_use_split_qkv_input(False)
     dit.set_use_attn_in(False)
@@ -64,7 +80,9 @@ def run(dit: HookedDiT, path: str, inputs: dict[str, Any]) -> Tensor:
     set_flags(dit, result=by_head, split=by_head, attn_in=path == "one fork", mlp_in=by_head)
     if path == "explicit":
         watched = re.compile(r"attn\.hook_pattern|ln\w+\.hook_scale")
-        return dit.run_with_hooks(**inputs, fwd_hooks=[(lambda name: bool(watched.search(name)), look)]).sample
+        return dit.run_with_hooks(
+            **inputs, fwd_hooks=[(lambda name: bool(watched.search(name)), look)]
+        ).sample
     if path == "text state":
         return dit(**with_state(dit, inputs)).sample
     return dit(**inputs).sample
@@ -73,7 +91,12 @@ def run(dit: HookedDiT, path: str, inputs: dict[str, Any]) -> Tensor:
 def with_state(dit: HookedDiT, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with the text replaced by its state."""
     rest = {key: value for key, value in inputs.items() if not key.startswith("encoder_")}
-    return {**rest, "text_state": dit.encode_text(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])}
+    return {
+        **rest,
+        "text_state": dit.encode_text(
+            inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
+        ),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +119,9 @@ def dit(model: HookedDiT) -> HookedDiT:
 
 @pytest.fixture
 def full(dit: HookedDiT) -> HookedDiT:
-    """With every flag on, so that every hook fires but `attn_in`, which excludes the inputs of q, k and v."""
+    """With every flag on, so that every hook fires but `attn_in`, which excludes the inputs of q, k
+    and v.
+    """
     set_flags(dit, result=True, split=True, mlp_in=True)
     return dit
 
@@ -105,9 +130,13 @@ def full(dit: HookedDiT) -> HookedDiT:
 
 
 @paths
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
+)
 @variants
-def test_output_is_that_of_diffusers(variant: str, dtype: torch.dtype, tolerance: float, path: str) -> None:
+def test_output_is_that_of_diffusers(
+    variant: str, dtype: torch.dtype, tolerance: float, path: str
+) -> None:
     transformer, dit, inputs = build(variant, dtype)
     with torch.no_grad():
         expected = transformer(**inputs).sample
@@ -118,18 +147,26 @@ def test_output_is_that_of_diffusers(variant: str, dtype: torch.dtype, tolerance
 
 
 @paths
-@pytest.mark.parametrize("variant", ["padded", "size conditions", "no attention bias", "text not projected"])
+@pytest.mark.parametrize(
+    "variant", ["padded", "size conditions", "no attention bias", "text not projected"]
+)
 def test_gradients_are_those_of_diffusers(variant: str, path: str) -> None:
     transformer, dit, inputs = build(variant, torch.float64)
-    inputs = {k: v.clone().requires_grad_() if k.endswith("hidden_states") else v for k, v in inputs.items()}
+    inputs = {
+        k: v.clone().requires_grad_() if k.endswith("hidden_states") else v
+        for k, v in inputs.items()
+    }
     leaves = [inputs["hidden_states"], inputs["encoder_hidden_states"], *transformer.parameters()]
     direction = torch.randn(transformer(**inputs).sample.shape, dtype=torch.float64)
     expected = torch.autograd.grad((transformer(**inputs).sample * direction).sum(), leaves)
     gradients = torch.autograd.grad((run(dit, path, inputs) * direction).sum(), leaves)
     for gradient, truth in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, truth, atol=1e-10, rtol=1e-10)
-    # (keys have a bias of which softmax takes no notice; everything else must have a gradient to compare)
-    assert sum(truth.abs().max() < 1e-12 for truth in expected) == (0 if variant == "no attention bias" else 4)
+    # (keys have a bias of which softmax takes no notice; everything else must have a gradient to
+    # compare)
+    assert sum(truth.abs().max() < 1e-12 for truth in expected) == (
+        0 if variant == "no attention bias" else 4
+    )
 
 
 @pytest.mark.parametrize("path", ["fused", "explicit"])
@@ -140,10 +177,15 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_is(variant: str, path: str
     transformer = dit.wrapped
     truth = transformer(**inputs).sample
     dit.to(torch.bfloat16)
-    half = {key: value.bfloat16() if key.endswith("hidden_states") else value for key, value in inputs.items()}
+    half = {
+        key: value.bfloat16() if key.endswith("hidden_states") else value
+        for key, value in inputs.items()
+    }
     output = run(dit, path, half)
     assert output.dtype == torch.bfloat16
-    error, accepted = ((sample.float() - truth).norm() for sample in (output, transformer(**half).sample))
+    error, accepted = (
+        (sample.float() - truth).norm() for sample in (output, transformer(**half).sample)
+    )
     assert error < 1.5 * accepted
 
 
@@ -152,7 +194,9 @@ def test_image_mask_and_ready_made_biases(dit: HookedDiT, inputs: dict[str, Any]
     image_mask[0, 3:7] = 0
     bias = torch.randn(2, 1, 5, dtype=torch.float64)
     masked = {**inputs, "attention_mask": image_mask, "encoder_attention_mask": bias}
-    torch.testing.assert_close(dit(**masked).sample, dit.wrapped(**masked).sample, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        dit(**masked).sample, dit.wrapped(**masked).sample, atol=1e-10, rtol=0
+    )
     assert not torch.allclose(dit(**masked).sample, dit(**inputs).sample, atol=1e-3)
 
 
@@ -180,12 +224,16 @@ def test_stands_in_the_pipeline() -> None:
     expected = latents()
     pipe.transformer = HookedDiT(transformer)
     torch.testing.assert_close(latents(), expected, atol=1e-4, rtol=1e-4)
-    with pipe.transformer.hooks([("blocks.1.hook_cross_attn_out", lambda tensor, hook: tensor * 0)]):
+    with pipe.transformer.hooks(
+        [("blocks.1.hook_cross_attn_out", lambda tensor, hook: tensor * 0)]
+    ):
         assert not torch.allclose(latents(), expected, atol=1e-2)
 
 
 def test_attention_is_fused_until_somebody_looks(dit: HookedDiT, inputs: dict[str, Any]) -> None:
-    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as fused:
+    with mock.patch.object(
+        F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention
+    ) as fused:
         dit(**inputs)
         assert fused.call_count == 4
         dit.run_with_hooks(**inputs, fwd_hooks=[("blocks.0.attn.hook_pattern", look)])
@@ -215,7 +263,13 @@ def test_what_cannot_be_run_is_refused(dit: HookedDiT, inputs: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "option", [{"dropout": 0.1}, {"activation_fn": "geglu"}, {"norm_elementwise_affine": True}, {"cross_attention_dim": None}]
+    "option",
+    [
+        {"dropout": 0.1},
+        {"activation_fn": "geglu"},
+        {"norm_elementwise_affine": True},
+        {"cross_attention_dim": None},
+    ],
 )
 def test_other_architectures_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
@@ -229,7 +283,9 @@ def test_other_architectures_are_refused(option: dict[str, Any]) -> None:
 def test_parameters_are_the_wrapped_ones_each_once(variant: str) -> None:
     transformer, dit, _ = build(variant, torch.float32)
     mine = list(dit.named_parameters(remove_duplicate=False))
-    assert sorted(id(parameter) for _, parameter in mine) == sorted(id(p) for p in transformer.parameters())
+    assert sorted(id(parameter) for _, parameter in mine) == sorted(
+        id(p) for p in transformer.parameters()
+    )
     assert not [name for name, _ in mine if name.startswith("wrapped")]
 
 
@@ -275,12 +331,18 @@ def test_training_the_wrapped_model_shows_through(dit: HookedDiT, inputs: dict[s
     torch.testing.assert_close(after, dit.wrapped(**inputs).sample, atol=1e-10, rtol=0)
 
 
-def test_moving_one_moves_both_and_a_copy_is_independent(dit: HookedDiT, inputs: dict[str, Any]) -> None:
+def test_moving_one_moves_both_and_a_copy_is_independent(
+    dit: HookedDiT, inputs: dict[str, Any]
+) -> None:
     dit, clone = copy.deepcopy(dit), copy.deepcopy(dit)
     with torch.no_grad():
         dit.blocks[0].attn.W_O.zero_()
-    torch.testing.assert_close(dit(**inputs).sample, dit.wrapped(**inputs).sample, atol=1e-10, rtol=0)
-    torch.testing.assert_close(clone(**inputs).sample, clone.wrapped(**inputs).sample, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        dit(**inputs).sample, dit.wrapped(**inputs).sample, atol=1e-10, rtol=0
+    )
+    torch.testing.assert_close(
+        clone(**inputs).sample, clone.wrapped(**inputs).sample, atol=1e-10, rtol=0
+    )
     assert not torch.allclose(clone(**inputs).sample, dit(**inputs).sample, atol=1e-3)
 
     dit.to(torch.float32)
@@ -289,24 +351,48 @@ def test_moving_one_moves_both_and_a_copy_is_independent(dit: HookedDiT, inputs:
     assert dit.dtype == dit.cfg.dtype == torch.float64
 
 
-def test_an_adapter_in_place_of_a_linear_runs_but_has_no_weight_view(inputs: dict[str, Any]) -> None:
+def test_an_adapter_in_place_of_a_linear_runs_but_has_no_weight_view(
+    inputs: dict[str, Any],
+) -> None:
     transformer = tiny_transformer().double()
     attention = transformer.transformer_blocks[0].attn1
-    attention.to_q = nn.Sequential(attention.to_q, nn.Tanh())  # as a peft layer: a module around the Linear
+    # as a peft layer: a module around the Linear
+    attention.to_q = nn.Sequential(attention.to_q, nn.Tanh())
     dit = HookedDiT(transformer)
-    torch.testing.assert_close(dit(**inputs).sample, transformer(**inputs).sample, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        dit(**inputs).sample, transformer(**inputs).sample, atol=1e-10, rtol=0
+    )
     with pytest.raises(TypeError, match="fuse the adapter"):
         _ = dit.blocks[0].attn.W_Q
 
 
 def test_config_is_read_from_diffusers() -> None:
-    dit = HookedDiT(tiny_transformer(num_layers=1, attention_bias=False, sample_size=128, norm_eps=1e-5))
+    dit = HookedDiT(
+        tiny_transformer(num_layers=1, attention_bias=False, sample_size=128, norm_eps=1e-5)
+    )
     cfg = dit.cfg
     assert (cfg.n_layers, cfg.n_heads, cfg.d_head, cfg.d_model, cfg.d_mlp) == (1, 3, 8, 24, 96)
-    assert (cfg.n_ctx, cfg.d_text, cfg.in_channels, cfg.out_channels, cfg.patch_size) == (4096, 10, 4, 8, 2)
-    assert (cfg.sample_size, cfg.interpolation_scale, cfg.use_additional_conditions, cfg.eps) == (128, 2.0, True, 1e-5)
-    assert (cfg.device, cfg.dtype, cfg.use_attn_result, cfg.use_split_qkv_input) == ("cpu", torch.float32, False, False)
-    assert DiTConfig.from_transformer(dit.wrapped).device == "cpu"  # TransformerLens would say cuda where there is one
+    assert (cfg.n_ctx, cfg.d_text, cfg.in_channels, cfg.out_channels, cfg.patch_size) == (
+        4096,
+        10,
+        4,
+        8,
+        2,
+    )
+    assert (cfg.sample_size, cfg.interpolation_scale, cfg.use_additional_conditions, cfg.eps) == (
+        128,
+        2.0,
+        True,
+        1e-5,
+    )
+    assert (cfg.device, cfg.dtype, cfg.use_attn_result, cfg.use_split_qkv_input) == (
+        "cpu",
+        torch.float32,
+        False,
+        False,
+    )
+    # TransformerLens would say cuda where there is one
+    assert DiTConfig.from_transformer(dit.wrapped).device == "cpu"
     assert dit.config is dit.wrapped.config
     assert dit.device == dit.wrapped.device
     assert not any(module.training for module in dit.modules())
@@ -316,7 +402,9 @@ def test_config_is_read_from_diffusers() -> None:
 
 
 def shapes(n_layers: int, b: int, pos: int, text: int) -> dict[str, tuple[int, ...]]:
-    """Every name of design.md's section "Names" within one denoiser call, with its shape, for the tiny transformer."""
+    """Every name of design.md's section "Names" within one denoiser call, with its shape, for the
+    tiny transformer.
+    """
     heads, d_head, d, d_text = 3, 8, 24, 10
     named: dict[str, tuple[int, ...]] = {
         "hook_embed": (b, pos, d),
@@ -328,9 +416,14 @@ def shapes(n_layers: int, b: int, pos: int, text: int) -> dict[str, tuple[int, .
         "ln_final.hook_scale": (b, pos, 1),
         "ln_final.hook_normalized": (b, pos, d),
     }
-    residual = "resid_pre resid_mid resid_mid_cross resid_post attn_out cross_attn_out mlp_out attn_out_pre_gate mlp_out_pre_gate"
+    residual = (
+        "resid_pre resid_mid resid_mid_cross resid_post attn_out cross_attn_out mlp_out "
+        "attn_out_pre_gate mlp_out_pre_gate"
+    )
     for layer in range(n_layers):
-        block: dict[str, tuple[int, ...]] = {f"hook_{name}": (b, pos, d) for name in [*residual.split(), "mlp_in"]}
+        block: dict[str, tuple[int, ...]] = {
+            f"hook_{name}": (b, pos, d) for name in [*residual.split(), "mlp_in"]
+        }
         block["hook_attn_in"] = block["hook_cross_attn_in"] = (b, pos, heads, d)
         for name in ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp"):
             block[f"adaln.hook_{name}"] = (b, 1, d)
@@ -343,7 +436,12 @@ def shapes(n_layers: int, b: int, pos: int, text: int) -> dict[str, tuple[int, .
                 block[f"{attn}.hook_{name}_input"] = (b, length, heads, d)
             block[f"{attn}.hook_z"] = (b, pos, heads, d_head)
             block[f"{attn}.hook_result"] = (b, pos, heads, d)
-            block[f"{attn}.hook_attn_scores"] = block[f"{attn}.hook_pattern"] = (b, heads, pos, keys)
+            block[f"{attn}.hook_attn_scores"] = block[f"{attn}.hook_pattern"] = (
+                b,
+                heads,
+                pos,
+                keys,
+            )
         block["mlp.hook_pre"] = block["mlp.hook_post"] = (b, pos, 4 * d)
         named |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
     return named
@@ -361,18 +459,28 @@ def test_the_names_are_exactly_these(dit: HookedDiT) -> None:
 def test_every_name_fires_with_its_shape(full: HookedDiT, inputs: dict[str, Any]) -> None:
     _, cache = full.run_with_cache(**inputs)
     set_flags(full, attn_in=True)
-    _, forked = full.run_with_cache(**inputs, names_filter=[name for name in NAMES if name.endswith("attn_in")])
-    assert {name: tuple(tensor.shape) for name, tensor in (*cache.items(), *forked.items())} == shapes(2, 2, 16, 5)
+    _, forked = full.run_with_cache(
+        **inputs, names_filter=[name for name in NAMES if name.endswith("attn_in")]
+    )
+    assert {
+        name: tuple(tensor.shape) for name, tensor in (*cache.items(), *forked.items())
+    } == shapes(2, 2, 16, 5)
 
 
-def test_gated_names_alone_do_not_fire_without_their_flag(dit: HookedDiT, inputs: dict[str, Any]) -> None:
+def test_gated_names_alone_do_not_fire_without_their_flag(
+    dit: HookedDiT, inputs: dict[str, Any]
+) -> None:
     _, cache = dit.run_with_cache(**inputs)
     assert set(cache) == set(NAMES) - set(GATED)
 
 
 def edit_first_row(tensor: Tensor, hook: Any) -> None:
-    """Change row 0 in place, as TransformerLens' patching does; the noise is the same in every call."""
-    noise = torch.randn(tensor.shape[1:], generator=torch.Generator().manual_seed(0), dtype=tensor.dtype)
+    """Change row 0 in place, as TransformerLens' patching does; the noise is the same in every
+    call.
+    """
+    noise = torch.randn(
+        tensor.shape[1:], generator=torch.Generator().manual_seed(0), dtype=tensor.dtype
+    )
     tensor[0] += 0.1 * noise
 
 
@@ -385,9 +493,13 @@ def return_edited(tensor: Tensor, hook: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_hook_edits_the_output(name: str, dit: HookedDiT, inputs: dict[str, Any]) -> None:
-    """Of its own row only; in place or by return value; alike whatever the flags; and nothing of it stays behind."""
+    """Of its own row only; in place or by return value; alike whatever the flags; and nothing of it
+    stays behind.
+    """
     attn_in = name.endswith("attn_in")
-    set_flags(dit, name.endswith("_result"), name.endswith("_input"), attn_in, name.endswith("mlp_in"))
+    set_flags(
+        dit, name.endswith("_result"), name.endswith("_input"), attn_in, name.endswith("mlp_in")
+    )
     with torch.no_grad():
         reused = with_state(dit, inputs)
         clean = dit(**inputs).sample
@@ -408,16 +520,23 @@ def test_every_hook_edits_the_output(name: str, dit: HookedDiT, inputs: dict[str
 def test_backward_hooks_see_the_gradient(full: HookedDiT, inputs: dict[str, Any]) -> None:
     """Against the finite difference of a forward edit along the same direction."""
     # the position code needs no gradient, and `full` has no attn_in
-    names = [name for name in NAMES if "blocks.0" not in name and name != "hook_pos_embed" and not name.endswith("attn_in")]
+    names = [
+        name
+        for name in NAMES
+        if "blocks.0" not in name and name != "hook_pos_embed" and not name.endswith("attn_in")
+    ]
     inputs = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].requires_grad_()}
 
     def direction(name: str, tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)), dtype=tensor.dtype)
+        return torch.randn(
+            tensor.shape, generator=torch.Generator().manual_seed(len(name)), dtype=tensor.dtype
+        )
 
     slopes = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
 
     def project(gradient: Tensor, hook: Any) -> None:
-        slopes[hook.name] = slopes[hook.name] + (gradient * direction(hook.name, gradient)).sum()  # a norm fires for each fork
+        # a norm fires for each fork
+        slopes[hook.name] = slopes[hook.name] + (gradient * direction(hook.name, gradient)).sum()
 
     with full.hooks(bwd_hooks=[(name, project) for name in names]):
         full(**inputs).sample.sin().sum().backward()
@@ -425,12 +544,17 @@ def test_backward_hooks_see_the_gradient(full: HookedDiT, inputs: dict[str, Any]
     for name in names:
         with torch.no_grad():
             up, down = (
-                full.run_with_hooks(**inputs, fwd_hooks=[(name, lambda t, hook, e=e: t + e * direction(hook.name, t))])
+                full.run_with_hooks(
+                    **inputs,
+                    fwd_hooks=[(name, lambda t, hook, e=e: t + e * direction(hook.name, t))],
+                )
                 .sample.sin()
                 .sum()
                 for e in (step, -step)
             )
-        torch.testing.assert_close(slopes[name], (up - down) / (2 * step), atol=1e-5, rtol=1e-5, msg=name)
+        torch.testing.assert_close(
+            slopes[name], (up - down) / (2 * step), atol=1e-5, rtol=1e-5, msg=name
+        )
         assert slopes[name].abs() > 1e-3, name
 
 
@@ -441,41 +565,69 @@ def test_embedding_and_position_code_add_up(dit: HookedDiT, inputs: dict[str, An
     _, cache = dit.run_with_cache(**inputs)
     patches = dit.wrapped.pos_embed.proj(inputs["hidden_states"]).flatten(2).transpose(1, 2)
     torch.testing.assert_close(cache["hook_embed"], patches)
-    assert torch.equal(cache["hook_embed"] + cache["hook_pos_embed"], cache["blocks.0.hook_resid_pre"])
+    assert torch.equal(
+        cache["hook_embed"] + cache["hook_pos_embed"], cache["blocks.0.hook_resid_pre"]
+    )
     assert torch.equal(cache["hook_text"], inputs["encoder_hidden_states"])
-    assert cache["blocks.1.hook_resid_post"].is_contiguous()  # else each Linear that reads it takes the slow path
+    # else each Linear that reads it takes the slow path
+    assert cache["blocks.1.hook_resid_post"].is_contiguous()
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["flags off", "flags on"])
-def test_what_a_block_adds_is_its_residual_difference_exactly(flags: bool, dit: HookedDiT, inputs: dict[str, Any]) -> None:
+def test_what_a_block_adds_is_its_residual_difference_exactly(
+    flags: bool, dit: HookedDiT, inputs: dict[str, Any]
+) -> None:
     dit.set_use_attn_result(flags)
     dit.set_use_split_qkv_input(flags)
     _, cache = dit.run_with_cache(**inputs)
     for layer in range(2):
-        at = {name.removeprefix(f"blocks.{layer}."): tensor for name, tensor in cache.items() if f".{layer}." in name}
+        at = {
+            name.removeprefix(f"blocks.{layer}."): tensor
+            for name, tensor in cache.items()
+            if f".{layer}." in name
+        }
         mid = at["hook_resid_pre"] + at["hook_attn_out"]
         mid_cross = mid + at["hook_cross_attn_out"]
         assert torch.equal(at["hook_resid_mid"], mid)
         assert torch.equal(at["hook_resid_mid_cross"], mid_cross)
         assert torch.equal(at["hook_resid_post"], mid_cross + at["hook_mlp_out"])
-        torch.testing.assert_close(at["hook_attn_out"], at["adaln.hook_gate_msa"] * at["hook_attn_out_pre_gate"])
-        assert torch.equal(at["hook_mlp_out"], at["adaln.hook_gate_mlp"] * at["hook_mlp_out_pre_gate"])
+        torch.testing.assert_close(
+            at["hook_attn_out"], at["adaln.hook_gate_msa"] * at["hook_attn_out_pre_gate"]
+        )
+        assert torch.equal(
+            at["hook_mlp_out"], at["adaln.hook_gate_mlp"] * at["hook_mlp_out_pre_gate"]
+        )
     assert torch.equal(cache["blocks.1.hook_resid_pre"], cache["blocks.0.hook_resid_post"])
 
 
-def test_results_of_the_heads_are_residual_contributions(full: HookedDiT, inputs: dict[str, Any]) -> None:
+def test_results_of_the_heads_are_residual_contributions(
+    full: HookedDiT, inputs: dict[str, Any]
+) -> None:
     _, cache = full.run_with_cache(**inputs)
     for layer, block in enumerate(full.blocks):
-        at = {name.removeprefix(f"blocks.{layer}."): tensor for name, tensor in cache.items() if f".{layer}." in name}
+        at = {
+            name.removeprefix(f"blocks.{layer}."): tensor
+            for name, tensor in cache.items()
+            if f".{layer}." in name
+        }
         gate = at["adaln.hook_gate_msa"]
-        torch.testing.assert_close(at["attn.hook_result"].sum(2) + gate * block.attn.b_O, at["hook_attn_out"])
-        torch.testing.assert_close(at["cross_attn.hook_result"].sum(2) + block.cross_attn.b_O, at["hook_cross_attn_out"])
+        torch.testing.assert_close(
+            at["attn.hook_result"].sum(2) + gate * block.attn.b_O, at["hook_attn_out"]
+        )
+        torch.testing.assert_close(
+            at["cross_attn.hook_result"].sum(2) + block.cross_attn.b_O, at["hook_cross_attn_out"]
+        )
         one_head = gate * (at["attn.hook_z"][:, :, 2] @ block.attn.W_O[2])
         torch.testing.assert_close(at["attn.hook_result"][:, :, 2], one_head)
 
 
-def test_edits_before_the_gate_and_to_results_add_up(full: HookedDiT, inputs: dict[str, Any]) -> None:
-    before, delta = torch.randn(2, 16, 24, dtype=torch.float64), torch.randn(2, 16, 3, 24, dtype=torch.float64)
+def test_edits_before_the_gate_and_to_results_add_up(
+    full: HookedDiT, inputs: dict[str, Any]
+) -> None:
+    before, delta = (
+        torch.randn(2, 16, 24, dtype=torch.float64),
+        torch.randn(2, 16, 3, 24, dtype=torch.float64),
+    )
     edits = [
         ("blocks.1.hook_attn_out_pre_gate", lambda tensor, hook: before),
         ("blocks.1.attn.hook_result", lambda tensor, hook: tensor + delta),
@@ -489,30 +641,47 @@ def test_edits_before_the_gate_and_to_results_add_up(full: HookedDiT, inputs: di
 def test_attention_is_what_its_hooks_say(dit: HookedDiT, inputs: dict[str, Any]) -> None:
     _, cache = dit.run_with_cache(**inputs)
     for attn, weights in (("attn", dit.blocks[0].attn), ("cross_attn", dit.blocks[0].cross_attn)):
-        at = {x: cache[f"blocks.0.{attn}.hook_{x}"] for x in ("q", "k", "v", "attn_scores", "pattern", "z")}
+        at = {
+            x: cache[f"blocks.0.{attn}.hook_{x}"]
+            for x in ("q", "k", "v", "attn_scores", "pattern", "z")
+        }
         scores = torch.einsum("bqhd,bkhd->bhqk", at["q"], at["k"]) / 8**0.5
         if attn == "cross_attn":
             scores = scores + (inputs["encoder_attention_mask"][:, None, None] - 1.0) * 10000
             reads = cache["blocks.0.hook_resid_mid"]  # no norm, no modulation
         else:
-            shift, scale = cache["blocks.0.adaln.hook_shift_msa"], cache["blocks.0.adaln.hook_scale_msa"]
+            shift, scale = (
+                cache["blocks.0.adaln.hook_shift_msa"],
+                cache["blocks.0.adaln.hook_scale_msa"],
+            )
             reads = cache["blocks.0.ln1.hook_normalized"] * (1 + scale) + shift
         torch.testing.assert_close(at["attn_scores"], scores)
         torch.testing.assert_close(at["pattern"], scores.softmax(-1))
         torch.testing.assert_close(at["z"], torch.einsum("bhqk,bkhd->bqhd", at["pattern"], at["v"]))
-        torch.testing.assert_close(at["q"], torch.einsum("bpd,hde->bphe", reads, weights.W_Q) + weights.b_Q)
+        torch.testing.assert_close(
+            at["q"], torch.einsum("bpd,hde->bphe", reads, weights.W_Q) + weights.b_Q
+        )
     assert not cache["blocks.0.cross_attn.hook_pattern"][1, :, :, 2:].any()  # row 1 has 3 pads
 
 
 def test_layer_norm_splits_into_scale_and_direction(dit: HookedDiT, inputs: dict[str, Any]) -> None:
     _, cache = dit.run_with_cache(**inputs)
-    for ln, reads in (("blocks.0.ln1", "blocks.0.hook_resid_pre"), ("ln_final", "blocks.1.hook_resid_post")):
+    for ln, reads in (
+        ("blocks.0.ln1", "blocks.0.hook_resid_pre"),
+        ("ln_final", "blocks.1.hook_resid_post"),
+    ):
         centred = cache[reads] - cache[reads].mean(-1, keepdim=True)
-        torch.testing.assert_close(cache[f"{ln}.hook_scale"].squeeze(-1), (centred.pow(2).mean(-1) + 1e-6).sqrt())
-        torch.testing.assert_close(cache[f"{ln}.hook_normalized"] * cache[f"{ln}.hook_scale"], centred)
+        torch.testing.assert_close(
+            cache[f"{ln}.hook_scale"].squeeze(-1), (centred.pow(2).mean(-1) + 1e-6).sqrt()
+        )
+        torch.testing.assert_close(
+            cache[f"{ln}.hook_normalized"] * cache[f"{ln}.hook_scale"], centred
+        )
 
 
-def test_forks_are_the_residual_stream_before_the_norm(full: HookedDiT, inputs: dict[str, Any]) -> None:
+def test_forks_are_the_residual_stream_before_the_norm(
+    full: HookedDiT, inputs: dict[str, Any]
+) -> None:
     _, cache = full.run_with_cache(**inputs)
     for fork, source in (
         ("attn.hook_q_input", "blocks.1.hook_resid_pre"),
@@ -522,10 +691,14 @@ def test_forks_are_the_residual_stream_before_the_norm(full: HookedDiT, inputs: 
         ("cross_attn.hook_k_input", "hook_caption"),
         ("cross_attn.hook_v_input", "hook_caption"),
     ):
-        assert all(torch.equal(head, cache[source]) for head in cache[f"blocks.1.{fork}"].unbind(2)), fork
+        assert all(
+            torch.equal(head, cache[source]) for head in cache[f"blocks.1.{fork}"].unbind(2)
+        ), fork
 
 
-def test_an_edited_fork_reaches_one_head_and_one_role(full: HookedDiT, inputs: dict[str, Any]) -> None:
+def test_an_edited_fork_reaches_one_head_and_one_role(
+    full: HookedDiT, inputs: dict[str, Any]
+) -> None:
     def edit(tensor: Tensor, hook: Any) -> None:
         tensor[:, :, 1] *= 2
         tensor[:, :, 1, 0] += 1
@@ -538,11 +711,15 @@ def test_an_edited_fork_reaches_one_head_and_one_role(full: HookedDiT, inputs: d
         assert changed[:, :, 1].any()
         assert not changed[:, :, [0, 2]].any()
         for role in ("q", "v"):
-            assert torch.equal(cache[f"blocks.0.{attn}.hook_{role}"], clean[f"blocks.0.{attn}.hook_{role}"])
+            assert torch.equal(
+                cache[f"blocks.0.{attn}.hook_{role}"], clean[f"blocks.0.{attn}.hook_{role}"]
+            )
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["flags off", "flags on"])
-def test_a_norm_can_be_frozen_with_a_cached_scale(flags: bool, dit: HookedDiT, inputs: dict[str, Any]) -> None:
+def test_a_norm_can_be_frozen_with_a_cached_scale(
+    flags: bool, dit: HookedDiT, inputs: dict[str, Any]
+) -> None:
     """One hook function serves the stream and its forks: the scale has no head axis in either."""
     _, clean = dit.run_with_cache(**inputs)
     dit.set_use_split_qkv_input(flags)
@@ -551,7 +728,10 @@ def test_a_norm_can_be_frozen_with_a_cached_scale(flags: bool, dit: HookedDiT, i
     with dit.hooks(frozen + doubled):
         _, cache = dit.run_with_cache(**inputs)
     torch.testing.assert_close(
-        cache["blocks.0.ln1.hook_normalized"], 2 * clean["blocks.0.ln1.hook_normalized"], atol=1e-10, rtol=0
+        cache["blocks.0.ln1.hook_normalized"],
+        2 * clean["blocks.0.ln1.hook_normalized"],
+        atol=1e-10,
+        rtol=0,
     )
 
 
@@ -612,7 +792,9 @@ def attach(dit: HookedDiT, how: str, name: str, inputs: dict[str, Any]) -> None:
     elif how == "run_with_cache":
         dit.run_with_cache(**inputs, names_filter=name)
     else:
-        dit.run_with_cache(**inputs, names_filter={"tuple": (name,), "list": [name], "set": {name}}[how])
+        dit.run_with_cache(
+            **inputs, names_filter={"tuple": (name,), "list": [name], "set": {name}}[how]
+        )
 
 
 ways = pytest.mark.parametrize(
@@ -625,9 +807,15 @@ ways = pytest.mark.parametrize(
 
 
 def test_a_flag_stays_on_while_a_hook_needs_it(full: HookedDiT) -> None:
-    with full.hooks([("blocks.0.hook_cross_result", look)]), pytest.raises(ValueError, match="would silently stop firing"):
+    with (
+        full.hooks([("blocks.0.hook_cross_result", look)]),
+        pytest.raises(ValueError, match="would silently stop firing"),
+    ):
         full.set_use_attn_result(False)
-    with full.hooks(bwd_hooks=[("blocks.0.hook_mlp_in", look)]), pytest.raises(ValueError, match="would silently stop firing"):
+    with (
+        full.hooks(bwd_hooks=[("blocks.0.hook_mlp_in", look)]),
+        pytest.raises(ValueError, match="would silently stop firing"),
+    ):
         full.set_use_hook_mlp_in(False)
     set_flags(full)
 
@@ -670,7 +858,8 @@ def test_a_misspelt_name_is_an_error_that_suggests_the_nearest(
         attach(dit, how, name, inputs)
     message = str(caught.value)
     assert message.startswith(f"no hook is called '{name}'; did you mean 'blocks.")
-    if name != "blocks.0.attn" and not name.startswith("blocks.7"):  # those have several names as near
+    # those have several names as near
+    if name != "blocks.0.attn" and not name.startswith("blocks.7"):
         assert message.endswith(f"'{nearest}'?")
     assert not any(point.has_hooks() for point in dit.hook_points())
 
@@ -686,17 +875,26 @@ def test_aliases(alias: str, name: str, full: HookedDiT, inputs: dict[str, Any])
     assert full.mod_dict[alias] is full.hook_dict[name]
     assert full.canonical_name(alias) == name
     seen: list[str] = []
-    edited = full.run_with_hooks(**inputs, fwd_hooks=[(alias, lambda tensor, hook: seen.append(hook.name) or tensor * 2)])
+    edited = full.run_with_hooks(
+        **inputs, fwd_hooks=[(alias, lambda tensor, hook: seen.append(hook.name) or tensor * 2)]
+    )
     assert seen == [name]
     assert not torch.allclose(edited.sample, full(**inputs).sample, atol=1e-3)
     assert set(full.run_with_cache(**inputs, names_filter=alias)[1]) == {name}
 
 
-def test_predicates_pass_over_gated_names_unless_there_is_nothing_else(dit: HookedDiT, inputs: dict[str, Any]) -> None:
+def test_predicates_pass_over_gated_names_unless_there_is_nothing_else(
+    dit: HookedDiT, inputs: dict[str, Any]
+) -> None:
     seen: list[str] = []
-    dit.run_with_hooks(**inputs, fwd_hooks=[(lambda name: True, lambda tensor, hook: seen.append(hook.name))])
+    dit.run_with_hooks(
+        **inputs, fwd_hooks=[(lambda name: True, lambda tensor, hook: seen.append(hook.name))]
+    )
     assert sorted(seen) == sorted(set(NAMES) - set(GATED))
-    for attach_predicate in (dit.add_hook, lambda where, hook: dit.run_with_hooks(**inputs, fwd_hooks=[(where, hook)])):
+    for attach_predicate in (
+        dit.add_hook,
+        lambda where, hook: dit.run_with_hooks(**inputs, fwd_hooks=[(where, hook)]),
+    ):
         with pytest.raises(ValueError, match=r"set_use_attn_result\(True\)"):
             attach_predicate(lambda name: name.endswith("hook_result"), look)
 

@@ -1,4 +1,6 @@
-"""The grammar says only what is true, span corruption loses nothing, runs resume exactly, and the bundled encoder fuses."""
+"""The grammar says only what is true, span corruption loses nothing, runs resume exactly, and the
+bundled encoder fuses.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,63 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 
 from dit_lens.task import DIRECTIONS, HELD_OUT, PHRASES
-from dit_lens.text.probes import cosines, place_score, probe, probe_captions, probe_table, word_vectors
+from dit_lens.text.probes import (
+    cosines,
+    place_score,
+    probe,
+    probe_captions,
+    probe_table,
+    word_vectors,
+)
 from dit_lens.training import PRESETS, TrainConfig, train
 from dit_lens.training.loop import encode_captions
 from dit_lens.training.pipelines import Size, build_pipeline, build_text_encoder
-from dit_lens.training.t5.grammar import PARAPHRASES, SYNONYMS, TRAINED, VOCABULARY, Thing, Writer, count_tokens, relation_of
-from dit_lens.training.t5.pretrain import ARCHITECTURE, NOISE_DENSITY, PretrainConfig, corrupt_spans, pretrain, scenes_tokenizer
+from dit_lens.training.t5.grammar import (
+    PARAPHRASES,
+    SYNONYMS,
+    TRAINED,
+    VOCABULARY,
+    Thing,
+    Writer,
+    count_tokens,
+    relation_of,
+)
+from dit_lens.training.t5.pretrain import (
+    ARCHITECTURE,
+    NOISE_DENSITY,
+    PretrainConfig,
+    corrupt_spans,
+    pretrain,
+    scenes_tokenizer,
+)
 from hooked_models import HookedT5Encoder, HookedTextToImage, list_models
 
 from ....killing import killed
 
-TINY = {"d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 1}
+TINY = {
+    "d_model": 16,
+    "num_heads": 2,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+}
 RUN = {"batch_size": 4, "precision": "no", "checkpoint_every": 2, "evaluate_every": 100}
-RELATION_OF = {phrase: relation for table in (PHRASES, PARAPHRASES) for relation, ps in table.items() for phrase in ps}
+RELATION_OF = {
+    phrase: relation
+    for table in (PHRASES, PARAPHRASES)
+    for relation, ps in table.items()
+    for phrase in ps
+}
 CANONICAL = {word: color for color, words in SYNONYMS.items() for word in (color, *words)}
-OBJECT = rf"(?:(?:the|an?) )?(?:(?P<c{{0}}>{'|'.join(CANONICAL)}) )?(?P<s{{0}}>circle|square|triangle)"
+OBJECT = (
+    rf"(?:(?:the|an?) )?(?:(?P<c{{0}}>{'|'.join(CANONICAL)}) )?(?P<s{{0}}>circle|square|triangle)"
+)
 PLACE = r"(?: (?:at|on) the (?:top|bottom|left|right)(?: left| right)?)?"
 SAID = "|".join(sorted(RELATION_OF, key=len, reverse=True))
-STATEMENT = re.compile(rf"\b{OBJECT.format(1)}{PLACE} (?:is )?(?P<phrase>{SAID}) {OBJECT.format(2)}\b")
+STATEMENT = re.compile(
+    rf"\b{OBJECT.format(1)}{PLACE} (?:is )?(?P<phrase>{SAID}) {OBJECT.format(2)}\b"
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +118,9 @@ def test_statements_of_a_text_agree_with_one_world_and_none_is_held_out():
             for thing, word in ((a, match["c1"]), (b, match["c2"])):
                 assert word is None or CANONICAL[word] == thing.color, text
             if {a.color, b.color} == {"red", "blue"}:
-                assert (a.shape, a.color, RELATION_OF[match["phrase"]], b.shape) not in held_out, text
+                assert (a.shape, a.color, RELATION_OF[match["phrase"]], b.shape) not in held_out, (
+                    text
+                )
             found += 1
     assert found > 1500
 
@@ -140,9 +183,14 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path, monkeypatch):
     whole, resumed = (load_file(c.out / "checkpoint.safetensors") for c in (config, broken))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    trained, untrained = whole["model.shared.weight"], T5EncoderModel.from_pretrained(config.out / "text_encoder").shared.weight
+    trained, untrained = (
+        whole["model.shared.weight"],
+        T5EncoderModel.from_pretrained(config.out / "text_encoder").shared.weight,
+    )
     assert torch.equal(trained, untrained)
-    steps = [json.loads(line)["step"] for line in (broken.out / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (broken.out / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(set(steps)) == [6]
     with pytest.raises(ValueError, match=r"muon_lr \(0\.003, now 0\.1\)"):
         pretrain(replace(config, muon_lr=0.1))
@@ -161,7 +209,9 @@ def test_probes_find_a_planted_code_and_nothing_else():
     for split in ("captions", "combinations", "wordings", "never_read"):
         assert probe(planted, captions, "relation", split) == 1
         assert probe(rng.standard_normal((264, 16)), captions, "relation", split) < 0.35
-    ramps = captions[["dx", "dy"]].to_numpy(float) @ rng.standard_normal((2, 16)) + 0.01 * rng.standard_normal((264, 16))
+    ramps = captions[["dx", "dy"]].to_numpy(float) @ rng.standard_normal(
+        (2, 16)
+    ) + 0.01 * rng.standard_normal((264, 16))
     assert probe(ramps, captions, "direction", "wordings") > 0.99
     assert probe(rng.standard_normal((264, 16)), captions, "direction", "captions") < 0.05
 
@@ -171,7 +221,9 @@ def test_word_vectors_are_those_of_the_named_word(word):
     encoder, tokenizer = build_text_encoder("rte-nopos")
     captions = probe_captions()
     vectors = word_vectors(encoder, tokenizer, captions, word, layers=False)[1]
-    table = encoder.embed_tokens.weight[tokenizer.convert_tokens_to_ids([f"▁{w}" for w in captions[word]])]
+    table = encoder.embed_tokens.weight[
+        tokenizer.convert_tokens_to_ids([f"▁{w}" for w in captions[word]])
+    ]
     assert np.array_equal(vectors, table.numpy())
 
 
@@ -181,20 +233,36 @@ def test_word_vectors_are_those_of_the_named_word(word):
 def test_the_bundled_encoder_is_a_small_t5_and_no_pipeline(bundled):
     encoder, tokenizer = bundled
     config = encoder.config
-    assert (config.num_layers, config.d_model, config.is_gated_act, config.dense_act_fn) == (4, 256, True, "gelu_new")
+    assert (config.num_layers, config.d_model, config.is_gated_act, config.dense_act_fn) == (
+        4,
+        256,
+        True,
+        "gelu_new",
+    )
     assert 3e6 < encoder.num_parameters() < 6e6
     assert "t5-scenes" not in list_models()
     assert tokenizer.model_max_length == 20
-    assert tokenizer("crimson circle is to the left of the navy square").input_ids.count(tokenizer.unk_token_id) == 0
+    assert (
+        tokenizer("crimson circle is to the left of the navy square").input_ids.count(
+            tokenizer.unk_token_id
+        )
+        == 0
+    )
 
 
 def test_it_fuses_the_sentence_into_the_second_shape_word_and_rte_does_not(bundled):
-    wanted = {"targets": ("relation", "direction", "shape2", "color2"), "splits": ("combinations", "never_read"), "layers": False}
+    wanted = {
+        "targets": ("relation", "direction", "shape2", "color2"),
+        "splits": ("combinations", "never_read"),
+        "layers": False,
+    }
     fused = probe_table(*bundled, **wanted)[0]
     assert (fused.sel(target=["relation", "shape2", "color2"]) > 0.9).all()
     assert (fused.sel(target="direction") > 0.8).all()
-    assert place_score(*bundled) > 0.8  # which of the two objects lies where, not only which words the sentence has
-    for name, chance in (("rte", 7 / 22), ("rte-nopos", 3 / 22)):  # a position code gives away the length of the phrase
+    # which of the two objects lies where, not only which words the sentence has
+    assert place_score(*bundled) > 0.8
+    # a position code gives away the length of the phrase
+    for name, chance in (("rte", 7 / 22), ("rte-nopos", 3 / 22)):
         assert place_score(*build_text_encoder(name)) < 0.02
         random = probe_table(*build_text_encoder(name), **wanted)[0]
         assert random.sel(target="relation", split="combinations") < chance + 0.03
@@ -212,14 +280,23 @@ def test_its_vectors_are_scaled_and_do_not_collapse(bundled):
 
 def test_hooked_it_gives_what_transformers_gives(bundled):
     encoder, tokenizer = bundled
-    tokens = tokenizer(["red circle is above blue square", "square is left of circle"], padding=True, return_tensors="pt")
+    tokens = tokenizer(
+        ["red circle is above blue square", "square is left of circle"],
+        padding=True,
+        return_tensors="pt",
+    )
     hooked = HookedT5Encoder(encoder)
     with torch.no_grad():
         expected = encoder(**tokens).last_hidden_state
         found = hooked(**tokens)[0]
     assert torch.allclose(expected, found, atol=1e-4)
     _, cache = hooked.run_with_cache(**tokens)
-    assert cache["blocks.3.attn.hook_pattern"].shape == (2, 4, tokens.input_ids.shape[1], tokens.input_ids.shape[1])
+    assert cache["blocks.3.attn.hook_pattern"].shape == (
+        2,
+        4,
+        tokens.input_ids.shape[1],
+        tokens.input_ids.shape[1],
+    )
 
 
 @pytest.fixture
@@ -230,13 +307,22 @@ def _small(monkeypatch):
 
 @pytest.mark.usefixtures("_small")
 def test_a_model_is_trained_with_it_and_draws(tmp_path):
-    settings = {"size": "nano", "batch_size": 2, "precision": "no", "evaluate_every": 100, "evaluation_scenes": 2}
+    settings = {
+        "size": "nano",
+        "batch_size": 2,
+        "precision": "no",
+        "evaluate_every": 100,
+        "evaluation_scenes": 2,
+    }
     folder = train(TrainConfig(out=tmp_path, encoder="t5-scenes", steps=2, **settings))
     model = HookedTextToImage.from_pretrained(str(folder))
     assert isinstance(model.text_encoder, HookedT5Encoder)
     pipe = PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.float32)
     before = build_text_encoder("t5-scenes")[0].state_dict()
-    assert all(torch.equal(before[key], value) for key, value in pipe.text_encoder.state_dict().items())  # frozen
+    # frozen
+    assert all(
+        torch.equal(before[key], value) for key, value in pipe.text_encoder.state_dict().items()
+    )
     with torch.no_grad():
         assert model("red circle is above blue square", num_steps=2).isfinite().all()
 
@@ -246,7 +332,9 @@ def test_its_null_caption_in_training_is_the_empty_prompt_of_sampling():
     pipe = build_pipeline(PRESETS["nano"], "t5-scenes")
     texts = ["", "red circle is above blue square"]
     text, mask = encode_captions(pipe, texts)
-    prompt, prompt_mask, null, null_mask = pipe.encode_prompt(texts[1], True, max_sequence_length=20, clean_caption=False)
+    prompt, prompt_mask, null, null_mask = pipe.encode_prompt(
+        texts[1], True, max_sequence_length=20, clean_caption=False
+    )
     for row, (features, found) in enumerate(((null, null_mask), (prompt, prompt_mask))):
         length = int(found.sum())
         assert int(mask[row].sum()) == length
@@ -259,7 +347,14 @@ def test_its_null_caption_in_training_is_the_empty_prompt_of_sampling():
 @pytest.mark.parametrize("layout", ["beside", "pipeline", "tokenizer folder"])
 def test_a_folder_with_another_t5_is_read_whatever_its_layout_and_precision(tmp_path, layout):
     tokenizer = scenes_tokenizer()
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
     saved = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
     saved.half().save_pretrained(tmp_path / "text_encoder" if layout == "pipeline" else tmp_path)
     tokenizer.save_pretrained(tmp_path if layout == "beside" else tmp_path / "tokenizer")
@@ -274,12 +369,18 @@ def test_a_hub_id_is_read_in_bfloat16(monkeypatch):
 
     def fake(name: str, **kwargs: object) -> object:
         asked[str(name)] = kwargs
-        model = T5EncoderModel(T5Config(vocab_size=5, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2))
+        model = T5EncoderModel(
+            T5Config(vocab_size=5, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2)
+        )
         return model, {"missing_keys": []}
 
     config, tokenizer = (T5Config().to_dict(), {}), scenes_tokenizer()
-    monkeypatch.setattr("dit_lens.training.pipelines.PreTrainedConfig.get_config_dict", lambda name: config)
-    monkeypatch.setattr("dit_lens.training.pipelines.AutoTokenizer.from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr(
+        "dit_lens.training.pipelines.PreTrainedConfig.get_config_dict", lambda name: config
+    )
+    monkeypatch.setattr(
+        "dit_lens.training.pipelines.AutoTokenizer.from_pretrained", lambda name: tokenizer
+    )
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", fake)
     build_text_encoder("google/t5-v1_1-xxl")
     assert list(asked) == ["google/t5-v1_1-xxl"]
