@@ -1,11 +1,15 @@
-"""The four accuracies of each text encoder and size, beside the paper's table and the ceiling. `python -m recipes.accuracy_table`
+"""The four accuracies of each text encoder and size, beside the paper's table and the ceiling.
 
-Paper: its model table (DiT-B unless said; trained templates). What would falsify it: a model with word order, once trained, that
-draws shapes but not relations; or one without word order that draws relations beyond what a bag of words allows (.25).
+`python -m recipes.accuracy_table`
 
-Predictions: with word order all four within .10 below the paper's or better; without, binding and relation at most the bound of a
-bag of words, .50 and .25. The paper's ceiling is below 1 (its scenes overlap), ours is 1 in every column (docs/scenes.md), so
-numbers above the paper's are no feat. Combinations here were never trained; the paper holds none out.
+Paper: its model table (DiT-B unless said; trained templates). What would falsify it: a model with
+word order, once trained, that draws shapes but not relations; or one without word order that draws
+relations beyond what a bag of words allows (.25).
+
+Predictions: with word order all four within .10 below the paper's or better; without, binding and
+relation at most the bound of a bag of words, .50 and .25. The paper's ceiling is below 1 (its
+scenes overlap), ours is 1 in every column (docs/scenes.md), so numbers above the paper's are no
+feat. Combinations here were never trained; the paper holds none out.
 """
 
 from __future__ import annotations
@@ -27,8 +31,14 @@ from hooked_models import list_models
 
 from .claims import Claim, evaluation_of, independent, report
 
-METRICS = {"color": "colour", "shape": "shape", "unique_binding": "binding", "relation_loose": "relation"}
-PAPER: dict[str, tuple[float, ...]] = {  # model here → the paper's row: colour, shape, binding, relation
+METRICS = {
+    "color": "colour",
+    "shape": "shape",
+    "unique_binding": "binding",
+    "relation_loose": "relation",
+}
+# model here → the paper's row: colour, shape, binding, relation
+PAPER: dict[str, tuple[float, ...]] = {
     "t5-micro": (0.99, 0.97, 0.93, 0.89),
     "t5-mini": (0.99, 0.97, 0.93, 0.89),
     "rte-micro": (0.99, 0.96, 0.90, 0.86),
@@ -39,7 +49,9 @@ PAPER: dict[str, tuple[float, ...]] = {  # model here → the paper's row: colou
     "rte-B": (0.99, 0.96, 0.90, 0.86),
 }
 BAG_OF_WORDS = {"unique_binding": 0.5, "relation_loose": 0.25}
-"""The best that a reader without word order can do: four equally frequent scenes share their words."""
+"""The best that a reader without word order can do: four equally frequent scenes share their
+words.
+"""
 WITH_POSITIONS = "rte-micro"
 BELOW = 0.10
 COMMANDS = {
@@ -66,14 +78,20 @@ def main(config: Config) -> None:
             held_out = rows[(rows["split"] == "held_out") & (rows["template"] == TRAINED)]
             tables[model] = evaluation.accuracies(held_out, ["template"]).set_index("metric")
     claims = [claim(model, metric, tables) for model in config.models for metric in METRICS]
-    report("Accuracies on combinations never trained", claims, config.out, "held-out combinations, a noise each, 1 run")
+    report(
+        "Accuracies on combinations never trained",
+        claims,
+        config.out,
+        "held-out combinations, a noise each, 1 run",
+    )
     figure(tables).savefig(config.out / "accuracies.png", dpi=150)
 
 
 def claim(model: str, metric: str, tables: Mapping[str, pd.DataFrame]) -> Claim:
     """One model's one accuracy against the paper's.
 
-    Contrast, where there is one: minus the best that a bag of words can do; without positions, minus `WITH_POSITIONS`.
+    Contrast, where there is one: minus the best that a bag of words can do; without positions,
+    minus `WITH_POSITIONS`.
     """
     table = tables.get(model)
     paper = dict(zip(METRICS, PAPER.get(model, (np.nan,) * 4), strict=True))[metric]
@@ -81,7 +99,9 @@ def claim(model: str, metric: str, tables: Mapping[str, pd.DataFrame]) -> Claim:
     control = COMMANDS.get(model, "")
     if table is not None:
         here = Interval(*table.loc[metric, ["mean", "low", "high"]])
-        control = "ceiling 1.000" + (f", bag of words {BAG_OF_WORDS[metric]}" if metric in BAG_OF_WORDS else "")
+        control = "ceiling 1.000" + (
+            f", bag of words {BAG_OF_WORDS[metric]}" if metric in BAG_OF_WORDS else ""
+        )
         control = f"{table['images'].astype(int)[metric]} images; {control}"
     low = 0.0 if np.isnan(paper) else paper - BELOW
     high = 1.0
@@ -99,7 +119,9 @@ def claim(model: str, metric: str, tables: Mapping[str, pd.DataFrame]) -> Claim:
     )
 
 
-def contrast(model: str, metric: str, here: Interval, tables: Mapping[str, pd.DataFrame]) -> Interval | None:
+def contrast(
+    model: str, metric: str, here: Interval, tables: Mapping[str, pd.DataFrame]
+) -> Interval | None:
     """See `claim`."""
     if metric not in BAG_OF_WORDS or np.isnan(here.mean):
         return None
@@ -115,11 +137,23 @@ def figure(tables: dict[str, pd.DataFrame]) -> Figure:
     drawn, ax = plt.subplots(figsize=(9.2, 3.2), layout="constrained")
     for number, (metric, label) in enumerate(METRICS.items()):
         x = np.arange(len(tables)) + 0.18 * (number - 1.5)
-        found = np.array([table.loc[metric, ["mean", "low", "high"]].to_numpy(float) for table in tables.values()])
+        found = np.array(
+            [
+                table.loc[metric, ["mean", "low", "high"]].to_numpy(float)
+                for table in tables.values()
+            ]
+        )
         error = [found[:, 0] - found[:, 1], found[:, 2] - found[:, 0]]
         bars = ax.bar(x, found[:, 0], 0.17, yerr=error, label=label, error_kw={"linewidth": 0.8})
         paper = [PAPER.get(model, (np.nan,) * 4)[number] for model in tables]
-        ax.scatter(x, paper, marker="x", color="black", zorder=3, label="the paper's" if bars and number == 3 else None)
+        ax.scatter(
+            x,
+            paper,
+            marker="x",
+            color="black",
+            zorder=3,
+            label="the paper's" if bars and number == 3 else None,
+        )
     ax.set_xticks(range(len(tables)), list(tables))
     ax.set_ylim(0, 1.05)
     ax.set_ylabel("share of images")

@@ -1,10 +1,13 @@
-"""Turn a training run into a bundled model: bfloat16 weights, samples to look at, and files of what was measured.
+"""Turn a training run into a bundled model: bfloat16 weights, samples to look at, and files of what
+was measured.
 
-`python -m recipes.bundle_model --run runs/t5-micro --name t5-micro --targets "unique_binding .92" "relation_loose .90"`
+`python -m recipes.bundle_model --run runs/t5-micro --name t5-micro --targets "unique_binding .92"
+"relation_loose .90"`
 
-Cards and README are then made from those files by `python -m recipes.zoo_cards`. A run that was stopped goes on. A run started
-from the bundled model of the same name (`dit-lens train --init-from t5-micro --encoder t5-scenes …`) replaces it: the card then
-tells of both runs, and keeps the first one's course.
+Cards and README are then made from those files by `python -m recipes.zoo_cards`. A run that was
+stopped goes on. A run started from the bundled model of the same name (`dit-lens train --init-from
+t5-micro --encoder t5-scenes …`) replaces it: the card then tells of both runs, and keeps the first
+one's course.
 """
 
 from __future__ import annotations
@@ -36,7 +39,15 @@ from hooked_models import HookedTextToImage
 from hooked_models.pipelines.hub import ZOO
 
 MAX_SHARD = "15MB"
-TRIO_METRICS = ("color", "shape", "unique_binding", "relation1_loose", "relation2_loose", "relation_loose", "relation_strict")
+TRIO_METRICS = (
+    "color",
+    "shape",
+    "unique_binding",
+    "relation1_loose",
+    "relation2_loose",
+    "relation_loose",
+    "relation_strict",
+)
 
 
 @dataclass(frozen=True)
@@ -46,11 +57,17 @@ class Config:
     run: Path
     """Folder of a finished training run."""
     name: str
-    """The model's name in the zoo; "rte-micro/seed-1" for another seed of a bundled model, whose weights stay out."""
+    """The model's name in the zoo; "rte-micro/seed-1" for another seed of a bundled model, whose
+    weights stay out.
+    """
     history: tuple[str, ...] = ()
-    """What the run's settings do not say of how it was trained, one sentence each; goes into the card."""
+    """What the run's settings do not say of how it was trained, one sentence each; goes into the
+    card.
+    """
     targets: tuple[str, ...] = ()
-    """Metric and aimed value on held-out scenes, such as "relation_loose .90", for the card to compare with."""
+    """Metric and aimed value on held-out scenes, such as "relation_loose .90", for the card to
+    compare with.
+    """
     scenes: int = 512
     """A split; see `dit_lens.evaluation.evaluate_model`."""
 
@@ -81,7 +98,9 @@ def main(config: Config) -> None:
     compact(rows).to_parquet(folder / "evaluation.parquet", index=False, compression="zstd")
     console.print(evaluation.to_markdown(rows))
     if facts.get("trios"):
-        trio_verdicts(model, config.scenes).to_parquet(folder / "trios.parquet", index=False, compression="zstd")
+        trio_verdicts(model, config.scenes).to_parquet(
+            folder / "trios.parquet", index=False, compression="zstd"
+        )
     table = History.read(config.run).course
     if table is not None and "earlier" not in facts:
         table.to_parquet(folder / COURSE, index=False)
@@ -103,18 +122,31 @@ def training_facts(config: Config) -> dict[str, object]:
     facts = json.loads(metadata["facts"])
     if int(metadata["step"]) < facts["steps"]:
         sys.exit(
-            f"{config.run} has come to step {metadata['step']} of {facts['steps']}: its pipeline/ is from before. Let it end."
+            f"{config.run} has come to step {metadata['step']} of {facts['steps']}: its pipeline/ "
+            "is from before. Let it end."
         )
     del facts["out"]
     log = History.read(config.run).rows
-    speeds = pd.Series([entry["samples_per_second"] for entry in log if "samples_per_second" in entry])
+    speeds = pd.Series(
+        [entry["samples_per_second"] for entry in log if "samples_per_second" in entry]
+    )
     samples = int(metadata["step"]) * facts["batch_size"] * facts["processes"]
     told = {"history": list(config.history), "targets": list(config.targets)}
-    return facts | {"steps": int(metadata["step"]), "samples": samples, "samples_per_second": speeds.median()} | told
+    return (
+        facts
+        | {
+            "steps": int(metadata["step"]),
+            "samples": samples,
+            "samples_per_second": speeds.median(),
+        }
+        | told
+    )
 
 
 def earlier_runs(config: Config) -> list[dict[str, object]]:
-    """What training_facts() said of the runs before one that went on from the bundled model it replaces, the first run first."""
+    """What training_facts() said of the runs before one that went on from the bundled model it
+    replaces, the first run first.
+    """
     kept = config.run / "before.json"
     if not kept.exists():  # a second call must not find the facts that the first has written
         shutil.copy(ZOO / config.name / "training.json", kept)
@@ -123,21 +155,34 @@ def earlier_runs(config: Config) -> list[dict[str, object]]:
 
 
 def trio_verdicts(model: HookedTextToImage, n: int) -> pd.DataFrame:
-    """Verdicts on `n` held-out and `n` trained scenes of three objects: a row an image, scene i from noise i."""
+    """Verdicts on `n` held-out and `n` trained scenes of three objects: a row an image, scene i
+    from noise i.
+    """
     tables = []
     for split in evaluation.SPLITS:
         wanted = scenes.sample_trios(n, seed=100, split=split)
-        for start in track(range(0, n, evaluation.BATCH), f"three objects, {split}", transient=True):
+        for start in track(
+            range(0, n, evaluation.BATCH), f"three objects, {split}", transient=True
+        ):
             batch = wanted[start : start + evaluation.BATCH]
-            images = model([scenes.caption(trio) for trio in batch], seed=list(range(start, start + len(batch))))
+            images = model(
+                [scenes.caption(trio) for trio in batch],
+                seed=list(range(start, start + len(batch))),
+            )
             verdict = scenes.evaluate(images, batch)
             found = {name: verdict[name].values.astype("float32") for name in TRIO_METRICS}
-            tables.append(pd.DataFrame({"split": split, "scene": np.arange(start, start + len(batch)), **found}))
+            tables.append(
+                pd.DataFrame(
+                    {"split": split, "scene": np.arange(start, start + len(batch)), **found}
+                )
+            )
     return pd.concat(tables, ignore_index=True)
 
 
 def compact(rows: pd.DataFrame) -> pd.DataFrame:
-    """The same rows in fewer bytes: text as categories, numbers in single precision (0, 1, pixels: exact)."""
+    """The same rows in fewer bytes: text as categories, numbers in single precision (0, 1, pixels:
+    exact).
+    """
     kinds = {name: "category" if rows[name].dtype == "str" else "float32" for name in rows.columns}
     return rows.astype(kinds | {"scene": "int16", "seed": "int16"})
 
@@ -146,7 +191,9 @@ def draw_samples(model: HookedTextToImage, path: Path, wanted: Sequence[Scene | 
     """Images of captions, one seed each, in a grid."""
     captions = [scenes.caption(scene) for scene in wanted]
     images = model(captions, seed=list(range(len(captions))))
-    figure, axes = plt.subplots(2, len(captions) // 2, figsize=(len(captions), 4.4), layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(captions) // 2, figsize=(len(captions), 4.4), layout="constrained"
+    )
     for ax, caption, image in zip(axes.ravel(), captions, images, strict=True):
         bare(ax).imshow(image.permute(1, 2, 0).cpu().numpy())
         ax.set_title(caption.replace(" is ", " is\n").replace(" and to", "\nand to"), fontsize=6.5)

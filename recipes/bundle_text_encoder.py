@@ -1,6 +1,8 @@
-"""Turn a pre-training run into a bundled text encoder: bfloat16 weights, tokenizer, and a card with measured numbers.
+"""Turn a pre-training run into a bundled text encoder: bfloat16 weights, tokenizer, and a card with
+measured numbers.
 
-`dit-lens pretrain-text-encoder --out runs/t5-scenes`, then `python -m recipes.bundle_text_encoder --run runs/t5-scenes`
+`dit-lens pretrain-text-encoder --out runs/t5-scenes`, then `python -m recipes.bundle_text_encoder
+--run runs/t5-scenes`
 """
 
 from __future__ import annotations
@@ -19,7 +21,16 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from dit_lens.text.probes import SPLITS, TARGETS, Word, cosines, place_score, probe_captions, probe_table, word_vectors
+from dit_lens.text.probes import (
+    SPLITS,
+    TARGETS,
+    Word,
+    cosines,
+    place_score,
+    probe_captions,
+    probe_table,
+    word_vectors,
+)
 from dit_lens.training.history import History, checkpoint_of
 from dit_lens.training.pipelines import build_text_encoder
 from dit_lens.training.t5 import pretrain as recipe
@@ -42,7 +53,9 @@ class Config:
 def main(config: Config) -> None:
     folder = ZOO / config.name
     shutil.rmtree(folder, ignore_errors=True)
-    T5EncoderModel.from_pretrained(config.run / "text_encoder", dtype=torch.bfloat16).save_pretrained(folder / "text_encoder")
+    T5EncoderModel.from_pretrained(
+        config.run / "text_encoder", dtype=torch.bfloat16
+    ).save_pretrained(folder / "text_encoder")
     shutil.copytree(config.run / "tokenizer", folder / "tokenizer")
 
     encoder, tokenizer = build_text_encoder(config.name)
@@ -59,15 +72,21 @@ def main(config: Config) -> None:
 
 def read(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> xr.DataArray:
     """Relation and direction at the second shape word of the output, by split."""
-    return probe_table(encoder, tokenizer, "shape2", ("relation", "direction"), SPLITS, layers=False)[0]
+    return probe_table(
+        encoder, tokenizer, "shape2", ("relation", "direction"), SPLITS, layers=False
+    )[0]
 
 
 def geometry(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """Root mean square of a coordinate, and mean cosines, at each word of the output."""
     rows: dict[str, pd.Series] = {}
     for word in WORDS:
-        vectors = next(iter(word_vectors(encoder, tokenizer, probe_captions(), word, layers=False).values()))
-        rows[word] = pd.Series({"RMS": (vectors**2).mean() ** 0.5, **cosines(encoder, tokenizer, word)})
+        vectors = next(
+            iter(word_vectors(encoder, tokenizer, probe_captions(), word, layers=False).values())
+        )
+        rows[word] = pd.Series(
+            {"RMS": (vectors**2).mean() ** 0.5, **cosines(encoder, tokenizer, word)}
+        )
     return pd.DataFrame(rows).T.rename_axis("word")
 
 
@@ -83,13 +102,23 @@ def card(
 ) -> str:
     """The card, in markdown."""
     size = encoder.config
-    layers = by_layer.sel(split="combinations").to_series().unstack("target")[list(TARGETS)].round(3)
+    layers = (
+        by_layer.sel(split="combinations").to_series().unstack("target")[list(TARGETS)].round(3)
+    )
     encoders = {name: by_split, **baselines}
-    splits = xr.concat(list(encoders.values()), pd.Index(list(encoders), name="encoder")).to_series().unstack("split")
+    splits = (
+        xr.concat(list(encoders.values()), pd.Index(list(encoders), name="encoder"))
+        .to_series()
+        .unstack("split")
+    )
     losses = [entry for entry in log if "loss" in entry]
     minutes = sum(entry["seconds_per_step"] for entry in losses) * recipe.LOG_EVERY / 60
     course = [entry for entry in log if "probe_relation" in entry]
-    history = pd.DataFrame(course).set_index("step")[["loss", "probe_relation", "probe_direction", "probe_place"]].round(3)
+    history = (
+        pd.DataFrame(course)
+        .set_index("step")[["loss", "probe_relation", "probe_direction", "probe_place"]]
+        .round(3)
+    )
     return f"""---
 license: mit
 library_name: transformers

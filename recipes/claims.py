@@ -1,4 +1,5 @@
-"""What a recipe reports: claims of the paper with a prediction stated beforehand, what was measured here, and a verdict.
+"""What a recipe reports: claims of the paper with a prediction stated beforehand, what was measured
+here, and a verdict.
 
 claims = [Claim("…", paper=".67 → .33", here=Interval(…), predicted=(-1.0, -0.1), control="…")]
 report("Relation heads", claims, out)  # prints the table, writes claims.json and claims.parquet
@@ -31,11 +32,15 @@ class Claim:
     """What the paper says, in its own numbers; "–" of what is not in it."""
     here: Interval
     predicted: tuple[float, float] | None
-    """Where the number must lie, stated before it was measured, for the claim to hold here; None of what was not predicted."""
+    """Where the number must lie, stated before it was measured, for the claim to hold here; None of
+    what was not predicted.
+    """
     control: str = ""
     """What was compared with, and its number."""
     contrast: Interval | None = None
-    """The paper's own quantity here, minus that of its control; without it a claim does not say that the paper replicates."""
+    """The paper's own quantity here, minus that of its control; without it a claim does not say
+    that the paper replicates.
+    """
     basis: str = ""
     """How many images, noises and training runs the number is of."""
     questions: int = 1
@@ -52,14 +57,19 @@ class Claim:
     def verdict(self) -> str:
         """Verdict by the interval: inside the predicted range, outside of it, or neither.
 
-        "replicates" needs a number of the paper, and a contrast with the control that is beyond doubt, too.
+        "replicates" needs a number of the paper, and a contrast with the control that is beyond
+        doubt, too.
         """
         if np.isnan(self.here.mean):
             return "not run here"
         if self.predicted is None:
             return "exploratory"
         low, high = self.predicted
-        yes, no = ("as predicted", "not as predicted") if self.paper == "–" else ("replicates", "does not replicate here")
+        yes, no = (
+            ("as predicted", "not as predicted")
+            if self.paper == "–"
+            else ("replicates", "does not replicate here")
+        )
         here = together(self.here, self.questions)
         if self.share:
             here = Interval(*np.clip(here, 0, 1))
@@ -82,11 +92,16 @@ def together(found: Interval, questions: int) -> Interval:
         0.500 [0.338, 0.662]
     """
     factor = np.log(0.025 / questions) / np.log(0.025)
-    return Interval(found.mean, found.mean - factor * (found.mean - found.low), found.mean + factor * (found.high - found.mean))
+    return Interval(
+        found.mean,
+        found.mean - factor * (found.mean - found.low),
+        found.mean + factor * (found.high - found.mean),
+    )
 
 
 def independent(one: Interval, other: Interval) -> Interval:
-    """Difference one − other of two independent numbers (Zou & Donner 2008, Statistics in Medicine 27, p. 1693).
+    """Difference one − other of two independent numbers (Zou & Donner 2008, Statistics in Medicine
+    27, p. 1693).
 
     Example:
         >>> print(independent(Interval(0.5, 0.2, 0.8), Interval(0.9, 0.5, 1.3)))
@@ -98,55 +113,101 @@ def independent(one: Interval, other: Interval) -> Interval:
     return Interval(difference, float(low), float(high))
 
 
-def report(title: str, claims: Sequence[Claim], out: Path, basis: str = "", family: bool = False, **facts: object) -> None:
+def report(
+    title: str,
+    claims: Sequence[Claim],
+    out: Path,
+    basis: str = "",
+    family: bool = False,
+    **facts: object,
+) -> None:
     """Print the table; write claims.json (with `facts`) and claims.parquet into `out`.
 
     Args:
         basis: that of the claims that state none.
-        family: all claims are questions of one kind, and their verdicts are by intervals that hold together.
+        family: all claims are questions of one kind, and their verdicts are by intervals that hold
+            together.
     """
     if family:
         claims = [replace(claim, questions=len(claims)) for claim in claims]
     claims = [claim if claim.basis else replace(claim, basis=basis) for claim in claims]
     rows = [
-        {"claim": c.what, "paper": c.paper, **c.here._asdict(), "predicted": list(c.predicted or ()), "control": c.control}
+        {
+            "claim": c.what,
+            "paper": c.paper,
+            **c.here._asdict(),
+            "predicted": list(c.predicted or ()),
+            "control": c.control,
+        }
         | {"contrast": str(c.contrast or ""), "basis": c.told_basis, "verdict": c.verdict}
         for c in claims
     ]
-    table = Table("claim", "paper", "here [95 %]", "predicted", "control", "basis", "verdict", title=title)
+    table = Table(
+        "claim", "paper", "here [95 %]", "predicted", "control", "basis", "verdict", title=title
+    )
     for claim in claims:
         shown = "–" if np.isnan(claim.here.mean) else str(claim.here)
         expected = f"{claim.predicted[0]:g} … {claim.predicted[1]:g}" if claim.predicted else "–"
-        table.add_row(claim.what, claim.paper, shown, expected, claim.control, claim.told_basis, claim.verdict)
+        table.add_row(
+            claim.what, claim.paper, shown, expected, claim.control, claim.told_basis, claim.verdict
+        )
     Console(width=170).print(table)
-    clean = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
+    clean = [
+        {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
+        for row in rows
+    ]
     with Store(out, {}, wait=True) as store:
         store.put_json("claims.json", {"title": title, **facts, "claims": clean})
         store.put("claims.parquet", lambda path: pd.DataFrame(rows).to_parquet(path, index=False))
 
 
 def evaluation_of(model: str, n: int, out: Path) -> pd.DataFrame:
-    """The evaluation that is bundled with a model, or one of `n` scenes a split of any other (a stopped one goes on)."""
+    """The evaluation that is bundled with a model, or one of `n` scenes a split of any other (a
+    stopped one goes on).
+    """
     bundled = ZOO / model / "evaluation.parquet"
     if model in list_models() and bundled.exists():
         return pd.read_parquet(bundled)
-    return evaluation.evaluate_model(HookedTextToImage.from_pretrained(model), n, out=out / "evaluation" / Path(model).name)
+    return evaluation.evaluate_model(
+        HookedTextToImage.from_pretrained(model), n, out=out / "evaluation" / Path(model).name
+    )
 
 
-def stage(out: Path, name: str, model: HookedTextToImage, make: Callable[..., pd.DataFrame], *settings: object) -> pd.DataFrame:
-    """`make(model, *settings)`, or the table in `out` that a call with equal weights, settings and code has left.
+def stage(
+    out: Path,
+    name: str,
+    model: HookedTextToImage,
+    make: Callable[..., pd.DataFrame],
+    *settings: object,
+) -> pd.DataFrame:
+    """`make(model, *settings)`, or the table in `out` that a call with equal weights, settings and
+    code has left.
 
     The code is that of `make` and of the recipes' functions that it calls.
 
     Raises:
-        OSError: the table is damaged, or cannot be written; the message says which file, and what to do.
+        OSError: the table is damaged, or cannot be written; the message says which file, and what
+            to do.
     """
-    made_from = {"model": model.digest(), "code": fingerprint(make), "settings": fingerprint(settings)}
+    made_from = {
+        "model": model.digest(),
+        "code": fingerprint(make),
+        "settings": fingerprint(settings),
+    }
     return kept_table(out / "stages", name, made_from, lambda: make(model, *settings))
 
 
-def kept_table(folder: Path, name: str, made_from: Mapping[str, str], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table of this name that was made from this, or a new one, which then stands there; another process waits for it."""
+def kept_table(
+    folder: Path, name: str, made_from: Mapping[str, str], make: Callable[[], pd.DataFrame]
+) -> pd.DataFrame:
+    """The table of this name that was made from this, or a new one, which then stands there;
+    another process waits for it.
+    """
     with Store(folder / f"{name}-{digest(*made_from.values())}", made_from, wait=True) as store:
-        store.load_or("table.parquet", make, lambda table, path: table.to_parquet(path, index=False), pd.read_parquet)
+        store.load_or(
+            "table.parquet",
+            make,
+            lambda table, path: table.to_parquet(path, index=False),
+            pd.read_parquet,
+        )
         return pd.read_parquet(store.path("table.parquet"))

@@ -12,30 +12,48 @@ from matplotlib.figure import Figure
 COLORS = {"relation_loose": "C3", "unique_binding": "C0", "color": "C2", "shape": "C1"}
 
 
-def dose_figure(table: pd.DataFrame, templates: Mapping[str, str], neutral: Mapping[str, float]) -> Figure:
-    """Change of every verdict by dose, a row a task and a column a method; the chosen dose on held-out prompts beside it.
+def dose_figure(
+    table: pd.DataFrame, templates: Mapping[str, str], neutral: Mapping[str, float]
+) -> Figure:
+    """Change of every verdict by dose, a row a task and a column a method; the chosen dose on
+    held-out prompts beside it.
 
     Args:
-        table: of `improve_relations.paired`, with columns model (the task) and phase, "choosing" or "reporting".
+        table: of `improve_relations.paired`, with columns model (the task) and phase, "choosing" or
+            "reporting".
         templates: of the prompts, by task.
         neutral: the dose that changes nothing, by method; the columns.
     """
     names = list(templates)
     size = (11, 2.7 * len(names) + 0.6)
     figure, axes = plt.subplots(
-        len(names), len(neutral), figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained"
+        len(names),
+        len(neutral),
+        figsize=size,
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
     for row, name in zip(axes, names, strict=True):
         for ax, method in zip(row, neutral, strict=True):
             rows = table[(table["model"] == name) & (table["method"] == method)]
             draw_curves(ax, rows[rows["phase"] == "choosing"], neutral[method])
-            draw_reported(ax, rows[rows["phase"] == "reporting"], 0.03 * (rows["dose"].max() - neutral[method]))
+            draw_reported(
+                ax,
+                rows[rows["phase"] == "reporting"],
+                0.03 * (rows["dose"].max() - neutral[method]),
+            )
             ax.axhline(0, color="grey", linewidth=0.6)
             ax.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"{name}\n“{templates[name]}”: change (paired)")
     for ax, method in zip(axes[0], neutral, strict=True):
         ax.set_title(method)
-    for ax, label in zip(axes[-1], ("× heads' output", "× heads' scores", "× effect vector", "guidance weight"), strict=True):
+    for ax, label in zip(
+        axes[-1],
+        ("× heads' output", "× heads' scores", "× effect vector", "guidance weight"),
+        strict=True,
+    ):
         ax.set_xlabel(label)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
@@ -43,21 +61,34 @@ def dose_figure(table: pd.DataFrame, templates: Mapping[str, str], neutral: Mapp
 
 
 def draw_curves(ax: Axes, rows: pd.DataFrame, neutral: float) -> None:
-    """The doses tried: every verdict of the circuit, and the relation of the controls where they were run."""
-    widths = {"color": 6.0, "shape": 4.5, "unique_binding": 3.0, "relation_loose": 1.5}  # nested, as curves often coincide
+    """The doses tried: every verdict of the circuit, and the relation of the controls where they
+    were run.
+    """
+    # nested, as curves often coincide
+    widths = {"color": 6.0, "shape": 4.5, "unique_binding": 3.0, "relation_loose": 1.5}
     for verdict, width in widths.items():
         for kind, style in (("circuit", "-"), ("control", ":")):
             curve = rows[(rows["verdict"] == verdict) & (rows["kind"] == kind)].sort_values("dose")
             if len(curve) and (verdict == "relation_loose" or kind == "circuit"):
-                label = f"{verdict.replace('_loose', '').replace('_', ' ')}, {kind}, training prompts"
+                label = (
+                    f"{verdict.replace('_loose', '').replace('_', ' ')}, {kind}, training prompts"
+                )
                 x, y = [neutral, *curve["dose"]], [0.0, *curve["mean"]]
                 pale = 1.0 if verdict == "relation_loose" else 0.45
-                ax.plot(x, y, style, color=COLORS[verdict], linewidth=width, alpha=pale, label=label)
+                ax.plot(
+                    x, y, style, color=COLORS[verdict], linewidth=width, alpha=pale, label=label
+                )
 
 
 def draw_reported(ax: Axes, rows: pd.DataFrame, apart: float) -> None:
-    """The chosen dose on held-out prompts, with intervals: relation and binding of circuit and control, side by side."""
-    shown = (("relation_loose", "circuit", -1.5), ("relation_loose", "control", -0.5), ("unique_binding", "circuit", 0.5))
+    """The chosen dose on held-out prompts, with intervals: relation and binding of circuit and
+    control, side by side.
+    """
+    shown = (
+        ("relation_loose", "circuit", -1.5),
+        ("relation_loose", "control", -0.5),
+        ("unique_binding", "circuit", 0.5),
+    )
     for verdict, kind, places in (*shown, ("unique_binding", "control", 1.5)):
         found = rows[(rows["verdict"] == verdict) & (rows["kind"] == kind)].iloc[0]
         ax.errorbar(

@@ -1,19 +1,23 @@
 """The smallest circuit of edges that still draws the relation. `python -m recipes.edge_circuit`
 
-Beyond the paper, which names a relation head and an object head and knocks them out: here a circuit is a set of edges (sender,
-receiver, denoising step) over the whole generation, found by EAP-IG and then run exactly, everything else being as for another
-prompt (resample ablation). What would falsify a small circuit: the edges that EAP-IG ranks first keep no more of the relation
-than random ones, or the model without them still has it (another route).
+Beyond the paper, which names a relation head and an object head and knocks them out: here a circuit
+is a set of edges (sender, receiver, denoising step) over the whole generation, found by EAP-IG and
+then run exactly, everything else being as for another prompt (resample ablation). What would
+falsify a small circuit: the edges that EAP-IG ranks first keep no more of the relation than random
+ones, or the model without them still has it (another route).
 
-Two graphs: all edges; and, added once the first had shown that no small set of all edges suffices, those alone that lead from
-words to heads' keys and values, the rest of the model being free: by which doors does the relation come in?
+Two graphs: all edges; and, added once the first had shown that no small set of all edges suffices,
+those alone that lead from words to heads' keys and values, the rest of the model being free: by
+which doors does the relation come in?
 
-Faithfulness is the share kept of the difference between a prompt and another, drawn at random among those with as many words, the
-relation words in the same places, on the same noise; read from the final image: how far red stands from blue in the caption's
-direction (`layout_readout`). CPR and CMD are MIB's (arXiv 2504.13151), over the share of edges kept, edges ranked by |score|.
-Sizes are chosen on one set of prompts, one a relation, and reported on another. Controls: random circuits of equal size; of
-words, also with as many edges at every step. An earlier form took the opposite relation's prompt for the other one: .841 of all
-edges and .026 of those from words were needed. Predictions: `recipes/PREDICTIONS.md`.
+Faithfulness is the share kept of the difference between a prompt and another, drawn at random among
+those with as many words, the relation words in the same places, on the same noise; read from the
+final image: how far red stands from blue in the caption's direction (`layout_readout`). CPR and CMD
+are MIB's (arXiv 2504.13151), over the share of edges kept, edges ranked by |score|. Sizes are
+chosen on one set of prompts, one a relation, and reported on another. Controls: random circuits of
+equal size; of words, also with as many edges at every step. An earlier form took the opposite
+relation's prompt for the other one: .841 of all edges and .026 of those from words were needed.
+Predictions: `recipes/PREDICTIONS.md`.
 """
 
 from __future__ import annotations
@@ -33,7 +37,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dit_lens import attribution, scenes
-from dit_lens.graph.faithfulness import areas, candidate_edges, faithfulness, random_circuits, resampled, run_circuits
+from dit_lens.graph.faithfulness import (
+    areas,
+    candidate_edges,
+    faithfulness,
+    random_circuits,
+    resampled,
+    run_circuits,
+)
 from dit_lens.graph.nodes import Node
 from dit_lens.task import DIRECTIONS, RELATIONS, Scene
 from dit_lens.task.scene import RADIUS
@@ -48,7 +59,9 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Of edges kept; MIB's, from .5 % on."""
 KEEPS = 0.9
 HALVINGS = 2
-"""Of the gap, in the logarithm, between the largest share that keeps less and the smallest that keeps enough."""
+"""Of the gap, in the logarithm, between the largest share that keeps less and the smallest that
+keeps enough.
+"""
 EARLY = 4
 """Denoising steps in which the paper's relation head works."""
 KINDS = {
@@ -88,25 +101,54 @@ def main(config: Config) -> None:
     claims, results = [], {}
     for graph in GRAPHS:
         one = Graph(graph, of_graph(edges, graph))
-        search = stage(out, f"search-{graph}", model, lambda m, *_, one=one: searched(m, found, one.edges), *settings)
+        search = stage(
+            out,
+            f"search-{graph}",
+            model,
+            lambda m, *_, one=one: searched(m, found, one.edges),
+            *settings,
+        )
         smallest = smallest_size(search)
         sizes = sorted({*(round(share * len(one.edges)) for share in SHARES), smallest})
         parts = []
         for kind, kept in circuits(one, sizes, smallest, draws, config.seed).items():
 
-            def run(model: HookedTextToImage, *_: object, one: Graph = one, kept: np.ndarray = kept) -> pd.DataFrame:
+            def run(
+                model: HookedTextToImage, *_: object, one: Graph = one, kept: np.ndarray = kept
+            ) -> pd.DataFrame:
                 return exact(model, chosen, one.edges, kept, ends)
 
-            parts.append(stage(out, f"{graph}-{kind}", model, run, *settings, draws, smallest).assign(kind=kind))
+            parts.append(
+                stage(out, f"{graph}-{kind}", model, run, *settings, draws, smallest).assign(
+                    kind=kind
+                )
+            )
         results[graph] = (pd.concat(parts, ignore_index=True), len(one.edges), smallest)
         claims += curve_claims(*results[graph], search, GRAPHS[graph])
     circuit = of_graph(edges, "words")[: results["words"][2]]
     claims += content_claims(model, edges, circuit)
-    claims = [replace(claim, basis=f"{len(chosen.clean)} prompts, a noise each, 1 run") for claim in claims]
-    pd.concat({graph: values for graph, (values, *_) in results.items()}, names=["graph"]).to_parquet(out / "values.parquet")
+    claims = [
+        replace(claim, basis=f"{len(chosen.clean)} prompts, a noise each, 1 run")
+        for claim in claims
+    ]
+    pd.concat(
+        {graph: values for graph, (values, *_) in results.items()}, names=["graph"]
+    ).to_parquet(out / "values.parquet")
     edges.to_parquet(out / "edges.parquet", index=False)
-    sizes_of = {graph: {"edges": total, "smallest": smallest} for graph, (_, total, smallest) in results.items()}
-    report(f"The relation's circuit: {config.model}", claims, out, "", False, model=config.model, **sizes_of, full=config.full)
+    sizes_of = {
+        graph: {"edges": total, "smallest": smallest}
+        for graph, (_, total, smallest) in results.items()
+    }
+    report(
+        f"The relation's circuit: {config.model}",
+        claims,
+        out,
+        "",
+        False,
+        model=config.model,
+        **sizes_of,
+        full=config.full,
+    )
     curves_figure(results).savefig(out / "faithfulness.png", dpi=150)
     content_figure(edges, circuit).savefig(out / "circuit.png", dpi=150)
 
@@ -121,7 +163,11 @@ class Graph:
 
 def of_graph(edges: pd.DataFrame, graph: str) -> pd.DataFrame:
     """The edges of one of `GRAPHS`, the largest first."""
-    return edges if graph == "all" else edges[edges["sender"].str.startswith("text[")].reset_index(drop=True)
+    return (
+        edges
+        if graph == "all"
+        else edges[edges["sender"].str.startswith("text[")].reset_index(drop=True)
+    )
 
 
 # Prompts and what is read from images
@@ -137,7 +183,9 @@ class Pairs:
 
     @property
     def texts(self) -> tuple[list[str], list[str]]:
-        clean, corrupt = ([scenes.caption(scene) for scene in wanted] for wanted in (self.clean, self.corrupt))
+        clean, corrupt = (
+            [scenes.caption(scene) for scene in wanted] for wanted in (self.clean, self.corrupt)
+        )
         return clean, corrupt
 
     @property
@@ -148,11 +196,19 @@ class Pairs:
 def pairs(repeats: int, seed: int) -> Pairs:
     """`repeats` scenes of every relation, each with its own noise and a random other scene."""
     pool = scenes.sample(128 * repeats, seed=seed, split="all", color_words="both")
-    wanted = [scene for relation in RELATIONS for scene in [s for s in pool if s.relation == relation][:repeats]]
+    wanted = [
+        scene
+        for relation in RELATIONS
+        for scene in [s for s in pool if s.relation == relation][:repeats]
+    ]
     rng = np.random.default_rng(seed)
     others = []
     for scene in wanted:
-        alike = [o for o in pool if pattern(o) == pattern(scene) and scenes.caption(o) != scenes.caption(scene)]
+        alike = [
+            o
+            for o in pool
+            if pattern(o) == pattern(scene) and scenes.caption(o) != scenes.caption(scene)
+        ]
         others.append(alike[int(rng.integers(len(alike)))])
     return Pairs(wanted, others, [1000 * seed + i for i in range(len(wanted))])
 
@@ -162,19 +218,30 @@ def pattern(scene: Scene) -> tuple[bool, ...]:
     return tuple(word in RELATION_WORDS for word in scene.phrase.split())
 
 
-def layout_readout(wanted: Sequence[Scene]) -> Callable[[Float[Tensor, "scene 3 height width"]], Float[Tensor, " scene"]]:
-    """How far object 1 stands from object 2 in its caption's direction, in px: red minus blue's moment over a square's area.
+def layout_readout(
+    wanted: Sequence[Scene],
+) -> Callable[[Float[Tensor, "scene 3 height width"]], Float[Tensor, " scene"]]:
+    """How far object 1 stands from object 2 in its caption's direction, in px: red minus blue's
+    moment over a square's area.
 
     Differentiable; the projection of `dynamics.color_moment`, whose sign is object 1's colour.
     """
     direction = torch.tensor([DIRECTIONS[scene.relation] for scene in wanted], dtype=torch.float32)
     direction = direction / direction.norm(dim=1, keepdim=True)
-    direction = direction * torch.tensor([1.0 if scene.color1 == "red" else -1.0 for scene in wanted])[:, None]
+    direction = (
+        direction
+        * torch.tensor([1.0 if scene.color1 == "red" else -1.0 for scene in wanted])[:, None]
+    )
 
     def readout(images: Tensor) -> Tensor:
         redness = images[:, 0] - images[:, 2]
-        x, y = (torch.arange(size, dtype=images.dtype) - (size - 1) / 2 for size in (redness.shape[2], redness.shape[1]))
-        moment = torch.stack([(redness * x).sum(dim=(1, 2)), (redness * y[:, None]).sum(dim=(1, 2))], dim=1)
+        x, y = (
+            torch.arange(size, dtype=images.dtype) - (size - 1) / 2
+            for size in (redness.shape[2], redness.shape[1])
+        )
+        moment = torch.stack(
+            [(redness * x).sum(dim=(1, 2)), (redness * y[:, None]).sum(dim=(1, 2))], dim=1
+        )
         return (moment * direction.to(moment)).sum(dim=1) / (2 * RADIUS) ** 2
 
     return readout
@@ -187,35 +254,53 @@ def scored(model: HookedTextToImage, of: Pairs, ig_steps: int) -> pd.DataFrame:
     """Every edge with its EAP-IG score, the largest first."""
     with torch.no_grad():
         clean, corrupt = (model.trajectory(texts, of.seeds) for texts in of.texts)
-    scores = attribution.edges(attribution.pair(clean, corrupt), of.readout, ig_steps=ig_steps).scores
+    scores = attribution.edges(
+        attribution.pair(clean, corrupt), of.readout, ig_steps=ig_steps
+    ).scores
     return candidate_edges(model, of.texts[0], scores)
 
 
 @torch.no_grad()
 def clean_and_corrupt(model: HookedTextToImage, of: Pairs) -> pd.DataFrame:
     """Read-outs of the two runs that circuits lie between: columns prompt, clean, corrupt."""
-    clean, corrupt = (of.readout(model(texts, list(of.seeds))).double().numpy() for texts in of.texts)
+    clean, corrupt = (
+        of.readout(model(texts, list(of.seeds))).double().numpy() for texts in of.texts
+    )
     return pd.DataFrame({"prompt": np.arange(len(clean)), "clean": clean, "corrupt": corrupt})
 
 
 def exact(
-    model: HookedTextToImage, of: Pairs, edges: pd.DataFrame, kept: Bool[np.ndarray, "circuit edge"], ends: pd.DataFrame
+    model: HookedTextToImage,
+    of: Pairs,
+    edges: pd.DataFrame,
+    kept: Bool[np.ndarray, "circuit edge"],
+    ends: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Images of circuits: columns circuit, edges, prompt, value, clean, corrupt (read-outs), relation_loose (as prompted)."""
+    """Images of circuits: columns circuit, edges, prompt, value, clean, corrupt (read-outs),
+    relation_loose (as prompted).
+    """
     rows = []
     for circuit, images in enumerate(run_circuits(model, *of.texts, of.seeds, edges, kept)):
         verdict = scenes.evaluate(images, of.clean)["relation_loose"].values.astype(float)
         value = of.readout(images).double().numpy()
-        rows.append(ends.assign(circuit=circuit, edges=int(kept[circuit].sum()), value=value, relation_loose=verdict))
+        rows.append(
+            ends.assign(
+                circuit=circuit, edges=int(kept[circuit].sum()), value=value, relation_loose=verdict
+            )
+        )
     return pd.concat(rows, ignore_index=True)
 
 
 def searched(model: HookedTextToImage, of: Pairs, edges: pd.DataFrame) -> pd.DataFrame:
-    """`exact` of growing circuits on the prompts that scored the edges, finer where `KEEPS` is first reached."""
+    """`exact` of growing circuits on the prompts that scored the edges, finer where `KEEPS` is
+    first reached.
+    """
     ends = clean_and_corrupt(model, of)
 
     def run(sizes: Sequence[int]) -> pd.DataFrame:
-        return exact(model, of, edges, np.stack([np.arange(len(edges)) < size for size in sizes]), ends)
+        return exact(
+            model, of, edges, np.stack([np.arange(len(edges)) < size for size in sizes]), ends
+        )
 
     table = run([round(share * len(edges)) for share in SHARES])
     for _ in range(HALVINGS):
@@ -227,22 +312,37 @@ def searched(model: HookedTextToImage, of: Pairs, edges: pd.DataFrame) -> pd.Dat
 
 
 def smallest_size(table: pd.DataFrame, otherwise: int | None = None) -> int:
-    """The fewest edges that keep `KEEPS`, as all larger circuits do; `otherwise`, or the largest, if none does."""
+    """The fewest edges that keep `KEEPS`, as all larger circuits do; `otherwise`, or the largest,
+    if none does.
+    """
     sizes, kept = by_size(table)
     return enough(sizes, kept(np.arange(table["prompt"].nunique())), otherwise)
 
 
 def by_size(table: pd.DataFrame) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Of a table of circuits: their numbers of edges, and their faithfulness on some of its prompts."""
+    """Of a table of circuits: their numbers of edges, and their faithfulness on some of its
+    prompts.
+    """
     wide = table.pivot_table(index="edges", columns="prompt", values="value")
-    values, (clean, corrupt) = wide.to_numpy(), table.groupby("prompt")[["clean", "corrupt"]].first().to_numpy().T
-    return wide.index.to_numpy(), lambda rows: faithfulness(values[:, rows], clean[rows], corrupt[rows])
+    values, (clean, corrupt) = (
+        wide.to_numpy(),
+        table.groupby("prompt")[["clean", "corrupt"]].first().to_numpy().T,
+    )
+    return wide.index.to_numpy(), lambda rows: faithfulness(
+        values[:, rows], clean[rows], corrupt[rows]
+    )
 
 
 def enough(sizes: np.ndarray, kept: np.ndarray, otherwise: int | None = None) -> int:
     """The smallest of ascending sizes that keeps `KEEPS`, as all larger ones do."""
     holds = np.logical_and.accumulate(kept[::-1] >= KEEPS)[::-1]
-    return int(sizes[holds.argmax()]) if holds.any() else int(sizes[-1]) if otherwise is None else otherwise
+    return (
+        int(sizes[holds.argmax()])
+        if holds.any()
+        else int(sizes[-1])
+        if otherwise is None
+        else otherwise
+    )
 
 
 def circuits(
@@ -252,10 +352,18 @@ def circuits(
     edges, rng = graph.edges, np.random.default_rng(seed)
     first = np.stack([np.arange(len(edges)) < size for size in sizes])
     random = np.concatenate([random_circuits(edges, sizes, rng) for _ in range(draws)])
-    found = {"circuit": first, "without": ~(np.arange(len(edges)) < smallest)[None], "random": random}
+    found = {
+        "circuit": first,
+        "without": ~(np.arange(len(edges)) < smallest)[None],
+        "random": random,
+    }
     if graph.name == "words":
-        found["random, same steps"] = np.concatenate([random_circuits(edges, sizes, rng, like=first) for _ in range(draws)])
-    found["without random"] = ~np.concatenate([random_circuits(edges, [smallest], rng) for _ in range(draws)])
+        found["random, same steps"] = np.concatenate(
+            [random_circuits(edges, sizes, rng, like=first) for _ in range(draws)]
+        )
+    found["without random"] = ~np.concatenate(
+        [random_circuits(edges, [smallest], rng) for _ in range(draws)]
+    )
     return found
 
 
@@ -274,17 +382,26 @@ class Curve:
     @classmethod
     def of(cls, values: pd.DataFrame, kind: str, total: int) -> Curve:
         rows = values[values["kind"] == kind]
-        return cls(*by_size(rows.assign(edges=total - rows["edges"]) if kind.startswith("without") else rows))
+        return cls(
+            *by_size(
+                rows.assign(edges=total - rows["edges"]) if kind.startswith("without") else rows
+            )
+        )
 
     def at(self, size: int) -> Callable[[np.ndarray], float]:
         place = int(np.flatnonzero(self.sizes == size)[0])
         return lambda rows: float(self.kept(rows)[place])
 
 
-def curve_claims(values: pd.DataFrame, total: int, smallest: int, search: pd.DataFrame, what: str) -> list[Claim]:
+def curve_claims(
+    values: pd.DataFrame, total: int, smallest: int, search: pd.DataFrame, what: str
+) -> list[Claim]:
     """Size, faithfulness on new prompts, completeness, and distance from random circuits."""
     curves = {kind: Curve.of(values, kind, total) for kind in values["kind"].unique()}
-    prompts, randoms = values["prompt"].nunique(), [kind for kind in curves if kind.startswith("random")]
+    prompts, randoms = (
+        values["prompt"].nunique(),
+        [kind for kind in curves if kind.startswith("random")],
+    )
     tried, kept_of = by_size(search)
 
     def area(kind: str, which: int) -> Callable[[np.ndarray], float]:
@@ -298,9 +415,12 @@ def curve_claims(values: pd.DataFrame, total: int, smallest: int, search: pd.Dat
     accuracy = values[values["edges"] == smallest].groupby("kind")["relation_loose"].mean()
     claims = [
         Claim(
-            f"Share of {total} {what} in the smallest circuit that keeps {KEEPS:.0%} of the relation",
+            f"Share of {total} {what} in the smallest circuit that keeps {KEEPS:.0%} of the "
+            "relation",
             "–",
-            resampled(lambda rows: enough(tried, kept_of(rows), total) / total, search["prompt"].nunique()),
+            resampled(
+                lambda rows: enough(tried, kept_of(rows), total) / total, search["prompt"].nunique()
+            ),
             SPARSE[what],
             f"{smallest} edges; chosen, and its interval, on the prompts that ranked them",
         ),
@@ -335,12 +455,22 @@ def curve_claims(values: pd.DataFrame, total: int, smallest: int, search: pd.Dat
     return claims
 
 
-def content_claims(model: HookedTextToImage, edges: pd.DataFrame, circuit: pd.DataFrame) -> list[Claim]:
-    """Words are read early, and by the heads whose weights are ramps (intervals over edges, and over heads)."""
+def content_claims(
+    model: HookedTextToImage, edges: pd.DataFrame, circuit: pd.DataFrame
+) -> list[Claim]:
+    """Words are read early, and by the heads whose weights are ramps (intervals over edges, and
+    over heads).
+    """
     words = of_graph(edges, "words")
     early, before = ((table["step"] < EARLY).to_numpy(float) for table in (circuit, words))
-    by_head = words.assign(head=words["receiver"].str[:-2], score=words["score"].abs()).groupby("head")["score"].sum()
-    screened = dynamics.screen(model)["shape2" if isinstance(model.text_encoder, HookedT5Encoder) else "words"]
+    by_head = (
+        words.assign(head=words["receiver"].str[:-2], score=words["score"].abs())
+        .groupby("head")["score"]
+        .sum()
+    )
+    screened = dynamics.screen(model)[
+        "shape2" if isinstance(model.text_encoder, HookedT5Encoder) else "words"
+    ]
     ramps = [f"cross_attn.{head}" for head in found_heads(screened)]
     strength, is_ramp = by_head.to_numpy(), by_head.index.isin(ramps)
     mass = words.loc[words["step"] < EARLY, "score"].abs().sum() / words["score"].abs().sum()
@@ -355,9 +485,13 @@ def content_claims(model: HookedTextToImage, edges: pd.DataFrame, circuit: pd.Da
         Claim(
             "Share of the words' |score| that goes to heads with ramps in their weights",
             "–",
-            resampled(lambda rows: float(strength[rows][is_ramp[rows]].sum() / strength[rows].sum()), len(strength)),
+            resampled(
+                lambda rows: float(strength[rows][is_ramp[rows]].sum() / strength[rows].sum()),
+                len(strength),
+            ),
             (0.5, 1.0),
-            f"{int(is_ramp.sum())} of {len(is_ramp)} heads: {', '.join(name.partition('.')[2] for name in ramps)}",
+            f"{int(is_ramp.sum())} of {len(is_ramp)} heads: "
+            f"{', '.join(name.partition('.')[2] for name in ramps)}",
         ),
     ]
 
@@ -366,34 +500,63 @@ def content_claims(model: HookedTextToImage, edges: pd.DataFrame, circuit: pd.Da
 
 
 def curves_figure(results: Mapping[str, tuple[pd.DataFrame, int, int]]) -> Figure:
-    """Faithfulness over the share of edges, a panel a graph, by kind of circuit, with intervals over prompts."""
-    figure, axes = plt.subplots(1, len(results), figsize=(4.6 * len(results), 3.8), sharey=True, layout="constrained")
+    """Faithfulness over the share of edges, a panel a graph, by kind of circuit, with intervals
+    over prompts.
+    """
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4.6 * len(results), 3.8), sharey=True, layout="constrained"
+    )
     colors = dict(zip(KINDS, ("C0", "C3", "0.35", "0.65", "none"), strict=True))
-    for ax, (graph, (values, total, smallest)) in zip(np.atleast_1d(axes), results.items(), strict=True):
+    for ax, (graph, (values, total, smallest)) in zip(
+        np.atleast_1d(axes), results.items(), strict=True
+    ):
         for kind in values["kind"].unique():
             curve = Curve.of(values, kind, total)
             if len(curve.sizes) == 1:
                 continue
-            found = np.array([resampled(curve.at(size), values["prompt"].nunique()) for size in curve.sizes])
+            found = np.array(
+                [resampled(curve.at(size), values["prompt"].nunique()) for size in curve.sizes]
+            )
             mean, low, high = found.T
-            ax.plot(100 * curve.sizes / total, mean, "o-", color=colors[kind], markersize=4, label=KINDS[kind])
-            ax.fill_between(100 * curve.sizes / total, low, high, color=colors[kind], alpha=0.15, linewidth=0)
+            ax.plot(
+                100 * curve.sizes / total,
+                mean,
+                "o-",
+                color=colors[kind],
+                markersize=4,
+                label=KINDS[kind],
+            )
+            ax.fill_between(
+                100 * curve.sizes / total, low, high, color=colors[kind], alpha=0.15, linewidth=0
+            )
         ax.axvline(100 * smallest / total, color="C0", linewidth=0.8, linestyle=":")
         for level in (0, KEEPS, 1):
-            ax.axhline(level, color="grey", linewidth=0.6, linestyle="--" if level == KEEPS else "-")
-        ax.set(xscale="log", title=f"{total} {GRAPHS[graph]}", xlabel="edges kept, or left out, % (dotted: smallest circuit)")
+            ax.axhline(
+                level, color="grey", linewidth=0.6, linestyle="--" if level == KEEPS else "-"
+            )
+        ax.set(
+            xscale="log",
+            title=f"{total} {GRAPHS[graph]}",
+            xlabel="edges kept, or left out, % (dotted: smallest circuit)",
+        )
         ax.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("relation kept (faithfulness)")
-    axes[0].legend(*axes[-1].get_legend_handles_labels(), loc="lower left", frameon=False, fontsize=10)
+    axes[0].legend(
+        *axes[-1].get_legend_handles_labels(), loc="lower left", frameon=False, fontsize=10
+    )
     return figure
 
 
 def content_figure(edges: pd.DataFrame, circuit: pd.DataFrame) -> Figure:
-    """By step: the share of |score| that each component sends, and the words' edges with the circuit's framed."""
+    """By step: the share of |score| that each component sends, and the words' edges with the
+    circuit's framed.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.2), layout="constrained")
-    sent = edges.assign(score=edges["score"].abs()).pivot_table(index="sender", columns="step", values="score", aggfunc="sum")
+    sent = edges.assign(score=edges["score"].abs()).pivot_table(
+        index="sender", columns="step", values="score", aggfunc="sum"
+    )
     sent = sent.loc[sorted(sent.index, key=_order)]
     mesh = left.imshow(100 * sent / np.nansum(sent), aspect="auto", cmap="magma_r", norm="log")
     left.set_yticks(range(len(sent)), sent.index, fontsize=7)
@@ -402,12 +565,22 @@ def content_figure(edges: pd.DataFrame, circuit: pd.DataFrame) -> Figure:
     words = of_graph(edges, "words").pivot_table(index="receiver", columns="step", values="score")
     words = words.loc[sorted(words.index, key=_order)]
     reach = float(np.nanmax(np.abs(words)))
-    mesh = right.imshow(words, aspect="auto", cmap="RdBu", norm=SymLogNorm(reach / 1000, vmin=-reach, vmax=reach))
+    mesh = right.imshow(
+        words, aspect="auto", cmap="RdBu", norm=SymLogNorm(reach / 1000, vmin=-reach, vmax=reach)
+    )
     right.set_yticks(range(len(words)), words.index.str.removeprefix("cross_attn."), fontsize=7)
-    right.set(xlabel="denoising step", title=f"edges from words, by reader; dots: the {len(circuit)} of the circuit")
-    row, column = words.index.get_indexer(pd.Index(circuit["receiver"])), words.columns.get_indexer(pd.Index(circuit["step"]))
+    right.set(
+        xlabel="denoising step",
+        title=f"edges from words, by reader; dots: the {len(circuit)} of the circuit",
+    )
+    row, column = (
+        words.index.get_indexer(pd.Index(circuit["receiver"])),
+        words.columns.get_indexer(pd.Index(circuit["step"])),
+    )
     right.plot(column, row, "o", color="black", markersize=3)
-    figure.colorbar(mesh, ax=right, label="score: px gained where this edge carries the opposite word")
+    figure.colorbar(
+        mesh, ax=right, label="score: px gained where this edge carries the opposite word"
+    )
     return figure
 
 

@@ -1,14 +1,18 @@
-"""In which order abilities come, and when the relation head does. `python -m recipes.learning_dynamics`
+"""In which order abilities come, and when the relation head does.
 
-Paper: colour → shape → binding → relation over training (section on learning dynamics); heads over training are not in it. What
-would falsify it: shapes that come before colours. Relation implies binding, and binding shapes, so their order could not be
-otherwise. The layout dipole does not need shapes: whether places come before them is a question (exploratory: seen before it was
-asked). Beyond the paper: a relation head that comes after the accuracy it is said to cause.
+`python -m recipes.learning_dynamics`
 
-Reads the `dynamics.parquet` of each run (`dit_lens.training.dynamics`): EMA weights at log-spaced points, 96 held-out scenes. A
-time is known up to the two points around it, so an interval here is that bracket, not a sampling error. Times are compared as
-log2 ratios of samples seen: 1 is twice as many. All runs share a curriculum (fixed layouts first), which the paper's have not: a
-time is when a thing was first there; shapes fall again when layouts spread, and recover.
+Paper: colour → shape → binding → relation over training (section on learning dynamics); heads over
+training are not in it. What would falsify it: shapes that come before colours. Relation implies
+binding, and binding shapes, so their order could not be otherwise. The layout dipole does not need
+shapes: whether places come before them is a question (exploratory: seen before it was asked).
+Beyond the paper: a relation head that comes after the accuracy it is said to cause.
+
+Reads the `dynamics.parquet` of each run (`dit_lens.training.dynamics`): EMA weights at log-spaced
+points, 96 held-out scenes. A time is known up to the two points around it, so an interval here is
+that bracket, not a sampling error. Times are compared as log2 ratios of samples seen: 1 is twice as
+many. All runs share a curriculum (fixed layouts first), which the paper's have not: a time is when
+a thing was first there; shapes fall again when layouts spread, and recover.
 """
 
 from __future__ import annotations
@@ -34,7 +38,14 @@ TIE = 1e-9
 class Config:
     """Settings of the recipe."""
 
-    runs: tuple[str, ...] = ("rte-micro/seed-1", "rte-mini", "t5-micro", "t5-mini", "rte-nano", "rte-nopos-micro")
+    runs: tuple[str, ...] = (
+        "rte-micro/seed-1",
+        "rte-mini",
+        "t5-micro",
+        "t5-mini",
+        "rte-nano",
+        "rte-nopos-micro",
+    )
     """Bundled models that bring their course, or folders of training runs."""
     level: float = 0.5
     """From which on a thing counts as there."""
@@ -45,15 +56,41 @@ def main(config: Config) -> None:
     claims, found = [], {}
     config.out.mkdir(parents=True, exist_ok=True)
     for run in config.runs:
-        path = next((p for p in (ZOO / run / "dynamics.parquet", Path(run) / "dynamics.parquet") if p.exists()), None)
+        path = next(
+            (
+                p
+                for p in (ZOO / run / "dynamics.parquet", Path(run) / "dynamics.parquet")
+                if p.exists()
+            ),
+            None,
+        )
         if path is None:
-            claims.append(Claim(f"{run}: order", "colour → shape → binding → relation", Interval(*[np.nan] * 3), (-TIE, 10)))
+            claims.append(
+                Claim(
+                    f"{run}: order",
+                    "colour → shape → binding → relation",
+                    Interval(*[np.nan] * 3),
+                    (-TIE, 10),
+                )
+            )
             continue
         table = pd.read_parquet(path)
         came = found[run] = dynamics.emergence(table, config.level).set_index("what")
         claims += [
-            Claim(f"{run}: shape after color", "yes", later(came, "color", "shape"), (-TIE, 10), times(came, "color", "shape")),
-            Claim(f"{run}: shape after dipole", "–", later(came, "dipole", "shape"), None, times(came, "dipole", "shape")),
+            Claim(
+                f"{run}: shape after color",
+                "yes",
+                later(came, "color", "shape"),
+                (-TIE, 10),
+                times(came, "color", "shape"),
+            ),
+            Claim(
+                f"{run}: shape after dipole",
+                "–",
+                later(came, "dipole", "shape"),
+                None,
+                times(came, "dipole", "shape"),
+            ),
         ]
         for what in [name for name in came.index if "(" in name][:2]:
             claims.append(
@@ -66,7 +103,9 @@ def main(config: Config) -> None:
                 )
             )
         heads = {source: dynamics.strongest_heads(table, source) for source in dynamics.SOURCES}
-        figure = learning_curves(table, {source: chosen for source, chosen in heads.items() if chosen})
+        figure = learning_curves(
+            table, {source: chosen for source, chosen in heads.items() if chosen}
+        )
         figure.savefig(config.out / f"{run.replace('/', '_')}.png", dpi=150)
     report(
         "Learning dynamics",
@@ -79,18 +118,29 @@ def main(config: Config) -> None:
 
 
 def later(came: pd.DataFrame, early: str, late: str) -> Interval:
-    """log2 of how many times more samples the second needed than the first, with the bracket; NaN if either never came."""
+    """log2 of how many times more samples the second needed than the first, with the bracket; NaN
+    if either never came.
+    """
     rows = came.loc[[early, late]]
     if rows["samples"].isna().any():
         return Interval(np.nan, np.nan, np.nan)
-    (first, first_before), (second, second_before) = rows[["samples", "before"]].astype(float).clip(lower=1).to_numpy()
-    return Interval(*(float(np.log2(ratio)) for ratio in (second / first, second_before / first, second / first_before)))
+    (first, first_before), (second, second_before) = (
+        rows[["samples", "before"]].astype(float).clip(lower=1).to_numpy()
+    )
+    return Interval(
+        *(
+            float(np.log2(ratio))
+            for ratio in (second / first, second_before / first, second / first_before)
+        )
+    )
 
 
 def times(came: pd.DataFrame, *names: str) -> str:
     """Samples at which each came, for the table."""
     samples = came["samples"].astype(object)
-    return ", ".join(f"{name} {'never' if samples[name] is pd.NA else f'{samples[name]:,}'}" for name in names)
+    return ", ".join(
+        f"{name} {'never' if samples[name] is pd.NA else f'{samples[name]:,}'}" for name in names
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""How much a cache of PixArt-Σ-XL/2 takes, by what is kept: arithmetic without weights, written into docs/pretrained.md.
+"""How much a cache of PixArt-Σ-XL/2 takes, by what is kept: arithmetic without weights, written
+into docs/pretrained.md.
 
 `python -m recipes.memory_plan`
 """
@@ -52,10 +53,23 @@ def xl(pixels: int) -> HookedTextToImage:
             interpolation_scale=pixels / 512,
             use_additional_conditions=False,
         )
-        sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+        sizes = {
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
+            "vocab_size": 32128,
+        }
         encoder = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes))
         codec = PatchCodec(latent_channels=4, patch_size=8)
-    parts = (transformer.half(), encoder.bfloat16(), word_tokenizer(["a"]), codec.half(), DPMSolverMultistepScheduler())
+    parts = (
+        transformer.half(),
+        encoder.bfloat16(),
+        word_tokenizer(["a"]),
+        codec.half(),
+        DPMSolverMultistepScheduler(),
+    )
     return HookedTextToImage(*parts)
 
 
@@ -65,9 +79,14 @@ def ending(*leaves: str) -> Callable[[str], bool]:
 
 
 def plan() -> pd.DataFrame:
-    """One row for each thing that may be kept; one prompt, conditional branch, all layers, 14 steps."""
+    """One row for each thing that may be kept; one prompt, conditional branch, all layers, 14
+    steps.
+    """
     some = {"heads": ["L2H13", "L6H1"]}
-    image, text = {"names_filter": ending(".attn.hook_pattern")}, {"names_filter": ending("cross_attn.hook_pattern")}
+    image, text = (
+        {"names_filter": ending(".attn.hook_pattern")},
+        {"names_filter": ending("cross_attn.hook_pattern")},
+    )
     kept: dict[str, tuple[int, dict[str, Any]]] = {
         "self-attention patterns": (WORDS, image),
         "self-attention patterns, two heads": (WORDS, image | some),
@@ -83,7 +102,10 @@ def plan() -> pd.DataFrame:
             WORDS,
             text | some,
         ),
-        "the text's keys and values": (WORDS, {"names_filter": ending("cross_attn.hook_k", "cross_attn.hook_v")}),
+        "the text's keys and values": (
+            WORDS,
+            {"names_filter": ending("cross_attn.hook_k", "cross_attn.hook_v")},
+        ),
         "z of both attentions": (WORDS, {"names_filter": ending("attn.hook_z")}),
         "residual stream after each layer": (WORDS, {"names_filter": ending("hook_resid_post")}),
         "MLP activations": (WORDS, {"names_filter": ending("mlp.hook_post")}),

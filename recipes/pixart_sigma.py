@@ -1,17 +1,22 @@
-"""PixArt-Σ: does it know left from right, where is that said, and which heads carry it? `python -m recipes.pixart_sigma`
+"""PixArt-Σ: does it know left from right, where is that said, and which heads carry it?
 
-Paper: figure 30 and its notebook on `PixArt-Sigma-XL-2-512-MS` ("A X is on the left of a Y."): both objects on 23 % of images,
-the relation right on 55 % of those (chance: 50 %); the relation's share of the variance of the relation word .275, after the
-caption projection .379, of the objects' words .002; few heads whose maps are ramps (L2H13, L6H1 among them). It made no causal
-test. What would falsify it: a relation drawn well above chance, or a share in the objects' words as large as in the relation's.
+`python -m recipes.pixart_sigma`
 
-The causal test, beyond the paper: of what exchanging "left" for "right" does to the first clean-image prediction, the share that
-the screened heads bring about, against as many random heads of the same layers; and, with a detector, relation accuracy with the
-relation word hidden from them.
+Paper: figure 30 and its notebook on `PixArt-Sigma-XL-2-512-MS` ("A X is on the left of a Y."): both
+objects on 23 % of images, the relation right on 55 % of those (chance: 50 %); the relation's share
+of the variance of the relation word .275, after the caption projection .379, of the objects' words
+.002; few heads whose maps are ramps (L2H13, L6H1 among them). It made no causal test. What would
+falsify it: a relation drawn well above chance, or a share in the objects' words as large as in the
+relation's.
 
-Objects are found by an open-vocabulary detector (`--detector`, a transformers model), or in boxes that you bring (`--boxes`, CSV
-or Parquet, for the pictures in `out/images`); without either, rows that need them say "not run here". Every stage resumes.
-`--model FOLDER --smoke` runs all of it in a minute on a small folder of the same layout.
+The causal test, beyond the paper: of what exchanging "left" for "right" does to the first
+clean-image prediction, the share that the screened heads bring about, against as many random heads
+of the same layers; and, with a detector, relation accuracy with the relation word hidden from them.
+
+Objects are found by an open-vocabulary detector (`--detector`, a transformers model), or in boxes
+that you bring (`--boxes`, CSV or Parquet, for the pictures in `out/images`); without either, rows
+that need them say "not run here". Every stage resumes. `--model FOLDER --smoke` runs all of it in a
+minute on a small folder of the same layout.
 """
 
 from __future__ import annotations
@@ -52,10 +57,37 @@ OBJECTS = (
         ("man", "woman"),
         ("boy", "girl"),
     ),
-    *(("car", "bus"), ("truck", "bicycle"), ("train", "boat"), ("airplane", "balloon"), ("chair", "table"), ("sofa", "lamp")),
-    *(("bed", "desk"), ("cup", "bowl"), ("bottle", "vase"), ("knife", "fork"), ("book", "clock"), ("phone", "laptop")),
-    *(("apple", "banana"), ("orange", "pear"), ("cake", "pizza"), ("tree", "flower"), ("house", "church"), ("tower", "bridge")),
-    *(("bag", "hat"), ("shoe", "umbrella"), ("guitar", "piano"), ("drum", "violin"), ("candle", "mirror")),
+    *(
+        ("car", "bus"),
+        ("truck", "bicycle"),
+        ("train", "boat"),
+        ("airplane", "balloon"),
+        ("chair", "table"),
+        ("sofa", "lamp"),
+    ),
+    *(
+        ("bed", "desk"),
+        ("cup", "bowl"),
+        ("bottle", "vase"),
+        ("knife", "fork"),
+        ("book", "clock"),
+        ("phone", "laptop"),
+    ),
+    *(
+        ("apple", "banana"),
+        ("orange", "pear"),
+        ("cake", "pizza"),
+        ("tree", "flower"),
+        ("house", "church"),
+        ("tower", "bridge"),
+    ),
+    *(
+        ("bag", "hat"),
+        ("shoe", "umbrella"),
+        ("guitar", "piano"),
+        ("drum", "violin"),
+        ("candle", "mirror"),
+    ),
 )
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 PAPER_HEADS = ("L2H13", "L6H1")
@@ -132,10 +164,25 @@ def main(config: Config) -> None:
         "guidance": config.guidance,
     }
     with Store(config.out / "images", made_from) as pictures:
-        drawn = {condition: draw(model, config, wanted, condition, hidden, pictures) for condition, hidden in conditions.items()}
+        drawn = {
+            condition: draw(model, config, wanted, condition, hidden, pictures)
+            for condition, hidden in conditions.items()
+        }
         found = located(config, wanted, drawn, pictures)
-    claims = [*image_claims(found), *share_claims(shared), *screening_claims(ranking), *causal_claims(carried, found, heads)]
-    report(f"Left and right: {config.model}", claims, config.out, model=config.model, heads=heads, smoke=config.smoke)
+    claims = [
+        *image_claims(found),
+        *share_claims(shared),
+        *screening_claims(ranking),
+        *causal_claims(carried, found, heads),
+    ]
+    report(
+        f"Left and right: {config.model}",
+        claims,
+        config.out,
+        model=config.model,
+        heads=heads,
+        smoke=config.smoke,
+    )
     screening_figure(ranking, heads).savefig(config.out / "screening.png", dpi=150)
 
 
@@ -150,7 +197,9 @@ def asked(pairs: int) -> list[Prompt]:
 
 
 def announce(console: Console, model: HookedTextToImage, config: Config, n: int) -> None:
-    """How long it will take and what it will write, from one denoising step that is run for the purpose."""
+    """How long it will take and what it will write, from one denoising step that is run for the
+    purpose.
+    """
     text = str(asked(1)[0])
     model(text, 0, 1, config.guidance)  # the first call pays for what is set up once
     start = time.perf_counter()
@@ -158,27 +207,40 @@ def announce(console: Console, model: HookedTextToImage, config: Config, n: int)
     a_step = (time.perf_counter() - start) / config.batch
     images = 4 * n * config.seeds
     hours = (images * config.num_steps + (config.heads * 3 + 2) * n) * a_step / 3600
-    gigabytes = images * size[-1] * size[-2] * 3 / 2 / 1e9  # a PNG of a photograph takes about half of its pixels' bytes
+    # a PNG of a photograph takes about half of its pixels' bytes
+    gigabytes = images * size[-1] * size[-2] * 3 / 2 / 1e9
     console.print(
-        f"{config.model} on {config.device}: {n} prompts × {config.seeds} seeds × 4 conditions = {images:,} images of "
-        f"{size[-1]} px, at most {hours:.2g} h, {gigabytes:.2g} GB in {config.out}; what is there already is not made again."
+        f"{config.model} on {config.device}: {n} prompts × {config.seeds} seeds × 4 conditions = "
+        f"{images:,} images of {size[-1]} px, at most {hours:.2g} h, {gigabytes:.2g} GB in "
+        f"{config.out}; what is there already is not made again."
     )
 
 
-def word_vectors(model: HookedTextToImage, pairs: int, word: str, at: variance.Space) -> tuple[torch.Tensor, pd.DataFrame]:
-    """Vectors of the side's, the first or the second object's word, [prompt d], and what each prompt says."""
+def word_vectors(
+    model: HookedTextToImage, pairs: int, word: str, at: variance.Space
+) -> tuple[torch.Tensor, pd.DataFrame]:
+    """Vectors of the side's, the first or the second object's word, [prompt d], and what each
+    prompt says.
+    """
     wanted = asked(pairs)
     texts = [str(prompt) for prompt in wanted]
     encoded = variance.encode(model, model.to_tokens(texts), at)
     said = [str(getattr(prompt, word)) for prompt in wanted]
-    places = [prompts.phrase_mask(model, [text], phrase)[0].nonzero().flatten() for text, phrase in zip(texts, said, strict=True)]
+    places = [
+        prompts.phrase_mask(model, [text], phrase)[0].nonzero().flatten()
+        for text, phrase in zip(texts, said, strict=True)
+    ]
     last = [int(of[-1]) for of in places]
-    factors = pd.DataFrame({"relation": [p.side for p in wanted], "objects": [f"{p.first} {p.second}" for p in wanted]})
+    factors = pd.DataFrame(
+        {"relation": [p.side for p in wanted], "objects": [f"{p.first} {p.second}" for p in wanted]}
+    )
     return encoded[torch.arange(len(texts)), last], factors
 
 
 def relation_shares(model: HookedTextToImage, pairs: int) -> pd.DataFrame:
-    """The relation's partial share of the variance of three words, before and after the caption projection."""
+    """The relation's partial share of the variance of three words, before and after the caption
+    projection.
+    """
     rows = []
     spaces: tuple[variance.Space, ...] = ("text", "caption")
     for word, at in itertools.product(("side", "first", "second"), spaces):
@@ -187,14 +249,24 @@ def relation_shares(model: HookedTextToImage, pairs: int) -> pd.DataFrame:
         rng = np.random.default_rng(0)
         resampled = []
         names = factors["objects"].unique()
-        for _ in range(200):  # pairs of objects are resampled whole, so that every one has both sides
-            picks = [np.flatnonzero(factors["objects"] == name) for name in rng.choice(names, len(names))]
+        # pairs of objects are resampled whole, so that every one has both sides
+        for _ in range(200):
+            picks = [
+                np.flatnonzero(factors["objects"] == name) for name in rng.choice(names, len(names))
+            ]
             rows_of = np.concatenate(picks)
-            again = factors.iloc[rows_of].assign(objects=np.repeat(np.arange(len(picks)), [len(p) for p in picks]))
+            again = factors.iloc[rows_of].assign(
+                objects=np.repeat(np.arange(len(picks)), [len(p) for p in picks])
+            )
             table_of = variance.partition(vectors[rows_of].float(), again, permutations=0)
             resampled.append(float(table_of["r2_partial"]["relation"]))
         low, high = np.quantile(resampled, [0.025, 0.975])
-        of_relation = {"mean": table["r2_partial"]["relation"], "low": low, "high": high, "p": table["p"]["relation"]}
+        of_relation = {
+            "mean": table["r2_partial"]["relation"],
+            "low": low,
+            "high": high,
+            "p": table["p"]["relation"],
+        }
         rows.append({"word": word, "at": at, **of_relation})
     return pd.DataFrame(rows)
 
@@ -204,29 +276,66 @@ def screened(model: HookedTextToImage, pairs: int) -> pd.DataFrame:
     vectors, factors = word_vectors(model, pairs, "side", "caption")
     effects = variance.effect_vectors(vectors.float(), factors)["relation"]
     return screening.screen_heads(
-        model.dit, {side: torch.tensor(effects.sel(relation=side).values) for side in SIDES}, at="caption"
+        model.dit,
+        {side: torch.tensor(effects.sel(relation=side).values) for side in SIDES},
+        at="caption",
     )
 
 
 def exchange_shares(model: HookedTextToImage, heads: Sequence[str], config: Config) -> pd.DataFrame:
-    """Of what "right" for "left" does to x0 at step 0, the share of the heads together, and of as many random ones.
+    """Of what "right" for "left" does to x0 at step 0, the share of the heads together, and of as
+    many random ones.
 
     Columns condition, prompt, share.
     """
     texts = [str(prompt) for prompt in asked(config.pairs) if prompt.side == "left"]
     steps, guidance = config.num_steps, config.guidance
-    keep = ["steps.0.hook_x0", *(f"steps.0.cond.blocks.{layer}.cross_attn.hook_z" for layer in range(model.cfg.n_layers))]
+    keep = [
+        "steps.0.hook_x0",
+        *(f"steps.0.cond.blocks.{layer}.cross_attn.hook_z" for layer in range(model.cfg.n_layers)),
+    ]
     tables = []
-    for start in track(range(0, len(texts), config.batch), "exchanging", transient=True, console=Console(stderr=True)):
+    for start in track(
+        range(0, len(texts), config.batch),
+        "exchanging",
+        transient=True,
+        console=Console(stderr=True),
+    ):
         batch = texts[start : start + config.batch]
         others = [text.replace("on the left of", "on the right of") for text in batch]
-        before, after = (model.run_with_cache(of, 0, steps, guidance, names_filter=keep, steps=[0])[1] for of in (batch, others))
+        before, after = (
+            model.run_with_cache(of, 0, steps, guidance, names_filter=keep, steps=[0])[1]
+            for of in (batch, others)
+        )
         screened = ablation.ablate_heads(heads, Replace(after), steps=0)
-        groups = {"screened heads": screened, "random heads": ablation.random_heads(model, screened, np.random.default_rng(0))}
-        share = sweep.Metric(sweep.ShareOf(after[keep[0]] - before[keep[0]]), "x0", ("baseline", "prompt"))
-        found = sweep.run(model, batch, [0], groups, {"share": share}, num_steps=steps, guidance=guidance, batch=config.batch)
-        tables.append(found["share"].isel(seed=0).assign_coords(prompt=batch).to_series().rename("share").reset_index())
-    return pd.concat(tables, ignore_index=True).rename(columns={"intervention": "condition"})[["condition", "prompt", "share"]]
+        groups = {
+            "screened heads": screened,
+            "random heads": ablation.random_heads(model, screened, np.random.default_rng(0)),
+        }
+        share = sweep.Metric(
+            sweep.ShareOf(after[keep[0]] - before[keep[0]]), "x0", ("baseline", "prompt")
+        )
+        found = sweep.run(
+            model,
+            batch,
+            [0],
+            groups,
+            {"share": share},
+            num_steps=steps,
+            guidance=guidance,
+            batch=config.batch,
+        )
+        tables.append(
+            found["share"]
+            .isel(seed=0)
+            .assign_coords(prompt=batch)
+            .to_series()
+            .rename("share")
+            .reset_index()
+        )
+    return pd.concat(tables, ignore_index=True).rename(columns={"intervention": "condition"})[
+        ["condition", "prompt", "share"]
+    ]
 
 
 def draw(
@@ -237,63 +346,112 @@ def draw(
     interventions: Sequence[Intervention],
     pictures: Store,
 ) -> dict[str, tuple[int, int]]:
-    """The pictures of one condition as files, those that are there not again: file name → (prompt, seed)."""
+    """The pictures of one condition as files, those that are there not again: file name → (prompt,
+    seed).
+    """
     names = {
         f"{condition.replace(' ', '_')}-{prompt:03d}-{seed:03d}.png": (prompt, seed)
         for prompt in range(len(wanted))
         for seed in range(config.seeds)
     }
     missing = [name for name in names if name not in pictures]
-    for start in track(range(0, len(missing), config.batch), condition, transient=True, console=Console(stderr=True)):
+    for start in track(
+        range(0, len(missing), config.batch),
+        condition,
+        transient=True,
+        console=Console(stderr=True),
+    ):
         batch = missing[start : start + config.batch]
         texts = [str(wanted[names[name][0]]) for name in batch]
         seeds = [names[name][1] for name in batch]
-        hooks = [hook for one in interventions for hook in one.hooks(model, texts, num_steps=config.num_steps)]
-        images = model.run_with_hooks(texts, seeds, config.num_steps, config.guidance, fwd_hooks=hooks)
+        hooks = [
+            hook
+            for one in interventions
+            for hook in one.hooks(model, texts, num_steps=config.num_steps)
+        ]
+        images = model.run_with_hooks(
+            texts, seeds, config.num_steps, config.guidance, fwd_hooks=hooks
+        )
         for name, image in zip(batch, images.float().cpu(), strict=True):
-            pictures.put(name, Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save)
+            pictures.put(
+                name, Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save
+            )
     for name in names:
         pictures.path(name)  # raises if one that was there is damaged
     return names
 
 
 def located(
-    config: Config, wanted: Sequence[Prompt], drawn: Mapping[str, Mapping[str, tuple[int, int]]], pictures: Store
+    config: Config,
+    wanted: Sequence[Prompt],
+    drawn: Mapping[str, Mapping[str, tuple[int, int]]],
+    pictures: Store,
 ) -> pd.DataFrame:
-    """Where objects are on each picture: columns condition, prompt, seed, both, right (NaN unless both); empty without boxes."""
-    pairs = {name: (wanted[i].first, wanted[i].second) for names in drawn.values() for name, (i, _) in names.items()}
+    """Where objects are on each picture: columns condition, prompt, seed, both, right (NaN unless
+    both); empty without boxes.
+    """
+    pairs = {
+        name: (wanted[i].first, wanted[i].second)
+        for names in drawn.values()
+        for name, (i, _) in names.items()
+    }
     if config.boxes is not None:
         boxes = detection.read_boxes(config.boxes)
     elif config.detector is not None:
         found = []
         for condition, names in drawn.items():
             files = [pictures.path(name) for name in names]
-            made_from = {"detector": config.detector, "pictures": fingerprint({name: pictures.files[name] for name in names})}
-            detected = partial(detection.detect, files, pairs, config.detector, device=config.device)
-            found.append(kept_table(config.out / "boxes", condition.replace(" ", "_"), made_from, detected))
+            made_from = {
+                "detector": config.detector,
+                "pictures": fingerprint({name: pictures.files[name] for name in names}),
+            }
+            detected = partial(
+                detection.detect, files, pairs, config.detector, device=config.device
+            )
+            found.append(
+                kept_table(config.out / "boxes", condition.replace(" ", "_"), made_from, detected)
+            )
         boxes = pd.concat(found, ignore_index=True)
     else:
         return pd.DataFrame(columns=["condition", "prompt", "seed", "both", "right"])
-    rows = [(condition, i, seed) for condition, names in drawn.items() for i, seed in names.values()]
+    rows = [
+        (condition, i, seed) for condition, names in drawn.items() for i, seed in names.values()
+    ]
     places = detection.pair_positions(boxes, pairs)
     both, dx = places["both"].to_numpy(bool), places["dx"].to_numpy(float)
     sign = np.array([-1 if wanted[i].side == "left" else 1 for _, i, _ in rows])
-    found_at = {"both": both.astype(float), "right": np.where(both, (dx * sign > 0).astype(float), np.nan)}
+    found_at = {
+        "both": both.astype(float),
+        "right": np.where(both, (dx * sign > 0).astype(float), np.nan),
+    }
     return pd.DataFrame(rows, columns=["condition", "prompt", "seed"]).assign(**found_at)
 
 
 def by_prompt(found: pd.DataFrame, condition: str, what: str) -> np.ndarray:
     """One measurement of one condition, [prompt seed]."""
-    return found[found["condition"] == condition].pivot(index="prompt", columns="seed", values=what).to_numpy(float)
+    return (
+        found[found["condition"] == condition]
+        .pivot(index="prompt", columns="seed", values=what)
+        .to_numpy(float)
+    )
 
 
 def image_claims(found: pd.DataFrame) -> list[Claim]:
     """Do both objects appear, and on the right sides?"""
     told = "no detector and no boxes: --detector google/owlv2-base-patch16-ensemble"
-    both, right = (clustered_mean(by_prompt(found, NONE, what)) if len(found) else NOT_RUN for what in ("both", "right"))
+    both, right = (
+        clustered_mean(by_prompt(found, NONE, what)) if len(found) else NOT_RUN
+        for what in ("both", "right")
+    )
     return [
         Claim("Both objects found", ".228", both, (0.13, 0.33), "" if len(found) else told),
-        Claim("On the right sides, if both are found", ".550", right, (0.45, 0.65), "chance .5" if len(found) else told),
+        Claim(
+            "On the right sides, if both are found",
+            ".550",
+            right,
+            (0.45, 0.65),
+            "chance .5" if len(found) else told,
+        ),
     ]
 
 
@@ -304,10 +462,16 @@ def share_claims(shares: pd.DataFrame) -> list[Claim]:
         "first": ("object 1", (0.0, 0.05)),
         "second": ("object 2", (0.0, 0.05)),
     }
-    paper = {("side", "text"): ".275", ("side", "caption"): ".379", ("first", "text"): ".002", ("first", "caption"): ".0004"}
+    paper = {
+        ("side", "text"): ".275",
+        ("side", "caption"): ".379",
+        ("first", "text"): ".002",
+        ("first", "caption"): ".0004",
+    }
     return [
         Claim(
-            f"Relation's partial R² at {of_word[row['word']][0]}, {'after' if row['at'] == 'caption' else 'before'} projection",
+            f"Relation's partial R² at {of_word[row['word']][0]}, "
+            f"{'after' if row['at'] == 'caption' else 'before'} projection",
             paper.get((row["word"], row["at"]), paper["first", row["at"]]),
             Interval(row["mean"], row["low"], row["high"]),
             of_word[row["word"]][1],
@@ -319,8 +483,13 @@ def share_claims(shares: pd.DataFrame) -> list[Claim]:
 
 def screening_claims(ranking: pd.DataFrame) -> list[Claim]:
     """Are the paper's heads among the first of as many as there are?"""
-    rank = {f"L{row.layer}H{row.head}": number for number, row in enumerate(ranking.itertuples(), 1)}
-    first = ", ".join(f"{head} ({row.cosine:+.2f})" for head, row in zip(rank, ranking.head(6).itertuples(), strict=False))
+    rank = {
+        f"L{row.layer}H{row.head}": number for number, row in enumerate(ranking.itertuples(), 1)
+    }
+    first = ", ".join(
+        f"{head} ({row.cosine:+.2f})"
+        for head, row in zip(rank, ranking.head(6).itertuples(), strict=False)
+    )
     return [
         Claim(
             f"{head}: rank among {len(rank)} heads, as a fraction",
@@ -335,7 +504,10 @@ def screening_claims(ranking: pd.DataFrame) -> list[Claim]:
 
 def causal_claims(carried: pd.DataFrame, found: pd.DataFrame, heads: Sequence[str]) -> list[Claim]:
     """Do the screened heads carry the relation?"""
-    shares = {str(name): clustered_mean(part["share"].to_numpy()[:, None]) for name, part in carried.groupby("condition")}
+    shares = {
+        str(name): clustered_mean(part["share"].to_numpy()[:, None])
+        for name, part in carried.groupby("condition")
+    }
     names = ", ".join(heads)
     claims = [
         Claim(
@@ -350,10 +522,13 @@ def causal_claims(carried: pd.DataFrame, found: pd.DataFrame, heads: Sequence[st
     for condition in ("screened heads", "random heads", ALL):
         changes[condition] = NOT_RUN
         if len(found):
-            changes[condition] = paired_difference(by_prompt(found, NONE, "right"), by_prompt(found, condition, "right"))
+            changes[condition] = paired_difference(
+                by_prompt(found, NONE, "right"), by_prompt(found, condition, "right")
+            )
     claims.append(
         Claim(
-            f"The relation's word hidden from {names}: change of the relation, of images with both objects in either",
+            f"The relation's word hidden from {names}: change of the relation, of images with both "
+            "objects in either",
             "–",
             changes["screened heads"],
             (-1.0, -0.05),
@@ -370,7 +545,11 @@ def screening_figure(ranking: pd.DataFrame, heads: Sequence[str]) -> Figure:
     for row in ranking.itertuples():
         if f"L{row.layer}H{row.head}" in heads:
             ax.annotate(
-                f"L{row.layer}H{row.head}", (row.cosine, row.energy), fontsize=8, xytext=(3, 3), textcoords="offset points"
+                f"L{row.layer}H{row.head}",
+                (row.cosine, row.energy),
+                fontsize=8,
+                xytext=(3, 3),
+                textcoords="offset points",
             )
     ax.set(xlabel="mean cosine of map and ramp", ylabel="energy", xlim=(-1.05, 1.05))
     ax.spines[["top", "right"]].set_visible(False)

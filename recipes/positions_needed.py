@@ -1,11 +1,15 @@
-"""RTE without positions: what a bag of words can tell apart, and what it cannot. `python -m recipes.positions_needed`
+"""RTE without positions: what a bag of words can tell apart, and what it cannot.
 
-Paper: "RTE-B w/o pos" binds .41 and relates .15 (loose .415 by another evaluation) where RTE-B with positions relates .86. What
-would falsify it: a model without positions that tells "A above B" from "B above A".
+`python -m recipes.positions_needed`
 
-The exact bound: a sentence that names both colours shares its words with three others that are equally frequent: two ways to bind
-colours to shapes times two to say which object is meant. So at most .50 bind and .25 relate, and of those that bind, half
-relate; the axis (above or below, left or right, …) is in the bag. The control is the model with positions.
+Paper: "RTE-B w/o pos" binds .41 and relates .15 (loose .415 by another evaluation) where RTE-B with
+positions relates .86. What would falsify it: a model without positions that tells "A above B" from
+"B above A".
+
+The exact bound: a sentence that names both colours shares its words with three others that are
+equally frequent: two ways to bind colours to shapes times two to say which object is meant. So at
+most .50 bind and .25 relate, and of those that bind, half relate; the axis (above or below, left or
+right, …) is in the bag. The control is the model with positions.
 """
 
 from __future__ import annotations
@@ -57,12 +61,19 @@ def main(config: Config) -> None:
             answers[config.without][question],
             predicted,
             f"{config.with_positions} {answers[config.with_positions][question]}",
-            independent(answers[config.without][question], answers[config.with_positions][question]),
+            independent(
+                answers[config.without][question], answers[config.with_positions][question]
+            ),
         )
         for question, (paper, predicted) in QUESTIONS.items()
     ]
     n = int((rows["template"] == TRAINED).sum())
-    report("Word order", claims, config.out, f"{n} images, those that bind where it says so, a noise each, 1 run")
+    report(
+        "Word order",
+        claims,
+        config.out,
+        f"{n} images, those that bind where it says so, a noise each, 1 run",
+    )
     figure(answers).savefig(config.out / "positions_needed.png", dpi=150)
 
 
@@ -87,9 +98,20 @@ def figure(answers: dict[str, dict[str, Interval]]) -> Figure:
     for number, (model, found) in enumerate(answers.items()):
         values = np.array(list(found.values()))
         error = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
-        ax.errorbar(values[:, 0], np.arange(len(found)) + 0.2 * number - 0.1, xerr=error, fmt="o", label=model)
+        ax.errorbar(
+            values[:, 0],
+            np.arange(len(found)) + 0.2 * number - 0.1,
+            xerr=error,
+            fmt="o",
+            label=model,
+        )
     for row, bound in enumerate((0.5, 0.25, 0.5)):
-        ax.plot([bound] * 2, [row - 0.35, row + 0.35], color="black", label="bag of words at best" if row == 0 else None)
+        ax.plot(
+            [bound] * 2,
+            [row - 0.35, row + 0.35],
+            color="black",
+            label="bag of words at best" if row == 0 else None,
+        )
     ax.set_yticks(range(len(QUESTIONS)), list(QUESTIONS))
     ax.invert_yaxis()
     ax.set_xlim(-0.02, 1.02)

@@ -1,9 +1,11 @@
-"""Do relation heads recur, in other sizes, seeds and with the other text encoder? `python -m recipes.recurrence`
+"""Do relation heads recur, in other sizes, seeds and with the other text encoder?
 
-Paper: one head of one size, with random token embeddings (L2H8 of RTE-DiT-B, named by screening with
-the relation words), and one of the T5 model, named by the relation's effect on the second shape word
-(L3H7 of T5-DiT-B). What would falsify it: sizes that draw relations by many heads, or by late ones;
-heads that are found and turn nothing, or no more than random heads.
+`python -m recipes.recurrence`
+
+Paper: one head of one size, with random token embeddings (L2H8 of RTE-DiT-B, named by screening
+with the relation words), and one of the T5 model, named by the relation's effect on the second
+shape word (L3H7 of T5-DiT-B). What would falsify it: sizes that draw relations by many heads, or by
+late ones; heads that are found and turn nothing, or no more than random heads.
 
 By axis: heads are ranked by their share of gain² from weights, with the words that carry the axis
 (relation words; in T5 models the first shape word for the vertical axis, see `text_carrier`). The
@@ -12,9 +14,9 @@ random sets with as many heads of each layer, which is the unit of their interva
 `relation_circuit` chooses its sets by what they turn, and judges images.
 
 Predictions: `recipes/PREDICTIONS.md`. Two earlier forms asked for heads of any axis by a mean over
-seven words, five of them vertical; the first, which masked words, was replaced within a quarter of an
-hour without an outcome in the repository. The second found 4 to 6 heads in the models with random
-token embeddings, half of them idle.
+seven words, five of them vertical; the first, which masked words, was replaced within a quarter of
+an hour without an outcome in the repository. The second found 4 to 6 heads in the models with
+random token embeddings, half of them idle.
 """
 
 from __future__ import annotations
@@ -90,7 +92,9 @@ def carrier(model: HookedTextToImage, axis: str) -> Role:
 
 
 def screening_by_axis(model: HookedTextToImage) -> pd.DataFrame:
-    """`screening.screen_axes` with the word that carries each axis, columns word and depth (0 … 1) added."""
+    """`screening.screen_axes` with the word that carries each axis, columns word and depth (0 … 1)
+    added.
+    """
     contrasts = axis_contrasts(model)
     rows = []
     for axis in screening.AXES:
@@ -111,7 +115,9 @@ def found(table: pd.DataFrame, axis: str) -> pd.DataFrame:
 
 @torch.no_grad()
 def turns(model: HookedTextToImage, n: int) -> pd.DataFrame:
-    """Cosine of the layout at step 0: columns axis, heads ("none", "found", "random 0", …), scene, cosine."""
+    """Cosine of the layout at step 0: columns axis, heads ("none", "found", "random 0", …), scene,
+    cosine.
+    """
     table, rng = screening_by_axis(model), np.random.default_rng(0)
     rows = []
     for axis in screening.AXES:
@@ -122,11 +128,22 @@ def turns(model: HookedTextToImage, n: int) -> pd.DataFrame:
         view, tokens = model.at(step=0, prompts=swap.texts, seed=seeds, guidance=1.0, returns="x0")
         sets = {"none": [], "found": names}
         if 2 * len(names) <= len(table) // 2:
-            sets |= {f"random {i}": one for i, one in enumerate(matched_sets(model, names, DRAWS, rng))}
+            sets |= {
+                f"random {i}": one for i, one in enumerate(matched_sets(model, names, DRAWS, rng))
+            }
         for label, heads in sets.items():
             hooks = swap.hooks(heads, carrier(model, axis), 0, view) if heads else []
             cosine = layout(model.decode(view.run_with_hooks(tokens, fwd_hooks=hooks)), wanted)
-            rows.append(pd.DataFrame({"axis": axis, "heads": label, "scene": np.arange(len(wanted)), "cosine": cosine}))
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "axis": axis,
+                        "heads": label,
+                        "scene": np.arange(len(wanted)),
+                        "cosine": cosine,
+                    }
+                )
+            )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -139,13 +156,26 @@ def head_claims(name: str, table: pd.DataFrame) -> list[Claim]:
     for axis in screening.AXES:
         heads = found(table, axis)
         word = NAMES[heads["word"].iloc[0]]
-        listed = ", ".join(f"{n} {s:.2f}" for n, s in zip(heads["name"], heads["share"], strict=True))
+        listed = ", ".join(
+            f"{n} {s:.2f}" for n, s in zip(heads["name"], heads["share"], strict=True)
+        )
         total = int((table["axis"] == axis).sum())
         what = f"{name}, {axis}: heads of {total} that hold {HELD:.0%} of the gain² of the {word}"
-        claims.append(Claim(what, "–", finite(len(heads)), (1, 4), f"{listed}; paper: one of 144", basis="weights of 1 run"))
+        claims.append(
+            Claim(
+                what,
+                "–",
+                finite(len(heads)),
+                (1, 4),
+                f"{listed}; paper: one of 144",
+                basis="weights of 1 run",
+            )
+        )
         depth = finite(float(heads["depth"].mean()))
         what = f"{name}, {axis}: their mean depth, first layer 0, last 1"
-        claims.append(Claim(what, "–", depth, (0.0, 0.5), "paper: .18, T5 .27", basis="weights of 1 run"))
+        claims.append(
+            Claim(what, "–", depth, (0.0, 0.5), "paper: .18, T5 .27", basis="weights of 1 run")
+        )
     return claims
 
 
@@ -156,13 +186,22 @@ def turn_claims(name: str, table: pd.DataFrame) -> list[Claim]:
         wide = part.pivot(index="scene", columns="heads", values="cosine")
         change = paired_difference(wide[["none"]].to_numpy(), wide[["found"]].to_numpy())
         random = wide.filter(like="random").sub(wide["none"], axis=0).mean()
-        of_sets = clustered_mean(random.to_numpy()[:, None]) if len(random) else Interval(*[np.nan] * 3)
+        of_sets = (
+            clustered_mean(random.to_numpy()[:, None]) if len(random) else Interval(*[np.nan] * 3)
+        )
         basis = f"{len(wide)} scenes, a noise each, 1 run"
-        what = f"{name}, {axis}: change of the layout's cosine at step 0, these heads alone given the opposite word"
+        what = (
+            f"{name}, {axis}: change of the layout's cosine at step 0, these heads alone given the "
+            "opposite word"
+        )
         beside = f"{wide['none'].mean():+.2f} without"
         claims.append(Claim(what, "–", change, (-2.1, -1.0), beside, basis=basis))
         basis = f"{len(random)} sets, {len(wide)} scenes each, 1 run"
-        claims.append(Claim(f"{name}, {axis}: the same of random sets", "–", of_sets, (-0.2, 0.2), basis=basis))
+        claims.append(
+            Claim(
+                f"{name}, {axis}: the same of random sets", "–", of_sets, (-0.2, 0.2), basis=basis
+            )
+        )
     return claims
 
 
@@ -170,10 +209,21 @@ def null_claims(nothing: pd.DataFrame, some: pd.DataFrame) -> list[Claim]:
     """The model without positions has no gain to speak of."""
     rows = []
     for axis in screening.AXES:
-        size, reference = (float(t.loc[t["axis"] == axis, "gain"].pow(2).sum()) for t in (nothing, some))
+        size, reference = (
+            float(t.loc[t["axis"] == axis, "gain"].pow(2).sum()) for t in (nothing, some)
+        )
         what = f"{NULL}, {axis}: sum of gain², in that of rte-micro"
         beside = f"{size:.3g} against {reference:.3g}"
-        rows.append(Claim(what, "–", finite(size / reference), (0.0, 0.01), beside, basis="weights of 1 run each"))
+        rows.append(
+            Claim(
+                what,
+                "–",
+                finite(size / reference),
+                (0.0, 0.01),
+                beside,
+                basis="weights of 1 run each",
+            )
+        )
     return rows
 
 
@@ -181,7 +231,9 @@ def null_claims(nothing: pd.DataFrame, some: pd.DataFrame) -> list[Claim]:
 
 
 def figure(screened: dict[str, pd.DataFrame], turned: dict[str, pd.DataFrame]) -> Figure:
-    """Shares of gain² by head, a panel an axis; below, change of the layout by the heads found and by random sets."""
+    """Shares of gain² by head, a panel an axis; below, change of the layout by the heads found and
+    by random sets.
+    """
     drawn, axes = plt.subplots(2, 2, figsize=(9.2, 6.6), sharex=True, layout="constrained")
     names = list(screened)
     for (above, below), axis in zip(axes.T, screening.AXES, strict=True):
@@ -189,9 +241,24 @@ def figure(screened: dict[str, pd.DataFrame], turned: dict[str, pd.DataFrame]) -
             heads = found(screened[name], axis)
             bottom = 0.0
             for label, share in zip(heads["name"], heads["share"], strict=True):
-                above.bar(x, share, 0.8, bottom=bottom, color=viz.style.head_color(label), edgecolor="white")
+                above.bar(
+                    x,
+                    share,
+                    0.8,
+                    bottom=bottom,
+                    color=viz.style.head_color(label),
+                    edgecolor="white",
+                )
                 if share > 0.08 and len(heads) < 8:
-                    above.text(x, bottom + share / 2, label, ha="center", va="center", fontsize=9, color="white")
+                    above.text(
+                        x,
+                        bottom + share / 2,
+                        label,
+                        ha="center",
+                        va="center",
+                        fontsize=9,
+                        color="white",
+                    )
                 bottom += share
             if name in turned:
                 part = turned[name][turned[name]["axis"] == axis]
@@ -208,7 +275,9 @@ def figure(screened: dict[str, pd.DataFrame], turned: dict[str, pd.DataFrame]) -
             ax.spines[["top", "right"]].set_visible(False)
             ax.tick_params(labelsize=10)
     axes[0][0].set_ylabel("share of gain², heads\nthat hold .9 of it", fontsize=10)
-    axes[1][0].set_ylabel("change of the layout's cosine\n(red: these heads, grey: random sets)", fontsize=10)
+    axes[1][0].set_ylabel(
+        "change of the layout's cosine\n(red: these heads, grey: random sets)", fontsize=10
+    )
     return drawn
 
 

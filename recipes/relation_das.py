@@ -1,8 +1,10 @@
-"""What lies between the relation heads and the layout: paths behind them, and a subspace of the residual stream (step 0).
+"""What lies between the relation heads and the layout: paths behind them, and a subspace of the
+residual stream (step 0).
 
-`frozen_paths`: the set of heads reads the opposite prompt while some part of the network behind it keeps its clean value; the
-share of the layout's turn that is lost went through that part. `distributed_alignment`: DAS (Geiger et al., arXiv 2303.02536),
-two orthonormal directions of the residual stream, learnt so that exchanging them between two prompts exchanges their layouts.
+`frozen_paths`: the set of heads reads the opposite prompt while some part of the network behind it
+keeps its clean value; the share of the layout's turn that is lost went through that part.
+`distributed_alignment`: DAS (Geiger et al., arXiv 2303.02536), two orthonormal directions of the
+residual stream, learnt so that exchanging them between two prompts exchanges their layouts.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from dit_lens.task import DIRECTIONS
 from dit_lens.training.dynamics import color_moment
 from hooked_models import HookedTextToImage
 
-PARTS = {"self-attention": "hook_attn_out", "cross-attention queries": "cross_attn.hook_q", "MLPs": "hook_mlp_out"}
+PARTS = {
+    "self-attention": "hook_attn_out",
+    "cross-attention queries": "cross_attn.hook_q",
+    "MLPs": "hook_mlp_out",
+}
 """What is frozen → its hook, in every layer behind the set."""
 LEARNING_STEPS, LEARNING_RATE, LEARNING_BATCH = 150, 0.02, 24
 RANDOM_SUBSPACES = 10
@@ -36,10 +42,14 @@ def last_layer(heads: Sequence[str]) -> int:
 
 @torch.no_grad()
 def frozen_paths(model: HookedTextToImage, heads: Sequence[str], n: int) -> pd.DataFrame:
-    """A row a frozen part and scene: `lost`, the share of the turn of (x, y) along the named direction."""
+    """A row a frozen part and scene: `lost`, the share of the turn of (x, y) along the named
+    direction.
+    """
     wanted = scenes.sample(n, seed=14, split="all", color_words="both")
     swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
-    view, tokens = model.at(step=0, prompts=swap.texts, seed=list(range(5000, 5000 + n)), guidance=1.0, returns="x0")
+    view, tokens = model.at(
+        step=0, prompts=swap.texts, seed=list(range(5000, 5000 + n)), guidance=1.0, returns="x0"
+    )
     behind = range(last_layer(heads) + 1, model.cfg.n_layers)
     names = [f"blocks.{layer}.{hook}" for layer in behind for hook in PARTS.values()]
     # MLP of the last layer of the set reads it, too
@@ -56,7 +66,11 @@ def frozen_paths(model: HookedTextToImage, heads: Sequence[str], n: int) -> pd.D
     for kind, hook in PARTS.items():
         freeze = [(name, partial(put, value=cache[name])) for name in names if name.endswith(hook)]
         kept = along(view.run_with_hooks(tokens, fwd_hooks=[*swapped, *freeze]))
-        rows.append(pd.DataFrame({"frozen": kind, "scene": np.arange(n), "lost": (kept - turned) / (clean - turned)}))
+        rows.append(
+            pd.DataFrame(
+                {"frozen": kind, "scene": np.arange(n), "lost": (kept - turned) / (clean - turned)}
+            )
+        )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -66,18 +80,26 @@ def put(activation: Tensor, hook: object, value: Tensor) -> Tensor:
 
 
 def distributed_alignment(model: HookedTextToImage, heads: Sequence[str], n: int) -> pd.DataFrame:
-    """A row a subspace and prompt: whether the layout has both signs of the source prompt (`right`), which has other signs.
+    """A row a subspace and prompt: whether the layout has both signs of the source prompt
+    (`right`), which has other signs.
 
-    Two thirds of the pairs are learnt from, the rest is judged; random subspaces are judged on the same.
+    Two thirds of the pairs are learnt from, the rest is judged; random subspaces are judged on the
+    same.
     """
-    wanted = [s for s in scenes.sample(4 * n, seed=15, split="all", color_words="both") if 0 not in DIRECTIONS[s.relation]][:n]
+    wanted = [
+        s
+        for s in scenes.sample(4 * n, seed=15, split="all", color_words="both")
+        if 0 not in DIRECTIONS[s.relation]
+    ][:n]
     sources = [scenes.opposite(scene) for scene in wanted]
     name = f"blocks.{last_layer(heads)}.hook_resid_mid_cross"
     with torch.no_grad():
         views = {}
         for which, some in (("base", wanted), ("source", sources)):
             texts = [scenes.caption(scene) for scene in some]
-            view, tokens = model.at(step=0, prompts=texts, seed=list(range(6000, 6000 + n)), guidance=1.0, returns="x0")
+            view, tokens = model.at(
+                step=0, prompts=texts, seed=list(range(6000, 6000 + n)), guidance=1.0, returns="x0"
+            )
             out, cache = view.run_with_cache(tokens, names_filter=[name])
             views[which] = (view, tokens, moment(model, out), cache[name])
     view, tokens, _, base = views["base"]
@@ -106,19 +128,26 @@ def distributed_alignment(model: HookedTextToImage, heads: Sequence[str], n: int
             exchange = partial(exchanged, other=source[held], frame=frame)
             out = view.run_with_hooks(tokens[held], fwd_hooks=[(name, exchange)])
             right = (moment(model, out).sign() == goal[held].sign()).all(dim=1)
-            found.append(pd.DataFrame({"subspace": kind, "scene": held.numpy(), "right": right.numpy()}))
+            found.append(
+                pd.DataFrame({"subspace": kind, "scene": held.numpy(), "right": right.numpy()})
+            )
     return pd.concat(found, ignore_index=True)
 
 
 def exchanged(
-    activation: Float[Tensor, "batch pos d_model"], hook: object, other: Tensor, frame: Float[Tensor, "d_model 2"]
+    activation: Float[Tensor, "batch pos d_model"],
+    hook: object,
+    other: Tensor,
+    frame: Float[Tensor, "d_model 2"],
 ) -> Float[Tensor, "batch pos d_model"]:
     """The activation with its part in the span of `frame` taken from another run."""
     return activation + (other - activation) @ frame @ frame.T
 
 
 def moment(model: HookedTextToImage, x0: Tensor) -> Float[Tensor, "scene 2"]:
-    """`color_moment`, differentiable, and not signed by the caption's colours: (x, y) from blue towards red."""
+    """`color_moment`, differentiable, and not signed by the caption's colours: (x, y) from blue
+    towards red.
+    """
     images: Tensor = model.decode(x0).double()
     red = images[:, 0] - images[:, 2]
     y, x = (torch.arange(size).double() - (size - 1) / 2 for size in red.shape[1:])

@@ -1,4 +1,6 @@
-"""The figure of `relation_circuit`: from words through heads, by axis, to the layout and the objects."""
+"""The figure of `relation_circuit`: from words through heads, by axis, to the layout and the
+objects.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def circuit_figure(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame, pd.Data
     """A panel a model. `parts`: model → (sets, images, paths) of `relation_circuit`."""
     rows = (len(parts) + 1) // 2
     with viz.style.applied():
-        whole, axes = plt.subplots(rows, 2, figsize=(9.2, 3.9 * rows), layout="constrained", squeeze=False)
+        whole, axes = plt.subplots(
+            rows, 2, figsize=(9.2, 3.9 * rows), layout="constrained", squeeze=False
+        )
         for ax in axes.ravel():
             ax.set_axis_off()
         for ax, (name, (sets, images, paths)) in zip(axes.ravel(), parts.items(), strict=False):
@@ -37,19 +41,26 @@ def circuit_figure(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame, pd.Data
 
 
 def draw_circuit(ax: Axes, sets: pd.DataFrame, images: pd.DataFrame, paths: pd.DataFrame) -> None:
-    """Lines from words: share of gain². Lines to the layout: turned layouts lost without the head."""
+    """Lines from words: share of gain².
+
+    Lines to the layout: turned layouts lost without the head.
+    """
     ax.set(xlim=(-0.3, 3.35), ylim=(-0.24, 1.24))
     order = sets.groupby("head")["share"].agg(lambda shares: shares.max()).index
     vertical = sets[sets["axis"] == "vertical"].set_index("head")["share"]
     horizontal = sets[sets["axis"] == "horizontal"].set_index("head")["share"]
     leaning = {head: vertical.get(head, 0.0) - horizontal.get(head, 0.0) for head in order}
     heads = sorted(order, key=lambda head: -leaning[head])
-    levels = dict(zip(heads, np.linspace(0.95, 0.05, len(heads)) if len(heads) > 1 else [0.5], strict=True))
+    levels = dict(
+        zip(heads, np.linspace(0.95, 0.05, len(heads)) if len(heads) > 1 else [0.5], strict=True)
+    )
     means = images.groupby("condition")[list(TURNS.values())].mean()
     for axis, level in HEIGHT.items():
         box(ax, 0, level, WORDS[axis])
         box(ax, 2.1, level, PLACES[axis])
-        ax.annotate("", (2.72, 0.5), (2.36, level), arrowprops={"arrowstyle": "-|>", "color": viz.style.INK})
+        ax.annotate(
+            "", (2.72, 0.5), (2.36, level), arrowprops={"arrowstyle": "-|>", "color": viz.style.INK}
+        )
         own = sets[sets["axis"] == axis]
         for head, share in zip(map(str, own["head"]), own["share"].to_numpy(float), strict=True):
             line(ax, (0.26, 0.82), (level, levels[head]), head, share)
@@ -58,12 +69,29 @@ def draw_circuit(ax: Axes, sets: pd.DataFrame, images: pd.DataFrame, paths: pd.D
             if lost > SEEN:
                 line(ax, (1.28, 1.83), (at, level), head, lost)
     for head, at in levels.items():
-        shape = {"boxstyle": "round,pad=0.25", "facecolor": viz.style.head_color(head), "edgecolor": "none"}
-        ax.text(1.05, at, head, ha="center", va="center", fontsize=9, color="white", weight="bold", bbox=shape, zorder=3)
+        shape = {
+            "boxstyle": "round,pad=0.25",
+            "facecolor": viz.style.head_color(head),
+            "edgecolor": "none",
+        }
+        ax.text(
+            1.05,
+            at,
+            head,
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="white",
+            weight="bold",
+            bbox=shape,
+            zorder=3,
+        )
     box(ax, 3.03, 0.5, "objects")
     through = paths.groupby("frozen", sort=False)["lost"].mean()
     told = ", ".join(f"{SHORT[str(kind)]} {value:.2f}" for kind, value in through.items())
-    ax.text(-0.25, -0.23, f"turn lost with one part behind frozen:\n{told}", va="bottom", fontsize=9)
+    ax.text(
+        -0.25, -0.23, f"turn lost with one part behind frozen:\n{told}", va="bottom", fontsize=9
+    )
     for x, what in ((0, "words"), (1.05, "heads"), (2.1, "layout")):
         ax.text(x, 1.16, what, ha="center", fontsize=10, weight="bold")
     ax.text(0.54, 1.06, "share of gain²", ha="center", fontsize=9, style="italic")

@@ -1,4 +1,6 @@
-"""Fillers, a dropped "is", inverted order, colour synonyms: RTE against T5. `python -m recipes.robustness`
+"""Fillers, a dropped "is", inverted order, colour synonyms: RTE against T5.
+
+`python -m recipes.robustness`
 
 Paper: section A.8, figure 26B and the template table of its evaluation (T5-DiT-B, 264 prompts × 49
 images); RTE "remains stable". What would falsify it: "the" before the second object costs the T5
@@ -11,9 +13,9 @@ relation words; see `text_carrier`). Control: the same at the second shape word,
 nothing. Predictions: `recipes/PREDICTIONS.md`.
 
 All differences are paired (same scenes, same noise). The contrast of a template is the T5 model's
-change minus the RTE model's. Templates of a model are one family of questions. What differs from the
-paper: `t5-scenes` read fillers and synonyms in its pre-training, as T5-XXL did, but nothing beyond
-them; the DiTs, there and here, were trained on the plain captions alone.
+change minus the RTE model's. Templates of a model are one family of questions. What differs from
+the paper: `t5-scenes` read fillers and synonyms in its pre-training, as T5-XXL did, but nothing
+beyond them; the DiTs, there and here, were trained on the plain captions alone.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ class Config:
 
 
 def main(config: Config) -> None:
-    rows = {name: evaluation_of(name, config.scenes, config.out) for name in (config.rte, config.t5)}
+    rows = {
+        name: evaluation_of(name, config.scenes, config.out) for name in (config.rte, config.t5)
+    }
     model = HookedTextToImage.from_pretrained(config.t5)
     looks = stage(config.out, "looks", model, repaired_looks, config.looks)
     drawn = stage(config.out, "images", model, repaired_images, config.images)
@@ -109,8 +113,13 @@ def main(config: Config) -> None:
 
 
 def changes(rows: pd.DataFrame, template: str, metric: str) -> pd.Series[float]:
-    """By scene, a metric under a template minus under the trained one; of a template not evaluated, no rows."""
-    by_template = {name: part.set_index("scene")[metric] for name, part in rows[rows["split"] == "train"].groupby("template")}
+    """By scene, a metric under a template minus under the trained one; of a template not evaluated,
+    no rows.
+    """
+    by_template = {
+        name: part.set_index("scene")[metric]
+        for name, part in rows[rows["split"] == "train"].groupby("template")
+    }
     if template not in by_template:
         return pd.Series(dtype=float)
     return (by_template[template] - by_template[TRAINED]).dropna().astype(float)
@@ -121,7 +130,9 @@ def change(rows: pd.DataFrame, template: str, metric: str) -> Interval:
     return clustered_mean(changes(rows, template, metric).to_numpy()[:, None], signed=True)
 
 
-def template_claims(model: str, rows: pd.DataFrame, others: pd.DataFrame, predicted: tuple[float, float]) -> list[Claim]:
+def template_claims(
+    model: str, rows: pd.DataFrame, others: pd.DataFrame, predicted: tuple[float, float]
+) -> list[Claim]:
     """Change of relation accuracy by each template; contrast: minus that of the other model."""
     is_t5 = predicted[1] < 0
     known = [name for name in PAPER_T5 if name in set(rows["template"])]
@@ -132,7 +143,13 @@ def template_claims(model: str, rows: pd.DataFrame, others: pd.DataFrame, predic
         contrast = clustered_mean(both.to_numpy()[:, None]) if len(both) else None
         given = rows[(rows["split"] == "train") & rows["template"].isin([TRAINED, template])]
         kept = given.groupby("template", observed=True)["relation_given_both"].mean()
-        paper = f".808 → {PAPER_T5[template]}" if is_t5 else "stable" if "inverted" not in template else "–"
+        paper = (
+            f".808 → {PAPER_T5[template]}"
+            if is_t5
+            else "stable"
+            if "inverted" not in template
+            else "–"
+        )
         beside = f"unique binding {change(rows, template, 'unique_binding')}; "
         beside += f"relation of those that bind {kept[TRAINED]:.2f} → {kept[template]:.2f}"
         claims.append(
@@ -167,53 +184,82 @@ def the_second(text: str) -> str:
 
 @torch.no_grad()
 def shift(model: HookedTextToImage, role: Role) -> Float[Tensor, " d"]:
-    """Mean change, over the 264 prompts, of a word's vector by "the" before the second object (text space)."""
+    """Mean change, over the 264 prompts, of a word's vector by "the" before the second object (text
+    space).
+    """
     plain = variance.factorial_prompts()
     with_the, without = (
-        variance.word_vectors(model, prompts, role, pool="mean")[0] for prompts in ([the_second(p) for p in plain], plain)
+        variance.word_vectors(model, prompts, role, pool="mean")[0]
+        for prompts in ([the_second(p) for p in plain], plain)
     )
     return (with_the - without).mean(dim=0)
 
 
 @torch.no_grad()
-def shift_everywhere(model: HookedTextToImage, wanted: list[scenes.Scene]) -> Float[Tensor, "prompt text_pos d"]:
-    """Mean change of every word's vector by "the", over the 12 prompts with a scene's phrase; 0 at "the" itself."""
+def shift_everywhere(
+    model: HookedTextToImage, wanted: list[scenes.Scene]
+) -> Float[Tensor, "prompt text_pos d"]:
+    """Mean change of every word's vector by "the", over the 12 prompts with a scene's phrase; 0 at
+    "the" itself.
+    """
     rows = []
     for scene in wanted:
         plain = variance.factorial_prompts([scene.phrase])
         before = variance.encode(model, model.to_tokens(plain), "text").mean(dim=0)
-        after = variance.encode(model, model.to_tokens([the_second(text) for text in plain]), "text").mean(dim=0)
+        after = variance.encode(
+            model, model.to_tokens([the_second(text) for text in plain]), "text"
+        ).mean(dim=0)
         at = len(the_second(plain[0]).split()) - 3
-        change = torch.cat([after[:at] - before[:at], torch.zeros_like(after[:1]), after[at + 1 :] - before[at:]])
+        change = torch.cat(
+            [after[:at] - before[:at], torch.zeros_like(after[:1]), after[at + 1 :] - before[at:]]
+        )
         rows.append(change)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def repairs(model: HookedTextToImage, texts: list[str]) -> dict[str, Float[Tensor, "prompt text_pos d"]]:
+def repairs(
+    model: HookedTextToImage, texts: list[str]
+) -> dict[str, Float[Tensor, "prompt text_pos d"]]:
     """By name, what is added to the words of prompts with "the"."""
     parts = {}
     roles_moved: tuple[Role, ...] = ("shape1", "relation", "shape2")
     for role in roles_moved:
         moved = shift(model, role)
         parts[role] = role_mask(model, texts, role)[..., None].to(moved) * moved
-    return {name: -torch.stack([parts[role] for role in roles]).sum(dim=0) for name, roles in REPAIRS.items()}
+    return {
+        name: -torch.stack([parts[role] for role in roles]).sum(dim=0)
+        for name, roles in REPAIRS.items()
+    }
 
 
 @torch.no_grad()
 def repaired_looks(model: HookedTextToImage, n: int) -> pd.DataFrame:
-    """A row an axis, condition and scene: cosine of the layout at step 0; conditions "plain", "the" and `REPAIRS`."""
+    """A row an axis, condition and scene: cosine of the layout at step 0; conditions "plain", "the"
+    and `REPAIRS`.
+    """
     rows = []
     for axis in ("vertical", "horizontal"):
         wanted = scenes_along(axis, n, seed=51)
         seeds = list(range(9500, 9500 + len(wanted)))
         for condition, texts, added in conditions(model, wanted):
             view, tokens = model.at(step=0, prompts=texts, seed=seeds, guidance=1.0, returns="x0")
-            hooks = [] if added is None else Intervention("hook_text", action=Add(added)).hooks(view, texts)
+            hooks = (
+                []
+                if added is None
+                else Intervention("hook_text", action=Add(added)).hooks(view, texts)
+            )
             cosine = layout(model.decode(view.run_with_hooks(tokens, fwd_hooks=hooks)), wanted)
-            row = {"axis": axis, "scene": np.arange(len(wanted)), "left": [scene.relation == "left" for scene in wanted]}
+            row = {
+                "axis": axis,
+                "scene": np.arange(len(wanted)),
+                "left": [scene.relation == "left" for scene in wanted],
+            }
             rows.append(pd.DataFrame({**row, "condition": condition, "cosine": cosine}))
             if condition == "the":
-                cosine = layout(model.decode(view.run_with_hooks(tokens, fwd_hooks=hide_the(texts, view))), wanted)
+                cosine = layout(
+                    model.decode(view.run_with_hooks(tokens, fwd_hooks=hide_the(texts, view))),
+                    wanted,
+                )
                 rows.append(pd.DataFrame({**row, "condition": HIDDEN, "cosine": cosine}))
     return pd.concat(rows, ignore_index=True)
 
@@ -227,11 +273,15 @@ def conditions(
     everywhere = -shift_everywhere(model, wanted)
     mended.append((EVERYWHERE, with_the, everywhere))
     for role in WORDS:
-        mended.append((f"{role} alone", with_the, everywhere * role_mask(model, with_the, role)[..., None]))
+        mended.append(
+            (f"{role} alone", with_the, everywhere * role_mask(model, with_the, role)[..., None])
+        )
     return [("plain", plain, None), ("the", with_the, None), *mended]
 
 
-def hide_the(texts: list[str], view: StepView | HookedTextToImage) -> list[tuple[str, HookFunction]]:
+def hide_the(
+    texts: list[str], view: StepView | HookedTextToImage
+) -> list[tuple[str, HookFunction]]:
     """Hooks that hide the token before the second object."""
     width = max(len(text.split()) for text in texts) + 1  # EOS
     where = torch.tensor([[i == len(text.split()) - 3 for i in range(width)] for text in texts])
@@ -240,7 +290,9 @@ def hide_the(texts: list[str], view: StepView | HookedTextToImage) -> list[tuple
 
 @torch.no_grad()
 def repaired_images(model: HookedTextToImage, n: int) -> pd.DataFrame:
-    """The same in images, of "plain", "the", the carriers' repair and the control's: `asked` (layout), `binding`."""
+    """The same in images, of "plain", "the", the carriers' repair and the control's: `asked`
+    (layout), `binding`.
+    """
     rows = []
     for axis in ("vertical", "horizontal"):
         wanted = scenes_along(axis, n, seed=52)
@@ -248,12 +300,25 @@ def repaired_images(model: HookedTextToImage, n: int) -> pd.DataFrame:
         for condition, texts, added in conditions(model, wanted):
             if condition not in ("plain", "the", CARRIERS, NOTHING, EVERYWHERE):
                 continue
-            images = model(texts, seeds) if added is None else steering.steer(model, texts, added, seed=seeds)
+            images = (
+                model(texts, seeds)
+                if added is None
+                else steering.steer(model, texts, added, seed=seeds)
+            )
             judged = {
                 "asked": scenes.layout(images, wanted)["layout"].values.astype(float),
                 "binding": scenes.evaluate(images, wanted)["unique_binding"].values.astype(float),
             }
-            rows.append(pd.DataFrame({"axis": axis, "condition": condition, "scene": np.arange(len(wanted)), **judged}))
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "axis": axis,
+                        "condition": condition,
+                        "scene": np.arange(len(wanted)),
+                        **judged,
+                    }
+                )
+            )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -265,7 +330,10 @@ def wide(rows: pd.DataFrame, value: str) -> pd.DataFrame:
 def axis_claims(name: str, looks: pd.DataFrame, drawn: pd.DataFrame) -> list[Claim]:
     """What "the" costs vertical scenes, more than horizontal ones: at step 0, and in images."""
     claims = []
-    for rows, value, what in ((looks, "cosine", "cosine of the layout at step 0"), (drawn, "asked", "layout as asked in images")):
+    for rows, value, what in (
+        (looks, "cosine", "cosine of the layout at step 0"),
+        (drawn, "asked", "layout as asked in images"),
+    ):
         table = wide(rows, value)
         lost = {
             str(axis): paired_difference(part[["the"]].to_numpy(), part[["plain"]].to_numpy())
@@ -296,12 +364,23 @@ def side_claims(name: str, looks: pd.DataFrame) -> list[Claim]:
         lost = paired_difference(table[["the"]].to_numpy(), table[["plain"]].to_numpy())
         beside = f"{table['plain'].mean():+.2f} → {table['the'].mean():+.2f}"
         what = f'{name}: cosine of the layout at step 0 lost by "the", "{side}" scenes'
-        claims.append(Claim(what, "Dx −34 px", lost, None, beside, basis=f"{len(table)} scenes, a noise each, 1 run"))
+        claims.append(
+            Claim(
+                what,
+                "Dx −34 px",
+                lost,
+                None,
+                beside,
+                basis=f"{len(table)} scenes, a noise each, 1 run",
+            )
+        )
     return claims
 
 
 def share_of(gained: Float[np.ndarray, " scene"], lost: Float[np.ndarray, " scene"]) -> Interval:
-    """Ratio of two means over the same scenes; t interval of the linearised ratio (Cochran 1977, § 6.3)."""
+    """Ratio of two means over the same scenes; t interval of the linearised ratio (Cochran 1977, §
+    6.3).
+    """
     if lost.mean() == 0:
         return Interval(*[np.nan] * 3)
     share = gained.mean() / lost.mean()
@@ -314,7 +393,10 @@ def repair_claims(name: str, looks: pd.DataFrame, drawn: pd.DataFrame) -> list[C
     """Share of the loss that comes back by each repair."""
     predicted = {CARRIERS: (0.5, 2.0), NOTHING: (-0.1, 0.1)}
     claims = []
-    for rows, value, what in ((looks, "cosine", "cosine lost at step 0"), (drawn, "asked", "layouts lost in images")):
+    for rows, value, what in (
+        (looks, "cosine", "cosine lost at step 0"),
+        (drawn, "asked", "layouts lost in images"),
+    ):
         table = wide(rows, value)
         lost = (table["plain"] - table["the"]).to_numpy(float)
         for repair in [repair for repair in (*REPAIRS, EVERYWHERE, HIDDEN) if repair in table]:
@@ -325,8 +407,15 @@ def repair_claims(name: str, looks: pd.DataFrame, drawn: pd.DataFrame) -> list[C
                 for axis, row in means.iterrows()
             )
             if repair == EVERYWHERE and value == "cosine":
-                single = {word: share_of((table[f"{word} alone"] - table["the"]).to_numpy(float), lost).mean for word in WORDS}
-                beside += "; of it by one word: " + ", ".join(f"{word} {share:.2f}" for word, share in single.items())
+                single = {
+                    word: share_of(
+                        (table[f"{word} alone"] - table["the"]).to_numpy(float), lost
+                    ).mean
+                    for word in WORDS
+                }
+                beside += "; of it by one word: " + ", ".join(
+                    f"{word} {share:.2f}" for word, share in single.items()
+                )
             claims.append(
                 Claim(
                     f"{name}: share of the {what} that comes back, repaired: {repair}",
@@ -344,15 +433,26 @@ def repair_claims(name: str, looks: pd.DataFrame, drawn: pd.DataFrame) -> list[C
 
 
 def figure(rows: dict[str, pd.DataFrame], looks: pd.DataFrame) -> Figure:
-    """Change of relation accuracy and of binding by template, a panel a model; layout at step 0 by repair and axis."""
+    """Change of relation accuracy and of binding by template, a panel a model; layout at step 0 by
+    repair and axis.
+    """
     drawn, axes = plt.subplots(1, 3, figsize=(9.2, 3.9), layout="constrained")
     templates = list(PAPER_T5)
     for ax, (model, table) in zip(axes, rows.items(), strict=False):
-        for number, (metric, label) in enumerate((("relation_loose", "relation"), ("unique_binding", "binding"))):
+        for number, (metric, label) in enumerate(
+            (("relation_loose", "relation"), ("unique_binding", "binding"))
+        ):
             found = [change(table, template, metric) for template in templates]
             x = [f.mean for f in found]
             error = [[f.mean - f.low for f in found], [f.high - f.mean for f in found]]
-            ax.errorbar(x, np.arange(len(templates)) + 0.2 * number - 0.1, xerr=error, fmt="o", markersize=4, label=label)
+            ax.errorbar(
+                x,
+                np.arange(len(templates)) + 0.2 * number - 0.1,
+                xerr=error,
+                fmt="o",
+                markersize=4,
+                label=label,
+            )
         ax.axvline(0, color="grey", linewidth=0.6)
         ax.set_title(model, fontsize=11)
         ax.set_xlabel("change (paired)", fontsize=10)
@@ -361,15 +461,23 @@ def figure(rows: dict[str, pd.DataFrame], looks: pd.DataFrame) -> Figure:
         ax.set_ylim(len(templates) - 0.5, -0.5)
     axes[0].legend(frameon=False, fontsize=10, loc="lower left")
     names = {"plain": "plain", "the": "“the”", **{repair: f"at {repair}" for repair in REPAIRS}}
-    names |= {CARRIERS: "at both carriers", EVERYWHERE: "at all words but “the”", HIDDEN: "“the” hidden"}
-    for number, (axis, color) in enumerate((("vertical", "tab:orange"), ("horizontal", "tab:blue"))):
+    names |= {
+        CARRIERS: "at both carriers",
+        EVERYWHERE: "at all words but “the”",
+        HIDDEN: "“the” hidden",
+    }
+    for number, (axis, color) in enumerate(
+        (("vertical", "tab:orange"), ("horizontal", "tab:blue"))
+    ):
         for place, condition in enumerate(names):
             part = looks[(looks["axis"] == axis) & (looks["condition"] == condition)]
             seen = clustered_mean(part[["cosine"]].to_numpy())
             error = [[seen.mean - seen.low], [seen.high - seen.mean]]
             told = axis if place == 0 else None
             at = place + 0.24 * number - 0.12
-            axes[2].errorbar(seen.mean, at, xerr=error, fmt="o", markersize=4, color=color, label=told)
+            axes[2].errorbar(
+                seen.mean, at, xerr=error, fmt="o", markersize=4, color=color, label=told
+            )
     axes[2].set_yticks(range(len(names)), list(names.values()))
     axes[2].set_ylim(len(names) - 0.5, -0.5)
     axes[2].set_title("“the” and its repair", fontsize=11)

@@ -1,8 +1,11 @@
-"""Run every recipe at its default settings, and write recipes/README.md from what they found. `python -m recipes.run_all`
+"""Run every recipe at its default settings, and write recipes/README.md from what they found.
 
-A recipe that crashes makes the run fail, after the others have run; a verdict, whatever it is, does not. Recipes resume, so a run
-that was stopped goes on where it was. What the page says of recipes that have left no results here stays on it, as long as the
-weights of the models that a recipe asks have not changed: `--only` brings one recipe up to date.
+`python -m recipes.run_all`
+
+A recipe that crashes makes the run fail, after the others have run; a verdict, whatever it is, does
+not. Recipes resume, so a run that was stopped goes on where it was. What the page says of recipes
+that have left no results here stays on it, as long as the weights of the models that a recipe asks
+have not changed: `--only` brings one recipe up to date.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ FIGURES = {
     "improve_relations": "dose_response.png",
     "three_objects": "shares.png",
 }
-"""Every recipe that states claims, in the order of the page → the figure of its that is shown there."""
+"""Every recipe that states claims, in the order of the page → the figure of its that is shown
+there.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,11 @@ def main(config: Config) -> None:
             with Store(config.results / name, {}, wait=True) as store:
                 store.put_json("models.json", asked)
         console.print(f"{name}: {time.perf_counter() - start:.0f} s")
-    found = {name: folder for name, folder in current(config.results, hashes).items() if name not in failed}
+    found = {
+        name: folder
+        for name, folder in current(config.results, hashes).items()
+        if name not in failed
+    }
     pictures = HERE / "figures"
     pictures.mkdir(exist_ok=True)
     for name, folder in found.items():
@@ -89,17 +98,25 @@ def main(config: Config) -> None:
     older = kept(readme.read_text(), hashes)
     write_whole(readme, lambda path: path.write_text(page(reports, hashes, older)))
     if gone := [name for name in FIGURES if name not in {*reports, *older}]:
-        console.print(f"Not on the page, since they have left no results here and their models have changed: {', '.join(gone)}.")
+        console.print(
+            "Not on the page, since they have left no results here and their models have changed: "
+            f"{', '.join(gone)}."
+        )
     if failed:
         sys.exit(f"Crashed: {', '.join(failed)}.")
 
 
 def current(results: Path, hashes: dict[str, str]) -> dict[str, Path]:
-    """Recipe → its folder, of those that have left claims, unless models.json says that it was of other weights."""
+    """Recipe → its folder, of those that have left claims, unless models.json says that it was of
+    other weights.
+    """
     found = {}
     for name in FIGURES:
         folder, asked = results / name, results / name / "models.json"
-        same = not asked.exists() or json.loads(whole(folder, asked.name).read_text()).items() <= hashes.items()
+        same = (
+            not asked.exists()
+            or json.loads(whole(folder, asked.name).read_text()).items() <= hashes.items()
+        )
         if (folder / "claims.json").exists() and same:
             found[name] = folder
     return found
@@ -112,24 +129,42 @@ def whole(folder: Path, name: str) -> Path:
 
 
 def kept(text: str, hashes: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Recipe → its row and its section on an older page, of those whose models' weights are still those of the page."""
+    """Recipe → its row and its section on an older page, of those whose models' weights are still
+    those of the page.
+    """
     listed = dict(re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|$", text, flags=re.M))
     same = {name for name, value in listed.items() if hashes.get(name, "").startswith(value)}
     rows = {name: row for row, name in re.findall(r"^(\| \[`(\w+)`\].*)$", text, flags=re.M)}
     sections = re.findall(r"^(## (\w+)\n.*?\n)(?=\n## |\Z)", text, flags=re.M | re.S)
-    return {name: (rows[name], section) for section, name in sections if name in FIGURES and models_of(name) <= same}
+    return {
+        name: (rows[name], section)
+        for section, name in sections
+        if name in FIGURES and models_of(name) <= same
+    }
 
 
 def models_of(recipe: str) -> set[str]:
-    """The bundled models that a recipe asks unless told otherwise: those named in the defaults of its settings."""
+    """The bundled models that a recipe asks unless told otherwise: those named in the defaults of
+    its settings.
+    """
     named: set[str] = set()
     for value in vars(importlib.import_module(f"recipes.{recipe}").Config()).values():
-        named |= {text.split("/")[0] for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)}
+        named |= {
+            text.split("/")[0]
+            for text in (value if isinstance(value, tuple) else (value,))
+            if isinstance(text, str)
+        }
     return named & set(list_models())
 
 
-def page(found: dict[str, dict[str, Any]], hashes: dict[str, str], older: dict[str, tuple[str, str]] | None = None) -> str:
-    """The page, in markdown, of the recipes' claims.json by name and of the models' hashes; other recipes as `kept`."""
+def page(
+    found: dict[str, dict[str, Any]],
+    hashes: dict[str, str],
+    older: dict[str, tuple[str, str]] | None = None,
+) -> str:
+    """The page, in markdown, of the recipes' claims.json by name and of the models' hashes; other
+    recipes as `kept`.
+    """
     parts = dict(older or {})
     for name, report in found.items():
         verdicts = Counter(claim["verdict"] for claim in report["claims"])
@@ -202,7 +237,10 @@ def shrink(source: Path, target: Path) -> None:
     """A copy of a figure at the page's width, in 256 colours."""
     image = Image.open(source).convert("RGB")
     if image.width > FIGURE_WIDTH:
-        image = image.resize((FIGURE_WIDTH, round(image.height * FIGURE_WIDTH / image.width)), Image.Resampling.LANCZOS)
+        image = image.resize(
+            (FIGURE_WIDTH, round(image.height * FIGURE_WIDTH / image.width)),
+            Image.Resampling.LANCZOS,
+        )
     image.quantize(256).save(target, optimize=True)
 
 

@@ -1,9 +1,11 @@
-"""Where a T5 model's relation stands, by axis: variance, masks and arithmetic. `python -m recipes.t5_fusion`
+"""Where a T5 model's relation stands, by axis: variance, masks and arithmetic.
+
+`python -m recipes.t5_fusion`
 
 Paper: table 1 (variance partition: the relation's partial share at T5's second shape word is .1205,
 after the caption projection .2128), figure 7A (masking the relation words changes nothing, masking
-the second shape word or EOS halves accuracies), masks by layer and by step, and vector arithmetic on
-one prompt. What would falsify it: no amplification by the caption projection; a relation that is
+the second shape word or EOS halves accuracies), masks by layer and by step, and vector arithmetic
+on one prompt. What would falsify it: no amplification by the caption projection; a relation that is
 lost with the relation words and not with the second shape word.
 
 What differs: vertical and horizontal scenes apart, because a mean over axes hides that each is read
@@ -119,14 +121,22 @@ def relation_shares(model: HookedTextToImage) -> pd.DataFrame:
             number = role[-1] if role.startswith("shape") else "1"
             other = "1" if number == "2" else "2"
             own = factors[f"color{number}"] + factors[f"shape{number}"]
-            design = {"own": own, "other": factors[f"shape{other}"], "relation": factors["relation"]}
+            design = {
+                "own": own,
+                "other": factors[f"shape{other}"],
+                "relation": factors["relation"],
+            }
             table = variance.partition(vectors, design, permutations=0)  # type: ignore[arg-type]
             found = table["r2_partial"][["own", "relation"]].to_dict()
             found["total"] = 1 - table["r2_sequential"]["residual"]
             parts = factors[["color1", "shape1", "shape2"]]
-            alone = variance.partition(vectors, parts.assign(relation=factors["relation"]), permutations=0)
+            alone = variance.partition(
+                vectors, parts.assign(relation=factors["relation"]), permutations=0
+            )
             found["shape"] = alone["r2_partial"][f"shape{number}"]
-            named = pd.DataFrame([signs[str(name)] for name in factors["relation"]], columns=["x", "y"])
+            named = pd.DataFrame(
+                [signs[str(name)] for name in factors["relation"]], columns=["x", "y"]
+            )
             by_sign = variance.partition(vectors, pd.concat([parts, named], axis=1), permutations=0)
             found |= by_sign["r2_partial"][["x", "y"]].to_dict()
             rows += [{"role": role, "at": at, "term": t, "share": v} for t, v in found.items()]
@@ -134,20 +144,35 @@ def relation_shares(model: HookedTextToImage) -> pd.DataFrame:
 
 
 def share_claims(name: str, shares: pd.DataFrame) -> list[Claim]:
-    """Amplification of the relation, and of each axis, by the caption projection; the paper's other shares."""
+    """Amplification of the relation, and of each axis, by the caption projection; the paper's other
+    shares.
+    """
     by = shares.set_index(["term", "role", "at"])["share"]
     basis = "264 prompts, all there are; 1 run"
     claims = []
     for role, paper in AMPLIFIED.items():
         before, after = (float(by["relation", role, at]) for at in ("text", "caption"))
-        what = f"{name}: relation's partial R² at the {NAMES[role]}, after minus before the projection"
+        what = (
+            f"{name}: relation's partial R² at the {NAMES[role]}, after minus before the projection"
+        )
         beside = f"{before:.3f} → {after:.3f}; known before"
         claims.append(Claim(what, paper, finite(after - before), (0.01, 1.0), beside, basis=basis))
     for sign, predicted in SIGNS.items():
-        change = {role: by[sign, role, "caption"] - by[sign, role, "text"] for role in NAMES if role != "eos"}
-        listed = ", ".join(f"{NAMES[role]} {by[sign, role, 'text']:.3f} → {by[sign, role, 'caption']:.3f}" for role in change)
-        what = f"{name}: partial R² of the sign of {sign} at the first shape word, after minus before"
-        claims.append(Claim(what, "–", finite(float(change["shape1"])), predicted, listed, basis=basis))
+        change = {
+            role: by[sign, role, "caption"] - by[sign, role, "text"]
+            for role in NAMES
+            if role != "eos"
+        }
+        listed = ", ".join(
+            f"{NAMES[role]} {by[sign, role, 'text']:.3f} → {by[sign, role, 'caption']:.3f}"
+            for role in change
+        )
+        what = (
+            f"{name}: partial R² of the sign of {sign} at the first shape word, after minus before"
+        )
+        claims.append(
+            Claim(what, "–", finite(float(change["shape1"])), predicted, listed, basis=basis)
+        )
     for term, what, paper in (
         ("own", "colour and shape together", ".439"),
         ("shape", "shape alone", ".375"),
@@ -164,9 +189,11 @@ def share_claims(name: str, shares: pd.DataFrame) -> list[Claim]:
 
 @torch.no_grad()
 def layer_masks(model: HookedTextToImage, n: int) -> pd.DataFrame:
-    """At step 0, a word hidden from one layer, or from all (layer −1): columns axis, word, layer, scene, base, masked.
+    """At step 0, a word hidden from one layer, or from all (layer −1): columns axis, word, layer,
+    scene, base, masked.
 
-    The last two are the cosine of the predicted layout with the caption's, without and with the mask.
+    The last two are the cosine of the predicted layout with the caption's, without and with the
+    mask.
     """
     rows = []
     for axis in CARRIER:
@@ -202,17 +229,35 @@ def layer_claims(name: str, rows: pd.DataFrame, is_t5: bool) -> list[Claim]:
         what = f"{name}, {axis}: {NAMES[word]} hidden at step 0"
         expected = {"vertical": (1, 1), "horizontal": (0, 2)}[axis] if is_t5 else None
         most = finite(float(np.argmax(single)))
-        claims.append(Claim(f"{what}: layer whose mask costs the layout's cosine most", "–", most, expected, listed, basis=basis))
+        claims.append(
+            Claim(
+                f"{what}: layer whose mask costs the layout's cosine most",
+                "–",
+                most,
+                expected,
+                listed,
+                basis=basis,
+            )
+        )
         cost = paired_difference(table[[late]].to_numpy(), base.to_numpy()[:, None])
         label = f"{what}: cosine lost by layer {late}, of the layers from {half} on the most"
         beside = f"all layers {lost[-1]:.2f}"
-        claims.append(Claim(label, "–", cost, (-0.05, 0.05) if is_t5 else None, beside, basis=basis))
+        claims.append(
+            Claim(label, "–", cost, (-0.05, 0.05) if is_t5 else None, beside, basis=basis)
+        )
     return claims
 
 
-def conditions_of(axis: str, model: HookedTextToImage, texts: Sequence[str]) -> dict[str, list[ablation.Intervention]]:
-    """What is hidden from all heads: every word of `NAMES`, the axis' own by step too, and a random other word."""
-    conditions: dict[str, list[ablation.Intervention]] = {"none": [], **{word: ablation.knockout_role(word) for word in NAMES}}
+def conditions_of(
+    axis: str, model: HookedTextToImage, texts: Sequence[str]
+) -> dict[str, list[ablation.Intervention]]:
+    """What is hidden from all heads: every word of `NAMES`, the axis' own by step too, and a random
+    other word.
+    """
+    conditions: dict[str, list[ablation.Intervention]] = {
+        "none": [],
+        **{word: ablation.knockout_role(word) for word in NAMES},
+    }
     own = CARRIER[axis]
     conditions["own, early"] = ablation.knockout_role(own, steps=slice(0, EARLY))
     conditions["own, late"] = ablation.knockout_role(own, steps=slice(EARLY, None))
@@ -231,12 +276,23 @@ def masks(model: HookedTextToImage, n: int) -> pd.DataFrame:
         texts = [scenes.caption(scene) for scene in wanted]
         for condition, hide in conditions_of(axis, model, texts).items():
             hooks = [hook for one in hide for hook in one.hooks(model, texts)]
-            images = model.run_with_hooks(texts, seed=list(range(9100, 9100 + len(wanted))), fwd_hooks=hooks)
+            images = model.run_with_hooks(
+                texts, seed=list(range(9100, 9100 + len(wanted))), fwd_hooks=hooks
+            )
             judged = {
                 "asked": scenes.layout(images, wanted)["layout"].values.astype(float),
                 "binding": scenes.evaluate(images, wanted)["unique_binding"].values.astype(float),
             }
-            rows.append(pd.DataFrame({"axis": axis, "condition": condition, "scene": np.arange(len(wanted)), **judged}))
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "axis": axis,
+                        "condition": condition,
+                        "scene": np.arange(len(wanted)),
+                        **judged,
+                    }
+                )
+            )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -268,7 +324,9 @@ def mask_claims(name: str, rows: pd.DataFrame) -> list[Claim]:
                     f"{PAPER_MASK.get(condition, '')}none hidden {asked['none'].mean():.2f}, "
                     f"a random other word {asked['random word'].mean():.2f}; "
                     f"binding {binding['none']:.2f} → {binding[condition]:.2f}",
-                    paired_difference(asked[["random word"]].to_numpy(), asked[[condition]].to_numpy()),
+                    paired_difference(
+                        asked[["random word"]].to_numpy(), asked[[condition]].to_numpy()
+                    ),
                     f"{len(asked)} images, a noise each, 1 run",
                     questions=len(told) * len(CARRIER),
                     share=True,
@@ -280,7 +338,9 @@ def mask_claims(name: str, rows: pd.DataFrame) -> list[Claim]:
 # Arithmetic
 
 
-def random_like(vectors: Float[Tensor, "prompt text_pos d"], seed: int) -> Float[Tensor, "prompt text_pos d"]:
+def random_like(
+    vectors: Float[Tensor, "prompt text_pos d"], seed: int
+) -> Float[Tensor, "prompt text_pos d"]:
     """Vectors of random direction and the same norms."""
     noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)).to(vectors)
     return vectors.norm(dim=-1, keepdim=True) * noise / noise.norm(dim=-1, keepdim=True)
@@ -288,24 +348,41 @@ def random_like(vectors: Float[Tensor, "prompt text_pos d"], seed: int) -> Float
 
 @torch.no_grad()
 def arithmetic(model: HookedTextToImage, n: int) -> pd.DataFrame:
-    """V_from → V_to (k = 1, text space): a row an axis, word, kind (steered, random) and image: `turned`, `kept`, `binding`."""
+    """V_from → V_to (k = 1, text space): a row an axis, word, kind (steered, random) and image:
+    `turned`, `kept`, `binding`.
+    """
     rows = []
     words: tuple[Role, ...] = ("shape1", "relation", "shape2")
     for axis in CARRIER:
         wanted = scenes_along(axis, n, seed=33)
         turned = [scenes.opposite(scene) for scene in wanted]
-        texts, to = [scenes.caption(scene) for scene in wanted], [scene.relation for scene in turned]
+        texts, to = (
+            [scenes.caption(scene) for scene in wanted],
+            [scene.relation for scene in turned],
+        )
         for word in words:
             vectors = steering.swap_vectors(model, texts, to, word)
             for kind, added in (("steered", vectors), ("random", random_like(vectors, seed=0))):
-                images = steering.steer(model, texts, added, seed=list(range(9200, 9200 + len(wanted))))
+                images = steering.steer(
+                    model, texts, added, seed=list(range(9200, 9200 + len(wanted)))
+                )
                 judged = {
                     "turned": scenes.layout(images, turned)["layout"],
                     "kept": scenes.layout(images, wanted)["layout"],
                     "binding": scenes.evaluate(images, wanted)["unique_binding"],
                 }
                 values = {what: verdict.values.astype(float) for what, verdict in judged.items()}
-                rows.append(pd.DataFrame({"axis": axis, "word": word, "kind": kind, "scene": np.arange(len(wanted)), **values}))
+                rows.append(
+                    pd.DataFrame(
+                        {
+                            "axis": axis,
+                            "word": word,
+                            "kind": kind,
+                            "scene": np.arange(len(wanted)),
+                            **values,
+                        }
+                    )
+                )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -313,8 +390,16 @@ def arithmetic_claims(name: str, rows: pd.DataFrame) -> list[Claim]:
     """Which word's vectors turn which axis."""
     claims = []
     for (axis, word), part in rows.groupby(["axis", "word"], sort=False):
-        steered, random = (part[part["kind"] == kind].set_index("scene") for kind in ("steered", "random"))
-        expected = (0.0, 0.15) if CARRIER[str(axis)] != word else (0.7, 1.0) if axis == "vertical" else (0.6, 1.0)
+        steered, random = (
+            part[part["kind"] == kind].set_index("scene") for kind in ("steered", "random")
+        )
+        expected = (
+            (0.0, 0.15)
+            if CARRIER[str(axis)] != word
+            else (0.7, 1.0)
+            if axis == "vertical"
+            else (0.6, 1.0)
+        )
         beside = "paper: turns the one prompt shown; " if word == "shape2" else ""
         beside += f"kept {steered['kept'].mean():.2f}; binding {steered['binding'].mean():.2f}; "
         claims.append(
@@ -337,7 +422,9 @@ def arithmetic_claims(name: str, rows: pd.DataFrame) -> list[Claim]:
 
 
 def figure(masked: pd.DataFrame, layers: pd.DataFrame) -> Figure:
-    """Layouts as asked by hidden word and axis; cosine lost at step 0 by layer, of each axis' own word."""
+    """Layouts as asked by hidden word and axis; cosine lost at step 0 by layer, of each axis' own
+    word.
+    """
     drawn, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
     shown = {
         **{str(word): label for word, label in NAMES.items()},
@@ -351,12 +438,31 @@ def figure(masked: pd.DataFrame, layers: pd.DataFrame) -> Figure:
             found = proportion(rows["asked"].to_numpy(float))
             error = [[found.mean - found.low], [found.high - found.mean]]
             label = f"{axis} scenes" if place == 0 else None
-            left.errorbar(found.mean, place + 0.24 * number - 0.12, xerr=error, fmt="o", color=color, label=label)
-        own = layers[(layers["axis"] == axis) & (layers["word"] == CARRIER[axis]) & (layers["layer"] >= 0)]
-        lost = [clustered_mean((part["base"] - part["masked"]).to_numpy()[:, None]) for _, part in own.groupby("layer")]
+            left.errorbar(
+                found.mean,
+                place + 0.24 * number - 0.12,
+                xerr=error,
+                fmt="o",
+                color=color,
+                label=label,
+            )
+        own = layers[
+            (layers["axis"] == axis) & (layers["word"] == CARRIER[axis]) & (layers["layer"] >= 0)
+        ]
+        lost = [
+            clustered_mean((part["base"] - part["masked"]).to_numpy()[:, None])
+            for _, part in own.groupby("layer")
+        ]
         mean, low, high = np.array(lost).T
         x = np.arange(len(mean)) + 0.16 * number - 0.08
-        right.errorbar(x, mean, yerr=[mean - low, high - mean], fmt="o", color=color, label=f"{axis}: {NAMES[CARRIER[axis]]}")
+        right.errorbar(
+            x,
+            mean,
+            yerr=[mean - low, high - mean],
+            fmt="o",
+            color=color,
+            label=f"{axis}: {NAMES[CARRIER[axis]]}",
+        )
     left.axvline(0.5, color="0.6", linestyle="--", linewidth=0.8)
     left.set_yticks(range(len(shown)), list(shown.values()))
     left.set(
@@ -372,7 +478,13 @@ def figure(masked: pd.DataFrame, layers: pd.DataFrame) -> Figure:
         ax.tick_params(labelsize=10)
         ax.title.set_size(11)
     right.legend(frameon=False, fontsize=10)
-    drawn.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=10, loc="outside lower left", ncols=2)
+    drawn.legend(
+        *left.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=10,
+        loc="outside lower left",
+        ncols=2,
+    )
     return drawn
 
 

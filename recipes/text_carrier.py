@@ -1,15 +1,20 @@
-"""Which word carries a relation, and can the text encoder alone tell? `python -m recipes.text_carrier --runs FOLDER`
+"""Which word carries a relation, and can the text encoder alone tell?
 
-Paper: section 5: with T5 the relation is read from the second shape word (L3H7), with random embeddings from the relation
-words. Claim tested here: the carrier of an axis is the word at which that axis is most linearly readable in the text encoder's
-output. It is tested on encoders that differ in nothing but where the relation stands (docs/training.md, "Study models"): a share
-of the relation words' vectors moved to the second shape word, all of it ("fused", the positive control), or a causal T5. What
-would falsify it: fewer than 8 of the 10 cells (five models, two axes) with the carrier that the encoder predicts.
+`python -m recipes.text_carrier --runs FOLDER`
 
-Predictions: `recipes/PREDICTIONS.md`, committed before. The predicted word has the highest held-out R² of the axis' sign (ridge,
-combinations held out), among words within .02 of it the one with the largest distance between the mean vectors of the two ends.
-The carrier is the word whose keys and values, taken from the opposite prompt in all heads at step 0, change the layout's cosine
-most, by at least .5. Prompts of each axis alone.
+Paper: section 5: with T5 the relation is read from the second shape word (L3H7), with random
+embeddings from the relation words. Claim tested here: the carrier of an axis is the word at which
+that axis is most linearly readable in the text encoder's output. It is tested on encoders that
+differ in nothing but where the relation stands (docs/training.md, "Study models"): a share of the
+relation words' vectors moved to the second shape word, all of it ("fused", the positive control),
+or a causal T5. What would falsify it: fewer than 8 of the 10 cells (five models, two axes) with the
+carrier that the encoder predicts.
+
+Predictions: `recipes/PREDICTIONS.md`, committed before. The predicted word has the highest held-out
+R² of the axis' sign (ridge, combinations held out), among words within .02 of it the one with the
+largest distance between the mean vectors of the two ends. The carrier is the word whose keys and
+values, taken from the opposite prompt in all heads at step 0, change the layout's cosine most, by
+at least .5. Prompts of each axis alone.
 """
 
 from __future__ import annotations
@@ -46,7 +51,9 @@ WORDS: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2", "
 CELLS = ("dial-0.25", "dial-0.5", "dial-0.75", "fused", "causal")
 """Runs whose two axes are the ten cells of the claim."""
 ROUNDING = 1e-5
-"""Relative size below which a component's variation is rounding, which standardising would blow up."""
+"""Relative size below which a component's variation is rounding, which standardising would blow
+up.
+"""
 TIE, CARRIES = 0.02, -0.5
 IMAGES_OF = "t5-micro"
 EXCHANGES: dict[str, tuple[Role, list[str] | None]] = {
@@ -79,7 +86,9 @@ class Config:
 
 def main(config: Config) -> None:
     tables = []
-    models = {name: str(config.runs / name / "pipeline") for name in CELLS if finished(config.runs / name)}
+    models = {
+        name: str(config.runs / name / "pipeline") for name in CELLS if finished(config.runs / name)
+    }
     models |= {name: name for name in config.bundled}
     for name, source in models.items():
         model = HookedTextToImage.from_pretrained(source)
@@ -90,7 +99,12 @@ def main(config: Config) -> None:
     model = HookedTextToImage.from_pretrained(IMAGES_OF)
     images = stage(config.out, f"{IMAGES_OF}-images", model, drawn, config.images)
     claims = [*claims_of(table), *image_claims(images)]
-    report("Which word carries a relation", claims, config.out, cells=[name for name in CELLS if name in models])
+    report(
+        "Which word carries a relation",
+        claims,
+        config.out,
+        cells=[name for name in CELLS if name in models],
+    )
     images.to_parquet(config.out / "images.parquet", index=False)
     table.to_parquet(config.out / "text_carrier.parquet", index=False)
     figure(table).savefig(config.out / "text_carrier.png", dpi=150)
@@ -106,38 +120,57 @@ def finished(run: Path) -> bool:
 
 @torch.no_grad()
 def readable(model: HookedTextToImage) -> pd.DataFrame:
-    """From the text encoder alone: columns axis, word, r2 (of the axis' sign, held out), distance (of the ends' mean vectors).
+    """From the text encoder alone: columns axis, word, r2 (of the axis' sign, held out), distance
+    (of the ends' mean vectors).
 
-    `r2_all`, not predicted from: R² of the axis' component of the direction over the phrases of all eight relations.
+    `r2_all`, not predicted from: R² of the axis' component of the direction over the phrases of all
+    eight relations.
     """
     rows = []
     everything = variance.factorial_prompts()
     for axis in AXES:
-        prompts = variance.factorial_prompts([phrase for relation in ENDS[axis] for phrase in PHRASES[relation]])
+        prompts = variance.factorial_prompts(
+            [phrase for relation in ENDS[axis] for phrase in PHRASES[relation]]
+        )
         for word in WORDS:
             vectors, factors = variance.word_vectors(model, prompts, word)
             x = vectors.double().numpy()
             sign = np.where(factors["relation"].astype(str) == ENDS[axis][0], 1.0, -1.0)
             distance = np.linalg.norm(x[sign > 0].mean(0) - x[sign < 0].mean(0))
-            row = {"axis": axis, "word": word, "r2": held_out_r2(x, sign, factors), "distance": distance}
+            row = {
+                "axis": axis,
+                "word": word,
+                "r2": held_out_r2(x, sign, factors),
+                "distance": distance,
+            }
             vectors, factors = variance.word_vectors(model, everything, word)
             steps = {str(relation): step for relation, step in DIRECTIONS.items()}
-            component = np.array([float(steps[str(r)][axis == "vertical"]) for r in factors["relation"]])
+            component = np.array(
+                [float(steps[str(r)][axis == "vertical"]) for r in factors["relation"]]
+            )
             rows.append(row | {"r2_all": held_out_r2(vectors.double().numpy(), component, factors)})
     return pd.DataFrame(rows)
 
 
-def held_out_r2(x: Float[np.ndarray, "prompt d"], y: Float[np.ndarray, " prompt"], factors: pd.DataFrame) -> float:
+def held_out_r2(
+    x: Float[np.ndarray, "prompt d"], y: Float[np.ndarray, " prompt"], factors: pd.DataFrame
+) -> float:
     """Ridge regression, six folds of whole combinations of shapes and colours."""
     x = np.where(x.std(axis=0) > ROUNDING * np.sqrt((x**2).mean()), x, 0.0)
-    cells = (factors["shape1"].astype(str) + factors["shape2"].astype(str) + factors["color1"].astype(str)).to_numpy()
+    cells = (
+        factors["shape1"].astype(str)
+        + factors["shape2"].astype(str)
+        + factors["color1"].astype(str)
+    ).to_numpy()
     ridge = make_pipeline(StandardScaler(), Ridge(10.0))
     return float(r2_score(y, cross_val_predict(ridge, x, y, groups=cells, cv=GroupKFold(6))))
 
 
 @torch.no_grad()
 def exchanged(model: HookedTextToImage, n: int) -> pd.DataFrame:
-    """At step 0, all heads: a row an axis, word and scene: the layout's cosine without (`base`) and with the word exchanged."""
+    """At step 0, all heads: a row an axis, word and scene: the layout's cosine without (`base`) and
+    with the word exchanged.
+    """
     pool = scenes.sample(16 * n, seed=21, split="all", color_words="both")
     rows = []
     for axis in AXES:
@@ -149,22 +182,39 @@ def exchanged(model: HookedTextToImage, n: int) -> pd.DataFrame:
         for word in WORDS:
             out = view.run_with_hooks(tokens, fwd_hooks=swap.hooks(None, word, 0, view))
             moved = layout(model.decode(out), wanted)
-            rows.append(pd.DataFrame({"axis": axis, "word": word, "scene": np.arange(n), "base": base, "moved": moved}))
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "axis": axis,
+                        "word": word,
+                        "scene": np.arange(n),
+                        "base": base,
+                        "moved": moved,
+                    }
+                )
+            )
     return pd.concat(rows, ignore_index=True)
 
 
 @torch.no_grad()
 def drawn(model: HookedTextToImage, n: int) -> pd.DataFrame:
-    """A row an axis, exchange and image: layout and relation, the opposite's and the prompt's own."""
+    """A row an axis, exchange and image: layout and relation, the opposite's and the prompt's
+    own.
+    """
     pool = scenes.sample(16 * n, seed=22, split="all", color_words="both")
     rows = []
     for axis in AXES:
         wanted = [scene for scene in pool if scene.relation in ENDS[axis]][:n]
         opposite = [scenes.opposite(scene) for scene in wanted]
         swap = Interchange(model, wanted, opposite)
-        conditions = {"none": [], **{name: swap.hooks(heads, word) for name, (word, heads) in EXCHANGES.items()}}
+        conditions = {
+            "none": [],
+            **{name: swap.hooks(heads, word) for name, (word, heads) in EXCHANGES.items()},
+        }
         for condition, hooks in conditions.items():
-            images = model.run_with_hooks(swap.texts, seed=list(range(8000, 8000 + len(wanted))), fwd_hooks=hooks)
+            images = model.run_with_hooks(
+                swap.texts, seed=list(range(8000, 8000 + len(wanted))), fwd_hooks=hooks
+            )
             judged = {
                 "turned": scenes.layout(images, opposite)["layout"],
                 "kept": scenes.layout(images, wanted)["layout"],
@@ -172,7 +222,16 @@ def drawn(model: HookedTextToImage, n: int) -> pd.DataFrame:
                 "binding": scenes.evaluate(images, wanted)["unique_binding"],
             }
             values = {name: value.values.astype(float) for name, value in judged.items()}
-            rows.append(pd.DataFrame({"axis": axis, "condition": condition, "scene": np.arange(len(wanted)), **values}))
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "axis": axis,
+                        "condition": condition,
+                        "scene": np.arange(len(wanted)),
+                        **values,
+                    }
+                )
+            )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -181,24 +240,39 @@ def image_claims(images: pd.DataFrame) -> list[Claim]:
     claims = []
     for (condition, axis), part in images.groupby(["condition", "axis"], sort=False):
         if condition != "none":
-            beside = f"kept {part['kept'].mean():.2f}; opposite relation {part['opposite'].mean():.2f}; "
+            beside = (
+                f"kept {part['kept'].mean():.2f}; opposite relation {part['opposite'].mean():.2f}; "
+            )
             beside += f"binding {part['binding'].mean():.2f}"
             what = f"{IMAGES_OF}, images: {condition}, {axis} scenes turned"
             expected = TURNED.get((str(condition), str(axis)), (0.0, 0.15))
             basis = f"{len(part)} images, a noise each, 1 run"
-            claims.append(Claim(what, "–", proportion(part["turned"].to_numpy(float)), expected, beside, basis=basis))
+            claims.append(
+                Claim(
+                    what,
+                    "–",
+                    proportion(part["turned"].to_numpy(float)),
+                    expected,
+                    beside,
+                    basis=basis,
+                )
+            )
     return claims
 
 
 def predicted_word(part: pd.DataFrame, by: str = "r2") -> str:
-    """Of one model and axis, the word that the encoder predicts to carry the axis; `by="r2_all"` is the second rule."""
+    """Of one model and axis, the word that the encoder predicts to carry the axis; `by="r2_all"` is
+    the second rule.
+    """
     by_word = part.drop_duplicates("word").set_index("word")
     near = by_word[by_word[by] >= by_word[by].max() - TIE]
     return str(near["distance"].idxmax())
 
 
 def found_word(part: pd.DataFrame) -> str:
-    """Of one model and axis, the word whose exchange turns the layout most; "none" where it changes too little."""
+    """Of one model and axis, the word whose exchange turns the layout most; "none" where it changes
+    too little.
+    """
     change = (part["moved"] - part["base"]).groupby(part["word"]).mean()
     return str(change.idxmin()) if change.min() <= CARRIES else "none"
 
@@ -213,25 +287,56 @@ def claims_of(table: pd.DataFrame) -> list[Claim]:
         change = (wide.sub(base, axis=0)).mean()
         rival = change.drop(word).idxmin()
         ahead = paired_difference(wide[[rival]].to_numpy(), wide[[word]].to_numpy())
-        by_word = part.drop_duplicates("word").set_index("word").astype({"r2": float, "r2_all": float})
+        by_word = (
+            part.drop_duplicates("word").set_index("word").astype({"r2": float, "r2_all": float})
+        )
         r2, r2_all = by_word["r2"], by_word["r2_all"]
-        listed = ", ".join(f"{w} R² {r2[w]:.2f} (all phrases {r2_all[w]:.2f}), {change[w]:+.2f}" for w in WORDS)
+        listed = ", ".join(
+            f"{w} R² {r2[w]:.2f} (all phrases {r2_all[w]:.2f}), {change[w]:+.2f}" for w in WORDS
+        )
         is_cell = name in CELLS
-        what = f"{name}, {axis}: change by {word} (predicted) minus by {rival} (next), carrier: {found}"
+        what = (
+            f"{name}, {axis}: change by {word} (predicted) minus by {rival} (next), carrier: "
+            f"{found}"
+        )
         basis = f"{len(wide)} scenes, 1 run"
-        claims.append(Claim(what, "–", ahead, (-2.1, 0.0) if is_cell else None, listed, basis=basis))
+        claims.append(
+            Claim(what, "–", ahead, (-2.1, 0.0) if is_cell else None, listed, basis=basis)
+        )
         right, cells = right + (is_cell and found == word), cells + is_cell
         second.append(found == predicted_word(part, "r2_all"))
         if name == "fused":
             claims += control_claims(str(axis), wide, base)
         if name == "causal":
             most = finite(float((wide["shape1"] - base).abs().max()))
-            what = f"causal, {axis}: largest change by shape1, which stands before the relation, in any scene"
+            what = (
+                f"causal, {axis}: largest change by shape1, which stands before the relation, in "
+                "any scene"
+            )
             claims.append(Claim(what, "≈ 0 (CLIP)", most, (-0.01, 0.01), basis=basis))
     whole = finite(right) if cells == 2 * len(CELLS) else Interval(*[np.nan] * 3)
-    claims.append(Claim("cells of 10 with the predicted carrier", "–", whole, (8, 10), f"{right} of the {cells} that were run"))
-    what = f"of {len(second)} cells, bundled models among them, right by the second rule (R² over all phrases)"
-    claims.append(Claim(what, "–", finite(sum(second)), None, "stated after fused, dial-0.5 and the bundled models were seen"))
+    claims.append(
+        Claim(
+            "cells of 10 with the predicted carrier",
+            "–",
+            whole,
+            (8, 10),
+            f"{right} of the {cells} that were run",
+        )
+    )
+    what = (
+        f"of {len(second)} cells, bundled models among them, right by the second rule (R² over all "
+        "phrases)"
+    )
+    claims.append(
+        Claim(
+            what,
+            "–",
+            finite(sum(second)),
+            None,
+            "stated after fused, dial-0.5 and the bundled models were seen",
+        )
+    )
     return claims
 
 
@@ -260,17 +365,35 @@ def control_claims(axis: str, wide: pd.DataFrame, base: pd.Series[float]) -> lis
 
 
 def figure(table: pd.DataFrame) -> Figure:
-    """A panel an axis: models by words, coloured by the change of the layout, with R² written in and the prediction framed."""
+    """A panel an axis: models by words, coloured by the change of the layout, with R² written in
+    and the prediction framed.
+    """
     names = list(dict.fromkeys(table["model"]))
-    whole, axes = plt.subplots(1, len(AXES), figsize=(9.2, 0.62 * len(names) + 2.1), layout="constrained")
+    whole, axes = plt.subplots(
+        1, len(AXES), figsize=(9.2, 0.62 * len(names) + 2.1), layout="constrained"
+    )
     for ax, axis in zip(axes, AXES, strict=True):
         part = table[table["axis"] == axis]
-        change = (part["moved"] - part["base"]).groupby([part["model"], part["word"]]).mean().unstack().loc[names, list(WORDS)]
+        change = (
+            (part["moved"] - part["base"])
+            .groupby([part["model"], part["word"]])
+            .mean()
+            .unstack()
+            .loc[names, list(WORDS)]
+        )
         r2 = part.groupby(["model", "word"])["r2"].first().unstack().loc[names, list(WORDS)]
         shown = ax.imshow(change, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
         for (i, j), value in np.ndenumerate(r2.to_numpy(float)):
             dark = abs(float(change.to_numpy(float)[i, j])) > 1.2
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=10, color="white" if dark else "black")
+            ax.text(
+                j,
+                i,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=10,
+                color="white" if dark else "black",
+            )
         for i, name in enumerate(names):
             j = WORDS.index(predicted_word(part[part["model"] == name]))
             ax.add_patch(plt.Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, linewidth=2))
@@ -280,7 +403,9 @@ def figure(table: pd.DataFrame) -> Figure:
         ax.set_title(f"{axis} relations", fontsize=11)
     bar = whole.colorbar(shown, ax=axes, shrink=0.9)
     bar.set_label("change of the layout's cosine\nby exchanging the word (−2: turned)", fontsize=10)
-    whole.suptitle("Numbers: R² of the axis in the text encoder. Frame: predicted carrier.", fontsize=11)
+    whole.suptitle(
+        "Numbers: R² of the axis in the text encoder. Frame: predicted carrier.", fontsize=11
+    )
     return whole
 
 

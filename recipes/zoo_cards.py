@@ -2,7 +2,8 @@
 
 `python -m recipes.zoo_cards`.
 
-Nothing in a card is typed: numbers come from evaluation.parquet, dynamics.parquet and training.json (`recipes.bundle_model`).
+Nothing in a card is typed: numbers come from evaluation.parquet, dynamics.parquet and training.json
+(`recipes.bundle_model`).
 """
 
 from __future__ import annotations
@@ -43,14 +44,22 @@ def main() -> None:
 
 def page(text: str) -> str:
     """The page of models with its table made anew."""
-    lines = ["| model | size | text encoder | " + " | ".join(SHOWN) + " |", "|" + "---|" * (3 + len(SHOWN))]
+    lines = [
+        "| model | size | text encoder | " + " | ".join(SHOWN) + " |",
+        "|" + "---|" * (3 + len(SHOWN)),
+    ]
     for name in list_models():
         facts, rows = training(ZOO / name), held_out(ZOO / name)
         size = PRESETS[facts["size"]]
         cells = [str(Interval(*row)) for row in rows.loc[list(SHOWN)].itertuples(index=False)]
-        encoder = re.sub(r"\]\(\.\./(.*?)\)", r"](../hooked_models/zoo/\1)", ENCODERS[facts["encoder"]])
+        encoder = re.sub(
+            r"\]\(\.\./(.*?)\)", r"](../hooked_models/zoo/\1)", ENCODERS[facts["encoder"]]
+        )
         shape = f"{size.layers} layers × {size.width}, {size.heads} heads"
-        lines.append(f"| [`{name}`](../hooked_models/zoo/{name}/README.md) | {shape} | {encoder} | {' | '.join(cells)} |")
+        lines.append(
+            f"| [`{name}`](../hooked_models/zoo/{name}/README.md) | {shape} | {encoder} | "
+            f"{' | '.join(cells)} |"
+        )
     if not BLOCK.search(text):
         raise ValueError("docs/models.md has no block for the table of models.")
     return BLOCK.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)
@@ -94,8 +103,16 @@ steps, guidance 4.5; mean [95 % Wilson interval]. Perfect images score 1 in ever
 
 {evaluation.to_markdown(rows)}""",
         *three_objects(folder),
-        *([f"Aims, on held-out combinations:\n{aims(folder, facts['targets'])}"] if facts["targets"] else []),
-        *([f"{about_the_course(facts)}\n\n{learning(folder, 'learning.png')}"] if (folder / "dynamics.parquet").exists() else []),
+        *(
+            [f"Aims, on held-out combinations:\n{aims(folder, facts['targets'])}"]
+            if facts["targets"]
+            else []
+        ),
+        *(
+            [f"{about_the_course(facts)}\n\n{learning(folder, 'learning.png')}"]
+            if (folder / "dynamics.parquet").exists()
+            else []
+        ),
         f"## Training\n\n{how_trained(facts)}",
         *other_seeds(folder),
         f"""## Limits
@@ -113,7 +130,8 @@ def three_objects(folder: Path) -> list[str]:
     rows = pd.read_parquet(folder / "trios.parquet")
     table = evaluation.wide(evaluation.accuracies(rows, ["split"], list(rows.columns[2:])), "split")
     return [
-        "Three objects and two relations (`scenes.sample_trios`, seed 100; a verdict holds if it does for both pairs of objects, "
+        "Three objects and two relations (`scenes.sample_trios`, seed 100; a verdict holds if it "
+        "does for both pairs of objects, "
         f"`relation1` and `relation2` are those of each pair):\n\n{table}"
     ]
 
@@ -132,7 +150,11 @@ def aims(folder: Path, targets: list[str]) -> str:
 def learning(folder: Path, figure: str) -> str:
     """When abilities and heads came, and the whole course."""
     table = pd.read_parquet(folder / "dynamics.parquet")
-    heads = [(source, *head) for source in dynamics.SOURCES for head in dynamics.strongest_heads(table, source, 1)]
+    heads = [
+        (source, *head)
+        for source in dynamics.SOURCES
+        for head in dynamics.strongest_heads(table, source, 1)
+    ]
     metrics = [*SHOWN[:-1], "dipole"]
     columns = [*metrics, *(f"L{layer}H{head} ({source})" for source, layer, head in heads)]
     lines = [f"| samples | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
@@ -141,25 +163,35 @@ def learning(folder: Path, figure: str) -> str:
         values = [of_metric[metric] for metric in metrics]
         for source, layer, head in heads:
             of_head = (part["source"] == source) & (part["layer"] == layer) & (part["head"] == head)
-            values.append(part[of_head & (part["quantity"] == "cosine")]["value"].sum(min_count=1))  # NaN if not screened then
-        lines.append(f"| {samples:,} | {' | '.join('–' if np.isnan(value) else f'{value:.2f}' for value in values)} |")
+            # NaN if not screened then
+            values.append(part[of_head & (part["quantity"] == "cosine")]["value"].sum(min_count=1))
+        lines.append(
+            f"| {samples:,} | "
+            f"{' | '.join('–' if np.isnan(value) else f'{value:.2f}' for value in values)} |"
+        )
     came = [
-        f"- {what}: {'never' if pd.isna(samples) else f'between {before:,} and {samples:,} samples'}"
+        f"- {what}: "
+        f"{'never' if pd.isna(samples) else f'between {before:,} and {samples:,} samples'}"
         + ("" if pd.isna(stays) or stays == samples else f", to stay by {stays:,}")
         for what, samples, before, stays in dynamics.emergence(table).itertuples(index=False)
     ]
-    first = {source: table.loc[table["source"] == source, "samples"].min() for source in dynamics.SOURCES}
+    first = {
+        source: table.loc[table["source"] == source, "samples"].min() for source in dynamics.SOURCES
+    }
     late = [
-        f"{source} ({'not in this run' if np.isnan(since) else f'in this run from {since:,.0f} samples on'})"
+        f"{source} "
+        f"({'not in this run' if np.isnan(since) else f'in this run from {since:,.0f} samples on'})"
         for source, since in first.items()
         if since != table["samples"].min()
     ]
     return "\n".join(
         [
             *([f"Added to the screening later: {', '.join(late)}.", ""] if late else []),
-            f"![Accuracies, the layout dipole and screening of heads against samples seen]({figure})",
+            "![Accuracies, the layout dipole and screening of heads against samples "
+            f"seen]({figure})",
             "",
-            "First at least one half (heads: |cosine|, of each screening the four strongest at the end with p ≤ .05):",
+            "First at least one half (heads: |cosine|, of each screening the four strongest at the "
+            "end with p ≤ .05):",
             *came,
             "",
             *lines,
@@ -187,47 +219,71 @@ def how_trained(facts: dict[str, Any]) -> str:
     """Architecture, data, and settings and history of every run."""
     runs = [*facts.get("earlier", []), facts]
     common = [
-        f"- Architecture: size `{facts['size']}`, text encoder {ENCODERS[facts['encoder']]} (frozen),",
+        f"- Architecture: size `{facts['size']}`, text encoder {ENCODERS[facts['encoder']]} "
+        "(frozen),",
         f"  objective `{facts['objective']}`.",
     ]
     data = [
-        "- Data: `dit_lens.scenes` (procedural, balanced relations, no overlap, 10 of 96 combinations held out); no image is",
+        "- Data: `dit_lens.scenes` (procedural, balanced relations, no overlap, 10 of 96 "
+        "combinations held out); no image is",
         "  seen twice.",
     ]
     if len(runs) == 1:
         return "\n".join([*common, *one_run(facts, data)])
-    total = f"- {sum(run['samples'] for run in runs):,} samples in {len(runs)} runs, each from the weights of the one before."
+    total = (
+        f"- {sum(run['samples'] for run in runs):,} samples in {len(runs)} runs, each from the "
+        "weights of the one before."
+    )
     parts = ["\n".join([*common, total, *data])]
     for number, run in enumerate(runs, start=1):
-        parts.append("\n".join([f"### Run {number}", "", *one_run(run if number == 1 else run | {"init_from": None}, [])]))
+        parts.append(
+            "\n".join(
+                [
+                    f"### Run {number}",
+                    "",
+                    *one_run(run if number == 1 else run | {"init_from": None}, []),
+                ]
+            )
+        )
     return "\n\n".join(parts)
 
 
 def one_run(facts: dict[str, Any], data: list[str]) -> list[str]:
     """Settings and history of a run, and `data`, the lines on its data."""
-    curriculum = [facts.get(name, 0) for name in ("biased_steps", "anchored_steps", "spreading_steps")]
+    curriculum = [
+        facts.get(name, 0) for name in ("biased_steps", "anchored_steps", "spreading_steps")
+    ]
     precision = {"no": "float32"}.get(facts["precision"], facts["precision"])
     lines = [
-        f"- {facts['samples']:,} samples in {facts['steps']:,} steps; Muon {facts['muon_lr']} on the blocks' matrices, AdamW "
-        f"{facts['adam_lr']} on the rest,",
-        f"  caption dropout {facts['caption_dropout']}, EMA, precision {precision}, seed {facts['seed']}.",
+        f"- {facts['samples']:,} samples in {facts['steps']:,} steps; Muon {facts['muon_lr']} on "
+        f"the blocks' matrices, AdamW {facts['adam_lr']} on the rest,",
+        f"  caption dropout {facts['caption_dropout']}, EMA, precision {precision}, seed "
+        f"{facts['seed']}.",
         *data,
     ]
     if facts.get("init_from"):
         lines.append(
-            f"- From the weights of [`{facts['init_from']}`](../{facts['init_from']}/README.md), with a fresh optimiser."
+            f"- From the weights of [`{facts['init_from']}`](../{facts['init_from']}/README.md), "
+            "with a fresh optimiser."
         )
     if facts.get("trios"):
-        lines.append(f"- {facts['trios']:.0%} of the scenes hold three objects and two relations (`scenes.Trio`).")
+        lines.append(
+            f"- {facts['trios']:.0%} of the scenes hold three objects and two relations "
+            "(`scenes.Trio`)."
+        )
     if any(curriculum) and not facts["history"]:
         biased, anchored, spreading = curriculum
         lines += [
-            f"- Curriculum: eight fixed layouts and both colours named for {anchored:,} steps, then layouts spread to the whole",
-            f"  distribution over {spreading:,}; red named first with probability .9, falling to one half over {biased:,} steps;",
+            f"- Curriculum: eight fixed layouts and both colours named for {anchored:,} steps, "
+            "then layouts spread to the whole",
+            f"  distribution over {spreading:,}; red named first with probability .9, falling to "
+            f"one half over {biased:,} steps;",
             f"  learning rate falling linearly from {facts['decay_from']:.0%} of the run on.",
         ]
     elif not facts["history"]:
-        lines.append(f"- Learning rate falling linearly from {facts['decay_from']:.0%} of the run on.")
+        lines.append(
+            f"- Learning rate falling linearly from {facts['decay_from']:.0%} of the run on."
+        )
     history = [f"{i}. {phase}" for i, phase in enumerate(facts["history"], start=1)]
     return [*lines, *(["", *history] if history else [])]
 
@@ -237,10 +293,17 @@ def other_seeds(folder: Path) -> list[str]:
     found = []
     for run in sorted(folder.glob("seed-*")):
         facts, rows = training(run), pd.read_parquet(run / "evaluation.parquet")
-        by_split = evaluation.wide(evaluation.accuracies(rows[rows["template"] == TRAINED], ["split"]), "split")
+        by_split = evaluation.wide(
+            evaluation.accuracies(rows[rows["template"] == TRAINED], ["split"]), "split"
+        )
         found.append(
-            f"## Seed {facts['seed']}\n\nAnother run, whose weights are not bundled.\n\n{how_trained(facts)}\n\n{by_split}\n\n"
-            + (f"#{about_the_course(facts)}\n\n" if not (folder / "dynamics.parquet").exists() else "")
+            f"## Seed {facts['seed']}\n\nAnother run, whose weights are not "
+            f"bundled.\n\n{how_trained(facts)}\n\n{by_split}\n\n"
+            + (
+                f"#{about_the_course(facts)}\n\n"
+                if not (folder / "dynamics.parquet").exists()
+                else ""
+            )
             + learning(run, f"{run.name}/learning.png")
         )
     return found
@@ -250,11 +313,15 @@ def limits(facts: dict[str, Any]) -> str:
     """What the model cannot tell you."""
     words = f"It knows {len(scenes.WORDS)} words and one kind of sentence, and nothing else."
     if facts["encoder"] == "t5-scenes":
-        words = "Its text encoder was pre-trained on sentences about coloured shapes and knows nothing else; it is not T5-XXL."
+        words = (
+            "Its text encoder was pre-trained on sentences about coloured shapes and knows nothing "
+            "else; it is not T5-XXL."
+        )
     if facts["encoder"] == "rte-nopos":
         words += BAG_OF_WORDS
     return (
-        f"{words} One training run, one seed: a circuit found here is a fact about this model. The curriculum is not the "
+        f"{words} One training run, one seed: a circuit found here is a fact about this model. The "
+        "curriculum is not the "
         "original's recipe, so how fast it\nlearnt cannot be compared with the paper."
     )
 
