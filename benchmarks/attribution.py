@@ -1,9 +1,11 @@
-"""What attribution of a whole generation costs, and how true it is, against exact patching and a plain autograd loop, in one run.
+"""What attribution of a whole generation costs, and how true it is, against exact patching and a
+plain autograd loop, in one run.
 
-`python -m benchmarks.attribution` prints, for 3, 7 and 14 steps: seconds in plain generations (two are the runs compared), the
-memory that a call adds, and the rank correlation with exact patching of a random sample. The peer is attribution
-patching as its papers write it: one forward pass with all activations in autograd's graph, one backward pass (EAP-IG's
-own loop with one integration point). Both sides score the same heads and are compared.
+`python -m benchmarks.attribution` prints, for 3, 7 and 14 steps: seconds in plain generations (two
+are the runs compared), the memory that a call adds, and the rank correlation with exact patching of
+a random sample. The peer is attribution patching as its papers write it: one forward pass with all
+activations in autograd's graph, one backward pass (EAP-IG's own loop with one integration point).
+Both sides score the same heads and are compared.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ from hooked_models import HookedTextToImage
 from .measuring import agree, ratio, record, turns
 
 ORIGINAL, SOURCE = "red circle is below blue square", "red circle is above blue square"
-PLAIN, NODES, EDGES, PEER = "plain generation", "all nodes", "all edges", "autograd over the whole generation"
+PLAIN, NODES, EDGES, PEER = (
+    "plain generation",
+    "all nodes",
+    "all edges",
+    "autograd over the whole generation",
+)
 SUBLAYERS = ("attn", "cross_attn")
 
 
@@ -59,7 +66,9 @@ def conditions(model: HookedTextToImage, steps: int) -> dict[str, Callable[[], A
     """Measured calls, by name."""
 
     def pair() -> Any:
-        return attribution.pair(*(model.trajectory(text, seed=0, num_steps=steps) for text in (ORIGINAL, SOURCE)))
+        return attribution.pair(
+            *(model.trajectory(text, seed=0, num_steps=steps) for text in (ORIGINAL, SOURCE))
+        )
 
     return {
         PLAIN: lambda: model(ORIGINAL, seed=0, num_steps=steps),
@@ -80,25 +89,35 @@ def by_autograd(model: HookedTextToImage, steps: int) -> dict[str, Tensor]:
     _, source = model.run_with_cache(SOURCE, seed=0, num_steps=steps, names_filter=names)
     kept: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
-    forward = [(name, lambda tensor, hook: kept.update({hook.name: tensor.detach()})) for name in names]
-    backward = [(name, lambda gradient, hook: gradients.update({hook.name: gradient.detach()})) for name in names]
+    forward = [
+        (name, lambda tensor, hook: kept.update({hook.name: tensor.detach()})) for name in names
+    ]
+    backward = [
+        (name, lambda gradient, hook: gradients.update({hook.name: gradient.detach()}))
+        for name in names
+    ]
     with torch.enable_grad(), model.hooks(fwd_hooks=forward, bwd_hooks=backward):
         height(model(ORIGINAL, seed=0, num_steps=steps)).sum().backward()
-    scores = {name: ((source[name] - kept[name]) * gradients[name]).sum(dim=(0, 1, 3)) for name in names}
+    scores = {
+        name: ((source[name] - kept[name]) * gradients[name]).sum(dim=(0, 1, 3)) for name in names
+    }
     shape = steps, model.cfg.n_layers, -1
     whole = torch.stack(list(scores.values())).reshape(len(SUBLAYERS), *shape)
     return dict(zip(SUBLAYERS, whole, strict=True))
 
 
 def added_memory(config: Config, steps: int, condition: str) -> float:
-    """MiB that a call adds to the peak of this process; a small one has loaded everything before."""
+    """MiB that a call adds to the peak of this process; a small one has loaded everything
+    before.
+    """
     torch.set_num_threads(config.threads)
     model = HookedTextToImage.from_pretrained(config.model)
     conditions(model, 1)[condition]()
     run = conditions(model, steps)[condition]
     before = psutil.Process().memory_info().rss
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20  # ru_maxrss: KiB on Linux
+    # ru_maxrss: KiB on Linux
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
 
 
 def main(config: Config) -> None:
@@ -109,8 +128,20 @@ def main(config: Config) -> None:
         times, values = turns(conditions(model, steps), config.repeats, config.device)
         worst = 0.0
         for sublayer in SUBLAYERS:
-            ours = values[NODES].scores[sublayer].sel(branch="cond").isel(prompt=0).transpose("step", "layer", "head").values
-            worst = max(worst, agree(f"{sublayer} heads", torch.from_numpy(ours.copy()), values[PEER][sublayer], 1e-3))
+            ours = (
+                values[NODES]
+                .scores[sublayer]
+                .sel(branch="cond")
+                .isel(prompt=0)
+                .transpose("step", "layer", "head")
+                .values
+            )
+            worst = max(
+                worst,
+                agree(
+                    f"{sublayer} heads", torch.from_numpy(ours.copy()), values[PEER][sublayer], 1e-3
+                ),
+            )
         for name, spent in times.items():
             start, checked = time.perf_counter(), None
             if name in (NODES, EDGES):

@@ -1,8 +1,11 @@
-"""What reading costs: z, or the pattern, of every attention at every step, against raw PyTorch hooks and an nnsight trace.
+"""What reading costs: z, or the pattern, of every attention at every step, against raw PyTorch
+hooks and an nnsight trace.
 
-`python -m benchmarks.caching` prints seconds of a generation that keeps these tensors of the conditional branch, by all three,
-and compares what they kept. The raw side runs `PixArtSigmaPipeline` with forward pre-hooks on every `to_out` (z), or with an
-attention processor that forms the pattern as diffusers' own explicit one does; nnsight loops over `tracer.iter` in `generate`.
+`python -m benchmarks.caching` prints seconds of a generation that keeps these tensors of the
+conditional branch, by all three, and compares what they kept. The raw side runs
+`PixArtSigmaPipeline` with forward pre-hooks on every `to_out` (z), or with an attention processor
+that forms the pattern as diffusers' own explicit one does; nnsight loops over `tracer.iter` in
+`generate`.
 """
 
 from __future__ import annotations
@@ -64,14 +67,18 @@ class PatternProcessor(AttnProcessor2_0):
         super().__init__()
         self.kept = kept
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):  # type: ignore[no-untyped-def]
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
+    ):  # type: ignore[no-untyped-def]
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
             part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for part in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source))
         )
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        pattern = (scores if attention_mask is None else scores + attention_mask[:, None]).softmax(dim=-1)
+        pattern = (scores if attention_mask is None else scores + attention_mask[:, None]).softmax(
+            dim=-1
+        )
         self.kept.tensors.append(pattern.chunk(2)[1].clone())
         return attn.to_out[1](attn.to_out[0]((pattern @ v).transpose(1, 2).flatten(2)))
 
@@ -121,11 +128,16 @@ def main(config: Config) -> None:
     record("caching", config, pd.DataFrame(rows), config.out)
 
 
-def hooked(model: HookedTextToImage, prompts: list[str], latents: Tensor, config: Config, what: What) -> Tensor:
+def hooked(
+    model: HookedTextToImage, prompts: list[str], latents: Tensor, config: Config, what: What
+) -> Tensor:
     """Flat: every layer's self- and cross-attention, step by step."""
     ending = f"attn.hook_{what}"
     _, cache = model.run_with_cache(
-        prompts, num_steps=config.steps, latents=latents, names_filter=lambda name: name.endswith(ending)
+        prompts,
+        num_steps=config.steps,
+        latents=latents,
+        names_filter=lambda name: name.endswith(ending),
     )
     names = [
         f"steps.{step}.cond.blocks.{layer}.{kind}.hook_{what}"
@@ -136,7 +148,9 @@ def hooked(model: HookedTextToImage, prompts: list[str], latents: Tensor, config
     return torch.cat([cache[name].flatten() for name in names])
 
 
-def raw(pipe: PixArtSigmaPipeline, prompts: list[str], latents: Tensor, call: dict, what: What) -> Tensor:
+def raw(
+    pipe: PixArtSigmaPipeline, prompts: list[str], latents: Tensor, call: dict, what: What
+) -> Tensor:
     """As `hooked`."""
     kept = Kept()
     blocks = pipe.transformer.transformer_blocks
@@ -154,7 +168,9 @@ def raw(pipe: PixArtSigmaPipeline, prompts: list[str], latents: Tensor, call: di
     return torch.cat([tensor.flatten() for tensor in kept.tensors])
 
 
-def in_a_trace(model: nnsight.DiffusionModel, prompts: list[str], latents: Tensor, call: dict, what: What) -> Tensor:
+def in_a_trace(
+    model: nnsight.DiffusionModel, prompts: list[str], latents: Tensor, call: dict, what: What
+) -> Tensor:
     """As `hooked`."""
     steps = call["num_inference_steps"]
     with model.generate(prompts, latents=latents.clone(), **call) as tracer:
@@ -165,7 +181,9 @@ def in_a_trace(model: nnsight.DiffusionModel, prompts: list[str], latents: Tenso
                     if what == "z":
                         kept.append(attention.to_out[0].input.chunk(2)[1].clone())
                     else:
-                        (q, k, _), options = attention.source.self_processor_0.source.F_scaled_dot_product_attention_0.inputs
+                        (q, k, _), options = (
+                            attention.source.self_processor_0.source.F_scaled_dot_product_attention_0.inputs
+                        )
                         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
                         if options.get("attn_mask") is not None:
                             scores = scores + options["attn_mask"]

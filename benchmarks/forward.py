@@ -1,7 +1,9 @@
-"""What inert hooks cost: one denoiser call of `HookedDiT` against the diffusers model that it wraps, in one run.
+"""What inert hooks cost: one denoiser call of `HookedDiT` against the diffusers model that it
+wraps, in one run.
 
-`python -m benchmarks.forward` prints milliseconds and ratios at the bundled models' width and at PixArt-Σ-XL's. Both sides are
-given the same arguments, so both project the text, and both outputs are compared.
+`python -m benchmarks.forward` prints milliseconds and ratios at the bundled models' width and at
+PixArt-Σ-XL's. Both sides are given the same arguments, so both project the text, and both outputs
+are compared.
 """
 
 from __future__ import annotations
@@ -44,10 +46,14 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     rows = []
     for width in config.widths:
-        theirs = transformer(width, config.layers, config.side, width).to(config.device, getattr(torch, config.dtype))
+        theirs = transformer(width, config.layers, config.side, width).to(
+            config.device, getattr(torch, config.dtype)
+        )
         ours = HookedDiT(theirs)
         generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(config.batch, 4, config.side, config.side, generator=generator).to(theirs.device, theirs.dtype)
+        latents = torch.randn(config.batch, 4, config.side, config.side, generator=generator).to(
+            theirs.device, theirs.dtype
+        )
         text = torch.randn(config.batch, config.text_tokens, width, generator=generator).to(latents)
         call = {
             "encoder_hidden_states": text,
@@ -56,11 +62,26 @@ def main(config: Config) -> None:
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
             "return_dict": False,
         }
-        sides = {name: partial(first, model, latents, call) for name, model in (("diffusers", theirs), ("hooked", ours))}
+        sides = {
+            name: partial(first, model, latents, call)
+            for name, model in (("diffusers", theirs), ("hooked", ours))
+        }
         times, values = turns(sides, config.repeats, config.device)
-        worst = agree("the output", values["hooked"], values["diffusers"], 1e-4 if config.dtype == "float32" else 2e-2)
+        worst = agree(
+            "the output",
+            values["hooked"],
+            values["diffusers"],
+            1e-4 if config.dtype == "float32" else 2e-2,
+        )
         shown = {f"{side} ms": 1000 * statistics.median(spent) for side, spent in times.items()}
-        rows.append({"width": width, **shown, "ratio": ratio(times, "hooked", "diffusers"), "difference": worst})
+        rows.append(
+            {
+                "width": width,
+                **shown,
+                "ratio": ratio(times, "hooked", "diffusers"),
+                "difference": worst,
+            }
+        )
     record("forward", config, pd.DataFrame(rows), config.out)
 
 

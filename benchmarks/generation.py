@@ -1,7 +1,8 @@
 """What hooks cost: a generation with all hook points in place, against stock diffusers, in one run.
 
-`python -m benchmarks.generation` prints seconds a generation, and ratios to `PixArtSigmaPipeline.__call__`, for a bundled model
-and for blocks as wide as PixArt-Σ-XL's that read a prompt of 300 tokens. Images of both sides are compared.
+`python -m benchmarks.generation` prints seconds a generation, and ratios to
+`PixArtSigmaPipeline.__call__`, for a bundled model and for blocks as wide as PixArt-Σ-XL's that
+read a prompt of 300 tokens. Images of both sides are compared.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def main(config: Config) -> None:
     dtype = getattr(torch, config.dtype)
     pipe = PixArtSigmaPipeline.from_pretrained(resolve(config.model), dtype=dtype).to(config.device)
     pipe.set_progress_bar_config(disable=True)
-    rows = [row for n in config.batch for row in compared(config, config.model, pipe, [PROMPT] * n, config.steps, 20, True)]
+    rows = [
+        row
+        for n in config.batch
+        for row in compared(config, config.model, pipe, [PROMPT] * n, config.steps, 20, True)
+    ]
     if config.xl_layers:
         wide, prompt = xl_blocks(config.xl_layers, config.xl_side, config.text_tokens)
         wide = wide.to(config.device, dtype)
@@ -62,17 +67,27 @@ def main(config: Config) -> None:
 
 
 def compared(
-    config: Config, name: str, pipe: PixArtSigmaPipeline, prompts: list[str], steps: int, length: int, also_caches: bool
+    config: Config,
+    name: str,
+    pipe: PixArtSigmaPipeline,
+    prompts: list[str],
+    steps: int,
+    length: int,
+    also_caches: bool,
 ) -> list[dict[str, object]]:
     """A row for each condition."""
     model = HookedTextToImage.from_pipeline(pipe)
     shape = (len(prompts), model.cfg.in_channels, model.cfg.sample_size, model.cfg.sample_size)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dit.dtype)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+        model.device, model.dit.dtype
+    )
     sides = conditions(pipe, model, prompts, latents, steps, length)
     if not also_caches:
         sides = {side: sides[side] for side in (PEER, OURS)}
     times, values = turns(sides, config.repeats, config.device)
-    worst = agree("images", values[OURS], values[PEER].images, 1e-4 if config.dtype == "float32" else 5e-2)
+    worst = agree(
+        "images", values[OURS], values[PEER].images, 1e-4 if config.dtype == "float32" else 5e-2
+    )
     return [
         {
             "model": name,
@@ -87,21 +102,36 @@ def compared(
 
 
 def conditions(
-    pipe: PixArtSigmaPipeline, model: HookedTextToImage, prompts: list[str], latents: torch.Tensor, steps: int, length: int
+    pipe: PixArtSigmaPipeline,
+    model: HookedTextToImage,
+    prompts: list[str],
+    latents: torch.Tensor,
+    steps: int,
+    length: int,
 ) -> dict[str, Callable[[], object]]:
     """What is compared; each call draws the same images from the same noise."""
-    call = {"use_resolution_binning": False, "max_sequence_length": length, "clean_caption": False, "output_type": "pt"}
+    call = {
+        "use_resolution_binning": False,
+        "max_sequence_length": length,
+        "clean_caption": False,
+        "output_type": "pt",
+    }
     one_hook = [("steps.0.cond.blocks.0.cross_attn.hook_z", lambda tensor, hook: None)]
 
     def cached(ending: str) -> Callable[[], object]:
         return lambda: model.run_with_cache(
-            prompts, num_steps=steps, latents=latents, names_filter=lambda name: name.endswith(ending)
+            prompts,
+            num_steps=steps,
+            latents=latents,
+            names_filter=lambda name: name.endswith(ending),
         )
 
     return {
         PEER: lambda: pipe(prompts, latents=latents.clone(), num_inference_steps=steps, **call),
         OURS: lambda: model(prompts, num_steps=steps, latents=latents),
-        "one hook at one step": lambda: model.run_with_hooks(prompts, num_steps=steps, latents=latents, fwd_hooks=one_hook),
+        "one hook at one step": lambda: model.run_with_hooks(
+            prompts, num_steps=steps, latents=latents, fwd_hooks=one_hook
+        ),
         "cache all cross-attention patterns": cached("cross_attn.hook_pattern"),
         "cache all residual streams": cached("hook_resid_post"),
     }

@@ -1,7 +1,9 @@
-"""The GPU rows of the benchmarks, in one command and less than ten minutes; results/bench/gpu-*.json.
+"""The GPU rows of the benchmarks, in one command and less than ten minutes;
+results/bench/gpu-*.json.
 
-`python -m benchmarks.gpu` runs each script of `RUNS` in a process of its own. `dry_run` is the same list on the CPU, at the
-smallest sizes, in this process: a test calls it, so that no script fails for the first time where minutes are dear.
+`python -m benchmarks.gpu` runs each script of `RUNS` in a process of its own. `dry_run` is the same
+list on the CPU, at the smallest sizes, in this process: a test calls it, so that no script fails
+for the first time where minutes are dear.
 """
 
 from __future__ import annotations
@@ -37,12 +39,18 @@ class Row:
 
 TINY_WIDE = "--layers 1 --heads 1 --side 8 --text-tokens 16 --steps 2 --cells 2 --repeats 1"
 TINY_SWEEP = (
-    "--model rte-nano --steps 0 --repeats 1 --search-steps 1 --search-scenes 2 --peer-cells 2 --top 2 --sample 1 --best 2"
+    "--model rte-nano --steps 0 --repeats 1 --search-steps 1 --search-scenes 2 --peer-cells 2 "
+    "--top 2 --sample 1 --best 2"
 )
 TRAIN = "--plain-steps 6 --our-steps 120"
 TINY_TRAIN = "--size nano --batch-size 2 --plain-steps 1 --our-steps 25 --warm-steps 0 --no-compile"
 RUNS = (
-    Row("wide", "--dtype bfloat16 --layers 14 --side 64 --text-tokens 300 --steps 14 --cells 16 --repeats 3", TINY_WIDE),
+    Row(
+        "wide",
+        "--dtype bfloat16 --layers 14 --side 64 --text-tokens 300 --steps 14 --cells 16 --repeats "
+        "3",
+        TINY_WIDE,
+    ),
     Row(
         "forward",
         "--dtype bfloat16 --side 64 --text-tokens 300 --repeats 20",
@@ -54,8 +62,16 @@ RUNS = (
         "--model rte-nano --batch 1 --steps 1 --xl-layers 0 --repeats 1",
     ),
     Row("caching", "--repeats 5", "--model rte-nano --steps 1 --repeats 1"),
-    Row("attribution", "--repeats 2 --no-memory", "--model rte-nano --steps 1 --sample 2 --repeats 1 --no-memory"),
-    Row("synopsis", "--repeats 3 --no-memory", "--model rte-nano --batch 1 --steps 1 --repeats 1 --no-memory"),
+    Row(
+        "attribution",
+        "--repeats 2 --no-memory",
+        "--model rte-nano --steps 1 --sample 2 --repeats 1 --no-memory",
+    ),
+    Row(
+        "synopsis",
+        "--repeats 3 --no-memory",
+        "--model rte-nano --batch 1 --steps 1 --repeats 1 --no-memory",
+    ),
     Row("sweep", "--steps 0 4 9 --repeats 2", TINY_SWEEP),
     Row("scaling", "--workers --repeats 5", "--model rte-nano --rows 1 2 --workers --repeats 1"),
     Row("training", f"--size micro {TRAIN} --batch-size 256", TINY_TRAIN, "training-micro"),
@@ -78,7 +94,16 @@ def main(config: Config) -> None:
     for row in RUNS:
         if config.only and row.module not in config.only:
             continue
-        command = [sys.executable, "-m", f"benchmarks.{row.module}", "--device", "cuda", "--out", row.out, *row.gpu.split()]
+        command = [
+            sys.executable,
+            "-m",
+            f"benchmarks.{row.module}",
+            "--device",
+            "cuda",
+            "--out",
+            row.out,
+            *row.gpu.split(),
+        ]
         try:
             subprocess.run(command, check=True, timeout=LIMIT)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
@@ -91,7 +116,9 @@ def main(config: Config) -> None:
 def dry_run(row: Row, out: Path) -> None:
     """Run a row on the CPU at the smallest sizes."""
     module = importlib.import_module(f"benchmarks.{row.module}")
-    module.main(tyro.cli(module.Config, args=["--device", "cpu", "--out", str(out), *row.tiny.split()]))
+    module.main(
+        tyro.cli(module.Config, args=["--device", "cpu", "--out", str(out), *row.tiny.split()])
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Processor time until a name can be used: `import hooked_models`, its main class, and `dit-lens`, each in a process of its own.
+"""Processor time until a name can be used: `import hooked_models`, its main class, and `dit-lens`,
+each in a process of its own.
 
-`python -m benchmarks.imports` prints processor seconds beside those of importing what the packages stand on, taking turns.
+`python -m benchmarks.imports` prints processor seconds beside those of importing what the packages
+stand on, taking turns.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from .measuring import ratio, record
 
 SIDES = {
     "torch, diffusers, transformer_lens": "import torch, diffusers, transformer_lens",
-    "the same, with the pipeline's classes": "import torch, transformer_lens; from diffusers import PixArtSigmaPipeline",
+    "the same, with the pipeline's classes": (
+        "import torch, transformer_lens; from diffusers import PixArtSigmaPipeline"
+    ),
     "hooked_models": "import hooked_models",
     "HookedTextToImage": "from hooked_models import HookedTextToImage",
-    "dit-lens models": "import sys; sys.argv = ['dit-lens', 'models']\nfrom dit_lens.cli import main\nmain()",
+    "dit-lens models": (
+        "import sys; sys.argv = ['dit-lens', 'models']\nfrom dit_lens.cli import main\nmain()"
+    ),
     "dit-lens --help": "import sys; sys.argv = ['dit-lens', '--help']\nfrom dit_lens.cli import main\n"
     "try: main()\nexcept SystemExit: pass",
 }
@@ -40,7 +46,12 @@ class Config:
 def spent(code: str) -> float:
     """Processor seconds of a new interpreter that runs `code`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -52,11 +63,20 @@ def main(config: Config) -> None:
             seconds = spent(code)
             if turn:
                 times[side].append(seconds)
-    probe = SIDES["dit-lens --help"] + f"\nloaded = sorted(set({HEAVY!r}) & set(sys.modules))\nsys.exit(', '.join(loaded))"
-    loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stderr.strip()
+    probe = (
+        SIDES["dit-lens --help"]
+        + f"\nloaded = sorted(set({HEAVY!r}) & set(sys.modules))\nsys.exit(', '.join(loaded))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True
+    ).stderr.strip()
     bases = list(SIDES)[:2]
     rows = [
-        {"process": side, "seconds": statistics.median(times[side]), **{f"× {base}": ratio(times, side, base) for base in bases}}
+        {
+            "process": side,
+            "seconds": statistics.median(times[side]),
+            **{f"× {base}": ratio(times, side, base) for base in bases},
+        }
         for side in SIDES
     ]
     record("imports", config, pd.DataFrame(rows), config.out, help_loads=loaded or "nothing heavy")

@@ -1,4 +1,6 @@
-"""What all benchmarks share: sides that take turns, ratios within a turn, and a record that says on which machine."""
+"""What all benchmarks share: sides that take turns, ratios within a turn, and a record that says on
+which machine.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Times = dict[Any, list[float]]
 
 
 def seconds(run: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
-    """What a call takes, and what it returns: on a CPU the processor's seconds, which other programs disturb least."""
+    """What a call takes, and what it returns: on a CPU the processor's seconds, which other
+    programs disturb least.
+    """
     if device == "cpu":
         start = time.process_time()
         value = run()
@@ -31,8 +35,12 @@ def seconds(run: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
     return time.perf_counter() - start, value
 
 
-def turns(sides: Mapping[Any, Callable[[], Any]], repeats: int, device: str = "cpu") -> tuple[Times, dict[Any, Any]]:
-    """Seconds of every side in each of `repeats` turns, after one that warms up, and what each returned."""
+def turns(
+    sides: Mapping[Any, Callable[[], Any]], repeats: int, device: str = "cpu"
+) -> tuple[Times, dict[Any, Any]]:
+    """Seconds of every side in each of `repeats` turns, after one that warms up, and what each
+    returned.
+    """
     times: Times = {side: [] for side in sides}
     values = {}
     for turn in range(repeats + 1):
@@ -49,15 +57,23 @@ def ratio(times: Times, side: Any, other: Any) -> float:
 
 
 def agree(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> float:
-    """The largest difference, relative to the largest value. Ends the benchmark if it is above `tolerance`."""
-    worst = float((ours.double().cpu() - theirs.double().cpu()).abs().max() / theirs.double().abs().max().cpu())
+    """The largest difference, relative to the largest value.
+
+    Ends the benchmark if it is above `tolerance`.
+    """
+    worst = float(
+        (ours.double().cpu() - theirs.double().cpu()).abs().max()
+        / theirs.double().abs().max().cpu()
+    )
     if not worst <= tolerance:
         raise SystemExit(f"The sides do not agree on {what}: they differ by {worst:.2g}.")
     return worst
 
 
 def record(name: str, config: Any, table: pd.DataFrame, out: Path | None, **facts: Any) -> None:
-    """Print the table, and write it with its settings and the machine to `out` (results/bench/{name}.json)."""
+    """Print the table, and write it with its settings and the machine to `out`
+    (results/bench/{name}.json).
+    """
     machine = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -79,4 +95,7 @@ def _processor() -> str:
     """As Linux names it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

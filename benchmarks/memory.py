@@ -1,8 +1,10 @@
-"""What looking costs in memory at the token count of 1024 px: synopses and filtered caches against plain sampling.
+"""What looking costs in memory at the token count of 1024 px: synopses and filtered caches against
+plain sampling.
 
-`python benchmarks/memory.py` draws one image of 4,096 tokens with PixArt-XL's heads (16 × 72) in a few random layers. Each
-condition runs in a process of its own; memory is its peak resident size. "added" leaves out what the process held before the
-call (libraries, weights): the harder comparison.
+`python benchmarks/memory.py` draws one image of 4,096 tokens with PixArt-XL's heads (16 × 72) in a
+few random layers. Each condition runs in a process of its own; memory is its peak resident size.
+"added" leaves out what the process held before the call (libraries, weights): the harder
+comparison.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ import tyro
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
 from dit_lens import synopsis
-from hooked_models import HookedTextToImage, PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
+from hooked_models import (
+    HookedTextToImage,
+    PatchCodec,
+    RandomTokenEncoder,
+    RandomTokenEncoderConfig,
+    word_tokenizer,
+)
 from hooked_models.generation.cache import estimate
 
 PROMPT = "red circle is above blue square"
@@ -42,7 +50,9 @@ class Config:
 
 
 def build(config: Config) -> HookedTextToImage:
-    """A random model; the codec is linear, because an autoencoder's memory would hide the denoiser's."""
+    """A random model; the codec is linear, because an autoencoder's memory would hide the
+    denoiser's.
+    """
     torch.manual_seed(0)
     width = config.heads * config.d_head
     transformer = PixArtTransformer2DModel(
@@ -59,7 +69,9 @@ def build(config: Config) -> HookedTextToImage:
     words = tuple(PROMPT.split())
     encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=words, d_model=64))
     codec = PatchCodec(latent_channels=4, patch_size=8)
-    return HookedTextToImage(transformer, encoder, word_tokenizer(words), codec, DPMSolverMultistepScheduler()).eval()
+    return HookedTextToImage(
+        transformer, encoder, word_tokenizer(words), codec, DPMSolverMultistepScheduler()
+    ).eval()
 
 
 def conditions(model: HookedTextToImage, steps: int) -> dict[str, Callable[[], object]]:
@@ -71,12 +83,17 @@ def conditions(model: HookedTextToImage, steps: int) -> dict[str, Callable[[], o
         return lambda name: name.endswith(f".{sublayer}.hook_pattern")
 
     def synopses(sublayer: synopsis.Sublayer) -> Callable[[], object]:
-        return lambda: synopsis.attention_synopsis(model, PROMPT, sublayer=sublayer, num_steps=steps)
+        return lambda: synopsis.attention_synopsis(
+            model, PROMPT, sublayer=sublayer, num_steps=steps
+        )
 
     def on_disk() -> object:
         with tempfile.TemporaryDirectory() as out:
             return model.run_with_cache(
-                PROMPT, num_steps=steps, names_filter=lambda name: name.endswith("hook_resid_post"), out=out
+                PROMPT,
+                num_steps=steps,
+                names_filter=lambda name: name.endswith("hook_resid_post"),
+                out=out,
             )
 
     return {
@@ -84,7 +101,11 @@ def conditions(model: HookedTextToImage, steps: int) -> dict[str, Callable[[], o
         "synopsis, cross-attention": synopses("cross_attn"),
         "synopsis, self-attention": synopses("attn"),
         "cache, two heads' z and cross-attention patterns": lambda: model.run_with_cache(
-            PROMPT, names_filter=lambda name: name.endswith((".cross_attn.hook_pattern", ".cross_attn.hook_z")), **two
+            PROMPT,
+            names_filter=lambda name: name.endswith(
+                (".cross_attn.hook_pattern", ".cross_attn.hook_z")
+            ),
+            **two,
         ),
         "cache, entropy of all self-attention": lambda: model.run_with_cache(
             PROMPT, num_steps=steps, names_filter=pattern("attn"), patterns="entropy"
@@ -124,7 +145,12 @@ def main(config: Config) -> None:
     table["peak ratio"] = table["peak MiB"] / table["peak MiB"].iloc[0]
     table["added ratio"] = table["added MiB"] / table["added MiB"].iloc[0]
     print(f"\n{config}\n{table.round(3).to_string(index=False)}")
-    whole = estimate(build(config), PROMPT, config.steps, names_filter=lambda name: name.endswith(".attn.hook_pattern"))
+    whole = estimate(
+        build(config),
+        PROMPT,
+        config.steps,
+        names_filter=lambda name: name.endswith(".attn.hook_pattern"),
+    )
     print(f"\nAll self-attention patterns would be {whole}.")
 
 

@@ -20,7 +20,9 @@ WORDS = ("red", "blue", "circle", "square", "is", "above", "left", "of")
 
 
 def transformer(width: int, layers: int, side: int, text_width: int) -> PixArtTransformer2DModel:
-    """Random weights; heads of 72 channels, as PixArt-XL's, where the width allows, of 64 otherwise. `side`: of the latents."""
+    """Random weights; heads of 72 channels, as PixArt-XL's, where the width allows, of 64
+    otherwise. `side`: of the latents.
+    """
     torch.manual_seed(0)
     d_head = 72 if width % 72 == 0 and width > 1000 else 64
     return PixArtTransformer2DModel(
@@ -38,18 +40,33 @@ def transformer(width: int, layers: int, side: int, text_width: int) -> PixArtTr
     ).eval()
 
 
-def xl_blocks(layers: int, side: int, text_tokens: int, width: int = 1152) -> tuple[PixArtSigmaPipeline, str]:
-    """A pipeline with blocks as wide as PixArt-Σ-XL's and text of T5-XXL's width; and a prompt that is so many tokens long."""
+def xl_blocks(
+    layers: int, side: int, text_tokens: int, width: int = 1152
+) -> tuple[PixArtSigmaPipeline, str]:
+    """A pipeline with blocks as wide as PixArt-Σ-XL's and text of T5-XXL's width; and a prompt that
+    is so many tokens long.
+    """
     tokenizer = word_tokenizer(WORDS, max_length=text_tokens)
-    encoder = RandomTokenEncoder(RandomTokenEncoderConfig(words=WORDS, d_model=4096, positions=False)).eval()
+    encoder = RandomTokenEncoder(
+        RandomTokenEncoderConfig(words=WORDS, d_model=4096, positions=False)
+    ).eval()
     codec = PatchCodec(latent_channels=4, patch_size=8)
-    pipe = PixArtSigmaPipeline(tokenizer, encoder, codec, transformer(width, layers, side, 4096), DPMSolverMultistepScheduler())
+    pipe = PixArtSigmaPipeline(
+        tokenizer,
+        encoder,
+        codec,
+        transformer(width, layers, side, 4096),
+        DPMSolverMultistepScheduler(),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
 
 
-def flux_blocks(double: int, single: int, text_tokens: int, heads: int = 24) -> tuple[FluxPipeline, str]:
-    """A FLUX.1 pipeline with blocks as wide as FLUX.1-dev's at 24 heads; and a prompt that is so many tokens long.
+def flux_blocks(
+    double: int, single: int, text_tokens: int, heads: int = 24
+) -> tuple[FluxPipeline, str]:
+    """A FLUX.1 pipeline with blocks as wide as FLUX.1-dev's at 24 heads; and a prompt that is so
+    many tokens long.
 
     Args:
         double, single: numbers of blocks of either kind.
@@ -66,7 +83,9 @@ def flux_blocks(double: int, single: int, text_tokens: int, heads: int = 24) -> 
         bos_token_id=0,
         eos_token_id=1,
     )
-    t5 = T5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=1)
+    t5 = T5Config(
+        vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=1
+    )
     vae = AutoencoderKL(
         block_out_channels=(4,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,

@@ -1,7 +1,8 @@
-"""How well each method recovers a planted circuit: AUROC over heads by kind, and false positives where there is no circuit.
+"""How well each method recovers a planted circuit: AUROC over heads by kind, and false positives
+where there is no circuit.
 
-`python benchmarks/planted_recovery.py --seeds 5` prints both tables (about a minute a kind and seed on one core, most of it
-for the interventions; `--methods screening synopsis` takes seconds).
+`python benchmarks/planted_recovery.py --seeds 5` prints both tables (about a minute a kind and seed
+on one core, most of it for the interventions; `--methods screening synopsis` takes seconds).
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ class Config:
 
 def main(config: Config) -> None:
     rows = []
-    jobs = [(kind, seed, method) for kind in config.kinds for seed in range(config.seeds) for method in config.methods]
+    jobs = [
+        (kind, seed, method)
+        for kind in config.kinds
+        for seed in range(config.seeds)
+        for method in config.methods
+    ]
     for kind, seed, method in track(jobs, "methods on planted circuits"):
         model, truth = planted_circuit(kind, seed)
         row: dict[str, object] = {"kind": kind, "seed": seed, "method": method}
@@ -45,12 +51,17 @@ def main(config: Config) -> None:
             row["AUROC"] = recovery.auroc(found["score"], positive(truth))
             others = found.loc[[place not in positive(truth) for place in found.index]]
             row["largest other score"] = (
-                others["score"].abs().max() / found["score"].abs().max() if len(others) < len(found) else None
+                others["score"].abs().max() / found["score"].abs().max()
+                if len(others) < len(found)
+                else None
             )
             if "p" in found:
                 row["false positives"] = float((others["p"] <= config.level).mean())
         rows.append(row)
-    show(pd.DataFrame(rows), ["AUROC", "largest other score", "false positives", "moved", "moved by controls"])
+    show(
+        pd.DataFrame(rows),
+        ["AUROC", "largest other score", "false positives", "moved", "moved by controls"],
+    )
 
 
 def show(table: pd.DataFrame, columns: Sequence[str]) -> None:

@@ -1,7 +1,9 @@
-"""What each part of the training recipe is worth: short runs that leave one out, by what they can do after equally many samples.
+"""What each part of the training recipe is worth: short runs that leave one out, by what they can
+do after equally many samples.
 
-`python -m benchmarks.sample_efficiency --out results/sample_efficiency` prints a table; a run that was stopped goes on. The early
-indicator is the layout dipole (`dit_lens.training.dynamics.dipole`): relations are put together when it leaves 0.
+`python -m benchmarks.sample_efficiency --out results/sample_efficiency` prints a table; a run that
+was stopped goes on. The early indicator is the layout dipole (`dit_lens.training.dynamics.dipole`):
+relations are put together when it leaves 0.
 """
 
 from __future__ import annotations
@@ -41,14 +43,20 @@ class Config:
 class UniformNoiseLevels(CleanImageObjective):
     """The same loss with noise levels drawn uniformly instead of mostly high ones."""
 
-    def levels(self, n: int, generator: torch.Generator, device: torch.device) -> Float[Tensor, " n"]:
+    def levels(
+        self, n: int, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, " n"]:
         """Uniform in [0, 1]."""
         return torch.rand(n, generator=generator, device=device)
 
 
-def adamw_alone(model: PixArtTransformer2DModel, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+def adamw_alone(
+    model: PixArtTransformer2DModel, config: TrainConfig
+) -> dict[str, torch.optim.Optimizer]:
     """In place of `loop.build_optimizers`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return {"adamw": optimizer}
@@ -124,13 +132,20 @@ def main(config: Config) -> None:
 
 
 def ends(run: Path) -> dict[str, object]:
-    """What a run could do at its end, and the samples it had seen when its dipole was first found to be at least one half."""
+    """What a run could do at its end, and the samples it had seen when its dipole was first found
+    to be at least one half.
+    """
     table = pd.read_parquet(run / "dynamics.parquet")
-    last = table[(table["step"] == table["step"].max()) & table["layer"].isna()].set_index("quantity")
+    last = table[(table["step"] == table["step"].max()) & table["layer"].isna()].set_index(
+        "quantity"
+    )
     course = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     came = next((entry["samples"] for entry in course if entry.get("dipole", 0) >= 0.5), None)
     shown = ("dipole", "unique_binding", "relation_loose")
-    cells = {name: "{:.2f} [{:.2f}, {:.2f}]".format(*last.loc[name, ["value", "low", "high"]]) for name in shown}
+    cells = {
+        name: "{:.2f} [{:.2f}, {:.2f}]".format(*last.loc[name, ["value", "low", "high"]])
+        for name in shown
+    }
     return {"samples": int(last["samples"].iloc[0]), **cells, "dipole ≥ .5 from": came}
 
 

@@ -1,8 +1,9 @@
 """How sweeps scale: with rows in a batch, and with workers of one thread each.
 
-`python -m benchmarks.scaling` prints milliseconds a row of one denoising step for batches of 1 to 512 rows, and cells a second
-of a Ray cluster of one and of two workers on this machine. What a cluster takes to start (loading the model in every worker) is
-measured with a sweep of one head at the last step, and taken off. Clusters are timed by the clock, not by processor seconds.
+`python -m benchmarks.scaling` prints milliseconds a row of one denoising step for batches of 1 to
+512 rows, and cells a second of a Ray cluster of one and of two workers on this machine. What a
+cluster takes to start (loading the model in every worker) is measured with a sweep of one head at
+the last step, and taken off. Clusters are timed by the clock, not by processor seconds.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def main(config: Config) -> None:
 def planned(model: HookedTextToImage, steps: range) -> sweep.Plan:
     """All heads of cross-attention at some steps, and an effect on the image."""
     layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
-    cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=layers, heads=heads, steps=steps)
+    cells = sweep.grid(
+        Intervention("blocks.*.cross_attn.hook_z"), layers=layers, heads=heads, steps=steps
+    )
     return sweep.plan(model, PROMPTS, 0, cells, {"m": sweep.Metric(strength)}, batch=32)
 
 
@@ -69,19 +72,29 @@ def on_cluster(model: HookedTextToImage, config: Config, workers: int) -> dict[s
 
     spent = []
     ray.init(
-        num_cpus=workers, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="ERROR"
+        num_cpus=workers,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
     )
     try:
         small = Intervention("blocks.0.cross_attn.hook_z", heads=[0], steps=13)
         start_up = sweep.plan(model, PROMPTS, 0, [small], {"m": sweep.Metric(strength)})
-        for plan in (start_up, start_up, planned(model, range(config.steps))):  # the first starts Ray itself
+        # the first starts Ray itself
+        for plan in (start_up, start_up, planned(model, range(config.steps))):
             start = time.perf_counter()
             plan.run(executor="ray", workers=workers)
             spent.append(time.perf_counter() - start)
     finally:
         ray.shutdown()
     _, starting, whole = spent
-    return {"workers": workers, "seconds": whole, "of them starting": starting, "cells/s": plan.cells / (whole - starting)}
+    return {
+        "workers": workers,
+        "seconds": whole,
+        "of them starting": starting,
+        "cells/s": plan.cells / (whole - starting),
+    }
 
 
 if __name__ == "__main__":

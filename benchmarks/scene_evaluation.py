@@ -1,8 +1,10 @@
-"""What perfect images score, by our judge and by the original's, and how many images either judges in a second.
+"""What perfect images score, by our judge and by the original's, and how many images either judges
+in a second.
 
-`python -m benchmarks.scene_evaluation` prints the tables of `docs/scenes.md` (a few minutes on one core). The original's
-rules are `dit_lens.task.paper_rules`; its geometry (Wang, Fan, Pan, arXiv 2601.06338) is written here from its description, so
-that a difference between two ceilings can be traced to the rules, to the geometry, or to the overlap of objects.
+`python -m benchmarks.scene_evaluation` prints the tables of `docs/scenes.md` (a few minutes on one
+core). The original's rules are `dit_lens.task.paper_rules`; its geometry (Wang, Fan, Pan, arXiv
+2601.06338) is written here from its description, so that a difference between two ceilings can be
+traced to the rules, to the geometry, or to the overlap of objects.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ Judge = Callable[[np.ndarray, Sequence[Scene]], np.ndarray]
 
 METRICS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose")
 TRIANGLE_HEIGHT = 2 * RADIUS * math.sqrt(3) / 2
-REPORTED = {  # ground-truth ceilings of the original, as measured with its own code on 40,000 simulated training scenes
+# ground-truth ceilings of the original, as measured with its own code on 40,000 simulated training
+# scenes
+REPORTED = {
     "plain": (0.984, 0.880, 0.880, 0.848, 0.865),
     "264 prompts": (0.969, 0.821, 0.821, 0.779, 0.808),
     "96 prompts": (0.970, 0.817, 0.817, 0.766, 0.805),
@@ -40,7 +44,10 @@ REPORTED = {  # ground-truth ceilings of the original, as measured with its own 
 
 
 def render_original(scenes: Sequence[Scene]) -> np.ndarray:
-    """uint8 [image height width 3]. A triangle's nominal centre is its centroid, at two thirds of its height."""
+    """uint8 [image height width 3].
+
+    A triangle's nominal centre is its centroid, at two thirds of its height.
+    """
     images = []
     for scene in scenes:
         image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND)
@@ -53,7 +60,9 @@ def render_original(scenes: Sequence[Scene]) -> np.ndarray:
             top, base = y - TRIANGLE_HEIGHT / 3, y + 2 * TRIANGLE_HEIGHT / 3
             match shape:
                 case "triangle":
-                    draw.polygon([(x, top), (x - RADIUS, base), (x + RADIUS, base)], fill=PIXELS[color])
+                    draw.polygon(
+                        [(x, top), (x - RADIUS, base), (x + RADIUS, base)], fill=PIXELS[color]
+                    )
                 case "circle":
                     draw.ellipse(box, fill=PIXELS[color])
                 case "square":
@@ -91,7 +100,9 @@ def apart(scene: Scene, extent: Callable[[Shape], tuple[int, int, int]]) -> bool
 
 
 def judge_original(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
-    """[image, metric + y offset of object 1, of object 2]: `METRICS` as 0 or 1; the offsets are NaN without unique binding."""
+    """[image, metric + y offset of object 1, of object 2]: `METRICS` as 0 or 1; the offsets are NaN
+    without unique binding.
+    """
     return verdicts_of(paper_verdicts, images, scenes)
 
 
@@ -100,11 +111,16 @@ def judge_ours(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
     return verdicts_of(evaluate, images, scenes)
 
 
-def verdicts_of(rules: Callable[..., xr.Dataset], images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
+def verdicts_of(
+    rules: Callable[..., xr.Dataset], images: np.ndarray, scenes: Sequence[Scene]
+) -> np.ndarray:
     """As `judge_original`, by any rules."""
     verdict = rules(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, scenes)
     errors = [verdict.y1 - [s.y1 for s in scenes], verdict.y2 - [s.y2 for s in scenes]]
-    return np.stack([*(verdict[name].values.astype(float) for name in METRICS), *(e.values for e in errors)], axis=1)
+    return np.stack(
+        [*(verdict[name].values.astype(float) for name in METRICS), *(e.values for e in errors)],
+        axis=1,
+    )
 
 
 GEOMETRIES = {"ours": (render_ours, extent_ours), "original": (render_original, extent_original)}
@@ -115,7 +131,9 @@ RULES = {"ours": judge_ours, "original": judge_original}
 
 
 def weights(scenes: Sequence[Scene], form: str) -> np.ndarray:
-    """[image], sum 1: every image counts alike ("plain"), or every prompt of a set does, by the images of its cell."""
+    """[image], sum 1: every image counts alike ("plain"), or every prompt of a set does, by the
+    images of its cell.
+    """
     if form == "plain":
         return np.full(len(scenes), 1 / len(scenes))
     cells = [(s.combination, s.phrase if form == "264 prompts" else "") for s in scenes]
@@ -144,7 +162,10 @@ def print_header(*cells: str) -> None:
 
 
 def score(scenes: Sequence[Scene], draw: Draw, judge: Judge) -> tuple[np.ndarray, float]:
-    """Verdicts [image, column], and seconds spent judging. In chunks: 40,000 float images take 8 GB."""
+    """Verdicts [image, column], and seconds spent judging.
+
+    In chunks: 40,000 float images take 8 GB.
+    """
     verdicts, seconds = [], 0.0
     for i in range(0, len(scenes), 128):
         chunk = scenes[i : i + 128]
@@ -172,7 +193,9 @@ def main() -> None:
     verdicts, seconds = {}, dict.fromkeys(RULES, 0.0)
     for distribution, (geometry, rules) in itertools.product(drawn, settings):
         draw, _ = GEOMETRIES[geometry]
-        verdicts[distribution, geometry, rules], spent = score(drawn[distribution], draw, RULES[rules])
+        verdicts[distribution, geometry, rules], spent = score(
+            drawn[distribution], draw, RULES[rules]
+        )
         seconds[rules] += spent
 
     print_header("layout", "weighting", "geometry", "rules", *METRICS)
@@ -187,15 +210,33 @@ def main() -> None:
         scenes = drawn[layout.split(",")[0]]
         for geometry, rules in settings:
             _, extent = GEOMETRIES[geometry]
-            keep = np.array([layout != "natural, apart" or apart(scene, extent) for scene in scenes])
+            keep = np.array(
+                [layout != "natural, apart" or apart(scene, extent) for scene in scenes]
+            )
             scored = verdicts[layout.split(",")[0], geometry, rules][keep]
-            weight = weights([scene for scene, kept in zip(scenes, keep, strict=True) if kept], form)
-            print_row(layout, form, geometry, rules, *(interval(scored[:, m], weight) for m in range(len(METRICS))))
+            weight = weights(
+                [scene for scene, kept in zip(scenes, keep, strict=True) if kept], form
+            )
+            print_row(
+                layout,
+                form,
+                geometry,
+                rules,
+                *(interval(scored[:, m], weight) for m in range(len(METRICS))),
+            )
         if layout == "natural":
-            print_row(layout, form, "original", "original, reported", *(f"{value:.3f}" for value in REPORTED[form]))
+            print_row(
+                layout,
+                form,
+                "original",
+                "original, reported",
+                *(f"{value:.3f}" for value in REPORTED[form]),
+            )
 
     print_header("geometry", "rules", "measured − nominal y of triangles, px")
-    triangle = np.array([[s.shape1 == "triangle", s.shape2 == "triangle"] for s in drawn["balanced"]])
+    triangle = np.array(
+        [[s.shape1 == "triangle", s.shape2 == "triangle"] for s in drawn["balanced"]]
+    )
     for geometry, rules in settings:
         errors = verdicts["balanced", geometry, rules][:, len(METRICS) :][triangle]
         print_row(geometry, rules, f"{np.nanmean(errors):+.2f}")

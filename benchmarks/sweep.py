@@ -1,15 +1,19 @@
 """Causal sweeps over layers × heads × steps, against the peers' ways of doing them, in one run.
 
-`python -m benchmarks.sweep --model rte-micro` prints seconds a cell and ratios. A one-step effect on x0 is measured against
-TransformerLens' `generic_activation_patch` on a view of that step; an effect on the image against whole generations: one with
-hooks a cell, as scripts do it; an nnsight trace with an invoke a cell; and `PixArtSigmaPipeline` with an attention processor that
-leaves a head out. All sides zero the same heads on the same prompts and noise, and their numbers are compared.
+`python -m benchmarks.sweep --model rte-micro` prints seconds a cell and ratios. A one-step effect
+on x0 is measured against TransformerLens' `generic_activation_patch` on a view of that step; an
+effect on the image against whole generations: one with hooks a cell, as scripts do it; an nnsight
+trace with an invoke a cell; and `PixArtSigmaPipeline` with an attention processor that leaves a
+head out. All sides zero the same heads on the same prompts and noise, and their numbers are
+compared.
 
-The bound is arithmetic: what sharing prefixes can save (row-layers of the peer over ours), times what batching can: a row's
-time in the peer's batch over that in a full batch, measured here on the denoiser alone.
+The bound is arithmetic: what sharing prefixes can save (row-layers of the peer over ours), times
+what batching can: a row's time in the peer's batch over that in a full batch, measured here on the
+denoiser alone.
 
-A second table compares searches (scores first, then the top and a random sample exactly) with the exhaustive sweep: by which head
-and step the relation of several scenes is moved most, and what changes an image most.
+A second table compares searches (scores first, then the top and a random sample exactly) with the
+exhaustive sweep: by which head and step the relation of several scenes is moved most, and what
+changes an image most.
 """
 
 from __future__ import annotations
@@ -56,7 +60,9 @@ class Config:
     repeats: int = 2
     """Sides take turns; the median is reported."""
     peer_cells: int = 6
-    """Of a step and spread over heads, that nnsight and diffusers, which generate anew for every cell, are timed on."""
+    """Of a step and spread over heads, that nnsight and diffusers, which generate anew for every
+    cell, are timed on.
+    """
     search_steps: int = 14
     """Steps of the search, from the first; 0 leaves it out."""
     search_scenes: int = 8
@@ -85,18 +91,44 @@ def main(config: Config) -> None:
     layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
     every = Intervention("blocks.*.cross_attn.hook_z")
     cells = sweep.grid(every, layers=layers, heads=heads, steps=config.steps)
-    plans = {on: sweep.plan(model, PROMPTS, config.seed, cells, {"m": sweep.Metric(strength, on=on)}) for on in ("x0", "image")}
-    few = dict(list(cells.items())[:: max(1, len(cells) // config.peer_cells)])
-    peers: dict[tuple[str, str], tuple[Callable[[], Tensor], Cells, int]] = {  # with the cells it is run on, and rows together
-        ("x0", "TransformerLens, a step view"): (partial(one_step_peer, model, config), cells, len(PROMPTS)),
-        ("image", "hooks, a generation a cell"): (partial(whole_run_peer, model, config, cells), cells, len(PROMPTS)),
-        ("image", "nnsight, an invoke a cell"): (nnsight_peer(config, few), few, len(few) * len(PROMPTS)),
-        ("image", "diffusers, attention processor"): (diffusers_peer(config, few), few, len(PROMPTS)),
+    plans = {
+        on: sweep.plan(model, PROMPTS, config.seed, cells, {"m": sweep.Metric(strength, on=on)})
+        for on in ("x0", "image")
     }
-    sides = {**{key: run for key, (run, _, _) in peers.items()}, **{(on, "sweep"): partial(ours, plans[on]) for on in plans}}
+    few = dict(list(cells.items())[:: max(1, len(cells) // config.peer_cells)])
+    # with the cells it is run on, and rows together
+    peers: dict[tuple[str, str], tuple[Callable[[], Tensor], Cells, int]] = {
+        ("x0", "TransformerLens, a step view"): (
+            partial(one_step_peer, model, config),
+            cells,
+            len(PROMPTS),
+        ),
+        ("image", "hooks, a generation a cell"): (
+            partial(whole_run_peer, model, config, cells),
+            cells,
+            len(PROMPTS),
+        ),
+        ("image", "nnsight, an invoke a cell"): (
+            nnsight_peer(config, few),
+            few,
+            len(few) * len(PROMPTS),
+        ),
+        ("image", "diffusers, attention processor"): (
+            diffusers_peer(config, few),
+            few,
+            len(PROMPTS),
+        ),
+    }
+    sides = {
+        **{key: run for key, (run, _, _) in peers.items()},
+        **{(on, "sweep"): partial(ours, plans[on]) for on in plans},
+    }
     times, values = turns(sides, config.repeats, config.device)
     full = plans["image"].batch
-    of_row = {n: seconds_of_step(plans["image"], n) / n for n in {full, *(n for _, _, n in peers.values())}}
+    of_row = {
+        n: seconds_of_step(plans["image"], n) / n
+        for n in {full, *(n for _, _, n in peers.values())}
+    }
     rows = []
     for (on, peer), (_, run_on, together) in peers.items():
         where = [list(cells).index(label) for label in run_on]
@@ -139,11 +171,16 @@ def ours(plan: sweep.Plan) -> Tensor:
 
 
 def searched(model: HookedTextToImage, config: Config) -> list[dict[str, Any]]:
-    """Two-stage searches beside the exhaustive sweep, by two metrics: time, and how many of the true largest were run.
+    """Two-stage searches beside the exhaustive sweep, by two metrics: time, and how many of the
+    true largest were run.
 
     Over all heads at every step.
     """
-    along = {"layers": range(model.cfg.n_layers), "heads": range(model.cfg.n_heads), "steps": range(config.search_steps)}
+    along = {
+        "layers": range(model.cfg.n_layers),
+        "heads": range(model.cfg.n_heads),
+        "steps": range(config.search_steps),
+    }
     cells = {
         f"{kind} {name}": one
         for kind in config.search_sublayers
@@ -151,15 +188,24 @@ def searched(model: HookedTextToImage, config: Config) -> list[dict[str, Any]]:
     }
     wanted = scenes.sample(config.search_scenes, seed=3, color_words="both")
     metrics = {"relation": sweep.relation_metric(wanted), "strength": sweep.Metric(strength)}
-    plan = sweep.plan(model, [scenes.caption(scene) for scene in wanted], config.seed, cells, metrics)
+    plan = sweep.plan(
+        model, [scenes.caption(scene) for scene in wanted], config.seed, cells, metrics
+    )
     exhaustive, whole = seconds(plan.run, config.device)
     ways: tuple[Method, ...] = ("step", "attribution")
     rows = []
     for metric, score in product(metrics, ways):
         search = partial(sweep.two_stage, plan, metric, config.top, config.sample, score=score)
         spent, found = seconds(search, config.device)
-        sizes = abs(whole[f"{metric}_effect"].sel(interval="mean")).to_series().sort_values(ascending=False)
-        ran, rank = found.table.loc[found.table["drawn"] != "", "intervention"], min(config.best, config.top)
+        sizes = (
+            abs(whole[f"{metric}_effect"].sel(interval="mean"))
+            .to_series()
+            .sort_values(ascending=False)
+        )
+        ran, rank = (
+            found.table.loc[found.table["drawn"] != "", "intervention"],
+            min(config.best, config.top),
+        )
         of_all = found.table.set_index("intervention").loc[sizes.index, "score"]
         rows.append(
             {
@@ -169,9 +215,14 @@ def searched(model: HookedTextToImage, config: Config) -> list[dict[str, Any]]:
                 "run exactly": len(ran),
                 "seconds": spent,
                 "times faster": exhaustive / spent,
-                **{f"of the true top {n}": len(set(sizes.index[:n]) & set(ran)) / n for n in (3, config.best)},
+                **{
+                    f"of the true top {n}": len(set(sizes.index[:n]) & set(ran)) / n
+                    for n in (3, config.best)
+                },
                 "effect size of those run": float(sizes[ran].sum() / sizes.sum()),
-                "rank correlation of sizes, all cells": float(spearmanr(of_all.abs(), sizes).statistic),
+                "rank correlation of sizes, all cells": float(
+                    spearmanr(of_all.abs(), sizes).statistic
+                ),
                 "in the sample": str(found.of_sizes),
                 f"missed above rank {rank}, at most": found.missed(rank).most,
             }
@@ -184,7 +235,10 @@ def searched(model: HookedTextToImage, config: Config) -> list[dict[str, Any]]:
 
 def whole_run_peer(model: HookedTextToImage, config: Config, cells: Cells) -> Tensor:
     """One generation of all prompts for every cell, hooked from its start."""
-    runs = [model.run_with_hooks(PROMPTS, seed=config.seed, fwd_hooks=cell.hooks(model, PROMPTS)) for cell in cells.values()]
+    runs = [
+        model.run_with_hooks(PROMPTS, seed=config.seed, fwd_hooks=cell.hooks(model, PROMPTS))
+        for cell in cells.values()
+    ]
     return torch.stack([strength(images) for images in runs]).double()
 
 
@@ -196,7 +250,9 @@ def one_step_peer(model: HookedTextToImage, config: Config) -> Tensor:
         _, zeros = view.run_with_cache(tokens)
         zeros.cache_dict.update({name: torch.zeros_like(value) for name, value in zeros.items()})
         setter, axes = tl_patching.layer_head_vector_patch_setter, ("layer", "head")
-        result = tl_patching.generic_activation_patch(view, tokens, zeros, strength, setter, "cross_z", axes, reduce="none")
+        result = tl_patching.generic_activation_patch(
+            view, tokens, zeros, strength, setter, "cross_z", axes, reduce="none"
+        )
         found.append(result.values.flatten(0, 1))
     return torch.stack(found, dim=1).flatten(0, 1).double()
 
@@ -226,7 +282,11 @@ def nnsight_peer(config: Config, cells: Cells) -> Callable[[], Tensor]:
         with torch.no_grad(), traced.generate(return_dict=False, **call) as tracer:
             images = nnsight.save([])
             for cell in cells.values():
-                layer, head, step = int(cell.site.split(".")[1]), int(cell.heads[0]), int(cell.steps)
+                layer, head, step = (
+                    int(cell.site.split(".")[1]),
+                    int(cell.heads[0]),
+                    int(cell.steps),
+                )
                 with tracer.invoke(PROMPTS):
                     for _ in tracer.iter[step]:
                         out = traced.transformer.transformer_blocks[layer].attn2.to_out[0]
@@ -241,16 +301,24 @@ def nnsight_peer(config: Config, cells: Cells) -> Callable[[], Tensor]:
 
 
 class WithoutHead(AttnProcessor2_0):
-    """Attention as diffusers' own, of which one head is left out, in the conditional branch, at one of its calls."""
+    """Attention as diffusers' own, of which one head is left out, in the conditional branch, at one
+    of its calls.
+    """
 
     def __init__(self, head: int, call: int) -> None:
         super().__init__()
         self.head, self.call, self.calls = head, call, 0
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):  # type: ignore[no-untyped-def]
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
+    ):  # type: ignore[no-untyped-def]
         q, k, v = (
             part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for part in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+            for part in (
+                attn.to_q(hidden_states),
+                attn.to_k(encoder_hidden_states),
+                attn.to_v(encoder_hidden_states),
+            )
         )
         z = torch.nn.functional.scaled_dot_product_attention(q, k, v, attention_mask[:, None])
         if self.calls == self.call:
@@ -261,9 +329,14 @@ class WithoutHead(AttnProcessor2_0):
 
 def diffusers_peer(config: Config, cells: Cells) -> Callable[[], Tensor]:
     """One call of the pipeline for every cell, with a processor in the place of one attention's."""
-    pipe = PixArtSigmaPipeline.from_pretrained(resolve(config.model), dtype=torch.float32).to(config.device)
+    pipe = PixArtSigmaPipeline.from_pretrained(resolve(config.model), dtype=torch.float32).to(
+        config.device
+    )
     pipe.set_progress_bar_config(disable=True)
-    call, before = _call(HookedTextToImage.from_pipeline(pipe), config, 1), pipe.transformer.attn_processors
+    call, before = (
+        _call(HookedTextToImage.from_pipeline(pipe), config, 1),
+        pipe.transformer.attn_processors,
+    )
 
     def run() -> Tensor:
         found = []

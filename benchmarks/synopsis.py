@@ -1,9 +1,11 @@
-"""What a synopsis costs: time and peak memory, against plain sampling and against keeping all patterns, in one run.
+"""What a synopsis costs: time and peak memory, against plain sampling and against keeping all
+patterns, in one run.
 
-`python -m benchmarks.synopsis --model rte-micro` prints seconds a generation, the memory that it adds, and ratios. Memory
-is the peak resident size of a process of its own, less what it held before the measured call. Keeping explicit maps is what the
-paper's scripts do; attention-map-diffusers (1.0.0) has no PixArt or other DiT with cross-attention among its pipelines, so there
-is nothing of it to run here. The synopsis is compared with what the kept patterns add up to.
+`python -m benchmarks.synopsis --model rte-micro` prints seconds a generation, the memory that it
+adds, and ratios. Memory is the peak resident size of a process of its own, less what it held before
+the measured call. Keeping explicit maps is what the paper's scripts do; attention-map-diffusers
+(1.0.0) has no PixArt or other DiT with cross-attention among its pipelines, so there is nothing of
+it to run here. The synopsis is compared with what the kept patterns add up to.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from hooked_models import HookedTextToImage
 
 from .measuring import agree, ratio, record, turns
 
-PLAIN, SUMMED, KEPT = "plain sampling", "synopsis, cross-attention, sum", "all cross-attention patterns kept"
+PLAIN, SUMMED, KEPT = (
+    "plain sampling",
+    "synopsis, cross-attention, sum",
+    "all cross-attention patterns kept",
+)
 
 
 @dataclass(frozen=True)
@@ -46,19 +52,26 @@ class Config:
     out: Path | None = None
 
 
-def conditions(model: HookedTextToImage, n: int, steps: int = 14) -> dict[str, Callable[[], object]]:
+def conditions(
+    model: HookedTextToImage, n: int, steps: int = 14
+) -> dict[str, Callable[[], object]]:
     """What is compared; each call draws the same images."""
     wanted = scenes.sample(n, seed=0, color_words="both")
     prompts = [scenes.caption(scene) for scene in wanted]
     groups = synopsis.image_groups_from_scenes(wanted, threshold=0.3)
 
     def measured(sublayer: synopsis.Sublayer, reduce: synopsis.Reduce) -> Callable[[], object]:
-        return lambda: synopsis.attention_synopsis(model, prompts, 0, sublayer, groups, reduce, batch_size=n, num_steps=steps)
+        return lambda: synopsis.attention_synopsis(
+            model, prompts, 0, sublayer, groups, reduce, batch_size=n, num_steps=steps
+        )
 
     def cached(sublayer: str) -> Callable[[], object]:
         name = f"{sublayer}.hook_pattern"
         return lambda: model.run_with_cache(
-            prompts, num_steps=steps, names_filter=lambda full: full.endswith(f".{name}"), branch="both"
+            prompts,
+            num_steps=steps,
+            names_filter=lambda full: full.endswith(f".{name}"),
+            branch="both",
         )
 
     return {
@@ -73,7 +86,9 @@ def conditions(model: HookedTextToImage, n: int, steps: int = 14) -> dict[str, C
 
 @torch.no_grad()
 def added_memory(config: Config, batch: int, condition: str) -> float:
-    """MiB that a call adds to the peak of this process; a small generation has loaded everything before."""
+    """MiB that a call adds to the peak of this process; a small generation has loaded everything
+    before.
+    """
     torch.set_num_threads(config.threads)
     model = HookedTextToImage.from_pretrained(config.model)
     conditions(model, 1, config.steps)[condition]()
@@ -99,25 +114,36 @@ def main(config: Config) -> None:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     memory = pool.apply(added_memory, (config, batch, name))
             rows.append((batch, name, statistics.median(spent), ratio(times, name, PLAIN), memory))
-    table = pd.DataFrame(rows, columns=["batch", "condition", "seconds", "ratio to plain", "MiB added"])
+    table = pd.DataFrame(
+        rows, columns=["batch", "condition", "seconds", "ratio to plain", "MiB added"]
+    )
     if config.memory:
-        table["memory ratio"] = table["MiB added"] / table.groupby("batch")["MiB added"].transform("first")
+        table["memory ratio"] = table["MiB added"] / table.groupby("batch")["MiB added"].transform(
+            "first"
+        )
     record("synopsis", config, table, config.out, difference=difference)
 
 
 def checked(values: dict[str, Any], model: HookedTextToImage) -> float:
     """What relation words get from the whole image, in the synopsis and in the kept patterns."""
     seen = (
-        values[SUMMED].sel(branch="cond", text_group="relation").sum("image_group").transpose("step", "layer", "prompt", "head")
+        values[SUMMED]
+        .sel(branch="cond", text_group="relation")
+        .sum("image_group")
+        .transpose("step", "layer", "prompt", "head")
     )
     _, cache = values[KEPT]
     words = role_mask(model, seen["prompt"].values.tolist(), "relation").float()
     kept = [
-        torch.einsum("phqk,pk->ph", cache[f"steps.{step}.cond.blocks.{layer}.cross_attn.hook_pattern"], words)
+        torch.einsum(
+            "phqk,pk->ph", cache[f"steps.{step}.cond.blocks.{layer}.cross_attn.hook_pattern"], words
+        )
         for step in seen["step"].values
         for layer in range(model.cfg.n_layers)
     ]
-    return agree("attention", torch.from_numpy(seen.values).flatten(), torch.stack(kept).flatten(), 1e-3)
+    return agree(
+        "attention", torch.from_numpy(seen.values).flatten(), torch.stack(kept).flatten(), 1e-3
+    )
 
 
 if __name__ == "__main__":

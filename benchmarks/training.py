@@ -1,11 +1,13 @@
-"""How fast `dit-lens train` trains, against a plain diffusers training loop on the same model, objective and batch, in one run.
+"""How fast `dit-lens train` trains, against a plain diffusers training loop on the same model,
+objective and batch, in one run.
 
-`python -m benchmarks.training --size micro` prints samples a second of each side, their ratio, and which fraction of the
-machine's measured rate of matrix products each reaches; JSON with --out.
+`python -m benchmarks.training --size micro` prints samples a second of each side, their ratio, and
+which fraction of the machine's measured rate of matrix products each reaches; JSON with --out.
 
-The plain loop is what diffusers' own example scripts do: accelerate, AdamW, EMA, images and captions encoded in every step, no
-compilation; once in float32 and, where the machine multiplies in bfloat16, once under bfloat16 autocast. Ours is the command's
-own `train()` at its own choice of precision, timed by its own log.
+The plain loop is what diffusers' own example scripts do: accelerate, AdamW, EMA, images and
+captions encoded in every step, no compilation; once in float32 and, where the machine multiplies in
+bfloat16, once under bfloat16 autocast. Ours is the command's own `train()` at its own choice of
+precision, timed by its own log.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Config:
     our_steps: int = 150
     """Of ours, at least 25."""
     warm_steps: int = 50
-    """Of ours: the median of the log after these is reported, so that compilation does not count."""
+    """Of ours: the median of the log after these is reported, so that compilation does not
+    count.
+    """
     compile: bool = True
     """Of ours."""
     threads: int = 1
@@ -65,7 +69,9 @@ def main(config: Config) -> None:
     pipe = build_pipeline(PRESETS[config.size], config.encoder)
     device = Accelerator().device
     if device.type != config.device:
-        raise SystemExit(f"accelerate runs on {device.type}, not on {config.device}: set ACCELERATE_USE_CPU.")
+        raise SystemExit(
+            f"accelerate runs on {device.type}, not on {config.device}: set ACCELERATE_USE_CPU."
+        )
     flops = flops_per_sample(pipe, config)
     chosen = resolve_precision("auto", device)
     dtypes = {"no": "float32"} | ({"bf16": "bfloat16"} if chosen == "bf16" else {})
@@ -96,34 +102,65 @@ def main(config: Config) -> None:
         )
         train(ours)
         log = [json.loads(line) for line in (ours.out / "metrics.jsonl").read_text().splitlines()]
-    entries = [entry for entry in log if "samples_per_second" in entry and entry["step"] > config.warm_steps]
-    seconds["dit-lens train"] = [config.batch_size / entry["samples_per_second"] for entry in entries]
+    entries = [
+        entry
+        for entry in log
+        if "samples_per_second" in entry and entry["step"] > config.warm_steps
+    ]
+    seconds["dit-lens train"] = [
+        config.batch_size / entry["samples_per_second"] for entry in entries
+    ]
     plain()
 
     rows = []
     for name, times in seconds.items():
         dtype = name.removeprefix("plain, ") if name.startswith("plain") else dtypes[chosen]
         speed = config.batch_size / statistics.median(times)
-        rows.append((name, dtype, config.batch_size, speed, flops * speed / 1e9, flops * speed / rates[dtype]))
+        rows.append(
+            (
+                name,
+                dtype,
+                config.batch_size,
+                speed,
+                flops * speed / 1e9,
+                flops * speed / rates[dtype],
+            )
+        )
     columns = ["loop", "dtype", "batch", "samples/s", "GFLOP/s", "of matmul rate"]
     table = pd.DataFrame(rows, columns=columns)
     for reference in (f"plain, {dtype}" for dtype in dtypes.values()):
-        table[f"× {reference}"] = table["samples/s"] / table.loc[table["loop"] == reference, "samples/s"].item()
+        table[f"× {reference}"] = (
+            table["samples/s"] / table.loc[table["loop"] == reference, "samples/s"].item()
+        )
     machine = (
-        f"{platform.processor() or platform.machine()}, {config.threads} thread(s), {device.type}, torch {torch.__version__}"
+        f"{platform.processor() or platform.machine()}, {config.threads} thread(s), {device.type}, "
+        f"torch {torch.__version__}"
     )
-    print(f"{config.size}, {machine}; {flops / 1e9:.2f} GFLOP a sample (forward and backward, counted)")
+    print(
+        f"{config.size}, {machine}; {flops / 1e9:.2f} GFLOP a sample (forward and backward, "
+        "counted)"
+    )
     print(", ".join(f"{dtype} products {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items()))
-    print(f"loss of the same weights, scenes and noise: {', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())}")
+    print(
+        "loss of the same weights, scenes and noise: "
+        f"{', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())}"
+    )
     if max(losses.values()) > 1.02 * min(losses.values()):
         raise SystemExit("The sides do not compute the same loss.")
     print(table.round(3).to_string(index=False))
     if config.out is not None:
-        facts = {"config": {k: str(v) for k, v in asdict(config).items()}, "machine": machine, "matmul": rates, "losses": losses}
+        facts = {
+            "config": {k: str(v) for k, v in asdict(config).items()},
+            "machine": machine,
+            "matmul": rates,
+            "losses": losses,
+        }
         config.out.write_text(json.dumps(facts | {"rows": table.to_dict("records")}, indent=1))
 
 
-def plain_loop(config: Config, precision: str, steps: int, as_ours: bool = False) -> tuple[list[float], float]:
+def plain_loop(
+    config: Config, precision: str, steps: int, as_ours: bool = False
+) -> tuple[list[float], float]:
     """Seconds of every step after the first two, and the loss of the first one.
 
     `as_ours`: with the network as `train()` sets it up, for comparing losses.
@@ -132,8 +169,11 @@ def plain_loop(config: Config, precision: str, steps: int, as_ours: bool = False
     accelerator = Accelerator(mixed_precision=precision)
     torch.manual_seed(0)
     pipe = build_pipeline(PRESETS[config.size], config.encoder).to(accelerator.device)
-    # without this the model starts by predicting 0, and first losses would agree whatever is computed
-    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    # without this the model starts by predicting 0, and first losses would agree whatever is
+    # computed
+    torch.nn.init.normal_(
+        pipe.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(1)
+    )
     transformer = pipe.transformer.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-4)
     ema = EMAModel(transformer.parameters(), 0.9999)
@@ -149,10 +189,16 @@ def plain_loop(config: Config, precision: str, steps: int, as_ours: bool = False
         batch = scenes.sample(config.batch_size, seed=0, start=step * config.batch_size)
         with torch.no_grad():
             images = scenes.render(batch).to(accelerator.device)
-            clean = pipe.vae.encode(images * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
-            tokens = pipe.tokenizer([scenes.caption(scene) for scene in batch], padding="longest", return_tensors="pt")
+            clean = (
+                pipe.vae.encode(images * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+            )
+            tokens = pipe.tokenizer(
+                [scenes.caption(scene) for scene in batch], padding="longest", return_tensors="pt"
+            )
             tokens = tokens.to(accelerator.device)
-            text = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0].float()
+            text = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[
+                0
+            ].float()
         loss = objective.loss(predictor(transformer, text, tokens.attention_mask), clean, generator)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(transformer.parameters(), 1.0)
@@ -186,8 +232,14 @@ def predictor(transformer: PixArtTransformer2DModel, text: torch.Tensor, mask: t
 
 
 def flops_per_sample(pipe: PixArtSigmaPipeline, config: Config) -> float:
-    """Floating-point operations of one forward and backward pass for each sample, counted by torch; encoders apart."""
-    data = StepData(pipe, TrainConfig(Path(), batch_size=config.batch_size, encoder=config.encoder), Accelerator(cpu=True))
+    """Floating-point operations of one forward and backward pass for each sample, counted by torch;
+    encoders apart.
+    """
+    data = StepData(
+        pipe,
+        TrainConfig(Path(), batch_size=config.batch_size, encoder=config.encoder),
+        Accelerator(cpu=True),
+    )
     clean, text, mask, generator = data(0)
     transformer = pipe.transformer.train().requires_grad_(True)
     with FlopCounterMode(display=False) as counter:

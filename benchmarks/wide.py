@@ -1,8 +1,10 @@
-"""Generation, hooks, caches, heat maps and sweeps of random models as wide as PixArt-Σ-XL and FLUX.1, in one run.
+"""Generation, hooks, caches, heat maps and sweeps of random models as wide as PixArt-Σ-XL and
+FLUX.1, in one run.
 
-`python -m benchmarks.wide` prints seconds of a condition, and its ratio to the plain diffusers pipeline on the same noise. The
-images of both sides are compared. A sweep zeroes single heads at single steps; its ratio is that of a cell to one call of the
-plain pipeline, and its bound the share of the denoiser calls that a cell cannot take from the run without intervention.
+`python -m benchmarks.wide` prints seconds of a condition, and its ratio to the plain diffusers
+pipeline on the same noise. The images of both sides are compared. A sweep zeroes single heads at
+single steps; its ratio is that of a cell to one call of the plain pipeline, and its bound the share
+of the denoiser calls that a cell cannot take from the run without intervention.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from hooked_models import HookedTextToImage
 from .measuring import agree, ratio, record, turns
 from .pipelines import flux_blocks, xl_blocks
 
-PLAIN, INERT, Z, MAP = "plain pipeline", "hooked, nothing attached", "cache z of all steps", "heat map of a word"
+PLAIN, INERT, Z, MAP = (
+    "plain pipeline",
+    "hooked, nothing attached",
+    "cache z of all steps",
+    "heat map of a word",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,10 @@ def compared(config: Config, name: str) -> list[dict[str, Any]]:
         shape, options = (1, 4, config.side, config.side), {"guidance": 4.5}
     else:
         pipe, prompt = flux_blocks(
-            config.layers, config.layers, config.text_tokens, **({"heads": config.heads} if config.heads else {})
+            config.layers,
+            config.layers,
+            config.text_tokens,
+            **({"heads": config.heads} if config.heads else {}),
         )
         pixels = {"height": 8 * config.side, "width": 8 * config.side}
         call, options = pixels, {}
@@ -75,17 +85,28 @@ def compared(config: Config, name: str) -> list[dict[str, Any]]:
     model = HookedTextToImage.from_pipeline(pipe)
     if name == "flux":
         model.options = {**pixels, "max_sequence_length": config.text_tokens}
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(config.device, dtype)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+        config.device, dtype
+    )
     ours = {"num_steps": config.steps, "latents": latents, **options}
-    plain = {"num_inference_steps": config.steps, "max_sequence_length": config.text_tokens, "output_type": "pt", **call}
+    plain = {
+        "num_inference_steps": config.steps,
+        "max_sequence_length": config.text_tokens,
+        "output_type": "pt",
+        **call,
+    }
     sides: dict[str, Callable[[], Any]] = {
         PLAIN: lambda: pipe([prompt], latents=latents.clone(), **plain).images,
         INERT: lambda: model([prompt], **ours),
-        Z: lambda: model.run_with_cache([prompt], names_filter=lambda full: full.endswith("hook_z"), **ours),
+        Z: lambda: model.run_with_cache(
+            [prompt], names_filter=lambda full: full.endswith("hook_z"), **ours
+        ),
         MAP: lambda: heatmap(model, prompt, "red", **ours),
     }
     times, values = turns(sides, config.repeats, config.device)
-    worst = agree("images", values[INERT], values[PLAIN], 1e-4 if config.dtype == "float32" else 5e-2)
+    worst = agree(
+        "images", values[INERT], values[PLAIN], 1e-4 if config.dtype == "float32" else 5e-2
+    )
     rows = [
         {
             "model": name,
@@ -100,7 +121,9 @@ def compared(config: Config, name: str) -> list[dict[str, Any]]:
     return rows + swept(config, name, model, prompt, options, statistics.median(times[PLAIN]))
 
 
-def swept(config: Config, name: str, model: Any, prompt: str, options: dict[str, Any], plain: float) -> list[dict[str, Any]]:
+def swept(
+    config: Config, name: str, model: Any, prompt: str, options: dict[str, Any], plain: float
+) -> list[dict[str, Any]]:
     """Measure a one-step sweep and a sweep over images: a row each."""
     sublayer = "cross_attn" if name == "pixart" else "attn"
     heads = range(min(config.cells, int(model.cfg.n_heads)))
@@ -109,7 +132,9 @@ def swept(config: Config, name: str, model: Any, prompt: str, options: dict[str,
     cells = sweep.grid(every, layers=[0], heads=heads, steps=steps)
     rows = []
     for on in ("x0", "image"):
-        metric = {"strength": sweep.Metric(lambda tensor: tensor.flatten(1).square().mean(dim=1), on=on)}
+        metric = {
+            "strength": sweep.Metric(lambda tensor: tensor.flatten(1).square().mean(dim=1), on=on)
+        }
 
         def run(metric: Any = metric) -> Any:
             return sweep.run(model, [prompt], [0], cells, metric, num_steps=config.steps, **options)

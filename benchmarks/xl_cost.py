@@ -1,7 +1,9 @@
-"""What a sweep of PixArt-Σ-XL costs on paper: counted operations, and GPU hours under stated assumptions.
+"""What a sweep of PixArt-Σ-XL costs on paper: counted operations, and GPU hours under stated
+assumptions.
 
-`python -m benchmarks.xl_cost` prints the table of docs/scaling.md, `--write` puts it there. Work is counted as
-`sweep.plan(…).explain()` counts it (row-layers: a block of the denoiser for one row of a batch), and a test compares both.
+`python -m benchmarks.xl_cost` prints the table of docs/scaling.md, `--write` puts it there. Work is
+counted as `sweep.plan(…).explain()` counts it (row-layers: a block of the denoiser for one row of a
+batch), and a test compares both.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Config:
     sample: int = 200
     """… and as many at random."""
     decode: float = 2.515e12
-    """Operations of the SD-VAE's decoder for an image of 512 px (counted by torch on diffusers' AutoencoderKL)."""
+    """Operations of the SD-VAE's decoder for an image of 512 px (counted by torch on diffusers'
+    AutoencoderKL).
+    """
     peak: float = 989e12
     """Assumed: NVIDIA's figure for dense bfloat16 products of an H100 SXM, operations a second."""
     reached: float = 0.4
@@ -44,7 +48,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Work:
-    """Row-layers of one prompt, for one head at one step in every cell, in the conditional branch."""
+    """Row-layers of one prompt, for one head at one step in every cell, in the conditional
+    branch.
+    """
 
     clean: int
     forked_step: int
@@ -57,15 +63,19 @@ class Work:
 
 def count(layers: int, heads: int, steps: int) -> Work:
     """Of a sweep of all heads of one kind of attention, at every step."""
-    clean = 2 * layers * steps + layers * steps  # the run itself, and once more in one branch for what forks begin with
+    # the run itself, and once more in one branch for what forks begin with
+    clean = 2 * layers * steps + layers * steps
     forked = steps * heads * sum(layers - layer for layer in range(layers))
     later = heads * layers * 2 * layers * sum(range(steps))
     return Work(clean, forked, later, layers * heads * steps * 2 * layers * steps)
 
 
 def block_flops(width: int, image_tokens: int, text_tokens: int, mlp_ratio: int = 4) -> int:
-    """Operations of one block for one row; keys and values of the text are computed once for all, and not in here."""
-    products = 2 * image_tokens * width * width * (4 + 2 + 2 * mlp_ratio)  # self-attention, cross-attention's q and out, MLP
+    """Operations of one block for one row; keys and values of the text are computed once for all,
+    and not in here.
+    """
+    # self-attention, cross-attention's q and out, MLP
+    products = 2 * image_tokens * width * width * (4 + 2 + 2 * mlp_ratio)
     attention = 4 * image_tokens * width * (image_tokens + text_tokens)
     return products + attention
 
@@ -73,7 +83,10 @@ def block_flops(width: int, image_tokens: int, text_tokens: int, mlp_ratio: int 
 def table(config: Config) -> str:
     """The counted part of docs/scaling.md."""
     c, work = config, count(config.layers, config.heads, config.steps)
-    cells, block = c.layers * c.heads * c.steps, block_flops(c.width, c.image_tokens, c.text_tokens, c.mlp_ratio)
+    cells, block = (
+        c.layers * c.heads * c.steps,
+        block_flops(c.width, c.image_tokens, c.text_tokens, c.mlp_ratio),
+    )
     share = (c.top + c.sample) / cells
     gradients = 2 * c.layers * c.steps * (1 + 1 + 3)  # sample, replay, forward again and backward
     scoring = {
@@ -95,14 +108,17 @@ def table(config: Config) -> str:
     }
     speed = c.peak * c.reached
     lines = [
-        f"{c.layers} layers × {c.heads} heads × {c.steps} steps = {cells:,} cells, × {c.prompts:,} prompts = "
-        f"{cells * c.prompts:,} cells. One block for one row: {block / 1e9:.1f} GFLOP ({c.image_tokens} image tokens, "
-        f"{c.text_tokens} text tokens, width {c.width}). Per prompt: {work.clean:,} row-layers for the run without intervention, "
-        f"{work.forked_step:,} at the steps that are touched, {work.later:,} after them; {work.naive:,} without sharing. "
-        f"A decoded image: {c.decode / 1e12:.2f} TFLOP. Assumed speed: {c.peak / 1e12:.0f} TFLOP/s × {c.reached:.0%} = "
-        f"{speed / 1e12:.0f} TFLOP/s a GPU.",
+        f"{c.layers} layers × {c.heads} heads × {c.steps} steps = {cells:,} cells, × {c.prompts:,} "
+        f"prompts = {cells * c.prompts:,} cells. One block for one row: {block / 1e9:.1f} GFLOP "
+        f"({c.image_tokens} image tokens, {c.text_tokens} text tokens, width {c.width}). Per "
+        f"prompt: {work.clean:,} row-layers for the run without intervention, {work.forked_step:,} "
+        f"at the steps that are touched, {work.later:,} after them; {work.naive:,} without "
+        f"sharing. A decoded image: {c.decode / 1e12:.2f} TFLOP. Assumed speed: "
+        f"{c.peak / 1e12:.0f} TFLOP/s × {c.reached:.0%} = {speed / 1e12:.0f} TFLOP/s a GPU.",
         "",
-        "| what is measured | row-layers a prompt | PFLOP a prompt | " + " | ".join(f"hours on {n} GPU" for n in c.gpus) + " |",
+        "| what is measured | row-layers a prompt | PFLOP a prompt | "
+        + " | ".join(f"hours on {n} GPU" for n in c.gpus)
+        + " |",
         "|---" * (3 + len(c.gpus)) + "|",
     ]
     for name, (row_layers, images) in rows.items():
@@ -117,7 +133,9 @@ def main(config: Config) -> None:
     print(found)
     if config.write:
         text = DOCUMENT.read_text()
-        DOCUMENT.write_text(re.sub(f"{START}.*{END}", lambda _: f"{START}\n{found}\n{END}", text, flags=re.DOTALL))
+        DOCUMENT.write_text(
+            re.sub(f"{START}.*{END}", lambda _: f"{START}\n{found}\n{END}", text, flags=re.DOTALL)
+        )
 
 
 if __name__ == "__main__":
