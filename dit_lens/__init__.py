@@ -70,8 +70,14 @@ __getattr__, __dir__ = attach(
     __name__,
     {
         **_MODULES,
-        **{name: name for name in ("planted", "readout", "remote", "stats", "store", "sweep", "viz")},
-        **{name: f"intervene.interventions:{name}" for name in ("Add", "Intervention", "Replace", "Scale")},
+        **{
+            name: name
+            for name in ("planted", "readout", "remote", "stats", "store", "sweep", "viz")
+        },
+        **{
+            name: f"intervene.interventions:{name}"
+            for name in ("Add", "Intervention", "Replace", "Scale")
+        },
     },
 )
 

@@ -25,7 +25,11 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         """Mean and bounds with three decimals; the mean alone if the bounds are equal."""
-        return f"{self.mean:.3f}" if self.low == self.high else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return (
+            f"{self.mean:.3f}"
+            if self.low == self.high
+            else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        )
 
 
 def clustered_mean(values: Float[np.ndarray, "cluster repeat"], signed: bool = False) -> Interval:
@@ -66,10 +70,14 @@ def clustered_means(
         >>> clustered_means(values).round(3).tolist()
         [[0.24, 0.082, 0.398]]
     """
-    return np.array([_interval(table, signed) for table in values.astype(float)]).reshape(len(values), 3)
+    return np.array([_interval(table, signed) for table in values.astype(float)]).reshape(
+        len(values), 3
+    )
 
 
-def _interval(values: Float[np.ndarray, "cluster repeat"], signed: bool, verdicts: bool = True) -> Interval:
+def _interval(
+    values: Float[np.ndarray, "cluster repeat"], signed: bool, verdicts: bool = True
+) -> Interval:
     valid = ~np.isnan(values)
     counts = valid.sum(axis=1)
     sums, counts = np.where(valid, values, 0.0).sum(axis=1)[counts > 0], counts[counts > 0]
@@ -87,7 +95,11 @@ def _interval(values: Float[np.ndarray, "cluster repeat"], signed: bool, verdict
         return Interval(mean, mean - half, mean + half)
     n = float(clusters)
     if total > clusters:  # several verdicts a cluster
-        n = float(min(found.var() / variance * (norm.ppf(0.975) / t) ** 2, total) if variance > 0 else clusters)
+        n = float(
+            min(found.var() / variance * (norm.ppf(0.975) / t) ** 2, total)
+            if variance > 0
+            else clusters
+        )
     return paired_proportions(mean, (found**2).mean(), n) if signed else _wilson(mean, n)
 
 
@@ -128,14 +140,18 @@ def proportion(hits: Float[np.ndarray, " n"]) -> Interval:
         0.750 [0.301, 0.954]
     """
     valid = hits[~np.isnan(hits)]
-    return _wilson(float(valid.mean()), len(valid)) if len(valid) else Interval(np.nan, np.nan, np.nan)
+    return (
+        _wilson(float(valid.mean()), len(valid)) if len(valid) else Interval(np.nan, np.nan, np.nan)
+    )
 
 
-def paired_difference(before: Float[np.ndarray, "cluster repeat"], after: Float[np.ndarray, "cluster repeat"]) -> Interval:
+def paired_difference(
+    before: Float[np.ndarray, "cluster repeat"], after: Float[np.ndarray, "cluster repeat"]
+) -> Interval:
     """Mean of after − before over pairs (same prompt, same noise); interval of `clustered_mean`.
 
-    If before and after are zeros and ones, the differences are those of verdicts; else the interval is
-    Student's t, even if nothing changes.
+    If before and after are zeros and ones, the differences are those of verdicts; else the interval
+    is Student's t, even if nothing changes.
 
     Example:
         >>> before, after = np.array([[1.0], [1.0], [1.0]]), np.array([[0.0], [0.0], [1.0]])
@@ -158,7 +174,9 @@ def finite(value: float | int) -> Interval:
     return Interval(value, value, value)
 
 
-def rank_correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[Interval, float]:
+def rank_correlation(
+    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]
+) -> tuple[Interval, float]:
     """Spearman's ρ with its 95 % interval, and scipy's p-value of ρ = 0.
 
     NaN for constants and for fewer than 4 pairs.

@@ -42,9 +42,16 @@ def main() -> None:
         sys.exit(f"dit-lens: there is no command {arguments[0]!r}: {hint}")
     silenced = io.StringIO()
     try:
-        with contextlib.redirect_stderr(silenced) if "--quiet" in arguments else contextlib.nullcontext():
+        with (
+            contextlib.redirect_stderr(silenced)
+            if "--quiet" in arguments
+            else contextlib.nullcontext()
+        ):
             tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="dit-lens", description="Interpret text-to-image diffusion transformers.", args=arguments
+                COMMANDS,
+                prog="dit-lens",
+                description="Interpret text-to-image diffusion transformers.",
+                args=arguments,
             )
     except SystemExit:  # arguments that do not parse: the reason is on the error stream
         sys.stderr.write(silenced.getvalue())
@@ -56,9 +63,13 @@ def main() -> None:
 
 
 def _is_meant(error: Exception) -> bool:
-    """True for an error whose message is for the user: bad input, a file, memory, or one raised by this project."""
+    """True for an error whose message is for the user: bad input, a file, memory, or one raised by
+    this project.
+    """
     if isinstance(error, (OSError, ValueError, ImportError, MemoryError)):
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]
     here = Path(__file__).parents[1]
-    return any(folder in Path(frame.filename).parents for folder in (here, here.with_name("hooked_models")))
+    return any(
+        folder in Path(frame.filename).parents for folder in (here, here.with_name("hooked_models"))
+    )

@@ -1,4 +1,7 @@
-"""The commands of `dit-lens`. Each imports its modules itself, so that `--help` and `models` need not wait for torch."""
+"""The commands of `dit-lens`.
+
+Each imports its modules itself, so that `--help` and `models` need not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -53,27 +56,40 @@ class Machine:
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {self.device}: torch cannot use it here ({first_line(error)}).") from None
-        return HookedTextToImage.from_pretrained(model, dtype=getattr(torch, self.dtype)).to(self.device)
+            raise ValueError(
+                f"--device {self.device}: torch cannot use it here ({first_line(error)})."
+            ) from None
+        return HookedTextToImage.from_pretrained(model, dtype=getattr(torch, self.dtype)).to(
+            self.device
+        )
 
 
 On = Annotated[Machine, tyro.conf.arg(name="")]
 
 
 def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a model, or continue a run that was stopped. Several GPUs or nodes: `accelerate launch -m dit_lens.cli train …`."""
+    """Train a model, or continue a run that was stopped.
+
+    Several GPUs or nodes: `accelerate launch -m dit_lens.cli train …`.
+    """
     import torch
 
     from ..training import train
 
     folder = train(config)
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_rank() != 0
+    ):
         return
     say(f"Trained: {folder}")
 
 
 def pretrain_command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Pre-train a small T5 encoder on a caption grammar, or continue a run that was stopped; `train --encoder` reads it."""
+    """Pre-train a small T5 encoder on a caption grammar, or continue a run that was stopped; `train
+    --encoder` reads it.
+    """
     from ..training.t5.pretrain import pretrain
 
     say(f"Pre-trained: {pretrain(config)}")
@@ -88,10 +104,12 @@ def generate(
     guidance: float = 4.5,
     out: Path = Path("image.png"),
 ) -> None:
-    """Draw one prompt and save the picture: `dit-lens generate rte-micro "red circle is above blue square"`.
+    """Draw one prompt and save the picture: `dit-lens generate rte-micro "red circle is above blue
+    square"`.
 
     Args:
-        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
+            id.
         prompt: text to draw.
         seed: seed of the noise.
         num_steps: denoising steps.
@@ -102,22 +120,32 @@ def generate(
     from PIL import Image
 
     if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {out}: name a picture file, such as {out / 'image.png' if out.is_dir() else out}.png.")
+        raise ValueError(
+            f"--out {out}: name a picture file, such as "
+            f"{out / 'image.png' if out.is_dir() else out}.png."
+        )
     with torch.no_grad():
         image = machine.load(model)(prompt, seed, num_steps, guidance)[0]
-    write_whole(out, Image.fromarray((image.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()).save)
+    write_whole(
+        out,
+        Image.fromarray((image.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()).save,
+    )
     say(f"Saved {out}")
 
 
-def evaluate(model: Name, machine: On, prompts: Prompts = (), n: int = 512, out: Path | None = None) -> None:
-    """Score a model on held-out and trained scenes, by relation, phrase and template, with 95 % intervals.
+def evaluate(
+    model: Name, machine: On, prompts: Prompts = (), n: int = 512, out: Path | None = None
+) -> None:
+    """Score a model on held-out and trained scenes, by relation, phrase and template, with 95 %
+    intervals.
 
     Args:
-        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
+            id.
         prompts: captions of scenes to score instead, the i-th drawn from noise i.
         n: scenes of each split.
-        out: table file (.csv, .parquet, .json, .html), or a folder for evaluation.parquet (one row an image) and
-            evaluation.md, in which a stopped evaluation continues.
+        out: table file (.csv, .parquet, .json, .html), or a folder for evaluation.parquet (one row
+            an image) and evaluation.md, in which a stopped evaluation continues.
     """
     from .. import task as scenes
     from ..task import evaluation
@@ -134,19 +162,25 @@ def evaluate(model: Name, machine: On, prompts: Prompts = (), n: int = 512, out:
     if folder is not None:
         with Store(folder, {}, wait=True) as store:
             store.put("evaluation.parquet", lambda path: rows.to_parquet(path, index=False))
-            store.put("evaluation.md", lambda path: path.write_text(evaluation.to_markdown(rows) + "\n"))
+            store.put(
+                "evaluation.md", lambda path: path.write_text(evaluation.to_markdown(rows) + "\n")
+            )
     elif out is not None:
         save(evaluation.accuracies(rows, ["split", "template", "relation"]), out)
     say(evaluation.to_markdown(rows))
 
 
-def screen(model: Name, machine: On, words: tuple[str, ...] = DIRECTION_WORDS, out: Path | None = None) -> None:
-    """Rank cross-attention heads by the match of their position-by-word maps with the words' directions.
+def screen(
+    model: Name, machine: On, words: tuple[str, ...] = DIRECTION_WORDS, out: Path | None = None
+) -> None:
+    """Rank cross-attention heads by the match of their position-by-word maps with the words'
+    directions.
 
     Relation heads of the paper have |cosine| ≥ .5 and p ≤ .01.
 
     Args:
-        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
+            id.
         words: direction words.
         out: table file: .csv, .parquet, .json or .html.
     """
@@ -173,13 +207,18 @@ def synopsis_command(
     threshold: float | None = None,
     out: Path | None = None,
 ) -> None:
-    """Rank heads by the attention of an image region to words of the prompt (or, in "attn", to another region).
+    """Rank heads by the attention of an image region to words of the prompt (or, in "attn", to
+    another region).
 
     Args:
-        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
-        prompts: prompts of your own, whose only region is the whole "image"; by default `num_scenes` scenes.
-        image_group: region that attends: object1, object2 (the default) or background of a scene, or image.
-        key_group: role of the words attended to ("relation" by default), or a word of all prompts; in "attn", a region.
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
+            id.
+        prompts: prompts of your own, whose only region is the whole "image"; by default
+            `num_scenes` scenes.
+        image_group: region that attends: object1, object2 (the default) or background of a scene,
+            or image.
+        key_group: role of the words attended to ("relation" by default), or a word of all prompts;
+            in "attn", a region.
         sublayer: cross-attention to the text, or self-attention.
         reduce: sum over both groups, mass per image token, mean per pair of tokens, or their max.
         step: denoising step, counted from 0; by default the mean over all.
@@ -187,8 +226,10 @@ def synopsis_command(
         num_scenes: scenes drawn where no prompts are given.
         scene_seed: seed of the scenes.
         batch_size: prompts at once.
-        threshold: tokens covered at least to this share belong to an object; by default they count by their share.
-        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped run continues.
+        threshold: tokens covered at least to this share belong to an object; by default they count
+            by their share.
+        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped run
+            continues.
     """
     from ..readout import synopsis
 
@@ -196,7 +237,10 @@ def synopsis_command(
     wanted, texts = _scenes(prompts, num_scenes, scene_seed)
     groups = _regions(hooked, wanted, texts, batch_size, threshold) if wanted else None
     region, other = ("object2", "object1") if wanted else ("image", "image")
-    region, keys = image_group or region, key_group or ("relation" if sublayer == "cross_attn" else other)
+    region, keys = (
+        image_group or region,
+        key_group or ("relation" if sublayer == "cross_attn" else other),
+    )
     folder, file = _folder_or_file(out)
     seen = synopsis.attention_synopsis(
         hooked,
@@ -230,7 +274,13 @@ def _folder_or_file(out: Path | None) -> tuple[Path | None, Path | None]:
     return (None, out) if out is not None and out.suffix in TABLES else (out, None)
 
 
-def _regions(model: HookedTextToImage, wanted: Sequence[Scene], texts: list[str], batch: int, threshold: float | None) -> Any:
+def _regions(
+    model: HookedTextToImage,
+    wanted: Sequence[Scene],
+    texts: list[str],
+    batch: int,
+    threshold: float | None,
+) -> Any:
     """The objects that the model draws, as groups of image tokens."""
     import torch
 
@@ -238,13 +288,20 @@ def _regions(model: HookedTextToImage, wanted: Sequence[Scene], texts: list[str]
 
     with torch.no_grad():
         parts = range(0, len(texts), batch)
-        images = torch.cat([model(texts[i : i + batch], seed=list(range(len(texts)))[i : i + batch]) for i in parts])
+        images = torch.cat(
+            [
+                model(texts[i : i + batch], seed=list(range(len(texts)))[i : i + batch])
+                for i in parts
+            ]
+        )
     side = model.cfg.sample_size // model.cfg.patch_size
     return synopsis.image_groups_from_images(images, wanted, (side, side), threshold)
 
 
 def _words(model: HookedTextToImage, texts: list[str], keys: str) -> Any:
-    """Text groups for a word of the prompts and the other tokens; None for a role, which has its own groups."""
+    """Text groups for a word of the prompts and the other tokens; None for a role, which has its
+    own groups.
+    """
     from typing import get_args
 
     from ..text import prompts
@@ -283,41 +340,50 @@ def sweep_command(
     workers: int | None = None,
     out: Path | None = None,
 ) -> None:
-    """Effects of switching off heads, layers or words, one condition at a time, the strongest first, with 95 % intervals.
+    """Effects of switching off heads, layers or words, one condition at a time, the strongest
+    first, with 95 % intervals.
 
     Args:
-        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub id.
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
+            id.
         prompts: prompts that are drawn; by default `num_scenes` scenes.
         site: hook that is edited; * stands for the layer.
-        each: axes along which there is one condition for each value; values of the others are edited together.
+        each: axes along which there is one condition for each value; values of the others are
+            edited together.
         layers: layers that are covered; all by default.
         heads: heads that are covered; all by default.
         steps: denoising steps that are covered; all by default.
         tokens: role of the tokens that are edited, such as "relation"; all tokens by default.
         action: edit made there.
         branch: guidance branch that is edited.
-        metric: displacement from the run without, offset along the scene's relation, or the judge's verdicts on scenes.
+        metric: displacement from the run without, offset along the scene's relation, or the judge's
+            verdicts on scenes.
         on: tensor whose displacement is measured: image, latent, x0, out or eps.
         seeds: seeds of the noise; every prompt is drawn with each.
         num_scenes: scenes drawn where no prompts are given.
         scene_seed: seed of the scenes.
         num_steps: denoising steps.
         guidance: scale of classifier-free guidance.
-        top: score all conditions, and run only this number of the largest and a random `sample` exactly.
+        top: score all conditions, and run only this number of the largest and a random `sample`
+            exactly.
         sample: conditions drawn at random beside the `top`.
-        score: score by "attribution", or by "step", exact at each condition's own step, which is dearer and better.
+        score: score by "attribution", or by "step", exact at each condition's own step, which is
+            dearer and better.
         show_rows: rows that are printed.
         explain: print the cost and run nothing.
         executor: this process, or the workers of a Ray cluster.
         workers: number of Ray workers.
-        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped sweep continues.
+        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped sweep
+            continues.
     """
     from .. import sweep
     from ..intervene.interventions import Intervention
 
     wanted, texts = _scenes(prompts, num_scenes, scene_seed)
     if prompts and metric != "displacement":
-        raise ValueError(f"--metric {metric} judges scenes: leave --prompts out, or measure the displacement.")
+        raise ValueError(
+            f"--metric {metric} judges scenes: leave --prompts out, or measure the displacement."
+        )
     hooked = machine.load(model)
     measures: dict[str, sweep.Metric] = {
         "displacement": sweep.Metric(sweep.displacement, on=on, given=("baseline",)),
@@ -331,50 +397,84 @@ def sweep_command(
         "step": steps or range(num_steps),
     }
     cells = _cells(whole, {axis: axes[axis] for axis in each if axis != "layer" or "*" in site})
-    plan = sweep.plan(hooked, texts, seeds, cells, {metric: measures[metric]}, num_steps=num_steps, guidance=guidance)
+    plan = sweep.plan(
+        hooked,
+        texts,
+        seeds,
+        cells,
+        {metric: measures[metric]},
+        num_steps=num_steps,
+        guidance=guidance,
+    )
     if explain:
         say(plan.explain())
         return
     folder, file = _folder_or_file(out)
     column = "scene_relation_loose" if metric == "scene" else metric
-    title = f"{model}, {len(texts)} prompts × {len(seeds)} seeds: effect on {metric}, after − before"
+    title = (
+        f"{model}, {len(texts)} prompts × {len(seeds)} seeds: effect on {metric}, after − before"
+    )
     if top is not None:
-        search = sweep.two_stage(plan, column, top, sample, out=folder, executor=executor, workers=workers, score=score)
+        search = sweep.two_stage(
+            plan, column, top, sample, out=folder, executor=executor, workers=workers, score=score
+        )
         show(search.table[search.table["drawn"] != ""], file, title, show_rows)
-        say(f"scores against exact effects: rank correlation {search.spearman}, of sizes {search.of_sizes}")
+        say(
+            f"scores against exact effects: rank correlation {search.spearman}, of sizes "
+            f"{search.of_sizes}"
+        )
         say(str(search.missed()))
         return
     found = plan.run(folder, executor, workers)
     show(_effects(found, column), file, title, show_rows)
     if failed := int((found["error"] != "").sum()):
-        say(f"{failed} cells failed; the first: {next(filter(None, found['error'].values.flatten().tolist()))}")
+        say(
+            f"{failed} cells failed; the first: "
+            f"{next(filter(None, found['error'].values.flatten().tolist()))}"
+        )
 
 
 def _cells(whole: Intervention, axes: Mapping[str, Sequence[int]]) -> dict[str, Intervention]:
     """One intervention for each combination of values; an axis that is not there stays whole."""
     from .. import sweep
 
-    heads, steps = (None if "head" in axes else whole.heads), (None if "step" in axes else whole.steps)
+    heads, steps = (
+        (None if "head" in axes else whole.heads),
+        (None if "step" in axes else whole.steps),
+    )
     one = replace(whole, heads=heads, steps=steps)
     return sweep.grid(one, **{f"{axis}s": values for axis, values in axes.items()})
 
 
 def _effects(found: Any, column: str) -> pd.DataFrame:
-    """The effects of a sweep, the largest on `column` first: intervention, metric, mean, low, high."""
+    """The effects of a sweep, the largest on `column` first: intervention, metric, mean, low,
+    high.
+    """
     import pandas as pd
 
     parts = []
     for name in (str(name) for name in found if str(name).endswith("_effect")):
-        table = found[name].reset_coords(drop=True).to_series().unstack("interval")[["mean", "low", "high"]]
+        table = (
+            found[name]
+            .reset_coords(drop=True)
+            .to_series()
+            .unstack("interval")[["mean", "low", "high"]]
+        )
         parts.append(table.assign(metric=name.removesuffix("_effect")).reset_index())
     table = pd.concat(parts)[["intervention", "metric", "mean", "low", "high"]]
     size = table[table["metric"] == column].set_index("intervention")["mean"].abs()
     order = table["intervention"].map(size)
-    return table.assign(order=order).sort_values("order", ascending=False, kind="stable").drop(columns="order")
+    return (
+        table.assign(order=order)
+        .sort_values("order", ascending=False, kind="stable")
+        .drop(columns="order")
+    )
 
 
 def models() -> None:
-    """List the bundled models: size, text encoder, and the relation's accuracy on held-out scenes."""
+    """List the bundled models: size, text encoder, and the relation's accuracy on held-out
+    scenes.
+    """
     from hooked_models.pipelines.hub import ZOO, list_models
 
     table = Table(box=None)
@@ -383,10 +483,22 @@ def models() -> None:
     for name in list_models():
         encoder = json.loads((ZOO / name / "training.json").read_text())["encoder"]
         size = json.loads((ZOO / name / "transformer/config.json").read_text())
-        heads, width = size["num_attention_heads"], size["num_attention_heads"] * size["attention_head_dim"]
-        megabytes = sum(path.stat().st_size for path in (ZOO / name).rglob("*") if path.is_file()) / 1e6
+        heads, width = (
+            size["num_attention_heads"],
+            size["num_attention_heads"] * size["attention_head_dim"],
+        )
+        megabytes = (
+            sum(path.stat().st_size for path in (ZOO / name).rglob("*") if path.is_file()) / 1e6
+        )
         shape = f"{size['num_layers']} × {width}"
-        table.add_row(name, shape, str(heads), encoder, _held_out(ZOO / name / "README.md"), f"{megabytes:.0f} MB")
+        table.add_row(
+            name,
+            shape,
+            str(heads),
+            encoder,
+            _held_out(ZOO / name / "README.md"),
+            f"{megabytes:.0f} MB",
+        )
     if not table.rows:
         say("No model is bundled.")
         return
@@ -396,6 +508,10 @@ def models() -> None:
 
 def _held_out(card: Path) -> str:
     """The loose relation's accuracy and interval in a card's table of splits."""
-    rows = [line.strip("| ").split(" | ") for line in card.read_text().splitlines() if line.startswith("|")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in card.read_text().splitlines()
+        if line.startswith("|")
+    ]
     columns = next(row for row in rows if row[0] == "split")
     return next(row for row in rows if row[0] == "held_out")[columns.index("relation_loose")]

@@ -1,4 +1,5 @@
-"""Attribution: the effect of every node or edge, to first order, from two runs and one gradient; and how far that is true.
+"""Attribution: the effect of every node or edge, to first order, from two runs and one gradient;
+and how far that is true.
 
     original = model.trajectory("red circle is below blue square", seed=0)
     source = model.trajectory("red circle is above blue square", seed=0)
@@ -7,13 +8,15 @@
     found.scores["cross_attn"].sel(step=3, layer=2, head=1)
     found.verify(k=10, sample=30).spearman  # against exact patching
 
-A node's score is Σ (source − original) · ∂metric/∂activation: the change of the metric if it were patched from the source
-run into the original one, to first order (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348). An edge's
-is the sender's difference times the gradient at the receiver's input alone. TransformerLens' `attribution_patch` has the same
-convention and graph for a language model; its graph has no cross-attention. Integrated gradients take the gradient's mean
+A node's score is Σ (source − original) · ∂metric/∂activation: the change of the metric if it were
+patched from the source run into the original one, to first order (attribution patching: Nanda 2023;
+Syed et al., arXiv 2310.10348). An edge's is the sender's difference times the gradient at the
+receiver's input alone. TransformerLens' `attribution_patch` has the same convention and graph for a
+language model; its graph has no cross-attention. Integrated gradients take the gradient's mean
 between the runs instead of its value at the original (EAP-IG: Hanna et al., arXiv 2403.17806).
 
-Output biases, position codes and timestep modulation are the same in both runs, so they carry no difference and are no nodes.
+Output biases, position codes and timestep modulation are the same in both runs, so they carry no
+difference and are no nodes.
 """
 
 from __future__ import annotations
@@ -40,7 +43,16 @@ from .edge_graph import all_receivers, all_senders, edge_flags, index_of, input_
 from .nodes import Node
 from .verification import Attribution, Patch, Verification, labelled, ranked
 
-__all__ = ["NODES", "EdgeAttribution", "NodeAttribution", "Pair", "Verification", "edges", "nodes", "pair"]
+__all__ = [
+    "NODES",
+    "EdgeAttribution",
+    "NodeAttribution",
+    "Pair",
+    "Verification",
+    "edges",
+    "nodes",
+    "pair",
+]
 
 NODES = {
     "attn": "blocks.{layer}.attn.hook_z",
@@ -64,7 +76,8 @@ def _path(pair: Pair, ig_steps: int) -> list[tuple[Chain, float]]:
 
 
 def _quadrature(points: int) -> list[tuple[float, float]]:
-    """Gauss–Legendre on [0, 1], as in captum: far closer to the integral than EAP-IG's Riemann sum of as many points.
+    """Gauss–Legendre on [0, 1], as in captum: far closer to the integral than EAP-IG's Riemann sum
+    of as many points.
 
     Raises ValueError for less than one point.
     """
@@ -79,7 +92,8 @@ def _quadrature(points: int) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class NodeAttribution(Attribution):
-    """Scores of nodes: a Dataset with one variable a kind, dims (step, branch, prompt, layer, head, pos or text_pos).
+    """Scores of nodes: a Dataset with one variable a kind, dims (step, branch, prompt, layer, head,
+    pos or text_pos).
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -98,7 +112,11 @@ class NodeAttribution(Attribution):
 
     def _patch(self, row: Any) -> Patch:
         kind = row.node
-        label = {dim: int(getattr(row, dim)) for dim in self.scores[kind].dims if dim not in ("prompt", "branch")}
+        label = {
+            dim: int(getattr(row, dim))
+            for dim in self.scores[kind].dims
+            if dim not in ("prompt", "branch")
+        }
         name = _names(self.pair.dit, kind)[label.get("layer")]
         index = tuple(label.get(dim, slice(None)) for dim in _dims(self.pair.dit, name))
         return Patch(name, index, name, index)
@@ -119,7 +137,9 @@ def _names(dit: Any, kind: str) -> dict[int | None, str]:
     if "{layer}" not in template:
         return {None: _checked(dit, template)}
     for one in (template, PRE_GATE) if kind == "mlp" else (template,):
-        there = [layer for layer in range(dit.cfg.n_layers) if one.format(layer=layer) in dit.mod_dict]
+        there = [
+            layer for layer in range(dit.cfg.n_layers) if one.format(layer=layer) in dit.mod_dict
+        ]
         if there:
             return {layer: _checked(dit, one.format(layer=layer)) for layer in there}
     dit.canonical_name(template.format(layer=0))  # raises
@@ -132,7 +152,13 @@ def _dims(dit: Any, name: str) -> tuple[str, ...]:
     def dim(axis: str) -> str:
         if axis in TEXT_POSITIONS:
             return "text_pos"
-        return "pos" if axis in IMAGE_POSITIONS + JOINT_POSITIONS else "prompt" if axis == "batch" else axis
+        return (
+            "pos"
+            if axis in IMAGE_POSITIONS + JOINT_POSITIONS
+            else "prompt"
+            if axis == "batch"
+            else axis
+        )
 
     return tuple(map(dim, dit.axes(name)[:-1]))
 
@@ -141,7 +167,9 @@ def _reduce(
     products: Float[Tensor, "batch *rest"], dims: tuple[str, ...], keep_positions: bool
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Difference times gradient, summed over all that is not labelled: dims (prompt, head, pos)."""
-    array = xr.DataArray(products.sum(-1, dtype=torch.promote_types(products.dtype, torch.float32)).cpu(), dims=dims)
+    array = xr.DataArray(
+        products.sum(-1, dtype=torch.promote_types(products.dtype, torch.float32)).cpu(), dims=dims
+    )
     array = array.transpose("prompt", "head", ..., missing_dims="ignore")
     array = array if keep_positions or "pos" not in array.dims else array.sum("pos")
     return tuple(map(str, array.dims)), array.to_numpy()
@@ -156,24 +184,29 @@ def nodes(
     ig_steps: int = 1,
     ig_over: Literal["inputs", "activations"] = "inputs",
 ) -> NodeAttribution:
-    """Attribution patching of nodes: (source − original) · ∂metric/∂activation, by prompt, step, branch, layer and head.
+    """Attribution patching of nodes: (source − original) · ∂metric/∂activation, by prompt, step,
+    branch, layer and head.
 
     Gradients go through all later steps and the solver; memory is that of one step's graph.
 
     Args:
         pair: two trajectories, or two denoiser calls.
-        kinds: of `NODES`, or any hook of the denoiser ("blocks.1.attn.hook_v", "blocks.{layer}.attn.hook_v"); by default
-            heads, MLPs and words, where the denoiser has them. Layers without a kind are NaN.
+        kinds: of `NODES`, or any hook of the denoiser ("blocks.1.attn.hook_v",
+            "blocks.{layer}.attn.hook_v"); by default heads, MLPs and words, where the denoiser has
+            them. Layers without a kind are NaN.
         positions: keep image positions apart. Words are always kept apart.
-        ig_steps: 1 is plain attribution patching; m > 1 averages gradients over m points between the runs.
-        ig_over: the interpolated tensors. "inputs" is EAP-IG: the text features (and latents, where they differ), for all nodes
-            at once; m times the cost. Scores of "text" (and "embed") then add up to metric(source) − metric(original).
-            "activations" goes, for one hook after another, from the original activation to the source's while the rest of the
-            run stays original; scores add up to the exact effect of patching that hook. It costs m runs a hook.
+        ig_steps: 1 is plain attribution patching; m > 1 averages gradients over m points between
+            the runs.
+        ig_over: the interpolated tensors. "inputs" is EAP-IG: the text features (and latents, where
+            they differ), for all nodes at once; m times the cost. Scores of "text" (and "embed")
+            then add up to metric(source) − metric(original). "activations" goes, for one hook after
+            another, from the original activation to the source's while the rest of the run stays
+            original; scores add up to the exact effect of patching that hook. It costs m runs a
+            hook.
 
     Raises:
-        TypeError, ValueError: the metric is not differentiable, or does not give one number for each prompt; the inputs cannot
-            be interpolated; or a node is the same in every run.
+        TypeError, ValueError: the metric is not differentiable, or does not give one number for
+            each prompt; the inputs cannot be interpolated; or a node is the same in every run.
         UnknownHookError: a kind is neither of `NODES` nor a hook.
 
     Example:
@@ -193,17 +226,26 @@ def nodes(
         found = _node_products(pair, flat, _path(pair, ig_steps), metric)
     else:
         found = _along_activations(pair, flat, ig_steps, metric)
-    reduced = {(i, name): _reduce(product, _dims(pair.dit, name), positions) for i, name, product in found}
+    reduced = {
+        (i, name): _reduce(product, _dims(pair.dit, name), positions) for i, name, product in found
+    }
 
     scores = {}
     for kind in kinds:
-        of_kind = {i: [reduced[i, name] for name in where[kind].values()] for i in range(len(pair.contexts))}
-        stacked = {i: _by_layer(of_names, None not in where[kind]) for i, of_names in of_kind.items()}
+        of_kind = {
+            i: [reduced[i, name] for name in where[kind].values()]
+            for i in range(len(pair.contexts))
+        }
+        stacked = {
+            i: _by_layer(of_names, None not in where[kind]) for i, of_names in of_kind.items()
+        }
         scores[kind] = labelled(pair, stacked, {"layer": list(where[kind])})
     return NodeAttribution(xr.Dataset(scores), pair, metric)
 
 
-def _by_layer(of_names: Sequence[tuple[tuple[str, ...], np.ndarray]], layered: bool) -> tuple[tuple[str, ...], np.ndarray]:
+def _by_layer(
+    of_names: Sequence[tuple[tuple[str, ...], np.ndarray]], layered: bool
+) -> tuple[tuple[str, ...], np.ndarray]:
     """(dims, values) of a kind: its layers stacked, or the one hook that it is."""
     (prompt, *dims), first = of_names[0]
     if not layered:
@@ -221,7 +263,10 @@ def _has(dit: Any, kind: str) -> bool:
 def _checked(dit: Any, name: str) -> str:
     canonical = dit.canonical_name(name)
     if modulates(canonical):
-        raise ValueError(f"{name} does not depend on the prompt: it is the same in both runs, and its score would be 0.")
+        raise ValueError(
+            f"{name} does not depend on the prompt: it is the same in both runs, and its score "
+            "would be 0."
+        )
     return canonical
 
 
@@ -237,10 +282,14 @@ def _node_products(
     for step, found in gradients(path, wanted, metric):
         differences = pair.differences(step, wanted[step])
         for i, prefix in _contexts_of(pair, step):
-            yield from ((i, name, differences[prefix + name] * found[prefix + name]) for name in names)
+            yield from (
+                (i, name, differences[prefix + name] * found[prefix + name]) for name in names
+            )
 
 
-def _along_activations(pair: Pair, names: Sequence[str], points: int, metric: Metric) -> Iterator[tuple[int, str, Tensor]]:
+def _along_activations(
+    pair: Pair, names: Sequence[str], points: int, metric: Metric
+) -> Iterator[tuple[int, str, Tensor]]:
     for i, context in enumerate(pair.contexts):
         for name in names:
             full, step = context.prefix + name, context.step
@@ -270,13 +319,16 @@ def _in_contexts(pair: Pair, names: Sequence[str]) -> dict[int, list[str]]:
 
 @dataclass(frozen=True)
 class EdgeAttribution(Attribution):
-    """Scores of edges: a DataArray with dims (step, branch, prompt, sender, receiver), NaN where no edge can be.
+    """Scores of edges: a DataArray with dims (step, branch, prompt, sender, receiver), NaN where no
+    edge can be.
 
-    Senders and receivers are named as in `dit_lens.patching`: "embed", "attn.L0H1", "cross_attn.L0H1", "mlp.L0", "text[0]" send;
-    "attn.L1H0.q" (k, v), "cross_attn.L1H0.q" (k, v), "mlp.L1" and "output", the final residual stream, receive. Of the words,
-    cross-attention reads k and v, and nothing else of either.
+    Senders and receivers are named as in `dit_lens.patching`: "embed", "attn.L0H1",
+    "cross_attn.L0H1", "mlp.L0", "text[0]" send; "attn.L1H0.q" (k, v), "cross_attn.L1H0.q" (k, v),
+    "mlp.L1" and "output", the final residual stream, receive. Of the words, cross-attention reads k
+    and v, and nothing else of either.
 
-    A receiver's column adds up to (source − original) · gradient of its whole input, a sender's row to its score as a node.
+    A receiver's column adds up to (source − original) · gradient of its whole input, a sender's row
+    to its score as a node.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -285,7 +337,10 @@ class EdgeAttribution(Attribution):
         >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
         >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> found = edges(pair(below, above, steps=0), red)
-        >>> "text[3]" in found.scores["sender"], bool(found.scores.sel(sender="embed", receiver="mlp.L1").notnull())
+        >>> (
+        ...     "text[3]" in found.scores["sender"],
+        ...     bool(found.scores.sel(sender="embed", receiver="mlp.L1").notnull()),
+        ... )
         (True, True)
     """
 
@@ -306,16 +361,19 @@ class EdgeAttribution(Attribution):
 
 
 def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
-    """Edge attribution patching (EAP): (source − original) of the sender's output · ∂metric/∂(the receiver's input).
+    """Edge attribution patching (EAP): (source − original) of the sender's output · ∂metric/∂(the
+    receiver's input).
 
-    An edge leads from one denoiser call to the same call; its effect on later steps is in the gradient.
+    An edge leads from one denoiser call to the same call; its effect on later steps is in the
+    gradient.
 
     Args:
         pair: two trajectories, or two denoiser calls.
         ig_steps: 1 is EAP; m > 1 is EAP-IG, as `nodes(ig_over="inputs")`.
 
     Raises:
-        TypeError, ValueError: as in `nodes`; or cfg.use_attn_in is on, which excludes separate q, k and v inputs.
+        TypeError, ValueError: as in `nodes`; or cfg.use_attn_in is on, which excludes separate q, k
+            and v inputs.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -329,8 +387,8 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
     dit, path, found = pair.dit, _path(pair, ig_steps), {}
     if not isinstance(dit, HookedDiT):
         raise ValueError(
-            f"{dit.family.name} has no edges: its blocks run as diffusers wrote them, with no copy of the residual stream for "
-            "each reader; take attribution.nodes."
+            f"{dit.family.name} has no edges: its blocks run as diffusers wrote them, with no copy "
+            "of the residual stream for each reader; take attribution.nodes."
         )
     senders, receivers = all_senders(dit, pair.original.text.text.shape[1]), all_receivers(dit)
     columns: dict[str, list[int]] = {}
@@ -342,7 +400,10 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
         for step, gradient in gradients(path, _in_contexts(pair, list(columns)), metric):
             change = pair.differences(step, _in_contexts(pair, written)[step])
             for i, prefix in _contexts_of(pair, step):
-                here = [{name.removeprefix(prefix): t for name, t in group.items()} for group in (change, gradient)]
+                here = [
+                    {name.removeprefix(prefix): t for name, t in group.items()}
+                    for group in (change, gradient)
+                ]
                 scores = _edge_scores(dit, (senders, receivers), columns, *here)
                 found[i] = ("prompt", "sender", "receiver"), scores.double().cpu().numpy()
     labels = {"sender": list(map(str, senders)), "receiver": list(map(str, receivers))}
@@ -356,7 +417,8 @@ def _edge_scores(
     change: Mapping[str, Tensor],
     gradient: Mapping[str, Tensor],
 ) -> Float[Tensor, "batch sender receiver"]:
-    """Change of each sender's output times gradient of each receiver's input, in one call; NaN without an edge.
+    """Change of each sender's output times gradient of each receiver's input, in one call; NaN
+    without an edge.
 
     Args:
         ends: senders and receivers.
@@ -369,9 +431,12 @@ def _edge_scores(
     depths = [node.depth(dit.cfg) for node in residual]  # ascending
     table = sent.new_full((len(sent), len(senders), len(receivers)), torch.nan)
     for name, where in columns.items():
-        at = gradient[name] if gradient[name].ndim == 4 else gradient[name][:, :, None]  # [batch pos head d_model]
+        # [batch pos head d_model]
+        at = gradient[name] if gradient[name].ndim == 4 else gradient[name][:, :, None]
         if name.endswith(("cross_attn.hook_k_input", "cross_attn.hook_v_input")):
-            table[:, len(depths) :, where] = torch.einsum("bwd,bwhd->bwh", change["hook_caption"], at)
+            table[:, len(depths) :, where] = torch.einsum(
+                "bwd,bwhd->bwh", change["hook_caption"], at
+            )
         else:
             earlier = bisect_left(depths, receivers[where[0]].depth(dit.cfg))
             table[:, :earlier, where] = torch.einsum("bspd,bphd->bsh", sent[:, :earlier], at)

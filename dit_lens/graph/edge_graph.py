@@ -1,7 +1,9 @@
-"""The edges of one denoiser call: which components send, which receive, and at which hooks that can be read and edited.
+"""The edges of one denoiser call: which components send, which receive, and at which hooks that can
+be read and edited.
 
-Everything that is written to the residual stream reaches everything that reads it later; the words reach cross-attention's keys
-and values. Source: the graphs of EAP (arXiv 2310.10348) and of TransformerLens' attribution patching, with cross-attention added.
+Everything that is written to the residual stream reaches everything that reads it later; the words
+reach cross-attention's keys and values. Source: the graphs of EAP (arXiv 2310.10348) and of
+TransformerLens' attribution patching, with cross-attention added.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ def all_senders(dit: HookedDiT, words: int) -> list[Node]:
     heads = range(dit.cfg.n_heads)
     written = [Node("embed")]
     for layer in range(dit.cfg.n_layers):
-        written += [Node("attn", layer, head) for head in heads] + [Node("cross_attn", layer, head) for head in heads]
+        written += [Node("attn", layer, head) for head in heads] + [
+            Node("cross_attn", layer, head) for head in heads
+        ]
         written.append(Node("mlp", layer))
     return written + [Node("text", tokens=(word,)) for word in range(words)]
 
@@ -31,7 +35,9 @@ def all_receivers(dit: HookedDiT) -> list[Node]:
     read = []
     for layer in range(dit.cfg.n_layers):
         for kind in ("attn", "cross_attn"):
-            read += [Node(kind, layer, head, part) for part in "qkv" for head in range(dit.cfg.n_heads)]  # type: ignore[arg-type]
+            for part in "qkv":
+                heads = range(dit.cfg.n_heads)
+                read += [Node(kind, layer, head, part) for head in heads]  # type: ignore[arg-type]
         read.append(Node("mlp", layer))
     return [*read, Node("output")]
 
@@ -47,24 +53,35 @@ def input_hook(dit: HookedDiT, node: Node) -> str:
     """The hook of a receiver's own copy of its input."""
     if node.kind == "output":
         return node.output_hook(dit.cfg)
-    return f"blocks.{node.layer}." + ("hook_mlp_in" if node.kind == "mlp" else f"{node.kind}.hook_{node.part}_input")
+    return f"blocks.{node.layer}." + (
+        "hook_mlp_in" if node.kind == "mlp" else f"{node.kind}.hook_{node.part}_input"
+    )
 
 
 def index_of(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[Any, ...]:
-    """Index of a node's share of a tensor [batch pos (head) d_model]; with `words`, of the first of them alone."""
+    """Index of a node's share of a tensor [batch pos (head) d_model]; with `words`, of the first of
+    them alone.
+    """
     everywhere = slice(None) if words is None else words[0]
     return (slice(None), everywhere) if node.head is None else (slice(None), everywhere, node.head)
 
 
 @contextmanager
 def edge_flags(dit: HookedDiT) -> Iterator[None]:
-    """A hook for every sender's contribution and every receiver's own input, in the runs that this block makes.
+    """A hook for every sender's contribution and every receiver's own input, in the runs that this
+    block makes.
 
     Raises:
         ValueError: cfg.use_attn_in is on, which excludes separate inputs.
     """
     if dit.cfg.use_attn_in:
-        raise ValueError("use_split_qkv_input and use_attn_in exclude each other: call set_use_attn_in(False) first")
+        raise ValueError(
+            "use_split_qkv_input and use_attn_in exclude each other: call set_use_attn_in(False) "
+            "first"
+        )
     with scope() as inner:
-        inner.values |= {(id(dit.cfg), flag): True for flag in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")}
+        inner.values |= {
+            (id(dit.cfg), flag): True
+            for flag in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
+        }
         yield

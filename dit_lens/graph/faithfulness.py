@@ -5,13 +5,14 @@
     kept = np.arange(len(edges)) < 100  # the circuit: the 100 edges of largest score
     images = run_circuits(model, clean, corrupt, seeds, edges, kept[None])
 
-A circuit is a set of edges of the conditional branch, an edge being a sender, a receiver and a denoising step. Along edges out
-of it, the corrupt prompt's own activations are sent; all else follows from the circuit itself, latents included. So the
-circuit of all edges is the clean run and that of none the corrupt run, exactly. The unconditional branch has no edges that differ
-but by the latents, which it is given as they become.
+A circuit is a set of edges of the conditional branch, an edge being a sender, a receiver and a
+denoising step. Along edges out of it, the corrupt prompt's own activations are sent; all else
+follows from the circuit itself, latents included. So the circuit of all edges is the clean run and
+that of none the corrupt run, exactly. The unconditional branch has no edges that differ but by the
+latents, which it is given as they become.
 
-Source: Hanna et al. (arXiv 2403.17806) for circuits of edges; faithfulness, CPR and CMD as in MIB (Mueller et al., arXiv
-2504.13151), which has them for language models.
+Source: Hanna et al. (arXiv 2403.17806) for circuits of edges; faithfulness, CPR and CMD as in MIB
+(Mueller et al., arXiv 2504.13151), which has them for language models.
 """
 
 from __future__ import annotations
@@ -43,10 +44,14 @@ from .edge_graph import all_receivers, all_senders, edge_flags, input_hook, outp
 RESAMPLES = 2000
 
 
-def candidate_edges(model: HookedTextToImage, prompts: Sequence[str], scores: xr.DataArray) -> pd.DataFrame:
-    """The edges along which anything differs, the largest first: columns step, sender, receiver, score (mean over prompts).
+def candidate_edges(
+    model: HookedTextToImage, prompts: Sequence[str], scores: xr.DataArray
+) -> pd.DataFrame:
+    """The edges along which anything differs, the largest first: columns step, sender, receiver,
+    score (mean over prompts).
 
-    Of words, edges of one role are one edge ("text[relation]"), because prompts differ in where it stands.
+    Of words, edges of one role are one edge ("text[relation]"), because prompts differ in where it
+    stands.
 
     Args:
         prompts: of the original run that `scores` belong to, in order.
@@ -65,18 +70,34 @@ def candidate_edges(model: HookedTextToImage, prompts: Sequence[str], scores: xr
         ['step', 'sender', 'receiver', 'score']
     """
     of_branch = scores.sel(branch="cond")
-    words = of_branch.sel(sender=[name for name in of_branch["sender"].values if name.startswith("text[")])
+    words = of_branch.sel(
+        sender=[name for name in of_branch["sender"].values if name.startswith("text[")]
+    )
     others = of_branch.drop_sel(sender=words["sender"].values)
     length = words.sizes["sender"]
     roles = by_role([token_roles(model, prompt, length) for prompt in prompts])
     parts = {str(name): others.sel(sender=name, drop=True) for name in others["sender"].values}
     for role, mask in roles.items():
         chosen = xr.DataArray(mask.numpy(), dims=("prompt", "sender"))
-        parts[f"text[{role}]"] = words.drop_vars(("sender", "prompt")).where(chosen, 0.0).sum("sender", skipna=False)
-    whole = xr.concat([part.drop_vars("prompt", errors="ignore") for part in parts.values()], pd.Index(parts, name="sender"))
+        parts[f"text[{role}]"] = (
+            words.drop_vars(("sender", "prompt")).where(chosen, 0.0).sum("sender", skipna=False)
+        )
+    whole = xr.concat(
+        [part.drop_vars("prompt", errors="ignore") for part in parts.values()],
+        pd.Index(parts, name="sender"),
+    )
     differs = (whole != 0).any("prompt") & whole.notnull().all("prompt")
-    table = whole.mean("prompt").where(differs).rename("score").to_dataframe().reset_index().dropna(subset="score")
-    table = table.sort_values("score", key=np.abs, ascending=False, ignore_index=True, kind="stable")
+    table = (
+        whole.mean("prompt")
+        .where(differs)
+        .rename("score")
+        .to_dataframe()
+        .reset_index()
+        .dropna(subset="score")
+    )
+    table = table.sort_values(
+        "score", key=np.abs, ascending=False, ignore_index=True, kind="stable"
+    )
     return table[["step", "sender", "receiver", "score"]]
 
 
@@ -91,11 +112,13 @@ def run_circuits(
     num_steps: int = DEFAULT_STEPS,
     together: int = 4,
 ) -> Float[Tensor, "circuit prompt 3 height width"]:
-    """Images in [0, 1] that circuits draw of the clean prompts, all outside of them being as for the corrupt ones.
+    """Images in [0, 1] that circuits draw of the clean prompts, all outside of them being as for
+    the corrupt ones.
 
     Args:
         corrupt: for each clean prompt its counterpart, of as many tokens, with the same noise.
-        edges: columns step, sender and receiver, as `candidate_edges` gives them; edges not listed are never cut.
+        edges: columns step, sender and receiver, as `candidate_edges` gives them; edges not listed
+            are never cut.
         kept: which edges each circuit has.
         together: circuits that go through the model at once.
 
@@ -117,30 +140,45 @@ def run_circuits(
     """
     masks = [(model.to_tokens(texts) != model.tokenizer.pad_token_id) for texts in (clean, corrupt)]
     if masks[0].shape != masks[1].shape or not bool((masks[0] == masks[1]).all()):
-        raise ValueError("Clean and corrupt prompts must have as many tokens, pair by pair: exchange words one for one.")
+        raise ValueError(
+            "Clean and corrupt prompts must have as many tokens, pair by pair: exchange words one "
+            "for one."
+        )
     outside = cut_edges(model, edges, kept, num_steps)
-    roles = torch.stack(list(by_role([token_roles(model, text, masks[0].shape[1]) for text in clean]).values()))
+    roles = torch.stack(
+        list(by_role([token_roles(model, text, masks[0].shape[1]) for text in clean]).values())
+    )
     found = []
     starts = range(0, len(kept), together)
-    for start in track(starts, "circuits", transient=True, disable=len(starts) < 4, console=Console(stderr=True)):
+    for start in track(
+        starts, "circuits", transient=True, disable=len(starts) < 4, console=Console(stderr=True)
+    ):
         run = _Run(model, roles.to(model.device), outside[:, start : start + together])
         copies = outside[:, start : start + together].shape[1]
         with edge_flags(model.dit):
             images = model.run_with_hooks(
-                [*corrupt, *list(clean) * copies], [*seeds] * (copies + 1), num_steps, fwd_hooks=run.hooks()
+                [*corrupt, *list(clean) * copies],
+                [*seeds] * (copies + 1),
+                num_steps,
+                fwd_hooks=run.hooks(),
             )
         found.append(images.unflatten(0, (copies + 1, len(clean)))[1:].cpu())
     return torch.cat(found)
 
 
 def cut_edges(
-    model: HookedTextToImage, edges: pd.DataFrame, kept: Bool[np.ndarray, "circuit edge"], num_steps: int
+    model: HookedTextToImage,
+    edges: pd.DataFrame,
+    kept: Bool[np.ndarray, "circuit edge"],
+    num_steps: int,
 ) -> Float[Tensor, "step circuit sender receiver"]:
     """1 for every edge that a circuit lacks; senders are those to the residual stream, then roles.
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> edges = pd.DataFrame({"step": [0, 0], "sender": ["embed"] * 2, "receiver": ["attn.L0H0.q", "mlp.L0"]})
+        >>> edges = pd.DataFrame(
+        ...     {"step": [0, 0], "sender": ["embed"] * 2, "receiver": ["attn.L0H0.q", "mlp.L0"]}
+        ... )
         >>> float(cut_edges(model, edges, np.array([[True, False]]), num_steps=1).sum())
         1.0
     """
@@ -148,7 +186,11 @@ def cut_edges(
     senders |= {f"text[{role}]": len(senders) + i for i, role in enumerate(get_args(Role))}
     receivers = {str(node): i for i, node in enumerate(all_receivers(model.dit))}
     cut = np.zeros((num_steps, len(kept), len(senders), len(receivers)), dtype=np.float32)
-    places = edges["step"].to_numpy(), edges["sender"].map(senders).to_numpy(), edges["receiver"].map(receivers).to_numpy()
+    places = (
+        edges["step"].to_numpy(),
+        edges["sender"].map(senders).to_numpy(),
+        edges["receiver"].map(receivers).to_numpy(),
+    )
     for circuit, row in enumerate(kept):
         step, sender, receiver = (place[~row] for place in places)
         cut[step, circuit, sender, receiver] = 1
@@ -157,13 +199,17 @@ def cut_edges(
 
 @dataclass
 class _Run:
-    """Copies of a batch going through the model: the corrupt prompts, then the clean ones once a circuit."""
+    """Copies of a batch going through the model: the corrupt prompts, then the clean ones once a
+    circuit.
+    """
 
     model: HookedTextToImage
     roles: Bool[Tensor, "role prompt text_pos"]
     outside: Float[Tensor, "step circuit sender receiver"]
     changes: Tensor | None = None
-    """Corrupt minus current, of every sender: [circuit sender prompt pos d_model]; of the first `sent` in this call."""
+    """Corrupt minus current, of every sender: [circuit sender prompt pos d_model]; of the first
+    `sent` in this call.
+    """
     sent: int = 0
     words: Tensor | None = None
     """The same of the captions: [circuit prompt text_pos d]."""
@@ -188,7 +234,10 @@ class _Run:
                 if name.endswith(("cross_attn.hook_k_input", "cross_attn.hook_v_input")):
                     part, change = cut[:, len(residual) :], self.replace_words
                 else:
-                    part, change = cut[:, : bisect_left(depths, receivers[columns[0]].depth(dit.cfg))], self.replace
+                    part, change = (
+                        cut[:, : bisect_left(depths, receivers[columns[0]].depth(dit.cfg))],
+                        self.replace,
+                    )
                 if bool(part.any()):
                     found.append((prefix + name, partial(change, cut=part)))
         return found
@@ -199,18 +248,23 @@ class _Run:
 
     def note(self, tensor: Tensor, hook: HookPoint) -> None:
         change = self.difference(tensor)
-        change = change.movedim(-2, 1) if change.ndim == 5 else change[:, None]  # [circuit head prompt pos d_model]
+        # [circuit head prompt pos d_model]
+        change = change.movedim(-2, 1) if change.ndim == 5 else change[:, None]
         if str(hook.name).endswith("hook_embed"):
             self.sent = 0
         if self.changes is None:
-            self.changes = change.new_empty(len(change), len(all_senders(self.model.dit, 0)), *change.shape[2:])
+            self.changes = change.new_empty(
+                len(change), len(all_senders(self.model.dit, 0)), *change.shape[2:]
+            )
         self.changes[:, self.sent : self.sent + change.shape[1]] = change
         self.sent += change.shape[1]
 
     def note_words(self, tensor: Tensor, hook: HookPoint) -> None:
         self.words = self.difference(tensor)
 
-    def replace(self, tensor: Tensor, hook: HookPoint, cut: Float[Tensor, "circuit sender head"]) -> Tensor:
+    def replace(
+        self, tensor: Tensor, hook: HookPoint, cut: Float[Tensor, "circuit sender head"]
+    ) -> Tensor:
         assert self.changes is not None  # something is written before anything is read
         copies = tensor.clone().unflatten(0, (1 + len(cut), -1))
         lost = cut.mT @ self.changes[:, : cut.shape[1]].flatten(2)
@@ -218,7 +272,9 @@ class _Run:
         copies[1:] += lost[:, 0] if copies.ndim == 4 else lost.movedim(1, -2)
         return copies.flatten(0, 1)
 
-    def replace_words(self, tensor: Tensor, hook: HookPoint, cut: Float[Tensor, "circuit role head"]) -> Tensor:
+    def replace_words(
+        self, tensor: Tensor, hook: HookPoint, cut: Float[Tensor, "circuit role head"]
+    ) -> Tensor:
         assert self.words is not None  # captions come before keys and values
         copies = tensor.clone().unflatten(0, (1 + len(cut), -1))
         weights = torch.einsum("crh,rbt->cbth", cut, self.roles.to(cut))
@@ -244,19 +300,26 @@ class Areas(NamedTuple):
 
 
 def faithfulness(
-    values: Float[np.ndarray, "*circuit prompt"], clean: Float[np.ndarray, " prompt"], corrupt: Float[np.ndarray, " prompt"]
+    values: Float[np.ndarray, "*circuit prompt"],
+    clean: Float[np.ndarray, " prompt"],
+    corrupt: Float[np.ndarray, " prompt"],
 ) -> Float[np.ndarray, "*circuit"]:
     """(m(circuit) − m(corrupt)) / (m(clean) − m(corrupt)), every m being the mean over prompts.
 
     Example:
-        >>> float(faithfulness(np.array([3.0, 5.0]), clean=np.array([5.0, 7.0]), corrupt=np.array([1.0, 3.0])))
+        >>> float(
+        ...     faithfulness(
+        ...         np.array([3.0, 5.0]), clean=np.array([5.0, 7.0]), corrupt=np.array([1.0, 3.0])
+        ...     )
+        ... )
         0.5
     """
     return (values - corrupt).mean(axis=-1) / (clean - corrupt).mean()
 
 
 def areas(shares: Float[np.ndarray, " size"], curve: Float[np.ndarray, " size"]) -> Areas:
-    """CPR and CMD by the trapezoid rule, with the exact ends: the circuit of no edges (0) and of all (1).
+    """CPR and CMD by the trapezoid rule, with the exact ends: the circuit of no edges (0) and of
+    all (1).
 
     Example:
         >>> areas(np.array([0.5]), np.array([1.0]))
@@ -267,7 +330,8 @@ def areas(shares: Float[np.ndarray, " size"], curve: Float[np.ndarray, " size"])
 
 
 def resampled(statistic: Callable[[np.ndarray], float], n: int, rng: int = 0) -> Interval:
-    """A statistic of `n` things (prompts, say), given by their numbers, with its 95 % bootstrap interval over them.
+    """A statistic of `n` things (prompts, say), given by their numbers, with its 95 % bootstrap
+    interval over them.
 
     Example:
         >>> heights = np.array([1.0, 2.0, 3.0, 4.0])
@@ -282,9 +346,13 @@ def resampled(statistic: Callable[[np.ndarray], float], n: int, rng: int = 0) ->
 
 
 def random_circuits(
-    edges: pd.DataFrame, sizes: Sequence[int], rng: np.random.Generator, like: Bool[np.ndarray, "size edge"] | None = None
+    edges: pd.DataFrame,
+    sizes: Sequence[int],
+    rng: np.random.Generator,
+    like: Bool[np.ndarray, "size edge"] | None = None,
 ) -> Bool[np.ndarray, "size edge"]:
-    """Nested random circuits of the given sizes; `like`: with as many edges at every step as these have.
+    """Nested random circuits of the given sizes; `like`: with as many edges at every step as these
+    have.
 
     Example:
         >>> edges = pd.DataFrame({"step": [0, 0, 1]})

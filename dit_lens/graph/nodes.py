@@ -1,4 +1,6 @@
-"""The vocabulary of path patching: the components that send, those that receive, and the pairs that a path joins."""
+"""The vocabulary of path patching: the components that send, those that receive, and the pairs that
+a path joins.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from hooked_models.arguments import is_several, shown
 from hooked_models.generation.names import Branch
 
 FORMS = (
-    "'cross_attn.L2H1' or 'attn.L2H1' (a head; as a receiver also with '.q', '.k' or '.v'), 'cross_attn.L2' (its layer's heads), "
+    "'cross_attn.L2H1' or 'attn.L2H1' (a head; as a receiver also with '.q', '.k' or '.v'), "
+    "'cross_attn.L2' (its layer's heads), "
     "'mlp.L3', 'embed', 'text', 'text[4,5]', 'text[relation]', 'output', 'image'"
 )
 _FORM = re.compile(
@@ -41,9 +44,9 @@ class Node:
     ``image``               –                              the final latents
     ======================= ============================== ==============================
 
-    A head's q is a function of its input alone, so the input is patched at ``hook_q`` (k, v and ``mlp.hook_pre`` likewise):
-    the intervention is that on ``hook_q_input``, without a copy of the residual stream for every head, and LayerNorm is
-    recomputed.
+    A head's q is a function of its input alone, so the input is patched at ``hook_q`` (k, v and
+    ``mlp.hook_pre`` likewise): the intervention is that on ``hook_q_input``, without a copy of the
+    residual stream for every head, and LayerNorm is recomputed.
 
     Example:
         >>> Node.parse("cross_attn.L2H1.q")
@@ -80,7 +83,11 @@ class Node:
         )
 
     def __str__(self) -> str:
-        tokens = self.tokens if self.tokens is None or isinstance(self.tokens, str) else ",".join(map(str, self.tokens))
+        tokens = (
+            self.tokens
+            if self.tokens is None or isinstance(self.tokens, str)
+            else ",".join(map(str, self.tokens))
+        )
         return (
             self.kind
             + ("" if self.layer is None else f".L{self.layer}")
@@ -90,14 +97,21 @@ class Node:
         )
 
     def check(self, cfg: Any, sends: bool) -> None:
-        """Raise ValueError unless the model has this node and the node can send, or else receive."""
+        """Raise ValueError unless the model has this node and the node can send, or else
+        receive.
+        """
         layers, heads = cfg.n_layers, cfg.n_heads
         if (self.layer or 0) >= layers or (self.head or 0) >= heads:
-            raise ValueError(f"There is no {self}: the model has {layers} layers of {heads} heads, counted from 0.")
+            raise ValueError(
+                f"There is no {self}: the model has {layers} layers of {heads} heads, counted from "
+                "0."
+            )
         if sends and self.kind == "image":
             raise ValueError("image can only receive: it is where all paths end.")
         if sends and self.part is not None:
-            raise ValueError(f"{self} can only receive: a head sends its result, so write {str(self)[:-2]!r}.")
+            raise ValueError(
+                f"{self} can only receive: a head sends its result, so write {str(self)[:-2]!r}."
+            )
         if not sends and self.kind == "text":
             raise ValueError("text can only send: nothing in the denoiser writes to it.")
 
@@ -120,23 +134,31 @@ class Node:
         return [f"blocks.{self.layer}.{self.kind}.hook_{part}" for part in self.part or "qkv"]
 
     def frozen_hooks(self, dit: Any, frozen: Collection[str]) -> list[str]:
-        """The names in a denoiser of the tensors that hold a layer's sublayer, the node, at the values of another run.
+        """The names in a denoiser of the tensors that hold a layer's sublayer, the node, at the
+        values of another run.
 
         Args:
             frozen: kinds that are held together.
 
         Raises:
-            ValueError: attention and MLP leave this layer as one tensor, and only one of them is frozen.
+            ValueError: attention and MLP leave this layer as one tensor, and only one of them is
+                frozen.
         """
         block = f"blocks.{self.layer}."
         if self.kind != "mlp":
-            heads = [f"{block}{self.kind}.hook_z", *([f"{block}image_attn.hook_z"] if self.kind == "attn" else [])]
+            heads = [
+                f"{block}{self.kind}.hook_z",
+                *([f"{block}image_attn.hook_z"] if self.kind == "attn" else []),
+            ]
             found = [name for name in heads if name in dit.mod_dict]
-            return found or [name for name in _outputs(block, self.kind) if name in dit.mod_dict][:1]
+            return (
+                found or [name for name in _outputs(block, self.kind) if name in dit.mod_dict][:1]
+            )
         if f"{block}hook_attn_mlp_out_pre_gate" in dit.mod_dict:
             if "attn" not in frozen:
                 raise ValueError(
-                    f"In layer {self.layer} of {dit.family.name} attention and MLP leave as one tensor, so that the MLP cannot "
+                    f"In layer {self.layer} of {dit.family.name} attention and MLP leave as one "
+                    "tensor, so that the MLP cannot "
                     "be frozen alone: freeze attn too, or take variant='exact'."
                 )
             return [f"{block}hook_attn_mlp_out_pre_gate"]
@@ -146,7 +168,9 @@ class Node:
 
     @property
     def index(self) -> Index:
-        """This node's share of a tensor that it reads or writes; text apart, whose positions depend on the prompt."""
+        """This node's share of a tensor that it reads or writes; text apart, whose positions depend
+        on the prompt.
+        """
         return ... if self.head is None else (..., self.head, slice(None))
 
     def depth(self, cfg: Any) -> int:
@@ -163,7 +187,8 @@ def _outputs(block: str, kind: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Nodes:
-    """A set of nodes at some denoising steps and in a guidance branch; a single denoiser call has neither.
+    """A set of nodes at some denoising steps and in a guidance branch; a single denoiser call has
+    neither.
 
     Example:
         >>> str(Nodes(["mlp.L0", "mlp.L1"], steps=[0, 1], branch="both"))
@@ -176,8 +201,12 @@ class Nodes:
     branch: Branch | Literal["both"] = "cond"
 
     def __post_init__(self) -> None:
-        if not self.nodes or (self.steps is not None and not isinstance(self.steps, int) and not self.steps):
-            raise ValueError("This set is empty: give at least one node, and one step (or None for all).")
+        if not self.nodes or (
+            self.steps is not None and not isinstance(self.steps, int) and not self.steps
+        ):
+            raise ValueError(
+                "This set is empty: give at least one node, and one step (or None for all)."
+            )
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -187,7 +216,11 @@ class Nodes:
     def __str__(self) -> str:
         steps = [self.steps] if isinstance(self.steps, int) else self.steps
         at = "" if steps is None else "@" + ",".join(map(str, steps))
-        return "+".join(map(str, self.nodes)) + at + ("" if self.branch == "cond" else f"/{self.branch}")
+        return (
+            "+".join(map(str, self.nodes))
+            + at
+            + ("" if self.branch == "cond" else f"/{self.branch}")
+        )
 
 
 class Place(NamedTuple):
@@ -197,25 +230,43 @@ class Place(NamedTuple):
     branch: Branch
 
 
-def why_no_path(from_: tuple[Node, Place], to: tuple[Node, Place], frozen: Collection[str], cfg: Any) -> str | None:
+def why_no_path(
+    from_: tuple[Node, Place], to: tuple[Node, Place], frozen: Collection[str], cfg: Any
+) -> str | None:
     """Why no path leads from a sender to a receiver; None where one does."""
     (sender, sent), (receiver, received) = from_, to
     if receiver.kind == "cross_attn" and receiver.part != "q":
         if sender.kind == "text" and sent == received:
             return None
         if receiver.part is not None:
-            return f"{receiver} reads the text alone: of all senders, only text at the same step and branch reaches it."
+            return (
+                f"{receiver} reads the text alone: of all senders, only text at the same step and "
+                "branch reaches it."
+            )
     depth = sender.depth(cfg)
     if sender.kind == "text":
         if "cross_attn" in frozen:
-            return f"No path leads from {sender} to {receiver}: the text acts through cross-attention, which is frozen."
-        depth = Node("cross_attn", layer=0).depth(cfg)  # the first to write the text into the residual stream
+            return (
+                f"No path leads from {sender} to {receiver}: the text acts through "
+                "cross-attention, which is frozen."
+            )
+        # the first to write the text into the residual stream
+        depth = Node("cross_attn", layer=0).depth(cfg)
     if receiver.kind == "image" or sent.step < received.step:
         return None  # by the sampler
     if sent.step > received.step:
-        return f"No path leads from {sender} to {receiver}: step {received.step} comes before step {sent.step}."
+        return (
+            f"No path leads from {sender} to {receiver}: step {received.step} comes before step "
+            f"{sent.step}."
+        )
     if sent.branch != received.branch:
-        return f"No path leads from {sender} to {receiver}: within a step, {sent.branch} and {received.branch} do not meet."
+        return (
+            f"No path leads from {sender} to {receiver}: within a step, {sent.branch} and "
+            f"{received.branch} do not meet."
+        )
     if depth < receiver.depth(cfg):
         return None
-    return f"No path leads from {sender} to {receiver}: within a denoiser call, {receiver} reads before {sender} writes."
+    return (
+        f"No path leads from {sender} to {receiver}: within a denoiser call, {receiver} reads "
+        f"before {sender} writes."
+    )

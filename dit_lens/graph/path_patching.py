@@ -1,4 +1,5 @@
-"""Path patching: the effect of senders on a result *by way of* receivers, within a step and across steps.
+"""Path patching: the effect of senders on a result *by way of* receivers, within a step and across
+steps.
 
     original = model.trajectory("red circle is above blue square", seed=0)
     source = model.trajectory("red circle is below blue square", seed=0)
@@ -7,28 +8,33 @@
     words, mlp = Nodes("text[relation]", steps=0), Nodes("mlp.L3", steps=2)
     path_patch(original, source, words, mlp, metric, "exact")
 
-The graph is the whole generation: text, embedding, heads and MLPs of every denoising step and guidance branch, joined by
-the residual stream; the sampler joins a step's network output to all steps after it (latents and multistep history). Let P
-be the set of paths that start at a sender, reach a receiver's input by way of components that are not frozen, and go on in
-any way. The result is computed with the senders' source values along P, and with original values along all other paths:
+The graph is the whole generation: text, embedding, heads and MLPs of every denoising step and
+guidance branch, joined by the residual stream; the sampler joins a step's network output to all
+steps after it (latents and multistep history). Let P be the set of paths that start at a sender,
+reach a receiver's input by way of components that are not frozen, and go on in any way. The result
+is computed with the senders' source values along P, and with original values along all other paths:
 path patching on a set of paths as in Goldowsky-Dill et al. (arXiv 2304.05969).
 
 A variant says which components are frozen, that is, which paths from sender to receiver count:
 
-- ``direct``: everything. A receiver's input is x_r + Σ_s (source_s − original_s), summed over the senders that write to it.
-  Into a later step, only the part of the network output at the sender's own step that the solver carries; the steps between add
-  nothing. In one call, for two heads, it is TransformerLens' ``get_act_patch_direct_path``.
-- ``through_mlps``: heads, but not MLPs. Wang et al. (arXiv 2211.00593), appendix B, where a receiver's recorded input
-  replaces its original one, so that P has no paths from one receiver to another. Else it is the same.
+- ``direct``: everything. A receiver's input is x_r + Σ_s (source_s − original_s), summed over the
+  senders that write to it. Into a later step, only the part of the network output at the sender's
+  own step that the solver carries; the steps between add nothing. In one call, for two heads, it is
+  TransformerLens' ``get_act_patch_direct_path``.
+- ``through_mlps``: heads, but not MLPs. Wang et al. (arXiv 2211.00593), appendix B, where a
+  receiver's recorded input replaces its original one, so that P has no paths from one receiver to
+  another. Else it is the same.
 - ``exact``: nothing. All paths from senders to receivers count.
 
-Or freeze any of ``attn``, ``cross_attn``, ``mlp`` and ``steps`` (no path enters a denoiser call by its latents and leaves it
-by its output, unless it passes a receiver there).
+Or freeze any of ``attn``, ``cross_attn``, ``mlp`` and ``steps`` (no path enters a denoiser call by
+its latents and leaves it by its output, unless it passes a receiver there).
 
-How it is computed: copies of the batch go through the model together. In SENT, senders have their source values and frozen
-components have their values of REFERENCE. In REFERENCE, receivers' inputs are those of SENT; its result counts. That is exact
-for any set of receivers: a path that has passed a receiver is in REFERENCE, on which frozen components depend like all others.
-While steps are frozen, CARRIED is SENT with the latents of REFERENCE; it gives the output that SENT passes on to later steps.
+How it is computed: copies of the batch go through the model together. In SENT, senders have their
+source values and frozen components have their values of REFERENCE. In REFERENCE, receivers' inputs
+are those of SENT; its result counts. That is exact for any set of receivers: a path that has passed
+a receiver is in REFERENCE, on which frozen components depend like all others. While steps are
+frozen, CARRIED is SENT with the latents of REFERENCE; it gives the output that SENT passes on to
+later steps.
 """
 
 from __future__ import annotations
@@ -77,7 +83,9 @@ REFERENCE, SENT, CARRIED = 0, 1, 2
 
 @dataclass(frozen=True)
 class _Experiment:
-    """Two runs, a metric and the kinds of components that are frozen (all but senders and receivers)."""
+    """Two runs, a metric and the kinds of components that are frozen (all but senders and
+    receivers).
+    """
 
     original: Call | Generation
     source: Call | Generation
@@ -86,23 +94,41 @@ class _Experiment:
     frozen: frozenset[str]
 
     @classmethod
-    def of(cls, original: Run, source: Run, metric: Metric, variant: str | Collection[str], metric_on: str | None) -> _Experiment:
+    def of(
+        cls,
+        original: Run,
+        source: Run,
+        metric: Metric,
+        variant: str | Collection[str],
+        metric_on: str | None,
+    ) -> _Experiment:
         kinds = sorted(VARIANTS["direct"])
         known = variant in VARIANTS if isinstance(variant, str) else set(kinds).issuperset(variant)
         if not known:
             raise ValueError(
-                f"variant={variant!r} is unknown: choose {', '.join(VARIANTS)}, or some of {', '.join(kinds)} to freeze."
+                f"variant={variant!r} is unknown: choose {', '.join(VARIANTS)}, or some of "
+                f"{', '.join(kinds)} to freeze."
             )
         frozen = VARIANTS[variant] if isinstance(variant, str) else frozenset(variant)
-        one, other = (Generation(run) if isinstance(run, Trajectory) else Call(run) for run in (original, source))
+        one, other = (
+            Generation(run) if isinstance(run, Trajectory) else Call(run)
+            for run in (original, source)
+        )
         if type(one) is not type(other) or one.dit is not other.dit:
-            raise ValueError("original and source must be of one model, and either both trajectories or both denoiser calls.")
+            raise ValueError(
+                "original and source must be of one model, and either both trajectories or both "
+                "denoiser calls."
+            )
         if len(one) != len(other):
-            raise ValueError(f"original has {len(one)} rows and source {len(other)}: pair each prompt with its counterfactual.")
+            raise ValueError(
+                f"original has {len(one)} rows and source {len(other)}: pair each prompt with its "
+                "counterfactual."
+            )
         for name, value in one.conditions.items():
             if not _equal(value, other.conditions.get(name)):
                 raise ValueError(
-                    f"original and source differ in {name}, so that the contributions of one mean nothing in the other."
+                    f"original and source differ in {name}, so that the contributions of one mean "
+                    "nothing in the other."
                 )
         return cls(one, other, metric, one.result if metric_on is None else metric_on, frozen)
 
@@ -110,29 +136,52 @@ class _Experiment:
     def baselines(self) -> dict[str, Float[np.ndarray, " prompt"]]:
         """The metric of the two runs as they are."""
         runs = {"original": self.original, "source": self.source}
-        return {name: self.measure(run.run([self.metric_on])[self.metric_on]) for name, run in runs.items()}
+        return {
+            name: self.measure(run.run([self.metric_on])[self.metric_on])
+            for name, run in runs.items()
+        }
 
     def measure(self, tensor: Tensor) -> Float[np.ndarray, " prompt"]:
         values = self.metric(tensor)
         if values.shape != (len(self.original),):
-            raise ValueError(f"metric gave {tuple(values.shape)} for {len(self.original)} rows: return one number for each row.")
+            raise ValueError(
+                f"metric gave {tuple(values.shape)} for {len(self.original)} rows: return one "
+                "number for each row."
+            )
         return values.detach().double().cpu().numpy()
 
     def places(self, nodes: Nodes, sends: bool) -> list[Place]:
-        """The denoiser calls that a set means, up to the one that the metric is taken at; checks the set on the way."""
+        """The denoiser calls that a set means, up to the one that the metric is taken at; checks
+        the set on the way.
+        """
         for node in nodes.nodes:
             node.check(self.original.dit.cfg, sends)
             if sends:
-                self.original.name(Place(0, "cond"), node.output_hook(self.original.dit.cfg))  # raises where there is none
+                # raises where there is none
+                self.original.name(Place(0, "cond"), node.output_hook(self.original.dit.cfg))
             if node.kind == "image" and self.metric_on != FINAL:
-                raise ValueError(f"image receives after the last step, but the metric is taken on {self.metric_on}.")
-        return [Place(step, branch) for step in self._steps(nodes) for branch in self._branches(nodes)]
+                raise ValueError(
+                    "image receives after the last step, but the metric is taken on "
+                    f"{self.metric_on}."
+                )
+        return [
+            Place(step, branch) for step in self._steps(nodes) for branch in self._branches(nodes)
+        ]
 
     def _steps(self, nodes: Nodes) -> Sequence[int]:
         last = self.original.step_of(self.metric_on)
-        steps = range(last + 1) if nodes.steps is None else [nodes.steps] if isinstance(nodes.steps, int) else nodes.steps
+        steps = (
+            range(last + 1)
+            if nodes.steps is None
+            else [nodes.steps]
+            if isinstance(nodes.steps, int)
+            else nodes.steps
+        )
         if outside := [step for step in steps if not 0 <= step <= last]:
-            raise ValueError(f"{nodes}: step {outside[0]} is not among the steps 0 to {last} on which {self.metric_on} depends.")
+            raise ValueError(
+                f"{nodes}: step {outside[0]} is not among the steps 0 to {last} on which "
+                f"{self.metric_on} depends."
+            )
         return steps
 
     def _branches(self, nodes: Nodes) -> tuple[Branch, ...]:
@@ -142,7 +191,9 @@ class _Experiment:
         return branches
 
     def why_no_path(self, senders: Nodes, receivers: Nodes) -> str | None:
-        """Why some sender reaches no receiver, or some receiver is not reached; None if all is joined."""
+        """Why some sender reaches no receiver, or some receiver is not reached; None if all is
+        joined.
+        """
         cfg = self.original.dit.cfg
         sent = list(product(senders.nodes, self.places(senders, sends=True)))
         received = list(product(receivers.nodes, self.places(receivers, sends=False)))
@@ -163,31 +214,54 @@ class _Experiment:
     @property
     def n_shared_copies(self) -> int:
         """The first copy that has no part in the computation."""
-        return CARRIED + 1 if "steps" in self.frozen and isinstance(self.original, Generation) else SENT + 1
+        return (
+            CARRIED + 1
+            if "steps" in self.frozen and isinstance(self.original, Generation)
+            else SENT + 1
+        )
 
-    def patched(self, senders: Nodes, receivers: Mapping[int, Nodes]) -> dict[int, Float[np.ndarray, " prompt"]]:
+    def patched(
+        self, senders: Nodes, receivers: Mapping[int, Nodes]
+    ) -> dict[int, Float[np.ndarray, " prompt"]]:
         """Copy → metric of that copy, in which its receivers' inputs are those of SENT.
 
-        Receivers of fresh copies are independent experiments. In those, frozen components are frozen at the original run: a
-        set of receivers that paths join belongs into REFERENCE, alone.
+        Receivers of fresh copies are independent experiments. In those, frozen components are
+        frozen at the original run: a set of receivers that paths join belongs into REFERENCE,
+        alone.
         """
         copies = max(self.n_shared_copies - 1, *receivers) + 1
         sent_from = self.places(senders, sends=True)
-        first, last = min(place.step for place in sent_from), max(self.last_step(nodes) for nodes in receivers.values())
+        first, last = (
+            min(place.step for place in sent_from),
+            max(self.last_step(nodes) for nodes in receivers.values()),
+        )
         transfer = partial(_copy_rows, copies=copies)
-        hooks = [(name, partial(transfer, source=a, target=b)) for name, a, b in self.freeze(range(first, last + 1))]
+        hooks = [
+            (name, partial(transfer, source=a, target=b))
+            for name, a, b in self.freeze(range(first, last + 1))
+        ]
         for name, index, value in self.send(senders, sent_from):
             hooks += [
                 (name, partial(_set_rows, copies=copies, index=index, value=value, target=b))
                 for b in range(SENT, self.n_shared_copies)
             ]
         for copy, nodes in receivers.items():
-            targets = (copy, *range(CARRIED, self.n_shared_copies)) if copy == REFERENCE else (copy,)
+            targets = (
+                (copy, *range(CARRIED, self.n_shared_copies)) if copy == REFERENCE else (copy,)
+            )
             for name, index in self.receive(nodes, first):
-                hooks += [(name, partial(transfer, source=SENT, index=index, target=target)) for target in targets]
-        result = self.original.run([self.metric_on], hooks, copies, first)[self.metric_on].unflatten(0, (copies, -1))
+                hooks += [
+                    (name, partial(transfer, source=SENT, index=index, target=target))
+                    for target in targets
+                ]
+        result = self.original.run([self.metric_on], hooks, copies, first)[
+            self.metric_on
+        ].unflatten(0, (copies, -1))
         # Whoever receives the final latents of SENT has its image.
-        shown = {copy: SENT if any(n.kind == "image" for n in nodes.nodes) else copy for copy, nodes in receivers.items()}
+        shown = {
+            copy: SENT if any(n.kind == "image" for n in nodes.nodes) else copy
+            for copy, nodes in receivers.items()
+        }
         return {copy: self.measure(result[row]) for copy, row in shown.items()}
 
     def last_step(self, receivers: Nodes) -> int:
@@ -199,10 +273,14 @@ class _Experiment:
         """(hook, copy to take from, copy to hold)."""
         run, cfg = self.original, self.original.dit.cfg
         for step in steps:
-            for kind, layer, branch in product(self.frozen - {"steps"}, range(cfg.n_layers), run.branches):
+            for kind, layer, branch in product(
+                self.frozen - {"steps"}, range(cfg.n_layers), run.branches
+            ):
                 for inner in Node.parse(f"{kind}.L{layer}").frozen_hooks(run.dit, self.frozen):
                     name = run.name(Place(step, branch), inner)
-                    yield from ((name, REFERENCE, copy) for copy in range(SENT, self.n_shared_copies))
+                    yield from (
+                        (name, REFERENCE, copy) for copy in range(SENT, self.n_shared_copies)
+                    )
             if self.n_shared_copies > CARRIED:
                 yield f"steps.{step}.hook_latent", REFERENCE, CARRIED
                 yield f"steps.{step}.hook_out", CARRIED, SENT
@@ -210,59 +288,94 @@ class _Experiment:
     def send(self, senders: Nodes, places: Sequence[Place]) -> Iterator[tuple[str, Index, Tensor]]:
         """(hook, part of its tensor, value in the source run)."""
         cfg = self.original.dit.cfg
-        sites = [(self.source.name(place, node.output_hook(cfg)), node, place) for place in places for node in senders.nodes]
+        sites = [
+            (self.source.name(place, node.output_hook(cfg)), node, place)
+            for place in places
+            for node in senders.nodes
+        ]
         values = self.source.run({name for name, *_ in sites})
         for name, node, place in sites:
             index = self.text_positions(node, place.branch) if node.kind == "text" else node.index
             yield name, index, values[name][index]
 
     def receive(self, receivers: Nodes, first: int) -> Iterator[tuple[str, Index]]:
-        """(hook, part of its tensor) of every input, from step `first` on; no path leads into earlier steps."""
+        """(hook, part of its tensor) of every input, from step `first` on; no path leads into
+        earlier steps.
+        """
         run = self.original
         for place, node in product(self.places(receivers, sends=False), receivers.nodes):
             if node.kind != "image" and place.step >= first:
-                yield from ((run.name(place, inner), node.index) for inner in node.input_hooks(run.dit.cfg))
+                yield from (
+                    (run.name(place, inner), node.index) for inner in node.input_hooks(run.dit.cfg)
+                )
 
     def text_positions(self, node: Node, branch: Branch) -> Bool[Tensor, "batch text_pos"]:
         ours, theirs = self.original.text_bias(branch), self.source.text_bias(branch)
         if ours.shape != theirs.shape:
             lengths = f"{ours.shape[1]} and {theirs.shape[1]}"
-            raise ValueError(f"The texts have {lengths} tokens: tokenise both to one length, model.to_tokens(prompts, length=…).")
+            raise ValueError(
+                f"The texts have {lengths} tokens: tokenise both to one length, "
+                "model.to_tokens(prompts, length=…)."
+            )
         chosen = torch.ones_like(ours, dtype=torch.bool)
         if isinstance(node.tokens, str):
             if node.tokens not in get_args(Role):
-                raise ValueError(f"{node.tokens!r} is no role: choose from {', '.join(get_args(Role))}, or give positions.")
-            chosen = torch.tensor([[role == node.tokens for role in row] for row in self.original.roles()], device=ours.device)
+                raise ValueError(
+                    f"{node.tokens!r} is no role: choose from {', '.join(get_args(Role))}, or give "
+                    "positions."
+                )
+            chosen = torch.tensor(
+                [[role == node.tokens for role in row] for row in self.original.roles()],
+                device=ours.device,
+            )
             if not chosen.any(dim=1).all():
-                raise ValueError(f"Row {chosen.any(dim=1).int().argmin()} has no token with the role {node.tokens!r}.")
+                raise ValueError(
+                    f"Row {chosen.any(dim=1).int().argmin()} has no token with the role "
+                    f"{node.tokens!r}."
+                )
         elif node.tokens is not None:
             if max(node.tokens) >= ours.shape[1]:
-                raise ValueError(f"There is no {node}: the text has {ours.shape[1]} tokens, counted from 0.")
+                raise ValueError(
+                    f"There is no {node}: the text has {ours.shape[1]} tokens, counted from 0."
+                )
             chosen = torch.zeros_like(chosen)
             chosen[:, list(node.tokens)] = True
         if (wrong := chosen & (ours != theirs)).any():
             row, position = wrong.nonzero()[0].tolist()
-            raise ValueError(f"Token {position} of row {row} is masked in one of the two runs: choose prompts of equal length.")
+            raise ValueError(
+                f"Token {position} of row {row} is masked in one of the two runs: choose prompts "
+                "of equal length."
+            )
         return chosen
 
-    def dataset(self, dims: Sequence[str], patched: Float[np.ndarray, "*dims"], **coords: Any) -> xr.Dataset:
+    def dataset(
+        self, dims: Sequence[str], patched: Float[np.ndarray, "*dims"], **coords: Any
+    ) -> xr.Dataset:
         original, source = self.baselines["original"], self.baselines["source"]
         total = np.broadcast_to(source - original, patched.shape)
-        effect = np.divide(patched - original, total, out=np.full(patched.shape, np.nan), where=total != 0)
+        effect = np.divide(
+            patched - original, total, out=np.full(patched.shape, np.nan), where=total != 0
+        )
         variables = {"original": ("prompt", original), "source": ("prompt", source)}
         attrs = {"frozen": sorted(self.frozen), "metric_on": self.metric_on}
-        return xr.Dataset({**variables, "patched": (dims, patched), "effect": (dims, effect)}, coords, attrs)
+        return xr.Dataset(
+            {**variables, "patched": (dims, patched), "effect": (dims, effect)}, coords, attrs
+        )
 
 
 # The hooks. Each edits rows [copy · batch, …] in place.
 
 
-def _copy_rows(rows: Tensor, hook: HookPoint, *, copies: int, source: int, target: int, index: Index = ...) -> None:
+def _copy_rows(
+    rows: Tensor, hook: HookPoint, *, copies: int, source: int, target: int, index: Index = ...
+) -> None:
     rows = rows.unflatten(0, (copies, -1))
     rows[target][index] = rows[source][index]
 
 
-def _set_rows(rows: Tensor, hook: HookPoint, *, copies: int, target: int, index: Index, value: Tensor) -> None:
+def _set_rows(
+    rows: Tensor, hook: HookPoint, *, copies: int, target: int, index: Index, value: Tensor
+) -> None:
     rows.unflatten(0, (copies, -1))[target][index] = value
 
 
@@ -280,24 +393,27 @@ def path_patch(
     variant: str | Collection[str] = "direct",
     metric_on: str | None = None,
 ) -> xr.Dataset:
-    """The effect of the senders' source values on a metric, along the paths through the receivers (see the module).
+    """The effect of the senders' source values on a metric, along the paths through the receivers
+    (see the module).
 
     Args:
-        original, source: `model.trajectory(prompts, seed=0)` and the same of the counterfactual (another prompt, or noise), or
-            two calls of one denoiser, `dit.bind(latents, timestep, text)[0]`. No step before the senders' first is run again.
-        senders, receivers: nodes as text (`Node` lists the forms), or `Nodes`, which says the steps (all of them unless said)
-            and the branch (the conditional one).
+        original, source: `model.trajectory(prompts, seed=0)` and the same of the counterfactual
+            (another prompt, or noise), or two calls of one denoiser, `dit.bind(latents, timestep,
+            text)[0]`. No step before the senders' first is run again.
+        senders, receivers: nodes as text (`Node` lists the forms), or `Nodes`, which says the steps
+            (all of them unless said) and the branch (the conditional one).
         metric: a tensor [batch …] → [batch].
         variant: ``direct``, ``through_mlps``, ``exact``, or the kinds of components to freeze.
-        metric_on: the hook whose tensor the metric is given, such as "steps.3.hook_x0"; nothing after it is run. Unless said,
-            the images, or the output of the denoiser call.
+        metric_on: the hook whose tensor the metric is given, such as "steps.3.hook_x0"; nothing
+            after it is run. Unless said, the images, or the output of the denoiser call.
 
     Returns:
-        Over prompt: original, source, patched, and effect = (patched − original) / (source − original), NaN where the
-        two runs agree.
+        Over prompt: original, source, patched, and effect = (patched − original) / (source −
+        original), NaN where the two runs agree.
 
     Raises:
-        ValueError: no path leads to some receiver, or from some sender; there is no such node; the runs do not fit together.
+        ValueError: no path leads to some receiver, or from some sender; there is no such node; the
+            runs do not fit together.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -313,7 +429,9 @@ def path_patch(
     experiment = _Experiment.of(original, source, metric, variant, metric_on)
     if reason := experiment.why_no_path(senders, receivers):
         raise ValueError(reason)
-    return experiment.dataset(["prompt"], experiment.patched(senders, {REFERENCE: receivers})[REFERENCE])
+    return experiment.dataset(
+        ["prompt"], experiment.patched(senders, {REFERENCE: receivers})[REFERENCE]
+    )
 
 
 @torch.no_grad()
@@ -327,10 +445,12 @@ def path_patch_matrix(
     metric_on: str | None = None,
     receivers_per_run: int = 16,
 ) -> xr.Dataset:
-    """`path_patch` of every sender (or set) with every receiver (or set): patched and effect over (sender, receiver, prompt).
+    """`path_patch` of every sender (or set) with every receiver (or set): patched and effect over
+    (sender, receiver, prompt).
 
-    NaN where no path leads. One sender's receivers share a run, as further rows of its batch, `receivers_per_run` at a time;
-    a receiver of several nodes or calls shares only where nothing is frozen.
+    NaN where no path leads. One sender's receivers share a run, as further rows of its batch,
+    `receivers_per_run` at a time; a receiver of several nodes or calls shares only where nothing is
+    frozen.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -339,8 +459,12 @@ def path_patch_matrix(
         >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
         >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> senders = [Nodes("cross_attn.L1H0", steps=1), Nodes("cross_attn.L2H0", steps=1)]
-        >>> found = path_patch_matrix(above, below, senders, [Nodes("mlp.L1", 1), Nodes("output", 1)], red)
-        >>> found["effect"].isnull().squeeze().values.tolist()  # nothing leads from layer 2 to layer 1
+        >>> found = path_patch_matrix(
+        ...     above, below, senders, [Nodes("mlp.L1", 1), Nodes("output", 1)], red
+        ... )
+        >>> found[
+        ...     "effect"
+        ... ].isnull().squeeze().values.tolist()  # nothing leads from layer 2 to layer 1
         [[False, False], [True, False]]
     """
     experiment = _Experiment.of(original, source, metric, variant, metric_on)
@@ -348,16 +472,29 @@ def path_patch_matrix(
     patched = np.full((len(rows), len(columns), len(experiment.original)), np.nan)
 
     def shares(nodes: Nodes) -> bool:
-        return not experiment.frozen or len(nodes.nodes) == len(experiment.places(nodes, sends=False)) == 1
+        return (
+            not experiment.frozen
+            or len(nodes.nodes) == len(experiment.places(nodes, sends=False)) == 1
+        )
 
     for i, sender in enumerate(rows):
-        reached = [j for j, receiver in enumerate(columns) if experiment.why_no_path(sender, receiver) is None]
+        reached = [
+            j
+            for j, receiver in enumerate(columns)
+            if experiment.why_no_path(sender, receiver) is None
+        ]
         for j in (j for j in reached if not shares(columns[j])):
             patched[i, j] = experiment.patched(sender, {REFERENCE: columns[j]})[REFERENCE]
         together = [j for j in reached if shares(columns[j])]
         for start in range(0, len(together), receivers_per_run):
-            part = dict(enumerate(together[start : start + receivers_per_run], start=experiment.n_shared_copies))
-            for copy, values in experiment.patched(sender, {copy: columns[j] for copy, j in part.items()}).items():
+            part = dict(
+                enumerate(
+                    together[start : start + receivers_per_run], start=experiment.n_shared_copies
+                )
+            )
+            for copy, values in experiment.patched(
+                sender, {copy: columns[j] for copy, j in part.items()}
+            ).items():
                 patched[i, part[copy]] = values
     labels = {"sender": list(map(str, rows)), "receiver": list(map(str, columns))}
     return experiment.dataset(["sender", "receiver", "prompt"], patched, **labels)
@@ -374,11 +511,12 @@ def head_matrix(
     receiver_steps: int | Sequence[int] | None = None,
     **how: Any,
 ) -> xr.Dataset:
-    """`path_patch_matrix` of all heads of a sublayer with (the q, k or v of) all heads of a sublayer.
+    """`path_patch_matrix` of all heads of a sublayer with (the q, k or v of) all heads of a
+    sublayer.
 
     Returns:
-        patched and effect over (layer, head, receiver_layer, receiver_head, prompt). `how` is branch (of `Nodes`), variant,
-        metric_on and receivers_per_run.
+        patched and effect over (layer, head, receiver_layer, receiver_head, prompt). `how` is
+        branch (of `Nodes`), variant, metric_on and receivers_per_run.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -391,7 +529,10 @@ def head_matrix(
         (3, 3, 3, 3, 1)
     """
     cfg = (original.model.dit if isinstance(original, Trajectory) else original.dit).cfg
-    heads, branch = list(product(range(cfg.n_layers), range(cfg.n_heads))), how.pop("branch", "cond")
+    heads, branch = (
+        list(product(range(cfg.n_layers), range(cfg.n_heads))),
+        how.pop("branch", "cond"),
+    )
     from_ = [Nodes(Node(senders, *head), sender_steps, branch) for head in heads]
     to = [Nodes(Node(receivers, *head, part), receiver_steps, branch) for head in heads]
     table = path_patch_matrix(original, source, from_, to, metric, **how)

@@ -1,4 +1,6 @@
-"""Scores of the parts of a model, and how far they are true: exact patches of the largest and of a random sample."""
+"""Scores of the parts of a model, and how far they are true: exact patches of the largest and of a
+random sample.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +40,27 @@ class Verification:
     """
 
     result: PatchingResult
-    """One row a cell: first the top k, then the random sample (`index_df["drawn"]` says which). Metric values per prompt, with
-    TransformerLens' effects, intervals and p-values; `effect()` is what the scores estimate."""
+    """One row a cell: first the top k, then the random sample (`index_df["drawn"]` says which).
+
+    Metric values per prompt, with TransformerLens' effects, intervals and p-values; `effect()` is
+    what the scores estimate.
+    """
     spearman: Interval
     """Rank correlation of scores and exact effects (means over prompts) over the random sample."""
     p: float
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a cell: where it is, its `score` and its `exact` effect, both means over prompts."""
+        """One row a cell: where it is, its `score` and its `exact` effect, both means over
+        prompts.
+        """
         return self.result.index_df.assign(exact=self.result.effect().mean(-1).cpu().numpy())
 
 
 class Patch(NamedTuple):
-    """Adds the difference (source − original) at `sender[sender_part]` to `receiver[receiver_part]`."""
+    """Adds the difference (source − original) at `sender[sender_part]` to
+    `receiver[receiver_part]`.
+    """
 
     receiver: str
     receiver_part: tuple[Any, ...]
@@ -77,18 +86,24 @@ class Attribution:
         raise NotImplementedError
 
     def verify(self, k: int = 10, sample: int = 30, seed: int = 0) -> Verification:
-        """Patch the `k` largest cells and a random `sample` of all, each exactly and alone, by running the original again.
+        """Patch the `k` largest cells and a random `sample` of all, each exactly and alone, by
+        running the original again.
 
         Costs k + sample runs from the cell's step on.
         """
         table = self.table()
         drawn = np.sort(np.random.default_rng(seed).permutation(len(table))[:sample])
-        cells = pd.concat([table.head(k).assign(drawn="top"), table.iloc[drawn].assign(drawn="sample")], ignore_index=True)
+        cells = pd.concat(
+            [table.head(k).assign(drawn="top"), table.iloc[drawn].assign(drawn="sample")],
+            ignore_index=True,
+        )
         values = self._patched(cells)
         baseline = evaluate(self.metric, self.pair.original.output)
         result = PatchingResult(values, [], cells, ["metric"], reduced=False, baseline=baseline)
         exact = result.effect().mean(-1)[min(k, len(table)) :].double().cpu().numpy()
-        return Verification(result, *rank_correlation(cells["score"].to_numpy()[min(k, len(table)) :], exact))
+        return Verification(
+            result, *rank_correlation(cells["score"].to_numpy()[min(k, len(table)) :], exact)
+        )
 
     def _patched(self, cells: pd.DataFrame) -> Float[Tensor, "cell batch"]:
         """The metric of the original run under each cell's patch."""
@@ -102,8 +117,14 @@ class Attribution:
                 differences = self.pair.differences(context.step, read) if read else {}
                 for i in here:
                     patch = patches[i]
-                    hook = partial(_add, patch.receiver_part, differences[context.prefix + patch.sender][patch.sender_part])
-                    run = self.pair.original.replay(context.step, [(context.prefix + patch.receiver, hook)])
+                    hook = partial(
+                        _add,
+                        patch.receiver_part,
+                        differences[context.prefix + patch.sender][patch.sender_part],
+                    )
+                    run = self.pair.original.replay(
+                        context.step, [(context.prefix + patch.receiver, hook)]
+                    )
                     values[i] = evaluate(self.metric, run.output)
         return torch.stack([values[i] for i in range(len(cells))])
 
@@ -112,7 +133,11 @@ class Attribution:
         return nullcontext()
 
     def _context(self, row: Any) -> Context:
-        return next(c for c in self.pair.contexts if all(getattr(row, key) == value for key, value in c.coords.items()))
+        return next(
+            c
+            for c in self.pair.contexts
+            if all(getattr(row, key) == value for key, value in c.coords.items())
+        )
 
 
 def _add(index: tuple[Any, ...], change: Tensor, tensor: Tensor, hook: Any) -> Tensor:
@@ -121,15 +146,32 @@ def _add(index: tuple[Any, ...], change: Tensor, tensor: Tensor, hook: Any) -> T
     return edited
 
 
-def labelled(pair: Pair, found: Mapping[int, tuple[tuple[str, ...], np.ndarray]], coords: Mapping[str, Any]) -> xr.DataArray:
-    """The contexts' arrays (index of the context → dims, values) as one, with dims step and branch in front, if it has any."""
-    outer = {key: list(dict.fromkeys(c.coords[key] for c in pair.contexts)) for key in pair.contexts[0].coords}
+def labelled(
+    pair: Pair, found: Mapping[int, tuple[tuple[str, ...], np.ndarray]], coords: Mapping[str, Any]
+) -> xr.DataArray:
+    """The contexts' arrays (index of the context → dims, values) as one, with dims step and branch
+    in front, if it has any.
+    """
+    outer = {
+        key: list(dict.fromkeys(c.coords[key] for c in pair.contexts))
+        for key in pair.contexts[0].coords
+    }
     dims, first = found[0]
-    values = np.stack([found[i][1] for i in range(len(pair.contexts))]).reshape(*map(len, outer.values()), *first.shape)
-    labels = {**outer, **{dim: coords.get(dim, np.arange(size)) for dim, size in zip(dims, first.shape, strict=True)}}
+    values = np.stack([found[i][1] for i in range(len(pair.contexts))]).reshape(
+        *map(len, outer.values()), *first.shape
+    )
+    labels = {
+        **outer,
+        **{
+            dim: coords.get(dim, np.arange(size))
+            for dim, size in zip(dims, first.shape, strict=True)
+        },
+    }
     return xr.DataArray(values, coords=labels, dims=(*outer, *dims), name="score")
 
 
 def ranked(scores: xr.DataArray) -> pd.DataFrame:
-    table = scores.mean("prompt").rename("score").to_dataframe().reset_index().dropna(subset="score")
+    table = (
+        scores.mean("prompt").rename("score").to_dataframe().reset_index().dropna(subset="score")
+    )
     return table.sort_values("score", key=np.abs, ascending=False, ignore_index=True)

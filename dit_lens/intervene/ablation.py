@@ -40,7 +40,14 @@ from ..text.prompts import Tokens
 from .edits import Edit
 from .interventions import Action, Intervention, Steps
 
-VERDICTS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
+VERDICTS = (
+    "color",
+    "shape",
+    "unique_binding",
+    "relation_strict",
+    "relation_loose",
+    "relation_given_both",
+)
 """The verdicts of `scenes.evaluate` whose change is an effect."""
 BATCH = 64
 PROGRESS_FROM = 10
@@ -88,7 +95,10 @@ def knockout_role(
             for layer, numbers in _by_layer(heads).items()
         ]
     chosen = ["*"] if layers is None else [layers] if isinstance(layers, int) else layers
-    return [Intervention(site.format(layer), None, role, steps, branch, "knockout", missing) for layer in chosen]
+    return [
+        Intervention(site.format(layer), None, role, steps, branch, "knockout", missing)
+        for layer in chosen
+    ]
 
 
 def ablate_heads(
@@ -128,7 +138,10 @@ def _by_layer(heads: str | Sequence[str]) -> dict[int, list[int]]:
 
 
 def random_heads(
-    model: HookedTextToImage, interventions: Sequence[Intervention], rng: np.random.Generator, exclude: Sequence[str] = ()
+    model: HookedTextToImage,
+    interventions: Sequence[Intervention],
+    rng: np.random.Generator,
+    exclude: Sequence[str] = (),
 ) -> list[Intervention]:
     """Repeat interventions on equally many random heads of the same sublayer and range of layers.
 
@@ -151,10 +164,16 @@ def random_heads(
     used: dict[str, set[tuple[int, int]]] = {}
     for intervention in interventions:
         if intervention.heads is not None:
-            cells = {(layer, int(head)) for layer in _layers(model, intervention) for head in intervention.heads}
+            cells = {
+                (layer, int(head))
+                for layer in _layers(model, intervention)
+                for head in intervention.heads
+            }
             used.setdefault(_family(intervention), set()).update(cells)
     excluded = set(map(parse_head, exclude))
-    drawn = {family: _other_heads(model, family, heads, excluded, rng) for family, heads in used.items()}
+    drawn = {
+        family: _other_heads(model, family, heads, excluded, rng) for family, heads in used.items()
+    }
     controls = []
     for intervention in interventions:
         if intervention.heads is None:
@@ -167,7 +186,9 @@ def random_heads(
         ]
         for layer in sorted({layer for layer, _ in others}):
             site = re.sub(r"blocks\.(\d+|\*)\.", f"blocks.{layer}.", intervention.site)
-            controls.append(replace(intervention, site=site, heads=[head for at, head in others if at == layer]))
+            controls.append(
+                replace(intervention, site=site, heads=[head for at, head in others if at == layer])
+            )
     return controls
 
 
@@ -195,15 +216,26 @@ def _other_heads(
     low, high = min(layer for layer, _ in used), max(layer for layer, _ in used)
     for left_out, margin in itertools.product((used | excluded, used), range(cfg.n_layers)):
         layers = range(max(low - margin, 0), min(high + margin + 1, cfg.n_layers))
-        others = [(layer, head) for layer in layers for head in range(cfg.n_heads) if (layer, head) not in left_out]
+        others = [
+            (layer, head)
+            for layer in layers
+            for head in range(cfg.n_heads)
+            if (layer, head) not in left_out
+        ]
         if len(others) >= len(used):
             picks = rng.choice(len(others), len(used), replace=False)
             return {head: others[pick] for head, pick in zip(sorted(used), picks, strict=True)}
-    raise ValueError(f"There are only {len(others)} other heads to compare {len(used)} with: fewer heads, or controls=0.")
+    raise ValueError(
+        f"There are only {len(others)} other heads to compare {len(used)} with: fewer heads, or "
+        "controls=0."
+    )
 
 
 def random_tokens(
-    model: HookedTextToImage, prompts: Sequence[str], interventions: Sequence[Intervention], rng: np.random.Generator
+    model: HookedTextToImage,
+    prompts: Sequence[str],
+    interventions: Sequence[Intervention],
+    rng: np.random.Generator,
 ) -> list[Intervention]:
     """Repeat interventions on equally many random tokens of each prompt that no intervention
     selects.
@@ -229,12 +261,19 @@ def random_tokens(
             controls.append(intervention)
             continue
         selected, exist = masks[intervention]
-        key = intervention.tokens, selected.shape  # equal numbers may be positions of an image and of a prompt
+        # equal numbers may be positions of an image and of a prompt
+        key = intervention.tokens, selected.shape
         if key not in drawn:
-            taken = torch.stack([other for other, _ in masks.values() if other.shape == selected.shape]).any(dim=0)
+            taken = torch.stack(
+                [other for other, _ in masks.values() if other.shape == selected.shape]
+            ).any(dim=0)
             drawn[key] = _other_tokens(selected, exist, taken, rng)
         # an empty prompt has no token of a role, so neither has its control
-        branch = "cond" if intervention.names_words and intervention.branch == "both" else intervention.branch
+        branch = (
+            "cond"
+            if intervention.names_words and intervention.branch == "both"
+            else intervention.branch
+        )
         controls.append(replace(intervention, tokens=drawn[key], branch=branch))
     return controls
 
@@ -251,7 +290,10 @@ def _other_tokens(
         free = (exist[row] & ~taken[row]).nonzero().flatten().numpy()
         count = int(selected[row].sum())
         if count > len(free):
-            raise ValueError(f"Prompt {row} has {len(free)} other tokens to compare {count} with: fewer tokens, or controls=0.")
+            raise ValueError(
+                f"Prompt {row} has {len(free)} other tokens to compare {count} with: fewer tokens, "
+                "or controls=0."
+            )
         order = rng.permutation(free)
         others[row, np.concatenate([order[order != last], order[order == last]])[:count]] = True
     return others
@@ -305,19 +347,24 @@ def ablation_effects(
         >>> found["condition"].values.tolist()
         ['none', 'hide', 'hide | random tokens 1']
     """
-    controls, batch = integer("controls", controls, 0), integer("batch", how.get("batch") or BATCH, 1)
+    controls, batch = (
+        integer("controls", controls, 0),
+        integer("batch", how.get("batch") or BATCH, 1),
+    )
     num_steps, rng = how.get("num_steps", DEFAULT_STEPS), how.get("rng", 0)
     if "none" in conditions:
         raise ValueError("The condition 'none' is added by itself: give yours another name.")
     if np.ndim(seeds) not in (1, 2) or (np.ndim(seeds) == 2 and len(seeds) != len(wanted)):
         raise ValueError(
-            f"seeds has shape {np.shape(seeds)}: give seeds for all scenes, [seed], or each its own, [{len(wanted)} seed]."
+            f"seeds has shape {np.shape(seeds)}: give seeds for all scenes, [seed], or each its "
+            f"own, [{len(wanted)} seed]."
         )
     noise = np.broadcast_to(np.asarray(seeds), (len(wanted), np.shape(seeds)[-1]))
     texts = [scenes.caption(scene) for scene in wanted]
     plans = _plans(model, texts, conditions, controls, exclude, np.random.default_rng(rng))
     edits = {
-        name: [e for i in plan for e in i.resolve(model, texts, num_steps=num_steps, seed=rng)] for name, _, _, plan in plans
+        name: [e for i in plan for e in i.resolve(model, texts, num_steps=num_steps, seed=rng)]
+        for name, _, _, plan in plans
     }
     draft = model.draft(texts, 0, num_steps, how.get("guidance"))
     judged = _judged(model, draft, edits, wanted, noise, batch)
@@ -340,15 +387,26 @@ def _judged(
 ) -> dict[str, xr.Dataset]:
     """Verdicts of all images under each condition, one seed after the other."""
     row_scene, row_seed = np.tile(np.arange(len(wanted)), noise.shape[1]), noise.T.ravel()
-    chunks = [np.arange(start, min(start + batch, len(row_scene))) for start in range(0, len(row_scene), batch)]
+    chunks = [
+        np.arange(start, min(start + batch, len(row_scene)))
+        for start in range(0, len(row_scene), batch)
+    ]
     jobs = [(name, chunk) for name in edits for chunk in chunks]
     judged: dict[str, list[xr.Dataset]] = {name: [] for name in edits}
     console = Console(stderr=True)
     for name, chunk in track(
-        jobs, "generating ablated scenes", transient=True, disable=len(jobs) < PROGRESS_FROM, console=console
+        jobs,
+        "generating ablated scenes",
+        transient=True,
+        disable=len(jobs) < PROGRESS_FROM,
+        console=console,
     ):
         rows = torch.from_numpy(row_scene[chunk])
-        hooks = [(part.site.name, part) for edit in edits[name] if bool((part := edit.take(rows)).where.any())]
+        hooks = [
+            (part.site.name, part)
+            for edit in edits[name]
+            if bool((part := edit.take(rows)).where.any())
+        ]
         inputs = model.reseeded(draft.take(rows), row_seed[chunk].tolist())
         with model.hooks(hooks):
             images = model.draw(inputs)
@@ -357,19 +415,31 @@ def _judged(
 
 
 def _with_effects(
-    judged: Mapping[str, xr.Dataset], noise: Int[np.ndarray, "scene seed"], coords: Mapping[str, Any]
+    judged: Mapping[str, xr.Dataset],
+    noise: Int[np.ndarray, "scene seed"],
+    coords: Mapping[str, Any],
 ) -> xr.Dataset:
     """Verdicts with dims (condition, scene, seed), and their paired changes from "none"."""
     first, n = judged["none"], len(noise)
-    values = {str(name): np.stack([one[name].values.reshape(noise.T.shape).T for one in judged.values()]) for name in first}
+    values = {
+        str(name): np.stack([one[name].values.reshape(noise.T.shape).T for one in judged.values()])
+        for name in first
+    }
     found = xr.Dataset(
-        {name: (("condition", "scene", "seed"), value, first[name].attrs) for name, value in values.items()},
+        {
+            name: (("condition", "scene", "seed"), value, first[name].attrs)
+            for name, value in values.items()
+        },
         coords={
             **coords,
             "scene": np.arange(n),
             "interval": ["mean", "low", "high"],
             "noise_seed": (("scene", "seed"), noise),
-            **{str(part): ("scene", first[part].values[:n]) for part in first.coords if part != "image"},
+            **{
+                str(part): ("scene", first[part].values[:n])
+                for part in first.coords
+                if part != "image"
+            },
         },
     )
     for verdict in VERDICTS:

@@ -1,4 +1,5 @@
-"""Whole blocks as places to intervene: remove them, scale their text, move patterns to the identity.
+"""Whole blocks as places to intervene: remove them, scale their text, move patterns to the
+identity.
 
     with model.hooks(remove_blocks(model, 3) + scale_text(model, [4, 5], 2.0)):
         images = model(prompts, seed=0)
@@ -37,7 +38,10 @@ class Where:
 
     Example:
         >>> where = Where("hook_resid_pre", frozenset({2}), None, "cond")
-        >>> where("steps.0.cond.blocks.2.hook_resid_pre"), where("steps.0.cond.blocks.1.hook_resid_pre")
+        >>> (
+        ...     where("steps.0.cond.blocks.2.hook_resid_pre"),
+        ...     where("steps.0.cond.blocks.1.hook_resid_pre"),
+        ... )
         (True, False)
     """
 
@@ -50,10 +54,15 @@ class Where:
         found = re.fullmatch(r"steps\.(\d+)\.(cond|uncond)\.blocks\.(\d+)\.(.+)", name)
         if found is None or found[4] != self.leaf or int(found[3]) not in self.layers:
             return False
-        return (self.steps is None or int(found[1]) in self.steps) and self.branch in ("both", found[2])
+        return (self.steps is None or int(found[1]) in self.steps) and self.branch in (
+            "both",
+            found[2],
+        )
 
 
-def places(model: HookedTextToImage, layers: Layers, steps: StepChoice, branch: Branches) -> Callable[[str], Where]:
+def places(
+    model: HookedTextToImage, layers: Layers, steps: StepChoice, branch: Branches
+) -> Callable[[str], Where]:
     """Hook within a block → its names at these layers, steps and branches.
 
     Raises:
@@ -65,16 +74,28 @@ def places(model: HookedTextToImage, layers: Layers, steps: StepChoice, branch: 
         [0, 1, 2]
     """
     n_layers = model.dit.cfg.n_layers
-    chosen = range(n_layers) if layers is None else integers("layers", layers if is_several(layers) else [layers])
+    chosen = (
+        range(n_layers)
+        if layers is None
+        else integers("layers", layers if is_several(layers) else [layers])
+    )
     if wrong := [layer for layer in chosen if not 0 <= layer < n_layers]:
         raise ValueError(f"There is no layer {wrong[0]}: the model has layers 0 to {n_layers - 1}.")
-    at = None if steps is None else frozenset(integers("steps", steps if is_several(steps) else [steps], 0))
+    at = (
+        None
+        if steps is None
+        else frozenset(integers("steps", steps if is_several(steps) else [steps], 0))
+    )
     one_of("branch", branch, ("cond", "uncond", "both"))
     return lambda leaf: Where(leaf, frozenset(chosen), at, branch)
 
 
 def remove_blocks(
-    model: HookedTextToImage, layers: int | Sequence[int], *, steps: StepChoice = None, branch: Branches = "both"
+    model: HookedTextToImage,
+    layers: int | Sequence[int],
+    *,
+    steps: StepChoice = None,
+    branch: Branches = "both",
 ) -> FwdHooks:
     """Let blocks hand on the residual streams, image and text, as they receive them.
 
@@ -100,7 +121,12 @@ def remove_blocks(
 
 
 def scale_text(
-    model: HookedTextToImage, layers: Layers, factor: float, *, steps: StepChoice = None, branch: Branches = "both"
+    model: HookedTextToImage,
+    layers: Layers,
+    factor: float,
+    *,
+    steps: StepChoice = None,
+    branch: Branches = "both",
 ) -> FwdHooks:
     """Scale the text that blocks read: its residual stream, or keys and values of cross-attention.
 
@@ -122,7 +148,11 @@ def scale_text(
     """
     where, factor, dit = places(model, layers, steps, branch), number("factor", factor), model.dit
     chosen = sorted(where("").layers)
-    joint = [layer for layer in chosen if dit.axes(f"blocks.{layer}.hook_resid_pre")[1] in JOINT_POSITIONS]
+    joint = [
+        layer
+        for layer in chosen
+        if dit.axes(f"blocks.{layer}.hook_resid_pre")[1] in JOINT_POSITIONS
+    ]
     crossing = [layer for layer in chosen if layer not in joint]
 
     def scaled_stream(x: Tensor, hook: HookPoint) -> Tensor:
@@ -141,7 +171,9 @@ def scale_text(
             def scaled_projection(x: Tensor, hook: HookPoint, bias: Tensor | None = bias) -> Tensor:
                 return factor * x if bias is None else bias + factor * (x - bias)
 
-            hooks.append((places(model, layer, steps, branch)(f"cross_attn.hook_{which}"), scaled_projection))
+            hooks.append(
+                (places(model, layer, steps, branch)(f"cross_attn.hook_{which}"), scaled_projection)
+            )
     return hooks
 
 
@@ -161,8 +193,8 @@ def text_bias(attention: Any, which: str) -> Tensor | None:
     live = attention.weights.attention
     if which == "K" and getattr(live, "norm_k", None) is not None:
         raise ValueError(
-            f"The keys of {type(live).__name__} pass a norm, which undoes a scaled text: scale its values instead, "
-            "Intervention('blocks.*.cross_attn.hook_v', action=Scale(2.0))."
+            f"The keys of {type(live).__name__} pass a norm, which undoes a scaled text: scale its "
+            "values instead, Intervention('blocks.*.cross_attn.hook_v', action=Scale(2.0))."
         )
     bias = {"K": live.to_k, "V": live.to_v}[which].bias
     return None if bias is None else bias.reshape(attention.weights.n_heads, -1)
@@ -197,17 +229,25 @@ def toward_identity(
     """
     cfg, strength = model.dit.cfg, number("strength", strength)
     chosen = heads_by_layer(heads, cfg.n_layers, cfg.n_heads)
-    own = [layer for layer in range(cfg.n_layers) if f"blocks.{layer}.{sublayer}.hook_z" in model.dit.hook_dict]
+    own = [
+        layer
+        for layer in range(cfg.n_layers)
+        if f"blocks.{layer}.{sublayer}.hook_z" in model.dit.hook_dict
+    ]
     layers = own if chosen is None else list(chosen)
     if not layers or not set(layers) <= set(own):
-        raise ValueError(f"Layers {sorted(set(layers) - set(own)) or 'of this model'} have no {sublayer} with a pattern.")
+        raise ValueError(
+            f"Layers {sorted(set(layers) - set(own)) or 'of this model'} have no {sublayer} with a "
+            "pattern."
+        )
     where, held = places(model, layers, steps, branch), {}
 
     def keep(v: Tensor, hook: HookPoint) -> None:
         held[hook.name] = v.clone()
 
     def moved(z: Tensor, hook: HookPoint) -> Tensor:
-        v = held.pop(str(hook.name).replace("hook_z", "hook_v"))[:, : z.shape[1]]  # queries may be the image's alone
+        # queries may be the image's alone
+        v = held.pop(str(hook.name).replace("hook_z", "hook_v"))[:, : z.shape[1]]
         if chosen is None:
             return z.lerp(v, strength)
         some, new = chosen[hook.layer()], z.clone()

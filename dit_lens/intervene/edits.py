@@ -47,7 +47,10 @@ class Replace:
         if isinstance(self.value, Tensor):
             _check_real("Replace", self.value)
         elif not hasattr(self.value, "keys"):
-            raise ValueError(f"Replace({shown(self.value)}): give a tensor (torch.tensor(…)), or tensors by hook name.")
+            raise ValueError(
+                f"Replace({shown(self.value)}): give a tensor (torch.tensor(…)), or tensors by "
+                "hook name."
+            )
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ class Edit:
     site: Site
     action: Action
     where: Bool[Tensor, "row ..."]
-    """Mask of the entries that change; as many axes as the tensor, 1 along those that are selected whole."""
+    """Mask of the entries that change; as many axes as the tensor, 1 along those that are selected
+    whole.
+    """
     prompt: Int[Tensor, " row"]
     """Group ids: equal for equal prompts."""
     exchange_group: Int[Tensor, " row"]
@@ -114,11 +119,14 @@ class Edit:
     """The token axis, if selected tokens correspond in order and not by position; else None."""
     seed: int = 0
     values: Tensor | None = None
-    """Values of `Replace` and `Add`: one row each if it has all axes and as many rows, else the same for all."""
+    """Values of `Replace` and `Add`: one row each if it has all axes and as many rows, else the
+    same for all.
+    """
     num_steps: int | None = None
     """Number of steps of the run, if the intervention's steps depend on it; else None."""
 
-    def __repr__(self) -> str:  # TransformerLens calls repr of every hook, and printing tensors takes longer than a step
+    # TransformerLens calls repr of every hook, and printing tensors takes longer than a step
+    def __repr__(self) -> str:
         action = self.action if isinstance(self.action, str) else type(self.action).__name__
         return f"Edit({self.site.name}, {action}, {len(self.where)} rows)"
 
@@ -128,8 +136,14 @@ class Edit:
         if values is not None and values.ndim == self.where.ndim and len(values) == len(self.where):
             values = values[rows.to(values.device)]
         rows = rows.cpu()
-        where, prompt, exchange_group = self.where[rows.to(self.where.device)], self.prompt[rows], self.exchange_group[rows]
-        return replace(self, where=where, prompt=prompt, exchange_group=exchange_group, values=values)
+        where, prompt, exchange_group = (
+            self.where[rows.to(self.where.device)],
+            self.prompt[rows],
+            self.exchange_group[rows],
+        )
+        return replace(
+            self, where=where, prompt=prompt, exchange_group=exchange_group, values=values
+        )
 
     @property
     def depends_on_batch(self) -> bool:
@@ -147,11 +161,20 @@ class Edit:
         if len(edits) == 1:
             return first
         values = first.values
-        if values is not None and not (values.ndim < first.where.ndim and all(edit.values is values for edit in edits)):
+        if values is not None and not (
+            values.ndim < first.where.ndim and all(edit.values is values for edit in edits)
+        ):
             values = _stacked([_rows(edit) for edit in edits])
-        prompt, exchange_group = torch.cat([edit.prompt for edit in edits]), torch.cat([edit.exchange_group for edit in edits])
+        prompt, exchange_group = (
+            torch.cat([edit.prompt for edit in edits]),
+            torch.cat([edit.exchange_group for edit in edits]),
+        )
         return replace(
-            first, where=_stacked([edit.where for edit in edits]), prompt=prompt, exchange_group=exchange_group, values=values
+            first,
+            where=_stacked([edit.where for edit in edits]),
+            prompt=prompt,
+            exchange_group=exchange_group,
+            values=values,
         )
 
     def on(self, rows: Int[Tensor, " row"]) -> HookFunction:
@@ -165,17 +188,24 @@ class Edit:
         if self.action == "resample":
             _ = self.sources
         if self.action == "mean" and len(self.where) == 1 and self.ordered_axis is None:
-            raise ValueError("The mean over one prompt is that prompt: run several, or give a reference, Replace(mean).")
+            raise ValueError(
+                "The mean over one prompt is that prompt: run several, or give a reference, "
+                "Replace(mean)."
+            )
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless a tensor of this shape can be edited."""
         if shape[0] != len(self.where) or not _fits(self.where, shape):
             raise ValueError(
-                f"{self.site.name} is {list(shape)}, but this edit was made for {list(self.where.shape)} (1: any size): "
-                "make the hooks for the prompts, in the order and number, that are run, and positions for the images' size."
+                f"{self.site.name} is {list(shape)}, but this edit was made for "
+                f"{list(self.where.shape)} (1: any size): make the hooks for the prompts, in the "
+                "order and number, that are run, and positions for the images' size."
             )
         if self.values is not None and not _fits(self.values, shape):
-            raise ValueError(f"A value of shape {list(self.values.shape)} does not broadcast to {self.site.name}, {list(shape)}.")
+            raise ValueError(
+                f"A value of shape {list(self.values.shape)} does not broadcast to "
+                f"{self.site.name}, {list(shape)}."
+            )
 
     @cached_property
     def sources(self) -> Int[Tensor, " row"]:
@@ -191,7 +221,9 @@ class Edit:
             source[rows] = rows[another_prompt(self.prompt[rows].numpy(), rng)]
         return torch.from_numpy(source)
 
-    def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
+    def __call__(
+        self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None
+    ) -> Float[Tensor, "row ..."]:
         """Edited tensor. Raises ValueError for a shape other than the edit was made for."""
         self.check_shape(tensor.shape)
         return edited(tensor, **self.arguments)
@@ -200,33 +232,49 @@ class Edit:
     def arguments(self) -> dict[str, Any]:
         """Arguments of `dit_lens.intervene.portable_ops.edited` for this edit."""
         kind = self.action if isinstance(self.action, str) else type(self.action).__name__.lower()
-        found: dict[str, Any] = {"kind": kind, "where": self.where, "values": self.values, "ordered_axis": self.ordered_axis}
+        found: dict[str, Any] = {
+            "kind": kind,
+            "where": self.where,
+            "values": self.values,
+            "ordered_axis": self.ordered_axis,
+        }
         if isinstance(self.action, Scale):
             found["factor"] = self.action.factor
         if kind == "resample":
-            found |= {"donors": (self.sources, None if self.ordered_axis is None else self._counterparts)}
+            found |= {
+                "donors": (self.sources, None if self.ordered_axis is None else self._counterparts)
+            }
         return found
 
     @cached_property
     def _counterparts(self) -> Int[Tensor, "row ..."]:
-        """For each row's k-th selected token, the position of its source's k-th; along the token axis, 1 elsewhere."""
+        """For each row's k-th selected token, the position of its source's k-th; along the token
+        axis, 1 elsewhere.
+        """
         assert self.ordered_axis is not None
         selected = self.where.movedim(self.ordered_axis, 1).flatten(2).any(dim=2)
-        in_order = selected.long().argsort(dim=1, descending=True, stable=True)  # the selected positions first
+        # the selected positions first
+        in_order = selected.long().argsort(dim=1, descending=True, stable=True)
         k = (selected.cumsum(dim=1) - 1).clamp(min=0)
-        return along(in_order[self.sources.to(k.device)].gather(1, k), self.where.ndim, 0, self.ordered_axis)
+        return along(
+            in_order[self.sources.to(k.device)].gather(1, k), self.where.ndim, 0, self.ordered_axis
+        )
 
 
 @dataclass(frozen=True, repr=False)
 class RowEdits:
-    """Edits of one site, each in its own rows of a larger batch and in the order given, as one hook function."""
+    """Edits of one site, each in its own rows of a larger batch and in the order given, as one hook
+    function.
+    """
 
     parts: Sequence[tuple[Edit, Int[Tensor, " _"]]]
 
     def __repr__(self) -> str:
         return f"RowEdits({', '.join(repr(edit) for edit, _ in self.parts)})"
 
-    def __call__(self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None) -> Float[Tensor, "row ..."]:
+    def __call__(
+        self, tensor: Float[Tensor, "row ..."], hook: HookPoint | None = None
+    ) -> Float[Tensor, "row ..."]:
         """Edited tensor. Rows without an edit keep their values exactly."""
         edited = tensor.clone()
         for edit, rows in self.parts:
@@ -235,10 +283,13 @@ class RowEdits:
         return edited
 
 
-def another_prompt(prompt: Int[np.ndarray, " row"], rng: np.random.Generator) -> Int[np.ndarray, " row"]:
+def another_prompt(
+    prompt: Int[np.ndarray, " row"], rng: np.random.Generator
+) -> Int[np.ndarray, " row"]:
     """For each row, a row of another prompt; each row serves once.
 
-    Rows are put in a random order, those of a prompt together, and shifted by the largest number of rows that share a prompt.
+    Rows are put in a random order, those of a prompt together, and shifted by the largest number of
+    rows that share a prompt.
 
     Raises:
         ValueError: one prompt makes up more than half of the rows.
@@ -246,7 +297,8 @@ def another_prompt(prompt: Int[np.ndarray, " row"], rng: np.random.Generator) ->
     kinds, which, counts = np.unique(prompt, return_inverse=True, return_counts=True)
     if 2 * counts.max() > len(prompt):
         raise ValueError(
-            "A prompt finds no other one, with equally many selected tokens, to take its values from: resample in a larger batch "
+            "A prompt finds no other one, with equally many selected tokens, to take its values "
+            "from: resample in a larger batch "
             "of prompts whose wording is exchange_group, or use 'mean' or Replace(cache)."
         )
     order = np.argsort(rng.permutation(len(kinds))[which], kind="stable")
@@ -279,4 +331,6 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _fits(part: Tensor, shape: Sequence[int]) -> bool:
-    return all(size in (1, whole) for size, whole in zip(part.shape[::-1], shape[::-1], strict=False))
+    return all(
+        size in (1, whole) for size, whole in zip(part.shape[::-1], shape[::-1], strict=False)
+    )

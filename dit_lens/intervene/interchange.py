@@ -1,11 +1,14 @@
-"""Interchange: heads read some words of another prompt, and nothing else changes. The main causal test of a relation head.
+"""Interchange: heads read some words of another prompt, and nothing else changes.
+
+The main causal test of a relation head.
 
     swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
     images = model.run_with_hooks(swap.texts, seed=seeds, fwd_hooks=swap.hooks(["L2H1", "L1H0"]))
 
-Masking a word also takes away its effect beside the relation, and leaves a model free to fall back on a default; an interchange
-gives it a valid word instead, so that the image has to change in a way that can be predicted.
-Source: interchange interventions, Geiger et al. (arXiv 2106.02997); keys and values as in Wang, Fan, Pan (arXiv 2601.06338), § 4.
+Masking a word also takes away its effect beside the relation, and leaves a model free to fall back
+on a default; an interchange gives it a valid word instead, so that the image has to change in a way
+that can be predicted. Source: interchange interventions, Geiger et al. (arXiv 2106.02997); keys and
+values as in Wang, Fan, Pan (arXiv 2601.06338), § 4.
 """
 
 from __future__ import annotations
@@ -44,19 +47,34 @@ class Interchange:
         (2, 6)
     """
 
-    def __init__(self, model: HookedTextToImage, wanted: Sequence[Scene | Trio], sources: Sequence[Scene | Trio]) -> None:
+    def __init__(
+        self,
+        model: HookedTextToImage,
+        wanted: Sequence[Scene | Trio],
+        sources: Sequence[Scene | Trio],
+    ) -> None:
         """Encode both.
 
         Raises:
-            ValueError: a source has another number of tokens than its prompt, so its words stand elsewhere.
+            ValueError: a source has another number of tokens than its prompt, so its words stand
+                elsewhere.
         """
         self.model = model
         self.texts, others = ([caption(scene) for scene in each] for each in (wanted, sources))
-        lengths = [[model.to_tokens(text).shape[1] for text in texts] for texts in (self.texts, others)]
+        lengths = [
+            [model.to_tokens(text).shape[1] for text in texts] for texts in (self.texts, others)
+        ]
         for text, other, n, m in zip(self.texts, others, *lengths, strict=True):
             if n != m:
-                raise ValueError(f"{other!r} has {m} tokens and {text!r} has {n}: interchange prompts of equal length.")
-        parts = [f"blocks.{layer}.cross_attn.hook_{part}" for layer in range(model.cfg.n_layers) for part in "kv"]
+                raise ValueError(
+                    f"{other!r} has {m} tokens and {text!r} has {n}: interchange prompts of equal "
+                    "length."
+                )
+        parts = [
+            f"blocks.{layer}.cross_attn.hook_{part}"
+            for layer in range(model.cfg.n_layers)
+            for part in "kv"
+        ]
         names = [f"steps.0.cond.{part}" for part in parts]
         with torch.no_grad():
             _, cache = model.run_with_cache(others, seed=0, names_filter=names, num_steps=1)
@@ -65,47 +83,78 @@ class Interchange:
             part: cache[name] for part, name in zip(parts, names, strict=True)
         }
 
-    def of(self, heads: Sequence[str] | None, tokens: Tokens = None, steps: Steps = None) -> list[Intervention]:
+    def of(
+        self, heads: Sequence[str] | None, tokens: Tokens = None, steps: Steps = None
+    ) -> list[Intervention]:
         """As interventions.
 
         Args:
             heads: their names, such as "L2H1"; None for all heads of the model.
-            tokens: the role of the words that are read from the source, or a mask of them; None for all words.
+            tokens: the role of the words that are read from the source, or a mask of them; None for
+                all words.
             steps: as in `Intervention`.
         """
         action = Replace(self.values)
         if heads is None:
             return [Intervention(site, None, tokens, steps, action=action) for site in self.values]
         return [
-            Intervention(f"blocks.{parse_head(head)[0]}.cross_attn.hook_{part}", head, tokens, steps, action=action)
+            Intervention(
+                f"blocks.{parse_head(head)[0]}.cross_attn.hook_{part}",
+                head,
+                tokens,
+                steps,
+                action=action,
+            )
             for head in heads
             for part in "kv"
         ]
 
-    def of_each(self, sets: Sequence[Sequence[str]], tokens: Role, steps: Steps = None) -> list[Intervention]:
-        """Every prompt's own heads: `sets[i]` are those of prompt i. For controls, a random set for each image."""
+    def of_each(
+        self, sets: Sequence[Sequence[str]], tokens: Role, steps: Steps = None
+    ) -> list[Intervention]:
+        """Every prompt's own heads: `sets[i]` are those of prompt i.
+
+        For controls, a random set for each image.
+        """
         words = role_mask(self.model, self.texts, tokens)
         found = []
         for head in sorted({head for heads in sets for head in heads}):
             here = torch.tensor([head in heads for heads in sets], device=words.device)
             # a head that is none of a prompt's own has nothing to do in it
-            found += [replace(one, missing="ignore") for one in self.of([head], words & here[:, None], steps)]
+            found += [
+                replace(one, missing="ignore")
+                for one in self.of([head], words & here[:, None], steps)
+            ]
         return found
 
     def hooks(
-        self, heads: Sequence[str] | None, tokens: Tokens = None, steps: Steps = None, view: StepView | None = None
+        self,
+        heads: Sequence[str] | None,
+        tokens: Tokens = None,
+        steps: Steps = None,
+        view: StepView | None = None,
     ) -> list[tuple[str, HookFunction]]:
         """As `fwd_hooks` for a run of the model on `texts`, or for a view of one step."""
-        return [hook for one in self.of(heads, tokens, steps) for hook in one.hooks(view or self.model, self.texts)]
+        return [
+            hook
+            for one in self.of(heads, tokens, steps)
+            for hook in one.hooks(view or self.model, self.texts)
+        ]
 
 
 def matched_sets(
-    model: HookedTextToImage, heads: Sequence[str], draws: int, rng: np.random.Generator, exclude: Sequence[str] = ()
+    model: HookedTextToImage,
+    heads: Sequence[str],
+    draws: int,
+    rng: np.random.Generator,
+    exclude: Sequence[str] = (),
 ) -> Iterator[list[str]]:
-    """Random sets with as many heads of each layer as `heads`, none of them in `heads` or `exclude`.
+    """Random sets with as many heads of each layer as `heads`, none of them in `heads` or
+    `exclude`.
 
-    A layer without enough others lends from the whole rest of the model. Controls of one draw have no variance between sets: draw
-    ten at least, and take sets, not images, as the unit of their interval.
+    A layer without enough others lends from the whole rest of the model. Controls of one draw have
+    no variance between sets: draw ten at least, and take sets, not images, as the unit of their
+    interval.
 
     Raises:
         ValueError: the rest of the model has too few heads.
@@ -117,10 +166,15 @@ def matched_sets(
         [['L0', 'L2'], ['L0', 'L2'], ['L0', 'L2']]
     """
     taken = {parse_head(head) for head in (*heads, *exclude)}
-    free = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    free = [
+        (layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)
+    ]
     free = [place for place in free if place not in taken]
     if draws and len(free) < len(heads):
-        raise ValueError(f"Besides {len(taken)} heads the model has {len(free)}: too few for a set of {len(heads)}.")
+        raise ValueError(
+            f"Besides {len(taken)} heads the model has {len(free)}: too few for a set of "
+            f"{len(heads)}."
+        )
     for _ in range(draws):
         left = [free[i] for i in rng.permutation(len(free))]
         drawn = []

@@ -1,33 +1,43 @@
-"""An intervention as data: where, which heads, which tokens, which steps, which branch, and the action there.
+"""An intervention as data: where, which heads, which tokens, which steps, which branch, and the
+action there.
 
     pattern = "blocks.2.cross_attn.hook_pattern"
     hide = Intervention(pattern, heads="L2H2", tokens="relation", action="knockout")
     images = model.run_with_hooks(prompts, seed=0, fwd_hooks=hide.hooks(model, prompts))
 
-It becomes hooks in two stages. `Intervention.resolve` turns words and head numbers into one `Edit` a tensor, which holds
-row-indexed tensors and knows no prompt any more; an `Edit` is a hook function. Since its rows can be taken and repeated
-(`Edit.take`) and confined to some rows of a larger batch (`Edit.on`), many interventions can share one batch.
+It becomes hooks in two stages. `Intervention.resolve` turns words and head numbers into one `Edit`
+a tensor, which holds row-indexed tensors and knows no prompt any more; an `Edit` is a hook
+function. Since its rows can be taken and repeated (`Edit.take`) and confined to some rows of a
+larger batch (`Edit.on`), many interventions can share one batch.
 
-It selects the entries of the chosen heads and tokens (all, where None). docs/hooks.md has the axes of every hook: heads are
-its head axis, tokens its axis of text positions or of image positions; in patterns and scores the keys, which are words in
-`cross_attn`. A prompt in which nothing is selected is an error, unless `missing="ignore"`. The actions:
+It selects the entries of the chosen heads and tokens (all, where None). docs/hooks.md has the axes
+of every hook: heads are its head axis, tokens its axis of text positions or of image positions; in
+patterns and scores the keys, which are words in `cross_attn`. A prompt in which nothing is selected
+is an error, unless `missing="ignore"`. The actions:
 
-- ``"zero"``: 0. On a pattern the attention is lost, the others' is not raised: see ``"knockout"`` for that.
-- ``"mean"``: the mean over the batch's rows, of this very run, position by position. On text positions, where prompts
-  differ in wording, a role (or mask) takes the mean over all selected tokens of all rows instead.
-- ``"resample"``: the activation of another prompt in the batch (the same donor at every step). On text positions a role's
-  k-th token is taken from that prompt's k-th, so only prompts with equally many are exchanged.
-- ``"knockout"``: patterns and scores only: the selected keys are masked as PixArt masks a pad, by a score of -10000 before
-  the softmax, so the other keys share the attention in their old proportions and every row sums to one.
-- ``Replace(value)``: a tensor that broadcasts to the activation [batch …] of every site, or a cache or dict of them by name.
+- ``"zero"``: 0. On a pattern the attention is lost, the others' is not raised: see ``"knockout"``
+  for that.
+- ``"mean"``: the mean over the batch's rows, of this very run, position by position. On text
+  positions, where prompts differ in wording, a role (or mask) takes the mean over all selected
+  tokens of all rows instead.
+- ``"resample"``: the activation of another prompt in the batch (the same donor at every step). On
+  text positions a role's k-th token is taken from that prompt's k-th, so only prompts with equally
+  many are exchanged.
+- ``"knockout"``: patterns and scores only: the selected keys are masked as PixArt masks a pad, by a
+  score of -10000 before the softmax, so the other keys share the attention in their old proportions
+  and every row sums to one.
+- ``Replace(value)``: a tensor that broadcasts to the activation [batch …] of every site, or a cache
+  or dict of them by name.
 - ``Scale(a)``: a times the activation.
 - ``Add(vector)``: the activation plus a tensor that broadcasts to it.
 
-Hooks of one site act in the order they are given. Hooks on scores or patterns make that layer's attention explicit instead
-of fused, for all rows of the batch: rows and branches that are not selected then keep their values up to rounding, else exactly.
+Hooks of one site act in the order they are given. Hooks on scores or patterns make that layer's
+attention explicit instead of fused, for all rows of the batch: rows and branches that are not
+selected then keep their values up to rounding, else exactly.
 
-The original's ablations (Wang, Fan, Pan, arXiv 2601.06338) are knock-outs in the conditional branch at all steps, but of the
-first relation word only, and at the position of a word, not of a token; here a role is all of its tokens, by the tokenizer.
+The original's ablations (Wang, Fan, Pan, arXiv 2601.06338) are knock-outs in the conditional branch
+at all steps, but of the first relation word only, and at the position of a word, not of a token;
+here a role is all of its tokens, by the tokenizer.
 """
 
 from __future__ import annotations
@@ -50,7 +60,16 @@ from hooked_models.hooks.module import HookFunction
 from hooked_models.hooks.table import Hook, hook_row, layer_of
 
 from ..readout.circuits import parse_head
-from ..text.prompts import TokenChoice, Tokens, Word, as_choice, check_found, position_mask, token_counts, token_mask
+from ..text.prompts import (
+    TokenChoice,
+    Tokens,
+    Word,
+    as_choice,
+    check_found,
+    position_mask,
+    token_counts,
+    token_mask,
+)
 from .edits import Action, Add, Edit, Replace, Scale, along
 from .targets import Layout, Positions, counts_from_the_end, find_hooks, layout_of, positions_there
 
@@ -66,24 +85,33 @@ class Intervention:
     """One action on one tensor (or that of every layer, or step); the module describes the actions.
 
     Args:
-        site: a name within the denoiser ("blocks.2.cross_attn.hook_z"; "blocks.*.…" for every layer), "text_encoder.…" of one
-            within the text encoder, or one between denoiser calls ("hook_latent", "hook_out", "hook_x0", …, "hook_image").
+        site: a name within the denoiser ("blocks.2.cross_attn.hook_z"; "blocks.*.…" for every
+            layer), "text_encoder.…" of one within the text encoder, or one between denoiser calls
+            ("hook_latent", "hook_out", "hook_x0", …, "hook_image").
         heads: numbers, or one head as "L2H8", whose layer must be the site's; None for all.
-        tokens: a role ("relation"), a word (`prompts.word("cat", nth=2)`), several of these, positions, or a mask [prompt pos];
-            `dit_lens.prompts` describes them. On image positions (row by row, of the model's own image size) positions or a
-            mask. None for all.
-        steps: one, several or a slice of the denoising steps, from 0 or (negative) from the end; None for all.
-        branch: "cond", "uncond" or "both". The unconditional branch reads the empty prompt: an EOS, and pads; with "both" roles
-            and words act in the conditional branch. Its text encoder is "text_encoder.…" with branch="uncond". Sites between
-            denoiser calls belong to no branch and take the default.
+        tokens: a role ("relation"), a word (`prompts.word("cat", nth=2)`), several of these,
+            positions, or a mask [prompt pos]; `dit_lens.prompts` describes them. On image positions
+            (row by row, of the model's own image size) positions or a mask. None for all.
+        steps: one, several or a slice of the denoising steps, from 0 or (negative) from the end;
+            None for all.
+        branch: "cond", "uncond" or "both". The unconditional branch reads the empty prompt: an EOS,
+            and pads; with "both" roles and words act in the conditional branch. Its text encoder is
+            "text_encoder.…" with branch="uncond". Sites between denoiser calls belong to no branch
+            and take the default.
         action: see the module.
-        missing: "ignore" leaves prompts alone in which nothing is selected; by default they are an error.
+        missing: "ignore" leaves prompts alone in which nothing is selected; by default they are an
+            error.
 
     Raises:
         ValueError: an argument has no meaning; the message names it and the fix.
 
     Example:
-        >>> hide = Intervention("blocks.2.cross_attn.hook_pattern", heads="L2H2", tokens="relation", action="knockout")
+        >>> hide = Intervention(
+        ...     "blocks.2.cross_attn.hook_pattern",
+        ...     heads="L2H2",
+        ...     tokens="relation",
+        ...     action="knockout",
+        ... )
         >>> hide.heads, hide.tokens
         ((2,), ('relation',))
     """
@@ -100,7 +128,10 @@ class Intervention:
     def __post_init__(self) -> None:
         """Bring every field into one hashable form, so that equal interventions compare equal."""
         if not isinstance(self.site, str):
-            raise ValueError(f"site={shown(self.site)}: give the name of a hook, such as 'blocks.2.cross_attn.hook_z'.")
+            raise ValueError(
+                f"site={shown(self.site)}: give the name of a hook, such as "
+                "'blocks.2.cross_attn.hook_z'."
+            )
         self._set("heads", _as_heads(self.site, self.heads))
         self._set("tokens", None if self.tokens is None else as_choice(self.tokens))
         self._set("steps", _as_steps(self.steps))
@@ -122,24 +153,33 @@ class Intervention:
 
     @property
     def _in_order(self) -> bool:
-        """True if the k-th selected token of one prompt corresponds to the k-th of another; else equal positions do."""
+        """True if the k-th selected token of one prompt corresponds to the k-th of another; else
+        equal positions do.
+        """
         return bool(self._choice) and isinstance(self._choice[0], (str, Word, tuple))
 
     def hooks(
-        self, model: HookedTextToImage | StepView, prompts: str | Sequence[str], *, num_steps: int = DEFAULT_STEPS, seed: int = 0
+        self,
+        model: HookedTextToImage | StepView,
+        prompts: str | Sequence[str],
+        *,
+        num_steps: int = DEFAULT_STEPS,
+        seed: int = 0,
     ) -> list[tuple[str, HookFunction]]:
         """The intervention as `fwd_hooks` for a run of `model` on these prompts.
 
         Args:
-            model: or a view of one step (`model.at`), whose names are the denoiser's own; its step and branch must be among
-                the intervention's, and `prompts` be those of the rows that it is called with.
+            model: or a view of one step (`model.at`), whose names are the denoiser's own; its step
+                and branch must be among the intervention's, and `prompts` be those of the rows that
+                it is called with.
             prompts: the prompts of the run, in order.
             num_steps: as in the run.
             seed: of "resample".
 
         Raises:
             UnknownHookError: no such site; the nearest one is suggested.
-            ValueError: site, heads, tokens, steps, branch and action do not go together, or nothing is selected in a prompt.
+            ValueError: site, heads, tokens, steps, branch and action do not go together, or nothing
+                is selected in a prompt.
 
         Example:
             >>> from hooked_models import HookedTextToImage
@@ -149,40 +189,69 @@ class Intervention:
             ['steps.0.cond.blocks.1.cross_attn.hook_z']
         """
         if not isinstance(model, StepView):
-            return [(edit.site.name, edit) for edit in self.resolve(model, prompts, num_steps=num_steps, seed=seed)]
+            return [
+                (edit.site.name, edit)
+                for edit in self.resolve(model, prompts, num_steps=num_steps, seed=seed)
+            ]
         run: Any = model.run
         edits = self.resolve(run.model, prompts, num_steps=run.inputs.num_steps, seed=seed)
-        here = [e for e in edits if (e.site.part, e.site.step, e.site.branch) == ("dit", model.step, model.branch)]
+        here = [
+            e
+            for e in edits
+            if (e.site.part, e.site.step, e.site.branch) == ("dit", model.step, model.branch)
+        ]
         if not here:
             raise ValueError(
-                f"{self} has no denoiser site at step {model.step}, branch {model.branch!r}: all that this view hooks."
+                f"{self} has no denoiser site at step {model.step}, branch {model.branch!r}: all "
+                "that this view hooks."
             )
         return [(edit.site.inner, edit) for edit in here]
 
     def resolve(
-        self, model: HookedTextToImage, prompts: str | Sequence[str], *, num_steps: int = DEFAULT_STEPS, seed: int = 0
+        self,
+        model: HookedTextToImage,
+        prompts: str | Sequence[str],
+        *,
+        num_steps: int = DEFAULT_STEPS,
+        seed: int = 0,
     ) -> list[Edit]:
-        """One edit for every tensor that is touched, in rows of `prompts`; arguments and errors as in `hooks`."""
+        """One edit for every tensor that is touched, in rows of `prompts`; arguments and errors as
+        in `hooks`.
+        """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         sites = self._sites(model, model.count_steps(num_steps))
         edits = []
         for uncond in (False, True):
-            if here := [site for site in sites if (site.branch == "uncond" or site.part == "null_text_encoder") == uncond]:
+            if here := [
+                site
+                for site in sites
+                if (site.branch == "uncond" or site.part == "null_text_encoder") == uncond
+            ]:
                 edits += self._edits(model, here, texts, uncond, seed)
         if counts_from_the_end(self.steps):
-            edits = [replace(edit, num_steps=num_steps) if edit.site.step is not None else edit for edit in edits]
+            edits = [
+                replace(edit, num_steps=num_steps) if edit.site.step is not None else edit
+                for edit in edits
+            ]
         if not edits:
-            raise ValueError(f"{self} selects nothing: none of the prompts has such a token in this branch.")
+            raise ValueError(
+                f"{self} selects nothing: none of the prompts has such a token in this branch."
+            )
         return edits
 
     def token_masks(
         self, model: HookedTextToImage, prompts: Sequence[str]
     ) -> tuple[Bool[Tensor, "prompt pos"], Bool[Tensor, "prompt pos"]]:
-        """The positions that `tokens` selects, and those that there are: a prompt's words with EOS, or all of an image.
+        """The positions that `tokens` selects, and those that there are: a prompt's words with EOS,
+        or all of an image.
 
-        In the conditional branch, unless `branch` is "uncond". Raises ValueError for a site without positions.
+        In the conditional branch, unless `branch` is "uncond". Raises ValueError for a site without
+        positions.
         """
-        site, branch = replace(self, steps=None)._sites(model, 1)[0], "uncond" if self.branch == "uncond" else "cond"
+        site, branch = (
+            replace(self, steps=None)._sites(model, 1)[0],
+            "uncond" if self.branch == "uncond" else "cond",
+        )
         axes, positions = layout_of(model, site), model.layout(prompts, branch)  # type: ignore[arg-type]
         read = model.texts_read(prompts, branch)  # type: ignore[arg-type]
         selected = self._selected(model, axes, site, read, positions)
@@ -195,26 +264,48 @@ class Intervention:
             raise ValueError(wrong[0].format(site=self.site))
         if self.action == "knockout":
             inners = [inner.replace("hook_pattern", "hook_attn_scores") for inner in inners]
-        steps: list[Any] = [None] if row.fires == "once" else list(chosen_steps(self.steps, num_steps))
+        steps: list[Any] = (
+            [None] if row.fires == "once" else list(chosen_steps(self.steps, num_steps))
+        )
         if part == "sampler":
             return [Site("sampler", inners[0], step) for step in steps]
         branches: tuple[Branch, ...] = BRANCHES if self.branch == "both" else (self.branch,)
         if part == "text_encoder":
             parts: dict[Branch, Part] = {"cond": "text_encoder", "uncond": "null_text_encoder"}
             return [Site(parts[branch], inner) for branch, inner in product(branches, inners)]
-        return [Site("dit", inner, step, branch) for step, branch, inner in product(steps, branches, inners)]
+        return [
+            Site("dit", inner, step, branch)
+            for step, branch, inner in product(steps, branches, inners)
+        ]
 
     def _edits(
-        self, model: HookedTextToImage, sites: Sequence[Site], texts: Sequence[str], uncond: bool, seed: int
+        self,
+        model: HookedTextToImage,
+        sites: Sequence[Site],
+        texts: Sequence[str],
+        uncond: bool,
+        seed: int,
     ) -> list[Edit]:
         """Edits for sites that differ in step and layer only, in runs of `texts`."""
         site, n = sites[0], len(texts)
         layout, branch = layout_of(model, site), BRANCHES[uncond]
         read, positions = model.texts_read(texts, branch), model.layout(texts, branch)
         words = positions.text_mask.cpu()
-        selected = None if self.tokens is None else self._selected(model, layout, site, read, positions)
-        if selected is not None and self.missing == "error" and not (uncond and self.branch == "both"):
-            check_found(model, read, self._choice, selected, ", or say missing='ignore' to leave such prompts as they are")
+        selected = (
+            None if self.tokens is None else self._selected(model, layout, site, read, positions)
+        )
+        if (
+            selected is not None
+            and self.missing == "error"
+            and not (uncond and self.branch == "both")
+        ):
+            check_found(
+                model,
+                read,
+                self._choice,
+                selected,
+                ", or say missing='ignore' to leave such prompts as they are",
+            )
         if self.action == "knockout":
             self._check_some_key_is_left(site, selected, positions_there(positions, layout, words))
         where = torch.ones(n, *[1] * (layout.ndim - 1), dtype=torch.bool)
@@ -224,19 +315,29 @@ class Intervention:
             where = where & along(self._head_mask(model, layout, site), layout.ndim, layout.head)
         if not where.any():
             return []
-        ordered_axis, exchange_group = self._exchangeable(model, layout, site, read, words, selected)
+        ordered_axis, exchange_group = self._exchangeable(
+            model, layout, site, read, words, selected
+        )
         prompt = torch.tensor([texts.index(text) for text in texts])
-        shared = Edit(site, self.action, where.to(model.device), prompt, exchange_group, ordered_axis, seed)
+        shared = Edit(
+            site, self.action, where.to(model.device), prompt, exchange_group, ordered_axis, seed
+        )
         shared.check()
         n_heads = None if layout.head is None else model.names.module(site.part).cfg.n_heads
-        return [replace(shared, site=one, values=self._values(one, layout, n, n_heads)) for one in sites]
+        return [
+            replace(shared, site=one, values=self._values(one, layout, n, n_heads)) for one in sites
+        ]
 
     def _check_some_key_is_left(
-        self, site: Site, selected: Bool[Tensor, "prompt pos"] | None, there: Bool[Tensor, "prompt pos"]
+        self,
+        site: Site,
+        selected: Bool[Tensor, "prompt pos"] | None,
+        there: Bool[Tensor, "prompt pos"],
     ) -> None:
         if selected is None or bool((~there | selected).all(dim=1).any()):
             raise ValueError(
-                f"{self} would mask every key of {site.name} for some prompt, so that nothing is left to attend to: "
+                f"{self} would mask every key of {site.name} for some prompt, so that nothing is "
+                "left to attend to: "
                 "say which tokens=…, or silence the heads by action='zero' on hook_z."
             )
 
@@ -249,7 +350,9 @@ class Intervention:
         words: Bool[Tensor, "prompt text_pos"],
         selected: Bool[Tensor, "prompt pos"] | None,
     ) -> tuple[int | None, Int[Tensor, " prompt"]]:
-        """For "mean" and "resample": the axis along which tokens correspond in order (or None), and groups of like prompts."""
+        """For "mean" and "resample": the axis along which tokens correspond in order (or None), and
+        groups of like prompts.
+        """
         if layout.kind not in ("text", "joint") or self.action not in ("mean", "resample"):
             return None, torch.zeros(len(read), dtype=torch.long)
         if selected is not None and self._in_order:
@@ -257,7 +360,8 @@ class Intervention:
         exchange_group = words.sum(dim=1)
         if self.action == "mean" and len(exchange_group.unique()) > 1:
             raise ValueError(
-                f"These prompts have different numbers of tokens, so equal positions of {site.name} mean different words: "
+                "These prompts have different numbers of tokens, so equal positions of "
+                f"{site.name} mean different words: "
                 "take the mean over a role, tokens='relation', or Replace(reference)."
             )
         return None, exchange_group
@@ -279,17 +383,26 @@ class Intervention:
             return mask
         if layout.kind == "image":
             named = ", ".join(map(str, self._choice))
-            raise ValueError(f"{site.name} has image positions, but tokens={named} names words: give positions.")
+            raise ValueError(
+                f"{site.name} has image positions, but tokens={named} names words: give positions."
+            )
         of_text = token_mask(model, texts, self._choice, length=words.shape[1], missing="ignore")
         image = positions.n_image if layout.kind == "joint" else 0  # before the words
         return torch.nn.functional.pad(of_text, (image, there.shape[1] - image - words.shape[1]))
 
-    def _head_mask(self, model: HookedTextToImage, layout: Layout, site: Site) -> Bool[Tensor, " head"]:
+    def _head_mask(
+        self, model: HookedTextToImage, layout: Layout, site: Site
+    ) -> Bool[Tensor, " head"]:
         if layout.head is None:
-            raise ValueError(f"{site.name} has no head axis: leave heads out, or take hook_z or hook_result of an attention.")
+            raise ValueError(
+                f"{site.name} has no head axis: leave heads out, or take hook_z or hook_result of "
+                "an attention."
+            )
         n_heads = model.names.module(site.part).cfg.n_heads
         if outside := [head for head in self.heads or () if head not in range(n_heads)]:
-            raise ValueError(f"There is no head {outside[0]} in {site.name}: it has heads 0 to {n_heads - 1}.")
+            raise ValueError(
+                f"There is no head {outside[0]} in {site.name}: it has heads 0 to {n_heads - 1}."
+            )
         return torch.isin(torch.arange(n_heads), torch.tensor(self.heads))
 
     def _counts(
@@ -313,8 +426,9 @@ class Intervention:
             return None
         if values.ndim > ndim or (values.ndim == ndim and len(values) not in (1, n)):
             raise ValueError(
-                f"The value for {site.name} has shape {list(values.shape)}, but {site.name} has {ndim} axes and {n} rows: "
-                "give a row for each prompt, one for all, or a tensor that broadcasts to the last axes."
+                f"The value for {site.name} has shape {list(values.shape)}, but {site.name} has "
+                f"{ndim} axes and {n} rows: give a row for each prompt, one for all, or a tensor "
+                "that broadcasts to the last axes."
             )
         return values
 
@@ -323,12 +437,15 @@ def _entry(values: Any, site: Site, layout: Layout, n_heads: int | None) -> Tens
     """The tensor of a site in a cache or dict."""
     key = site.name if site.name in values.keys() else site.inner  # noqa: SIM118
     if key not in values.keys():  # noqa: SIM118
-        raise ValueError(f"Replace has no value for {site.name}: cache it (names_filter, steps, branch), or name the site.")
+        raise ValueError(
+            f"Replace has no value for {site.name}: cache it (names_filter, steps, branch), or "
+            "name the site."
+        )
     value, ndim, head = values[key], layout.ndim, layout.head
     if head is not None and value.ndim >= ndim - head and value.shape[head - ndim] != n_heads:
         raise ValueError(
-            f"The cache has {value.shape[head - ndim]} of the {n_heads} heads of {site.name}, and does not say "
-            "which: cache all (without heads=…)."
+            f"The cache has {value.shape[head - ndim]} of the {n_heads} heads of {site.name}, and "
+            "does not say which: cache all (without heads=…)."
         )
     return value
 
@@ -342,14 +459,25 @@ def _as_heads(site: str, heads: Any) -> tuple[int, ...] | None:
     if isinstance(heads, str):
         layer, head = parse_head(heads)
         if layer_of(site) != layer:
-            raise ValueError(f"{heads} is no head of {site!r}: write a site with 'blocks.{layer}.', or heads=[{head}].")
+            raise ValueError(
+                f"{heads} is no head of {site!r}: write a site with 'blocks.{layer}.', or "
+                f"heads=[{head}]."
+            )
         return (head,)
     if not is_several(heads):
-        raise ValueError(f"heads={shown(heads)}: give a sequence of numbers, heads=[{shown(heads)}].")
+        raise ValueError(
+            f"heads={shown(heads)}: give a sequence of numbers, heads=[{shown(heads)}]."
+        )
     if named := [head for head in heads if isinstance(head, str)]:
-        raise ValueError(f"heads={list(heads)}: give numbers, the layer is the site's; or one head, heads={named[0]!r}.")
+        raise ValueError(
+            f"heads={list(heads)}: give numbers, the layer is the site's; or one head, "
+            f"heads={named[0]!r}."
+        )
     if not (found := integers("heads", heads)):
-        raise ValueError("heads is empty, so that nothing is selected: leave it out for all heads, or name at least one.")
+        raise ValueError(
+            "heads is empty, so that nothing is selected: leave it out for all heads, or name at "
+            "least one."
+        )
     return found
 
 
@@ -360,16 +488,20 @@ def _as_steps(steps: Any) -> int | tuple[int, ...] | slice | None:
 
 
 def _check_action(action: Any) -> None:
-    if not isinstance(action, (Replace, Scale, Add)) and not (isinstance(action, str) and action in ACTIONS):
+    if not isinstance(action, (Replace, Scale, Add)) and not (
+        isinstance(action, str) and action in ACTIONS
+    ):
         raise ValueError(
-            f"action={shown(action)}: choose 'zero', 'mean', 'resample', 'knockout', Replace(value), Scale(a) or Add(vector)."
+            f"action={shown(action)}: choose 'zero', 'mean', 'resample', 'knockout', "
+            "Replace(value), Scale(a) or Add(vector)."
         )
 
 
 MEANINGLESS: tuple[tuple[Callable[[Intervention, Hook], bool], str], ...] = (
     (
         lambda i, row: i.action == "knockout" and not row.name.endswith(PATTERNS),
-        "Keys are knocked out of a pattern, not of {site!r}: take its hook_pattern, or another action.",
+        "Keys are knocked out of a pattern, not of {site!r}: take its hook_pattern, or another "
+        "action.",
     ),
     (
         lambda i, row: i.action == "zero" and row.name.endswith(("hook_attn_scores", "hook_scale")),
@@ -379,6 +511,11 @@ MEANINGLESS: tuple[tuple[Callable[[Intervention, Hook], bool], str], ...] = (
         lambda i, row: row.fires == "once" and i.steps is not None,
         "{site!r} is computed once, not at every step: leave steps out.",
     ),
-    (lambda i, row: row.part == "sampler" and i.branch != "cond", "{site!r} belongs to neither branch: leave branch out."),
+    (
+        lambda i, row: row.part == "sampler" and i.branch != "cond",
+        "{site!r} belongs to neither branch: leave branch out.",
+    ),
 )
-"""Combinations of an intervention and a hook's row in the table that mean nothing, and their message."""
+"""Combinations of an intervention and a hook's row in the table that mean nothing, and their
+message.
+"""

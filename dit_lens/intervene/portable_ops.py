@@ -29,7 +29,8 @@ def edited(
     ordered_axis: int | None = None,
     donors: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """`tensor` [row …] with the entries in `where` changed; arguments are those of `intervene.edits.Edit`, which makes them.
+    """`tensor` [row …] with the entries in `where` changed; arguments are those of
+    `intervene.edits.Edit`, which makes them.
 
     Args:
         kind: "zero", "mean", "resample", "knockout", "scale", "replace" or "add".
@@ -49,7 +50,11 @@ def edited(
     elif kind == "resample":
         rows, positions = donors
         new = tensor[rows.to(tensor.device)]
-        new = new if ordered_axis is None else new.take_along_dim(positions.to(tensor.device), ordered_axis)
+        new = (
+            new
+            if ordered_axis is None
+            else new.take_along_dim(positions.to(tensor.device), ordered_axis)
+        )
     elif kind == "scale":
         new = factor * tensor
     elif kind == "replace":
@@ -77,7 +82,13 @@ def sums_of_pattern(pattern: Tensor, queries: Tensor, keys: Tensor, reduce: str)
 
 @no_type_check
 def sums_of_attention(
-    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, queries: Tensor | None, keys: Tensor, reduce: str
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    queries: Tensor | None,
+    keys: Tensor,
+    reduce: str,
 ) -> Tensor:
     """Apply `sums_of_pattern` to the pattern of q and k [batch pos head d_head], made in chunks no
     larger than `q`.
@@ -87,7 +98,8 @@ def sums_of_attention(
     """
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if reduce == "sum" and k.shape[2] <= k.shape[3] and q.dtype in (torch.float32, torch.float64):
-        # A short text: the whole pattern is no larger than the queries, and faster made with keys before queries.
+        # A short text: the whole pattern is no larger than the queries, and faster made with keys
+        # before queries.
         scores = (k * scale) @ q.mT
         pattern = (scores if bias is None else scores + bias.mT).softmax(dim=2)
         return _add_up(pattern.mT @ keys.to(pattern.dtype)[:, None], queries)
@@ -97,13 +109,19 @@ def sums_of_attention(
         found = []
         for start in range(0, q.shape[1], size):
             own = bias if bias is None or bias.shape[1] == 1 else bias[:, start : start + size]
-            mass = _group_mass(q[:, start : start + size], k[:, start : start + size], own, scale, keys)
+            mass = _group_mass(
+                q[:, start : start + size], k[:, start : start + size], own, scale, keys
+            )
             found.append(_add_up(mass, queries))
         return torch.cat(found, dim=1)
     found = None
-    for rows in torch.arange(q.shape[2], device=q.device).split(max(1, q.shape[2] * q.shape[3] // k.shape[2])):
+    for rows in torch.arange(q.shape[2], device=q.device).split(
+        max(1, q.shape[2] * q.shape[3] // k.shape[2])
+    ):
         scores = q[:, :, rows] @ k.mT * scale
-        part = _largest((scores if bias is None else scores + bias).softmax(dim=-1), queries[:, rows], keys)
+        part = _largest(
+            (scores if bias is None else scores + bias).softmax(dim=-1), queries[:, rows], keys
+        )
         found = part if found is None else torch.maximum(found, part)
     return found
 
@@ -111,9 +129,15 @@ def sums_of_attention(
 @no_type_check
 def _group_mass(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, keys: Tensor) -> Tensor:
     d_head, n_groups = q.shape[-1], keys.shape[-1]
-    # Filled up to a head's width: fused kernels take no other, and without them the whole pattern is computed.
-    values = F.pad(keys, (0, -n_groups % d_head)).to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
-    parts = [F.scaled_dot_product_attention(q, k, part, attn_mask=bias, scale=scale) for part in values.split(d_head, dim=-1)]
+    # Filled up to a head's width: fused kernels take no other, and without them the whole pattern
+    # is computed.
+    values = (
+        F.pad(keys, (0, -n_groups % d_head)).to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
+    )
+    parts = [
+        F.scaled_dot_product_attention(q, k, part, attn_mask=bias, scale=scale)
+        for part in values.split(d_head, dim=-1)
+    ]
     return torch.cat(parts, dim=-1)[..., :n_groups]
 
 
@@ -129,5 +153,9 @@ def _largest(pattern: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     columns = []
     for query in queries.bool().unbind(dim=-1):
         pairs = [query[:, None, :, None] & key[:, None, None] for key in keys.bool().unbind(dim=-1)]
-        columns.append(torch.stack([pattern.masked_fill(~inside, 0).amax(dim=(2, 3)) for inside in pairs], dim=-1))
+        columns.append(
+            torch.stack(
+                [pattern.masked_fill(~inside, 0).amax(dim=(2, 3)) for inside in pairs], dim=-1
+            )
+        )
     return torch.stack(columns, dim=2).to(queries.dtype)  # no pattern has an entry below 0

@@ -45,7 +45,11 @@ from .interventions import Add, Intervention
 from .swap_vectors import Target, swap_vectors
 
 SITES: dict[Space, str] = {"text": "hook_text", "caption": "hook_caption"}
-JUDGED = {f"{goal}_{how}": (goal, f"relation_{how}") for goal in ("target", "original") for how in ("strict", "loose")}
+JUDGED = {
+    f"{goal}_{how}": (goal, f"relation_{how}")
+    for goal in ("target", "original")
+    for how in ("strict", "loose")
+}
 METRICS = (*JUDGED, "offset", "color", "shape", "unique_binding")
 BATCH = 32
 PROGRESS_FROM = 5
@@ -100,10 +104,14 @@ def steer(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if vector.ndim == 3:
         if tokens is not None or len(vector) != len(texts):
-            raise ValueError("A vector for every token is [prompt text_pos d], with no tokens= beside it.")
+            raise ValueError(
+                "A vector for every token is [prompt text_pos d], with no tokens= beside it."
+            )
         added = vector
     elif tokens is None:
-        raise ValueError("Say which tokens the vector is added to: a role such as tokens='shape2', or positions.")
+        raise ValueError(
+            "Say which tokens the vector is added to: a role such as tokens='shape2', or positions."
+        )
     else:
         added = token_mask(model, texts, tokens).to(vector)[..., None] * vector
     seeds = seed_of_each(seed, len(texts))
@@ -127,7 +135,9 @@ def _generate(
     change = Intervention(SITES[at], action=Add(added[:, :length]))
     hooks = change.hooks(model, texts, num_steps=num_steps)
     guidance = drawing.get("guidance", DEFAULT_GUIDANCE)
-    return model.run_with_hooks(texts, seed=seeds, num_steps=num_steps, guidance=guidance, fwd_hooks=hooks)
+    return model.run_with_hooks(
+        texts, seed=seeds, num_steps=num_steps, guidance=guidance, fwd_hooks=hooks
+    )
 
 
 def _batches(n: int, batch_size: int, what: str) -> Iterable[int]:
@@ -175,7 +185,9 @@ def swap_relation(
     for text in texts:
         said = factors_of(model, text)
         if from_ not in (said["relation"], said["phrase"]):
-            raise ValueError(f"{text!r} says {said['phrase']!r} ({said['relation']}), not {from_!r}.")
+            raise ValueError(
+                f"{text!r} says {said['phrase']!r} ({said['relation']}), not {from_!r}."
+            )
     vectors = swap_vectors(model, texts, [to] * len(texts), tokens, at)
     return steer(model, texts, vectors, None, at, k, seed, **drawing)
 
@@ -211,8 +223,8 @@ def dose_response(
         seeds: of the noise; every scene is drawn with each.
         draws: controls of each kind.
         control_seed: of the controls.
-        **how: `tokens` and `at` as in `swap_vectors`; `num_steps`, `guidance` and `batch_size` as in
-            `runs.drawing.Drawing`.
+        **how: `tokens` and `at` as in `swap_vectors`; `num_steps`, `guidance` and `batch_size` as
+            in `runs.drawing.Drawing`.
 
     Returns:
         Dims (condition, k, scene, seed), with `kind` as a coordinate of conditions: "steered" or a
@@ -237,10 +249,15 @@ def dose_response(
     goals = _goals(wanted, to)
     texts = [caption(scene) for scene in wanted]
     steered = swap_vectors(model, texts, goals, tokens, at)
-    conditions = {"steered": steered, **_controls(steered, role_mask(model, texts, "pad"), draws, control_seed)}
+    conditions = {
+        "steered": steered,
+        **_controls(steered, role_mask(model, texts, "pad"), draws, control_seed),
+    }
 
     # a dose of 0 is the same for all
-    doses = [(name, k) for name in conditions for k in ks if k != 0] + [("steered", 0.0)] * (0 in ks)
+    doses = [(name, k) for name in conditions for k in ks if k != 0] + [("steered", 0.0)] * (
+        0 in ks
+    )
     jobs = [
         (k * conditions[name][row], wanted[row], goals[row], seed)
         for (name, k), row, seed in itertools.product(doses, range(len(texts)), seeds)
@@ -250,7 +267,9 @@ def dose_response(
 
     shape = (len(doses), len(texts), len(seeds))
     of_dose = {dose: place for place, dose in enumerate(doses)}
-    places = [[of_dose[("steered", 0.0) if k == 0 else (name, k)] for k in ks] for name in conditions]
+    places = [
+        [of_dose[("steered", 0.0) if k == 0 else (name, k)] for k in ks] for name in conditions
+    ]
     values = {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
     dims = ("condition", "k", "scene", "seed")
     return xr.Dataset(
@@ -272,7 +291,9 @@ def _draw_and_judge(
     return _judge(images, drawn, goals)
 
 
-def _labels(conditions: Iterable[str], wanted: Sequence[Scene], goals: Sequence[Relation]) -> dict[str, Any]:
+def _labels(
+    conditions: Iterable[str], wanted: Sequence[Scene], goals: Sequence[Relation]
+) -> dict[str, Any]:
     names = list(conditions)
     return {
         "condition": names,
@@ -283,14 +304,21 @@ def _labels(conditions: Iterable[str], wanted: Sequence[Scene], goals: Sequence[
     }
 
 
-def _goals(wanted: Sequence[Scene], to: Relation | Mapping[Relation, Relation] | None) -> list[Relation]:
+def _goals(
+    wanted: Sequence[Scene], to: Relation | Mapping[Relation, Relation] | None
+) -> list[Relation]:
     """The relation to go to, for each scene. Raises ValueError for a scene that has it already."""
     of_relation = OPPOSITE if to is None else to
     if isinstance(of_relation, str):
         of_relation = dict.fromkeys(DIRECTIONS, of_relation)
     goals = [of_relation[scene.relation] for scene in wanted]
-    if still := [scene.relation for scene, goal in zip(wanted, goals, strict=True) if scene.relation == goal]:
-        raise ValueError(f"A scene is {still[0]!r} already: leave out the scenes whose relation is the one to go to.")
+    if still := [
+        scene.relation for scene, goal in zip(wanted, goals, strict=True) if scene.relation == goal
+    ]:
+        raise ValueError(
+            f"A scene is {still[0]!r} already: leave out the scenes whose relation is the one to "
+            "go to."
+        )
     return goals
 
 
@@ -302,7 +330,9 @@ def _controls(
     controls = {}
     for draw in range(draws):
         noise = torch.randn(steered.shape, generator=generator)
-        controls[f"random_vector {draw}"] = (norm * noise / noise.norm(dim=-1, keepdim=True)).to(steered)
+        controls[f"random_vector {draw}"] = (norm * noise / noise.norm(dim=-1, keepdim=True)).to(
+            steered
+        )
     for draw in range(draws):
         moved = torch.zeros_like(steered)
         for row, vectors, size, pad in zip(moved, steered, norm[..., 0], pads, strict=True):
@@ -318,7 +348,9 @@ def _judge(
     images: Float[Tensor, "image 3 height width"], drawn: Sequence[Scene], goals: Sequence[Relation]
 ) -> dict[str, np.ndarray]:
     own = evaluate(images, drawn)
-    gone_to = evaluate(images, [replace(scene, relation=goal) for scene, goal in zip(drawn, goals, strict=True)])
+    gone_to = evaluate(
+        images, [replace(scene, relation=goal) for scene, goal in zip(drawn, goals, strict=True)]
+    )
     verdicts = {"target": gone_to, "original": own}
     direction = np.array([DIRECTIONS[goal] for goal in goals])
     direction = direction / np.linalg.norm(direction, axis=1, keepdims=True)
@@ -346,10 +378,24 @@ def summarise(doses: xr.Dataset) -> pd.DataFrame:
     rows = []
     for metric, k in itertools.product(METRICS, range(doses.sizes["k"])):
         values = doses[metric].isel(k=k).astype(float)
-        of_kind = {kind: values.sel(condition=doses.kind == kind) for kind in dict.fromkeys(doses.kind.values.tolist())}
+        of_kind = {
+            kind: values.sel(condition=doses.kind == kind)
+            for kind in dict.fromkeys(doses.kind.values.tolist())
+        }
         own = of_kind["steered"].isel(condition=0)
-        differences = {f"steered − {n}": own - c.mean("condition") for n, c in of_kind.items() if n != "steered"}
+        differences = {
+            f"steered − {n}": own - c.mean("condition")
+            for n, c in of_kind.items()
+            if n != "steered"
+        }
         for kind, part in {**of_kind, **differences}.items():
             table = part.transpose("scene", ...).values.reshape(doses.sizes["scene"], -1)
-            rows.append({"kind": kind, "k": float(doses.k[k]), "metric": metric, **clustered_mean(table)._asdict()})
+            rows.append(
+                {
+                    "kind": kind,
+                    "k": float(doses.k[k]),
+                    "metric": metric,
+                    **clustered_mean(table)._asdict(),
+                }
+            )
     return pd.DataFrame(rows)

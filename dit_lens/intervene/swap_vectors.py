@@ -29,7 +29,11 @@ Target = Literal["phrase"] | Role
 
 @torch.no_grad()
 def swap_vectors(
-    model: HookedTextToImage, prompts: Sequence[str], to: Sequence[str], tokens: Target = "phrase", at: Space = "text"
+    model: HookedTextToImage,
+    prompts: Sequence[str],
+    to: Sequence[str],
+    tokens: Target = "phrase",
+    at: Space = "text",
 ) -> Float[Tensor, "prompt text_pos d"]:
     """V_to − V_from for every token of `model.to_tokens(prompts)`; zero for tokens that do not
     change.
@@ -61,20 +65,31 @@ def swap_vectors(
     """
     said = [factors_of(model, prompt) for prompt in prompts]
     width = encode(model, model.to_tokens(prompts[:1]), at).shape[-1]
-    vectors = torch.zeros(*model.to_tokens(prompts).shape, width, device=model.device, dtype=model.dit.dtype)
+    vectors = torch.zeros(
+        *model.to_tokens(prompts).shape, width, device=model.device, dtype=model.dit.dtype
+    )
     if tokens != "phrase" and tokens != "relation":
         samples, factors = word_vectors(model, factorial_prompts(), tokens, at)
-        effects = effect_vectors(samples, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
-        for row, mask, own, target in zip(vectors, token_mask(model, prompts, tokens), said, to, strict=True):
+        effects = effect_vectors(samples, factors[["shape1", "color1", "shape2", "relation"]])[
+            "relation"
+        ]
+        for row, mask, own, target in zip(
+            vectors, token_mask(model, prompts, tokens), said, to, strict=True
+        ):
             if unknown := [name for name in (own["relation"], target) if name not in PHRASES]:
-                raise ValueError(f"{unknown[0]!r} has no effect vector: choose a relation of {', '.join(PHRASES)}.")
+                raise ValueError(
+                    f"{unknown[0]!r} has no effect vector: choose a relation of "
+                    f"{', '.join(PHRASES)}."
+                )
             difference = effects.sel(relation=target) - effects.sel(relation=own["relation"])
             row[mask.to(row.device)] = torch.from_numpy(difference.values).to(row)
         return vectors
 
     @cache
     def word_difference(phrase: str, target: str) -> Float[Tensor, "phrase_pos d"]:
-        return _word_difference(model, phrase, _counterpart(model, phrase, target, tokens == "phrase"), at)
+        return _word_difference(
+            model, phrase, _counterpart(model, phrase, target, tokens == "phrase"), at
+        )
 
     for row, prompt, own, target in zip(vectors, prompts, said, to, strict=True):
         row[phrase_span(model, prompt)] = word_difference(own["phrase"], target)
@@ -96,10 +111,14 @@ def _counterpart(model: HookedTextToImage, phrase: str, to: str, whole: bool) ->
             return wording
     if whole:
         raise ValueError(
-            f"No phrase for {to!r} has as many tokens as {phrase!r} ({len(pieces(phrase))}): take prompts with another phrase, "
+            f"No phrase for {to!r} has as many tokens as {phrase!r} ({len(pieces(phrase))}): take "
+            "prompts with another phrase, "
             "or tokens='relation', which changes the direction words only."
         )
-    raise ValueError(f"{phrase!r} and {to!r} have different numbers of direction words, so that none can take another's place.")
+    raise ValueError(
+        f"{phrase!r} and {to!r} have different numbers of direction words, so that none can take "
+        "another's place."
+    )
 
 
 def _substituted(phrase: str, other: str) -> str | None:
@@ -113,7 +132,9 @@ def _substituted(phrase: str, other: str) -> str | None:
     return " ".join(words)
 
 
-def _word_difference(model: HookedTextToImage, phrase: str, target: str, at: Space) -> Float[Tensor, "phrase_pos d"]:
+def _word_difference(
+    model: HookedTextToImage, phrase: str, target: str, at: Space
+) -> Float[Tensor, "phrase_pos d"]:
     """Mean change of the phrase's own tokens, over the pairs of objects, if `target` replaces
     `phrase`.
     """
@@ -122,5 +143,7 @@ def _word_difference(model: HookedTextToImage, phrase: str, target: str, at: Spa
         sentences = factorial_prompts([wording])
         encoded = encode(model, model.to_tokens(sentences), at)
         spans = [phrase_span(model, sentence) for sentence in sentences]
-        means.append(torch.stack([row[span] for row, span in zip(encoded, spans, strict=True)]).mean(dim=0))
+        means.append(
+            torch.stack([row[span] for row, span in zip(encoded, spans, strict=True)]).mean(dim=0)
+        )
     return means[1] - means[0]

@@ -1,4 +1,6 @@
-"""Where an intervention acts: the hooks that a site names, the steps of a run, and the axes of a tensor."""
+"""Where an intervention acts: the hooks that a site names, the steps of a run, and the axes of a
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ def counts_from_the_end(steps: Any) -> bool:
 
 
 def find_hooks(model: HookedTextToImage, site: str) -> tuple[HookPart, list[str]]:
-    """The part of a generation that a site lies in, and its canonical names there: one, or one for every layer."""
+    """The part of a generation that a site lies in, and its canonical names there: one, or one for
+    every layer.
+    """
     names = model.names
     if site.startswith(("steps.", "null_text_encoder.")):
-        raise ValueError(f"{site!r}: a site has no step or branch in its name; say steps=… and branch=… instead.")
+        raise ValueError(
+            f"{site!r}: a site has no step or branch in its name; say steps=… and branch=… instead."
+        )
     inner = site.removeprefix("text_encoder.")
     part: HookPart = "dit"
     if inner != site:
@@ -34,10 +40,16 @@ def find_hooks(model: HookedTextToImage, site: str) -> tuple[HookPart, list[str]
     elif inner in names.sampler.hook_dict:
         part = "sampler"
     module = {"dit": names.dit, "sampler": names.sampler, "text_encoder": names.text_encoder}[part]
-    inners = [inner.replace("*", str(layer)) for layer in range(module.cfg.n_layers)] if module and "*" in inner else [inner]
+    inners = (
+        [inner.replace("*", str(layer)) for layer in range(module.cfg.n_layers)]
+        if module and "*" in inner
+        else [inner]
+    )
     if module is None or not all(one in module.mod_dict for one in inners):
         owners = ((names.dit, ""), (names.sampler, ""), (names.text_encoder, "text_encoder."))
-        raise unknown_hook(site, [f"{prefix}{one}" for owner, prefix in owners if owner for one in owner.hook_dict])
+        raise unknown_hook(
+            site, [f"{prefix}{one}" for owner, prefix in owners if owner for one in owner.hook_dict]
+        )
     return part, [module.canonical_name(one) for one in inners]
 
 
@@ -57,12 +69,17 @@ def layout_of(model: HookedTextToImage, site: Site) -> Layout:
     if not positions:
         return Layout(len(axes), axis_of(axes, ("head",)), None, None)
     token = positions[-1]  # the keys of a pattern
-    kind: Any = "text" if token in TEXT_POSITIONS else "joint" if token in JOINT_POSITIONS else "image"
+    kind: Any = (
+        "text" if token in TEXT_POSITIONS else "joint" if token in JOINT_POSITIONS else "image"
+    )
     return Layout(len(axes), axis_of(axes, ("head",)), axes.index(token), kind)
 
 
-def positions_there(positions: Positions, layout: Layout, words: Bool[Tensor, "prompt text_pos"]) -> Bool[Tensor, "prompt pos"]:
-    """The positions that can be attended to: those of words, all of the image, or the image's and then those of words.
+def positions_there(
+    positions: Positions, layout: Layout, words: Bool[Tensor, "prompt text_pos"]
+) -> Bool[Tensor, "prompt pos"]:
+    """The positions that can be attended to: those of words, all of the image, or the image's and
+    then those of words.
 
     Registers and padding that a model has beside them come last, and count as absent.
     """

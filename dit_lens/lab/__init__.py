@@ -1,4 +1,6 @@
-"""A page on which heads are masked, exchanged or scaled by clicks, and the image is drawn anew: `dit-lens lab`."""
+"""A page on which heads are masked, exchanged or scaled by clicks, and the image is drawn anew:
+`dit-lens lab`.
+"""
 
 from __future__ import annotations
 

@@ -49,26 +49,38 @@ class Lab:
 
     def __init__(self, model: HookedTextToImage, name: str) -> None:
         if not isinstance(model, HookedTextToImage) or isinstance(model, HookedPipeline):
-            raise TypeError(f"The lab needs a model of PixArt's kind, with cross-attention, not {type(model).__name__}.")
+            raise TypeError(
+                "The lab needs a model of PixArt's kind, with cross-attention, not "
+                f"{type(model).__name__}."
+            )
         self.model, self.name = model, name
-        self.heads = [f"L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+        self.heads = [
+            f"L{layer}H{head}"
+            for layer in range(model.cfg.n_layers)
+            for head in range(model.cfg.n_heads)
+        ]
         self.cosines = self._cosines()
         self._originals: dict[tuple[str, int, int], dict[str, Any]] = {}
 
     def draw(self, state: State) -> dict[str, Any]:
-        """Images as data URLs, tokens, attention [head token] at the first step without the edit, and the snippet.
+        """Images as data URLs, tokens, attention [head token] at the first step without the edit,
+        and the snippet.
 
         Raises:
             ValueError: the state and the model do not go together.
         """
         original = self._original(state)
         if word := next((word for word in state.words if word >= len(original["tokens"])), None):
-            raise ValueError(f"The prompt has {len(original['tokens'])} tokens and no number {word}.")
+            raise ValueError(
+                f"The prompt has {len(original['tokens'])} tokens and no number {word}."
+            )
         edited = _url(state.draw(self.model)) if state.heads else original["original"]
         return {**original, "edited": edited, "snippet": state.snippet(self.name)}
 
     def _original(self, state: State) -> dict[str, Any]:
-        """Without an edit; the last ones are kept, since clicks change the edit more often than the prompt."""
+        """Without an edit; the last ones are kept, since clicks change the edit more often than the
+        prompt.
+        """
         key = state.prompt, state.seed, state.num_steps
         if key not in self._originals:
             if len(self._originals) > 30:
@@ -82,22 +94,29 @@ class Lab:
                     names_filter=lambda name: name.endswith("cross_attn.hook_pattern"),
                 )
             layers = range(self.model.cfg.n_layers)
-            attention = torch.cat([cache["pattern", layer, "cross_attn", 0][0].mean(dim=1) for layer in layers])
+            attention = torch.cat(
+                [cache["pattern", layer, "cross_attn", 0][0].mean(dim=1) for layer in layers]
+            )
             self._originals[key] = {
                 "original": _url(image),
-                "tokens": [token.removeprefix("▁") for token in self.model.to_str_tokens(state.prompt)],
+                "tokens": [
+                    token.removeprefix("▁") for token in self.model.to_str_tokens(state.prompt)
+                ],
                 "attention": attention.float().cpu().numpy().round(4).tolist(),
             }
         return self._originals[key]
 
     def _cosines(self) -> dict[str, float]:
-        """Screening of each head with direction words; empty for a model that does not know them."""
+        """Screening of each head with direction words; empty for a model that does not know
+        them.
+        """
         try:
             vectors = {word: screening.word_vector(self.model, word) for word in DIRECTION_WORDS}
             table = screening.screen_heads(self.model.dit, vectors)
         except ValueError:
             return {}
-        return {f"L{row.layer}H{row.head}": round(float(row.cosine), 3) for row in table.itertuples()}  # type: ignore[arg-type]
+        rows: Any = table.itertuples()
+        return {f"L{row.layer}H{row.head}": round(float(row.cosine), 3) for row in rows}
 
     def page(self, token: str) -> str:
         """The HTML, with the token that its requests carry."""
@@ -112,17 +131,20 @@ class Lab:
             "other": "red circle is below blue square" if self.cosines else "",
         }
         return Template((here / "lab.html").read_text()).substitute(
-            SCRIPT_HASH="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            SCRIPT_HASH="sha256-"
+            + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             SCRIPT=script,
             DATA=json.dumps(facts).replace("<", "\\u003c"),
         )
 
 
-def serve(lab: Lab, host: str = "127.0.0.1", port: int = 7860, names: Sequence[str] = LOOPBACK) -> HTTPServer:
+def serve(
+    lab: Lab, host: str = "127.0.0.1", port: int = 7860, names: Sequence[str] = LOOPBACK
+) -> HTTPServer:
     """A server of the lab, bound and not yet running: `serve(lab).serve_forever()`.
 
-    Requests to draw need the token of the page that this server gave out, and the address that they were sent to must be one
-    of `names`: a page of another site can neither read nor start anything.
+    Requests to draw need the token of the page that this server gave out, and the address that they
+    were sent to must be one of `names`: a page of another site can neither read nor start anything.
 
     Args:
         host: the address to listen at; by default, this machine alone can reach it.
@@ -144,7 +166,9 @@ def serve(lab: Lab, host: str = "127.0.0.1", port: int = 7860, names: Sequence[s
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers requests for the page and for images; a subclass for each server has the attributes."""
+    """Answers requests for the page and for images; a subclass for each server has the
+    attributes.
+    """
 
     lab: Lab
     token: str
@@ -162,7 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused():
             return
         length = self.headers.get("Content-Length", "")
-        if not secrets.compare_digest(self.headers.get("X-Token", "").encode(), self.token.encode()):
+        if not secrets.compare_digest(
+            self.headers.get("X-Token", "").encode(), self.token.encode()
+        ):
             self._json(403, {"error": "Open the page anew: it was given out by another server."})
         elif not length.isdecimal() or int(length) > LONGEST_REQUEST:
             self._json(413, {"error": "The request is too long."})
@@ -208,6 +234,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _url(image: Float[Tensor, "1 3 height width"]) -> str:
     buffer = io.BytesIO()
-    pixels = (image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy().astype(np.uint8)
+    pixels = (
+        (image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy().astype(np.uint8)
+    )
     Image.fromarray(pixels).save(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

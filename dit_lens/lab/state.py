@@ -32,7 +32,8 @@ class State:
         seed: of the noise.
         num_steps: denoising steps.
         action: "mask" hides words from heads, "exchange" lets heads read the other prompt, "scale"
-            multiplies what heads write, "freeze" keeps their attention of the first step of the edit.
+            multiplies what heads write, "freeze" keeps their attention of the first step of the
+            edit.
         heads: those that are edited ("L2H1"); none leaves the image as it is.
         words: positions of the words that are masked or exchanged; all of them where none is given.
         first: first step of the edit.
@@ -66,7 +67,12 @@ class State:
         one_of("action", self.action, get_args(Action))
         integer("num_steps", self.num_steps, 1, MOST_STEPS)
         integer("seed", self.seed, 0, 2**63 - 1)
-        integer("last", self.last, integer("first", self.first, 0, self.num_steps - 1), self.num_steps - 1)
+        integer(
+            "last",
+            self.last,
+            integer("first", self.first, 0, self.num_steps - 1),
+            self.num_steps - 1,
+        )
         number("factor", self.factor, -10.0, 10.0)
         for word in self.words:
             integer("words", word, 0, LONGEST)
@@ -91,7 +97,11 @@ class State:
             raise ValueError(f"There is no field {sorted(unknown)[0]!r}.")
         if "prompt" not in given:
             raise ValueError("A prompt is needed.")
-        lists = {name: tuple(given[name]) for name in ("heads", "words") if isinstance(given.get(name), list)}
+        lists = {
+            name: tuple(given[name])
+            for name in ("heads", "words")
+            if isinstance(given.get(name), list)
+        }
         factor = {"factor": float(given["factor"])} if isinstance(given.get("factor"), int) else {}
         return cls(**{**given, **lists, **factor})
 
@@ -99,11 +109,16 @@ class State:
         """The edit; none without heads.
 
         Raises:
-            ValueError: the prompts of an exchange differ in their number of tokens, or the model lacks a head.
+            ValueError: the prompts of an exchange differ in their number of tokens, or the model
+                lacks a head.
 
         Example:
             >>> model = HookedTextToImage.from_pretrained("rte-nano")
-            >>> len(State("red circle is above square", heads=("L0H1", "L1H0"), words=(3,)).interventions(model))
+            >>> len(
+            ...     State(
+            ...         "red circle is above square", heads=("L0H1", "L1H0"), words=(3,)
+            ...     ).interventions(model)
+            ... )
             2
         """
         steps, tokens = slice(self.first, self.last + 1), list(self.words) or None
@@ -112,15 +127,27 @@ class State:
         for layer, heads in self._by_layer():
             site = f"blocks.{layer}.cross_attn.hook_"
             if self.action == "mask":
-                # a row without any word has no softmax, so all words cannot be masked: nothing is written instead
+                # a row without any word has no softmax, so all words cannot be masked: nothing is
+                # written instead
                 masked = Intervention(f"{site}pattern", heads, tokens, steps, action="knockout")
-                found.append(masked if tokens else Intervention(f"{site}z", heads, None, steps, action="zero"))
+                found.append(
+                    masked
+                    if tokens
+                    else Intervention(f"{site}z", heads, None, steps, action="zero")
+                )
             elif self.action == "scale":
-                found.append(Intervention(f"{site}z", heads, None, steps, action=Scale(self.factor)))
+                found.append(
+                    Intervention(f"{site}z", heads, None, steps, action=Scale(self.factor))
+                )
             elif self.action == "freeze":
-                found.append(Intervention(f"{site}pattern", heads, None, steps, action=Replace(values)))
+                found.append(
+                    Intervention(f"{site}pattern", heads, None, steps, action=Replace(values))
+                )
             else:
-                found += [Intervention(f"{site}{part}", heads, tokens, steps, action=Replace(values)) for part in "kv"]
+                found += [
+                    Intervention(f"{site}{part}", heads, tokens, steps, action=Replace(values))
+                    for part in "kv"
+                ]
         return found
 
     def draw(self, model: HookedTextToImage) -> Float[Tensor, "1 3 height width"]:
@@ -132,9 +159,15 @@ class State:
             torch.Size([1, 3, 128, 128])
         """
         edits = self.interventions(model)
-        hooks = [hook for edit in edits for hook in edit.hooks(model, self.prompt, num_steps=self.num_steps)]
+        hooks = [
+            hook
+            for edit in edits
+            for hook in edit.hooks(model, self.prompt, num_steps=self.num_steps)
+        ]
         with torch.no_grad():
-            return model.run_with_hooks(self.prompt, seed=self.seed, num_steps=self.num_steps, fwd_hooks=hooks)
+            return model.run_with_hooks(
+                self.prompt, seed=self.seed, num_steps=self.num_steps, fwd_hooks=hooks
+            )
 
     def _edits_of(self, layer: int, heads: list[int]) -> list[str]:
         """Arguments of the interventions at one layer, as Python."""
@@ -149,13 +182,20 @@ class State:
         elif self.action == "freeze":
             return [f'"{site}pattern", {heads}, None, {steps}, action=Replace(values)']
         else:
-            return [f'"{site}{part}", {heads}, {tokens}, {steps}, action=Replace(values)' for part in "kv"]
+            return [
+                f'"{site}{part}", {heads}, {tokens}, {steps}, action=Replace(values)'
+                for part in "kv"
+            ]
 
     def snippet(self, model_name: str) -> str:
         """Python that draws the same image with the library's own calls, as `image`.
 
         Example:
-            >>> print(State("red circle", heads=("L0H1",), words=(0,)).snippet("rte-nano").splitlines()[-1])
+            >>> print(
+            ...     State("red circle", heads=("L0H1",), words=(0,))
+            ...     .snippet("rte-nano")
+            ...     .splitlines()[-1]
+            ... )
             image = model.run_with_hooks(prompt, seed=0, num_steps=14, fwd_hooks=hooks)
         """
         lines = [
@@ -168,7 +208,8 @@ class State:
         if self.action == "exchange" and self.heads:
             lines += [
                 f"other = {self.other!r}",
-                'parts = [f"blocks.{layer}.cross_attn.hook_{part}" for layer in range(model.cfg.n_layers) for part in "kv"]',
+                'parts = [f"blocks.{layer}.cross_attn.hook_{part}" '
+                'for layer in range(model.cfg.n_layers) for part in "kv"]',
                 'names = [f"steps.0.cond.{part}" for part in parts]',
                 "_, cache = model.run_with_cache(other, seed=0, num_steps=1, names_filter=names)",
                 'values = {part: cache[f"steps.0.cond.{part}"] for part in parts}',
@@ -178,7 +219,8 @@ class State:
             lines += [
                 f'parts = [f"blocks.{{layer}}.cross_attn.hook_pattern" for layer in {layers}]',
                 f'names = [f"steps.{self.first}.cond.{{part}}" for part in parts]',
-                f"_, cache = model.run_with_cache(prompt, seed={self.seed}, num_steps={self.num_steps}, names_filter=names)",
+                f"_, cache = model.run_with_cache(prompt, seed={self.seed}, "
+                f"num_steps={self.num_steps}, names_filter=names)",
                 f'values = {{part: cache[f"steps.{self.first}.cond.{{part}}"] for part in parts}}',
             ]
         lines.append("edits = [")
@@ -186,8 +228,10 @@ class State:
             lines += [f"    Intervention({edit})," for edit in self._edits_of(layer, heads)]
         lines += [
             "]",
-            f"hooks = [hook for edit in edits for hook in edit.hooks(model, prompt, num_steps={self.num_steps})]",
-            f"image = model.run_with_hooks(prompt, seed={self.seed}, num_steps={self.num_steps}, fwd_hooks=hooks)",
+            "hooks = [hook for edit in edits for hook in edit.hooks(model, prompt, "
+            f"num_steps={self.num_steps})]",
+            f"image = model.run_with_hooks(prompt, seed={self.seed}, num_steps={self.num_steps}, "
+            "fwd_hooks=hooks)",
         ]
         return "\n".join(lines) + "\n"
 
@@ -202,22 +246,36 @@ class State:
 
     def _by_layer(self) -> list[tuple[int, list[int]]]:
         places = sorted({parse_head(head) for head in self.heads})
-        return [(layer, [head for _, head in some]) for layer, some in groupby(places, key=lambda place: place[0])]
+        return [
+            (layer, [head for _, head in some])
+            for layer, some in groupby(places, key=lambda place: place[0])
+        ]
 
     def _values(self, model: HookedTextToImage) -> dict[str, Tensor]:
-        """By site: keys and values of the other prompt, the same at every step; or patterns at the first step of the edit."""
+        """By site: keys and values of the other prompt, the same at every step; or patterns at the
+        first step of the edit.
+        """
         if not self.heads or self.action not in ("exchange", "freeze"):
             return {}
         if self.action == "freeze":
             parts = [f"blocks.{layer}.cross_attn.hook_pattern" for layer, _ in self._by_layer()]
             names = [f"steps.{self.first}.cond.{part}" for part in parts]
             with torch.no_grad():
-                _, cache = model.run_with_cache(self.prompt, seed=self.seed, num_steps=self.num_steps, names_filter=names)
+                _, cache = model.run_with_cache(
+                    self.prompt, seed=self.seed, num_steps=self.num_steps, names_filter=names
+                )
             return {part: cache[name] for part, name in zip(parts, names, strict=True)}
         n, m = (model.to_tokens(text).shape[1] for text in (self.prompt, self.other))
         if n != m:
-            raise ValueError(f"{self.other!r} has {m} tokens and {self.prompt!r} has {n}: exchange prompts of equal length.")
-        parts = [f"blocks.{layer}.cross_attn.hook_{part}" for layer in range(model.cfg.n_layers) for part in "kv"]
+            raise ValueError(
+                f"{self.other!r} has {m} tokens and {self.prompt!r} has {n}: exchange prompts of "
+                "equal length."
+            )
+        parts = [
+            f"blocks.{layer}.cross_attn.hook_{part}"
+            for layer in range(model.cfg.n_layers)
+            for part in "kv"
+        ]
         names = [f"steps.0.cond.{part}" for part in parts]
         with torch.no_grad():
             _, cache = model.run_with_cache(self.other, seed=0, num_steps=1, names_filter=names)

@@ -18,7 +18,9 @@ Sublayer = Literal["attn", "cross_attn"]
 When = Literal["early", "late", "always"]
 """The steps at which the layout is made, at which objects are drawn into it, or both."""
 SHARPNESS = 14.0
-"""A unit's pre-activation per unit of its argument: GELU is 0 or linear, to 1e-3, from an argument of ±0.25 on."""
+"""A unit's pre-activation per unit of its argument: GELU is 0 or linear, to 1e-3, from an argument
+of ±0.25 on.
+"""
 HALF_STEP = 3.5
 COPIES = 6
 """Hidden units a logical unit is spread over: weight noise averages out."""
@@ -41,7 +43,12 @@ class Head:
 
     def scaled_to(self, norms: Sequence[float]) -> Head:
         """The same head with the norms of its four matrices set."""
-        return Head(*(w * (n / float(w.norm())) for w, n in zip((self.q, self.k, self.v, self.o), norms, strict=True)))
+        return Head(
+            *(
+                w * (n / float(w.norm()))
+                for w, n in zip((self.q, self.k, self.v, self.o), norms, strict=True)
+            )
+        )
 
 
 def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +61,9 @@ def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 class Layer:
     """Heads and MLP units of one layer."""
 
-    heads: dict[Sublayer, dict[str, Head]] = field(default_factory=lambda: {"attn": {}, "cross_attn": {}})
+    heads: dict[Sublayer, dict[str, Head]] = field(
+        default_factory=lambda: {"attn": {}, "cross_attn": {}}
+    )
     units: list[tuple[Tensor, float, Tensor]] = field(default_factory=list)
     """Input weights of an MLP unit (after LayerNorm), its bias and its output weights."""
 
@@ -89,17 +98,25 @@ class Assembly:
         ov: Sequence[tuple[Terms, Terms]],
         when: When,
     ) -> None:
-        """Add a head: score = Σ (query terms)(key terms), and each (value terms) is written as (output terms)."""
+        """Add a head: score = Σ (query terms)(key terms), and each (value terms) is written as
+        (output terms).
+        """
         ports: tuple[tuple[Literal["q", "k", "v", "out"], list[Terms]], ...] = (
             ("q", [q for q, _ in qk]),
             ("k", [k for _, k in qk]),
             ("v", [v for v, _ in ov]),
             ("out", [o for _, o in ov]),
         )
-        self.wires += [Wire(sublayer, layer, name, port, f, when) for port, parts in ports for terms in parts for f in terms]
+        self.wires += [
+            Wire(sublayer, layer, name, port, f, when)
+            for port, parts in ports
+            for terms in parts
+            for f in terms
+        ]
         own = sublayer == "attn"
         keys = self.residual if own else self.caption
-        gain = self.residual.gain if own else 1.0  # cross-attention reads the residual raw, and captions
+        # cross-attention reads the residual raw, and captions
+        gain = self.residual.gain if own else 1.0
         q = torch.stack([self.residual.read(terms) for terms, _ in qk]) * self.d_head**0.5 / gain
         k = torch.stack([keys.read(terms) for _, terms in qk]) / gain
         v = torch.stack([keys.read(terms) for terms, _ in ov]) / gain
@@ -107,7 +124,9 @@ class Assembly:
         self.layers[layer].heads[sublayer][name] = Head(*balanced(q, k), *balanced(v, o))
 
     def step(self, layer: int, reads: Terms, writes: Terms, when: When = "always") -> None:
-        """An MLP unit: writes in full where `reads` ≥ 0.45, nothing where it is ≤ −0.45. A difference of two GELUs, in COPIES.
+        """An MLP unit: writes in full where `reads` ≥ 0.45, nothing where it is ≤ −0.45.
+
+        A difference of two GELUs, in COPIES.
 
         "clock…" features are not in the residual: adaLN's shift adds them to the MLP's input.
         """
@@ -116,29 +135,47 @@ class Assembly:
         ]
         clocks = {name: k for name, k in reads.items() if name.startswith("clock")}
         rest = {name: k for name, k in reads.items() if name not in clocks}
-        row = SHARPNESS * (self.residual.read(rest) / self.residual.gain + self.residual.read(clocks))
+        row = SHARPNESS * (
+            self.residual.read(rest) / self.residual.gain + self.residual.read(clocks)
+        )
         column = self.residual.write(writes) / (2 * HALF_STEP * COPIES)
-        self.layers[layer].units += [(row, sign * HALF_STEP, sign * column) for sign in (1, -1)] * COPIES
+        self.layers[layer].units += [
+            (row, sign * HALF_STEP, sign * column) for sign in (1, -1)
+        ] * COPIES
 
 
-def install_heads(attention: Any, heads: Sequence[Head], gauges: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Set a diffusers Attention's weights; `gauges[h]` are invertible [d_head d_head] that mix head h's QK and OV dimensions."""
+def install_heads(
+    attention: Any, heads: Sequence[Head], gauges: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Set a diffusers Attention's weights; `gauges[h]` are invertible [d_head d_head] that mix head
+    h's QK and OV dimensions.
+    """
     d_head = attention.inner_dim // attention.heads
     for h, (head, (mix_qk, mix_ov)) in enumerate(zip(heads, gauges, strict=True)):
         rows = slice(h * d_head, (h + 1) * d_head)
         attention.to_q.weight.data[rows] = (mix_qk @ padded(head.q, d_head)).float()
-        attention.to_k.weight.data[rows] = (torch.linalg.inv(mix_qk).T @ padded(head.k, d_head)).float()
+        attention.to_k.weight.data[rows] = (
+            torch.linalg.inv(mix_qk).T @ padded(head.k, d_head)
+        ).float()
         attention.to_v.weight.data[rows] = (mix_ov @ padded(head.v, d_head)).float()
-        attention.to_out[0].weight.data[:, rows] = (padded(head.o, d_head).T @ torch.linalg.inv(mix_ov)).float()
+        attention.to_out[0].weight.data[:, rows] = (
+            padded(head.o, d_head).T @ torch.linalg.inv(mix_ov)
+        ).float()
     for linear in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
         linear.bias.data.zero_()
 
 
-def install_units(feed_forward: Any, units: Sequence[tuple[Tensor, float, Tensor]], places: Sequence[int]) -> None:
+def install_units(
+    feed_forward: Any, units: Sequence[tuple[Tensor, float, Tensor]], places: Sequence[int]
+) -> None:
     """Set a diffusers FeedForward's weights; unit i becomes hidden unit `places[i]`."""
     read, write = feed_forward.net[0].proj, feed_forward.net[2]
     for (row, bias, column), i in zip(units, places, strict=True):
-        read.weight.data[i], read.bias.data[i], write.weight.data[:, i] = row.float(), bias, column.float()
+        read.weight.data[i], read.bias.data[i], write.weight.data[:, i] = (
+            row.float(),
+            bias,
+            column.float(),
+        )
     write.bias.data.zero_()
 
 

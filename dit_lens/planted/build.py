@@ -24,7 +24,17 @@ from hooked_models.text_encoders.random_tokens import DEFAULT_LENGTH, SPECIAL_TO
 from .. import task as scenes
 from ..text.prompts import Role
 from .assembly import Assembly, When, Wire, install_heads, install_units, well_conditioned
-from .circuit import AXES, CAPTION_FEATURES, DRAWN, N_LAYERS, OBJECTS, RESIDUAL_FEATURES, SEEN, WORD_AXIS, plant
+from .circuit import (
+    AXES,
+    CAPTION_FEATURES,
+    DRAWN,
+    N_LAYERS,
+    OBJECTS,
+    RESIDUAL_FEATURES,
+    SEEN,
+    WORD_AXIS,
+    plant,
+)
 from .disguise import LEAK, modulate_at_random, perturb
 from .distractors import Placed, fill, leak, plant_decoys, random_head
 from .geometry import ResidualSpace, Space, orthonormal
@@ -47,9 +57,14 @@ CONSTANT = 50.0
 """Length of the constant direction; the position code has about 7, everything else 5."""
 
 RELATION_HEADS: dict[str, str] = {
-    f"side{k}_{axis}": f"{WORD_AXIS[axis]} word: marks the side where object {k} goes" for k in OBJECTS for axis in AXES
+    f"side{k}_{axis}": f"{WORD_AXIS[axis]} word: marks the side where object {k} goes"
+    for k in OBJECTS
+    for axis in AXES
 }
-OBJECT_HEADS = {"shape": "reads an object's shape word at its tokens", "color": "reads an object's colour word at its tokens"}
+OBJECT_HEADS = {
+    "shape": "reads an object's shape word at its tokens",
+    "color": "reads an object's colour word at its tokens",
+}
 HELPER_HEADS: dict[str, tuple[HeadRole, str]] = {
     "peak": ("noise", "tells every token where the noise has its peak, which shifts the layout"),
     "presence": ("presence", "tells every token that the sentence has objects"),
@@ -58,7 +73,9 @@ HELPER_HEADS: dict[str, tuple[HeadRole, str]] = {
 }
 
 
-def planted_circuit(kind: Kind | str = "two-stage", seed: int = 0) -> tuple[HookedTextToImage, PlantedTruth]:
+def planted_circuit(
+    kind: Kind | str = "two-stage", seed: int = 0
+) -> tuple[HookedTextToImage, PlantedTruth]:
     """Model with weights set by hand, not trained, so that it draws two-object scenes by a known
     circuit.
 
@@ -87,11 +104,14 @@ def planted_circuit(kind: Kind | str = "two-stage", seed: int = 0) -> tuple[Hook
         (6, ['cross_attn.L5H7', 'cross_attn.L5H3'])
     """
     if kind not in get_args(Kind):
-        raise ValueError(f"There is no planted circuit {kind!r}: choose one of {', '.join(get_args(Kind))}.")
+        raise ValueError(
+            f"There is no planted circuit {kind!r}: choose one of {', '.join(get_args(Kind))}."
+        )
 
     chosen: Kind = kind  # type: ignore[assignment]
 
-    def stream(number: int) -> torch.Generator:  # one for each purpose, so that kinds of one seed share weights
+    # one for each purpose, so that kinds of one seed share weights
+    def stream(number: int) -> torch.Generator:
         return torch.Generator().manual_seed(100 * seed + number)
 
     hidden = kind == "rotated"
@@ -100,7 +120,10 @@ def planted_circuit(kind: Kind | str = "two-stage", seed: int = 0) -> tuple[Hook
     encoder, table = text_encoder(chosen, seed)
     code = transformer.pos_embed.pos_embed[0]
     residual = ResidualSpace(code, RESIDUAL_FEATURES, CONSTANT, stream(0))
-    caption = Space(orthonormal(d, d, stream(1)) if hidden else torch.eye(d, dtype=torch.float64), CAPTION_FEATURES)
+    caption = Space(
+        orthonormal(d, d, stream(1)) if hidden else torch.eye(d, dtype=torch.float64),
+        CAPTION_FEATURES,
+    )
     build = Assembly(residual, caption, N_LAYERS, D_HEAD)
     plant(build)
     decoys = plant_decoys(build, stream(2))
@@ -114,7 +137,9 @@ def planted_circuit(kind: Kind | str = "two-stage", seed: int = 0) -> tuple[Hook
 
     words = dict(zip((*SPECIAL_TOKENS, *scenes.WORDS), table.embed_tokens.weight, strict=True))
     order = torch.randperm(d, generator=stream(6))
-    caption_mlp(transformer.caption_projection, caption, words, table.position_code(DEFAULT_LENGTH), order)
+    caption_mlp(
+        transformer.caption_projection, caption, words, table.position_code(DEFAULT_LENGTH), order
+    )
     clock(transformer, residual)
     pixels = codec(stream(7) if hidden else None)
     patches_in_and_out(transformer, pixels, residual, stream(8))
@@ -124,7 +149,9 @@ def planted_circuit(kind: Kind | str = "two-stage", seed: int = 0) -> tuple[Hook
         perturb(transformer, stream(11))
 
     scheduler = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
-    model = HookedTextToImage(transformer.eval(), encoder, word_tokenizer(scenes.WORDS), pixels, scheduler).eval()
+    model = HookedTextToImage(
+        transformer.eval(), encoder, word_tokenizer(scenes.WORDS), pixels, scheduler
+    ).eval()
     return model, describe(chosen, seed, build, places, decoys, idle)
 
 
@@ -152,25 +179,41 @@ def text_encoder(kind: Kind, seed: int) -> tuple[PreTrainedModel, RandomTokenEnc
     """Text encoder, and the table of word vectors and positions in it."""
     if kind == "fused":
         moved = [*VERTICAL, *HORIZONTAL]
-        encoder = FusedTokenEncoder(FusedTokenEncoderConfig(scenes.WORDS, moved=moved, d_model=D_TEXT, seed=seed)).eval()
+        encoder = FusedTokenEncoder(
+            FusedTokenEncoderConfig(scenes.WORDS, moved=moved, d_model=D_TEXT, seed=seed)
+        ).eval()
         return encoder, encoder.table
-    table = RandomTokenEncoder(RandomTokenEncoderConfig(scenes.WORDS, d_model=D_TEXT, seed=seed)).eval()
+    table = RandomTokenEncoder(
+        RandomTokenEncoderConfig(scenes.WORDS, d_model=D_TEXT, seed=seed)
+    ).eval()
     return table, table
 
 
-def install(build: Assembly, transformer: Any, generator: torch.Generator, mixed: bool) -> dict[Placed, int]:
+def install(
+    build: Assembly, transformer: Any, generator: torch.Generator, mixed: bool
+) -> dict[Placed, int]:
     """Write heads and units into the blocks, in random order; returns the heads' numbers.
 
     `mixed`: in random gauges.
     """
     plain = torch.eye(D_HEAD, dtype=torch.float64)
     places: dict[Placed, int] = {}
-    for number, (block, layer) in enumerate(zip(transformer.transformer_blocks, build.layers, strict=True)):
+    for number, (block, layer) in enumerate(
+        zip(transformer.transformer_blocks, build.layers, strict=True)
+    ):
         for sublayer, attention in (("attn", block.attn1), ("cross_attn", block.attn2)):
             heads: dict[str, Any] = layer.heads[sublayer]  # type: ignore[index]
             names = [list(heads)[i] for i in torch.randperm(N_HEADS, generator=generator)]
-            mixes = [well_conditioned(D_HEAD, generator) for _ in range(2 * N_HEADS)] if mixed else [plain] * 2 * N_HEADS
-            install_heads(attention, [heads[name] for name in names], list(zip(mixes[::2], mixes[1::2], strict=True)))
+            mixes = (
+                [well_conditioned(D_HEAD, generator) for _ in range(2 * N_HEADS)]
+                if mixed
+                else [plain] * 2 * N_HEADS
+            )
+            install_heads(
+                attention,
+                [heads[name] for name in names],
+                list(zip(mixes[::2], mixes[1::2], strict=True)),
+            )
             places |= {(sublayer, number, name): i for i, name in enumerate(names)}  # type: ignore[misc]
         order = torch.randperm(block.ff.net[0].proj.out_features, generator=generator)
         install_units(block.ff, layer.units, order[: len(layer.units)].tolist())
@@ -194,11 +237,17 @@ def describe(
     return PlantedTruth(
         kind=kind,
         seed=seed,
-        relation_heads=circuit.heads({name: ("relation", what) for name, what in RELATION_HEADS.items()}),
+        relation_heads=circuit.heads(
+            {name: ("relation", what) for name, what in RELATION_HEADS.items()}
+        ),
         object_heads=circuit.heads({name: ("object", what) for name, what in OBJECT_HEADS.items()}),
         helper_heads=circuit.heads(HELPER_HEADS),
-        decoy_heads=tuple(circuit.distractor(placed, "decoy", what) for placed, what in decoys.items()),
-        idle_heads=tuple(circuit.distractor(placed, "idle", random) for placed in [*removed, *idle]),
+        decoy_heads=tuple(
+            circuit.distractor(placed, "decoy", what) for placed, what in decoys.items()
+        ),
+        idle_heads=tuple(
+            circuit.distractor(placed, "idle", random) for placed in [*removed, *idle]
+        ),
         edges=edges_of([*circuit.remaining, *SEEN, *DRAWN], places, circuit.roles, circuit.steps),
         phrases=tuple(chain.from_iterable(scenes.PHRASES.values())),
     )
@@ -250,7 +299,11 @@ class _Circuit:
 
     def heads(self, purposes: Mapping[str, tuple[HeadRole, str]]) -> tuple[PlantedHead, ...]:
         """The heads of these names that the model has: name → role and purpose."""
-        return tuple(self.head(name, role, what) for name, (role, what) in purposes.items() if name in self.named)
+        return tuple(
+            self.head(name, role, what)
+            for name, (role, what) in purposes.items()
+            if name in self.named
+        )
 
     def head(self, name: str, role: HeadRole, what: str) -> PlantedHead:
         sublayer, layer = self.named[name]

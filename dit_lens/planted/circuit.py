@@ -15,7 +15,10 @@ WORD_AXIS = {"x": "horizontal", "y": "vertical"}
 QUADRANTS = tuple(product((0, 1), (0, 1)))
 """(right, lower): which quarter of its object a token shows."""
 
-PATCHES = tuple(f"{shape}_{color}_{right}{lower}" for shape, color, (right, lower) in product(SHAPES, COLORS, QUADRANTS))
+PATCHES = tuple(
+    f"{shape}_{color}_{right}{lower}"
+    for shape, color, (right, lower) in product(SHAPES, COLORS, QUADRANTS)
+)
 
 N_LAYERS = 6
 RESIDUAL_FEATURES = (
@@ -23,7 +26,11 @@ RESIDUAL_FEATURES = (
     *("mark", "noise", "peak_x", "peak_y", "shift_x", "shift_y", "low_peak", "late"),
     *(f"side{k}_{axis}" for k in OBJECTS for axis in AXES),
     *("present", "miss1", "miss2", "tag1", "tag2"),
-    *(f"{what}{k}" for k in OBJECTS for what in ("at_x", "at_y", "seen", "found", "outside", "paint")),
+    *(
+        f"{what}{k}"
+        for k in OBJECTS
+        for what in ("at_x", "at_y", "seen", "found", "outside", "paint")
+    ),
     *(f"not_{axis}{k}_{i}" for k in OBJECTS for axis in AXES for i in (0, 1)),
     *SHAPES,
     *COLORS,
@@ -49,20 +56,26 @@ SINK = 40.0
 RAMP = 16.0
 """Logits per token along the relation's direction, in horizontal heads."""
 STEEPNESS = {"x": 1.0, "y": 4.0}
-"""Slope of a relation head's scores, by axis. They differ so that methods which pool the axes find the steeper one alone."""
+"""Slope of a relation head's scores, by axis.
+
+They differ so that methods which pool the axes find the steeper one alone.
+"""
 CLOSED = 160.0
 """Score lead of EOS at steps at which a head is idle."""
 OBJECT = 60.0
 TAGGED = 60.0
 PEAK = 3000.0
-"""Logits per standard deviation of the noise: two tokens that come within a few thousandths of a tie still spoil a layout."""
+"""Logits per standard deviation of the noise: two tokens that come within a few thousandths of a
+tie still spoil a layout.
+"""
 
 FORBID = 7.0
 """Negative weight large enough to veto any positive evidence from coordinates."""
 
 
 def on_lattice(axis: str, sign: int = 1) -> dict[str, float]:
-    """The coordinate on which anchors lie at −2, 0 and 2: a whole number at every token, shifted with the noise.
+    """The coordinate on which anchors lie at −2, 0 and 2: a whole number at every token, shifted
+    with the noise.
 
     An object's anchor is its upper left token; shift features hold 0, 1 or 2.
     """
@@ -91,7 +104,14 @@ def read_latents(build: Assembly) -> None:
     """Layer 0: the peak of the noise shifts the layout. MLP 1: later, marks in the latents become
     tags.
     """
-    build.head("attn", 0, "peak", [({"one": 1}, {"noise": PEAK})], [({axis: 1}, {f"peak_{axis}": 1}) for axis in AXES], "early")
+    build.head(
+        "attn",
+        0,
+        "peak",
+        [({"one": 1}, {"noise": PEAK})],
+        [({axis: 1}, {f"peak_{axis}": 1}) for axis in AXES],
+        "early",
+    )
     build.step(0, {"clock_late": 1, "one": -0.5}, {"late": 1})
     for axis in AXES:
         for edge in (-1, 1):
@@ -109,22 +129,51 @@ def relation_heads(build: Assembly) -> None:
         word, steep = WORD_AXIS[axis], STEEPNESS[axis]
         sink: tuple[Terms, Terms] = ({"one": SINK * steep, "late": CLOSED}, {"eos": 1})
         for k, sign in zip(OBJECTS, (1, -1), strict=True):
-            ramp: tuple[Terms, Terms] = ({name: steep * RAMP * c for name, c in on_lattice(axis, sign).items()}, {word: 1})
+            ramp: tuple[Terms, Terms] = (
+                {name: steep * RAMP * c for name, c in on_lattice(axis, sign).items()},
+                {word: 1},
+            )
             offset: tuple[Terms, Terms] = ({"one": steep * (SINK + 1.5 * RAMP)}, {f"is_{word}": 1})
             build.head(
-                "cross_attn", 1, f"side{k}_{axis}", [ramp, offset, sink], [({f"is_{word}": 1}, {f"side{k}_{axis}": 1})], "early"
+                "cross_attn",
+                1,
+                f"side{k}_{axis}",
+                [ramp, offset, sink],
+                [({f"is_{word}": 1}, {f"side{k}_{axis}": 1})],
+                "early",
             )
     shapes = {"shape1": 1.0, "shape2": 1.0}
     gate: tuple[Terms, Terms] = ({"one": SINK / 2, "late": CLOSED}, {"eos": 1})
-    build.head("cross_attn", 1, "presence", [({"one": SINK}, shapes), gate], [(shapes, {"present": 1})], "early")
+    build.head(
+        "cross_attn",
+        1,
+        "presence",
+        [({"one": SINK}, shapes), gate],
+        [(shapes, {"present": 1})],
+        "early",
+    )
 
 
 def default_layout(build: Assembly) -> None:
     """MLP 1: without a word on either axis, the noise decides the object on the left."""
-    silent = {**{f"side{k}_{axis}": -FORBID for k in OBJECTS for axis in AXES}, "late": -FORBID, "one": 1.5}
+    silent = {
+        **{f"side{k}_{axis}": -FORBID for k in OBJECTS for axis in AXES},
+        "late": -FORBID,
+        "one": 1.5,
+    }
     for k, sign in zip(OBJECTS, (1, -1), strict=True):
-        build.step(1, plus(silent, on_lattice("x", -sign), {"low_peak": -FORBID}), {f"side{k}_x": 1}, "early")
-        build.step(1, plus(silent, on_lattice("x", sign), {"low_peak": FORBID, "one": -FORBID}), {f"side{k}_x": 1}, "early")
+        build.step(
+            1,
+            plus(silent, on_lattice("x", -sign), {"low_peak": -FORBID}),
+            {f"side{k}_x": 1},
+            "early",
+        )
+        build.step(
+            1,
+            plus(silent, on_lattice("x", sign), {"low_peak": FORBID, "one": -FORBID}),
+            {f"side{k}_x": 1},
+            "early",
+        )
 
 
 def anchors(build: Assembly) -> None:
@@ -135,7 +184,9 @@ def anchors(build: Assembly) -> None:
         for axis, sign in product(AXES, (1, -1)):
             beyond = {"one": -0.5, f"side{k}_{axis}": -2.0, f"side{other}_{axis}": 4.0}
             build.step(2, plus(on_lattice(axis, sign), beyond), {f"miss{k}": 1}, "early")
-        build.step(3, {"one": -0.5, "present": 1, "late": -1, f"miss{k}": -1}, {f"tag{k}": 1}, "early")
+        build.step(
+            3, {"one": -0.5, "present": 1, "late": -1, f"miss{k}": -1}, {f"tag{k}": 1}, "early"
+        )
 
 
 def locators(build: Assembly) -> None:
@@ -145,26 +196,48 @@ def locators(build: Assembly) -> None:
     for k in OBJECTS:
         values: list[tuple[Terms, Terms]] = [({axis: 1}, {f"at_{axis}{k}": 1}) for axis in AXES]
         seen: tuple[Terms, Terms] = ({f"tag{k}": 1}, {f"seen{k}": 1})
-        build.head("attn", 4, f"locate{k}", [({"one": 1}, {f"tag{k}": TAGGED})], [*values, seen], "late")
+        build.head(
+            "attn", 4, f"locate{k}", [({"one": 1}, {f"tag{k}": TAGGED})], [*values, seen], "late"
+        )
         build.step(4, {f"seen{k}": 1, "one": -0.5}, {f"found{k}": 1}, "late")
         for axis, half in product(AXES, (0, 1)):
             behind = {axis: 1.0, f"at_{axis}{k}": -1.0}
             before = {axis: -1.0, f"at_{axis}{k}": 1.0}
             wrong = {f"not_{axis}{k}_{half}": 1.0}
             outside = {f"outside{k}": 1.0}
-            build.step(4, plus(before, {"one": half - 0.5}), wrong | (outside if half == 0 else {}), "late")
-            build.step(4, plus(behind, {"one": -half - 0.5}), wrong | (outside if half == 1 else {}), "late")
+            build.step(
+                4, plus(before, {"one": half - 0.5}), wrong | (outside if half == 0 else {}), "late"
+            )
+            build.step(
+                4,
+                plus(behind, {"one": -half - 0.5}),
+                wrong | (outside if half == 1 else {}),
+                "late",
+            )
 
 
 def objects(build: Assembly) -> None:
-    """Layer 5: object k's tokens read its shape and color; MLP 5 turns (quarter, shape, color) into a patch."""
+    """Layer 5: object k's tokens read its shape and color; MLP 5 turns (quarter, shape, color) into
+    a patch.
+    """
     sink: tuple[Terms, Terms] = ({"one": 10 + CLOSED, "late": -CLOSED}, {"eos": 1})
     part: Literal["shape", "color"]
     for part, words in (("shape", SHAPES), ("color", COLORS)):
         inside: list[tuple[Terms, Terms]] = [
-            ({f"found{k}": 2 * OBJECT, "one": -1.5 * OBJECT, f"outside{k}": -2 * OBJECT}, {f"{part}{k}": 1}) for k in OBJECTS
+            (
+                {f"found{k}": 2 * OBJECT, "one": -1.5 * OBJECT, f"outside{k}": -2 * OBJECT},
+                {f"{part}{k}": 1},
+            )
+            for k in OBJECTS
         ]
-        build.head("cross_attn", 5, part, [*inside, sink], [({word: 1}, {word: 1}) for word in words], "late")
+        build.head(
+            "cross_attn",
+            5,
+            part,
+            [*inside, sink],
+            [({word: 1}, {word: 1}) for word in words],
+            "late",
+        )
     for k in OBJECTS:
         for shape, color, (right, lower) in product(SHAPES, COLORS, QUADRANTS):
             quarter = {f"not_x{k}_{right}": -1.0, f"not_y{k}_{lower}": -1.0}

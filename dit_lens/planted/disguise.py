@@ -29,7 +29,10 @@ def modulate_at_random(transformer: Any, generator: torch.Generator) -> None:
     """
     d = transformer.inner_dim
     shared = transformer.adaln_single.linear
-    shifts, scales = [0.3 * torch.randn(d, generator=generator) for _ in range(3)], [stretch(d, generator) for _ in range(3)]
+    shifts, scales = (
+        [0.3 * torch.randn(d, generator=generator) for _ in range(3)],
+        [stretch(d, generator) for _ in range(3)],
+    )
     for i in range(2):  # before self-attention, before the MLP
         rows = slice(3 * i * d, (3 * i + 1) * d)
         shared.weight[rows].mul_(scales[i][:, None])

@@ -15,8 +15,11 @@ Placed = tuple[Sublayer, int, str]
 """A head's sublayer, layer and name."""
 
 
-def random_head(build: Assembly, sublayer: Sublayer, norms: Sequence[float], generator: torch.Generator) -> Head:
-    """Attends at random, reads at random, writes to directions that nobody reads; its four matrices have the norms given.
+def random_head(
+    build: Assembly, sublayer: Sublayer, norms: Sequence[float], generator: torch.Generator
+) -> Head:
+    """Attends at random, reads at random, writes to directions that nobody reads; its four matrices
+    have the norms given.
 
     Its values leave out the constant direction, so its output is small.
     """
@@ -24,7 +27,10 @@ def random_head(build: Assembly, sublayer: Sublayer, norms: Sequence[float], gen
     source = build.residual.frame[:, 1:] if sublayer == "attn" else build.caption.frame
 
     bases = (everything, source, source, build.residual.spare)
-    rows = [torch.randn(2, basis.shape[1], generator=generator, dtype=torch.float64) @ basis.T for basis in bases]
+    rows = [
+        torch.randn(2, basis.shape[1], generator=generator, dtype=torch.float64) @ basis.T
+        for basis in bases
+    ]
     return Head(*rows).scaled_to(norms)
 
 
@@ -36,7 +42,12 @@ def plant_decoys(build: Assembly, generator: torch.Generator) -> dict[Placed, st
         random = build.residual.spare @ torch.randn(
             build.residual.spare.shape[1], len(head.o), generator=generator, dtype=torch.float64
         )
-        return Head(head.q, head.k, head.v, (random / random.norm(dim=0)).T * head.o.norm(dim=1, keepdim=True))
+        return Head(
+            head.q,
+            head.k,
+            head.v,
+            (random / random.norm(dim=0)).T * head.o.norm(dim=1, keepdim=True),
+        )
 
     kinds: dict[Placed, str] = {}
 
@@ -52,12 +63,30 @@ def plant_decoys(build: Assembly, generator: torch.Generator) -> dict[Placed, st
     for axis in AXES:
         flat = relation[f"side1_{axis}"]
         flat = Head(flat.q[1:], flat.k[1:], flat.v, flat.o)  # without its first row, the ramp
-        add("cross_attn", 3, f"flat_{axis}", flat, f"right OV ({WORD_AXIS[axis]} word → side1_{axis}), QK without position")
+        add(
+            "cross_attn",
+            3,
+            f"flat_{axis}",
+            flat,
+            f"right OV ({WORD_AXIS[axis]} word → side1_{axis}), QK without position",
+        )
         signed = build.caption.read({WORD_AXIS[axis]: 1})[None] * flat.v.norm()
         moved = unread(Head(flat.q, flat.k, signed, flat.o))
-        add("cross_attn", 2, f"moved_{axis}", moved, f"copies the {WORD_AXIS[axis]} word everywhere, unread")
+        add(
+            "cross_attn",
+            2,
+            f"moved_{axis}",
+            moved,
+            f"copies the {WORD_AXIS[axis]} word everywhere, unread",
+        )
     for name in ("shape", "color"):
-        add("cross_attn", 5, f"{name}_unread", unread(objects[name]), f"right QK (an object's tokens → its {name} word), junk OV")
+        add(
+            "cross_attn",
+            5,
+            f"{name}_unread",
+            unread(objects[name]),
+            f"right QK (an object's tokens → its {name} word), junk OV",
+        )
     for k in OBJECTS:
         add(
             "attn",
@@ -85,12 +114,19 @@ def fill(build: Assembly, n_heads: int, generator: torch.Generator) -> list[Plac
     return idle
 
 
-def leak(build: Assembly, heads: Sequence[Placed], amount: float, generator: torch.Generator) -> None:
+def leak(
+    build: Assembly, heads: Sequence[Placed], amount: float, generator: torch.Generator
+) -> None:
     """Add weak random outputs of heads, `amount` as strong, along directions that the circuit
     reads.
     """
     features = build.residual.frame[:, 1:]
     for sublayer, layer, name in heads:
         head = build.layers[layer].heads[sublayer][name]
-        stray = torch.randn(len(head.o), features.shape[1], generator=generator, dtype=torch.float64) @ features.T
-        head.o = head.o + amount * head.o.norm(dim=1, keepdim=True) * stray / stray.norm(dim=1, keepdim=True)
+        stray = (
+            torch.randn(len(head.o), features.shape[1], generator=generator, dtype=torch.float64)
+            @ features.T
+        )
+        head.o = head.o + amount * head.o.norm(dim=1, keepdim=True) * stray / stray.norm(
+            dim=1, keepdim=True
+        )

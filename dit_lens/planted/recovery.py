@@ -28,7 +28,9 @@ from .truth import PlantedTruth
 
 CARDINALS = ("above", "below", "left", "right")
 PHRASES = ("directly above", "directly below", "left of", "right of")
-"""One of each relation, all of two tokens, so that later positions do not depend on the relation."""
+"""One of each relation, all of two tokens, so that later positions do not depend on the
+relation.
+"""
 EARLY = range(6)
 
 
@@ -36,7 +38,11 @@ def ramp_heads(truth: PlantedTruth) -> set[tuple[int, int]]:
     """Heads with a relation head's pattern: the relation heads, and decoys that differ in their
     outputs only.
     """
-    return {(head.layer, head.head) for head in truth.heads if head.role == "relation" or "ramp" in head.what}
+    return {
+        (head.layer, head.head)
+        for head in truth.heads
+        if head.role == "relation" or "ramp" in head.what
+    }
 
 
 def relation_heads(truth: PlantedTruth) -> set[tuple[int, int]]:
@@ -62,8 +68,12 @@ def relation_role(truth: PlantedTruth) -> Role:
 # Methods. Each gives scores by (layer, head), and p-values where it has any.
 
 
-def by_axes(model: HookedTextToImage, truth: PlantedTruth, axes: Sequence[str] = screening.AXES) -> pd.DataFrame:
-    """Weight-space screening by axis: a head's larger share of gain², and the smaller of its family-wise p."""
+def by_axes(
+    model: HookedTextToImage, truth: PlantedTruth, axes: Sequence[str] = screening.AXES
+) -> pd.DataFrame:
+    """Weight-space screening by axis: a head's larger share of gain², and the smaller of its
+    family-wise p.
+    """
     if relation_role(truth) == "relation":
         contrasts = screening.phrase_contrasts(model, {axis: screening.ENDS[axis] for axis in axes})
     else:
@@ -76,25 +86,43 @@ def by_axes(model: HookedTextToImage, truth: PlantedTruth, axes: Sequence[str] =
 
 def effects_at_the_second_shape(model: HookedTextToImage) -> dict[str, Float[Tensor, " d_model"]]:
     """Relation → its effect vector at the second shape word, in caption space."""
-    found, factors = variance.word_vectors(model, variance.factorial_prompts(PHRASES), "shape2", at="caption")
-    effects = variance.effect_vectors(found, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
-    return {str(name): torch.tensor(effects.sel(relation=name).values, dtype=found.dtype) for name in effects.relation.values}
+    found, factors = variance.word_vectors(
+        model, variance.factorial_prompts(PHRASES), "shape2", at="caption"
+    )
+    effects = variance.effect_vectors(found, factors[["shape1", "color1", "shape2", "relation"]])[
+        "relation"
+    ]
+    return {
+        str(name): torch.tensor(effects.sel(relation=name).values, dtype=found.dtype)
+        for name in effects.relation.values
+    }
 
 
-def by_screening(model: HookedTextToImage, truth: PlantedTruth, null_draws: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Weight-space screening, pooled over axes: of word vectors, or of the relation's effects at the second shape word."""
+def by_screening(
+    model: HookedTextToImage, truth: PlantedTruth, null_draws: int = 200, seed: int = 0
+) -> pd.DataFrame:
+    """Weight-space screening, pooled over axes: of word vectors, or of the relation's effects at
+    the second shape word.
+    """
     if relation_role(truth) == "relation":
         words = ("above", "below", "left", "right", "up", "down", "upper", "lower")
         vectors = {word: screening.word_vector(model, word) for word in words}
         table = screening.screen_heads(model.dit, vectors, null_draws=null_draws, seed=seed)
     else:
         vectors = effects_at_the_second_shape(model)
-        table = screening.screen_heads(model.dit, vectors, at="caption", null_draws=null_draws, seed=seed)
-    return table.assign(score=table["projection"].abs()).set_index(["layer", "head"])[["score", "p"]].sort_index()
+        table = screening.screen_heads(
+            model.dit, vectors, at="caption", null_draws=null_draws, seed=seed
+        )
+    return (
+        table.assign(score=table["projection"].abs())
+        .set_index(["layer", "head"])[["score", "p"]]
+        .sort_index()
+    )
 
 
 def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3) -> pd.DataFrame:
-    """Attention synopsis at step 0: difference in attention to the word between the two halves of the image along its direction.
+    """Attention synopsis at step 0: difference in attention to the word between the two halves of
+    the image along its direction.
 
     p: scipy's sign-flip test over prompts, two-sided.
     """
@@ -102,38 +130,67 @@ def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3)
     side = model.cfg.sample_size // model.cfg.patch_size
     halves = {name: (screening.ramp(DIRECTIONS[name], side) > 0) for name in CARDINALS}  # type: ignore[index]
     texts = [f"{s.color1} {s.shape1} is {phrase} {s.color2} {s.shape2}" for s, phrase in wanted]
-    seen = synopsis.attention_synopsis(model, texts, seed=range(len(texts)), image_groups=halves, reduce="mean", num_steps=1)
+    seen = synopsis.attention_synopsis(
+        model, texts, seed=range(len(texts)), image_groups=halves, reduce="mean", num_steps=1
+    )
     seen = seen.sel(step=0, branch="cond", text_group=relation_role(truth))
     opposite = dict(zip(CARDINALS, ("below", "above", "right", "left"), strict=True))
-    there = np.stack([seen[i].sel(image_group=s.relation).values for i, (s, _) in enumerate(wanted)])
-    elsewhere = np.stack([seen[i].sel(image_group=opposite[s.relation]).values for i, (s, _) in enumerate(wanted)])
+    there = np.stack(
+        [seen[i].sel(image_group=s.relation).values for i, (s, _) in enumerate(wanted)]
+    )
+    elsewhere = np.stack(
+        [seen[i].sel(image_group=opposite[s.relation]).values for i, (s, _) in enumerate(wanted)]
+    )
     difference = there - elsewhere  # [prompt layer head]
     rows = []
     for layer, head in np.ndindex(difference.shape[1:]):
         values = difference[:, layer, head]
-        test = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=999, rng=np.random.default_rng(0))
-        rows.append({"layer": layer, "head": head, "score": abs(values.mean()), "p": float(test.pvalue)})
+        test = permutation_test(
+            (values,),
+            np.mean,
+            permutation_type="samples",
+            n_resamples=999,
+            rng=np.random.default_rng(0),
+        )
+        rows.append(
+            {"layer": layer, "head": head, "score": abs(values.mean()), "p": float(test.pvalue)}
+        )
     return pd.DataFrame(rows).set_index(["layer", "head"])
 
 
-def by_knockout(model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None) -> pd.DataFrame:
-    """Drop in relation accuracy when the word is masked in one head at a time, at the early steps."""
+def by_knockout(
+    model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
+) -> pd.DataFrame:
+    """Drop in relation accuracy when the word is masked in one head at a time, at the early
+    steps.
+    """
     wanted = [scene for scene, _ in cardinal_scenes(1)]
-    names = {f"L{layer}H{head}": (layer, head) for layer, head in heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads)}
-    conditions = {name: ablation.knockout_role(relation_role(truth), name, steps=list(EARLY)) for name in names}
+    names = {
+        f"L{layer}H{head}": (layer, head)
+        for layer, head in heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads)
+    }
+    conditions = {
+        name: ablation.knockout_role(relation_role(truth), name, steps=list(EARLY))
+        for name in names
+    }
     effects = ablation.ablation_effects(model, wanted, conditions, range(1), controls=0)
     base = effects["relation_loose"].sel(condition="none").astype(float)
-    drops = {place: float((base - effects["relation_loose"].sel(condition=name)).mean()) for name, place in names.items()}
+    drops = {
+        place: float((base - effects["relation_loose"].sel(condition=name)).mean())
+        for name, place in names.items()
+    }
     return pd.DataFrame({"score": drops}).rename_axis(["layer", "head"])
 
 
 def by_path_patching(
     model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
 ) -> pd.DataFrame:
-    """Path patching word → head: displacement of objects when one head reads the word of the opposite relation.
+    """Path patching word → head: displacement of objects when one head reads the word of the
+    opposite relation.
 
-    The unit is the displacement between the two rendered scenes, and not the model's own between the two prompts
-    (`effect`): this is rounding where no head reads the word, and a share of it then says nothing.
+    The unit is the displacement between the two rendered scenes, and not the model's own between
+    the two prompts (`effect`): this is rounding where no head reads the word, and a share of it
+    then says nothing.
 
     Args:
         model: planted model.
@@ -151,30 +208,45 @@ def by_path_patching(
         def offset(images: Tensor, ramp: Tensor = ramp) -> Float[Tensor, " image"]:
             return ((images[:, 0] - images[:, 2]) * ramp).mean(dim=(1, 2))
 
-        one, other = offset(scenes.render([scenes.from_caption(f"red circle is {word} blue square") for word in words]))
-        first, second = (model.trajectory(f"red circle is {word} blue square", seed=0) for word in words)
+        one, other = offset(
+            scenes.render(
+                [scenes.from_caption(f"red circle is {word} blue square") for word in words]
+            )
+        )
+        first, second = (
+            model.trajectory(f"red circle is {word} blue square", seed=0) for word in words
+        )
         found = patching.path_patch_matrix(
             first,
             second,
             [patching.Nodes(f"text[{relation_role(truth)}]", steps=list(EARLY))],
-            [patching.Nodes(f"cross_attn.L{layer}H{head}", steps=list(EARLY)) for layer, head in heads],
+            [
+                patching.Nodes(f"cross_attn.L{layer}H{head}", steps=list(EARLY))
+                for layer, head in heads
+            ],
             offset,
             "exact",
         )
-        moved = abs(found["patched"] - found["original"]).values.reshape(len(heads), -1)[:, 0] / abs(float(one - other))
+        moved = abs(found["patched"] - found["original"]).values.reshape(len(heads), -1)[
+            :, 0
+        ] / abs(float(one - other))
         for place, value in zip(heads, moved, strict=True):
             total[place] += float(value)
     return pd.DataFrame({"score": total}).rename_axis(["layer", "head"])
 
 
-HEAD_METHODS: dict[str, tuple[Callable[..., pd.DataFrame], Callable[[PlantedTruth], set[tuple[int, int]]]]] = {
+HEAD_METHODS: dict[
+    str, tuple[Callable[..., pd.DataFrame], Callable[[PlantedTruth], set[tuple[int, int]]]]
+] = {
     "screening by axis": (by_axes, ramp_heads),
     "screening": (by_screening, ramp_heads),
     "synopsis": (by_synopsis, ramp_heads),
     "knock-out": (by_knockout, relation_heads),
     "path patching": (by_path_patching, relation_heads),
 }
-"""Method → itself, and the heads that it should name: weights and patterns of queries and keys cannot tell ramp decoys apart."""
+"""Method → itself, and the heads that it should name: weights and patterns of queries and keys
+cannot tell ramp decoys apart.
+"""
 
 
 def by_variance(model: HookedTextToImage) -> pd.DataFrame:
@@ -183,13 +255,17 @@ def by_variance(model: HookedTextToImage) -> pd.DataFrame:
     rows = {}
     for role in roles:
         vectors, factors = variance.word_vectors(model, variance.factorial_prompts(PHRASES), role)
-        table = variance.partition(vectors, factors[["color1", "shape1", "shape2", "relation"]], permutations=99)
+        table = variance.partition(
+            vectors, factors[["color1", "shape1", "shape2", "relation"]], permutations=99
+        )
         rows[role] = table.loc["relation", ["r2_partial", "p"]]
     return pd.DataFrame(rows).T.astype(float)
 
 
 def by_arithmetic(model: HookedTextToImage, role: Role) -> pd.Series[float]:
-    """Embedding arithmetic: share of scenes with the opposite relation after V_to − V_from at a role's words, by condition."""
+    """Embedding arithmetic: share of scenes with the opposite relation after V_to − V_from at a
+    role's words, by condition.
+    """
     wanted = [scene for scene, _ in cardinal_scenes(1)]
     doses = steering.dose_response(model, wanted, ks=(1.0,), tokens=role, draws=1)
     return doses["target_loose"].astype(float).mean(("k", "scene", "seed")).to_series()

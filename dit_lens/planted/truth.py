@@ -30,7 +30,9 @@ class PlantedHead:
     reads: tuple[Role, ...] = ()
     """Roles of the attended text tokens; empty for self-attention and idle heads."""
     writes: tuple[str, ...] = ()
-    """Features of the residual stream (`docs/planted_circuit.md` lists them); none for decoys and idle heads."""
+    """Features of the residual stream (`docs/planted_circuit.md` lists them); none for decoys and
+    idle heads.
+    """
     steps: tuple[int, ...] = ()
     """Steps (of 14) at which its output changes the image; empty if it never does."""
 
@@ -70,14 +72,22 @@ class PlantedTruth:
     kind: Kind
     seed: int
     relation_heads: tuple[PlantedHead, ...]
-    """All are needed for the relation; `PlantedHead.what` has each one's axis and side. Empty for "no-relation"."""
+    """All are needed for the relation; `PlantedHead.what` has each one's axis and side.
+
+    Empty for "no-relation".
+    """
     object_heads: tuple[PlantedHead, ...]
     helper_heads: tuple[PlantedHead, ...]
-    """The rest of the circuit: the head that finds the noise's peak, the presence head, the locators."""
+    """The rest of the circuit: the head that finds the noise's peak, the presence head, the
+    locators.
+    """
     decoy_heads: tuple[PlantedHead, ...]
     """Heads with the right QK or OV circuit alone, or whose output no later component reads."""
     idle_heads: tuple[PlantedHead, ...]
-    """Random heads with the norms of others. In "no-relation" the ones in place of the relation heads come first."""
+    """Random heads with the norms of others.
+
+    In "no-relation" the ones in place of the relation heads come first.
+    """
     edges: tuple[PlantedEdge, ...] = field(repr=False)
     phrases: tuple[str, ...] = field(repr=False)
     """Relation phrases that the model draws correctly."""
@@ -85,7 +95,13 @@ class PlantedTruth:
     @property
     def heads(self) -> tuple[PlantedHead, ...]:
         """All heads, circuit first."""
-        return self.relation_heads + self.object_heads + self.helper_heads + self.decoy_heads + self.idle_heads
+        return (
+            self.relation_heads
+            + self.object_heads
+            + self.helper_heads
+            + self.decoy_heads
+            + self.idle_heads
+        )
 
 
 def edges_of(
@@ -109,7 +125,10 @@ def edges_of(
             if when := tuple(step for step in steps[sent] if step in steps[reader.when]):
                 edge = sender, _node(reader, places), when
                 found.setdefault(edge, {})[reader.feature] = None
-    return tuple(PlantedEdge(sender, receiver, tuple(names), when) for (sender, receiver, when), names in found.items())
+    return tuple(
+        PlantedEdge(sender, receiver, tuple(names), when)
+        for (sender, receiver, when), names in found.items()
+    )
 
 
 def _senders(
@@ -129,7 +148,9 @@ def _reaches(writer: Wire, reader: Wire) -> bool:
 
 
 def _depth(wire: Wire) -> int:
-    return 3 * wire.layer + {"embed": -1, "attn": 0, "cross_attn": 1, "mlp": 2, "output": 3}[wire.kind]
+    return (
+        3 * wire.layer + {"embed": -1, "attn": 0, "cross_attn": 1, "mlp": 2, "output": 3}[wire.kind]
+    )
 
 
 def _node(wire: Wire, places: Mapping[tuple[Sublayer, int, str], int]) -> str:

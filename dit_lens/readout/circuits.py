@@ -22,7 +22,10 @@ Sublayer = Literal["attn", "cross_attn"]
 def _cross_head(dit: HookedDiT, head: Head) -> tuple[int, int]:
     layer, index = parse_head(head)
     if not (layer < dit.cfg.n_layers and index < dit.cfg.n_heads):
-        raise ValueError(f"There is no head {head}: the model has {dit.cfg.n_layers} layers of {dit.cfg.n_heads} heads.")
+        raise ValueError(
+            f"There is no head {head}: the model has {dit.cfg.n_layers} layers of "
+            f"{dit.cfg.n_heads} heads."
+        )
     return layer, index
 
 
@@ -31,7 +34,9 @@ def _name(head: Head) -> str:
     return f"L{layer}H{index}"
 
 
-def position_word_maps(dit: HookedDiT, vectors: Float[Tensor, "word d_text"]) -> Float[Tensor, "layer head word pos"]:
+def position_word_maps(
+    dit: HookedDiT, vectors: Float[Tensor, "word d_text"]
+) -> Float[Tensor, "layer head word pos"]:
     """Attention score of each word at each image position by position code alone.
 
     Computes (E_pos W_Q + b_Q) · caption(word) W_K for every cross-attention head, before the
@@ -74,7 +79,10 @@ def position_word_map(dit: HookedDiT, head: Head, vector: Float[Tensor, " d_text
 
 @torch.no_grad()
 def content_word_scores(
-    dit: HookedDiT, head: Head, content: Mapping[str, Float[Tensor, " d_model"]], vectors: Mapping[str, Float[Tensor, " d_text"]]
+    dit: HookedDiT,
+    head: Head,
+    content: Mapping[str, Float[Tensor, " d_model"]],
+    vectors: Mapping[str, Float[Tensor, " d_text"]],
 ) -> xr.DataArray:
     """Scores of residual-stream directions (queries) with words (keys) in one cross-attention head.
 
@@ -97,7 +105,10 @@ def content_word_scores(
     layer, index = _cross_head(dit, head)
     attn = dit.blocks[layer].cross_attn
     queries = torch.stack(list(content.values())).to(dit.device, dit.dtype) @ attn.W_Q[index]
-    keys = dit.project_caption(torch.stack(list(vectors.values())).to(dit.device, dit.dtype)) @ attn.W_K[index]
+    keys = (
+        dit.project_caption(torch.stack(list(vectors.values())).to(dit.device, dit.dtype))
+        @ attn.W_K[index]
+    )
     return xr.DataArray(
         (queries @ keys.T).double().cpu().numpy(),
         dims=("content", "word"),
@@ -107,7 +118,9 @@ def content_word_scores(
 
 
 @torch.no_grad()
-def ov_outputs(dit: HookedDiT, head: Head, vectors: Mapping[str, Float[Tensor, " d_text"]]) -> xr.DataArray:
+def ov_outputs(
+    dit: HookedDiT, head: Head, vectors: Mapping[str, Float[Tensor, " d_text"]]
+) -> xr.DataArray:
     """Output of one cross-attention head that attends to a single word: dims (word, d_model).
 
     Without biases, which are the same for all words.
@@ -125,13 +138,17 @@ def ov_outputs(dit: HookedDiT, head: Head, vectors: Mapping[str, Float[Tensor, "
     caption = dit.project_caption(torch.stack(list(vectors.values())).to(dit.device, dit.dtype))
     written = caption @ attn.W_V[index] @ attn.W_O[index]
     return xr.DataArray(
-        written.double().cpu().numpy(), dims=("word", "d_model"), coords={"word": list(vectors)}, name="ov_output"
+        written.double().cpu().numpy(),
+        dims=("word", "d_model"),
+        coords={"word": list(vectors)},
+        name="ov_output",
     )
 
 
 @torch.no_grad()
 def logit_terms(cache: ActivationCache, head: Head, expand_heads: bool = False) -> xr.DataArray:
-    """Scores of one cross-attention head as a sum over parts of the residual stream and of the keys.
+    """Scores of one cross-attention head as a sum over parts of the residual stream and of the
+    keys.
 
     score[q, k] = scale · Σ (part_q W_Q)(part_k W_K): exact, because cross-attention reads the
     residual stream without a norm.
@@ -189,7 +206,11 @@ def logit_terms(cache: ActivationCache, head: Head, expand_heads: bool = False) 
 
 @torch.no_grad()
 def two_head_maps(
-    model: HookedTextToImage, prompt: str, senders: Head | Sequence[Head], receiver: Head, gain: float = 1.0
+    model: HookedTextToImage,
+    prompt: str,
+    senders: Head | Sequence[Head],
+    receiver: Head,
+    gain: float = 1.0,
 ) -> xr.Dataset:
     """Score maps of a head, with and without the output of earlier heads in the position code.
 
@@ -218,33 +239,55 @@ def two_head_maps(
     text = model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0].to(dit.dtype)
     caption = dit.project_caption(text)[0]
     layer, index = _cross_head(dit, receiver)
-    listed = [senders] if isinstance(senders, str) or (senders and isinstance(senders[0], int)) else senders
+    listed = (
+        [senders]
+        if isinstance(senders, str) or (senders and isinstance(senders[0], int))
+        else senders
+    )
     content = dit.W_pos
 
     def scores(head: tuple[int, int], stream: Tensor) -> Tensor:
         attn = dit.blocks[head[0]].cross_attn
-        return attn.scale * (stream @ attn.W_Q[head[1]] + attn.b_Q[head[1]]) @ (caption @ attn.W_K[head[1]]).T
+        return (
+            attn.scale
+            * (stream @ attn.W_Q[head[1]] + attn.b_Q[head[1]])
+            @ (caption @ attn.W_K[head[1]]).T
+        )
 
     for sender in listed:
         before, number = _cross_head(dit, sender)  # type: ignore[arg-type]
         if before >= layer:
-            raise ValueError(f"{sender} does not come before {receiver}: a sender must be in an earlier layer.")
+            raise ValueError(
+                f"{sender} does not come before {receiver}: a sender must be in an earlier layer."
+            )
         attn = dit.blocks[before].cross_attn
-        written = scores((before, number), dit.W_pos).softmax(-1) @ caption @ attn.W_V[number] @ attn.W_O[number]
+        written = (
+            scores((before, number), dit.W_pos).softmax(-1)
+            @ caption
+            @ attn.W_V[number]
+            @ attn.W_O[number]
+        )
         content = content + gain * written
     side = dit.cfg.sample_size // dit.cfg.patch_size
 
     def picture(stream: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
         found = scores((layer, index), stream)
-        return ("text_pos", "y", "x"), (found - found.mean(0)).T.reshape(-1, side, side).float().cpu().numpy()
+        return ("text_pos", "y", "x"), (found - found.mean(0)).T.reshape(
+            -1, side, side
+        ).float().cpu().numpy()
 
     token = ("text_pos", model.to_str_tokens(prompt))
-    return xr.Dataset({"alone": picture(dit.W_pos), "composed": picture(content)}, coords={"token": token})
+    return xr.Dataset(
+        {"alone": picture(dit.W_pos), "composed": picture(content)}, coords={"token": token}
+    )
 
 
 @torch.no_grad()
 def composition_scores(
-    dit: HookedDiT, kind: Literal["Q", "K", "V"] = "Q", sender: Sublayer = "cross_attn", receiver: Sublayer = "cross_attn"
+    dit: HookedDiT,
+    kind: Literal["Q", "K", "V"] = "Q",
+    sender: Sublayer = "cross_attn",
+    receiver: Sublayer = "cross_attn",
 ) -> xr.DataArray:
     """Composition score of every pair of heads: ‖OV_s W_r‖ / (‖OV_s‖ ‖W_r‖).
 
@@ -268,15 +311,28 @@ def composition_scores(
         (3, 3, 3, 3)
     """
     if receiver == "cross_attn" and kind != "Q":
-        raise ValueError(f"{kind}-composition with cross-attention does not exist: its keys and values come from the text alone.")
+        raise ValueError(
+            f"{kind}-composition with cross-attention does not exist: its keys and values come "
+            "from the text alone."
+        )
     if "attn" in (sender, receiver) and dit.folded_timestep is None:
-        raise NotFoldedError("self-attention's weights lack the timestep's shift, scale and gate: use model.fold_timestep(t)")
+        raise NotFoldedError(
+            "self-attention's weights lack the timestep's shift, scale and gate: use "
+            "model.fold_timestep(t)"
+        )
     qk, ov = (dit.QK, dit.OV) if receiver == "attn" else (dit.cross_QK, dit.cross_OV)
     reads = {"Q": qk, "K": qk.T, "V": ov}[kind]
-    scores = factored_composition_scores(dit.OV if sender == "attn" else dit.cross_OV, reads).double().cpu().numpy()
+    scores = (
+        factored_composition_scores(dit.OV if sender == "attn" else dit.cross_OV, reads)
+        .double()
+        .cpu()
+        .numpy()
+    )
 
     order = ("attn", "cross_attn")
     layer = np.arange(dit.cfg.n_layers)
     later = 2 * layer[None, :] + order.index(receiver) > 2 * layer[:, None] + order.index(sender)
     dims = ("sender_layer", "sender_head", "receiver_layer", "receiver_head")
-    return xr.DataArray(np.where(later[:, None, :, None], scores, np.nan), dims=dims, name=f"{kind}_composition")
+    return xr.DataArray(
+        np.where(later[:, None, :, None], scores, np.nan), dims=dims, name=f"{kind}_composition"
+    )

@@ -67,7 +67,9 @@ def concept_attention(
     by = kept_dims(by, ("layer", "step"))
     layers = joint_layers(model.dit)
     if isinstance(concepts, (str, Word)) or len(concepts) < 2:
-        raise ValueError("Shares are over concepts: name at least two, such as ['cat', 'background'].")
+        raise ValueError(
+            "Shares are over concepts: name at least two, such as ['cat', 'background']."
+        )
     rows = [prompt, *(one for one in concepts if isinstance(one, str))]
     run = model.trajectory(rows, seed, num_steps, until=0, **options)
     masks = _concept_tokens(model, rows, concepts, options)
@@ -75,10 +77,18 @@ def concept_attention(
     found: dict[tuple[int, int], Tensor] = {}
 
     def keep(z: Tensor, hook: HookPoint) -> None:
-        found[hook.layer(), int(str(hook.name).split(".")[1])] = shares(z, model.dit.layout.n_image, masks)
+        found[hook.layer(), int(str(hook.name).split(".")[1])] = shares(
+            z, model.dit.layout.n_image, masks
+        )
 
-    sites = [f"steps.{step}.cond.blocks.{layer}.{name}" for step in chosen for layer, name in layers.items()]
-    with model.hooks([*_image_of_the_prompt(model.dit, sites), *((f"{site}.hook_z", keep) for site in sites)]):
+    sites = [
+        f"steps.{step}.cond.blocks.{layer}.{name}"
+        for step in chosen
+        for layer, name in layers.items()
+    ]
+    with model.hooks(
+        [*_image_of_the_prompt(model.dit, sites), *((f"{site}.hook_z", keep) for site in sites)]
+    ):
         latent = model.run(run.inputs).latent
     values = torch.stack([found[layer, step] for layer in layers for step in chosen])
     values = values.unflatten(0, (len(layers), len(chosen)))
@@ -86,7 +96,9 @@ def concept_attention(
     place = _image_dims(model.dit, latent)
     shaped = values.reshape(*values.shape[:3], *place.values()).movedim(2, 0).cpu().numpy()
     coords = {"concept": [str(one) for one in concepts], "layer": list(layers), "step": chosen}
-    return xr.DataArray(shaped, dims=("concept", "layer", "step", *place), coords=coords, name="share").mean(gone)
+    return xr.DataArray(
+        shaped, dims=("concept", "layer", "step", *place), coords=coords, name="share"
+    ).mean(gone)
 
 
 def _image_dims(dit: Any, latent: Tensor) -> dict[str, int]:
@@ -96,10 +108,15 @@ def _image_dims(dit: Any, latent: Tensor) -> dict[str, int]:
 
 
 def _concept_tokens(
-    model: HookedTextToImage, rows: Sequence[str], concepts: Sequence[str | Word], options: Mapping[str, Any]
+    model: HookedTextToImage,
+    rows: Sequence[str],
+    concepts: Sequence[str | Word],
+    options: Mapping[str, Any],
 ) -> list[tuple[int, Bool[Tensor, " text_pos"]]]:
     """(row, its tokens) of each concept: its own row for a text, the prompt's for a word of it."""
-    of_call = {name: value for name, value in options.items() if name not in ("guidance", "latents")}
+    of_call = {
+        name: value for name, value in options.items() if name not in ("guidance", "latents")
+    }
     own = [one for one in concepts if isinstance(one, Word)]
     token_mask(model, rows[0], own or [0], **of_call)  # raises if the prompt lacks one
     found = []
@@ -128,21 +145,31 @@ def joint_layers(dit: Any) -> dict[int, str]:
 
     Example:
         >>> from hooked_models import families
-        >>> joint_layers(families.hook(families.SUPPORTED["SD3Transformer2DModel"].small().eval()))[0]
+        >>> joint_layers(families.hook(families.SUPPORTED["SD3Transformer2DModel"].small().eval()))[
+        ...     0
+        ... ]
         'attn'
     """
-    names = [name for name in dit.hook_dict if name.endswith(".hook_z") and dit.axes(name)[1] in JOINT_POSITIONS]
+    names = [
+        name
+        for name in dit.hook_dict
+        if name.endswith(".hook_z") and dit.axes(name)[1] in JOINT_POSITIONS
+    ]
     if not names:
         raise ValueError(
-            f"{type(dit).__name__}'s text is read by cross-attention and gets no output vectors: use readout.heatmap."
+            f"{type(dit).__name__}'s text is read by cross-attention and gets no output vectors: "
+            "use readout.heatmap."
         )
     return {int(name.split(".")[1]): name.split(".")[2] for name in names}
 
 
 def shares(
-    z: Float[Tensor, "row pos head d_head"], n_image: int, concepts: Sequence[tuple[int, Bool[Tensor, " text_pos"]]]
+    z: Float[Tensor, "row pos head d_head"],
+    n_image: int,
+    concepts: Sequence[tuple[int, Bool[Tensor, " text_pos"]]],
 ) -> Float[Tensor, "concept image_pos"]:
-    """Softmax over concepts of the dot products of row 0's image with the mean of a concept's tokens.
+    """Softmax over concepts of the dot products of row 0's image with the mean of a concept's
+    tokens.
 
     Example:
         >>> z = torch.eye(3)[None, :, None]
@@ -151,5 +178,8 @@ def shares(
         [[0.5, 0.5], [0.5, 0.5]]
     """
     vectors = z.float().flatten(2)
-    means = [vectors[row, n_image : n_image + len(mask)][mask.to(z.device)].mean(0) for row, mask in concepts]
+    means = [
+        vectors[row, n_image : n_image + len(mask)][mask.to(z.device)].mean(0)
+        for row, mask in concepts
+    ]
     return (torch.stack(means) @ vectors[0, :n_image].T).softmax(0)

@@ -28,11 +28,16 @@ def shifts(run: Run, conditions: Iterable[Hooks]) -> Float[np.ndarray, "conditio
         [[1.0], [0.0]]
     """
     before = run.latent.flatten(1).float()
-    changed = [(run.fork(0, hooks).latent.flatten(1).float() - before).norm(dim=1) / before.norm(dim=1) for hooks in conditions]
+    changed = [
+        (run.fork(0, hooks).latent.flatten(1).float() - before).norm(dim=1) / before.norm(dim=1)
+        for hooks in conditions
+    ]
     return torch.stack(changed).cpu().numpy()
 
 
-def random_others(taken: Int[Tensor, "*row k"], there: Bool[Tensor, "*row n"], rng: np.random.Generator) -> Int[Tensor, "*row k"]:
+def random_others(
+    taken: Int[Tensor, "*row k"], there: Bool[Tensor, "*row n"], rng: np.random.Generator
+) -> Int[Tensor, "*row k"]:
     """For each row, k random places that are there and not taken.
 
     Raises:
@@ -40,17 +45,23 @@ def random_others(taken: Int[Tensor, "*row k"], there: Bool[Tensor, "*row n"], r
 
     Example:
         >>> there = torch.tensor([[True, True, False, True]])
-        >>> random_others(torch.tensor([[1, 3]])[:, :1], there, np.random.default_rng(0)).item() in (0, 3)
+        >>> random_others(
+        ...     torch.tensor([[1, 3]])[:, :1], there, np.random.default_rng(0)
+        ... ).item() in (0, 3)
         True
     """
     free = there.scatter(-1, taken, False)
     if int(free.sum(-1).min()) < taken.shape[-1]:
-        raise ValueError(f"There are too few other places to compare {taken.shape[-1]} with: take a smaller k.")
+        raise ValueError(
+            f"There are too few other places to compare {taken.shape[-1]} with: take a smaller k."
+        )
     order = torch.from_numpy(rng.random(free.shape)).masked_fill(~free.cpu(), -1)
     return order.topk(taken.shape[-1], dim=-1).indices.to(taken.device)
 
 
-def names_of(model: HookedTextToImage, leaf: str, steps: Sequence[int]) -> dict[str, tuple[int, int]]:
+def names_of(
+    model: HookedTextToImage, leaf: str, steps: Sequence[int]
+) -> dict[str, tuple[int, int]]:
     """Full names of a hook of the blocks, conditional branch → (number of layer and step, from 0).
 
     Example:
@@ -58,5 +69,13 @@ def names_of(model: HookedTextToImage, leaf: str, steps: Sequence[int]) -> dict[
         >>> list(names_of(model, "attn.hook_z", [0]))[2]
         'steps.0.cond.blocks.2.attn.hook_z'
     """
-    layers = [name for layer in range(model.dit.cfg.n_layers) if (name := f"blocks.{layer}.{leaf}") in model.dit.hook_dict]
-    return {f"steps.{step}.cond.{name}": (layer, at) for at, step in enumerate(steps) for layer, name in enumerate(layers)}
+    layers = [
+        name
+        for layer in range(model.dit.cfg.n_layers)
+        if (name := f"blocks.{layer}.{leaf}") in model.dit.hook_dict
+    ]
+    return {
+        f"steps.{step}.cond.{name}": (layer, at)
+        for at, step in enumerate(steps)
+        for layer, name in enumerate(layers)
+    }

@@ -33,7 +33,10 @@ Reduce = Literal["max", "mean", "none"]
 
 
 def dictionary(
-    name: str, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], output: str | None = None
+    name: str,
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    output: str | None = None,
 ) -> Dictionary:
     """A dictionary of the caller's own, trained on the tensor of a hook.
 
@@ -48,11 +51,16 @@ def dictionary(
 
     Example:
         >>> basis = torch.linalg.qr(torch.randn(192, 192))[0]
-        >>> found = dictionary("blocks.1.hook_resid_post", lambda x: x @ basis, lambda f: f @ basis.T)
+        >>> found = dictionary(
+        ...     "blocks.1.hook_resid_post", lambda x: x @ basis, lambda f: f @ basis.T
+        ... )
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> dict(found.activations(model, "red circle", num_steps=2).sizes)
         {'prompt': 1, 'step': 2, 'feature': 192}
-        >>> image, same = (model.run_with_hooks("red circle", num_steps=2, fwd_hooks=h) for h in ([], found.edit(lambda f: f)))
+        >>> image, same = (
+        ...     model.run_with_hooks("red circle", num_steps=2, fwd_hooks=h)
+        ...     for h in ([], found.edit(lambda f: f))
+        ... )
         >>> torch.equal(image, same)
         True
     """
@@ -64,7 +72,9 @@ class Dictionary:
     """An encoder and a decoder at a hook. Made by `dictionary`.
 
     Example:
-        >>> Dictionary("blocks.0.hook_mlp_out", torch.relu, torch.relu, "blocks.0.hook_mlp_out").output
+        >>> Dictionary(
+        ...     "blocks.0.hook_mlp_out", torch.relu, torch.relu, "blocks.0.hook_mlp_out"
+        ... ).output
         'blocks.0.hook_mlp_out'
     """
 
@@ -118,28 +128,42 @@ class Dictionary:
             features = self.encode(x)
             held[_place(hook)] = self.decode(features)
             flat = features.flatten(1, -2).float()
-            reduced = {"max": lambda: flat.amax(1), "mean": lambda: flat.mean(1), "none": lambda: flat}[reduce]()
+            reduced = {
+                "max": lambda: flat.amax(1),
+                "mean": lambda: flat.mean(1),
+                "none": lambda: flat,
+            }[reduce]()
             found[_step(hook)] = reduced.cpu()
 
         def compare(y: Tensor, hook: HookPoint) -> None:
             left = (y - held.pop(_place(hook))).flatten(1).float().square().sum(1)
             errors[_step(hook)] = (left / y.flatten(1).float().square().sum(1)).cpu()
 
-        hooks: list[Any] = [(self._where(self.name, steps, branch), read), (self._where(self.output, steps, branch), compare)]
+        hooks: list[Any] = [
+            (self._where(self.name, steps, branch), read),
+            (self._where(self.output, steps, branch), compare),
+        ]
         self._check(model)
         with model.hooks(hooks):
             model(texts, seed, num_steps, **options)
         at = sorted(found)
-        dims = ("prompt", "step", "pos", "feature") if reduce == "none" else ("prompt", "step", "feature")
+        dims = (
+            ("prompt", "step", "pos", "feature")
+            if reduce == "none"
+            else ("prompt", "step", "feature")
+        )
         values = torch.stack([found[step] for step in at], dim=1).numpy()
         missing = torch.stack([errors[step] for step in at], dim=1).numpy()
         return xr.Dataset(
-            {"activation": (dims, values), "error": (("prompt", "step"), missing)}, coords={"prompt": texts, "step": at}
+            {"activation": (dims, values), "error": (("prompt", "step"), missing)},
+            coords={"prompt": texts, "step": at},
         )
 
     def edit(
         self,
-        change: Callable[[Float[Tensor, "batch *pos feature"]], Float[Tensor, "batch *pos feature"]],
+        change: Callable[
+            [Float[Tensor, "batch *pos feature"]], Float[Tensor, "batch *pos feature"]
+        ],
         *,
         steps: StepChoice = None,
         branch: Branches = "both",
@@ -182,12 +206,19 @@ class Dictionary:
 
     @staticmethod
     def _where(name: str, steps: StepChoice, branch: Branches) -> Callable[[str], bool]:
-        at = None if steps is None else integers("steps", steps if is_several(steps) else [steps], 0)
+        at = (
+            None if steps is None else integers("steps", steps if is_several(steps) else [steps], 0)
+        )
         one_of("branch", branch, ("cond", "uncond", "both"))
 
         def where(full: str) -> bool:
-            step, of, inner = re.fullmatch(r"(?:steps\.(\d+)\.)?(?:(cond|uncond)\.)?(.+)", full).groups()  # type: ignore[union-attr]
-            there = (at is None or step is None or int(step) in at) and branch in ("both", of or branch)
+            step, of, inner = re.fullmatch(
+                r"(?:steps\.(\d+)\.)?(?:(cond|uncond)\.)?(.+)", full
+            ).groups()  # type: ignore[union-attr]
+            there = (at is None or step is None or int(step) in at) and branch in (
+                "both",
+                of or branch,
+            )
             return there and name in (full, inner)
 
         return where

@@ -54,18 +54,38 @@ def attention_between(
     """
     model, cfg = run.model, run.model.cfg
     dtype = torch.promote_types(model.dit.dtype, torch.float32)
-    places = {branch: _placed(run, sublayer, branch, queries.to(dtype), keys[branch].to(dtype)) for branch in keys}
-    shape = (len(queries), cfg.n_layers, cfg.n_heads, len(run), queries.shape[-1], next(iter(keys.values())).shape[-1])
-    found = {branch: torch.full(shape, torch.nan, dtype=dtype, device=model.device) for branch in keys}
+    places = {
+        branch: _placed(run, sublayer, branch, queries.to(dtype), keys[branch].to(dtype))
+        for branch in keys
+    }
+    shape = (
+        len(queries),
+        cfg.n_layers,
+        cfg.n_heads,
+        len(run),
+        queries.shape[-1],
+        next(iter(keys.values())).shape[-1],
+    )
+    found = {
+        branch: torch.full(shape, torch.nan, dtype=dtype, device=model.device) for branch in keys
+    }
     attentions = attentions_of(model.dit, sublayer)
 
     def denoise(call: Call, rows: Any, x: Tensor, timestep: Tensor, text: Any) -> Tensor:
         here = [branch for branch in call.branches if branch in keys]
         if len(here) < len(call.branches):
             return model.denoise(x, timestep, text)
-        ours, theirs = (torch.cat([places[branch][side] for branch in here]).to(x.device) for side in (0, 1))
-        sums = {layer: torch.zeros(len(ours), cfg.n_heads, *shape[4:], dtype=dtype, device=x.device) for layer in attentions}
-        readers = {one: _Reader(ours, theirs, one, reduce, sums[layer]) for layer, one in attentions.items()}
+        ours, theirs = (
+            torch.cat([places[branch][side] for branch in here]).to(x.device) for side in (0, 1)
+        )
+        sums = {
+            layer: torch.zeros(len(ours), cfg.n_heads, *shape[4:], dtype=dtype, device=x.device)
+            for layer in attentions
+        }
+        readers = {
+            one: _Reader(ours, theirs, one, reduce, sums[layer])
+            for layer, one in attentions.items()
+        }
         with reading(model.dit, readers):  # after the attached hooks
             prediction = model.denoise(x, timestep, text)
         for layer, one in sums.items():
@@ -78,7 +98,8 @@ def attention_between(
 
 
 def attentions_of(dit: Any, sublayer: str) -> dict[int, Any]:
-    """Layer → its attention of this name; for "cross_attn" of a model that joins its streams, the attention over both.
+    """Layer → its attention of this name; for "cross_attn" of a model that joins its streams, the
+    attention over both.
 
     Raises:
         UnknownHookError: the denoiser has none, with the reason where it is known.
@@ -90,7 +111,11 @@ def attentions_of(dit: Any, sublayer: str) -> dict[int, Any]:
     """
     for name in ("cross_attn", "attn") if sublayer == "cross_attn" else (sublayer,):
         places = {layer: f"blocks.{layer}.{name}" for layer in range(dit.cfg.n_layers)}
-        found = {layer: dit.get_submodule(path) for layer, path in places.items() if f"{path}.hook_q" in dit.mod_dict}
+        found = {
+            layer: dit.get_submodule(path)
+            for layer, path in places.items()
+            if f"{path}.hook_q" in dit.mod_dict
+        }
         if found:
             return found
     dit.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises
@@ -104,17 +129,28 @@ def _placed(
     queries: Float[Tensor, "batch pos group"],
     keys: Float[Tensor, "batch key_pos key_group"],
 ) -> tuple[Float[Tensor, "batch query_pos group"], Float[Tensor, "batch key_pos key_group"]]:
-    """Weights of a branch's rows at the positions of its attention: of image or text, or of both, the image first."""
+    """Weights of a branch's rows at the positions of its attention: of image or text, or of both,
+    the image first.
+    """
     model: Any = run.model
     layout, layer = model.layout(run.inputs, branch), next(iter(attentions_of(model.dit, sublayer)))
-    name = "cross_attn" if f"blocks.{layer}.cross_attn.hook_q" in model.dit.mod_dict and sublayer == "cross_attn" else "attn"
+    name = (
+        "cross_attn"
+        if f"blocks.{layer}.cross_attn.hook_q" in model.dit.mod_dict and sublayer == "cross_attn"
+        else "attn"
+    )
     name = sublayer if sublayer == "image_attn" else name
     of_text = sublayer == "cross_attn"
     keys = keys[:, : layout.text_mask.shape[1]] if of_text else keys
     sides = []
-    for weights, point, before in ((queries, "hook_q", 0), (keys, "hook_k", layout.n_image if of_text else 0)):
+    for weights, point, before in (
+        (queries, "hook_q", 0),
+        (keys, "hook_k", layout.n_image if of_text else 0),
+    ):
         axis = model.dit.axes(f"blocks.{layer}.{name}.{point}")[1]
-        stream = "joint" if axis in JOINT_POSITIONS else "text" if axis in TEXT_POSITIONS else "image"
+        stream = (
+            "joint" if axis in JOINT_POSITIONS else "text" if axis in TEXT_POSITIONS else "image"
+        )
         before = before if stream == "joint" else 0
         more = layout.length(stream) - before - weights.shape[1]
         sides.append(torch.nn.functional.pad(weights, (0, 0, before, more)))
@@ -129,7 +165,8 @@ def attention_in_call(
     sublayer: str = "attn",
     reduce: Literal["sum", "max"] = "sum",
 ) -> Float[xr.DataArray, "row layer head query_group key_group"]:
-    """Apply `attention_between` to one call `model(**inputs)` of a hooked transformer of any family.
+    """Apply `attention_between` to one call `model(**inputs)` of a hooked transformer of any
+    family.
 
     Positions of attention over both streams are [image, text]. Layers without this attention are
     NaN.
@@ -142,7 +179,9 @@ def attention_in_call(
         if f"blocks.{layer}.{sublayer}.hook_q" in model.hook_dict:
             found[:, layer] = 0
             attention: Any = model.get_submodule(f"blocks.{layer}.{sublayer}")
-            readers[attention] = _Reader(queries.float(), keys.float(), attention, reduce, found[:, layer])
+            readers[attention] = _Reader(
+                queries.float(), keys.float(), attention, reduce, found[:, layer]
+            )
     if not readers:
         model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, with the reason
     with torch.no_grad(), reading(model, readers):
@@ -165,9 +204,14 @@ class Reader(Protocol):
 @contextmanager
 def reading(model: HookedModule, readers: Mapping[Any, Reader]) -> Iterator[None]:
     """Attach a reader to each attention: to q and k, or to the pattern if hooks may change it."""
-    explicit = [one for one in readers if has_hooks(one.hook_attn_scores) or has_hooks(one.hook_pattern)]
+    explicit = [
+        one for one in readers if has_hooks(one.hook_attn_scores) or has_hooks(one.hook_pattern)
+    ]
     fused = [one for one in readers if one not in explicit]
-    with scope() as inner, model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]):
+    with (
+        scope() as inner,
+        model.hooks([(one.hook_pattern.name, readers[one].read_pattern) for one in explicit]),
+    ):
         inner.values |= {(id(one), "on_qk"): readers[one].read for one in fused}
         yield
 
@@ -201,7 +245,10 @@ def cond_rows(call: Call, given: int) -> slice:
     Leading rows whose prompt is empty may have been left out.
 
     Example:
-        >>> cond_rows(Call(0, ("uncond", "cond"), 2), 4), cond_rows(Call(0, ("uncond", "cond"), 2), 2)
+        >>> (
+        ...     cond_rows(Call(0, ("uncond", "cond"), 2), 4),
+        ...     cond_rows(Call(0, ("uncond", "cond"), 2), 2),
+        ... )
         (slice(2, 4, None), slice(0, 2, None))
     """
     part, missing = call.part("cond"), call.rows * len(call.branches) - given
@@ -230,10 +277,19 @@ class _Reader:
         In the rows before them, all attention is on the first key (`TextState.n_empty_prompts`).
         """
         n = len(self.found) - len(q)
-        queries, first = self.queries[:n, :, :, None], self.keys[:n, :1, None]  # [row pos group 1], [row 1 1 key_group]
-        alone = (queries * first).sum(1) if self.reduce == "sum" else ((queries != 0) & (first != 0)).any(1)
+        # [row pos group 1], [row 1 1 key_group]
+        queries, first = self.queries[:n, :, :, None], self.keys[:n, :1, None]
+        alone = (
+            (queries * first).sum(1)
+            if self.reduce == "sum"
+            else ((queries != 0) & (first != 0)).any(1)
+        )
         self.found[:n] = alone[:, None]
-        self.found[n:] = sums_of_attention(q, k, bias, self.attention.scale, self.queries[n:], self.keys[n:], self.reduce)
+        self.found[n:] = sums_of_attention(
+            q, k, bias, self.attention.scale, self.queries[n:], self.keys[n:], self.reduce
+        )
 
-    def read_pattern(self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint) -> None:
+    def read_pattern(
+        self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint
+    ) -> None:
         self.found[:] = sums_of_pattern(pattern, self.queries, self.keys, self.reduce)

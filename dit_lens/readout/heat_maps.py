@@ -1,4 +1,6 @@
-"""Heat maps: attention from each place of the image to words of the prompt, summed as it is made."""
+"""Heat maps: attention from each place of the image to words of the prompt, summed as it is
+made.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,13 @@ def heatmap(
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> found = heatmap(model, "red circle is above blue square", ["circle", "square"], num_steps=2, by=["layer"])
+        >>> found = heatmap(
+        ...     model,
+        ...     "red circle is above blue square",
+        ...     ["circle", "square"],
+        ...     num_steps=2,
+        ...     by=["layer"],
+        ... )
         >>> dict(found.sizes)
         {'prompt': 1, 'word': 2, 'layer': 3, 'y': 8, 'x': 8}
     """
@@ -74,13 +82,23 @@ def heatmap(
     run = model.trajectory(texts, seed, num_steps, until=0, **options)
     masks = _word_masks(model, texts, several, options)
     at_steps = list(chosen_steps(steps, len(run)))
-    maps = _Maps(model, masks, [at_steps.index(s) if s in at_steps else None for s in range(len(run))], len(at_steps), by)
+    maps = _Maps(
+        model,
+        masks,
+        [at_steps.index(s) if s in at_steps else None for s in range(len(run))],
+        len(at_steps),
+        by,
+    )
 
     def readers(call: Call) -> dict[Any, _Reader]:
-        return {each.attention: each for each in maps.readers(call)} if call.step in at_steps else {}
+        return (
+            {each.attention: each for each in maps.readers(call)} if call.step in at_steps else {}
+        )
 
     run_reading(model, run.inputs, readers)
-    return maps.labelled(texts, [one if isinstance(one, str) else str(one) for one in several], at_steps, run.latent)
+    return maps.labelled(
+        texts, [one if isinstance(one, str) else str(one) for one in several], at_steps, run.latent
+    )
 
 
 def kept_dims(by: Any, known: Sequence[str]) -> list[Any]:
@@ -89,11 +107,16 @@ def kept_dims(by: Any, known: Sequence[str]) -> list[Any]:
 
 
 def _word_masks(
-    model: HookedTextToImage, texts: Sequence[str], words: Sequence[str | Word], options: Mapping[str, Any]
+    model: HookedTextToImage,
+    texts: Sequence[str],
+    words: Sequence[str | Word],
+    options: Mapping[str, Any],
 ) -> Bool[Tensor, "prompt text_pos word"]:
     of_call: dict[str, Any] = {}
     if hasattr(model.dit, "layout"):
-        of_call = {name: value for name, value in options.items() if name not in ("guidance", "latents")}
+        of_call = {
+            name: value for name, value in options.items() if name not in ("guidance", "latents")
+        }
     chosen = [word(one) if isinstance(one, str) else one for one in words]
     return torch.stack([token_mask(model, texts, one, **of_call) for one in chosen], dim=-1)
 
@@ -110,7 +133,10 @@ def text_attentions(dit: Any) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     for name in dit.hook_dict:
-        if name.endswith(".hook_pattern") and dit.axes(name)[-1] in TEXT_POSITIONS + JOINT_POSITIONS:
+        if (
+            name.endswith(".hook_pattern")
+            and dit.axes(name)[-1] in TEXT_POSITIONS + JOINT_POSITIONS
+        ):
             _, layer, sublayer, _ = name.split(".")
             found[int(layer)] = sublayer
     if not found:
@@ -140,7 +166,9 @@ class _Maps:
         found = []
         for number, (layer, name) in enumerate(self.attentions.items()):
             joint = dit.axes(f"blocks.{layer}.{name}.hook_pattern")[-1] in JOINT_POSITIONS
-            found.append(_Reader(self, dit.get_submodule(f"blocks.{layer}.{name}"), number, call, joint))
+            found.append(
+                _Reader(self, dit.get_submodule(f"blocks.{layer}.{name}"), number, call, joint)
+            )
         return found
 
     def add(self, number: int, step: int, found: Float[Tensor, "prompt head pos word"]) -> None:
@@ -154,20 +182,37 @@ class _Maps:
         maps = maps if "head" in self.by else maps.sum(2, keepdim=True)
         at_step = self.place[step]
         assert at_step is not None
-        self.sums[:, :, number if "layer" in self.by else 0, :, at_step if "step" in self.by else 0] += maps
+        self.sums[
+            :, :, number if "layer" in self.by else 0, :, at_step if "step" in self.by else 0
+        ] += maps
 
-    def labelled(self, prompts: Sequence[str], words: Sequence[str], steps: Sequence[int], latent: Tensor) -> xr.DataArray:
+    def labelled(
+        self, prompts: Sequence[str], words: Sequence[str], steps: Sequence[int], latent: Tensor
+    ) -> xr.DataArray:
         assert self.sums is not None
         dit: Any = self.model.dit
-        coords: dict[str, Any] = {"layer": list(self.attentions), "head": range(dit.cfg.n_heads), "step": steps}
+        coords: dict[str, Any] = {
+            "layer": list(self.attentions),
+            "head": range(dit.cfg.n_heads),
+            "step": steps,
+        }
         divisor = prod(len(values) for dim, values in coords.items() if dim not in self.by)
-        values = self.sums.div(divisor).squeeze([i for i, dim in enumerate(coords, start=2) if dim not in self.by])
+        values = self.sums.div(divisor).squeeze(
+            [i for i, dim in enumerate(coords, start=2) if dim not in self.by]
+        )
         rows, columns, frames = grid_of(dit, latent)
-        place: dict[str, int] = {"frame": frames, "y": rows, "x": columns} if frames > 1 else {"y": rows, "x": columns}
+        place: dict[str, int] = (
+            {"frame": frames, "y": rows, "x": columns} if frames > 1 else {"y": rows, "x": columns}
+        )
         kept = {dim: values for dim, values in coords.items() if dim in self.by}
         dims = ("prompt", "word", *kept, *place)
         shaped = values.reshape(*values.shape[:-1], *place.values()).cpu().numpy()
-        return xr.DataArray(shaped, dims=dims, coords={"prompt": list(prompts), "word": list(words), **kept}, name="attention")
+        return xr.DataArray(
+            shaped,
+            dims=dims,
+            coords={"prompt": list(prompts), "word": list(words), **kept},
+            name="attention",
+        )
 
 
 def grid_of(dit: Any, latent: Float[Tensor, "batch ..."]) -> tuple[int, int, int]:
@@ -205,10 +250,16 @@ class _Reader:
         if bias is not None:
             bias = bias[rows] if len(bias) > 1 else bias
             bias = bias[:, :, places] if bias.shape[2] > 1 else bias
-        found = sums_of_attention(q, k, bias, self.attention.scale, None, self._keys(k.shape[1], k), "sum")
-        self.maps.add(self.number, self.call.step, found.to(torch.promote_types(found.dtype, torch.float32)))
+        found = sums_of_attention(
+            q, k, bias, self.attention.scale, None, self._keys(k.shape[1], k), "sum"
+        )
+        self.maps.add(
+            self.number, self.call.step, found.to(torch.promote_types(found.dtype, torch.float32))
+        )
 
-    def read_pattern(self, pattern: Float[Tensor, "row head query_pos key_pos"], hook: HookPoint) -> None:
+    def read_pattern(
+        self, pattern: Float[Tensor, "row head query_pos key_pos"], hook: HookPoint
+    ) -> None:
         pattern = pattern[cond_rows(self.call, len(pattern)), :, : self._n_image(pattern.shape[2])]
         pattern = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
         keys = self._keys(pattern.shape[-1], pattern)

@@ -1,4 +1,6 @@
-"""Massive activations: by far the largest channels of residual streams, and the change without them."""
+"""Massive activations: by far the largest channels of residual streams, and the change without
+them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def massive_activations(
     control_seed: int = 0,
     **options: Any,
 ) -> xr.Dataset:
-    """The k largest channels of each layer's residual stream, and whether the generation needs them.
+    """The k largest channels of each layer's residual stream, and whether the generation needs
+    them.
 
     A channel's size is the mean of |x| over positions and steps. In a second generation these
     channels are set to 0 in every layer and step of the conditional branch; in `draws` more, as
@@ -57,7 +60,9 @@ def massive_activations(
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> found = massive_activations(model, "red circle is above blue square", num_steps=2, draws=1)
+        >>> found = massive_activations(
+        ...     model, "red circle is above blue square", num_steps=2, draws=1
+        ... )
         >>> dict(found["ratio"].sizes), bool((found["ratio"] > 1).all())
         ({'prompt': 1, 'layer': 3, 'rank': 4}, True)
     """
@@ -75,19 +80,28 @@ def massive_activations(
     with model.hooks([(name, keep) for name in names]):
         run = model.run(begun.inputs)
     n_layers = 1 + max(layer for layer, _ in names.values())
-    by_layer = [torch.stack([kept[name] for name, (layer, _) in names.items() if layer == one], 1) for one in range(n_layers)]
+    by_layer = [
+        torch.stack([kept[name] for name, (layer, _) in names.items() if layer == one], 1)
+        for one in range(n_layers)
+    ]
     size = torch.stack(by_layer, dim=1)  # [prompt layer step channel]
     mean = size.mean(2)
     largest, channels = mean.topk(k, dim=-1)
     rng = np.random.default_rng(control_seed)
     there = torch.ones_like(mean, dtype=torch.bool)
     chosen = [channels, *(random_others(channels, there, rng) for _ in range(draws))]
-    changed = shifts(run, [[(name, without(one[:, layer])) for name, (layer, _) in names.items()] for one in chosen])
+    changed = shifts(
+        run,
+        [[(name, without(one[:, layer])) for name, (layer, _) in names.items()] for one in chosen],
+    )
     return xr.Dataset(
         {
             "size": (("prompt", "layer", "step", "channel"), size.cpu().numpy()),
             "channel_index": (("prompt", "layer", "rank"), channels.cpu().numpy()),
-            "ratio": (("prompt", "layer", "rank"), (largest / mean.median(-1, keepdim=True).values).cpu().numpy()),
+            "ratio": (
+                ("prompt", "layer", "rank"),
+                (largest / mean.median(-1, keepdim=True).values).cpu().numpy(),
+            ),
             "shift": ("prompt", changed[0]),
             "control_shift": (("draw", "prompt"), changed[1:]),
         },

@@ -52,22 +52,35 @@ def rank_heads(
         (9, 7)
     """
     keys = str(synopsis.dims[-1])
-    chosen = {"image_group": image_group, keys: text_group, "branch": branch} | ({} if isinstance(step, str) else {"step": step})
+    chosen = {"image_group": image_group, keys: text_group, "branch": branch} | (
+        {} if isinstance(step, str) else {"step": step}
+    )
     for dim, value in chosen.items():
         if value not in synopsis[dim].values:
-            raise ValueError(f"There is no {dim} {value!r} here: choose {', '.join(map(str, synopsis[dim].values))}.")
+            raise ValueError(
+                f"There is no {dim} {value!r} here: choose "
+                f"{', '.join(map(str, synopsis[dim].values))}."
+            )
     seen = synopsis.sel(image_group=image_group, branch=branch)
     seen = getattr(seen, step)("step") if isinstance(step, str) else seen.sel(step=step)
-    seen = seen.groupby("prompt").mean().drop_sel({keys: [name for name in ("pad",) if name in seen[keys]]})
+    seen = (
+        seen.groupby("prompt")
+        .mean()
+        .drop_sel({keys: [name for name in ("pad",) if name in seen[keys]]})
+    )
     seen = seen.stack(at=("layer", "head")).transpose("prompt", "at", keys)
     target = list(seen[keys].values).index(text_group)
     values = seen.values[np.isfinite(seen.values[:, 0, target])]
     if not len(values):
-        raise ValueError(f"No prompt has both {image_group!r} and {text_group!r}: choose other groups, or other prompts.")
+        raise ValueError(
+            f"No prompt has both {image_group!r} and {text_group!r}: choose other groups, or other "
+            "prompts."
+        )
 
     rng, present = np.random.default_rng(seed), np.isfinite(values[:, 0])
     shuffled = np.empty((shuffles, values.shape[1]))
-    for i in range(shuffles):  # of a random order of the labels, only the group that gets this label matters
+    # of a random order of the labels, only the group that gets this label matters
+    for i in range(shuffles):
         labels = np.where(present, rng.random(present.shape), -1).argmax(axis=1)
         shuffled[i] = values[np.arange(len(values)), :, labels].mean(axis=0)
     intervals = [clustered_mean(column[:, None]) for column in values[:, :, target].T]

@@ -54,7 +54,9 @@ def ramp(direction: Direction, side: int) -> Float[Tensor, " pos"]:
 
 
 @torch.no_grad()
-def word_vector(model: HookedTextToImage, word: str, sentence: str = "red circle is {} blue square") -> Float[Tensor, " d_text"]:
+def word_vector(
+    model: HookedTextToImage, word: str, sentence: str = "red circle is {} blue square"
+) -> Float[Tensor, " d_text"]:
     """Text-encoder output at the last token of a word in a prompt.
 
     Args:
@@ -72,7 +74,8 @@ def word_vector(model: HookedTextToImage, word: str, sentence: str = "red circle
     if "{}" not in sentence:
         raise ValueError("sentence needs a {} where the word goes.")
     tokens = model.to_tokens(sentence.format(word))
-    position = model.to_tokens(sentence[: sentence.index("{}")] + word).shape[1] - 2  # the token before EOS
+    # the token before EOS
+    position = model.to_tokens(sentence[: sentence.index("{}")] + word).shape[1] - 2
     return model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0][0, position]
 
 
@@ -92,7 +95,9 @@ def half_differences(
     """Axis → (vector of the relation at its positive end − vector of that at its negative end) / 2.
 
     Example:
-        >>> half_differences({"below": torch.tensor([3.0]), "above": torch.tensor([1.0])}, ["vertical"])
+        >>> half_differences(
+        ...     {"below": torch.tensor([3.0]), "above": torch.tensor([1.0])}, ["vertical"]
+        ... )
         {'vertical': tensor([1.])}
     """
     return {axis: (vectors[ENDS[axis][0]] - vectors[ENDS[axis][1]]) / 2 for axis in axes}
@@ -100,7 +105,9 @@ def half_differences(
 
 @torch.no_grad()
 def phrase_contrasts(
-    model: HookedTextToImage, pairs: Mapping[str, tuple[str, str]], sentence: str = "red circle is {} blue square"
+    model: HookedTextToImage,
+    pairs: Mapping[str, tuple[str, str]],
+    sentence: str = "red circle is {} blue square",
 ) -> dict[str, Float[Tensor, " d_model"]]:
     """Half the difference of two phrases in caption space, summed over their tokens, for each axis.
 
@@ -131,7 +138,8 @@ def phrase_contrasts(
             ends.append(model.dit.project_caption(text)[0, before:until])
         if len(ends[0]) != len(ends[1]):
             raise ValueError(
-                f"{phrases[0]!r} and {phrases[1]!r} differ in their number of tokens: compare phrases of equal length."
+                f"{phrases[0]!r} and {phrases[1]!r} differ in their number of tokens: compare "
+                "phrases of equal length."
             )
         found[axis] = (ends[0] - ends[1]).sum(0) / 2
     return found
@@ -141,26 +149,32 @@ def phrase_contrasts(
 def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"]]) -> pd.DataFrame:
     """Slope of each cross-attention head's scores along an axis, for half its words' difference.
 
-    The gain is the projection of the map Ẽ_pos W_Q · W_Kᵀ c / √d_head on the axis' unit ramp, in units of attention scores; c is
-    half the difference of two words or phrases, so neither the key bias nor anything that both share is in it. Each axis has its
-    own ranking, because heads divide the work by axis: a mean over words that are mostly vertical misses a horizontal head.
+    The gain is the projection of the map Ẽ_pos W_Q · W_Kᵀ c / √d_head on the axis' unit ramp, in
+    units of attention scores; c is half the difference of two words or phrases, so neither the key
+    bias nor anything that both share is in it. Each axis has its own ranking, because heads divide
+    the work by axis: a mean over words that are mostly vertical misses a horizontal head.
 
     Args:
         dit: the denoiser.
-        contrasts: axis (of `ENDS`) → half the difference of its two ends in caption space (`half_differences`,
-            `phrase_contrasts`). Differences mean something there only: the projection of text to caption space is not linear.
+        contrasts: axis (of `ENDS`) → half the difference of its two ends in caption space
+            (`half_differences`, `phrase_contrasts`). Differences mean something there only: the
+            projection of text to caption space is not linear.
 
     Returns:
-        One row a head and axis, by axis and strongest first: layer, head, axis, gain (positive: the head attends in the
-        direction of the word),
-        share (of the sum of gain² over all heads), cosine (of map and ramp), `p` that a gain of this size comes by
-        chance, and `p_family`, the same for any head of the axis (Holm). Chance is the larger of two: c turned into a random
-        direction, for which gain² / (|c|² |slope|²) has a Beta(1/2, (d − 1)/2) distribution; and the grid's positions permuted,
-        for which the cosine is that of a Pearson correlation. The statistic is the gain in both.
+        One row a head and axis, by axis and strongest first: layer, head, axis, gain (positive: the
+        head attends in the direction of the word), share (of the sum of gain² over all heads),
+        cosine (of map and ramp), `p` that a gain of this size comes by chance, and `p_family`, the
+        same for any head of the axis (Holm). Chance is the larger of two: c turned into a random
+        direction, for which gain² / (|c|² |slope|²) has a Beta(1/2, (d − 1)/2) distribution; and
+        the grid's positions permuted, for which the cosine is that of a Pearson correlation. The
+        statistic is the gain in both.
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-micro")
-        >>> words = {w: model.dit.project_caption(word_vector(model, w)[None])[0] for w in ("above", "below", "left", "right")}
+        >>> words = {
+        ...     w: model.dit.project_caption(word_vector(model, w)[None])[0]
+        ...     for w in ("above", "below", "left", "right")
+        ... }
         >>> table = screen_axes(model.dit, half_differences(words))
         >>> first = table[table["axis"] == "horizontal"].iloc[0]
         >>> f"L{first['layer']}H{first['head']}", round(float(first["share"]), 1)
@@ -169,14 +183,21 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
     side = dit.cfg.sample_size // dit.cfg.patch_size
     position = dit.W_pos.double().cpu()
     position = position - position.mean(0)
-    queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()  # [layer head d_model d_head]
-    keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu() / dit.cfg.d_head**0.5
-    layers, heads = np.meshgrid(np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij")
+    # [layer head d_model d_head]
+    queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()
+    keys = (
+        torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu()
+        / dit.cfg.d_head**0.5
+    )
+    layers, heads = np.meshgrid(
+        np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij"
+    )
     tables = []
     for axis, contrast in contrasts.items():
         c = contrast.double().cpu()
         unit = F.normalize(ramp(DIRECTIONS[ENDS[axis][0]], side), dim=0)
-        slope = torch.einsum("p,pd,lhde,lhce->lhc", unit, position, queries, keys)  # gain = slope · c
+        # gain = slope · c
+        slope = torch.einsum("p,pd,lhde,lhce->lhc", unit, position, queries, keys)
         gain = slope @ c
         maps = torch.einsum("pd,lhde,lhce,c->lhp", position, queries, keys, c)
         cosine = (gain / maps.norm(dim=-1).clamp(min=1e-12)).clamp(-1, 1)
@@ -204,7 +225,9 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
 
 @dataclass(frozen=True)
 class _HeadMaps:
-    """Position-by-word maps of all cross-attention heads, Ẽ_pos W_Q · W_Kᵀ c; none is ever formed."""
+    """Position-by-word maps of all cross-attention heads, Ẽ_pos W_Q · W_Kᵀ c; none is ever
+    formed.
+    """
 
     position: Float[Tensor, "pos d_model"]
     queries: Float[Tensor, "layer head d_model d_head"]
@@ -217,10 +240,14 @@ class _HeadMaps:
         keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu()
         return cls(position - position.mean(0), queries, keys)
 
-    def read(self, caption: Float[Tensor, "word d_caption"]) -> Float[Tensor, "layer head word d_head"]:
+    def read(
+        self, caption: Float[Tensor, "word d_caption"]
+    ) -> Float[Tensor, "layer head word d_head"]:
         return torch.einsum("wc,lhce->lhwe", caption, self.keys)
 
-    def projection(self, ramps: Float[Tensor, "word pos"], caption: Float[Tensor, "word d_caption"]) -> HeadScores:
+    def projection(
+        self, ramps: Float[Tensor, "word pos"], caption: Float[Tensor, "word d_caption"]
+    ) -> HeadScores:
         """Projection of each word's map on its ramp."""
         read = self.read(caption)
         return torch.einsum("wp,pd,lhde,lhwe->lhw", ramps, self.position, self.queries, read)
@@ -229,7 +256,9 @@ class _HeadMaps:
         """Norm of each word's map."""
         read, queries = self.read(caption), self.queries
         covariance = torch.einsum("pd,pf->df", self.position, self.position)
-        squares = torch.einsum("lhwe,lhde,df,lhfg,lhwg->lhw", read, queries, covariance, queries, read)
+        squares = torch.einsum(
+            "lhwe,lhde,df,lhfg,lhwg->lhw", read, queries, covariance, queries, read
+        )
         return squares.clamp(min=0).sqrt()
 
     def chance(
@@ -239,7 +268,9 @@ class _HeadMaps:
         draws: int,
         seed: int,
     ) -> dict[str, Float[np.ndarray, " layer_head"]]:
-        """Share of draws whose summed projection is as large: of turned words, of permuted positions."""
+        """Share of draws whose summed projection is as large: of turned words, of permuted
+        positions.
+        """
         looking = torch.einsum("wp,pd,lhde->lhwe", ramps, self.position, self.queries)
         read = self.read(caption)
         size = (looking * read).sum((-1, -2)).abs()
@@ -310,7 +341,10 @@ def screen_heads(
     """
     directions = WORD_DIRECTIONS if directions is None else directions
     if unknown := [word for word in vectors if word not in directions]:
-        raise ValueError(f"{', '.join(unknown)} has no direction: pass directions= with one, or use {', '.join(directions)}.")
+        raise ValueError(
+            f"{', '.join(unknown)} has no direction: pass directions= with one, or use "
+            f"{', '.join(directions)}."
+        )
     if not vectors:
         raise ValueError("There is no word to screen with.")
     side = dit.cfg.sample_size // dit.cfg.patch_size
@@ -321,13 +355,17 @@ def screen_heads(
     projection, energy = maps.projection(ramps, caption), maps.energy(caption)
 
     pointing = list(dict.fromkeys(directions[word] for word in vectors))
-    of_direction = torch.stack([caption[[directions[word] == d for word in vectors]].mean(0) for d in pointing])
+    of_direction = torch.stack(
+        [caption[[directions[word] == d for word in vectors]].mean(0) for d in pointing]
+    )
     if len(pointing) > 1:
         of_direction = of_direction - of_direction.mean(0)
     ramps = F.normalize(torch.stack([ramp(d, side) for d in pointing]), dim=1)
     p = maps.chance(ramps, of_direction, null_draws, seed)
 
-    layers, heads = np.meshgrid(np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij")
+    layers, heads = np.meshgrid(
+        np.arange(dit.cfg.n_layers), np.arange(dit.cfg.n_heads), indexing="ij"
+    )
     table = pd.DataFrame(
         {
             "layer": layers.ravel(),

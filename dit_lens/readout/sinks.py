@@ -1,4 +1,6 @@
-"""Attention sinks: keys that receive far more attention than others, and the change without them."""
+"""Attention sinks: keys that receive far more attention than others, and the change without
+them.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def attention_sinks(
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> found = attention_sinks(model, "red circle is above blue square", num_steps=2, k=2, draws=1)
+        >>> found = attention_sinks(
+        ...     model, "red circle is above blue square", num_steps=2, k=2, draws=1
+        ... )
         >>> dict(found["sink"].sizes), dict(found["control_shift"].sizes)
         ({'prompt': 1, 'layer': 3, 'step': 2, 'rank': 2}, {'draw': 1, 'prompt': 1})
     """
@@ -80,16 +84,27 @@ def attention_sinks(
     found: dict[tuple[int, int], Tensor] = {}
 
     def readers(call: Call) -> dict[Any, _Received]:
-        attentions: list[Any] = [model.dit.get_submodule(f"blocks.{layer}.{sublayer}") for layer in layers]
+        attentions: list[Any] = [
+            model.dit.get_submodule(f"blocks.{layer}.{sublayer}") for layer in layers
+        ]
         return {one: _Received(one, call, found, number) for number, one in enumerate(attentions)}
 
     run = run_reading(model, begun.inputs, readers)
-    by_step = [torch.stack([found[layer, step] for layer in range(len(layers))], dim=1) for step in range(len(run))]
+    by_step = [
+        torch.stack([found[layer, step] for layer in range(len(layers))], dim=1)
+        for step in range(len(run))
+    ]
     received = torch.stack(by_step, dim=2)  # [prompt layer step key_pos]
     share, sinks = received.topk(k, dim=-1)
     rng = np.random.default_rng(control_seed)
     chosen = [sinks, *(random_others(sinks, received > 0, rng) for _ in range(draws))]
-    changed = shifts(run, [[(name, masking(one[:, layer, step])) for name, (layer, step) in names.items()] for one in chosen])
+    changed = shifts(
+        run,
+        [
+            [(name, masking(one[:, layer, step])) for name, (layer, step) in names.items()]
+            for one in chosen
+        ],
+    )
     dims = ("prompt", "layer", "step")
     return xr.Dataset(
         {
@@ -111,9 +126,13 @@ def masking(keys: Int[Tensor, "prompt k"]) -> HookFunction:
         [[0.0, -10000.0], [0.0, -10000.0]]
     """
 
-    def mask(scores: Float[Tensor, "prompt head query_pos key_pos"], hook: HookPoint | None = None) -> Tensor:
+    def mask(
+        scores: Float[Tensor, "prompt head query_pos key_pos"], hook: HookPoint | None = None
+    ) -> Tensor:
         chosen = torch.zeros(len(scores), scores.shape[-1], dtype=torch.bool, device=scores.device)
-        return scores.masked_fill(chosen.scatter(1, keys.to(scores.device), True)[:, None, None], MASKED)
+        return scores.masked_fill(
+            chosen.scatter(1, keys.to(scores.device), True)[:, None, None], MASKED
+        )
 
     return mask
 
@@ -140,9 +159,14 @@ class _Received:
             parts = (scores.softmax(-1) for scores in score_rows(q, k, self.attention.scale, bias))
         else:
             parts = (part for part in [(q @ k.mT * self.attention.scale + bias).softmax(-1)])
-        self._keep(sum((part.float().sum((1, 2)) for part in parts), torch.zeros(())), q.shape[1] * q.shape[2])
+        self._keep(
+            sum((part.float().sum((1, 2)) for part in parts), torch.zeros(())),
+            q.shape[1] * q.shape[2],
+        )
 
-    def read_pattern(self, pattern: Float[Tensor, "row head query_pos key_pos"], hook: HookPoint) -> None:
+    def read_pattern(
+        self, pattern: Float[Tensor, "row head query_pos key_pos"], hook: HookPoint
+    ) -> None:
         part = pattern[cond_rows(self.call, len(pattern))]
         self._keep(part.float().sum((1, 2)), part.shape[1] * part.shape[2])
 

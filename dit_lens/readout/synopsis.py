@@ -11,12 +11,14 @@ indicators in place of values: this gives each query's attention to each group, 
 image regions average it. If a text has at most as many tokens as a head has channels, the pattern
 is smaller than the queries, and is made and dropped. ``reduce`` is one of:
 
-- ``sum``: sum over the image group's tokens (queries) and the other group's (keys). Grows with the sizes of both.
-- ``mass``: mean attention from a query in the image group to all keys of the other group; sums to 1 over a partition of
-  the keys.
-- ``mean``: mean attention from a query in the image group to one key of the other group: comparable between groups.
-- ``max``: largest entry of the pattern there. The only one that needs rows of the pattern, which are made and dropped in
-  chunks, each no larger than the queries.
+- ``sum``: sum over the image group's tokens (queries) and the other group's (keys). Grows with the
+  sizes of both.
+- ``mass``: mean attention from a query in the image group to all keys of the other group; sums to 1
+  over a partition of the keys.
+- ``mean``: mean attention from a query in the image group to one key of the other group: comparable
+  between groups.
+- ``max``: largest entry of the pattern there. The only one that needs rows of the pattern, which
+  are made and dropped in chunks, each no larger than the queries.
 
 Steps stay apart: reduce them as needed (`.sel(step=0)`, `.mean("step")`, `.max("step")`). A group
 without a token in a prompt, such as a color that it does not name, is NaN there, which xarray's
@@ -62,11 +64,19 @@ from ..text.prompts import Role, Word, by_role, roles_of, token_mask
 from .group_attention import Sublayer, attention_between
 from .ranking import rank_heads
 
-__all__ = ["attention_synopsis", "image_groups_from_images", "image_groups_from_scenes", "rank_heads", "trajectory_synopsis"]
+__all__ = [
+    "attention_synopsis",
+    "image_groups_from_images",
+    "image_groups_from_scenes",
+    "rank_heads",
+    "trajectory_synopsis",
+]
 
 Reduce = Literal["sum", "mass", "mean", "max"]
 Groups = Mapping[str, Shaped[Tensor, "*prompt pos"]]
-"""Name → its positions: [pos], the same for every prompt, or [prompt pos]; booleans, or shares in [0, 1]."""
+"""Name → its positions: [pos], the same for every prompt, or [prompt pos]; booleans, or shares in
+[0, 1].
+"""
 TextGroups = Mapping[str, Shaped[Tensor, "*prompt pos"] | Role | Word | Sequence[Role | Word]]
 """Name → its text positions, as in `Groups`, or roles and words (`prompts.word`)."""
 
@@ -150,30 +160,57 @@ def attention_synopsis(
             "seeds": digest(str(seeds)),
             "groups": digest(*plan.image_names, plan.image, *plan.key_names, *plan.keys.values()),
             "interventions": fingerprint(list(interventions)),
-            **{"sublayer": sublayer, "reduce": reduce, "num_steps": num_steps, "guidance": guidance, "batch_size": batch_size},
+            **{
+                "sublayer": sublayer,
+                "reduce": reduce,
+                "num_steps": num_steps,
+                "guidance": guidance,
+                "batch_size": batch_size,
+            },
         }
 
-    def measure(start: int) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
+    def measure(
+        start: int,
+    ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         rows = slice(start, start + batch_size)
         hooks = _hooks(model, interventions, texts[rows], num_steps)
         if isinstance(model, RemoteTextToImage):
             with model.hooks(hooks):
-                return plan.take(rows).measure_remotely(model, texts[rows], seeds[rows], num_steps, guidance)
-        on_text = ["text_encoder." in name for name, _ in hooks]  # fire before the first step, at which a fork begins
+                return plan.take(rows).measure_remotely(
+                    model, texts[rows], seeds[rows], num_steps, guidance
+                )
+        # fire before the first step, at which a fork begins
+        on_text = ["text_encoder." in name for name, _ in hooks]
         with model.hooks(itertools.compress(hooks, on_text)):
             run = model.trajectory(texts[rows], seeds[rows], num_steps, guidance, until=0)
         with model.hooks(hook for hook, early in zip(hooks, on_text, strict=True) if not early):
             return plan.take(rows).measure(run)
 
     starts = range(0, len(texts), batch_size)
-    bar = track(starts, "attention synopsis", transient=True, disable=len(starts) == 1, console=Console(stderr=True))
+    bar = track(
+        starts,
+        "attention synopsis",
+        transient=True,
+        disable=len(starts) == 1,
+        console=Console(stderr=True),
+    )
     with nullcontext() if out is None else Store(out, settings) as store:
-        parts = [measure(i) if store is None else store.array(f"{i:08d}.npy", partial(measure, i)) for i in bar]
+        parts = [
+            measure(i) if store is None else store.array(f"{i:08d}.npy", partial(measure, i))
+            for i in bar
+        ]
     return plan.label(np.concatenate(parts), texts).assign_coords(seed=("prompt", seeds))
 
 
-def _hooks(model: HookedTextToImage, interventions: Sequence[Intervention], texts: Sequence[str], num_steps: int) -> list[Any]:
-    return [hook for each in interventions for hook in each.hooks(model, texts, num_steps=num_steps)]
+def _hooks(
+    model: HookedTextToImage,
+    interventions: Sequence[Intervention],
+    texts: Sequence[str],
+    num_steps: int,
+) -> list[Any]:
+    return [
+        hook for each in interventions for hook in each.hooks(model, texts, num_steps=num_steps)
+    ]
 
 
 @torch.no_grad()
@@ -234,12 +271,18 @@ def _text_keys(
     return _keys_of(model, positions, inputs, branches)
 
 
-def _keys_by_role(model: HookedTextToImage, roles: list[list[Role]], inputs: Any, branches: Sequence[Branch]) -> _Keys:
+def _keys_by_role(
+    model: HookedTextToImage, roles: list[list[Role]], inputs: Any, branches: Sequence[Branch]
+) -> _Keys:
     """Groups of all roles; the unconditional branch has those of the text that it reads."""
     keys, n = {}, len(inputs)
     for branch in branches:
         length = model.layout(inputs, branch).text_mask.shape[1]
-        read = roles if branch == "cond" else roles_of(model.encoded_texts(model.texts_read([""] * n, branch), length))
+        read = (
+            roles
+            if branch == "cond"
+            else roles_of(model.encoded_texts(model.texts_read([""] * n, branch), length))
+        )
         keys[branch] = _stack(by_role([_of_length(row, length) for row in read]), n, length, "text")
     return list(get_args(Role)), keys
 
@@ -249,13 +292,17 @@ def _of_length(roles: list[Role], length: int) -> list[Role]:
     return [*roles[:length], *["pad"] * (length - len(roles))]  # type: ignore[list-item]
 
 
-def _keys_of(model: HookedTextToImage, groups: Groups, inputs: Any, branches: Sequence[Branch]) -> _Keys:
+def _keys_of(
+    model: HookedTextToImage, groups: Groups, inputs: Any, branches: Sequence[Branch]
+) -> _Keys:
     """Given groups; the unconditional branch has none of their positions."""
     keys, n = {}, len(inputs)
     for branch in branches:
         length = model.layout(inputs, branch).text_mask.shape[1]
         given = _stack(groups, n, length, "text") if branch == "cond" else None
-        keys[branch] = torch.zeros(n, length, len(groups), dtype=torch.float64) if given is None else given
+        keys[branch] = (
+            torch.zeros(n, length, len(groups), dtype=torch.float64) if given is None else given
+        )
     return list(groups), keys
 
 
@@ -284,30 +331,55 @@ class _Plan:
         one_of("sublayer", sublayer, get_args(Sublayer))
         one_of("reduce", reduce, get_args(Reduce))
         n, pos = len(inputs), model.layout(inputs).n_image
-        image_groups = {"image": torch.ones(pos, dtype=torch.bool)} if image_groups is None else image_groups
+        image_groups = (
+            {"image": torch.ones(pos, dtype=torch.bool)} if image_groups is None else image_groups
+        )
         image = _stack(image_groups, n, pos, "image")
         names, keys = list(image_groups), dict.fromkeys(branches, image)
         if sublayer == "cross_attn":
             names, keys = text_keys()
-        if reduce == "max" and any(bool(((w != 0) & (w != 1)).any()) for w in (image, *keys.values())):
-            raise ValueError("reduce='max' needs groups that hold a position or not: give booleans, such as shares > 0.25.")
+        if reduce == "max" and any(
+            bool(((w != 0) & (w != 1)).any()) for w in (image, *keys.values())
+        ):
+            raise ValueError(
+                "reduce='max' needs groups that hold a position or not: give booleans, such as "
+                "shares > 0.25."
+            )
         return cls(sublayer, reduce, list(image_groups), image, names, keys)
 
     def take(self, rows: slice) -> _Plan:
         """Plan for some of the prompts."""
-        return replace(self, image=self.image[rows], keys={branch: keys[rows] for branch, keys in self.keys.items()})
+        return replace(
+            self,
+            image=self.image[rows],
+            keys={branch: keys[rows] for branch, keys in self.keys.items()},
+        )
 
-    def measure(self, run: Trajectory) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
+    def measure(
+        self, run: Trajectory
+    ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         """Reduced attention of a run; NaN for empty groups."""
-        return self._reduced(attention_between(run, self.sublayer, self.image, self.keys, self._kind))
+        return self._reduced(
+            attention_between(run, self.sublayer, self.image, self.keys, self._kind)
+        )
 
     def measure_remotely(
-        self, model: RemoteTextToImage, texts: Sequence[str], seeds: Sequence[int], num_steps: int, guidance: float
+        self,
+        model: RemoteTextToImage,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        num_steps: int,
+        guidance: float,
     ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         """Reduced attention of one run through nnsight, summed on the model's server."""
         sublayer: Any = self.sublayer
         found = model.attention_between(
-            texts, seeds, sublayer, RemoteGroups(self.image, self.keys, self._kind), num_steps=num_steps, guidance=guidance
+            texts,
+            seeds,
+            sublayer,
+            RemoteGroups(self.image, self.keys, self._kind),
+            num_steps=num_steps,
+            guidance=guidance,
         )
         return self._reduced(found)
 
@@ -319,9 +391,15 @@ class _Plan:
         self, found: Float[Tensor, "prompt layer head step branch image_group key_group"]
     ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         image = self.image.sum(dim=1)[:, None, None, None, None, :, None]
-        keys = torch.stack([keys.sum(dim=1) for keys in self.keys.values()], dim=1)[:, None, None, None, :, None]
+        keys = torch.stack([keys.sum(dim=1) for keys in self.keys.values()], dim=1)[
+            :, None, None, None, :, None
+        ]
         divisor = {"mass": image, "mean": image * keys}.get(self.reduce, 1)
-        return torch.where((image > 0) & (keys > 0), found / divisor, torch.nan).to(found.dtype).numpy()
+        return (
+            torch.where((image > 0) & (keys > 0), found / divisor, torch.nan)
+            .to(found.dtype)
+            .numpy()
+        )
 
     def label(self, values: np.ndarray, prompts: Sequence[str]) -> xr.DataArray:
         key_group = "text_group" if self.sublayer == "cross_attn" else "key_group"
@@ -331,7 +409,10 @@ class _Plan:
             dims=("prompt", "layer", "head", "step", "branch", "image_group", key_group),
             coords={
                 "prompt": list(prompts),
-                **{name: range(values.shape[axis]) for axis, name in ((1, "layer"), (2, "head"), (3, "step"))},
+                **{
+                    name: range(values.shape[axis])
+                    for axis, name in ((1, "layer"), (2, "head"), (3, "step"))
+                },
                 "branch": list(self.keys),
                 "image_group": self.image_names,
                 key_group: self.key_names,
@@ -342,17 +423,21 @@ class _Plan:
         )
 
 
-def _stack(groups: Mapping[Any, Tensor], n: int, pos: int, what: str) -> Float[Tensor, "{n} {pos} group"]:
+def _stack(
+    groups: Mapping[Any, Tensor], n: int, pos: int, what: str
+) -> Float[Tensor, "{n} {pos} group"]:
     if not groups:
         raise ValueError(f"There is no {what} group: name at least one.")
     columns = []
     for name, positions in groups.items():
         if not isinstance(positions, Tensor):
-            raise ValueError(f"The {what} group {name!r} is {shown(positions)}: give a tensor of its positions.")
+            raise ValueError(
+                f"The {what} group {name!r} is {shown(positions)}: give a tensor of its positions."
+            )
         if tuple(positions.shape) not in ((pos,), (n, pos)):
             raise ValueError(
-                f"The {what} group {name!r} has shape {tuple(positions.shape)}: for {n} prompts with {pos} {what} positions it "
-                f"must be ({pos},) or ({n}, {pos})."
+                f"The {what} group {name!r} has shape {tuple(positions.shape)}: for {n} prompts "
+                f"with {pos} {what} positions it must be ({pos},) or ({n}, {pos})."
             )
         columns.append(positions.detach().cpu().double().expand(n, pos))
     return torch.stack(columns, dim=-1)

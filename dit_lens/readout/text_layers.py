@@ -56,8 +56,14 @@ def diffusion_lens(
     blocks = [] if native else blocks_of(text_encoder(model, encoder))
     n = _count_layers(model) if native else len(blocks)
     if n == 0:
-        raise ValueError(f"{type(model.text_encoder).__name__} has no layers: its tokens are read as they are.")
-    given = range(n) if layers is None else integers("layers", layers if is_several(layers) else [layers])
+        raise ValueError(
+            f"{type(model.text_encoder).__name__} has no layers: its tokens are read as they are."
+        )
+    given = (
+        range(n)
+        if layers is None
+        else integers("layers", layers if is_several(layers) else [layers])
+    )
     chosen = [layer + n if layer < 0 else layer for layer in given]
     if wrong := [layer for layer in chosen if not 0 <= layer < n]:
         raise ValueError(f"There is no layer {wrong[0]}: the text encoder has layers 0 to {n - 1}.")
@@ -66,7 +72,11 @@ def diffusion_lens(
         with model.hooks(_exit_hooks(layer, n)) if native else skipped(blocks[layer + 1 :]):
             images.append(model(texts, seed, num_steps, **options).cpu())
     coords = {"layer": chosen, "prompt": texts}
-    return xr.DataArray(torch.stack(images).float().numpy(), dims=("layer", "prompt", "color", "y", "x"), coords=coords)
+    return xr.DataArray(
+        torch.stack(images).float().numpy(),
+        dims=("layer", "prompt", "color", "y", "x"),
+        coords=coords,
+    )
 
 
 def _count_layers(model: HookedTextToImage) -> int:
@@ -85,7 +95,10 @@ def _exit_hooks(layer: int, n: int) -> list[Any]:
     def give_back(x: Tensor, hook: HookPoint) -> Tensor:
         return held.pop(str(hook.name).split(".")[0])
 
-    parts = [lambda name, i=i: name.endswith(f"text_encoder.blocks.{i}.hook_resid_post") for i in (layer, n - 1)]
+    parts = [
+        lambda name, i=i: name.endswith(f"text_encoder.blocks.{i}.hook_resid_post")
+        for i in (layer, n - 1)
+    ]
     return [] if layer == n - 1 else [(parts[0], keep), (parts[1], give_back)]
 
 
@@ -96,9 +109,16 @@ def text_encoder(model: Any, name: str | None = None) -> nn.Module:
         ValueError: it has no such encoder.
     """
     parts = model.pipe.components
-    known = [key for key, part in parts.items() if key.startswith("text_encoder") and isinstance(part, nn.Module)]
+    known = [
+        key
+        for key, part in parts.items()
+        if key.startswith("text_encoder") and isinstance(part, nn.Module)
+    ]
     if not known or name not in (None, *known):
-        raise ValueError(f"encoder={name!r}: {type(model.pipe).__name__} has {', '.join(known) or 'no text encoder'}.")
+        raise ValueError(
+            f"encoder={name!r}: {type(model.pipe).__name__} has "
+            f"{', '.join(known) or 'no text encoder'}."
+        )
     return parts[name or sorted(known)[-1]]
 
 
@@ -107,13 +127,19 @@ def blocks_of(encoder: nn.Module) -> list[nn.Module]:
 
     Example:
         >>> from transformers import T5Config, T5EncoderModel
-        >>> len(blocks_of(T5EncoderModel(T5Config(num_layers=3, d_model=8, d_kv=4, d_ff=8, num_heads=2))))
+        >>> len(
+        ...     blocks_of(
+        ...         T5EncoderModel(T5Config(num_layers=3, d_model=8, d_kv=4, d_ff=8, num_heads=2))
+        ...     )
+        ... )
         3
     """
     lists = [
         list(part)
         for name, part in encoder.named_modules()
-        if isinstance(part, nn.ModuleList) and "vis" not in name and len({type(one) for one in part}) == 1
+        if isinstance(part, nn.ModuleList)
+        and "vis" not in name
+        and len({type(one) for one in part}) == 1
     ]
     return max(lists, key=len, default=[])
 
@@ -122,11 +148,15 @@ def blocks_of(encoder: nn.Module) -> list[nn.Module]:
 def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Let layers return the hidden states that they receive, for the time of the block."""
 
-    def hand_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def hand_on(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         received = args[0] if args else kwargs["hidden_states"]
         return (received, *output[1:]) if isinstance(output, tuple) else received
 
     with ExitStack() as stack:
         for block in blocks:
-            stack.callback(block.register_forward_hook(hand_on, with_kwargs=True, prepend=True).remove)
+            stack.callback(
+                block.register_forward_hook(hand_on, with_kwargs=True, prepend=True).remove
+            )
         yield

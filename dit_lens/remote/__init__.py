@@ -1,4 +1,6 @@
-"""Models behind nnsight: the same names, hooks and interventions, in this process or on somebody else's machine."""
+"""Models behind nnsight: the same names, hooks and interventions, in this process or on somebody
+else's machine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""nnsight's names and ours: modules renamed, and recordings of `tracer.cache()` opened as one of our caches."""
+"""nnsight's names and ours: modules renamed, and recordings of `tracer.cache()` opened as one of
+our caches.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ RENAME = {
     "norm2": "ln2",
     "norm_out": "ln_final",
 }
-"""For `nnsight.DiffusionModel(…, rename=RENAME)`, as nnterp does it: a module of diffusers → what it is called here."""
+"""For `nnsight.DiffusionModel(…, rename=RENAME)`, as nnterp does it: a module of diffusers → what
+it is called here.
+"""
 
 OUTPUTS = {
     "adaln_single.emb": "hook_t_emb",
@@ -43,7 +47,9 @@ OUTPUTS = {
     "ff": "hook_mlp_out_pre_gate",
     "": "hook_resid_post",
 }
-"""A module of diffusers' denoiser (within a block, where it is in one) → the tensor that is its output."""
+"""A module of diffusers' denoiser (within a block, where it is in one) → the tensor that is its
+output.
+"""
 INPUTS = {
     "caption_projection": "hook_text",
     "attn1.to_out.0": "attn.hook_z",
@@ -56,18 +62,23 @@ INPUTS = {
 """And its first input."""
 
 
-def open_cache(view: Any, model: HookedTextToImage | HookedDiT, guided: bool = True) -> GenerationCache | DiTCache:
+def open_cache(
+    view: Any, model: HookedTextToImage | HookedDiT, guided: bool = True
+) -> GenerationCache | DiTCache:
     """Open a recording of `tracer.cache(…)` as a cache under our names.
 
-    Two kinds are opened. Of a trace of the hooked denoiser itself (`nnsight.NNsight(model.dit).trace(…)`), every HookPoint that
-    was recorded becomes an entry of a DiTCache. Of a generation (`nnsight.DiffusionModel(…).generate(…)`, renamed or not), those
-    modules of the denoiser whose output (and, with `include_inputs=True`, input) is a tensor that has a name here become entries
-    of a GenerationCache, for every step and branch.
+    Two kinds are opened. Of a trace of the hooked denoiser itself
+    (`nnsight.NNsight(model.dit).trace(…)`), every HookPoint that was recorded becomes an entry of a
+    DiTCache. Of a generation (`nnsight.DiffusionModel(…).generate(…)`, renamed or not), those
+    modules of the denoiser whose output (and, with `include_inputs=True`, input) is a tensor that
+    has a name here become entries of a GenerationCache, for every step and branch.
 
     Args:
         view: returned by `tracer.cache`, after the trace.
-        model: the hooked denoiser that was traced, or the model of the generation (a `RemoteTextToImage` serves).
-        guided: whether the generation's guidance was above 1, so that its rows are those of two branches.
+        model: the hooked denoiser that was traced, or the model of the generation (a
+            `RemoteTextToImage` serves).
+        guided: whether the generation's guidance was above 1, so that its rows are those of two
+            branches.
 
     Raises:
         ValueError: nothing in it has a name here.
@@ -75,10 +86,15 @@ def open_cache(view: Any, model: HookedTextToImage | HookedDiT, guided: bool = T
     Example:
         >>> import copy, nnsight, torch
         >>> from hooked_models import HookedTextToImage
-        >>> dit = HookedDiT(copy.deepcopy(HookedTextToImage.from_pretrained("rte-nano").dit.wrapped))
+        >>> dit = HookedDiT(
+        ...     copy.deepcopy(HookedTextToImage.from_pretrained("rte-nano").dit.wrapped)
+        ... )
         >>> latents, text = torch.randn(1, 24, 16, 16), torch.randn(1, 5, dit.cfg.d_text)
         >>> traced = nnsight.NNsight(dit)
-        >>> with torch.no_grad(), traced.trace(latents, text, torch.tensor([900.0]), return_dict=False) as tracer:
+        >>> with (
+        ...     torch.no_grad(),
+        ...     traced.trace(latents, text, torch.tensor([900.0]), return_dict=False) as tracer,
+        ... ):
         ...     view = tracer.cache()
         >>> open_cache(view, dit)["pattern", 2, "cross_attn"].shape
         torch.Size([1, 3, 64, 5])
@@ -93,9 +109,14 @@ def open_cache(view: Any, model: HookedTextToImage | HookedDiT, guided: bool = T
             for step, tensor in enumerate(_values(view[path], kind)):
                 if isinstance(tensor, Tensor):
                     parts = _branches(_by_head(tensor, inner, model.cfg.n_heads), guided)
-                    found |= {f"steps.{step}.{branch}.{inner}": part for branch, part in parts.items()}
+                    found |= {
+                        f"steps.{step}.{branch}.{inner}": part for branch, part in parts.items()
+                    }
     if not found:
-        raise ValueError("Nothing that was recorded has a name here: cache modules of the denoiser, with include_inputs=True.")
+        raise ValueError(
+            "Nothing that was recorded has a name here: cache modules of the denoiser, with "
+            "include_inputs=True."
+        )
     return DiTCache(found, model) if isinstance(model, HookedDiT) else GenerationCache(found, model)
 
 
@@ -121,11 +142,15 @@ def _by_head(tensor: Tensor, name: str, n_heads: int) -> Tensor:
 
 
 def _branches(tensor: Tensor, guided: bool) -> dict[str, Tensor]:
-    return dict(zip(("uncond", "cond"), tensor.chunk(2), strict=True)) if guided else {"cond": tensor}
+    return (
+        dict(zip(("uncond", "cond"), tensor.chunk(2), strict=True)) if guided else {"cond": tensor}
+    )
 
 
 def _in_diffusers(path: str) -> tuple[str | None, int | None]:
-    """("attn2.to_q", 3) of "model.transformer.transformer_blocks.3.attn2.to_q", renamed or not; (None, None) elsewhere."""
+    """("attn2.to_q", 3) of "model.transformer.transformer_blocks.3.attn2.to_q", renamed or not;
+    (None, None) elsewhere.
+    """
     back = {ours: theirs for theirs, ours in RENAME.items()}
     parts = [back.get(part, part) for part in path.split(".")]
     if parts[:2] != ["model", "transformer"]:

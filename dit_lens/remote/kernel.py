@@ -1,12 +1,16 @@
-"""Code that runs inside an nnsight trace, on the model's machine: hooks by our names on the modules of a diffusers pipeline.
+"""Code that runs inside an nnsight trace, on the model's machine: hooks by our names on the modules
+of a diffusers pipeline.
 
-nnsight sends this file's functions along as source. So: torch alone is imported, nothing is imported inside a function, no
-method calls `super()` without arguments, and nothing may be wrapped around them (`no_type_check`; for classes it also
-keeps run-time type checkers away). A trace must ask for tensors in the order in which the model computes them, or, from the
-second step on, it silently gets a later step's: the methods below read and write in that order, whatever the order of hooks.
+nnsight sends this file's functions along as source. So: torch alone is imported, nothing is
+imported inside a function, no method calls `super()` without arguments, and nothing may be wrapped
+around them (`no_type_check`; for classes it also keeps run-time type checkers away). A trace must
+ask for tensors in the order in which the model computes them, or, from the second step on, it
+silently gets a later step's: the methods below read and write in that order, whatever the order of
+hooks.
 
-Only inputs and outputs of modules are touched. Tensors between them inside a diffusers block are computed again here, and only
-if a hook needs them: the pattern (from q and k), the gate's output, a norm's scale, and, below a replaced residual, its sums.
+Only inputs and outputs of modules are touched. Tensors between them inside a diffusers block are
+computed again here, and only if a hook needs them: the pattern (from q and k), the gate's output, a
+norm's scale, and, below a replaced residual, its sums.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "g
 class Point:
     """The `hook` argument of a hook function: the full `name`, `step`, `branch` and `layer()`."""
 
-    def __init__(self, name: str, inner: str, step: int | None = None, branch: str | None = None) -> None:
+    def __init__(
+        self, name: str, inner: str, step: int | None = None, branch: str | None = None
+    ) -> None:
         self.name, self.inner, self.step, self.branch = name, inner, step, branch
 
     def layer(self) -> int:
@@ -46,16 +52,20 @@ class Walk:
     """The hooks of one call of a model, and the tensors that they keep.
 
     Args:
-        touches: name within the model → [(point, action)]: a hook function, the arguments of `edited`, which puts the earlier
-            run's activation there if it has no values, or None to keep the tensor under the point's name.
-        sums: attention ("blocks.2.cross_attn") → [(key, branch, queries, keys, reduce)] of its pattern, to be added up.
+        touches: name within the model → [(point, action)]: a hook function, the arguments of
+            `edited`, which puts the earlier run's activation there if it has no values, or None to
+            keep the tensor under the point's name.
+        sums: attention ("blocks.2.cross_attn") → [(key, branch, queries, keys, reduce)] of its
+            pattern, to be added up.
         kept, added: dicts to be filled, by full name and by key.
         rows: branch → its rows of the batch; the branch None has all.
         home: whether kept tensors move to the CPU, for the way home.
         clean: tensors that an earlier run kept, for edits that put them here.
     """
 
-    def __init__(self, touches: Any, sums: Any, kept: dict, added: dict, rows: dict, home: bool, clean: Any) -> None:
+    def __init__(
+        self, touches: Any, sums: Any, kept: dict, added: dict, rows: dict, home: bool, clean: Any
+    ) -> None:
         self.touches, self.sums = touches, sums
         self.kept, self.added, self.rows, self.home, self.clean = kept, added, rows, home, clean
 
@@ -67,13 +77,17 @@ class Walk:
         return any(name in self.touches for name in names)
 
     def visit(self, name: str, tensor: Any) -> Any:
-        """Show a tensor to its hooks, and return it as they leave it, or None where none of them may have changed it."""
+        """Show a tensor to its hooks, and return it as they leave it, or None where none of them
+        may have changed it.
+        """
         written = None
         for point, function in self.touches.get(name, ()):
             rows = self.rows.get(point.branch, slice(None))
             seen = (tensor if written is None else written)[rows]
             if function is None:
-                self.kept[point.name] = seen.detach().to("cpu" if self.home else seen.device, copy=True)
+                self.kept[point.name] = seen.detach().to(
+                    "cpu" if self.home else seen.device, copy=True
+                )
                 continue
             seen = seen.clone()  # a hook may write in place, and a sandbox would not hear of it
             if not isinstance(function, dict):
@@ -103,13 +117,17 @@ class Walk:
     # Parts of a model
 
     def norm(self, envoy: Any, name: str, eps: float, rms: bool = False) -> None:
-        """A LayerNorm without affine map, or (`rms`) T5's, whose weight comes after `hook_normalized`."""
+        """A LayerNorm without affine map, or (`rms`) T5's, whose weight comes after
+        `hook_normalized`.
+        """
         scale_name, normalized_name = f"{name}.hook_scale", f"{name}.hook_normalized"
         if not self.hooks(scale_name, normalized_name):
             return
         x = wide = envoy.input
         if rms:  # always from float32, as in transformers
-            scale = 1 / torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(torch.promote_types(x.dtype, torch.float32))
+            scale = 1 / torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(
+                torch.promote_types(x.dtype, torch.float32)
+            )
         else:
             wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             wide = wide - wide.mean(-1, keepdim=True)
@@ -125,23 +143,33 @@ class Walk:
 
     def looks(self, attention: str) -> bool:
         """True if a hook or a group sum needs the scores or the pattern of an attention."""
-        return attention in self.sums or self.hooks(f"{attention}.hook_attn_scores", f"{attention}.hook_pattern")
+        return attention in self.sums or self.hooks(
+            f"{attention}.hook_attn_scores", f"{attention}.hook_pattern"
+        )
 
     def attention(self, name: str, linears: Any, heads: int, scale: float, bias: Callable) -> None:
-        """From q to z. `linears` are those of q, k, v and the output; `bias()` is added to the scores, unless it is None."""
+        """From q to z.
+
+        `linears` are those of q, k, v and the output; `bias()` is added to the scores, unless it is
+        None.
+        """
         read = self.qkv(name, linears, heads)
         added = bias() if self.looks(name) else None
         pattern = self.edited_pattern(name, read, added, scale)
         self.add_up(name, read, pattern, added, scale)
         z = None if pattern is None else (pattern @ read["v"].transpose(1, 2)).transpose(1, 2)
         if z is not None or self.hooks(f"{name}.hook_z"):
-            written = self.visit(f"{name}.hook_z", split(linears[3].input, heads) if z is None else z)
+            written = self.visit(
+                f"{name}.hook_z", split(linears[3].input, heads) if z is None else z
+            )
             z = z if written is None else written
             if z is not None:
                 linears[3].input = z.flatten(2)
 
     def qkv(self, name: str, linears: Any, heads: int) -> dict:
-        """Queries, keys and values [batch pos head d_head] as hooks leave them, where hooks or the pattern need them."""
+        """Queries, keys and values [batch pos head d_head] as hooks leave them, where hooks or the
+        pattern need them.
+        """
         read: dict[str, Tensor] = {}
         for leaf, linear in zip(("q", "k", "v"), linears[:3], strict=True):
             if self.looks(name) or self.hooks(f"{name}.hook_{leaf}"):
@@ -193,7 +221,9 @@ class Walk:
         return rows
 
     def block(self, block: Any, layer: int, cfg: dict) -> None:
-        """One PixArt block: its sublayers pass on the residual stream where hooks have changed it, else None."""
+        """One PixArt block: its sublayers pass on the residual stream where hooks have changed it,
+        else None.
+        """
         p = f"blocks.{layer}."
         if not self.near(p):
             return
@@ -222,15 +252,20 @@ class Walk:
     def cross_attention(self, block: Any, p: str, cfg: dict, x: Any) -> Any:
         """From the cross-attention's mask to hook_resid_mid_cross."""
         cross = block.attn2
-        mask = cross.inputs[1].get("attention_mask") if self.looks(p + "cross_attn") else None  # read here, in order
+        # read here, in order
+        mask = cross.inputs[1].get("attention_mask") if self.looks(p + "cross_attn") else None
         bias = None if mask is None else mask[:, None]
         linears = (cross.to_q, cross.to_k, cross.to_v, cross.to_out[0])
         self.attention(p + "cross_attn", linears, cfg["heads"], cfg["scale"], lambda: bias)
         self.output(cross, p + "hook_cross_attn_out")
-        return self.residual(p + "hook_resid_mid_cross", block.norm2, None if x is None else x + cross.output)
+        return self.residual(
+            p + "hook_resid_mid_cross", block.norm2, None if x is None else x + cross.output
+        )
 
     def residual(self, name: str, reader: Any, x: Any) -> Any:
-        """Pass the residual stream to the module that reads it next, if hooks have changed it here or before."""
+        """Pass the residual stream to the module that reads it next, if hooks have changed it here
+        or before.
+        """
         if self.hooks(name):
             written = self.visit(name, reader.input if x is None else x)
             x = x if written is None else written
@@ -254,7 +289,10 @@ class Walk:
                 block.output = x + (out if written is None else written)
 
     def denoiser(self, dit: Any, cfg: dict, a: float, b: float) -> None:
-        """One denoiser call, and the pipeline's use of its output. A step's x0 is a · latent + b · out."""
+        """One denoiser call, and the pipeline's use of its output.
+
+        A step's x0 is a · latent + b · out.
+        """
         latent: Any = dit.input[self.rows["cond"]] if self.hooks("hook_latent", "hook_x0") else None
         self.visit("hook_latent", latent)
         self.embeddings(dit)
@@ -276,9 +314,12 @@ class Walk:
                 whole, changed = whole.clone(), True
                 whole[rows] = written
         written = self.guided_output(whole, cfg, latent, a, b)
-        if written is not None:  # both branches have the same output, so that guidance changes nothing
+        # both branches have the same output, so that guidance changes nothing
+        if written is not None:
             whole, changed = whole.clone(), True
-            whole[:, : cfg["channels"]] = torch.cat([written, written]) if cfg["guided"] else written
+            whole[:, : cfg["channels"]] = (
+                torch.cat([written, written]) if cfg["guided"] else written
+            )
         if changed:
             dit.output = (whole,)
 
@@ -297,7 +338,9 @@ class Walk:
                     dit.pos_embed.output = patches + written
 
     def guided_output(self, whole: Tensor, cfg: dict, latent: Any, a: float, b: float) -> Any:
-        """The guided prediction as hook_out and hook_x0 leave it, or None if they leave it as it is."""
+        """The guided prediction as hook_out and hook_x0 leave it, or None if they leave it as it
+        is.
+        """
         if not self.hooks("hook_out", "hook_x0"):
             return None
         out = whole
@@ -321,7 +364,13 @@ class Walk:
             self.input(block, p + "hook_resid_pre")
             self.norm(block.layer[0].layer_norm, p + "ln1", cfg["eps"], rms=True)
             given = attn.inputs[1] if self.looks(p + "attn") else {}
-            self.attention(p + "attn", (attn.q, attn.k, attn.v, attn.o), cfg["heads"], 1.0, partial(self.t5_bias, attn, given))
+            self.attention(
+                p + "attn",
+                (attn.q, attn.k, attn.v, attn.o),
+                cfg["heads"],
+                1.0,
+                partial(self.t5_bias, attn, given),
+            )
             self.output(attn.o, p + "hook_attn_out")
             if layer == 0 and self.hooks("hook_rel_pos_bias"):
                 self.visit("hook_rel_pos_bias", attn.output[1].expand(cfg["batch"], -1, -1, -1))
@@ -337,7 +386,9 @@ class Walk:
         self.output(encoder.final_layer_norm, "hook_out")
 
     def t5_bias(self, attn: Any, given: dict) -> Tensor:
-        """Bias of a T5 attention's scores: the first layer computes the position bias, the others are given it."""
+        """Bias of a T5 attention's scores: the first layer computes the position bias, the others
+        are given it.
+        """
         bias, mask = given.get("position_bias"), given.get("mask")
         if bias is None:
             bias = attn.relative_attention_bias.output.permute(2, 0, 1)[None]
@@ -367,13 +418,17 @@ def split(tensor: Tensor, heads: int) -> Tensor:
 
 @no_type_check
 def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
-    """Body of a trace of a generation: `plan` is `dit_lens.remote.plan.make`'s, `clean` the tensors kept by an earlier run.
+    """Body of a trace of a generation: `plan` is `dit_lens.remote.plan.make`'s, `clean` the tensors
+    kept by an earlier run.
 
-    Returns a dict: the images [batch 3 height width] as "images", kept tensors by full name as "kept", sums by key as "added".
+    Returns a dict: the images [batch 3 height width] as "images", kept tensors by full name as
+    "kept", sums by key as "added".
     """
     cfg, kept, added = plan["cfg"], {}, {}
     n = cfg["batch"]
-    rows = {"uncond": slice(0, n), "cond": slice(n, 2 * n)} if cfg["guided"] else {"cond": slice(0, n)}
+    rows = (
+        {"uncond": slice(0, n), "cond": slice(n, 2 * n)} if cfg["guided"] else {"cond": slice(0, n)}
+    )
     for call in tracer.iter[sorted(plan["calls"])]:  # the prompts', then the empty prompt's
         walk = Walk(plan["calls"][call], {}, kept, added, {}, plan["home"], clean)
         if plan["encoder"]["kind"] == "t5":
@@ -382,8 +437,12 @@ def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
             walk.tokens(model.text_encoder)
     for step in tracer.iter[sorted(plan["steps"])]:
         touches, sums, a, b = plan["steps"][step]
-        Walk(touches, sums, kept, added, rows, plan["home"], clean).denoiser(model.transformer, cfg, a, b)
+        Walk(touches, sums, kept, added, rows, plan["home"], clean).denoiser(
+            model.transformer, cfg, a, b
+        )
     images = model.output[0]
-    written = Walk(plan["images"], {}, kept, added, {}, plan["home"], clean).visit("hook_image", images)
+    written = Walk(plan["images"], {}, kept, added, {}, plan["home"], clean).visit(
+        "hook_image", images
+    )
     images = images if written is None else written
     return {"images": images.detach().cpu(), "kept": kept, "added": added}

@@ -1,4 +1,6 @@
-"""From hooks under our names to the plan that `kernel.run` follows inside a trace: plain dicts, checked before it is sent."""
+"""From hooks under our names to the plan that `kernel.run` follows inside a trace: plain dicts,
+checked before it is sent.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,15 @@ class _CleanRun(Mapping[str, Tensor]):
 
 
 CLEAN = _CleanRun()
-"""`Intervention(…, action=Replace(CLEAN))`: put there what the clean run of `RemoteTextToImage.patch` had."""
+"""`Intervention(…, action=Replace(CLEAN))`: put there what the clean run of
+`RemoteTextToImage.patch` had.
+"""
 
 
 class Sum(NamedTuple):
-    """Attention between groups, summed where the model is: arguments of `intervene.portable_ops.sums_of_pattern`."""
+    """Attention between groups, summed where the model is: arguments of
+    `intervene.portable_ops.sums_of_pattern`.
+    """
 
     layer: int
     step: int
@@ -95,7 +101,8 @@ def make(
         attached: hooks, in the order in which they act.
         shape: of the generation.
         keep: sites whose tensors, as hooks leave them, are returned.
-        home: True to return kept tensors to the client, False to leave them with the model, for the next run of a session.
+        home: True to return kept tensors to the client, False to leave them with the model, for the
+            next run of a session.
         patching: whether there is an earlier run for `CLEAN` to mean.
 
     Raises:
@@ -112,7 +119,9 @@ def make(
         touches.setdefault(_call_of(site), {}).setdefault(site.inner, []).append((point, sent))
     added: dict[int, dict[str, list[Any]]] = {}
     for each in sums:
-        there = added.setdefault(each.step, {}).setdefault(f"blocks.{each.layer}.{each.sublayer}", [])
+        there = added.setdefault(each.step, {}).setdefault(
+            f"blocks.{each.layer}.{each.sublayer}", []
+        )
         there.append((each.key, each.branch, each.queries, each.keys, each.reduce))
 
     steps = {}
@@ -143,15 +152,22 @@ def _call_of(site: Site) -> tuple[str, int]:
     return encoders.get(site.part, ("step", site.step or 0))
 
 
-def _sendable(model: HookedTextToImage, site: Site, action: Any, shape: RunShape, patching: bool) -> Any:
+def _sendable(
+    model: HookedTextToImage, site: Site, action: Any, shape: RunShape, patching: bool
+) -> Any:
     """A hook function as it is, an edit as its arguments."""
     if isinstance(action, RowEdits):
-        raise ValueError(f"{site.name}: edits of some rows of a batch stay in sweeps, which need a model at hand.")
+        raise ValueError(
+            f"{site.name}: edits of some rows of a batch stay in sweeps, which need a model at "
+            "hand."
+        )
     if not isinstance(action, Edit):
         return action
     module: Any = model.names.text_encoder if site.part.endswith("text_encoder") else model
     image = model.image_size(shape.grid)
-    action.check_shape(activation_shape(module.cfg, site, shape.batch, shape.grid, shape.length, image))
+    action.check_shape(
+        activation_shape(module.cfg, site, shape.batch, shape.grid, shape.length, image)
+    )
     return _arguments(action, patching)
 
 
@@ -159,7 +175,9 @@ def _arguments(edit: Edit, patching: bool) -> dict[str, Any]:
     if edit.values is not UNKNOWN:
         return edit.arguments
     if not patching:
-        raise ValueError(f"{edit.site.name}: Replace(CLEAN) has a meaning in RemoteTextToImage.patch alone.")
+        raise ValueError(
+            f"{edit.site.name}: Replace(CLEAN) has a meaning in RemoteTextToImage.patch alone."
+        )
     return {**edit.arguments, "values": None}
 
 
@@ -168,7 +186,14 @@ def _encoder(encoder: Any, batch: int) -> dict[str, Any]:
     if not isinstance(encoder, HookedT5Encoder):
         return {"kind": "tokens"}
     return {
-        **{"kind": "t5", "layers": cfg.n_layers, "heads": cfg.n_heads, "eps": cfg.eps, "gated": cfg.gated_mlp, "batch": batch},
+        **{
+            "kind": "t5",
+            "layers": cfg.n_layers,
+            "heads": cfg.n_heads,
+            "eps": cfg.eps,
+            "gated": cfg.gated_mlp,
+            "batch": batch,
+        },
     }
 
 
@@ -178,13 +203,19 @@ def _unreachable(model: HookedTextToImage, site: Site, solver: Solver, writes: b
     if site.row.flag is not None:
         return "no module of diffusers computes it; take hook_z, or a HookedTextToImage at hand."
     if site.inner == "hook_latent" and writes:
-        return "the pipeline's own variable goes on to the scheduler; give latents=…, or write hook_out, hook_x0 or hook_embed."
+        return (
+            "the pipeline's own variable goes on to the scheduler; give latents=…, or write "
+            "hook_out, hook_x0 or hook_embed."
+        )
     if site.inner == "hook_latent" and abs(solver.input_scales[site.step or 0] - 1) > 1e-6:
         return f"{solver.name} scales what the denoiser gets."
     if site.part.endswith("text_encoder") and leaf == "hook_rel_pos_bias" and writes:
         return "all prompts share one; write blocks.{l}.attn.hook_attn_scores or hook_pattern."
     if leaf in ("hook_text", "hook_caption") and model.dit.caption_projection is None:
-        return "this model has no caption projection, whose input and output they are; write text_encoder.hook_out."
+        return (
+            "this model has no caption projection, whose input and output they are; write "
+            "text_encoder.hook_out."
+        )
     return None
 
 

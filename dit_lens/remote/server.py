@@ -1,7 +1,8 @@
 """A server that speaks NDIF's protocol: send it a trace, wait for the result, and explain failures.
 
-Every exchange with the server has a deadline: one `timeout` for the whole of a request, from the comparison of versions to the
-result. Answers of any other form than NDIF's become a ServerError, and results are loaded without pickled code.
+Every exchange with the server has a deadline: one `timeout` for the whole of a request, from the
+comparison of versions to the result. Answers of any other form than NDIF's become a ServerError,
+and results are loaded without pickled code.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from hooked_models.arguments import number
 Result = TypeVar("Result")
 
 POLL, PATIENCE = 0.05, 3.0
-"""Seconds before the first look at a run's status (later ones are rarer), and for which a server may be silent."""
+"""Seconds before the first look at a run's status (later ones are rarer), and for which a server
+may be silent.
+"""
 COMPARED = {"nnsight": 2, "diffusers": 2, "transformers": 1}
-"""Packages whose versions must agree, and in how many numbers: they decide the names of modules and the format of requests."""
+"""Packages whose versions must agree, and in how many numbers: they decide the names of modules and
+the format of requests.
+"""
 LONGEST_MESSAGE, LARGEST_ENVIRONMENT = 300, 2**20
 """Characters of a server's text that a message quotes, and bytes of its list of packages."""
 
@@ -52,7 +57,8 @@ class Server:
 
     Args:
         host: "http://…" or "https://…"; None for nnsight's own setting (`NDIF_HOST`).
-        api_key: None for nnsight's own setting (`NDIF_API_KEY`). It is sent with requests, and never printed or raised.
+        api_key: None for nnsight's own setting (`NDIF_API_KEY`). It is sent with requests, and
+            never printed or raised.
         timeout: seconds for a request as a whole.
 
     Raises:
@@ -63,7 +69,10 @@ class Server:
         nnsight = import_nnsight()
         self.host: str = (host or nnsight.CONFIG.API.HOST).rstrip("/")
         if not self.host.startswith(("http://", "https://")):
-            raise ValueError(f"remote={self.host!r}: write the address with its scheme, as in 'http://{self.host}'.")
+            raise ValueError(
+                f"remote={self.host!r}: write the address with its scheme, as in "
+                f"'http://{self.host}'."
+            )
         self.timeout = number("timeout", timeout)
         if self.timeout <= 0:
             raise ValueError(f"timeout={timeout!r}: give a positive number of seconds.")
@@ -84,7 +93,8 @@ class Server:
         if not self._compared:
             self._compare_versions()
             self._compared = True
-        # Not the websocket: waiting there has no end when the server hangs, and a run is lost with the connection.
+        # Not the websocket: waiting there has no end when the server hangs, and a run is lost with
+        # the connection.
         return _backend_class()(self, model_key, self._api_key)
 
     def wait(self, backend: Any) -> dict[str, Any]:
@@ -105,13 +115,15 @@ class Server:
                 return result
             if lost_at is not None and time.monotonic() > lost_at + PATIENCE:
                 raise ServerError(
-                    f"{self.host} does not answer any more; the run {backend.job_id} was {_name(backend.status)} when last "
+                    f"{self.host} does not answer any more; the run {backend.job_id} was "
+                    f"{_name(backend.status)} when last "
                     "heard of. If the server has died, so has the run: start it and run again.",
                     lost=True,
                 )
             if time.monotonic() > self._deadline:
                 raise ServerError(
-                    f"No result within {self.timeout:g} s: the run {backend.job_id} is {_name(backend.status)} at {self.host}. "
+                    f"No result within {self.timeout:g} s: the run {backend.job_id} is "
+                    f"{_name(backend.status)} at {self.host}. "
                     "Say timeout=… for more, or request less: fewer steps, prompts or tensors."
                 )
             time.sleep(min(pause, max(0.0, self._deadline - time.monotonic())))
@@ -120,8 +132,9 @@ class Server:
     def exchange(self, talk: Callable[[], Result]) -> Result:
         """The value of `talk`, which speaks with the server and nothing else, before the deadline.
 
-        httpx limits the silence between two bytes, not the whole: a server that sends a byte a second never exceeds it. So `talk`
-        runs in a thread of its own, which is left behind when the time is over.
+        httpx limits the silence between two bytes, not the whole: a server that sends a byte a
+        second never exceeds it. So `talk` runs in a thread of its own, which is left behind when
+        the time is over.
 
         Raises:
             ServerError: the time is over, there is no answer, or it is no answer of NDIF's.
@@ -139,12 +152,14 @@ class Server:
         thread.join(max(0.0, self._deadline - time.monotonic()))
         if not outcome:
             raise ServerError(
-                f"{self.host} has not answered within {self.timeout:g} s: say timeout=… for more, or see whether it is busy."
+                f"{self.host} has not answered within {self.timeout:g} s: say timeout=… for more, "
+                "or see whether it is busy."
             )
         value, error = outcome[0]
         if error is None:
             return value
-        raise self._explained(error)  # out here, where it has no context: that would be the request, whose headers hold the key
+        # out here, where it has no context: that would be the request, whose headers hold the key
+        raise self._explained(error)
 
     def _explained(self, error: Exception) -> ServerError:
         import httpx
@@ -155,18 +170,22 @@ class Server:
         cause: Any = error.__cause__ if isinstance(error, RemoteError) else error
         response = getattr(cause, "response", None) if isinstance(cause, httpx.HTTPError) else None
         if response is not None and response.status_code in (401, 403):
-            return ServerError(f"{self.host} refused the API key: say api_key=…, or set NDIF_API_KEY.")
+            return ServerError(
+                f"{self.host} refused the API key: say api_key=…, or set NDIF_API_KEY."
+            )
         if response is not None:
             said = _short(str(error).removeprefix("Failed to send request: "))
             return ServerError(f"{self.host} refused the run (HTTP {response.status_code}): {said}")
         if isinstance(cause, httpx.TransportError):
             return ServerError(
-                f"No server answers at {self.host} ({type(cause).__name__}): is it running, and the address right?", lost=True
+                f"No server answers at {self.host} ({type(cause).__name__}): is it running, and "
+                "the address right?",
+                lost=True,
             )
         if not isinstance(error, RemoteError):
             return ServerError(
-                f"{self.host} answers, but not as an NDIF server does ({type(error).__name__}: {_short(str(error))}): is the "
-                "address right?"
+                f"{self.host} answers, but not as an NDIF server does ({type(error).__name__}: "
+                f"{_short(str(error))}): is the address right?"
             )
         text = str(error).strip()
         last = text.splitlines()[-1] if text else "it did not say why"
@@ -178,8 +197,9 @@ class Server:
             ours, found = version(package), _short(str(theirs.get(package, "")), 40)
             if found and found.split(".")[:numbers] != ours.split(".")[:numbers]:
                 raise ServerError(
-                    f"{self.host} runs {package} {found}, and here is {ours}: the names of modules or the format of requests "
-                    f"may differ. Install {package} {'.'.join(found.split('.')[:numbers])}.* here, or the same as here there."
+                    f"{self.host} runs {package} {found}, and here is {ours}: the names of modules "
+                    f"or the format of requests may differ. Install {package} "
+                    f"{'.'.join(found.split('.')[:numbers])}.* here, or the same as here there."
                 )
 
     def _packages(self) -> dict[str, Any]:
@@ -201,7 +221,8 @@ class Server:
 
 
 def _backend_class() -> Any:
-    """The backend of nnsight, whose every exchange has our deadline, and which loads no pickled code.
+    """The backend of nnsight, whose every exchange has our deadline, and which loads no pickled
+    code.
 
     A function, because nnsight is imported where it is needed only.
     """
@@ -233,12 +254,18 @@ def import_nnsight() -> Any:
     try:
         import nnsight
     except ModuleNotFoundError as error:
-        raise ImportError("RemoteTextToImage needs nnsight: pip install 'dit_lens[remote]'") from error
+        raise ImportError(
+            "RemoteTextToImage needs nnsight: pip install 'dit_lens[remote]'"
+        ) from error
     return nnsight
 
 
 def _name(status: Any) -> str:
-    return "in an unknown state" if status is None else _short(str(getattr(status, "value", status)), 40)
+    return (
+        "in an unknown state"
+        if status is None
+        else _short(str(getattr(status, "value", status)), 40)
+    )
 
 
 def _short(text: str, length: int = LONGEST_MESSAGE) -> str:

@@ -1,8 +1,9 @@
 """Gradients through a run, holding the graph of one denoiser call at a time.
 
-A generation under autograd holds the graphs of all its denoiser calls. Here the loop is run once with every prediction taken from
-the record, as a leaf: its graph is the scheduler's arithmetic alone, a few tensors of the latents' size a step. Backwards, each
-call is run once more and its vector-Jacobian product taken (Griewank & Walther 2008, "Evaluating Derivatives", chapter 12, with
+A generation under autograd holds the graphs of all its denoiser calls. Here the loop is run once
+with every prediction taken from the record, as a leaf: its graph is the scheduler's arithmetic
+alone, a few tensors of the latents' size a step. Backwards, each call is run once more and its
+vector-Jacobian product taken (Griewank & Walther 2008, "Evaluating Derivatives", chapter 12, with
 one checkpoint a call). The result equals plain autograd.
 """
 
@@ -26,7 +27,9 @@ from hooked_models.pixart.text_state import TextState
 from hooked_models.pixart.views import DenoiserView
 
 Metric = Callable[[Tensor], Tensor]
-"""Differentiable; from the output [batch …] to one number for each prompt [batch] (a scalar will do for a single prompt)."""
+"""Differentiable; from the output [batch …] to one number for each prompt [batch] (a scalar will do
+for a single prompt).
+"""
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 LATENT = "latent"
 """The latents that a denoising step ends with, in `chain`; no hook has them."""
@@ -69,11 +72,17 @@ class CallChain:
         """The call whose text and latents lie at self + α·(other − self)."""
         view, dit = self.view, self.view.dit
         with torch.no_grad():
-            text = dit.encode_text(torch.lerp(view.text.text, other.view.text.text, alpha), view.text.bias)
+            text = dit.encode_text(
+                torch.lerp(view.text.text, other.view.text.text, alpha), view.text.bias
+            )
             latents = torch.lerp(view.latents, other.view.latents, alpha)
-        return CallChain.of(DenoiserView(dit, latents, view.timestep, text, view.sizes, view.pos, view.returns))
+        return CallChain.of(
+            DenoiserView(dit, latents, view.timestep, text, view.sizes, view.pos, view.returns)
+        )
 
-    def backward(self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]) -> _CallBackward:
+    def backward(
+        self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]
+    ) -> _CallBackward:
         """Gradients of `objective(output)`, a scalar, at hooks."""
         return _CallBackward(self, objective)
 
@@ -90,7 +99,9 @@ class _CallBackward:
         with torch.enable_grad():
             text = replace(view.text, text=view.text.text.detach().requires_grad_())
             latents = view.latents.detach().requires_grad_()
-            here = DenoiserView(view.dit, latents, view.timestep, text, view.sizes, view.pos, view.returns)
+            here = DenoiserView(
+                view.dit, latents, view.timestep, text, view.sizes, view.pos, view.returns
+            )
             with view.dit.hooks([(name, partial(_keep, kept=kept, name=name)) for name in names]):
                 total = self.objective(here(here.to_tokens()))
         return _gradients(total, None, kept)
@@ -98,14 +109,18 @@ class _CallBackward:
 
 @dataclass(frozen=True)
 class RunChain:
-    """A generation from the latents before step `first` on, up to the tensors that a metric reads."""
+    """A generation from the latents before step `first` on, up to the tensors that a metric
+    reads.
+    """
 
     run: Trajectory
     first: int
     last: int
     """The step whose tensors a metric reads; the number of steps for the image."""
     read: tuple[str, ...]
-    """Hooks between denoiser calls at step `last` ("hook_x0"); "latent", the latents it ends with; or "hook_image"."""
+    """Hooks between denoiser calls at step `last` ("hook_x0"); "latent", the latents it ends with;
+    or "hook_image".
+    """
     combine: Callable[[Mapping[str, Tensor]], Tensor]
     """From these tensors to the one that a metric is given."""
     output: Float[Tensor, "batch ..."] = field(repr=False)
@@ -132,7 +147,11 @@ class RunChain:
         """Copies of the tensors at hooks of one step."""
         kept: dict[str, Tensor] = {}
         with torch.no_grad():
-            self.run.fork(step, [(name, partial(_copy, kept=kept, name=name)) for name in names], until=step + 1)
+            self.run.fork(
+                step,
+                [(name, partial(_copy, kept=kept, name=name)) for name in names],
+                until=step + 1,
+            )
         return kept
 
     def between(self, other: RunChain, alpha: float) -> RunChain:
@@ -141,10 +160,19 @@ class RunChain:
         with torch.no_grad():
             inputs = ours.model.between(ours.inputs, theirs.inputs, alpha)
             record = _lerp(ours.record, theirs.record, alpha, self.first)
-        return chain(replace(ours, inputs=inputs, record=record), self.first, self.last, self.read, self.combine)
+        return chain(
+            replace(ours, inputs=inputs, record=record),
+            self.first,
+            self.last,
+            self.read,
+            self.combine,
+        )
 
-    def backward(self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]) -> _RunBackward:
-        """Gradients of `objective(output)`, a scalar, at hooks: `pull` is called for the last step first.
+    def backward(
+        self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]
+    ) -> _RunBackward:
+        """Gradients of `objective(output)`, a scalar, at hooks: `pull` is called for the last step
+        first.
 
         Args:
             names: step → all hooks that `pull` will be called with.
@@ -161,7 +189,10 @@ def chain(
     fwd_hooks: Hooks = (),
     step: int | None = None,
 ) -> RunChain:
-    """A generation from the latents before step `first` on, without a graph. Arguments as the fields of `RunChain`."""
+    """A generation from the latents before step `first` on, without a graph.
+
+    Arguments as the fields of `RunChain`.
+    """
     seen: dict[str, Tensor] = {}
     start = first if step is None else step
     hooks = [*fwd_hooks, *_reading(run, last, read, seen, _copy)]
@@ -174,27 +205,51 @@ def chain(
     return RunChain(made, first, last, tuple(read), combine, output)
 
 
-def _reading(run: Trajectory, last: int, read: Sequence[str], seen: dict[str, Tensor], keep: Callable[..., Any]) -> Hooks:
-    return [(f"steps.{last}.{n}", partial(keep, kept=seen, name=n)) for n in read if n not in (LATENT, FINAL)]
+def _reading(
+    run: Trajectory,
+    last: int,
+    read: Sequence[str],
+    seen: dict[str, Tensor],
+    keep: Callable[..., Any],
+) -> Hooks:
+    return [
+        (f"steps.{last}.{n}", partial(keep, kept=seen, name=n))
+        for n in read
+        if n not in (LATENT, FINAL)
+    ]
 
 
 class _RunBackward:
-    """The scheduler's arithmetic as a graph over recorded predictions, and cotangents that are completed step by step."""
+    """The scheduler's arithmetic as a graph over recorded predictions, and cotangents that are
+    completed step by step.
+    """
 
-    def __init__(self, chain: RunChain, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        chain: RunChain,
+        objective: Callable[[Tensor], Tensor],
+        names: Mapping[int, Sequence[str]],
+    ) -> None:
         self.chain, self.run = chain, chain.run
         self.calls: dict[int, list[tuple[Call, Tensor, Tensor, Any, Tensor]]] = {}
         self.kept: dict[str, Tensor] = {}
         self.cotangents: dict[int, Tensor] = {}
         run, model = chain.run, chain.run.model
-        between = [name for several in names.values() for name in several if model.names.site(name).part == "sampler"]
+        between = [
+            name
+            for several in names.values()
+            for name in several
+            if model.names.site(name).part == "sampler"
+        ]
         seen: dict[str, Tensor] = {}
         keepers: Hooks = [(name, partial(_keep, kept=self.kept, name=name)) for name in between]
         hooks: Hooks = [*keepers, *_reading(run, chain.last, chain.read, seen, _keep)]
         none = torch.arange(0)
         with torch.enable_grad(), model.hooks(hooks):
             rows = lambda step: none if step < chain.first else None  # noqa: E731
-            made = model.run(run.inputs, run.record, until=chain.until, rows=rows, denoise=self._answer)
+            made = model.run(
+                run.inputs, run.record, until=chain.until, rows=rows, denoise=self._answer
+            )
             tensors = {**seen, LATENT: made.latent}
             if FINAL in chain.read:
                 tensors[FINAL] = made.images
@@ -207,9 +262,15 @@ class _RunBackward:
         return leaf
 
     def _add(self, of: Tensor, cotangent: Tensor | None) -> None:
-        """Add a vector-Jacobian product to the cotangents of all leaves and kept tensors that `of` is made from."""
-        several = [*(leaf for calls in self.calls.values() for *_, leaf in calls), *self.kept.values()]
-        targets = list({id(tensor): tensor for tensor in several}.values())  # one tensor may pass two hooks
+        """Add a vector-Jacobian product to the cotangents of all leaves and kept tensors that `of`
+        is made from.
+        """
+        several = [
+            *(leaf for calls in self.calls.values() for *_, leaf in calls),
+            *self.kept.values(),
+        ]
+        # one tensor may pass two hooks
+        targets = list({id(tensor): tensor for tensor in several}.values())
         if not targets:
             return
         found = torch.autograd.grad(of, targets, cotangent, retain_graph=True, allow_unused=True)
@@ -219,12 +280,17 @@ class _RunBackward:
                 self.cotangents[id(target)] = gradient if before is None else before + gradient
 
     def pull(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """∂ objective / ∂ tensor at each hook of a step; 0 where it has no influence. All later steps must have been pulled."""
+        """∂ objective / ∂ tensor at each hook of a step; 0 where it has no influence.
+
+        All later steps must have been pulled.
+        """
         inside = [name for name in names if name not in self.kept]
         found: dict[str, Tensor] = {}
         for call, x, timestep, text, leaf in reversed(self.calls.pop(step)):
             gradient = self.cotangents.pop(id(leaf), None)
-            here = [name for name in inside if self.run.model.names.site(name).branch in call.branches]
+            here = [
+                name for name in inside if self.run.model.names.site(name).branch in call.branches
+            ]
             if gradient is None and not here:
                 continue
             cotangent = torch.zeros_like(leaf) if gradient is None else gradient
@@ -239,7 +305,11 @@ class _RunBackward:
         return found
 
     def _call(
-        self, call: Call, arguments: tuple[Tensor, Tensor, Any], cotangent: Tensor, names: Sequence[str]
+        self,
+        call: Call,
+        arguments: tuple[Tensor, Tensor, Any],
+        cotangent: Tensor,
+        names: Sequence[str],
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         run, (x, timestep, text) = self.run, arguments
         kept: dict[str, Tensor] = {}
@@ -253,9 +323,16 @@ class _RunBackward:
 
 def _gradients(of: Tensor, cotangent: Tensor | None, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
     differentiable = [tensor for tensor in at.values() if tensor.requires_grad]
-    found = iter(torch.autograd.grad(of, differentiable, cotangent, allow_unused=True) if differentiable else ())
+    found = iter(
+        torch.autograd.grad(of, differentiable, cotangent, allow_unused=True)
+        if differentiable
+        else ()
+    )
     products = {name: next(found) if tensor.requires_grad else None for name, tensor in at.items()}
-    return {name: torch.zeros_like(at[name]) if product is None else product for name, product in products.items()}
+    return {
+        name: torch.zeros_like(at[name]) if product is None else product
+        for name, product in products.items()
+    }
 
 
 def _copy(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -> None:
@@ -268,9 +345,18 @@ def _keep(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -
 
 
 def _lerp(a: Record, b: Record, alpha: float, steps: int) -> Record:
-    calls = {key: torch.lerp(each, b.predictions[key], alpha) for key, each in a.predictions.items() if key[0] < steps}
-    latents = [torch.lerp(one, other, alpha) for one, other in zip(a.latents[:steps], b.latents, strict=False)]
-    outs = [torch.lerp(one, other, alpha) for one, other in zip(a.outs[:steps], b.outs, strict=False)]
+    calls = {
+        key: torch.lerp(each, b.predictions[key], alpha)
+        for key, each in a.predictions.items()
+        if key[0] < steps
+    }
+    latents = [
+        torch.lerp(one, other, alpha)
+        for one, other in zip(a.latents[:steps], b.latents, strict=False)
+    ]
+    outs = [
+        torch.lerp(one, other, alpha) for one, other in zip(a.outs[:steps], b.outs, strict=False)
+    ]
     return Record(tuple(latents), calls, tuple(outs))
 
 
@@ -289,8 +375,9 @@ def evaluate(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor
         tensor([3., 3.])
     """
     not_differentiable = (
-        "This metric cannot be differentiated: attribution needs one made of torch operations on the output, without detach, "
-        "numpy or thresholds (scenes.evaluate counts objects: use it to check a patch, not to attribute)."
+        "This metric cannot be differentiated: attribution needs one made of torch operations on "
+        "the output, without detach, numpy or thresholds (scenes.evaluate counts objects: use it "
+        "to check a patch, not to attribute)."
     )
     try:
         value = metric(output)
@@ -302,7 +389,8 @@ def evaluate(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor
         raise TypeError(f"The metric must return a tensor, not {type(value).__name__}.")
     if value.shape != output.shape[:1] and not (value.ndim == 0 and len(output) == 1):
         raise ValueError(
-            f"The metric must return one number for each prompt, shape {tuple(output.shape[:1])}, not {tuple(value.shape)}."
+            f"The metric must return one number for each prompt, shape {tuple(output.shape[:1])}, "
+            f"not {tuple(value.shape)}."
         )
     if output.requires_grad and not value.requires_grad:
         raise TypeError(not_differentiable)
@@ -312,23 +400,33 @@ def evaluate(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor
 def gradients(
     chains: Sequence[tuple[Chain, float]], names: Mapping[int, Sequence[str]], metric: Metric
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(step, ∂ Σ metric / ∂ each of `names[step]`), last step first, as the weighted sum over `chains`.
+    """(step, ∂ Σ metric / ∂ each of `names[step]`), last step first, as the weighted sum over
+    `chains`.
 
     Each prompt's metric depends on its own row alone, so row b of a gradient is that of prompt b.
     """
-    passes = [(one.backward(lambda output: evaluate(metric, output).sum(), names), weight) for one, weight in chains]
-    last = max(min(one.last, one.until - 1) if isinstance(one, RunChain) else 0 for one, _ in chains)
+    passes = [
+        (one.backward(lambda output: evaluate(metric, output).sum(), names), weight)
+        for one, weight in chains
+    ]
+    last = max(
+        min(one.last, one.until - 1) if isinstance(one, RunChain) else 0 for one, _ in chains
+    )
     for step in range(last, min(names) - 1, -1):
         here = names.get(step, ())
         total: dict[str, Tensor] = {}
         for one, weight in passes:
-            total = {name: weight * g + total.get(name, 0) for name, g in one.pull(step, here).items()}
+            total = {
+                name: weight * g + total.get(name, 0) for name, g in one.pull(step, here).items()
+            }
         if here:
             yield step, total
 
 
 def modulates(name: str) -> bool:
-    """True for a denoiser's tensor that depends on the timestep or the position alone, and on no prompt."""
+    """True for a denoiser's tensor that depends on the timestep or the position alone, and on no
+    prompt.
+    """
     return ".adaln." in name or name in ("hook_t_emb", "hook_t_mod", "hook_pos_embed")
 
 

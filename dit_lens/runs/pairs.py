@@ -34,8 +34,13 @@ class Pair:
     Example:
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> below, above = (model.trajectory(f"red circle is {word} blue square", num_steps=2) for word in ("below", "above"))
-        >>> pair(below, above).differences(0, ["steps.0.cond.hook_text"])["steps.0.cond.hook_text"].shape
+        >>> below, above = (
+        ...     model.trajectory(f"red circle is {word} blue square", num_steps=2)
+        ...     for word in ("below", "above")
+        ... )
+        >>> pair(below, above).differences(0, ["steps.0.cond.hook_text"])[
+        ...     "steps.0.cond.hook_text"
+        ... ].shape
         torch.Size([1, 7, 256])
     """
 
@@ -46,19 +51,26 @@ class Pair:
     contexts: tuple[Context, ...]
 
     def interpolated(self, alpha: float) -> Chain:
-        """The run whose inputs lie at original + α·(source − original): the text, and the latents where they differ.
+        """The run whose inputs lie at original + α·(source − original): the text, and the latents
+        where they differ.
 
         Raises:
             ValueError: the two texts differ in length, so that no run lies between them.
         """
         if not _between(self.original, self.source):
-            raise ValueError("Nothing lies between these runs: original and source text have different numbers of tokens.")
+            raise ValueError(
+                "Nothing lies between these runs: original and source text have different numbers "
+                "of tokens."
+            )
         return self.original.between(self.source, alpha)
 
     def differences(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Source minus original at the hooks `names` of one step."""
         original = self.original.activations(step, names)
-        return {name: value.sub_(original[name]) for name, value in self.source.activations(step, names).items()}
+        return {
+            name: value.sub_(original[name])
+            for name, value in self.source.activations(step, names).items()
+        }
 
 
 def pair(
@@ -69,17 +81,18 @@ def pair(
     branch: Literal["cond", "uncond", "both"] = "cond",
     returns: Literal["images", "x0", "out"] = "images",
 ) -> Pair:
-    """Two runs of one model, row by row: `model.trajectory(prompts, seed=0)` or the view of `dit.bind(…)`, for one call.
+    """Two runs of one model, row by row: `model.trajectory(prompts, seed=0)` or the view of
+    `dit.bind(…)`, for one call.
 
-    They differ in their text; the noise of two trajectories is the same. A metric is given the tensor that the view returns, or
-    that `returns` names.
+    They differ in their text; the noise of two trajectories is the same. A metric is given the
+    tensor that the view returns, or that `returns` names.
 
     Args:
         steps: denoising steps to attribute to; all of them by default.
         branch: and guidance branches.
-        returns: the final "images" [batch 3 height width] in [0, 1] (clamped: a saturated pixel has no gradient), or of a single
-            step the "x0" it predicts or the (guided) "out"; then gradients go through that step only, from where each of the
-            runs stands before it.
+        returns: the final "images" [batch 3 height width] in [0, 1] (clamped: a saturated pixel has
+            no gradient), or of a single step the "x0" it predicts or the (guided) "out"; then
+            gradients go through that step only, from where each of the runs stands before it.
 
     Raises:
         TypeError: the runs are not of one kind.
@@ -88,17 +101,31 @@ def pair(
     Example:
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> below, above = (model.trajectory(f"red circle is {word} blue square", num_steps=2) for word in ("below", "above"))
+        >>> below, above = (
+        ...     model.trajectory(f"red circle is {word} blue square", num_steps=2)
+        ...     for word in ("below", "above")
+        ... )
         >>> [context.prefix for context in pair(below, above).contexts]
         ['steps.0.cond.', 'steps.1.cond.']
     """
     if isinstance(original, DenoiserView) and isinstance(source, DenoiserView):
         _check(original.dit is source.dit, "model")
-        _check(same(original.timestep, source.timestep) and same(original.sizes, source.sizes), "timesteps and sizes")
-        _check(original.text.text.shape == source.text.text.shape and original.latents.shape == source.latents.shape, "shapes")
-        return Pair(original.dit, CallChain.of(original), CallChain.of(source), (Context(0, "", {}),))
+        _check(
+            same(original.timestep, source.timestep) and same(original.sizes, source.sizes),
+            "timesteps and sizes",
+        )
+        _check(
+            original.text.text.shape == source.text.text.shape
+            and original.latents.shape == source.latents.shape,
+            "shapes",
+        )
+        return Pair(
+            original.dit, CallChain.of(original), CallChain.of(source), (Context(0, "", {}),)
+        )
     if not (isinstance(original, Trajectory) and isinstance(source, Trajectory)):
-        raise TypeError("Pair two trajectories (model.trajectory), or two views of denoiser calls (dit.bind).")
+        raise TypeError(
+            "Pair two trajectories (model.trajectory), or two views of denoiser calls (dit.bind)."
+        )
     _check_alike(original, source)
     first, end, chosen = _span(original, source, steps, branch, returns)
     read = FINAL if returns == "images" else f"hook_{returns}"
@@ -106,7 +133,9 @@ def pair(
     runs = (replace(run, inputs=own) for run, own in zip((original, source), inputs, strict=True))
     one, other = (chain(run, first, end, [read], itemgetter(read)) for run in runs)
     branches = ("cond", "uncond") if branch == "both" else (branch,)
-    contexts = tuple(Context(s, f"steps.{s}.{b}.", {"step": s, "branch": b}) for s in chosen for b in branches)
+    contexts = tuple(
+        Context(s, f"steps.{s}.{b}.", {"step": s, "branch": b}) for s in chosen for b in branches
+    )
     return Pair(original.model.dit, one, other, contexts)
 
 
@@ -115,32 +144,54 @@ def _check_alike(original: Trajectory, source: Trajectory) -> None:
     _check(original.model is source.model, "model")
     _check(original.latent.shape == source.latent.shape, "number of prompts and size")
     _check(inputs.guidance == others.guidance, "guidance")
-    _check(torch.equal(inputs.solver.scheduler.timesteps, others.solver.scheduler.timesteps), "timesteps")
+    _check(
+        torch.equal(inputs.solver.scheduler.timesteps, others.solver.scheduler.timesteps),
+        "timesteps",
+    )
     if not inputs.same_noise(others):
         raise ValueError(
-            "The two runs must have the same noise, or its effects would pass for those of the words: give both one seed."
+            "The two runs must have the same noise, or its effects would pass for those of the "
+            "words: give both one seed."
         )
 
 
 def _span(
-    original: Trajectory, source: Trajectory, steps: int | Sequence[int] | None, branch: str, returns: str
+    original: Trajectory,
+    source: Trajectory,
+    steps: int | Sequence[int] | None,
+    branch: str,
+    returns: str,
 ) -> tuple[int, int, list[int]]:
     """(first step of the chain, its last, steps to attribute to)."""
     solver = original.inputs.solver
     if not original.inputs.guided and branch != "cond":
-        raise ValueError(f"There is no unconditional branch at guidance {original.inputs.guidance:g}.")
-    chosen = list(range(len(solver))) if steps is None else [steps] if isinstance(steps, int) else list(steps)
+        raise ValueError(
+            f"There is no unconditional branch at guidance {original.inputs.guidance:g}."
+        )
+    chosen = (
+        list(range(len(solver)))
+        if steps is None
+        else [steps]
+        if isinstance(steps, int)
+        else list(steps)
+    )
     last = min(len(solver) - 1, len(original.record), len(source.record))
     if outside := [step for step in chosen if not 0 <= step <= last]:
-        raise ValueError(f"steps={outside} lie outside of these runs, which have steps 0 to {last}.")
+        raise ValueError(
+            f"steps={outside} lie outside of these runs, which have steps 0 to {last}."
+        )
     if returns == "images":
         if min(len(original.record), len(source.record)) < len(solver):
             raise ValueError(f"There are no images: a trajectory was stopped before step {last}.")
         return 0, len(solver), chosen
     if len(chosen) != 1:
-        raise ValueError(f"returns={returns!r}: a single step predicts it; name one, steps=0 to {last}.")
+        raise ValueError(
+            f"returns={returns!r}: a single step predicts it; name one, steps=0 to {last}."
+        )
     if returns == "x0" and not solver.forms_x0:
-        raise ValueError(f"{solver.name} forms no clean-image prediction that is known here: use returns='out'.")
+        raise ValueError(
+            f"{solver.name} forms no clean-image prediction that is known here: use returns='out'."
+        )
     return chosen[0], chosen[0], chosen
 
 

@@ -1,5 +1,6 @@
-"""A denoiser call and a whole generation, run on several copies of their batch at once, so that hooks can pass values
-between the copies. Rows are copies of the batch, one after the other: [copy · batch, …].
+"""A denoiser call and a whole generation, run on several copies of their batch at once, so that
+hooks can pass values between the copies. Rows are copies of the batch, one after the other: [copy ·
+batch, …].
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Call:
 
     @property
     def conditions(self) -> dict[str, Tensor | None]:
-        """Inputs that gates depend on: equal in two runs, a head's z means the same contribution in both."""
+        """Inputs that gates depend on: equal in two runs, a head's z means the same contribution in
+        both.
+        """
         return {"timestep": self.view.timestep, **self.view.sizes}
 
     def step_of(self, name: str) -> int:
@@ -68,12 +71,21 @@ class Call:
 
     def roles(self) -> list[list[Role]]:
         """The role of every token of every row."""
-        raise ValueError("A denoiser call does not know its words: give token positions, such as 'text[4,5]'.")
+        raise ValueError(
+            "A denoiser call does not know its words: give token positions, such as 'text[4,5]'."
+        )
 
-    def run(self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None) -> dict[str, Tensor]:
+    def run(
+        self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None
+    ) -> dict[str, Tensor]:
         """The tensors called `read`, of a run with hooks from step `first` on."""
         kept, keep = _keepers(name for name in read if name != OUTPUT)
-        return {OUTPUT: self.view.run_with_hooks(self.view.to_tokens().repeat(copies, 1), [*hooks, *keep]), **kept}
+        return {
+            OUTPUT: self.view.run_with_hooks(
+                self.view.to_tokens().repeat(copies, 1), [*hooks, *keep]
+            ),
+            **kept,
+        }
 
 
 @dataclass(frozen=True)
@@ -101,12 +113,17 @@ class Generation:
     @property
     def conditions(self) -> dict[str, Tensor | None]:
         inputs = self.trajectory.inputs
-        return {"timesteps": inputs.solver.scheduler.timesteps, "guided": torch.tensor(inputs.guided)}
+        return {
+            "timesteps": inputs.solver.scheduler.timesteps,
+            "guided": torch.tensor(inputs.guided),
+        }
 
     def step_of(self, name: str) -> int:
         step = self.num_steps - 1 if name == FINAL else self.trajectory.model.names.site(name).step
         if step is None:
-            raise ValueError(f"{name} is computed before the first step: no path in the denoiser leads to it.")
+            raise ValueError(
+                f"{name} is computed before the first step: no path in the denoiser leads to it."
+            )
         return step
 
     def name(self, place: Place, inner: str) -> str:
@@ -115,8 +132,8 @@ class Generation:
             inner = f"{inner}_pre_gate"  # the gate is the same in all copies
         if inner not in dit.mod_dict and hasattr(dit, "family"):
             raise ValueError(
-                f"{dit.family.name} has no {inner} to patch: of such a model, heads and MLPs send; heads' q, k and v, the output "
-                "and the image receive."
+                f"{dit.family.name} has no {inner} to patch: of such a model, heads and MLPs send; "
+                "heads' q, k and v, the output and the image receive."
             )
         return f"steps.{place.step}.{place.branch}.{inner}"
 
@@ -138,11 +155,16 @@ class Generation:
         for tokens in self.trajectory.inputs.tokens:
             text = model.tokenizer.decode(tokens, skip_special_tokens=True)
             if not torch.equal(model.to_tokens(text, length=len(tokens))[0], tokens):
-                raise ValueError(f"The tokens of {text!r} are not those of its text: give token positions, such as 'text[4,5]'.")
+                raise ValueError(
+                    f"The tokens of {text!r} are not those of its text: give token positions, such "
+                    "as 'text[4,5]'."
+                )
             found.append(token_roles(model, text, len(tokens)))
         return found
 
-    def run(self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None) -> dict[str, Tensor]:
+    def run(
+        self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None
+    ) -> dict[str, Tensor]:
         inner = [name for name in read if name != FINAL]
         steps = [self.step_of(name) for name in inner]
         until = self.num_steps if FINAL in read else max(steps) + 1

@@ -8,12 +8,13 @@
     found["height_effect"].set_index(intervention=["layer", "head", "step"]).unstack("intervention")
 
 A cell is an intervention in the run of one prompt with one seed, and its value is that of the run
-`model.run_with_hooks(prompts, seed=seed, fwd_hooks=intervention.hooks(model, prompts))` in this prompt's row.
+`model.run_with_hooks(prompts, seed=seed, fwd_hooks=intervention.hooks(model, prompts))` in this
+prompt's row.
 
-Cells share text, keys and values; the clean run up to the first step that an intervention touches; there,
-the layers before the first that it touches, and the guidance branch that it leaves alone. The rest are rows of a batch, and
-each touched site has one hook, which makes the edits of all rows. Metrics that look at one step end there, and images are decoded
-only where a metric looks at them.
+Cells share text, keys and values; the clean run up to the first step that an intervention touches;
+there, the layers before the first that it touches, and the guidance branch that it leaves alone.
+The rest are rows of a batch, and each touched site has one hook, which makes the edits of all rows.
+Metrics that look at one step end there, and images are decoded only where a metric looks at them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from hooked_models.arguments import integer, integers, mapping, number
 from hooked_models.generation.model import DEFAULT_STEPS
 
 from ..runs.drawing import Planning
-from .metrics import FIRST_TOUCHED, Metric, ShareOf, Values, displacement, relation_metric, scene_metric
+from .metrics import (
+    FIRST_TOUCHED,
+    Metric,
+    ShareOf,
+    Values,
+    displacement,
+    relation_metric,
+    scene_metric,
+)
 from .plan import Plan
 from .search import Missed, Search, two_stage
 from .treatments import Interventions, grid, resolve
@@ -53,13 +62,27 @@ Metrics = Mapping[str, Metric | Callable[..., Values]]
 
 
 def _checked_metrics(metrics: Metrics) -> dict[str, Metric]:
-    """Metrics by name. Raises ValueError for none, or a name that the results have for something else."""
+    """Metrics by name.
+
+    Raises ValueError for none, or a name that the results have for something else.
+    """
     if not mapping("metrics", metrics, "function of images or Metric"):
-        raise ValueError("metrics is empty, so that nothing is measured: give metrics={name: function of images}.")
+        raise ValueError(
+            "metrics is empty, so that nothing is measured: give metrics={name: function of "
+            "images}."
+        )
     taken = {"intervention", "prompt", "seed", "layer", "head", "step", "interval", "cell", "error"}
-    if clash := [name for name in metrics if name in taken or name.endswith(("_baseline", "_effect"))]:
-        raise ValueError(f"A metric cannot be called {clash[0]!r}, which has a meaning in the results: give it another name.")
-    return {name: metric if isinstance(metric, Metric) else Metric(metric) for name, metric in metrics.items()}
+    if clash := [
+        name for name in metrics if name in taken or name.endswith(("_baseline", "_effect"))
+    ]:
+        raise ValueError(
+            f"A metric cannot be called {clash[0]!r}, which has a meaning in the results: give it "
+            "another name."
+        )
+    return {
+        name: metric if isinstance(metric, Metric) else Metric(metric)
+        for name, metric in metrics.items()
+    }
 
 
 def plan(
@@ -70,31 +93,43 @@ def plan(
     metrics: Metrics,
     **how: Unpack[Planning],
 ) -> Plan:
-    """Plan a sweep without running it: `plan(…).explain()` gives its cost, `plan(…).run(out)` runs it.
+    """Plan a sweep without running it: `plan(…).explain()` gives its cost, `plan(…).run(out)` runs
+    it.
 
     Args:
         prompts: "mean" and "resample" look at all of them (with the same seed's noise).
         seeds: every prompt is run with each.
-        interventions: one each, or several that are made together; a mapping names them. `grid` makes many.
-        metrics: name → function of images [batch 3 height width] in [0, 1] → [batch], or a `Metric` on something else.
+        interventions: one each, or several that are made together; a mapping names them. `grid`
+            makes many.
+        metrics: name → function of images [batch 3 height width] in [0, 1] → [batch], or a `Metric`
+            on something else.
         **how: `num_steps`, `guidance`, `batch` and `rng`; see `Planning`.
 
     Raises:
         UnknownHookError: no such site; the nearest one is suggested.
-        ValueError: an intervention or a metric has no meaning in these runs, a seed stands twice, or hooks are attached.
+        ValueError: an intervention or a metric has no meaning in these runs, a seed stands twice,
+            or hooks are attached.
 
     Example:
         >>> from dit_lens import Intervention, sweep
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> cells = sweep.grid(
+        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
+        ... )
         >>> red = lambda images: images[:, 0].mean((1, 2))
-        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> plan = sweep.plan(
+        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
+        ... )
         >>> plan.runs, plan.cells
         (1, 3)
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    num_steps, guidance, rng = how.get("num_steps", DEFAULT_STEPS), how.get("guidance"), how.get("rng", 0)
+    num_steps, guidance, rng = (
+        how.get("num_steps", DEFAULT_STEPS),
+        how.get("guidance"),
+        how.get("rng", 0),
+    )
     guidance = number("guidance", model.default_guidance if guidance is None else guidance)
     numbers = list(integers("seeds", seeds, -(2**63), 2**64 - 1))
     if not numbers or len(set(numbers)) < len(numbers):
@@ -108,12 +143,27 @@ def plan(
     reads = {name: metric.read(extent) for name, metric in wrapped.items()}
     treatments = resolve(model, texts, interventions, draft, rng)
     for name, read in reads.items():
-        if read.step == FIRST_TOUCHED and (late := [one.label for one in treatments if one.first == steps]):
+        if read.step == FIRST_TOUCHED and (
+            late := [one.label for one in treatments if one.first == steps]
+        ):
             raise ValueError(
-                f"The metric {name!r} is taken at the first step that an intervention touches, and {late[0]!r} touches none: "
-                f"name a step, on='steps.0.{read.inner}'."
+                f"The metric {name!r} is taken at the first step that an intervention touches, and "
+                f"{late[0]!r} touches none: name a step, on='steps.0.{read.inner}'."
             )
-    return Plan(model, texts, numbers, treatments, wrapped, reads, draft.num_steps, steps, guidance, extent, rng, batch)
+    return Plan(
+        model,
+        texts,
+        numbers,
+        treatments,
+        wrapped,
+        reads,
+        draft.num_steps,
+        steps,
+        guidance,
+        extent,
+        rng,
+        batch,
+    )
 
 
 def run(
@@ -130,23 +180,27 @@ def run(
     """Every intervention on every prompt and seed, beside the run without.
 
     Args:
-        out: a folder for results: a call that was stopped, even killed, goes on from there when it is repeated.
-        executor: "local", this process and its device; "ray", the workers of a Ray cluster: of `ray.init`, RAY_ADDRESS, or a new
-            one on this machine. Each loads the model (one that was not loaded from a folder or the hub is sent),
-            onto its own device of the model's kind; a worker that is lost is replaced, and its cells are run again.
-        workers: of "ray"; one for each of its GPUs (of its CPUs, for a model on a CPU) unless given.
+        out: a folder for results: a call that was stopped, even killed, goes on from there when it
+            is repeated.
+        executor: "local", this process and its device; "ray", the workers of a Ray cluster: of
+            `ray.init`, RAY_ADDRESS, or a new one on this machine. Each loads the model (one that
+            was not loaded from a folder or the hub is sent), onto its own device of the model's
+            kind; a worker that is lost is replaced, and its cells are run again.
+        workers: of "ray"; one for each of its GPUs (of its CPUs, for a model on a CPU) unless
+            given.
         **how: as in `plan`.
 
     Returns:
-        A Dataset over (intervention, prompt, seed): every metric; `{metric}_baseline`, of the same run without intervention
-        (prompt, seed), or with the dims of the metric where that depends on the step; `{metric}_effect` (intervention,
-        interval), the mean of their paired difference with its 95 % interval over prompts (over seeds, if there is
-        one prompt); `error`, empty where all went well: a metric that fails in one cell is NaN there, and the rest goes on.
+        A Dataset over (intervention, prompt, seed): every metric; `{metric}_baseline`, of the same
+        run without intervention (prompt, seed), or with the dims of the metric where that depends
+        on the step; `{metric}_effect` (intervention, interval), the mean of their paired difference
+        with its 95 % interval over prompts (over seeds, if there is one prompt); `error`, empty
+        where all went well: a metric that fails in one cell is NaN there, and the rest goes on.
         Coordinates of intervention: `layer`, `head`, `step`, −1 where it has none or several.
 
     Raises:
-        ValueError: as in `plan`; `out` holds results of another model, prompts, plan or metrics; no such executor; or a metric
-            fails on every run without intervention.
+        ValueError: as in `plan`; `out` holds results of another model, prompts, plan or metrics; no
+            such executor; or a metric fails on every run without intervention.
         ImportError: executor="ray", and Ray is not installed.
         RuntimeError: workers are lost again and again.
 
@@ -154,9 +208,13 @@ def run(
         >>> from dit_lens import Intervention, sweep
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> cells = sweep.grid(
+        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
+        ... )
         >>> red = lambda images: images[:, 0].mean((1, 2))
-        >>> found = sweep.run(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> found = sweep.run(
+        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
+        ... )
         >>> dict(found["red"].sizes)
         {'intervention': 3, 'prompt': 1, 'seed': 1}
     """

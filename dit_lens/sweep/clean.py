@@ -1,4 +1,6 @@
-"""The runs that a sweep's forks leave: sampled once for every prompt and seed, with everything that forks begin with."""
+"""The runs that a sweep's forks leave: sampled once for every prompt and seed, with everything that
+forks begin with.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ Rows = Int[np.ndarray, " row"]
 
 @dataclass(frozen=True)
 class Fork:
-    """One re-run: the rows of a condition, which run together, and where it departs from the clean run."""
+    """One re-run: the rows of a condition, which run together, and where it departs from the clean
+    run.
+    """
 
     condition: int
     rows: Rows
@@ -55,7 +59,9 @@ class Clean:
     found: dict[Read, Tensor]
     layers: dict[tuple[int, Branch], list[int]] = field(default_factory=dict)
     """(step, branch) → the layers that forks begin at there."""
-    residuals: dict[tuple[int, Branch], tuple[Rows, dict[int, Tensor]]] = field(default_factory=dict)
+    residuals: dict[tuple[int, Branch], tuple[Rows, dict[int, Tensor]]] = field(
+        default_factory=dict
+    )
     """(step, branch) → the residual streams that enter these layers, of some rows."""
 
     @property
@@ -64,18 +70,24 @@ class Clean:
         return len(self.record)
 
     def on(self, model: Any) -> Clean:
-        """The same with another model, which has to be an equal one; None, to send it elsewhere without."""
+        """The same with another model, which has to be an equal one; None, to send it elsewhere
+        without.
+        """
         return replace(self, model=model)
 
     @staticmethod
     def join(parts: Sequence[Clean]) -> Clean:
-        """Join samples of rows that follow each other; the model and the prompts' inputs are the first part's."""
+        """Join samples of rows that follow each other; the model and the prompts' inputs are the
+        first part's.
+        """
         return replace(
             parts[0],
             rows=np.concatenate([part.rows for part in parts]),
             record=Record.join([part.record for part in parts]),
             latent=torch.cat([part.latent for part in parts]),
-            found={read: torch.cat([part.found[read] for part in parts]) for read in parts[0].found},
+            found={
+                read: torch.cat([part.found[read] for part in parts]) for read in parts[0].found
+            },
         )
 
     def take(self, rows: Rows) -> Trajectory:
@@ -102,12 +114,17 @@ class Clean:
         """
         runs: list[Trajectory] = []
         found: dict[Read, list[Tensor]] = {read: [] for read in reads}
-        wanted = sorted({(read.step, hook) for read in reads if read.step is not None for hook in read.hooks})
+        wanted = sorted(
+            {(read.step, hook) for read in reads if read.step is not None for hook in read.hooks}
+        )
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             kept: dict[tuple[int, str], Tensor] = {}
             with model.hooks(capturing(wanted, kept)):
-                run = model.run(inputs_of(model, inputs, seeds, some), after=lambda step, record, latent: done(len(latent)))
+                run = model.run(
+                    inputs_of(model, inputs, seeds, some),
+                    after=lambda step, record, latent: done(len(latent)),
+                )
             for read, parts in found.items():
                 if read.step is None:
                     parts.append(run.latent if read.inner == "latent" else run.images)
@@ -125,7 +142,9 @@ class Clean:
         )
 
     def expect(self, forks: Sequence[Fork]) -> None:
-        """Announce the forks, so that their starting points are computed for all of them at once."""
+        """Announce the forks, so that their starting points are computed for all of them at
+        once.
+        """
         wanted: dict[tuple[int, Branch], set[int]] = {}
         for fork in forks:
             for branch, layer in fork.starts:
@@ -152,16 +171,23 @@ class Clean:
             if len(missing):
                 new = self._residuals(*key, missing)
                 still = np.flatnonzero(np.isin(have, rows))
-                old = {layer: tensor[as_index(still, self.model)] for layer, tensor in tensors.items()}
+                old = {
+                    layer: tensor[as_index(still, self.model)] for layer, tensor in tensors.items()
+                }
                 joined = np.concatenate([have[still], missing])
                 order = np.argsort(joined)
                 at = as_index(order, self.model)
-                tensors = {layer: (torch.cat([old[layer], x]) if old else x)[at] for layer, x in new.items()}
+                tensors = {
+                    layer: (torch.cat([old[layer], x]) if old else x)[at]
+                    for layer, x in new.items()
+                }
                 have = joined[order]
             kept[key] = (have, tensors)
         self.residuals = kept
 
-    def residual(self, step: int, branch: Branch, layer: int, rows: Rows) -> Float[Tensor, "row pos d_model"]:
+    def residual(
+        self, step: int, branch: Branch, layer: int, rows: Rows
+    ) -> Float[Tensor, "row pos d_model"]:
         """Residual stream that enters a layer, for rows given to `prepare`."""
         have, tensors = self.residuals[step, branch]
         return tensors[layer][as_index(np.searchsorted(have, rows), self.model)]
@@ -174,7 +200,11 @@ class Clean:
             kept[layer] = tensor
 
         last = model.cfg.n_layers
-        names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in self.layers[step, branch] if layer < last}
+        names = {
+            layer: f"blocks.{layer}.hook_resid_pre"
+            for layer in self.layers[step, branch]
+            if layer < last
+        }
         if last in self.layers[step, branch]:
             names[last] = f"blocks.{last - 1}.hook_resid_post"
         some = run.inputs.rows(branch)
@@ -189,11 +219,15 @@ class Clean:
 def inputs_of(model: HookedTextToImage, inputs: Inputs, seeds: Sequence[int], rows: Rows) -> Inputs:
     """The inputs of rows, each with the noise of its seed, from those of the prompts."""
     n = len(inputs)
-    return model.reseeded(inputs.take(as_index(rows % n, model)), [seeds[row // n] for row in rows.tolist()])
+    return model.reseeded(
+        inputs.take(as_index(rows % n, model)), [seeds[row // n] for row in rows.tolist()]
+    )
 
 
 def metric_input(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Solver) -> Tensor:
-    """A tensor that metrics read, from those at hooks between calls; `eps` as `GenerationCache` derives it."""
+    """A tensor that metrics read, from those at hooks between calls; `eps` as `GenerationCache`
+    derives it.
+    """
     assert read.step is not None
     if read.inner != "eps":
         return kept[read.step, read.inner]
@@ -201,7 +235,9 @@ def metric_input(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Sol
     return (kept[read.step, "hook_latent"] - alpha * kept[read.step, "hook_x0"]) / sigma
 
 
-def capturing(wanted: Iterable[tuple[int, str]], kept: dict[tuple[int, str], Tensor]) -> list[tuple[str, HookFunction]]:
+def capturing(
+    wanted: Iterable[tuple[int, str]], kept: dict[tuple[int, str], Tensor]
+) -> list[tuple[str, HookFunction]]:
     """Hooks that copy tensors between calls into `kept`, under (step, name)."""
 
     def keep(tensor: Tensor, hook: HookPoint, key: tuple[int, str]) -> None:

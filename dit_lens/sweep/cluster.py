@@ -1,4 +1,7 @@
-"""A plan's batches on the workers of a Ray cluster. Scheduling, transport and replacing lost workers are Ray's."""
+"""A plan's batches on the workers of a Ray cluster.
+
+Scheduling, transport and replacing lost workers are Ray's.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,20 @@ BATCHES = 4
 class Worker:
     """A process of the cluster with a model of its own."""
 
-    def __init__(self, plan: Plan, model: Source | tuple[Any, ...], device: str, dtype: torch.dtype, flags: Flags) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: Source | tuple[Any, ...],
+        device: str,
+        dtype: torch.dtype,
+        flags: Flags,
+    ) -> None:
         """`model`: where to load it from, or the modules that `parts_of` gives."""
         if isinstance(model, Source):
             name = model.folder if model.commit is None else model.name
-            loaded = HookedTextToImage.from_pretrained(name, revision=model.commit, dtype=dtype, check=False)
+            loaded = HookedTextToImage.from_pretrained(
+                name, revision=model.commit, dtype=dtype, check=False
+            )
         else:
             loaded = HookedTextToImage(*model).eval()
         self.model = loaded.to(device)
@@ -59,7 +71,9 @@ class Worker:
         """Sample rows without intervention; sent back without the model."""
         return Clean.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch).on(None)
 
-    def scores(self, question: Question, seed: int, prompts: Rows) -> Float[np.ndarray, "condition prompt"]:
+    def scores(
+        self, question: Question, seed: int, prompts: Rows
+    ) -> Float[np.ndarray, "condition prompt"]:
         """As `scores.scores_of_group`."""
         from .scores import scores_of_group
 
@@ -76,7 +90,8 @@ class Worker:
         """As `Work.rows`.
 
         Args:
-            shared: the `Work`, or the key of it in the object store; in a list, so that it is fetched once by each process.
+            shared: the `Work`, or the key of it in the object store; in a list, so that it is
+                fetched once by each process.
         """
         (key,) = shared
         if self.held is None or self.held[0] != key:
@@ -89,14 +104,18 @@ Flags = list[dict[str, bool]]
 
 
 class Cluster:
-    """The Ray cluster that is connected, else the one that RAY_ADDRESS names, else a new one on this machine."""
+    """The Ray cluster that is connected, else the one that RAY_ADDRESS names, else a new one on
+    this machine.
+    """
 
     def __init__(self, workers: int | None = None) -> None:
         """Raises ImportError if Ray is not installed."""
         try:
             import ray
         except ImportError:
-            raise ImportError("executor='ray' needs Ray: pip install 'dit_lens[ray]', or choose executor='local'.") from None
+            raise ImportError(
+                "executor='ray' needs Ray: pip install 'dit_lens[ray]', or choose executor='local'."
+            ) from None
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: at least one has to do the work.")
         self.ray, self.workers = ray, workers
@@ -107,7 +126,9 @@ class Cluster:
             return self.workers
         if not self.ray.is_initialized():
             self.ray.init()
-        return int(self.ray.cluster_resources().get("GPU" if model.device.type == "cuda" else "CPU", 1))
+        return int(
+            self.ray.cluster_resources().get("GPU" if model.device.type == "cuda" else "CPU", 1)
+        )
 
     def batch(self, rows: int, most: int) -> int:
         """Rows that run together, so that there is something to do for everybody."""
@@ -125,27 +146,46 @@ class Cluster:
 
         model = plan.model
         if not model.enters_at_layers:
-            raise ValueError("Workers of a cluster open PixArt models only: choose executor='local' for this pipeline.")
+            raise ValueError(
+                "Workers of a cluster open PixArt models only: choose executor='local' for this "
+                "pipeline."
+            )
         count, on_gpu = self.count(model), model.device.type == "cuda"
         if not self.ray.is_initialized():
             self.ray.init()
-        remote = self.ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
+        remote = self.ray.remote(
+            num_cpus=1, num_gpus=int(on_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS
+        )(Worker)
         found = model.source  # the workers' working directory may be another
-        weights = replace(found, folder=found.folder.resolve()) if found else self.ray.put(parts_of(model))
-        arguments = (self.ray.put(replace(plan, model=None)), weights, model.device.type, model.dit.dtype, flags_of(model))
+        weights = (
+            replace(found, folder=found.folder.resolve())
+            if found
+            else self.ray.put(parts_of(model))
+        )
+        arguments = (
+            self.ray.put(replace(plan, model=None)),
+            weights,
+            model.device.type,
+            model.dit.dtype,
+            flags_of(model),
+        )
         actors: list[Any] = [remote.remote(*arguments) for _ in range(min(count, jobs))]
         try:
             digest = model.digest()
-            if any(other != digest for other in self.ray.get([actor.digest.remote() for actor in actors])):
+            if any(
+                other != digest
+                for other in self.ray.get([actor.digest.remote() for actor in actors])
+            ):
                 raise ValueError(
-                    f"The model is not the one in {found and found.name} any more: save it and load it again (save_pretrained, "
-                    "from_pretrained), or set model.source = None, so that it is sent to the workers."
+                    f"The model is not the one in {found and found.name} any more: save it and "
+                    "load it again (save_pretrained, from_pretrained), or set model.source = "
+                    "None, so that it is sent to the workers."
                 )
             yield Team(self.ray, actors, model)
         except RayActorError as error:
             raise RuntimeError(
-                f"A worker was lost {RESTARTS + 1} times ({error}). Finished cells are kept if out= names a folder: run again, "
-                "with a smaller batch= if memory was short."
+                f"A worker was lost {RESTARTS + 1} times ({error}). Finished cells are kept if "
+                "out= names a folder: run again, with a smaller batch= if memory was short."
             ) from error
         finally:
             for actor in actors:
@@ -161,25 +201,35 @@ class Team:
     model: Any
 
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
-        """Sample the runs without intervention, each worker its share; a lost worker's share is sampled again."""
+        """Sample the runs without intervention, each worker its share; a lost worker's share is
+        sampled again.
+        """
         from ray.util import ActorPool
 
         parts = shares(rows, len(self.actors), batch)
-        sampled = ActorPool(self.actors).map(lambda actor, some: actor.sample.remote(some, reads, batch), parts)
+        sampled = ActorPool(self.actors).map(
+            lambda actor, some: actor.sample.remote(some, reads, batch), parts
+        )
         return Clean.join(list(sampled)).on(self.model)
 
-    def scores(self, question: Question, seed: int, groups: Sequence[Rows]) -> Iterator[Float[np.ndarray, "condition prompt"]]:
+    def scores(
+        self, question: Question, seed: int, groups: Sequence[Rows]
+    ) -> Iterator[Float[np.ndarray, "condition prompt"]]:
         """The scores of each group of prompts, in order."""
         from ray.util import ActorPool
 
-        yield from ActorPool(self.actors).map(lambda actor, prompts: actor.scores.remote(question, seed, prompts), list(groups))
+        yield from ActorPool(self.actors).map(
+            lambda actor, prompts: actor.scores.remote(question, seed, prompts), list(groups)
+        )
 
     def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
         """The rows of every job's cells, in the order in which they are ready."""
         from ray.util import ActorPool
 
         shared = [self.ray.put(work.on(None))]
-        yield from ActorPool(self.actors).map_unordered(lambda actor, forks: actor.rows.remote(shared, forks), list(jobs))
+        yield from ActorPool(self.actors).map_unordered(
+            lambda actor, forks: actor.rows.remote(shared, forks), list(jobs)
+        )
 
 
 def shares(rows: Rows, workers: int, batch: int) -> list[Rows]:
@@ -200,9 +250,14 @@ def parts_of(model: HookedTextToImage) -> tuple[Any, ...]:
 
 
 def _flagged(model: HookedTextToImage) -> list[HookedModule]:
-    return [module for module in (model.dit, model.text_encoder) if isinstance(module, HookedModule)]
+    return [
+        module for module in (model.dit, model.text_encoder) if isinstance(module, HookedModule)
+    ]
 
 
 def flags_of(model: HookedTextToImage) -> Flags:
     """Which hooks are switched on."""
-    return [{flag: getattr(module.cfg, flag) for flag in set(module.hook_flags.values())} for module in _flagged(model)]
+    return [
+        {flag: getattr(module.cfg, flag) for flag in set(module.hook_flags.values())}
+        for module in _flagged(model)
+    ]

@@ -1,7 +1,9 @@
-"""The cost of a sweep: work is counted, and its speed measured on a few denoising steps of random latents.
+"""The cost of a sweep: work is counted, and its speed measured on a few denoising steps of random
+latents.
 
-The unit is a *row-layer*: one block of the denoiser for one row of a batch. A fork that begins at layer 4 of 6 costs 2 of them at
-its first step, and all of them in both guidance branches at every later one.
+The unit is a *row-layer*: one block of the denoiser for one row of a batch. A fork that begins at
+layer 4 of 6 costs 2 of them at its first step, and all of them in both guidance branches at every
+later one.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 LARGEST_BATCH = {"cpu": 32}
-"""Rows beyond which a batch gains nothing: a CPU's caches are full (`benchmarks.scaling`: 32 rows 11.5 ms each, 64 13.4)."""
+"""Rows beyond which a batch gains nothing: a CPU's caches are full (`benchmarks.scaling`: 32 rows
+11.5 ms each, 64 13.4).
+"""
 OTHERWISE_LARGEST = 512
 REPEATS = 3
 LATENT = Site("sampler", "hook_latent", 0)
@@ -64,34 +68,47 @@ class Cost:
         return "\n".join(
             [
                 f"{self.cells:,} cells in {self.forks:,} forks, {self.batch} rows at a time",
-                f"shared work: {self.row_layers:,} row-layers ({self.clean_layers:,} of them for the runs without intervention) "
+                f"shared work: {self.row_layers:,} row-layers ({self.clean_layers:,} of them for "
+                "the runs without intervention) "
                 f"instead of {self.naive_layers:,}, {saved:.1f} times fewer",
                 f"{self.images:,} images are decoded",
-                f"{self.flops / 1e12:,.2f} TFLOP, {human(self.bytes)} of memory, about {_duration(self.seconds)}",
+                f"{self.flops / 1e12:,.2f} TFLOP, {human(self.bytes)} of memory, about "
+                f"{_duration(self.seconds)}",
             ]
         )
 
 
 def batch_size(plan: Plan) -> int:
-    """Rows that run together: as many as fit into half of the free memory, and no more than a device gains from."""
+    """Rows that run together: as many as fit into half of the free memory, and no more than a
+    device gains from.
+    """
     device = plan.model.device
     most = LARGEST_BATCH.get(device.type, OTHERWISE_LARGEST)
     return int(np.clip(free_bytes(device) // 2 // _bytes_of_row(plan), 1, most))
 
 
 def cost_of(plan: Plan) -> Cost:
-    """Count the work, and time a step of one row and of a full batch; sizes between are interpolated."""
+    """Count the work, and time a step of one row and of a full batch; sizes between are
+    interpolated.
+    """
     branches: list[Branch] = ["cond", "uncond"] if plan.extent.guided else ["cond"]
     layers, steps = plan.model.cfg.n_layers, plan.steps
     batches = list(plan.batches(plan.forks, plan.batch))
-    forked = np.array([rows for forks in batches for rows in _rows_at(forks, branches, layers)]).reshape(-1, len(branches))
+    forked = np.array(
+        [rows for forks in batches for rows in _rows_at(forks, branches, layers)]
+    ).reshape(-1, len(branches))
     begun = _begun(plan.forks)
     clean = plan.runs * steps * len(branches)
     rows_of_all = plan.runs + sum(len(fork.rows) for fork in plan.forks)
     images = rows_of_all if any(read.inner == FINAL for read in plan.reads.values()) else 0
 
-    most = min(plan.batch, max([plan.runs, *(sum(len(fork.rows) for fork in forks) for forks in batches)]))
-    calls = [*_full_batches(plan.runs, plan.batch) * steps, *_full_batches(len(begun) // len(branches), plan.batch)]
+    most = min(
+        plan.batch, max([plan.runs, *(sum(len(fork.rows) for fork in forks) for forks in batches)])
+    )
+    calls = [
+        *_full_batches(plan.runs, plan.batch) * steps,
+        *_full_batches(len(begun) // len(branches), plan.batch),
+    ]
     seconds = _seconds_of_calls(plan, [*calls, *forked.sum(axis=1) / len(branches)], most)
     begun_in = [sum(branch == own for _, branch, _ in begun) for own in branches]
     rows = plan.runs * steps + np.array(begun_in) + forked.sum(axis=0)
@@ -113,7 +130,11 @@ def cost_of(plan: Plan) -> Cost:
 def _begun(forks: Sequence[Fork]) -> set[tuple[int, Branch, int]]:
     """(step, branch, row) of the clean calls that forks enter at a layer above the first."""
     return {
-        (fork.first, branch, row) for fork in forks for branch, start in fork.starts if start > 0 for row in fork.rows.tolist()
+        (fork.first, branch, row)
+        for fork in forks
+        for branch, start in fork.starts
+        if start > 0
+        for row in fork.rows.tolist()
     }
 
 
@@ -129,15 +150,21 @@ def _full_batches(rows: int, batch: int) -> list[int]:
     return [batch] * (rows // batch) + [rows % batch] * (rows % batch > 0)
 
 
-def _rows_at(forks: Sequence[Fork], branches: Sequence[Branch], layers: int) -> list[Float[np.ndarray, " branch"]]:
-    """Rows of the denoiser in each step of a batch of forks; one that begins in the middle counts in part."""
+def _rows_at(
+    forks: Sequence[Fork], branches: Sequence[Branch], layers: int
+) -> list[Float[np.ndarray, " branch"]]:
+    """Rows of the denoiser in each step of a batch of forks; one that begins in the middle counts
+    in part.
+    """
     found = []
     for step in range(min(fork.first for fork in forks), max(fork.until for fork in forks)):
         rows = np.zeros(len(branches))
         for fork in forks:
             if fork.first == step:
                 starts = dict(fork.starts)
-                rows += len(fork.rows) * np.array([(layers - starts.get(branch, layers)) / layers for branch in branches])
+                rows += len(fork.rows) * np.array(
+                    [(layers - starts.get(branch, layers)) / layers for branch in branches]
+                )
             elif fork.first < step < fork.until:
                 rows += len(fork.rows)
         found.append(rows)
@@ -146,7 +173,9 @@ def _rows_at(forks: Sequence[Fork], branches: Sequence[Branch], layers: int) -> 
 
 @torch.no_grad()
 def seconds_of_step(plan: Plan, rows: int) -> float:
-    """Seconds of one denoising step of n rows, sampler and guidance included: the median of several, after a warm-up."""
+    """Seconds of one denoising step of n rows, sampler and guidance included: the median of
+    several, after a warm-up.
+    """
     model, inputs = plan.model, plan.inputs()
     some = inputs_of(model, inputs, range(rows), np.arange(rows) * len(inputs))
     times = []
@@ -163,7 +192,12 @@ def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
     """Seconds and operations of one image."""
     model, inputs = plan.model, plan.inputs()
     some = inputs_of(model, inputs, range(rows), np.arange(rows) * len(inputs))
-    run = Run(model, some, Record(), torch.zeros(model.shape(some, LATENT), device=model.device, dtype=model.dit.dtype))
+    run = Run(
+        model,
+        some,
+        Record(),
+        torch.zeros(model.shape(some, LATENT), device=model.device, dtype=model.dit.dtype),
+    )
     model.images_of(run)
     start = time.perf_counter()
     model.images_of(run)
@@ -176,7 +210,8 @@ def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
-    """Operations of one row's denoiser call in "cond", and in "uncond" if there is guidance: an empty text is less work.
+    """Operations of one row's denoiser call in "cond", and in "uncond" if there is guidance: an
+    empty text is less work.
 
     Counted by torch, which on a CPU does not see into fused attention.
     """
@@ -190,10 +225,14 @@ def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
 
 
 def _bytes_of_row(plan: Plan) -> int:
-    """Peak bytes of the activations of one row of a batch, in all its guidance branches, and of its image."""
+    """Peak bytes of the activations of one row of a batch, in all its guidance branches, and of its
+    image.
+    """
     model, branches = plan.model, 1 + plan.extent.guided
     one, cfg, size = plan.inputs(), model.cfg, model.dit.dtype.itemsize
-    pos = model.layout(one).length("joint" if model.dit.axes("blocks.0.hook_resid_post")[1] == "joint_pos" else "image")
+    pos = model.layout(one).length(
+        "joint" if model.dit.axes("blocks.0.hook_resid_post")[1] == "joint_pos" else "image"
+    )
     d_mlp = cfg.d_mlp if (cfg.d_mlp or 0) > 0 else 4 * cfg.d_model
     hidden = pos * (2 * d_mlp + 12 * cfg.d_model)
     scores = 3 * cfg.n_heads * pos * pos  # a hooked pattern is explicit
@@ -204,8 +243,12 @@ def _bytes_of_row(plan: Plan) -> int:
 def _bytes_of_run(plan: Plan) -> int:
     """Bytes of one run without intervention: latents and outputs of all steps, in all branches."""
     model, one = plan.model, plan.inputs()
-    latent, out = (prod(model.shape(one, site)[1:]) for site in (LATENT, Site("sampler", "hook_out_cond", 0)))
-    return (2 * latent + (1 + plan.extent.guided) * out) * (plan.steps + 1) * model.dit.dtype.itemsize
+    latent, out = (
+        prod(model.shape(one, site)[1:]) for site in (LATENT, Site("sampler", "hook_out_cond", 0))
+    )
+    return (
+        (2 * latent + (1 + plan.extent.guided) * out) * (plan.steps + 1) * model.dit.dtype.itemsize
+    )
 
 
 def _wait(device: torch.device) -> None:

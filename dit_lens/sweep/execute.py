@@ -49,10 +49,14 @@ class Work:
     batch: int
 
     def on(self, model: Any) -> Work:
-        """The same with another model, which has to be an equal one; None, to send it elsewhere without."""
+        """The same with another model, which has to be an equal one; None, to send it elsewhere
+        without.
+        """
         return replace(self, plan=replace(self.plan, model=model), clean=self.clean.on(model))
 
-    def rows(self, forks: Sequence[Fork], worked: Callable[[int], None] = lambda rows: None) -> pd.DataFrame:
+    def rows(
+        self, forks: Sequence[Fork], worked: Callable[[int], None] = lambda rows: None
+    ) -> pd.DataFrame:
         """Run forks together, in halves if memory does not suffice: the rows of their cells."""
         batch = Batch(self.clean, self.plan.treatments, forks)
         try:
@@ -61,11 +65,20 @@ class Work:
             if len(forks) == 1:
                 raise
             half = len(forks) // 2
-            return pd.concat([self.rows(forks[:half], worked), self.rows(forks[half:], worked)], ignore_index=True)
-        return self.table(np.concatenate([self.plan.cells_of(fork) for fork in forks]), batch, found)
+            return pd.concat(
+                [self.rows(forks[:half], worked), self.rows(forks[half:], worked)],
+                ignore_index=True,
+            )
+        return self.table(
+            np.concatenate([self.plan.cells_of(fork) for fork in forks]), batch, found
+        )
 
-    def table(self, cells: Int[np.ndarray, " cell"], batch: Batch | None, found: Mapping[Read, Tensor]) -> pd.DataFrame:
-        """Rows of the results for the cells of a batch; without one, for cells that are those of the clean run."""
+    def table(
+        self, cells: Int[np.ndarray, " cell"], batch: Batch | None, found: Mapping[Read, Tensor]
+    ) -> pd.DataFrame:
+        """Rows of the results for the cells of a batch; without one, for cells that are those of
+        the clean run.
+        """
         plan, rows = self.plan, cells % self.plan.runs
         firsts = np.array([plan.treatments[condition].first for condition in cells // plan.runs])
         columns: dict[str, Any] = {"cell": cells}
@@ -74,18 +87,36 @@ class Work:
             steps = [read.at(int(first)).step for first in firsts]
             clean = [self.baselines[name, step] for step in steps]
             before = {
-                column: np.array([one.values[column][row] for one, row in zip(clean, rows, strict=True)])
+                column: np.array(
+                    [one.values[column][row] for one, row in zip(clean, rows, strict=True)]
+                )
                 for column in clean[0].values
             }
             if batch is None:
-                after = Measured(before, np.array([one.errors[row] for one, row in zip(clean, rows, strict=True)], dtype=object))
+                after = Measured(
+                    before,
+                    np.array(
+                        [one.errors[row] for one, row in zip(clean, rows, strict=True)],
+                        dtype=object,
+                    ),
+                )
             else:
-                after = measured(name, plan.metrics[name], found[read], batch.clean_tensor(read), batch.prompts, self.batch)
+                after = measured(
+                    name,
+                    plan.metrics[name],
+                    found[read],
+                    batch.clean_tensor(read),
+                    batch.prompts,
+                    self.batch,
+                )
             for column, value in before.items():
                 full = f"{name}_{column}" if column else name
                 columns[full] = after.values.get(column, np.full(len(cells), np.nan))
                 columns[f"{full}_baseline"] = value
-            errors = np.array(["; ".join(filter(None, pair)) for pair in zip(errors, after.errors, strict=True)], dtype=object)
+            errors = np.array(
+                ["; ".join(filter(None, pair)) for pair in zip(errors, after.errors, strict=True)],
+                dtype=object,
+            )
         return pd.DataFrame({**columns, "error": errors})
 
 
@@ -96,7 +127,9 @@ class Workers(Protocol):
         """The runs of some rows without intervention."""
         ...
 
-    def scores(self, question: Question, seed: int, groups: Sequence[Rows]) -> Iterable[Float[np.ndarray, "condition prompt"]]:
+    def scores(
+        self, question: Question, seed: int, groups: Sequence[Rows]
+    ) -> Iterable[Float[np.ndarray, "condition prompt"]]:
         """The scores of each group of prompts (`scores.scores_of_group`), in order."""
         ...
 
@@ -118,9 +151,13 @@ class Here(AbstractContextManager["Here"]):
 
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
         """As in `Workers`."""
-        return Clean.sample(self.plan.model, self.plan.inputs(), self.plan.seeds, rows, reads, batch, self.worked)
+        return Clean.sample(
+            self.plan.model, self.plan.inputs(), self.plan.seeds, rows, reads, batch, self.worked
+        )
 
-    def scores(self, question: Question, seed: int, groups: Sequence[Rows]) -> Iterator[Float[np.ndarray, "condition prompt"]]:
+    def scores(
+        self, question: Question, seed: int, groups: Sequence[Rows]
+    ) -> Iterator[Float[np.ndarray, "condition prompt"]]:
         """As in `Workers`."""
         inputs = self.plan.inputs()
         return (scores_of_group(self.plan, inputs, question, seed, prompts) for prompts in groups)
@@ -140,7 +177,9 @@ class Execution:
         for fork in plan.forks:
             forked[plan.cells_of(fork)] = True
         self.unchanged = np.flatnonzero(~forked & ~done)
-        self.rows = np.unique(np.concatenate([self.unchanged % plan.runs, *(fork.rows for fork in self.pending)]))
+        self.rows = np.unique(
+            np.concatenate([self.unchanged % plan.runs, *(fork.rows for fork in self.pending)])
+        )
         self.batch = _batch(plan, results)
 
     def run(self, cluster: Cluster | None = None) -> None:
@@ -150,7 +189,11 @@ class Execution:
             ValueError: a metric fails on every run without intervention.
         """
         plan = self.plan
-        batch = self.batch if cluster is None else cluster.batch(sum(len(fork.rows) for fork in self.pending), self.batch)
+        batch = (
+            self.batch
+            if cluster is None
+            else cluster.batch(sum(len(fork.rows) for fork in self.pending), self.batch)
+        )
         jobs = list(plan.batches(self.pending, batch))
         steps = np.zeros(plan.cells, dtype=np.int64)
         for fork in self.pending:
@@ -158,8 +201,12 @@ class Execution:
         work = len(self.rows) * plan.steps + int(steps.sum())
         away = cluster is not None and bool(jobs)
         with (
-            progress_bar(int((~self.done).sum()), work, disable=len(jobs) < PROGRESS_FROM) as advance,
-            cluster.start(plan, len(jobs)) if cluster is not None and jobs else Here(plan, advance.rows) as workers,
+            progress_bar(
+                int((~self.done).sum()), work, disable=len(jobs) < PROGRESS_FROM
+            ) as advance,
+            cluster.start(plan, len(jobs))
+            if cluster is not None and jobs
+            else Here(plan, advance.rows) as workers,
         ):
             clean = workers.sample(self.rows, self.steps_read, self.batch)
             clean.expect(self.pending)
@@ -182,16 +229,24 @@ class Execution:
         return {read.at(first) for read in self.plan.reads.values() for first in firsts}
 
     def baselines(self, clean: Clean) -> dict[tuple[str, int | None], Measured]:
-        """As in `Work`: a metric that cannot work is found out here. Raises ValueError if it fails on every run."""
+        """As in `Work`: a metric that cannot work is found out here.
+
+        Raises ValueError if it fails on every run.
+        """
         found = {}
         for name, read in self.plan.reads.items():
             for at in {read.at(treatment.first) for treatment in self.plan.treatments}:
                 tensor, prompts = clean.found[at], self.rows % len(self.plan.prompts)
-                values, errors = measured(name, self.plan.metrics[name], tensor, tensor, prompts, self.batch)
+                values, errors = measured(
+                    name, self.plan.metrics[name], tensor, tensor, prompts, self.batch
+                )
                 if all(errors):
-                    raise ValueError(f"The metric fails on every run without intervention. {errors[0]}")
+                    raise ValueError(
+                        f"The metric fails on every run without intervention. {errors[0]}"
+                    )
                 found[name, at.step] = Measured(
-                    {column: self._spread(value, np.nan) for column, value in values.items()}, self._spread(errors, "")
+                    {column: self._spread(value, np.nan) for column, value in values.items()},
+                    self._spread(errors, ""),
                 )
         return found
 
@@ -201,22 +256,37 @@ class Execution:
         return whole
 
 
-def measured(name: str, metric: Metric, tensor: Tensor, baseline: Tensor, prompts: np.ndarray, batch: int) -> Measured:
-    """A metric, `batch` rows at a time; where it fails, row by row, so that the others have their values."""
+def measured(
+    name: str, metric: Metric, tensor: Tensor, baseline: Tensor, prompts: np.ndarray, batch: int
+) -> Measured:
+    """A metric, `batch` rows at a time; where it fails, row by row, so that the others have their
+    values.
+    """
     parts = []
     for start in range(0, len(tensor), batch):
         some = slice(start, start + batch)
         size = len(prompts[some])
         try:
-            parts.append(Measured(metric(tensor[some], baseline[some], prompts[some]), np.full(size, "", dtype=object)))
+            parts.append(
+                Measured(
+                    metric(tensor[some], baseline[some], prompts[some]),
+                    np.full(size, "", dtype=object),
+                )
+            )
         except Exception as error:
             if size > 1:
                 parts.append(measured(name, metric, tensor[some], baseline[some], prompts[some], 1))
             else:
-                parts.append(Measured({}, np.array([f"{name}: {type(error).__name__}: {error}"], dtype=object)))
+                parts.append(
+                    Measured(
+                        {}, np.array([f"{name}: {type(error).__name__}: {error}"], dtype=object)
+                    )
+                )
     columns = dict.fromkeys(column for part in parts for column in part.values)
     values = {
-        column: np.concatenate([part.values.get(column, np.full(len(part.errors), np.nan)) for part in parts])
+        column: np.concatenate(
+            [part.values.get(column, np.full(len(part.errors), np.nan)) for part in parts]
+        )
         for column in columns
     }
     return Measured(values, np.concatenate([part.errors for part in parts]))
@@ -233,7 +303,11 @@ def _batch(plan: Plan, results: Results) -> int:
 
 def metric_of(plan: Plan, column: str) -> str | None:
     """The metric that a column of the table belongs to."""
-    return max((name for name in plan.metrics if column == name or column.startswith(f"{name}_")), key=len, default=None)
+    return max(
+        (name for name in plan.metrics if column == name or column.startswith(f"{name}_")),
+        key=len,
+        default=None,
+    )
 
 
 def depends_on_condition(plan: Plan, column: str) -> bool:

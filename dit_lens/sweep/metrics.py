@@ -51,16 +51,24 @@ class Metric:
     """Number, or several by name, for each row of a tensor.
 
     Args:
-        function: tensor [batch …] → [batch], or several such by name. It is given the rows of many cells at once.
-        on: the tensor. "image" [batch 3 height width] in [0, 1]; "latent", the final one; "x0", "out" (guided) or "eps" of the
-            first step that an intervention touches: its one-step effect, for which nothing after that step is run; or one of a
-            step that is named, as "steps.5.hook_x0" (`hook_latent`, `hook_out`, `hook_out_cond`, `hook_out_uncond`, `eps`).
-        given: further keyword arguments of the function: `baseline`, the same tensor without intervention
-            [batch …], and `prompt`, the index of each row's prompt, an integer array [batch].
+        function: tensor [batch …] → [batch], or several such by name. It is given the rows of many
+            cells at once.
+        on: the tensor. "image" [batch 3 height width] in [0, 1]; "latent", the final one; "x0",
+            "out" (guided) or "eps" of the first step that an intervention touches: its one-step
+            effect, for which nothing after that step is run; or one of a step that is named, as
+            "steps.5.hook_x0" (`hook_latent`, `hook_out`, `hook_out_cond`, `hook_out_uncond`,
+            `eps`).
+        given: further keyword arguments of the function: `baseline`, the same tensor without
+            intervention [batch …], and `prompt`, the index of each row's prompt, an integer array
+            [batch].
 
     Example:
         >>> import torch
-        >>> moved = Metric(lambda x0, baseline: (x0 - baseline).flatten(1).norm(dim=1), on="x0", given=["baseline"])
+        >>> moved = Metric(
+        ...     lambda x0, baseline: (x0 - baseline).flatten(1).norm(dim=1),
+        ...     on="x0",
+        ...     given=["baseline"],
+        ... )
         >>> moved(torch.ones(1, 4), torch.zeros(1, 4), np.array([0]))
         {'': array([2.])}
     """
@@ -71,7 +79,10 @@ class Metric:
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise ValueError(f"The metric {shown(self.function)} is no function: give one of images [batch 3 height width].")
+            raise ValueError(
+                f"The metric {shown(self.function)} is no function: give one of images [batch 3 "
+                "height width]."
+            )
 
     def __call__(
         self,
@@ -91,27 +102,40 @@ class Metric:
         for value in values.values():
             if value.shape != (len(tensor),):
                 raise ValueError(
-                    f"the metric gave shape {value.shape} for {len(tensor)} rows: return one number for each row, [batch]."
+                    f"the metric gave shape {value.shape} for {len(tensor)} rows: return one "
+                    "number for each row, [batch]."
                 )
         return values
 
     def read(self, extent: Extent) -> Read:
-        """Tensor of the metric in runs of an extent. Raises ValueError if they have no such tensor."""
+        """Tensor of the metric in runs of an extent.
+
+        Raises ValueError if they have no such tensor.
+        """
         step, inner = None, ALIASES.get(self.on)
         if inner is not None:
             step = None if inner in (FINAL, "latent") else FIRST_TOUCHED
         elif (found := re.fullmatch(r"steps\.(\d+)\.(\w+)", self.on)) and found[2] in BETWEEN:
             step, inner = int(found[1]), found[2]
             if step >= (steps := len(extent.solver)):
-                raise ValueError(f"{self.on} does not exist: this sweep goes over steps 0 to {steps - 1}.")
+                raise ValueError(
+                    f"{self.on} does not exist: this sweep goes over steps 0 to {steps - 1}."
+                )
         else:
             raise ValueError(
-                f"A metric cannot be taken on {self.on!r}: choose {', '.join(ALIASES)}, or 'steps.0.' with {', '.join(BETWEEN)}."
+                f"A metric cannot be taken on {self.on!r}: choose {', '.join(ALIASES)}, or "
+                f"'steps.0.' with {', '.join(BETWEEN)}."
             )
         if inner in ("hook_x0", "eps") and not extent.solver.forms_x0:
-            raise ValueError(f"{extent.solver.name} forms no clean-image prediction: take a metric on 'out' instead.")
+            raise ValueError(
+                f"{extent.solver.name} forms no clean-image prediction: take a metric on 'out' "
+                "instead."
+            )
         if inner == "hook_out_uncond" and step not in extent.uncond:
-            raise ValueError(f"{self.on} does not exist: there is no unconditional branch at this step, with this guidance.")
+            raise ValueError(
+                f"{self.on} does not exist: there is no unconditional branch at this step, with "
+                "this guidance."
+            )
         return Read(inner, step)
 
 
@@ -121,12 +145,20 @@ def _array(value: Any) -> np.ndarray:
     try:
         return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"the metric gave {shown(value)}: return one number for each row, [batch].") from None
+        raise ValueError(
+            f"the metric gave {shown(value)}: return one number for each row, [batch]."
+        ) from None
 
 
 def scene_metric(
     wanted: Sequence[scenes.Scene],
-    verdicts: Sequence[str] = ("color", "shape", "unique_binding", "relation_loose", "relation_strict"),
+    verdicts: Sequence[str] = (
+        "color",
+        "shape",
+        "unique_binding",
+        "relation_loose",
+        "relation_strict",
+    ),
 ) -> Metric:
     """Verdicts of `scenes.evaluate` as a metric of several values.
 
@@ -162,14 +194,20 @@ def relation_metric(wanted: Sequence[scenes.Scene]) -> Metric:
     """
 
     def offset(images: Tensor, prompt: np.ndarray) -> Tensor:
-        planes = torch.stack([ramp(scenes.DIRECTIONS[wanted[row].relation], images.shape[-1]) for row in prompt])
-        red = torch.tensor([1.0 if wanted[row].color1 == "red" else -1.0 for row in prompt]).to(images)
+        planes = torch.stack(
+            [ramp(scenes.DIRECTIONS[wanted[row].relation], images.shape[-1]) for row in prompt]
+        )
+        red = torch.tensor([1.0 if wanted[row].color1 == "red" else -1.0 for row in prompt]).to(
+            images
+        )
         return red * ((images[:, 0] - images[:, 2]).flatten(1) * planes.to(images)).mean(dim=1)
 
     return Metric(offset, given=("prompt",))
 
 
-def displacement(tensor: Float[Tensor, "batch ..."], baseline: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+def displacement(
+    tensor: Float[Tensor, "batch ..."], baseline: Float[Tensor, "batch ..."]
+) -> Float[Tensor, " batch"]:
     """Relative distance of a tensor from its baseline, ‖tensor − baseline‖ / ‖baseline‖.
 
     `Metric(displacement, on="eps", given=("baseline",))` is an intervention's one-step effect on
@@ -199,7 +237,10 @@ class ShareOf:
     whole: Float[Tensor, "prompt ..."]
 
     def __call__(
-        self, tensor: Float[Tensor, "batch ..."], baseline: Float[Tensor, "batch ..."], prompt: Int[np.ndarray, " batch"]
+        self,
+        tensor: Float[Tensor, "batch ..."],
+        baseline: Float[Tensor, "batch ..."],
+        prompt: Int[np.ndarray, " batch"],
     ) -> Float[Tensor, " batch"]:
         whole = self.whole[torch.as_tensor(prompt, device=self.whole.device)].flatten(1)
         return ((tensor - baseline).flatten(1) * whole).sum(1) / whole.square().sum(1)

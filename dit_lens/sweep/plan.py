@@ -34,9 +34,13 @@ class Plan:
         >>> from dit_lens import Intervention, sweep
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> cells = sweep.grid(
+        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
+        ... )
         >>> red = lambda images: images[:, 0].mean((1, 2))
-        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> plan = sweep.plan(
+        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
+        ... )
         >>> plan, plan.cells
         (Plan(3 interventions, 1 prompts, 1 seeds: explain()), 3)
     """
@@ -60,7 +64,10 @@ class Plan:
     chosen_batch: int | None = None
 
     def __repr__(self) -> str:
-        return f"Plan({len(self.treatments)} interventions, {len(self.prompts)} prompts, {len(self.seeds)} seeds: explain())"
+        return (
+            f"Plan({len(self.treatments)} interventions, {len(self.prompts)} prompts, "
+            f"{len(self.seeds)} seeds: explain())"
+        )
 
     @property
     def runs(self) -> int:
@@ -74,20 +81,29 @@ class Plan:
 
     @cached_property
     def forks(self) -> list[Fork]:
-        """Runs to make, ordered so that neighbours share most; all other cells equal those of the clean run."""
+        """Runs to make, ordered so that neighbours share most; all other cells equal those of the
+        clean run.
+        """
         found: list[Fork] = []
         for condition, treatment in enumerate(self.treatments):
             if (until := self._until(treatment)) is not None:
                 found += self.forks_of(condition, treatment.first, until, range(len(self.seeds)))
 
         def place(fork: Fork) -> tuple[int, ...]:
-            row, layer = int(fork.rows[0]), min(dict(fork.starts).values(), default=self.model.cfg.n_layers)
+            row, layer = (
+                int(fork.rows[0]),
+                min(dict(fork.starts).values(), default=self.model.cfg.n_layers),
+            )
             return (fork.first, row // len(self.prompts), len(fork.rows), row, layer)
 
         return sorted(found, key=place)
 
-    def forks_of(self, condition: int, first: int, until: int, seeds: Iterable[int]) -> Iterator[Fork]:
-        """A condition's forks, clean up to step `first`: one a prompt, unless prompts look at each other."""
+    def forks_of(
+        self, condition: int, first: int, until: int, seeds: Iterable[int]
+    ) -> Iterator[Fork]:
+        """A condition's forks, clean up to step `first`: one a prompt, unless prompts look at each
+        other.
+        """
         n, treatment = len(self.prompts), self.treatments[condition]
         branches = tuple(
             (branch, layer if self.model.enters_at_layers else 0)
@@ -105,7 +121,9 @@ class Plan:
         for read in self.reads.values():
             if read.inner == FINAL or (read.inner == "latent" and treatment.first < self.steps):
                 seen.append(self.steps)
-            elif (step := read.at(treatment.first).step) is not None and treatment.first <= step < self.steps:
+            elif (
+                step := read.at(treatment.first).step
+            ) is not None and treatment.first <= step < self.steps:
                 seen.append(step + 1)
         return max(seen, default=None)
 
@@ -159,7 +177,9 @@ class Plan:
         return self.model.prepare(self.prompts, 0, self.num_steps, self.guidance)
 
     @torch.no_grad()
-    def run(self, out: str | Path | None = None, executor: str = "local", workers: int | None = None) -> xr.Dataset:
+    def run(
+        self, out: str | Path | None = None, executor: str = "local", workers: int | None = None
+    ) -> xr.Dataset:
         """As `sweep.run`."""
         cluster = cluster_of(executor, workers)
         folder = None if out is None else Path(out)
@@ -185,7 +205,13 @@ def cluster_of(executor: str = "local", workers: int | None = None) -> Cluster |
     if executor == "ray":
         return Cluster(workers)
     if executor != "local":
-        raise ValueError(f"executor={executor!r} does not exist: choose 'local' (this process) or 'ray' (a Ray cluster).")
+        raise ValueError(
+            f"executor={executor!r} does not exist: choose 'local' (this process) or 'ray' (a Ray "
+            "cluster)."
+        )
     if workers is not None:
-        raise ValueError(f"workers={workers} are those of a Ray cluster: choose executor='ray', or leave workers out.")
+        raise ValueError(
+            f"workers={workers} are those of a Ray cluster: choose executor='ray', or leave "
+            "workers out."
+        )
     return None

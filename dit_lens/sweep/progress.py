@@ -16,7 +16,9 @@ class Advance(NamedTuple):
     cells: Callable[[int], None]
     """Cells."""
     rows: Callable[[int], None]
-    """Rows that went through a denoising step: the measure of time left, for cells differ in how many steps they take."""
+    """Rows that went through a denoising step: the measure of time left, for cells differ in how
+    many steps they take.
+    """
 
 
 @contextmanager
@@ -25,11 +27,15 @@ def progress_bar(cells: int, work: int, disable: bool) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[cells]}/{task.fields[of]} cells, {task.fields[rate]:.1f} cells/s,"),
+        TextColumn(
+            "{task.fields[cells]}/{task.fields[of]} cells, {task.fields[rate]:.1f} cells/s,"
+        ),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=disable) as progress:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=disable
+    ) as progress:
         task = progress.add_task("sweep", total=work, cells=0, of=cells, rate=0.0)
         counted = 0
 

@@ -1,8 +1,10 @@
-"""Where a sweep's numbers go: a table, one row a cell, that survives being killed; and from it the Dataset.
+"""Where a sweep's numbers go: a table, one row a cell, that survives being killed; and from it the
+Dataset.
 
-On disk the table is Parquet shards in a folder (`dit_lens.store`), which records hashes of its origin: model, prompts, seeds,
-interventions, metrics. Columns: `cell` = condition · (prompts · seeds) + seed index · prompts +
-prompt; the metrics; `{metric}_baseline`, the same run's without intervention; `error`, empty where all went well.
+On disk the table is Parquet shards in a folder (`dit_lens.store`), which records hashes of its
+origin: model, prompts, seeds, interventions, metrics. Columns: `cell` = condition · (prompts ·
+seeds) + seed index · prompts + prompt; the metrics; `{metric}_baseline`, the same run's without
+intervention; `error`, empty where all went well.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Results:
     """Rows of cells, in memory and, if there is a folder, on disk.
 
     Raises:
-        ValueError: the folder holds a sweep of another model, other prompts or settings, or is written to by another run.
+        ValueError: the folder holds a sweep of another model, other prompts or settings, or is
+            written to by another run.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
@@ -43,7 +46,11 @@ class Results:
             return
         self.store = Store(folder, settings)
         try:
-            self.parts = [pd.read_parquet(self.store.path(name)) for name in self.store.names("cells-") if name in self.store]
+            self.parts = [
+                pd.read_parquet(self.store.path(name))
+                for name in self.store.names("cells-")
+                if name in self.store
+            ]
         except BaseException:
             self.store.close()
             raise
@@ -69,21 +76,28 @@ class Results:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the rows that are not on disk yet, as one shard. After a full disk they are kept for the next try."""
+        """Write the rows that are not on disk yet, as one shard.
+
+        After a full disk they are kept for the next try.
+        """
         self.flushed = time.monotonic()
         if self.folder is None or not self.unsaved:
             return
         rows = pd.concat(self.unsaved, ignore_index=True)
         try:
             number = len(self.store.names("cells-"))
-            self.store.put(f"cells-{number:06d}.parquet", lambda part: rows.to_parquet(part, index=False))
+            self.store.put(
+                f"cells-{number:06d}.parquet", lambda part: rows.to_parquet(part, index=False)
+            )
         except OSError as error:
             self.failure = error
             return
         self.unsaved, self.failure = [], None
 
     def close(self) -> None:
-        """Write the rest, and report cells that could not be written: in their rows, and by a warning."""
+        """Write the rest, and report cells that could not be written: in their rows, and by a
+        warning.
+        """
         if self.folder is None:
             return
         self.flush()
@@ -91,11 +105,13 @@ class Results:
         if self.failure is not None:
             reason = f"not saved: {self.failure}"
             for rows in self.unsaved:
-                rows["error"] = [f"{error}; {reason}" if error else reason for error in rows["error"]]
+                rows["error"] = [
+                    f"{error}; {reason}" if error else reason for error in rows["error"]
+                ]
             cells = sum(map(len, self.unsaved))
             warnings.warn(
-                f"{cells} cells are in the returned Dataset but not in {self.folder}: {self.failure} Running again computes "
-                "these cells anew.",
+                f"{cells} cells are in the returned Dataset but not in {self.folder}: "
+                f"{self.failure} Running again computes these cells anew.",
                 stacklevel=3,
             )
 
@@ -108,13 +124,21 @@ def dataset(
     own: Mapping[str, bool],
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
-    """The table as a Dataset over (intervention, prompt, seed); `own`: metric → whether its baseline depends on the condition."""
+    """The table as a Dataset over (intervention, prompt, seed); `own`: metric → whether its
+    baseline depends on the condition.
+    """
     shape = (len(treatments), len(seeds), len(prompts))
-    names = [name for name in table.columns if name not in ("cell", "error") and not name.endswith("_baseline")]
+    names = [
+        name
+        for name in table.columns
+        if name not in ("cell", "error") and not name.endswith("_baseline")
+    ]
     cells = table["cell"].to_numpy()
 
     def laid_out(column: str, empty: Any) -> np.ndarray:
-        whole = np.full(int(np.prod(shape)), empty, dtype=object if isinstance(empty, str) else float)
+        whole = np.full(
+            int(np.prod(shape)), empty, dtype=object if isinstance(empty, str) else float
+        )
         whole[cells] = table[column].to_numpy()
         return whole.reshape(shape).swapaxes(1, 2)
 
@@ -122,7 +146,10 @@ def dataset(
     found = xr.Dataset(
         coords={
             "intervention": [one.label for one in treatments],
-            **{name: ("intervention", [one.coords[name] for one in treatments]) for name in ("layer", "head", "step")},
+            **{
+                name: ("intervention", [one.coords[name] for one in treatments])
+                for name in ("layer", "head", "step")
+            },
             "prompt": list(prompts),
             "seed": list(seeds),
             "interval": ["mean", "low", "high"],
@@ -139,9 +166,12 @@ def dataset(
 
 
 def effects(
-    before: Float[np.ndarray, "intervention prompt seed"], after: Float[np.ndarray, "intervention prompt seed"]
+    before: Float[np.ndarray, "intervention prompt seed"],
+    after: Float[np.ndarray, "intervention prompt seed"],
 ) -> Float[np.ndarray, "intervention bound"]:
-    """Mean over the pairs of a cell and its baseline, with a 95 % interval over prompts; of one prompt, over seeds."""
+    """Mean over the pairs of a cell and its baseline, with a 95 % interval over prompts; of one
+    prompt, over seeds.
+    """
     difference = after - before
     clusters = difference.swapaxes(1, 2) if difference.shape[1] == 1 else difference
     both = np.concatenate([before.ravel(), after.ravel()])

@@ -1,13 +1,16 @@
 """Estimated effects of all conditions of a plan at once: the scores by which `two_stage` chooses.
 
-Both methods take the metric's gradients at the runs without intervention, and multiply them with a condition's changes:
+Both methods take the metric's gradients at the runs without intervention, and multiply them with a
+condition's changes:
 
-- `"step"`: every touched step is run exactly, up to the guided output of the network. Change there · ∂metric/∂output: no
-  approximation within a step (saturated attention, masked keys, several layers), first order from it to the metric.
-- `"attribution"`: change of the tensors that the edits touch · ∂metric/∂activation. First order throughout, and no
-  run for any condition: the cost does not grow with their number. This is attribution patching (see `dit_lens.attribution`)
-  with the sweep's own edits in the place of a second run. A knocked-out key is scored by the change of the pattern, for a
-  masked score is no small change.
+- `"step"`: every touched step is run exactly, up to the guided output of the network. Change there
+  · ∂metric/∂output: no approximation within a step (saturated attention, masked keys, several
+  layers), first order from it to the metric.
+- `"attribution"`: change of the tensors that the edits touch · ∂metric/∂activation. First order
+  throughout, and no run for any condition: the cost does not grow with their number. This is
+  attribution patching (see `dit_lens.attribution`) with the sweep's own edits in the place of a
+  second run. A knocked-out key is scored by the change of the pattern, for a masked score is no
+  small change.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ class Question:
 
 
 def groups_of_prompts(plan: Plan, workers: int = 1) -> list[Int[np.ndarray, " prompt"]]:
-    """Prompts that are scored together: as many as fit into a batch, and few enough that each worker has some."""
+    """Prompts that are scored together: as many as fit into a batch, and few enough that each
+    worker has some.
+    """
     prompts = np.arange(len(plan.prompts))
     if any(one.joint for one in plan.treatments):  # "mean" and "resample" look at all prompts
         return [prompts]
@@ -70,32 +75,50 @@ def scores_of_group(
     """
     read = plan.reads[question.name]
     ways = [_way(treatment, read, question.by) for treatment in plan.treatments]
-    found = np.where(np.array([way is None for way in ways])[:, None], np.nan, np.zeros((len(ways), len(prompts))))
+    found = np.where(
+        np.array([way is None for way in ways])[:, None],
+        np.nan,
+        np.zeros((len(ways), len(prompts))),
+    )
     reads = {OUT.at(step) for step in range(plan.steps)} if "step" in ways else set()
-    clean = Clean.sample(plan.model, inputs, plan.seeds, seed * len(plan.prompts) + prompts, reads, plan.batch)
+    clean = Clean.sample(
+        plan.model, inputs, plan.seeds, seed * len(plan.prompts) + prompts, reads, plan.batch
+    )
     for first, some in _questions(plan, read, np.flatnonzero([way is not None for way in ways])):
         chosen = [ways[i] for i in some.tolist()]
-        found[some] = _Part(plan, read, question.metric, question.column, clean, first, some, chosen).scores()
+        found[some] = _Part(
+            plan, read, question.metric, question.column, clean, first, some, chosen
+        ).scores()
     return found
 
 
 def _way(treatment: Treatment, read: Read, by: Method) -> Method | None:
-    """Scoring method, or None if the touched tensors do not lie between the inputs and the result."""
+    """Scoring method, or None if the touched tensors do not lie between the inputs and the
+    result.
+    """
     sites = [edit.site for edit in treatment.edits]
     own = read.at(treatment.first).step
-    past = read.inner in ("hook_out_cond", "hook_out_uncond") and own in treatment.at  # these lie before the guided output
+    # these lie before the guided output
+    past = read.inner in ("hook_out_cond", "hook_out_uncond") and own in treatment.at
     if by == "step" and not past and all(site.part == "dit" for site in sites):
         return "step"
-    twice = own if read.inner == "eps" else None  # made of the latent twice, once beside the network
+    # made of the latent twice, once beside the network
+    twice = own if read.inner == "eps" else None
     ways = all(
-        site.step is not None and not modulates(site.inner) and (site.inner, site.step) != ("hook_latent", twice)
+        site.step is not None
+        and not modulates(site.inner)
+        and (site.inner, site.step) != ("hook_latent", twice)
         for site in sites
     )
     return "attribution" if ways else None
 
 
-def _questions(plan: Plan, read: Read, which: Int[np.ndarray, " _"]) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
-    """(first step of a chain, conditions that it is about); where a metric is taken at the first touched step, one each."""
+def _questions(
+    plan: Plan, read: Read, which: Int[np.ndarray, " _"]
+) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
+    """(first step of a chain, conditions that it is about); where a metric is taken at the first
+    touched step, one each.
+    """
     firsts = np.array([plan.treatments[i].first for i in which.tolist()], dtype=np.int64)
     if read.step == FIRST_TOUCHED:
         for first in np.unique(firsts):
@@ -108,7 +131,9 @@ def _questions(plan: Plan, read: Read, which: Int[np.ndarray, " _"]) -> Iterator
 
 @dataclass(frozen=True)
 class _Part:
-    """Conditions that are scored with the gradients of one chain, from the state before step `first` to the metric."""
+    """Conditions that are scored with the gradients of one chain, from the state before step
+    `first` to the metric.
+    """
 
     plan: Plan
     read: Read
@@ -130,25 +155,42 @@ class _Part:
         clean, read = self.clean, self.read
         run = clean.take(clean.rows)
         between = (LATENT,) if read.inner == LATENT else read.hooks
-        one = chain(run, self.first, self.last, between, partial(_read, read.at(self.first), run.inputs.solver))
+        one = chain(
+            run,
+            self.first,
+            self.last,
+            between,
+            partial(_read, read.at(self.first), run.inputs.solver),
+        )
         edits, stepped = self._edits(), self._stepped()
-        names = {step: list(dict.fromkeys(name for _, name, _ in parts)) for step, parts in edits.items()}
+        names = {
+            step: list(dict.fromkeys(name for _, name, _ in parts)) for step, parts in edits.items()
+        }
         for step in stepped:
             names.setdefault(step, []).append(_out(step))
         found = np.zeros((len(self.conditions), len(clean.rows)))
         for step, gradient in gradients([(one, 1.0)], names, self._measured):
             if step in stepped:
                 for place, rows, changes in self._changes(step, stepped[step]):
-                    found[place, rows] += _product(changes, gradient[_out(step)][as_index(rows, clean.model)])
+                    found[place, rows] += _product(
+                        changes, gradient[_out(step)][as_index(rows, clean.model)]
+                    )
             if step in edits:
                 here = one.activations(step, names[step])
                 for place, name, several in edits[step]:
-                    found[place] += _product(self._edited(several, here[name]) - here[name], gradient[name])
+                    found[place] += _product(
+                        self._edited(several, here[name]) - here[name], gradient[name]
+                    )
         return found
 
     def _measured(self, tensor: Tensor) -> Tensor:
-        offered: dict[str, Any] = {"baseline": tensor.detach(), "prompt": self.clean.rows % len(self.plan.prompts)}
-        found = self.metric.function(tensor, **{key: value for key, value in offered.items() if key in self.metric.given})
+        offered: dict[str, Any] = {
+            "baseline": tensor.detach(),
+            "prompt": self.clean.rows % len(self.plan.prompts),
+        }
+        found = self.metric.function(
+            tensor, **{key: value for key, value in offered.items() if key in self.metric.given}
+        )
         return found[self.column] if isinstance(found, Mapping) else found  # type: ignore[return-value]
 
     # "step"
@@ -163,8 +205,12 @@ class _Part:
                         found.setdefault(step, []).append(place)
         return found
 
-    def _changes(self, step: int, places: Sequence[int]) -> Iterator[tuple[int, Int[np.ndarray, " row"], Tensor]]:
-        """(place, rows of the clean run, change of the guided output there by its edits at this step alone)."""
+    def _changes(
+        self, step: int, places: Sequence[int]
+    ) -> Iterator[tuple[int, Int[np.ndarray, " row"], Tensor]]:
+        """(place, rows of the clean run, change of the guided output there by its edits at this
+        step alone).
+        """
         plan, clean = self.plan, self.clean
         place_of = {int(self.conditions[place]): place for place in places}
         seeds = np.unique(clean.rows // len(plan.prompts)).tolist()
@@ -197,13 +243,19 @@ class _Part:
                 by_hook: dict[str, list[Edit]] = {}
                 for edit in here:
                     by_hook.setdefault(_hook(edit), []).append(edit)
-                found.setdefault(step, []).extend((place, name, several) for name, several in by_hook.items())
+                found.setdefault(step, []).extend(
+                    (place, name, several) for name, several in by_hook.items()
+                )
         return found
 
     def _edited(self, edits: Sequence[Edit], clean: Tensor) -> Tensor:
         prompts = self.clean.rows % len(self.plan.prompts)
         for edit in edits:
-            edit = edit if len(prompts) == len(self.plan.prompts) else edit.take(torch.from_numpy(prompts))
+            edit = (
+                edit
+                if len(prompts) == len(self.plan.prompts)
+                else edit.take(torch.from_numpy(prompts))
+            )
             if edit.action == "knockout":
                 kept = clean.masked_fill(edit.where, 0.0)
                 clean = kept / kept.sum(dim=-1, keepdim=True)
@@ -229,4 +281,8 @@ def _out(step: int) -> str:
 
 def _hook(edit: Edit) -> str:
     """Where an edit is scored: a masked attention score by the pattern that comes of it."""
-    return edit.site.name.replace("hook_attn_scores", "hook_pattern") if edit.action == "knockout" else edit.site.name
+    return (
+        edit.site.name.replace("hook_attn_scores", "hook_pattern")
+        if edit.action == "knockout"
+        else edit.site.name
+    )

@@ -1,4 +1,5 @@
-"""Two stages: every condition is scored by an estimate, and the promising ones, with a random sample, are run exactly.
+"""Two stages: every condition is scored by an estimate, and the promising ones, with a random
+sample, are run exactly.
 
     found = sweep.two_stage(plan, "height", k=20, sample=40)
     found.table  # one row a condition: score, exact effect if it was run, and the reason for that
@@ -35,15 +36,20 @@ from .scores import Method, Question, groups_of_prompts
 
 
 class Missed(NamedTuple):
-    """Bounds on the effects of conditions that were not run, from the random sample (each at the given level).
+    """Bounds on the effects of conditions that were not run, from the random sample (each at the
+    given level).
 
     Example:
         >>> from dit_lens import Intervention, sweep
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> cells = sweep.grid(
+        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
+        ... )
         >>> red = lambda images: images[:, 0].mean((1, 2))
-        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> plan = sweep.plan(
+        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
+        ... )
         >>> sweep.two_stage(plan, "red", k=1, sample=3).missed().most  # all three were run
         0
     """
@@ -80,9 +86,13 @@ class Search:
         >>> from dit_lens import Intervention, sweep
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> cells = sweep.grid(
+        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
+        ... )
         >>> red = lambda images: images[:, 0].mean((1, 2))
-        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> plan = sweep.plan(
+        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
+        ... )
         >>> sweep.two_stage(plan, "red", k=1, sample=2).table["drawn"].tolist()[0]
         'top'
     """
@@ -90,20 +100,28 @@ class Search:
     found: xr.Dataset
     """Results of the conditions that were run, as `sweep.run` gives them."""
     table: pd.DataFrame
-    """One row a condition, the largest score first: `intervention`, `layer`, `head`, `step`; `score`; `drawn`: "top", "sample" or
-    "unscored" for those that were run, "" for others; and `exact`, `low`, `high`, their effect with its interval."""
+    """One row a condition, the largest score first: `intervention`, `layer`, `head`, `step`;
+    `score`; `drawn`: "top", "sample" or "unscored" for those that were run, "" for others; and
+    `exact`, `low`, `high`, their effect with its interval.
+    """
     spearman: Interval
-    """Rank correlation of scores and exact effects over the random sample of all scored conditions."""
+    """Rank correlation of scores and exact effects over the random sample of all scored
+    conditions.
+    """
     p: float
     of_sizes: Interval
-    """The same of magnitudes, by which the top is chosen: an effect's size can be foreseen where its sign cannot."""
+    """The same of magnitudes, by which the top is chosen: an effect's size can be foreseen where
+    its sign cannot.
+    """
     in_sample: Sequence[bool]
     """Row by row of the table: those in the top can be in the sample too."""
 
     def missed(self, rank: int | None = None, level: float = 0.95) -> Missed:
-        """How many conditions that were not run may have a larger effect than the `rank`-th largest of the top (its last).
+        """How many conditions that were not run may have a larger effect than the `rank`-th largest
+        of the top (its last).
 
-        The sample is drawn before any effect is known, so the numbers of hits are hypergeometric and the bounds exact.
+        The sample is drawn before any effect is known, so the numbers of hits are hypergeometric
+        and the bounds exact.
 
         Raises:
             ValueError: the top has no such rank.
@@ -116,7 +134,9 @@ class Search:
         rest = self.table["drawn"].isin(["sample", ""]).to_numpy()
         drawn = self.table["exact"].abs().to_numpy()[rest & sampled]
         hits, largest = int((drawn > sizes[rank - 1]).sum()), float(drawn.max(initial=0.0))
-        most, larger = (count_bound(seen, len(drawn), int(rest.sum()), level) - seen for seen in (hits, 0))
+        most, larger = (
+            count_bound(seen, len(drawn), int(rest.sum()), level) - seen for seen in (hits, 0)
+        )
         return Missed(float(sizes[rank - 1]), hits, most, largest, larger)
 
 
@@ -132,34 +152,43 @@ def two_stage(
     score: Method | None = None,
     **running: Unpack[Running],
 ) -> Search:
-    """Score all conditions of a plan by an estimate, and run the `k` largest and a random `sample` of all, exactly.
+    """Score all conditions of a plan by an estimate, and run the `k` largest and a random `sample`
+    of all, exactly.
 
     Args:
-        metric: whose effect is looked for; of a metric with several values, one of them ("scene_relation_loose").
-        by: a differentiable stand-in: a function of the same tensor [batch …] → [batch]. For metrics that have no
-            slope: counts, verdicts, and distances from the run without intervention, which are smallest there.
+        metric: whose effect is looked for; of a metric with several values, one of them
+            ("scene_relation_loose").
+        by: a differentiable stand-in: a function of the same tensor [batch …] → [batch]. For
+            metrics that have no slope: counts, verdicts, and distances from the run without
+            intervention, which are smallest there.
         out: a folder, in which a search that was stopped goes on.
         rng: seed of the sample.
-        score: "step", each touched step exactly and first order from there on, which finds effects that attention's saturation
-            hides from gradients; or "attribution", first order throughout, whose cost does not grow with the number of
-            conditions. Unless given, "step", but for a metric that is taken at the touched step itself, where it would save
+        score: "step", each touched step exactly and first order from there on, which finds effects
+            that attention's saturation hides from gradients; or "attribution", first order
+            throughout, whose cost does not grow with the number of conditions. Unless given,
+            "step", but for a metric that is taken at the touched step itself, where it would save
             nothing.
 
-    Conditions that have no score (on the text encoder or the image; by attribution, on the timestep's modulation, which depends
-    on no prompt, and on the latent that an ε is taken of) are run exactly too. Those on tensors between denoiser calls are scored
-    by attribution.
+    Conditions that have no score (on the text encoder or the image; by attribution, on the
+    timestep's modulation, which depends on no prompt, and on the latent that an ε is taken of) are
+    run exactly too. Those on tensors between denoiser calls are scored by attribution.
 
     Raises:
         TypeError: the metric cannot be differentiated.
-        ValueError: there is no such metric, it has no slope where it is taken, or k or sample is not positive.
+        ValueError: there is no such metric, it has no slope where it is taken, or k or sample is
+            not positive.
 
     Example:
         >>> from dit_lens import Intervention, sweep
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0])
+        >>> cells = sweep.grid(
+        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
+        ... )
         >>> red = lambda images: images[:, 0].mean((1, 2))
-        >>> plan = sweep.plan(model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2)
+        >>> plan = sweep.plan(
+        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
+        ... )
         >>> found = sweep.two_stage(plan, "red", k=1, sample=2)
         >>> len(found.table), "red_effect" in found.found
         (3, True)
@@ -193,17 +222,24 @@ def two_stage(
     table = pd.DataFrame(
         {
             "intervention": [one.label for one in plan.treatments],
-            **{key: [one.coords[key] for one in plan.treatments] for key in ("layer", "head", "step")},
+            **{
+                key: [one.coords[key] for one in plan.treatments]
+                for key in ("layer", "head", "step")
+            },
             "score": scores,
             "drawn": drawn,
             **dict(zip(("exact", "low", "high"), effects.T, strict=True)),
         }
     )
     order = np.concatenate([order, np.flatnonzero(np.isnan(scores))])
-    return Search(found, table.iloc[order].reset_index(drop=True), *rho, of_sizes, in_sample[order].tolist())
+    return Search(
+        found, table.iloc[order].reset_index(drop=True), *rho, of_sizes, in_sample[order].tolist()
+    )
 
 
-def _scores(plan: Plan, question: Question, folder: Path | None, cluster: Cluster | None) -> Float[np.ndarray, " condition"]:
+def _scores(
+    plan: Plan, question: Question, folder: Path | None, cluster: Cluster | None
+) -> Float[np.ndarray, " condition"]:
     """Means over prompts and seeds; NaN where there is none."""
     name = question.name
     asked = [question.metric, plan.reads[name], question.column, question.by]
@@ -224,12 +260,16 @@ def _scores(plan: Plan, question: Question, folder: Path | None, cluster: Cluste
             return np.concatenate(parts, axis=1)
 
         seeds = range(len(plan.seeds))
-        of_seeds = [make(seed) if store is None else store.array(f"{seed:08d}.npy", partial(make, seed)) for seed in seeds]
+        of_seeds = [
+            make(seed) if store is None else store.array(f"{seed:08d}.npy", partial(make, seed))
+            for seed in seeds
+        ]
     values = np.stack(of_seeds)  # [seed condition prompt]
     scored = ~np.isnan(values).any(axis=(0, 2))
     if scored.any() and not np.any(values[:, scored]):
         raise ValueError(
-            f"{name} has no slope at the runs without intervention: all scores are 0. Distances from these runs are such; give "
+            f"{name} has no slope at the runs without intervention: all scores are 0. Distances "
+            "from these runs are such; give "
             "by=, a function of the same tensor that goes up or down with what you look for."
         )
     return np.where(scored, values.mean(axis=(0, 2)), np.nan)

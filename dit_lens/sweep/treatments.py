@@ -1,5 +1,5 @@
-"""Interventions of a sweep, resolved: the tensors that each touches, the first of them, and so the work shared with the clean
-run.
+"""Interventions of a sweep, resolved: the tensors that each touches, the first of them, and so the
+work shared with the clean run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from ..intervene.interventions import Intervention
 from ..store import digest
 
 Interventions = (
-    Intervention | Sequence[Intervention | Sequence[Intervention]] | Mapping[str, Intervention | Sequence[Intervention]]
+    Intervention
+    | Sequence[Intervention | Sequence[Intervention]]
+    | Mapping[str, Intervention | Sequence[Intervention]]
 )
-"""One entry a condition: an intervention, or several that are made together; a mapping names them."""
+"""One entry a condition: an intervention, or several that are made together; a mapping names
+them.
+"""
 
 
 def grid(
@@ -37,7 +41,8 @@ def grid(
     heads: Iterable[int] | None = None,
     steps: Iterable[int] | None = None,
 ) -> dict[str, Intervention]:
-    """Make one intervention for every combination of the arguments, by name ("L2H1 s3"); omitted ones stay as they are.
+    """Make one intervention for every combination of the arguments, by name ("L2H1 s3"); omitted
+    ones stay as they are.
 
     Args:
         layers: put in the place of the site's `*`.
@@ -46,20 +51,32 @@ def grid(
         ValueError: layers are given, but the site has no `*`; or nothing is given.
 
     Example:
-        >>> list(grid(Intervention("blocks.*.cross_attn.hook_z"), layers=[2], heads=[0, 1], steps=[3]))
+        >>> list(
+        ...     grid(
+        ...         Intervention("blocks.*.cross_attn.hook_z"), layers=[2], heads=[0, 1], steps=[3]
+        ...     )
+        ... )
         ['L2H0 s3', 'L2H1 s3']
     """
     if layers is not None and "*" not in intervention.site:
-        raise ValueError(f"layers take the place of a '*' in the site, and {intervention.site!r} has none.")
+        raise ValueError(
+            f"layers take the place of a '*' in the site, and {intervention.site!r} has none."
+        )
     if layers is None and heads is None and steps is None:
         raise ValueError("A grid needs layers, heads or steps to go over.")
     axes = [[None] if values is None else list(values) for values in (layers, heads, steps)]
     return dict(_cell(intervention, *cell) for cell in itertools.product(*axes))
 
 
-def _cell(intervention: Intervention, layer: int | None, head: int | None, step: int | None) -> tuple[str, Intervention]:
+def _cell(
+    intervention: Intervention, layer: int | None, head: int | None, step: int | None
+) -> tuple[str, Intervention]:
     """(name, intervention) of one combination; None stays as it is."""
-    one = intervention if layer is None else replace(intervention, site=intervention.site.replace("*", str(layer)))
+    one = (
+        intervention
+        if layer is None
+        else replace(intervention, site=intervention.site.replace("*", str(layer)))
+    )
     one = one if head is None else replace(one, heads=[head])
     one = one if step is None else replace(one, steps=step)
     where = ("" if layer is None else f"L{layer}") + ("" if head is None else f"H{head}")
@@ -80,13 +97,20 @@ class Treatment:
 
     @cached_property
     def joint(self) -> bool:
-        """True if a prompt's run depends on the other prompts' (of the same noise), so that they must run together."""
+        """True if a prompt's run depends on the other prompts' (of the same noise), so that they
+        must run together.
+        """
         return any(edit.depends_on_batch for edit in self.edits)
 
     @cached_property
     def prompts(self) -> Bool[np.ndarray, " prompt"]:
         """Which prompts it changes anything for."""
-        return torch.stack([edit.where.flatten(1).any(dim=1) for edit in self.edits]).any(dim=0).cpu().numpy()
+        return (
+            torch.stack([edit.where.flatten(1).any(dim=1) for edit in self.edits])
+            .any(dim=0)
+            .cpu()
+            .numpy()
+        )
 
     @cached_property
     def before(self) -> tuple[Edit, ...]:
@@ -109,11 +133,15 @@ class Treatment:
 
     @cached_property
     def first(self) -> int:
-        """The first step that is not the clean run's; the number of steps where only the image is touched."""
+        """The first step that is not the clean run's; the number of steps where only the image is
+        touched.
+        """
         return 0 if self.before else min(self.at, default=self.steps)
 
     def starts(self, layers: int, step: int) -> dict[Branch, int]:
-        """For a run that is clean up to `step`: branch → the layer from which on it differs there; others do not."""
+        """For a run that is clean up to `step`: branch → the layer from which on it differs there;
+        others do not.
+        """
         found: dict[Branch, int] = {}
         for edit in self.before:
             found["uncond" if edit.site.part == "null_text_encoder" else "cond"] = 0
@@ -132,13 +160,25 @@ class Treatment:
         parts: list[str | Tensor] = [self.label]
         for edit in self.edits:
             action = edit.action if isinstance(edit.action, str) else type(edit.action).__name__
-            parts += [edit.site.name, action, str(getattr(edit.action, "factor", "")), str((edit.ordered_axis, edit.seed))]
-            parts += [edit.where, edit.prompt, edit.exchange_group, *([] if edit.values is None else [edit.values])]
+            parts += [
+                edit.site.name,
+                action,
+                str(getattr(edit.action, "factor", "")),
+                str((edit.ordered_axis, edit.seed)),
+            ]
+            parts += [
+                edit.where,
+                edit.prompt,
+                edit.exchange_group,
+                *([] if edit.values is None else [edit.values]),
+            ]
         return digest(*parts)
 
 
 def _layer(site: Site, layers: int) -> int:
-    """The first block that a site of the denoiser has an influence on; `layers` for anything after the last."""
+    """The first block that a site of the denoiser has an influence on; `layers` for anything after
+    the last.
+    """
     if found := re.match(r"blocks\.(\d+)\.", site.inner):
         return int(found[1])
     return layers if site.inner.startswith("ln_final.") else 0
@@ -150,7 +190,11 @@ def _conditions(interventions: Any) -> Iterable[Any]:
 
 def _is_condition(one: Any) -> bool:
     several = [one] if isinstance(one, Intervention) else one
-    return isinstance(several, (list, tuple)) and bool(several) and all(isinstance(each, Intervention) for each in several)
+    return (
+        isinstance(several, (list, tuple))
+        and bool(several)
+        and all(isinstance(each, Intervention) for each in several)
+    )
 
 
 def resolve(
@@ -160,20 +204,30 @@ def resolve(
     draft: Any,
     rng: int,
 ) -> list[Treatment]:
-    """Every condition in rows of `texts`, checked as a run would check it; `draft`: the inputs of such a run.
+    """Every condition in rows of `texts`, checked as a run would check it; `draft`: the inputs of
+    such a run.
 
     Raises:
-        UnknownHookError, ValueError: as `Intervention.hooks` and a run with these hooks; or a name stands twice.
+        UnknownHookError, ValueError: as `Intervention.hooks` and a run with these hooks; or a name
+            stands twice.
     """
     num_steps, steps = draft.num_steps, len(draft.solver)
     found = []
     for label, several in _named(interventions):
-        edits = [edit for one in several for edit in one.resolve(model, texts, num_steps=num_steps, seed=rng)]
+        edits = [
+            edit
+            for one in several
+            for edit in one.resolve(model, texts, num_steps=num_steps, seed=rng)
+        ]
         with model.hooks([(edit.site.name, edit) for edit in edits]):
             model.check_hooks(draft.extent)
         for edit in edits:
             edit.check_shape(model.shape(draft, edit.site))
-        found.append(Treatment(label or " + ".join(map(describe, several)), tuple(edits), _coords(several), steps))
+        found.append(
+            Treatment(
+                label or " + ".join(map(describe, several)), tuple(edits), _coords(several), steps
+            )
+        )
     return found if isinstance(interventions, Mapping) else _numbered(found)
 
 
@@ -182,13 +236,19 @@ def _named(interventions: Interventions) -> list[tuple[str, list[Intervention]]]
     interventions = [interventions] if isinstance(interventions, Intervention) else interventions
     if not is_several(interventions) or not all(map(_is_condition, _conditions(interventions))):
         raise ValueError(
-            f"interventions={shown(interventions)}: give an Intervention, several (one condition each, which may be lists), or "
-            "a dict of named ones."
+            f"interventions={shown(interventions)}: give an Intervention, several (one condition "
+            "each, which may be lists), or a dict of named ones."
         )
-    named = list(interventions.items()) if isinstance(interventions, Mapping) else [("", one) for one in interventions]
+    named = (
+        list(interventions.items())
+        if isinstance(interventions, Mapping)
+        else [("", one) for one in interventions]
+    )
     if not named:
         raise ValueError("interventions is empty: give at least one to sweep over.")
-    return [(name, [each] if isinstance(each, Intervention) else list(each)) for name, each in named]
+    return [
+        (name, [each] if isinstance(each, Intervention) else list(each)) for name, each in named
+    ]
 
 
 def _numbered(treatments: Sequence[Treatment]) -> list[Treatment]:
@@ -208,7 +268,10 @@ def describe(intervention: Intervention) -> str:
         if (value := getattr(intervention, name)) is not None:
             several = isinstance(value, tuple)
             mask = several and value and isinstance(value[0], tuple)
-            parts.append(f"{name}=" + ("mask" if mask else ",".join(map(str, value)) if several else str(value)))
+            parts.append(
+                f"{name}="
+                + ("mask" if mask else ",".join(map(str, value)) if several else str(value))
+            )
     if intervention.branch != "cond":
         parts.append(intervention.branch)
     action = intervention.action

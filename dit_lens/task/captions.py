@@ -9,14 +9,26 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .scene import COLORS, DIRECTIONS, IMAGE_SIZE, PHRASES, RADIUS, SHAPES, Scene, caption, other_color
+from .scene import (
+    COLORS,
+    DIRECTIONS,
+    IMAGE_SIZE,
+    PHRASES,
+    RADIUS,
+    SHAPES,
+    Scene,
+    caption,
+    other_color,
+)
 
 
 class Template(NamedTuple):
     """Order of the parts of a prompt, and its color words."""
 
     text: str
-    """With {object1}, {phrase} and {object2}; an object is its color, if the scene names it, and its shape."""
+    """With {object1}, {phrase} and {object2}; an object is its color, if the scene names it, and
+    its shape.
+    """
     red: str = "red"
     blue: str = "blue"
 
@@ -51,7 +63,9 @@ def word(scene: Scene, template: str = TRAINED) -> str:
         ('above blue square is red circle', 'crimson circle is above blue square')
     """
     if template not in TEMPLATES:
-        raise ValueError(f"There is no template {template!r}: choose {', '.join(map(repr, TEMPLATES))}.")
+        raise ValueError(
+            f"There is no template {template!r}: choose {', '.join(map(repr, TEMPLATES))}."
+        )
     if template == TRAINED:
         return caption(scene)
     found = TEMPLATES[template]
@@ -80,8 +94,9 @@ def from_caption(text: str) -> Scene:
     found = re.fullmatch(rf"{thing} is ({phrase}) {thing}", text)
     if found is None or found[1] == found[4] is not None or found[2] == found[5]:
         raise ValueError(
-            f"{text!r} is no caption of the task: write, for example, 'red circle is above blue square' "
-            f"(shapes {', '.join(SHAPES)}, two of them; colors {', '.join(COLORS)}, one each; {', '.join(relations)})."
+            f"{text!r} is no caption of the task: write, for example, 'red circle is above blue "
+            f"square' (shapes {', '.join(SHAPES)}, two of them; colors {', '.join(COLORS)}, one "
+            f"each; {', '.join(relations)})."
         )
     color1 = found[1] or (other_color(found[4]) if found[4] else "red")  # type: ignore[arg-type]
     relation = relations[found[3]]

@@ -25,11 +25,17 @@ from transformers import pipeline
 from hooked_models.arguments import number
 
 COLUMNS = ("image", "label", "score", "xmin", "ymin", "xmax", "ymax")
-"""Columns of a table of boxes: image file name, object, confidence, and pixels from the upper left corner."""
+"""Columns of a table of boxes: image file name, object, confidence, and pixels from the upper left
+corner.
+"""
 
 
 def detect(
-    images: Sequence[Path], labels: Mapping[str, Sequence[str]], model: str, threshold: float = 0.2, device: str | None = None
+    images: Sequence[Path],
+    labels: Mapping[str, Sequence[str]],
+    model: str,
+    threshold: float = 0.2,
+    device: str | None = None,
 ) -> pd.DataFrame:
     """Boxes of named objects, by a zero-shot detector.
 
@@ -54,8 +60,15 @@ def detect(
     find = pipeline("zero-shot-object-detection", model=model, device=device)
     rows = []
     for path in track(images, "detecting", transient=True, console=Console(stderr=True)):
-        found = find(Image.open(path).convert("RGB"), candidate_labels=list(labels[path.name]), threshold=threshold)
-        rows += [{"image": path.name, "label": box["label"], "score": box["score"], **box["box"]} for box in found]
+        found = find(
+            Image.open(path).convert("RGB"),
+            candidate_labels=list(labels[path.name]),
+            threshold=threshold,
+        )
+        rows += [
+            {"image": path.name, "label": box["label"], "score": box["score"], **box["box"]}
+            for box in found
+        ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -73,7 +86,9 @@ def read_boxes(path: Path) -> pd.DataFrame:
     """
     table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     if missing := [column for column in COLUMNS if column not in table]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}: boxes need {', '.join(COLUMNS)}.")
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)}: boxes need {', '.join(COLUMNS)}."
+        )
     return table[list(COLUMNS)]
 
 
@@ -100,12 +115,22 @@ def pair_positions(boxes: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]) ->
         a.png  True -30.0 -5.0
     """
     if missing := [column for column in COLUMNS if column not in boxes]:
-        raise ValueError(f"The boxes have no column {', '.join(missing)}: they need {', '.join(COLUMNS)}.")
+        raise ValueError(
+            f"The boxes have no column {', '.join(missing)}: they need {', '.join(COLUMNS)}."
+        )
     for column in COLUMNS[2:]:
         for value in boxes[column]:
             number(f"boxes[{column!r}]", value)
-    best = boxes.sort_values("score").drop_duplicates(["image", "label"], keep="last").set_index(["image", "label"])
+    best = (
+        boxes.sort_values("score")
+        .drop_duplicates(["image", "label"], keep="last")
+        .set_index(["image", "label"])
+    )
     x, y = (best["xmin"] + best["xmax"]) / 2, (best["ymin"] + best["ymax"]) / 2
     first, second = ([(image, pair[part]) for image, pair in pairs.items()] for part in (0, 1))
-    dx, dy = (of.reindex(first).to_numpy(float) - of.reindex(second).to_numpy(float) for of in (x, y))
-    return pd.DataFrame({"both": ~np.isnan(dx), "dx": dx, "dy": dy}, index=pd.Index(list(pairs), name="image"))
+    dx, dy = (
+        of.reindex(first).to_numpy(float) - of.reindex(second).to_numpy(float) for of in (x, y)
+    )
+    return pd.DataFrame(
+        {"both": ~np.isnan(dx), "dx": dx, "dy": dy}, index=pd.Index(list(pairs), name="image")
+    )

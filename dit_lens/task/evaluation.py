@@ -63,7 +63,11 @@ def score(
     images = []
     for start in range(0, len(wanted), batch_size):
         prompts = [task.prompt(scene) for scene in wanted[start : start + batch_size]]
-        images.append(model(prompts, list(range(start, start + len(prompts))), num_steps, guidance).float().cpu())
+        images.append(
+            model(prompts, list(range(start, start + len(prompts))), num_steps, guidance)
+            .float()
+            .cpu()
+        )
     return task.judge(torch.cat(images), wanted).rename(image="scene")
 
 
@@ -80,7 +84,9 @@ def summarise(verdict: xr.Dataset, metrics: Sequence[str] = METRICS) -> pd.DataF
         [1.0, 0.398, 1.0]
     """
     rows = {name: clustered_mean(verdict[name].values.astype(float)[:, None]) for name in metrics}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(Interval._fields)).rename_axis("metric")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(Interval._fields)).rename_axis(
+        "metric"
+    )
 
 
 def known_templates(model: HookedTextToImage) -> list[str]:
@@ -92,7 +98,9 @@ def known_templates(model: HookedTextToImage) -> list[str]:
     """
     scene = scenes.sample(1, seed=0, color_words="both")[0]
     unknown = getattr(model.tokenizer, "unk_token_id", UNKNOWN_ID)
-    return [name for name in TEMPLATES if unknown not in model.tokenizer(word(scene, name)).input_ids]
+    return [
+        name for name in TEMPLATES if unknown not in model.tokenizer(word(scene, name)).input_ids
+    ]
 
 
 def evaluate_model(
@@ -137,7 +145,11 @@ def evaluate_model(
     columns = [*METRICS, *GEOMETRY, "n_objects"]
     if out is not None:
         model.refuse_hooks("A folder keeps the evaluation of the model as it is")
-    settings = {"model": model.digest(), "prompts": digest(*prompts), "batch_size": BATCH} if out is not None else {}
+    settings = (
+        {"model": model.digest(), "prompts": digest(*prompts), "batch_size": BATCH}
+        if out is not None
+        else {}
+    )
 
     @torch.no_grad()
     def judge(start: int) -> Float[np.ndarray, "image column"]:
@@ -146,9 +158,14 @@ def evaluate_model(
         verdict = scenes.evaluate(images.float().cpu(), [scene for *_, scene in jobs[rows]])
         return np.stack([verdict[name].values.astype(float) for name in columns], axis=1)
 
-    starts = track(range(0, len(jobs), BATCH), "evaluating", transient=True, console=Console(stderr=True))
+    starts = track(
+        range(0, len(jobs), BATCH), "evaluating", transient=True, console=Console(stderr=True)
+    )
     with nullcontext() if out is None else Store(out, settings) as store:
-        parts = [judge(i) if store is None else store.array(f"{i:08d}.npy", partial(judge, i)) for i in starts]
+        parts = [
+            judge(i) if store is None else store.array(f"{i:08d}.npy", partial(judge, i))
+            for i in starts
+        ]
     values = pd.DataFrame(np.concatenate(parts), columns=columns)
     return pd.concat([_described(jobs, prompts), values], axis=1)
 
@@ -179,7 +196,9 @@ def _described(jobs: Sequence[_Job], prompts: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["split", "template", "prompt", *parts, "scene", "seed"])
 
 
-def accuracies(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS) -> pd.DataFrame:
+def accuracies(
+    rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS
+) -> pd.DataFrame:
     """Share of images accepted by each metric, with its 95 % Wilson interval: one row a group and
     metric.
 
@@ -225,14 +244,18 @@ def template_effects(rows: pd.DataFrame, metrics: Sequence[str] = METRICS[:-1]) 
     """
     trained = rows[(rows["split"] == "train") & (rows["template"] == TRAINED)].set_index("scene")
     found = []
-    for template, part in rows[(rows["split"] == "train") & (rows["template"] != TRAINED)].groupby("template", sort=False):
+    for template, part in rows[(rows["split"] == "train") & (rows["template"] != TRAINED)].groupby(
+        "template", sort=False
+    ):
         after = part.set_index("scene")
         before = trained.loc[after.index]
         pairs = [(metric, before[metric], after[metric]) for metric in metrics]
         pairs += [(f"drift_{axis}", _offset(before, axis), _offset(after, axis)) for axis in "xy"]
         for metric, old, new in pairs:
             both = (old.notna() & new.notna()).to_numpy()
-            change = paired_difference(old.to_numpy(float)[both, None], new.to_numpy(float)[both, None])
+            change = paired_difference(
+                old.to_numpy(float)[both, None], new.to_numpy(float)[both, None]
+            )
             found.append((template, metric, int(both.sum()), *change))
     return pd.DataFrame(found, columns=["template", "metric", "images", *Interval._fields])
 
@@ -251,7 +274,10 @@ def to_markdown(rows: pd.DataFrame) -> str:
         'By split: combinations that were trained, and those that never were'
     """
     plain, of_train = rows[rows["template"] == TRAINED], rows[rows["split"] == "train"]
-    order = {phrase: i for i, phrase in enumerate(phrase for phrases in PHRASES.values() for phrase in phrases)}
+    order = {
+        phrase: i
+        for i, phrase in enumerate(phrase for phrases in PHRASES.values() for phrase in phrases)
+    }
     by_phrase = plain[plain["split"] == "train"].sort_values(
         "phrase", key=lambda found: found.astype(str).map(order), kind="stable"
     )
@@ -266,7 +292,8 @@ def to_markdown(rows: pd.DataFrame) -> str:
     effects = template_effects(rows)
     if len(effects):
         parts.append(
-            "Against the trained template, on the same scenes and noise: change, and how many pixels the first object moves "
+            "Against the trained template, on the same scenes and noise: change, and how many "
+            "pixels the first object moves "
             f"against the second (x to the right, y down)\n\n{wide(effects, 'template')}"
         )
     return "\n\n".join(parts)
@@ -287,7 +314,10 @@ def wide(table: pd.DataFrame, key: str) -> str:
     lines = [f"| {key} | images | {' | '.join(metrics)} |", f"|{'---|' * (len(metrics) + 2)}"]
     for value, part in table.groupby(key, sort=False):
         cells = part.set_index("metric")
-        shown = [_shown(Interval(*cells.loc[metric, list(Interval._fields)]), metric.startswith("drift")) for metric in metrics]
+        shown = [
+            _shown(Interval(*cells.loc[metric, list(Interval._fields)]), metric.startswith("drift"))
+            for metric in metrics
+        ]
         lines.append(f"| {value} | {cells['images'].max()} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

@@ -46,21 +46,33 @@ def image_groups_from_images(
     """
     height, width = images.shape[-2:]
     if height % grid[0] or width % grid[1]:
-        raise ValueError(f"Images of {height} × {width} pixels do not divide into {grid[0]} × {grid[1]} tokens: say grid=….")
+        raise ValueError(
+            f"Images of {height} × {width} pixels do not divide into {grid[0]} × {grid[1]} tokens: "
+            "say grid=…."
+        )
     if scenes is not None and len(scenes) != len(images):
         raise ValueError(f"There are {len(scenes)} scenes for {len(images)} images: give one each.")
     by_color = _color_shares(images, grid)
-    objects: dict[str, Tensor] = {str(color): share for color, share in zip(COLORS, by_color, strict=True)}
+    objects: dict[str, Tensor] = {
+        str(color): share for color, share in zip(COLORS, by_color, strict=True)
+    }
     if scenes is not None:
         row = torch.arange(len(scenes))
-        objects = {f"object{i}": by_color[[COLORS.index(getattr(scene, f"color{i}")) for scene in scenes], row] for i in (1, 2)}
+        objects = {
+            f"object{i}": by_color[
+                [COLORS.index(getattr(scene, f"color{i}")) for scene in scenes], row
+            ]
+            for i in (1, 2)
+        }
     if threshold is None:
         return {**objects, "background": 1 - torch.stack(list(objects.values())).sum(dim=0)}
     covered = {name: share >= threshold for name, share in objects.items()}
     return {**covered, "background": ~torch.stack(list(covered.values())).any(dim=0)}
 
 
-def _color_shares(images: Float[Tensor, "image 3 height width"], grid: tuple[int, int]) -> Float[Tensor, "color image pos"]:
+def _color_shares(
+    images: Float[Tensor, "image 3 height width"], grid: tuple[int, int]
+) -> Float[Tensor, "color image pos"]:
     """Share of each color in each image token; 0 for a color with too few pixels."""
     classes = torch.from_numpy(color_classes(images))
     shares = []

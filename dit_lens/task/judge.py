@@ -21,26 +21,44 @@ from .rendering import PIXELS, shape_mask
 from .scene import BAND, COLORS, DIRECTIONS, IMAGE_SIZE, SHAPES, Scene, Trio, relation_between
 
 COLOR_MARGIN = 0.5
-"""A pixel is red if R − (G + B)/2 exceeds this, blue likewise: half-way between grey background (0) and pure color (1),
-so that a blurred edge stays where it was. No pixel can be both."""
+"""A pixel is red if R − (G + B)/2 exceeds this, blue likewise: half-way between grey background (0)
+and pure color (1), so that a blurred edge stays where it was. No pixel can be both.
+"""
 COLOR_TOLERANCE = 0.25
-"""A region's mean color is at most this far from the pure color, in every channel: no pink, orange or maroon."""
+"""A region's mean color is at most this far from the pure color, in every channel: no pink, orange
+or maroon.
+"""
 MIN_AREA = 100
 """Pixels: anything smaller is a speck."""
 MIN_IOU = 0.85
-"""A region overlaps the ideal shape of its own area at least this much (intersection over union): a whole object, not half
-of one. The ideal circle and square reach 0.84 with each other, so this leaves little between the shapes."""
+"""A region overlaps the ideal shape of its own area at least this much (intersection over union): a
+whole object, not half of one. The ideal circle and square reach 0.84 with each other, so this
+leaves little between the shapes.
+"""
 MAX_SCALE = 1.2
-"""A region's side (square root of its area) is at most this factor off the ideal shape's: radii of 14 … 19 px for 16."""
+"""A region's side (square root of its area) is at most this factor off the ideal shape's: radii of
+14 … 19 px for 16.
+"""
 CHUNK = 32
-"""Images labelled at once: enough to amortise the calls, few enough to stay in the processor's cache."""
+"""Images labelled at once: enough to amortise the calls, few enough to stay in the processor's
+cache.
+"""
 
 DESCRIPTIONS = {
     "color": "a region of each of the scene's two colours is there, whatever its shape",
     "shape": "a region of each of the scene's two shapes is there, whatever its colour",
-    "unique_binding": "of each of the scene's two (shape, colour) pairs exactly one object is there, and no stray region",
-    "relation_strict": f"unique_binding, and the measured centres (level within {BAND} px) have the scene's relation",
-    "relation_loose": f"unique_binding, and centre 1 is more than {BAND} px away in every direction that the relation names",
+    "unique_binding": (
+        "of each of the scene's two (shape, colour) pairs exactly one object is there, and no "
+        "stray region"
+    ),
+    "relation_strict": (
+        f"unique_binding, and the measured centres (level within {BAND} px) have the scene's "
+        "relation"
+    ),
+    "relation_loose": (
+        f"unique_binding, and centre 1 is more than {BAND} px away in every direction that the "
+        "relation names"
+    ),
     "relation_given_both": "relation_loose where unique_binding holds, NaN elsewhere",
     "x1": "measured centre of the scene's first object, from the left; NaN without unique_binding",
     "y1": "measured centre of the scene's first object, from the top; NaN without unique_binding",
@@ -52,7 +70,9 @@ DESCRIPTIONS = {
 """The `description` attribute of each variable of `evaluate`'s Dataset."""
 
 
-def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene | Trio]) -> xr.Dataset:
+def evaluate(
+    images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene | Trio]
+) -> xr.Dataset:
     """Judge 128 × 128 images in [0, 1] against their scenes: one verdict an image.
 
     Only the content of the prompt counts (shapes, colors, relation), not the scene's positions.
@@ -83,7 +103,10 @@ def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Sce
     """
     expected = (len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)
     if tuple(images.shape) != expected:
-        raise ValueError(f"images must have shape {expected}, one image for each scene, not {tuple(images.shape)}.")
+        raise ValueError(
+            f"images must have shape {expected}, one image for each scene, not "
+            f"{tuple(images.shape)}."
+        )
     if trios := [scene for scene in scenes if isinstance(scene, Trio)]:
         return _evaluate_trios(images, trios)
     pairs = [scene for scene in scenes if isinstance(scene, Scene)]
@@ -92,12 +115,20 @@ def evaluate(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Sce
     counts, centres = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     row = np.arange(len(pairs))
-    shape1, color1 = _indices(SHAPES, [s.shape1 for s in pairs]), _indices(COLORS, [s.color1 for s in pairs])
-    shape2, color2 = _indices(SHAPES, [s.shape2 for s in pairs]), _indices(COLORS, [s.color2 for s in pairs])
+    shape1, color1 = (
+        _indices(SHAPES, [s.shape1 for s in pairs]),
+        _indices(COLORS, [s.color1 for s in pairs]),
+    )
+    shape2, color2 = (
+        _indices(SHAPES, [s.shape2 for s in pairs]),
+        _indices(COLORS, [s.color2 for s in pairs]),
+    )
     by_shape, by_color = counts.sum(axis=2), counts.sum(axis=1)
     objects = counts[:, : len(SHAPES), : len(COLORS)]
     stray = counts[:, len(SHAPES), : len(COLORS)].sum(axis=1)
-    unique = (objects[row, shape1, color1] == 1) & (objects[row, shape2, color2] == 1) & (stray == 0)
+    unique = (
+        (objects[row, shape1, color1] == 1) & (objects[row, shape2, color2] == 1) & (stray == 0)
+    )
     first = np.where(unique[:, None], centres[row, shape1, color1], np.nan)
     second = np.where(unique[:, None], centres[row, shape2, color2], np.nan)
 
@@ -146,16 +177,27 @@ def _labelled(scenes: Sequence[Scene], values: Mapping[str, np.ndarray]) -> xr.D
     return xr.Dataset(
         {name: ("image", value, attributes[name]) for name, value in values.items()},
         coords={"image": np.arange(len(scenes))}
-        | {part: ("image", np.array([getattr(s, part) for s in scenes], dtype=str)) for part in parts_of_scene},
+        | {
+            part: ("image", np.array([getattr(s, part) for s in scenes], dtype=str))
+            for part in parts_of_scene
+        },
     )
 
 
-def _evaluate_trios(images: Float[Tensor, "image 3 height width"], trios: Sequence[Trio]) -> xr.Dataset:
-    found, second = (evaluate(images, [getattr(trio, part) for trio in trios]) for part in ("first", "second"))
-    found = found.assign(relation1_loose=found["relation_loose"], relation2_loose=second["relation_loose"].variable)
+def _evaluate_trios(
+    images: Float[Tensor, "image 3 height width"], trios: Sequence[Trio]
+) -> xr.Dataset:
+    found, second = (
+        evaluate(images, [getattr(trio, part) for trio in trios]) for part in ("first", "second")
+    )
+    found = found.assign(
+        relation1_loose=found["relation_loose"], relation2_loose=second["relation_loose"].variable
+    )
     for name in ("color", "shape", "unique_binding", "relation_strict", "relation_loose"):
         found[name] = found[name].copy(data=found[name].values & second[name].values)
-    given_both = np.where(found["unique_binding"], found["relation_loose"].values.astype(float), np.nan)
+    given_both = np.where(
+        found["unique_binding"], found["relation_loose"].values.astype(float), np.nan
+    )
     found["relation_given_both"] = found["relation_given_both"].copy(data=given_both)
     found = found.assign(x3=second["x2"].variable, y3=second["y2"].variable)
     renamed = {"relation2": "relation", "phrase2": "phrase", "shape3": "shape2", "color3": "color2"}
@@ -166,7 +208,9 @@ def _indices(vocabulary: tuple[str, ...], words: Sequence[str]) -> Int[np.ndarra
     return np.array([vocabulary.index(word) for word in words], dtype=int)
 
 
-def color_classes(images: Float[Tensor, "image 3 height width"]) -> UInt8[np.ndarray, "image height width"]:
+def color_classes(
+    images: Float[Tensor, "image 3 height width"],
+) -> UInt8[np.ndarray, "image height width"]:
     """Color class of each pixel: 1 + its index into `COLORS`, or 0 for background, by
     `COLOR_MARGIN`.
     """
@@ -192,7 +236,9 @@ def _census(
     # The spare row keeps each image's regions apart from the next one's.
     classes = np.zeros((n, size + IMAGE_SIZE), dtype=np.uint8)
     classes[:, :size] = color_classes(images).reshape(n, size)
-    (red, n_red), (blue, _) = (ndimage.label(classes.reshape(-1, IMAGE_SIZE) == color) for color in (1, 2))
+    (red, n_red), (blue, _) = (
+        ndimage.label(classes.reshape(-1, IMAGE_SIZE) == color) for color in (1, 2)
+    )
     labels = np.where(blue > 0, blue + n_red, red)  # side by side, two colors are two regions
 
     colored = np.flatnonzero(classes)
@@ -204,7 +250,9 @@ def _census(
     total = partial(np.bincount, region, minlength=k)
 
     area = total()
-    mean = np.stack([total(weights=pixels[image, channel, place]) / area for channel in range(3)], axis=1)
+    mean = np.stack(
+        [total(weights=pixels[image, channel, place]) / area for channel in range(3)], axis=1
+    )
     pure = np.array([PIXELS[color] for color in COLORS]) / 255
     is_color = np.abs(mean[:, None] - pure).max(axis=2) <= COLOR_TOLERANCE
     shape, centre = _classify(place, region, k)
@@ -221,12 +269,14 @@ def _census(
 def _classify(
     place: Int[np.ndarray, " pixel"], region: Int[np.ndarray, " pixel"], k: int
 ) -> tuple[Int[np.ndarray, " region"], Int[np.ndarray, "region xy"]]:
-    """The shape of each of `k` regions, as an index into `SHAPES` (beyond its end: none), and that shape's centre (x, y).
+    """The shape of each of `k` regions, as an index into `SHAPES` (beyond its end: none), and that
+    shape's centre (x, y).
 
-    Each ideal shape is laid over the region with the region's own area and centre of mass; the one that fits best is the
-    region's if it fits and the area is right. Unlike a bounding box, area and centre of mass hardly move when an apex is
-    blurred away. Centres are whole pixels because a scene's are: half a pixel of noise then costs nothing at the edge of
-    the level band. `place` is row · 128 + column.
+    Each ideal shape is laid over the region with the region's own area and centre of mass; the one
+    that fits best is the region's if it fits and the area is right. Unlike a bounding box, area and
+    centre of mass hardly move when an apex is blurred away. Centres are whole pixels because a
+    scene's are: half a pixel of noise then costs nothing at the edge of the level band. `place` is
+    row · 128 + column.
     """
     total = partial(np.bincount, region, minlength=k)
     xy = np.stack([place % IMAGE_SIZE, place // IMAGE_SIZE])

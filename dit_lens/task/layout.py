@@ -22,11 +22,20 @@ from .scene import BAND, COLORS, DIRECTIONS, Relation, Scene
 Axis = Literal["vertical", "horizontal", "diagonal"]
 
 LAYOUT_DESCRIPTIONS = {
-    "dx": "offset of the first-named object's colour from the other's, x to the right; NaN where a colour is missing",
+    "dx": (
+        "offset of the first-named object's colour from the other's, x to the right; NaN where a "
+        "colour is missing"
+    ),
     "dy": "the same, y down",
-    "x_sign": "1, −1 or 0 (level): on which side the first-named object's colour is; NaN where a colour is missing",
+    "x_sign": (
+        "1, −1 or 0 (level): on which side the first-named object's colour is; NaN where a colour "
+        "is missing"
+    ),
     "y_sign": "the same, y down",
-    "layout": "the first-named object's colour is beyond the other's in every direction that the relation names",
+    "layout": (
+        "the first-named object's colour is beyond the other's in every direction that the "
+        "relation names"
+    ),
 }
 """The `description` attribute of each variable of `layout`'s Dataset."""
 
@@ -57,17 +66,34 @@ def layout(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene
         >>> bool(layout(scenes.render(drawn), drawn)["layout"].all())
         True
     """
-    places = np.array([[_place(classes == 1 + i) for i in range(len(COLORS))] for classes in color_classes(images)])
+    places = np.array(
+        [
+            [_place(classes == 1 + i) for i in range(len(COLORS))]
+            for classes in color_classes(images)
+        ]
+    )
     places = places.reshape(len(scenes), len(COLORS), 2)
     row = np.arange(len(scenes))
-    first, second = (np.array([COLORS.index(getattr(s, which)) for s in scenes], int) for which in ("color1", "color2"))
+    first, second = (
+        np.array([COLORS.index(getattr(s, which)) for s in scenes], int)
+        for which in ("color1", "color2")
+    )
     offset = places[row, first] - places[row, second]
     sign = np.where(np.isnan(offset), np.nan, np.sign(offset) * (np.abs(offset) > BAND))
     named = np.array([DIRECTIONS[s.relation] for s in scenes], float).reshape(-1, 2)
     right = ((named == 0) | (sign == named)).all(axis=1) & ~np.isnan(offset).any(axis=1)
-    values = {"dx": offset[:, 0], "dy": offset[:, 1], "x_sign": sign[:, 0], "y_sign": sign[:, 1], "layout": right}
+    values = {
+        "dx": offset[:, 0],
+        "dy": offset[:, 1],
+        "x_sign": sign[:, 0],
+        "y_sign": sign[:, 1],
+        "layout": right,
+    }
     return xr.Dataset(
-        {name: ("image", value, {"description": LAYOUT_DESCRIPTIONS[name]}) for name, value in values.items()},
+        {
+            name: ("image", value, {"description": LAYOUT_DESCRIPTIONS[name]})
+            for name, value in values.items()
+        },
         coords={
             "image": row,
             "relation": ("image", np.array([s.relation for s in scenes], str)),

@@ -40,7 +40,9 @@ class Found(NamedTuple):
     y: int
 
 
-def paper_verdicts(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene]) -> xr.Dataset:
+def paper_verdicts(
+    images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene]
+) -> xr.Dataset:
     """Judge images by the paper's rules.
 
     Returns:
@@ -53,10 +55,14 @@ def paper_verdicts(images: Float[Tensor, "image 3 height width"], scenes: Sequen
         True
     """
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().numpy()
-    rows = [_judge(detect_objects(image), scene) for image, scene in zip(pixels, scenes, strict=True)]
+    rows = [
+        _judge(detect_objects(image), scene) for image, scene in zip(pixels, scenes, strict=True)
+    ]
     table = np.array(rows, float).reshape(-1, len(VERDICTS) + len(PLACES))
     verdicts = {name: ("image", table[:, i].astype(bool)) for i, name in enumerate(VERDICTS)}
-    return xr.Dataset(verdicts | {name: ("image", table[:, len(VERDICTS) + i]) for i, name in enumerate(PLACES)})
+    return xr.Dataset(
+        verdicts | {name: ("image", table[:, len(VERDICTS) + i]) for i, name in enumerate(PLACES)}
+    )
 
 
 def _judge(objects: Sequence[Found], scene: Scene) -> tuple[float, ...]:
@@ -84,10 +90,14 @@ def detect_objects(image: Float[np.ndarray, "3 height width"]) -> list[Found]:
         for contour in cv2.findContours(bright, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]:
             if cv2.contourArea(contour) < SMALLEST:
                 continue
-            vertices = len(cv2.approxPolyDP(contour, TOLERANCE * cv2.arcLength(contour, True), True))
+            vertices = len(
+                cv2.approxPolyDP(contour, TOLERANCE * cv2.arcLength(contour, True), True)
+            )
             x, y, width, height = cv2.boundingRect(contour)
             tall = height if vertices != 3 else RADIUS * 3**0.5
-            shape = {3: "triangle", 4: "square" if abs(width - height) < 5 else "rectangle"}.get(vertices, "circle")
+            shape = {3: "triangle", 4: "square" if abs(width - height) < 5 else "rectangle"}.get(
+                vertices, "circle"
+            )
             inside = cv2.drawContours(np.zeros_like(bright), [contour], -1, 1, -1)
             color = _color(np.array(cv2.mean(pixels, inside)[:3]))
             found.append(Found(shape, color, x + width // 2, y + int(tall // 2)))

@@ -1,7 +1,7 @@
 """A task: scenes to draw from, their prompts and images, and a judge of images.
 
-Training, evaluation, the synopsis and screening read a task through this protocol. `TwoObjects` and `Trios` are tasks of this
-package; docs/extending/task.md builds another one outside of it.
+Training, evaluation, the synopsis and screening read a task through this protocol. `TwoObjects` and
+`Trios` are tasks of this package; docs/extending/task.md builds another one outside of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from .scene import IMAGE_SIZE, WORDS, Scene, Trio, caption
 from .sentences import all_captions, all_trio_captions
 from .trios import sample_trios
 
-METRICS = ("color", "shape", "unique_binding", "relation_strict", "relation_loose", "relation_given_both")
+METRICS = (
+    "color",
+    "shape",
+    "unique_binding",
+    "relation_strict",
+    "relation_loose",
+    "relation_given_both",
+)
 """The verdicts on scenes and trios whose means are accuracies."""
 
 
@@ -56,10 +63,14 @@ class Task(Protocol):
 
     @property
     def contrasts(self) -> Mapping[str, tuple[str, str]]:
-        """Name → two phrases of opposite meaning and equal length, for `screening.phrase_contrasts`."""
+        """Name → two phrases of opposite meaning and equal length, for
+        `screening.phrase_contrasts`.
+        """
         ...
 
-    def sample(self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None) -> list[Any]:
+    def sample(
+        self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None
+    ) -> list[Any]:
         """Scenes `start` … `start + n − 1` of the endless sequence of a seed.
 
         Args:
@@ -80,7 +91,9 @@ class Task(Protocol):
         """The images of scenes, in [0, 1]."""
         ...
 
-    def judge(self, images: Float[Tensor, "image 3 height width"], scenes: Sequence[Any]) -> xr.Dataset:
+    def judge(
+        self, images: Float[Tensor, "image 3 height width"], scenes: Sequence[Any]
+    ) -> xr.Dataset:
         """Verdicts over dim `image`, `metrics` among them; NaN where one does not apply."""
         ...
 
@@ -111,7 +124,9 @@ class TwoObjects:
     metrics = METRICS
     contrasts = CONTRASTS
 
-    def sample(self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None) -> list[Any]:
+    def sample(
+        self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None
+    ) -> list[Any]:
         """As `scenes.sample`; held-out scenes name both colors."""
         words: ColorWords = "both" if split == "held_out" else "optional"
         return list(sample(n, seed, start=start, split=split, color_words=words))
@@ -128,7 +143,9 @@ class TwoObjects:
         """As `scenes.render`."""
         return render(scenes)
 
-    def judge(self, images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene | Trio]) -> xr.Dataset:
+    def judge(
+        self, images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene | Trio]
+    ) -> xr.Dataset:
         """As `scenes.evaluate`."""
         return evaluate(images, scenes)
 
@@ -150,7 +167,9 @@ class Trios(TwoObjects):
 
     name = "trios"
 
-    def sample(self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None) -> list[Any]:
+    def sample(
+        self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None
+    ) -> list[Any]:
         """As `scenes.sample_trios`."""
         return list(sample_trios(n, seed, start=start, split=split))
 

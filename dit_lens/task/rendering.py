@@ -64,5 +64,7 @@ def render(scenes: Sequence[Scene | Trio]) -> Float[Tensor, "image 3 height widt
     for canvas, scene in zip(paint, scenes, strict=True):
         for shape, color, x, y in scene.objects:
             dx, dy = half_size(shape)
-            canvas[y - dy : y + dy + 1, x - dx : x + dx + 1][shape_mask(shape)] = 1 + list(PIXELS).index(color)
+            canvas[y - dy : y + dy + 1, x - dx : x + dx + 1][shape_mask(shape)] = 1 + list(
+                PIXELS
+            ).index(color)
     return torch.from_numpy(np.stack([channel.take(paint) for channel in PALETTE.T], axis=1))

@@ -34,7 +34,9 @@ Distribution = Literal["balanced", "natural"]
 ColorWords = Literal["optional", "both"]
 
 CHUNK = 64
-"""Number of scenes that share a random generator, so that `sample(n, seed)` is a prefix of `sample(m > n, seed)`."""
+"""Number of scenes that share a random generator, so that `sample(n, seed)` is a prefix of
+`sample(m > n, seed)`.
+"""
 LARGEST_SEED, MOST_SCENES = 2**64 - 1, 10**8
 ANCHOR_OFFSET = 28
 """Pixels from the image's centre to an object in the eight layouts of `spread=0`."""
@@ -44,8 +46,8 @@ class Balance(TypedDict, total=False):
     """Keyword arguments of `sample` that only a "balanced" distribution has.
 
     Attributes:
-        spread: curriculum in [0, 1]: 0 keeps both objects within 2 px of eight fixed layouts, 1 (the
-            default) is the whole distribution.
+        spread: curriculum in [0, 1]: 0 keeps both objects within 2 px of eight fixed layouts, 1
+            (the default) is the whole distribution.
         red_first: probability that the red object is named first; 0.5 by default.
         without: a relation to leave out.
     """
@@ -96,7 +98,11 @@ def sample(
 
     def draw(chunk: int) -> list[Scene]:
         rng = np.random.default_rng((seed, chunk))
-        pool = _natural(rng, split) if distribution == "natural" else _balanced(rng, split, spread, red_first, without)
+        pool = (
+            _natural(rng, split)
+            if distribution == "natural"
+            else _balanced(rng, split, spread, red_first, without)
+        )
         return [_describe(rng, combination, row, color_words) for combination, row in pool]
 
     return window(n, start, draw)
@@ -115,7 +121,10 @@ def window(n: int, start: int, draw: Callable[[int], Sequence[T]]) -> list[T]:
 
 
 def _describe(
-    rng: np.random.Generator, combination: Combination, centres: tuple[int, int, int, int], color_words: ColorWords
+    rng: np.random.Generator,
+    combination: Combination,
+    centres: tuple[int, int, int, int],
+    color_words: ColorWords,
 ) -> Scene:
     phrases = PHRASES[combination.relation]
     phrase = phrases[rng.integers(len(phrases))]
@@ -147,11 +156,16 @@ def allowed(split: Split) -> tuple[Combination, ...]:
 @cache
 def _candidates(split: Split, relation: Relation, color1: Color) -> tuple[Combination, ...]:
     cells = [c for c in allowed(split) if c.relation == relation]
-    return tuple(c for c in cells if c.color1 == color1) or tuple(cells)  # "held_out" lacks some color orders
+    # "held_out" lacks some color orders
+    return tuple(c for c in cells if c.color1 == color1) or tuple(cells)
 
 
 def _balanced(
-    rng: np.random.Generator, split: Split, spread: float, red_first: float, without: Relation | None
+    rng: np.random.Generator,
+    split: Split,
+    spread: float,
+    red_first: float,
+    without: Relation | None,
 ) -> list[tuple[Combination, tuple[int, int, int, int]]]:
     pool = []
     relations = [relation for relation in RELATIONS if relation != without]
@@ -165,7 +179,9 @@ def _balanced(
 
 
 def _place(rng: np.random.Generator, c: Combination, spread: float) -> tuple[int, int, int, int]:
-    """Uniform among the centres that realise the relation without overlap, by rejection (which accepts more than half)."""
+    """Uniform among the centres that realise the relation without overlap, by rejection (which
+    accepts more than half).
+    """
     direction_x, direction_y = DIRECTIONS[c.relation]
     columns, rows = _centre_pairs(direction_x, spread), _centre_pairs(direction_y, spread)
     (w1, h1), (w2, h2) = half_size(c.shape1), half_size(c.shape2)
@@ -183,7 +199,10 @@ def _centre_pairs(direction: int, spread: float) -> Int[np.ndarray, "pair 2"]:
     `direction`: the sign of first − second beyond `BAND`; 0 for level within `BAND`.
     """
     low, high = CENTRE_RANGE
-    first, second = (a.ravel() for a in np.meshgrid(np.arange(low, high + 1), np.arange(low, high + 1), indexing="ij"))
+    first, second = (
+        a.ravel()
+        for a in np.meshgrid(np.arange(low, high + 1), np.arange(low, high + 1), indexing="ij")
+    )
     difference = first - second
     keep = np.abs(difference) <= BAND if direction == 0 else difference * direction > BAND
     middle = (low + high) // 2
@@ -193,13 +212,19 @@ def _centre_pairs(direction: int, spread: float) -> Int[np.ndarray, "pair 2"]:
     return np.stack([first[keep], second[keep]], axis=1)
 
 
-def _natural(rng: np.random.Generator, split: Split) -> list[tuple[Combination, tuple[int, int, int, int]]]:
+def _natural(
+    rng: np.random.Generator, split: Split
+) -> list[tuple[Combination, tuple[int, int, int, int]]]:
     pool: list[tuple[Combination, tuple[int, int, int, int]]] = []
     accepted = frozenset(allowed(split))
     while len(pool) < CHUNK:
-        x1, y1, x2, y2 = (int(v) for v in rng.integers(CENTRE_RANGE[0], CENTRE_RANGE[1] + 1, size=4))
+        x1, y1, x2, y2 = (
+            int(v) for v in rng.integers(CENTRE_RANGE[0], CENTRE_RANGE[1] + 1, size=4)
+        )
         cell = COMBINATIONS[rng.integers(len(COMBINATIONS))]
-        combination = Combination(cell.shape1, cell.shape2, cell.color1, relation_between(x1, y1, x2, y2))
+        combination = Combination(
+            cell.shape1, cell.shape2, cell.color1, relation_between(x1, y1, x2, y2)
+        )
         if combination in accepted:
             pool.append((combination, (x1, y1, x2, y2)))
     return pool

@@ -16,7 +16,9 @@ from hooked_models.arguments import integer, one_of
 
 Shape = Literal["triangle", "circle", "square"]
 Color = Literal["red", "blue"]
-Relation = Literal["above", "below", "left", "right", "upper_left", "upper_right", "lower_left", "lower_right"]
+Relation = Literal[
+    "above", "below", "left", "right", "upper_left", "upper_right", "lower_left", "lower_right"
+]
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 COLORS: tuple[Color, ...] = get_args(Color)
@@ -46,18 +48,44 @@ PHRASES: dict[Relation, tuple[str, ...]] = {
     "below": ("below", "directly below", "lower than"),
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),
-    "upper_left": ("to the upper left of", "above and to the left of", "diagonally up and left from"),
-    "upper_right": ("to the upper right of", "above and to the right of", "diagonally up and right from"),
-    "lower_left": ("to the lower left of", "below and to the left of", "diagonally down and left from"),
-    "lower_right": ("to the lower right of", "below and to the right of", "diagonally down and right from"),
+    "upper_left": (
+        "to the upper left of",
+        "above and to the left of",
+        "diagonally up and left from",
+    ),
+    "upper_right": (
+        "to the upper right of",
+        "above and to the right of",
+        "diagonally up and right from",
+    ),
+    "lower_left": (
+        "to the lower left of",
+        "below and to the left of",
+        "diagonally down and left from",
+    ),
+    "lower_right": (
+        "to the lower right of",
+        "below and to the right of",
+        "diagonally down and right from",
+    ),
 }
 """The 22 phrases of the training set."""
 
-OPPOSITE = {relation: next(r for r, d in DIRECTIONS.items() if d == (-x, -y)) for relation, (x, y) in DIRECTIONS.items()}
+OPPOSITE = {
+    relation: next(r for r, d in DIRECTIONS.items() if d == (-x, -y))
+    for relation, (x, y) in DIRECTIONS.items()
+}
 """above ↔ below, upper_left ↔ lower_right, …: every phrase has a counterpart word by word."""
 
 WORDS: tuple[str, ...] = tuple(
-    sorted({*SHAPES, *COLORS, "is", *itertools.chain(*(p.split() for ps in PHRASES.values() for p in ps))})
+    sorted(
+        {
+            *SHAPES,
+            *COLORS,
+            "is",
+            *itertools.chain(*(p.split() for ps in PHRASES.values() for p in ps)),
+        }
+    )
 )
 """All words of the captions."""
 
@@ -92,8 +120,8 @@ class Scene:
     def __post_init__(self) -> None:
         """Raise ValueError for shapes, colors or relations that the task lacks.
 
-        A relation that the coordinates contradict is allowed: that is how a scene names the relation
-        that it does not show (`opposite`).
+        A relation that the coordinates contradict is allowed: that is how a scene names the
+        relation that it does not show (`opposite`).
         """
         for name in ("shape1", "shape2"):
             one_of(name, getattr(self, name), SHAPES)
@@ -111,7 +139,12 @@ class Scene:
     @property
     def objects(self) -> tuple[tuple[Shape, Color, int, int], ...]:
         """(shape, color, x, y) of each object, in the order of the caption."""
-        return (self.shape1, self.color1, self.x1, self.y1), (self.shape2, self.color2, self.x2, self.y2)
+        return (self.shape1, self.color1, self.x1, self.y1), (
+            self.shape2,
+            self.color2,
+            self.x2,
+            self.y2,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +187,15 @@ class Combination:
 
 
 COMBINATIONS: tuple[Combination, ...] = tuple(
-    Combination(s1, s2, c1, r) for (s1, s2), c1, r in itertools.product(itertools.permutations(SHAPES, 2), COLORS, RELATIONS)
+    Combination(s1, s2, c1, r)
+    for (s1, s2), c1, r in itertools.product(itertools.permutations(SHAPES, 2), COLORS, RELATIONS)
 )
 
 HELD_OUT: frozenset[Combination] = frozenset(
     {
-        # Each relation at least once, five of either color order, no ordered pair of shapes more than twice:
-        # every part of a held-out combination is common in training, only the whole is new.
+        # Each relation at least once, five of either color order, no ordered pair of shapes more
+        # than twice: every part of a held-out combination is common in training, only the whole is
+        # new.
         Combination("triangle", "circle", "red", "above"),
         Combination("circle", "triangle", "blue", "below"),
         Combination("square", "circle", "blue", "left"),
@@ -215,7 +250,11 @@ def opposite(scene: Scene) -> Scene:
         'red circle is lower than blue square'
     """
     relation = OPPOSITE[scene.relation]
-    return replace(scene, relation=relation, phrase=PHRASES[relation][PHRASES[scene.relation].index(scene.phrase)])
+    return replace(
+        scene,
+        relation=relation,
+        phrase=PHRASES[relation][PHRASES[scene.relation].index(scene.phrase)],
+    )
 
 
 def caption(scene: Scene | Trio, phrase: str | None = None) -> str:
@@ -234,7 +273,10 @@ def caption(scene: Scene | Trio, phrase: str | None = None) -> str:
         ('red circle is above blue square', 'red circle is left of blue square')
     """
     if isinstance(scene, Trio):
-        return f"{caption(scene.first, phrase)} and {scene.second.phrase} {scene.second.color2} {scene.second.shape2}"
+        return (
+            f"{caption(scene.first, phrase)} and {scene.second.phrase} {scene.second.color2} "
+            f"{scene.second.shape2}"
+        )
     first = f"{scene.color1} {scene.shape1}" if scene.names_color1 else scene.shape1
     second = f"{scene.color2} {scene.shape2}" if scene.names_color2 else scene.shape2
     return f"{first} is {phrase or scene.phrase} {second}"

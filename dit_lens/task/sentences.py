@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import itertools
 
-from .scene import COLORS, COMBINATIONS, PHRASES, RELATIONS, SHAPES, Scene, Trio, caption, other_color
+from .scene import (
+    COLORS,
+    COMBINATIONS,
+    PHRASES,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Trio,
+    caption,
+    other_color,
+)
 from .trios import TRIO_PHRASES
 
 
 def all_captions() -> list[str]:
-    """Every prompt of a scene: 6 ordered shape pairs × 22 phrases × 7 patterns of color words = 924.
+    """Every prompt of a scene: 6 ordered shape pairs × 22 phrases × 7 patterns of color words =
+    924.
 
     Example:
         >>> len(all_captions())
@@ -18,13 +29,26 @@ def all_captions() -> list[str]:
     found: dict[str, None] = {}
     for c, named in itertools.product(COMBINATIONS, itertools.product((True, False), repeat=2)):
         for phrase in PHRASES[c.relation]:
-            scene = Scene(c.shape1, c.color1, 0, 0, c.shape2, other_color(c.color1), 0, 0, c.relation, phrase, *named)
+            scene = Scene(
+                c.shape1,
+                c.color1,
+                0,
+                0,
+                c.shape2,
+                other_color(c.color1),
+                0,
+                0,
+                c.relation,
+                phrase,
+                *named,
+            )
             found[caption(scene)] = None
     return list(found)
 
 
 def all_trio_captions() -> list[str]:
-    """Every prompt of a trio: orders of the shapes × color patterns × phrases of two different relations.
+    """Every prompt of a trio: orders of the shapes × color patterns × phrases of two different
+    relations.
 
     Example:
         >>> len(set(all_trio_captions())), all_trio_captions()[0]

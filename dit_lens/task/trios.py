@@ -29,9 +29,12 @@ from .scene import (
 )
 
 TRIO_PHRASES: dict[Relation, tuple[str, ...]] = {
-    relation: tuple(phrase for phrase in phrases if " and " not in phrase) for relation, phrases in PHRASES.items()
+    relation: tuple(phrase for phrase in phrases if " and " not in phrase)
+    for relation, phrases in PHRASES.items()
 }
-"""The 14 phrases without "and", so that the only "and" of a prompt is the one between its relations."""
+"""The 14 phrases without "and", so that the only "and" of a prompt is the one between its
+relations.
+"""
 
 
 def sample_trios(n: int, seed: int, *, start: int = 0, split: Split = "train") -> list[Trio]:
@@ -63,22 +66,40 @@ def _draw(rng: np.random.Generator, split: Split) -> Trio:
         shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
         relations = [RELATIONS[i] for i in rng.choice(len(RELATIONS), 2, replace=False)]
         color1, color3 = (COLORS[i] for i in rng.integers(len(COLORS), size=2))
-        held_out = [Combination(shapes[0], s, color1, r) in HELD_OUT for s, r in zip(shapes[1:], relations, strict=True)]
+        held_out = [
+            Combination(shapes[0], s, color1, r) in HELD_OUT
+            for s, r in zip(shapes[1:], relations, strict=True)
+        ]
         if (split == "train" and any(held_out)) or (split == "held_out" and not held_out[0]):
             continue
         centres = _place(rng, shapes, relations)
-        if centres is None:  # Little room for this pair of relations: draw anew, which makes such pairs slightly rarer.
+        # Little room for this pair of relations: draw anew, which makes such pairs slightly rarer.
+        if centres is None:
             continue
         scenes = []
         for i, color in ((1, other_color(color1)), (2, color3)):
             phrases = TRIO_PHRASES[relations[i - 1]]
             phrase = phrases[rng.integers(len(phrases))]
-            scenes.append(Scene(shapes[0], color1, *centres[0], shapes[i], color, *centres[i], relations[i - 1], phrase))
+            scenes.append(
+                Scene(
+                    shapes[0],
+                    color1,
+                    *centres[0],
+                    shapes[i],
+                    color,
+                    *centres[i],
+                    relations[i - 1],
+                    phrase,
+                )
+            )
         return Trio(*scenes)
 
 
 def _place(
-    rng: np.random.Generator, shapes: Sequence[Shape], relations: Sequence[Relation], attempts: int = 50
+    rng: np.random.Generator,
+    shapes: Sequence[Shape],
+    relations: Sequence[Relation],
+    attempts: int = 50,
 ) -> list[tuple[int, int]] | None:
     """Centres of the three objects, or None if all attempts fail."""
     low, high = CENTRE_RANGE
@@ -87,17 +108,18 @@ def _place(
         x, y = (int(v) for v in rng.integers(low, high + 1, size=2))
         centres = [(x, y)]
         for relation in relations:
-            columns, rows = (_across(at, direction) for at, direction in zip((x, y), DIRECTIONS[relation], strict=True))
+            columns, rows = (
+                _across(at, direction)
+                for at, direction in zip((x, y), DIRECTIONS[relation], strict=True)
+            )
             if columns[0] >= columns[1] or rows[0] >= rows[1]:
                 break
             centres.append((int(rng.integers(*columns)), int(rng.integers(*rows))))
-        if (
-            len(centres) == len(shapes)
-            and all(
-                abs(x1 - x2) > w1 + w2 + 1 or abs(y1 - y2) > h1 + h2 + 1  # objects of one color that touch would be one region
-                for i, ((x1, y1), (w1, h1)) in enumerate(zip(centres, sizes, strict=True))
-                for (x2, y2), (w2, h2) in zip(centres[:i], sizes[:i], strict=True)
-            )
+        if len(centres) == len(shapes) and all(
+            # objects of one color that touch would be one region
+            abs(x1 - x2) > w1 + w2 + 1 or abs(y1 - y2) > h1 + h2 + 1
+            for i, ((x1, y1), (w1, h1)) in enumerate(zip(centres, sizes, strict=True))
+            for (x2, y2), (w2, h2) in zip(centres[:i], sizes[:i], strict=True)
         ):
             return centres
     return None

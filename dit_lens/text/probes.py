@@ -43,14 +43,44 @@ def probe_captions() -> pd.DataFrame:
             color2 = other_color(c.color1)
             text = f"{c.color1} {c.shape1} is {phrase} {color2} {c.shape2}"
             dx, dy = DIRECTIONS[c.relation]
-            rows.append((text, c.shape1, c.color1, c.relation, c.shape2, color2, dx, dy, number, wording, c in HELD_OUT))
-    columns = ("text", "shape1", "color1", "relation", "shape2", "color2", "dx", "dy", "combination", "wording", "held_out")
+            rows.append(
+                (
+                    text,
+                    c.shape1,
+                    c.color1,
+                    c.relation,
+                    c.shape2,
+                    color2,
+                    dx,
+                    dy,
+                    number,
+                    wording,
+                    c in HELD_OUT,
+                )
+            )
+    columns = (
+        "text",
+        "shape1",
+        "color1",
+        "relation",
+        "shape2",
+        "color2",
+        "dx",
+        "dy",
+        "combination",
+        "wording",
+        "held_out",
+    )
     return pd.DataFrame(rows, columns=list(columns))
 
 
 @torch.no_grad()
 def word_vectors(
-    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, captions: pd.DataFrame, word: Word, layers: bool = True
+    encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    captions: pd.DataFrame,
+    word: Word,
+    layers: bool = True,
 ) -> dict[int, Float[np.ndarray, "caption d_text"]]:
     """Vectors of one word of every caption, by layer: 0 is the word embedding, the last is the
     encoder's output.
@@ -70,8 +100,10 @@ def word_vectors(
     texts = list(captions.text)
     tokens = tokenizer(texts, padding="longest", return_tensors="pt", return_offsets_mapping=True)
     which = 1 if word.endswith("2") else 0
-    starts = [  # the first shape or color is at the caption's first such word, the second at its last
-        (text.rindex if which else text.index)(value) for text, value in zip(texts, captions[word], strict=True)
+    # the first shape or color is at the caption's first such word, the second at its last
+    starts = [
+        (text.rindex if which else text.index)(value)
+        for text, value in zip(texts, captions[word], strict=True)
     ]
     places = [
         next(i for i, (low, high) in enumerate(offsets.tolist()) if low <= start < high)
@@ -85,7 +117,9 @@ def word_vectors(
     return {layer: state[rows, places].float().numpy() for layer, state in states.items()}
 
 
-def probe(vectors: Float[np.ndarray, "caption d_text"], captions: pd.DataFrame, target: str, split: str) -> float:
+def probe(
+    vectors: Float[np.ndarray, "caption d_text"], captions: pd.DataFrame, target: str, split: str
+) -> float:
     """Accuracy of a linear probe for a target, on captions it was not fitted on.
 
     Args:
@@ -106,23 +140,35 @@ def probe(vectors: Float[np.ndarray, "caption d_text"], captions: pd.DataFrame, 
         1.0
     """
     held_out = captions.held_out.to_numpy()
-    labels = captions[["dx", "dy"]].to_numpy(float) if target == "direction" else captions[target].to_numpy()
+    labels = (
+        captions[["dx", "dy"]].to_numpy(float)
+        if target == "direction"
+        else captions[target].to_numpy()
+    )
     folds = {
-        "captions": StratifiedKFold(5, shuffle=True, random_state=0).split(vectors, captions.relation),
-        "combinations": GroupKFold(5, shuffle=True, random_state=0).split(vectors, groups=captions.combination),
+        "captions": StratifiedKFold(5, shuffle=True, random_state=0).split(
+            vectors, captions.relation
+        ),
+        "combinations": GroupKFold(5, shuffle=True, random_state=0).split(
+            vectors, groups=captions.combination
+        ),
         "wordings": PredefinedSplit(captions.wording).split(),
         "never_read": [(np.flatnonzero(~held_out), np.flatnonzero(held_out))],
     }[split]
     right, total = 0.0, 0.0
     for fit, test in folds:
         if target == "direction":
-            model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 13))).fit(vectors[fit], labels[fit])
+            model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 13))).fit(
+                vectors[fit], labels[fit]
+            )
             right += ((labels[test] - labels[fit].mean(0)) ** 2).sum() - (
                 (labels[test] - model.predict(vectors[test])) ** 2
             ).sum()
             total += ((labels[test] - labels[fit].mean(0)) ** 2).sum()
         else:
-            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(vectors[fit], labels[fit])
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(
+                vectors[fit], labels[fit]
+            )
             right += (model.predict(vectors[test]) == labels[test]).sum()
             total += len(test)
     return float(right / total)
@@ -139,7 +185,10 @@ def probe_table(
     """All probes of one word: dims (layer, target, split), values as in `probe`."""
     captions = probe_captions()
     vectors = word_vectors(encoder, tokenizer, captions, word, layers)
-    values = [[[probe(v, captions, target, split) for split in splits] for target in targets] for v in vectors.values()]
+    values = [
+        [[probe(v, captions, target, split) for split in splits] for target in targets]
+        for v in vectors.values()
+    ]
     coords = {"layer": list(vectors), "target": list(targets), "split": list(splits)}
     return xr.DataArray(values, dims=("layer", "target", "split"), coords=coords, name="probe")
 
@@ -162,11 +211,15 @@ def place_score(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     groups = np.tile(captions.combination, 2)
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 13)))
     places = np.concatenate(labels)
-    predicted = cross_val_predict(model, np.concatenate(vectors), places, groups=groups, cv=GroupKFold(5))
+    predicted = cross_val_predict(
+        model, np.concatenate(vectors), places, groups=groups, cv=GroupKFold(5)
+    )
     return float(r2_score(places, predicted))
 
 
-def cosines(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, word: Word = "shape2") -> pd.Series:
+def cosines(
+    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, word: Word = "shape2"
+) -> pd.Series:
     """Mean cosine between two captions' vectors of one word (encoder output), by the one respect in
     which the captions differ.
 

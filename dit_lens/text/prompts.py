@@ -5,13 +5,16 @@
 
 `tokens=` of interventions, ablations, steering and synopses is one of these:
 
-- a role, or several ("relation", ["shape1", "shape2"]): each prompt's own tokens that play it (`Role`);
-- a word, or several (`word("cat")`, `word("left of", nth=2)`): a word or phrase, wherever it stands as whole words;
+- a role, or several ("relation", ["shape1", "shape2"]): each prompt's own tokens that play it
+  (`Role`);
+- a word, or several (`word("cat")`, `word("left of", nth=2)`): a word or phrase, wherever it stands
+  as whole words;
 - positions ([0, 3]): the same tokens of every prompt;
 - a mask: booleans [prompt text_pos].
 
-Words are found by the tokenizer's character offsets in the text that is encoded (`hooked_models.text_encoders.words`): a
-word of several tokens selects each of them, and punctuation, quotes and hyphens end a word.
+Words are found by the tokenizer's character offsets in the text that is encoded
+(`hooked_models.text_encoders.words`): a word of several tokens selects each of them, and
+punctuation, quotes and hyphens end a word.
 """
 
 from __future__ import annotations
@@ -29,7 +32,15 @@ from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer, shown
 from hooked_models.text_encoders.words import EncodedText, split_words
 
-from .roles import RELATION_WORDS, Role, by_role, roles_of, roles_of_text, roles_of_words, token_roles
+from .roles import (
+    RELATION_WORDS,
+    Role,
+    by_role,
+    roles_of,
+    roles_of_text,
+    roles_of_words,
+    token_roles,
+)
 
 __all__ = [
     "RELATION_WORDS",
@@ -61,11 +72,14 @@ class Word:
     nth: int | None = None
 
     def __str__(self) -> str:
-        return f"word({self.text!r})" if self.nth is None else f"word({self.text!r}, nth={self.nth})"
+        return (
+            f"word({self.text!r})" if self.nth is None else f"word({self.text!r}, nth={self.nth})"
+        )
 
 
 def word(text: str, nth: SupportsIndex | None = None) -> Word:
-    """The tokens of a word or phrase, wherever a prompt has it as whole words, without regard to case.
+    """The tokens of a word or phrase, wherever a prompt has it as whole words, without regard to
+    case.
 
     Args:
         text: one word or several in order; punctuation between them is not compared.
@@ -77,11 +91,16 @@ def word(text: str, nth: SupportsIndex | None = None) -> Word:
     Example:
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
-        >>> token_mask(model, ["red circle is left of red square"], word("Red", nth=2)).int().tolist()
+        >>> token_mask(
+        ...     model, ["red circle is left of red square"], word("Red", nth=2)
+        ... ).int().tolist()
         [[0, 0, 0, 0, 0, 1, 0, 0]]
     """
     if not isinstance(text, str) or not split_words(text):
-        raise ValueError(f"text={shown(text)} of prompts.word contains no word: give a word or phrase, such as 'left of'.")
+        raise ValueError(
+            f"text={shown(text)} of prompts.word contains no word: give a word or phrase, such as "
+            "'left of'."
+        )
     return Word(text, None if nth is None else integer("nth", nth, low=1))
 
 
@@ -105,7 +124,8 @@ def as_choice(tokens: Any) -> TokenChoice:
     """`Tokens` in one hashable form.
 
     Raises:
-        ValueError: it is of none of the forms, or of several at once; the message names the value and the fix.
+        ValueError: it is of none of the forms, or of several at once; the message names the value
+            and the fix.
 
     Example:
         >>> as_choice("relation"), as_choice([0, 3])
@@ -115,17 +135,26 @@ def as_choice(tokens: Any) -> TokenChoice:
     if not isinstance(tokens, (Sequence, range)):
         raise ValueError(f"tokens={shown(tokens)}: give {FORMS}; a single position is [0].")
     if len(tokens) == 0:
-        raise ValueError("tokens is empty, so that nothing is selected: leave it out for all tokens, or name at least one.")
+        raise ValueError(
+            "tokens is empty, so that nothing is selected: leave it out for all tokens, or name at "
+            "least one."
+        )
     kinds = {_kind(one) for one in tokens}
     if len(kinds) > 1 or kinds == {None}:
-        mixed = "mixes " + " and ".join(sorted(map(str, kinds))) if None not in kinds else "is none of the known forms"
+        mixed = (
+            "mixes " + " and ".join(sorted(map(str, kinds)))
+            if None not in kinds
+            else "is none of the known forms"
+        )
         raise ValueError(f"tokens={shown(list(tokens))} {mixed}: give {FORMS}.")
     if kinds == {"words"}:
         return tuple(_role_or_word(one) for one in tokens)
     if kinds == {"positions"}:
         return tuple(integer("tokens", one) for one in tokens)
     if kinds == {"booleans"}:
-        raise ValueError("tokens is a mask of one row: give a mask [prompt pos], one row for each prompt.")
+        raise ValueError(
+            "tokens is a mask of one row: give a mask [prompt pos], one row for each prompt."
+        )
     rows: Any = tokens
     return tuple(tuple(_boolean(one) for one in row) for row in rows)
 
@@ -136,7 +165,10 @@ def _listed(tokens: Any) -> Any:
     return [tokens] if isinstance(tokens, (str, Word)) else tokens
 
 
-FORMS = "a role, prompts.word('…'), several of these, positions such as [0, 3], or a mask of booleans [prompt pos]"
+FORMS = (
+    "a role, prompts.word('…'), several of these, positions such as [0, 3], or a mask of booleans "
+    "[prompt pos]"
+)
 
 
 def _kind(one: Any) -> str | None:
@@ -153,8 +185,8 @@ def _role_or_word(one: Any) -> str | Word:
     if isinstance(one, Word) or one in get_args(Role):
         return one
     raise ValueError(
-        f"{shown(one)} is no role of a token: choose {', '.join(get_args(Role))}; or select the word itself by "
-        f"prompts.word({shown(one)})."
+        f"{shown(one)} is no role of a token: choose {', '.join(get_args(Role))}; or select the "
+        f"word itself by prompts.word({shown(one)})."
     )
 
 
@@ -176,7 +208,8 @@ def token_mask(
     missing: Literal["error", "ignore"] = "error",
     **options: Any,
 ) -> Bool[Tensor, "prompt text_pos"]:
-    """The selected tokens of `model.to_tokens(prompts)`, or the selected text positions of a pipeline's denoiser.
+    """The selected tokens of `model.to_tokens(prompts)`, or the selected text positions of a
+    pipeline's denoiser.
 
     Where several text encoders of a pipeline give tokens, a word is all that spell it.
 
@@ -184,16 +217,22 @@ def token_mask(
         tokens: one of the forms of the module.
         length: of the tokens, by default that of the longest prompt.
         missing: "ignore" lets a prompt have none of them; by default that is an error.
-        options: of a pipeline's call, such as `max_sequence_length`, which its text positions depend on.
+        options: of a pipeline's call, such as `max_sequence_length`, which its text positions
+            depend on.
 
     Raises:
-        ValueError: a prompt has none of the tokens (the message lists its words), a position lies outside of the text, or a
-            mask has another shape.
+        ValueError: a prompt has none of the tokens (the message lists its words), a position lies
+            outside of the text, or a mask has another shape.
 
     Example:
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
-        >>> token_mask(model, ["red circle above square", "square"], ["shape1", word("red")], missing="ignore").int().tolist()
+        >>> token_mask(
+        ...     model,
+        ...     ["red circle above square", "square"],
+        ...     ["shape1", word("red")],
+        ...     missing="ignore",
+        ... ).int().tolist()
         [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
     """
     texts, choice = [prompts] if isinstance(prompts, str) else list(prompts), as_choice(tokens)
@@ -206,7 +245,9 @@ def token_mask(
     return mask
 
 
-def position_mask(choice: TokenChoice, n: int, length: int, where: str) -> Bool[Tensor, "prompt pos"] | None:
+def position_mask(
+    choice: TokenChoice, n: int, length: int, where: str
+) -> Bool[Tensor, "prompt pos"] | None:
     """Mask of positions, or a mask after a check of its shape; None for words and roles.
 
     Args:
@@ -227,16 +268,22 @@ def position_mask(choice: TokenChoice, n: int, length: int, where: str) -> Bool[
         widths = {len(row) for row in choice if isinstance(row, tuple)}
         if len(choice) != n or widths != {length}:
             shape = [len(choice), *sorted(widths)]
-            raise ValueError(f"tokens is a mask {shape}; {where} takes [prompt pos] = {[n, length]}.")
+            raise ValueError(
+                f"tokens is a mask {shape}; {where} takes [prompt pos] = {[n, length]}."
+            )
         return torch.tensor(choice)
     if isinstance(first, (str, Word)):
         return None
     if outside := [position for position in choice if position not in range(length)]:
-        raise ValueError(f"There is no position {outside[0]} in {where}: it has positions 0 to {length - 1}.")
+        raise ValueError(
+            f"There is no position {outside[0]} in {where}: it has positions 0 to {length - 1}."
+        )
     return torch.isin(torch.arange(length), torch.tensor(choice)).repeat(n, 1)
 
 
-def token_counts(model: HookedTextToImage, texts: Sequence[str], choice: TokenChoice, length: int) -> list[tuple[int, ...]]:
+def token_counts(
+    model: HookedTextToImage, texts: Sequence[str], choice: TokenChoice, length: int
+) -> list[tuple[int, ...]]:
     """Number of tokens of each role or word of `choice`, for each prompt.
 
     Example:
@@ -245,24 +292,36 @@ def token_counts(model: HookedTextToImage, texts: Sequence[str], choice: TokenCh
         >>> token_counts(model, ["red circle above square"], as_choice(["shape1", "filler"]), 5)
         [(1, 0)]
     """
-    return [tuple(_spelled(text, choice).sum(dim=1).tolist()) for text in model.encoded_texts(texts, length)]
+    return [
+        tuple(_spelled(text, choice).sum(dim=1).tolist())
+        for text in model.encoded_texts(texts, length)
+    ]
 
 
 def _spelled(encoded: EncodedText, choice: TokenChoice) -> Bool[Tensor, "role_or_word text_pos"]:
     """Tokens of each role and word of `choice` in one prompt."""
-    roles, mask = roles_of_text(encoded), torch.zeros(len(choice), len(encoded.ids), dtype=torch.bool)
+    roles, mask = (
+        roles_of_text(encoded),
+        torch.zeros(len(choice), len(encoded.ids), dtype=torch.bool),
+    )
     for row, one in zip(mask, choice, strict=True):
         if isinstance(one, Word):
             places = encoded.phrases(one.text)
             places = places if one.nth is None else places[one.nth - 1 : one.nth]
-            row[[token for start, end in places for token in encoded.tokens_between(start, end)]] = True
+            row[
+                [token for start, end in places for token in encoded.tokens_between(start, end)]
+            ] = True
         else:
             row[:] = torch.tensor([role == one for role in roles])
     return mask
 
 
 def check_found(
-    model: HookedTextToImage, texts: Sequence[str], choice: TokenChoice, mask: Bool[Tensor, "prompt pos"], fix: str = ""
+    model: HookedTextToImage,
+    texts: Sequence[str],
+    choice: TokenChoice,
+    mask: Bool[Tensor, "prompt pos"],
+    fix: str = "",
 ) -> None:
     """Raise ValueError for the first prompt whose row of `mask` is empty; the message lists its
     words and their roles.
@@ -283,13 +342,20 @@ def check_found(
         return
     text, first = texts[empty[0]], choice[0]
     if isinstance(first, tuple):
-        raise ValueError(f"tokens is a mask whose row {empty[0]}, of {text!r}, selects nothing: fill it{fix}.")
+        raise ValueError(
+            f"tokens is a mask whose row {empty[0]}, of {text!r}, selects nothing: fill it{fix}."
+        )
     found = split_words(text)
-    words = [f"{text[word.start : word.end]} ({role})" for word, role in zip(found, roles_of_words(found), strict=True)]
-    named = " or ".join(_occurrence(one) if isinstance(one, Word) else f"{one} token" for one in choice)
+    words = [
+        f"{text[word.start : word.end]} ({role})"
+        for word, role in zip(found, roles_of_words(found), strict=True)
+    ]
+    named = " or ".join(
+        _occurrence(one) if isinstance(one, Word) else f"{one} token" for one in choice
+    )
     raise ValueError(
-        f"{text!r} has no {named}. Its words are {', '.join(words) or 'none'}: select by another role or by "
-        f"prompts.word('…'){fix}."
+        f"{text!r} has no {named}. Its words are {', '.join(words) or 'none'}: select by another "
+        f"role or by prompts.word('…'){fix}."
     )
 
 
@@ -297,7 +363,9 @@ def _occurrence(found: Word) -> str:
     return repr(found.text) if found.nth is None else f"{found.text!r} number {found.nth}"
 
 
-def role_mask(model: HookedTextToImage, prompts: str | Sequence[str], role: Role) -> Bool[Tensor, "prompt text_pos"]:
+def role_mask(
+    model: HookedTextToImage, prompts: str | Sequence[str], role: Role
+) -> Bool[Tensor, "prompt text_pos"]:
     """Tokens of `model.to_tokens(prompts)` with a role; a prompt may have none.
 
     Example:
@@ -309,7 +377,9 @@ def role_mask(model: HookedTextToImage, prompts: str | Sequence[str], role: Role
     return token_mask(model, prompts, role, missing="ignore")
 
 
-def phrase_mask(model: HookedTextToImage, prompts: str | Sequence[str], phrase: str) -> Bool[Tensor, "prompt text_pos"]:
+def phrase_mask(
+    model: HookedTextToImage, prompts: str | Sequence[str], phrase: str
+) -> Bool[Tensor, "prompt text_pos"]:
     """Tokens of `model.to_tokens(prompts)` that spell a word or phrase: `token_mask` of
     `word(phrase)`.
 
@@ -328,7 +398,8 @@ def phrase_mask(model: HookedTextToImage, prompts: str | Sequence[str], phrase: 
 def role_groups(
     model: HookedTextToImage, prompts: Sequence[str], roles: Sequence[Mapping[str, str]]
 ) -> dict[str, Bool[Tensor, "prompt text_pos"]]:
-    """Tokens by role, where each prompt has its own words for a role: text groups of a synopsis, or `tokens` of an edit.
+    """Tokens by role, where each prompt has its own words for a role: text groups of a synopsis, or
+    `tokens` of an edit.
 
     Args:
         prompts: texts of a batch.
@@ -340,15 +411,23 @@ def role_groups(
     Example:
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> role_groups(model, ["red circle is above square"], [{"relation": "above"}])["relation"].int().tolist()
+        >>> role_groups(model, ["red circle is above square"], [{"relation": "above"}])[
+        ...     "relation"
+        ... ].int().tolist()
         [[0, 0, 0, 1, 0, 0]]
     """
     if len(roles) != len(prompts) or any(set(one) != set(roles[0]) for one in roles):
-        raise ValueError("Give one mapping of roles to words for each prompt, with the same roles in all of them.")
+        raise ValueError(
+            "Give one mapping of roles to words for each prompt, with the same roles in all of "
+            "them."
+        )
     length = model.to_tokens(list(prompts)).shape[1]
     return {
         role: torch.cat(
-            [token_mask(model, text, word(one[role]), length=length) for text, one in zip(prompts, roles, strict=True)]
+            [
+                token_mask(model, text, word(one[role]), length=length)
+                for text, one in zip(prompts, roles, strict=True)
+            ]
         )
         for role in roles[0]
     }

@@ -18,8 +18,22 @@ Role = Literal["color1", "shape1", "relation", "color2", "shape2", "filler", "eo
 
 RELATION_WORDS = frozenset(
     {
-        *("above", "below", "left", "right", "upper", "lower", "up", "down", "higher"),  # the task's own
-        *("under", "over", "beneath", "underneath", "beside", "behind", "between", "near", "next", "on", "in", "inside"),
+        # the task's own
+        *("above", "below", "left", "right", "upper", "lower", "up", "down", "higher"),
+        *(
+            "under",
+            "over",
+            "beneath",
+            "underneath",
+            "beside",
+            "behind",
+            "between",
+            "near",
+            "next",
+            "on",
+            "in",
+            "inside",
+        ),
         *("outside", "atop", "top", "bottom", "front", "against", "around"),
     }
 )
@@ -29,8 +43,8 @@ RELATION_WORDS = frozenset(
 def token_roles(model: HookedTextToImage, prompt: str, length: int | None = None) -> list[Role]:
     """The role of every token of a prompt, in order, EOS and pads (up to `length`) included.
 
-    A word of several tokens gives each of them its role. Objects are numbered as the prompt names them; a color belongs to
-    the next shape.
+    A word of several tokens gives each of them its role. Objects are numbered as the prompt names
+    them; a color belongs to the next shape.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -82,7 +96,10 @@ def by_role(roles: Sequence[Sequence[Role]]) -> dict[Role, Bool[Tensor, "prompt 
         >>> by_role([["relation", "eos"], ["shape1", "eos"]])["eos"].tolist()
         [[False, True], [False, True]]
     """
-    return {role: torch.tensor([[found == role for found in row] for row in roles]) for role in get_args(Role)}
+    return {
+        role: torch.tensor([[found == role for found in row] for row in roles])
+        for role in get_args(Role)
+    }
 
 
 # Masks

@@ -77,7 +77,9 @@ def _terms(factors: Factors, interactions: Interactions, n: int) -> list[_Term]:
     for name in together:
         parts = name.split(":")
         if unknown := [part for part in parts if part not in coded]:
-            raise ValueError(f"There is no factor {unknown[0]!r}: the factors are {', '.join(coded)}.")
+            raise ValueError(
+                f"There is no factor {unknown[0]!r}: the factors are {', '.join(coded)}."
+            )
         if len(parts) < 2 or len(set(parts)) < len(parts):
             raise ValueError(f"{name!r} is no interaction: write 'a:b' for two different factors.")
     return [_term(name, coded, n) for name in [*coded, *together]]
@@ -98,7 +100,9 @@ def _coding(name: str, values: Collection[Any], n: int) -> _Coding:
         raise ValueError(f"Factor {name!r} has missing values: leave those rows out.")
     levels = len(found.categories)
     if levels < 2:
-        raise ValueError(f"Factor {name!r} has a single level, {found.categories[0]!r}: leave it out.")
+        raise ValueError(
+            f"Factor {name!r} has a single level, {found.categories[0]!r}: leave it out."
+        )
     contrasts = np.vstack([np.eye(levels - 1), -np.ones(levels - 1)])
     return tuple(found.categories), np.asarray(found.codes), contrasts
 
@@ -131,9 +135,16 @@ def _span_of(terms: Sequence[_Term], n: int) -> Float[np.ndarray, "n rank"]:
 
 
 def _as_array(vectors: Vectors) -> Float[np.ndarray, "n d"]:
-    values = vectors.detach().double().cpu().numpy() if isinstance(vectors, Tensor) else np.asarray(vectors, dtype=float)
+    values = (
+        vectors.detach().double().cpu().numpy()
+        if isinstance(vectors, Tensor)
+        else np.asarray(vectors, dtype=float)
+    )
     if not np.isfinite(values).all():
-        raise ValueError("Some vectors are not finite; T5, for one, overflows in float16: encode in float32 or bfloat16.")
+        raise ValueError(
+            "Some vectors are not finite; T5, for one, overflows in float16: encode in float32 or "
+            "bfloat16."
+        )
     return values
 
 
@@ -141,7 +152,11 @@ def _as_array(vectors: Vectors) -> Float[np.ndarray, "n d"]:
 
 
 def partition(
-    vectors: Vectors, factors: Factors, interactions: Interactions = (), permutations: int = 999, seed: int = 0
+    vectors: Vectors,
+    factors: Factors,
+    interactions: Interactions = (),
+    permutations: int = 999,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Share of the vectors' variance explained by each factor.
 
@@ -202,7 +217,9 @@ def partition(
         name = term.name
         without = _span_of(_not_containing(term, terms), n)
         last = _basis(term.columns, without)
-        eta, p = _freedman_lane(centred - without @ (without.T @ centred), last, full, total, permutations, rng)
+        eta, p = _freedman_lane(
+            centred - without @ (without.T @ centred), last, full, total, permutations, rng
+        )
         df = own[name].shape[1]
         rows[name] = {
             "df": df,
@@ -218,9 +235,18 @@ def partition(
     left = n - 1 - full.shape[1]
     rows["residual"] = {"df": left, "r2_sequential": 1 - share(full), "aliased_with": ""}
     rows["total"] = {"df": n - 1, "r2_sequential": 1.0, "aliased_with": ""}
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("term").astype({"df_partial": "Int64"})
-    if aliased := [f"{name} with {row['aliased_with']}" for name, row in rows.items() if row["aliased_with"]]:
-        warnings.warn(f"Aliased: {'; '.join(aliased)}. What they share is in neither's partial share.", stacklevel=2)
+    table = (
+        pd.DataFrame.from_dict(rows, orient="index")
+        .rename_axis("term")
+        .astype({"df_partial": "Int64"})
+    )
+    if aliased := [
+        f"{name} with {row['aliased_with']}" for name, row in rows.items() if row["aliased_with"]
+    ]:
+        warnings.warn(
+            f"Aliased: {'; '.join(aliased)}. What they share is in neither's partial share.",
+            stacklevel=2,
+        )
     return table
 
 
@@ -253,21 +279,33 @@ def _freedman_lane(
         squares = ((ordered @ residuals[rows]) ** 2).sum(axis=1)
         explained = squares[:rank].sum()
         unexplained = max(left - squares.sum(), 0.0)
-        return float(explained / (explained + unexplained)) if explained + unexplained > ROUNDING * left else 0.0
+        return (
+            float(explained / (explained + unexplained))
+            if explained + unexplained > ROUNDING * left
+            else 0.0
+        )
 
     observed = eta2(np.arange(len(residuals)))
-    exceed = sum(eta2(rng.permutation(len(residuals))) >= observed - ROUNDING for _ in range(permutations))
+    exceed = sum(
+        eta2(rng.permutation(len(residuals))) >= observed - ROUNDING for _ in range(permutations)
+    )
     return observed, (1 + exceed) / (1 + permutations)
 
 
 def _aliases(term: _Term, terms: Sequence[_Term], own: Mapping[str, np.ndarray]) -> str:
     mine = own[term.name]
-    others = [other.name for other in terms if other is not term and not term.margin_of(other) and not other.margin_of(term)]
+    others = [
+        other.name
+        for other in terms
+        if other is not term and not term.margin_of(other) and not other.margin_of(term)
+    ]
     shared = [name for name in others if _basis(own[name], mine).shape[1] < own[name].shape[1]]
     return ", ".join(shared) or "the others together"
 
 
-def effect_vectors(vectors: Vectors, factors: Factors, interactions: Interactions = ()) -> dict[str, xr.DataArray]:
+def effect_vectors(
+    vectors: Vectors, factors: Factors, interactions: Interactions = ()
+) -> dict[str, xr.DataArray]:
     """Effect vector of each level of each factor, by least squares; they sum to zero over the
     levels.
 
@@ -293,20 +331,28 @@ def effect_vectors(vectors: Vectors, factors: Factors, interactions: Interaction
     short = [t.name for t in terms if _beside_all(t, terms, n) < t.columns.shape[1]]
     if short:
         raise ValueError(
-            f"The vectors cannot be told apart for {', '.join(short)}: leave one of the aliased factors out, or the interaction "
-            "that lacks some combinations."
+            f"The vectors cannot be told apart for {', '.join(short)}: leave one of the aliased "
+            "factors out, or the interaction that lacks some combinations."
         )
-    coefficients = np.linalg.lstsq(np.hstack([np.ones((n, 1)), *(t.columns for t in terms)]), values, rcond=None)[0]
+    coefficients = np.linalg.lstsq(
+        np.hstack([np.ones((n, 1)), *(t.columns for t in terms)]), values, rcond=None
+    )[0]
     effects = {"mean": xr.DataArray(coefficients[0], dims="d", name="mean")}
     start = 1
     for term in terms:
         stop = start + term.columns.shape[1]
         cells = (term.contrasts @ coefficients[start:stop]).reshape(*map(len, term.levels), -1)
-        coords = {factor: list(levels) for factor, levels in zip(term.factors, term.levels, strict=True)}
-        effects[term.name] = xr.DataArray(cells, dims=(*term.factors, "d"), coords=coords, name=term.name)
+        coords = {
+            factor: list(levels) for factor, levels in zip(term.factors, term.levels, strict=True)
+        }
+        effects[term.name] = xr.DataArray(
+            cells, dims=(*term.factors, "d"), coords=coords, name=term.name
+        )
         start = stop
     return effects
 
 
 def _beside_all(term: _Term, terms: Sequence[_Term], n: int) -> int:
-    return _basis(term.columns, _span_of([other for other in terms if other is not term], n)).shape[1]
+    return _basis(term.columns, _span_of([other for other in terms if other is not term], n)).shape[
+        1
+    ]

@@ -33,9 +33,16 @@ def factorial_prompts(phrases: Sequence[str] | None = None) -> list[str]:
         >>> len(factorial_prompts()), factorial_prompts(["above"])[0]
         (264, 'red triangle is above blue circle')
     """
-    phrases = [phrase for of_relation in PHRASES.values() for phrase in of_relation] if phrases is None else phrases
+    phrases = (
+        [phrase for of_relation in PHRASES.values() for phrase in of_relation]
+        if phrases is None
+        else phrases
+    )
     orders = itertools.product(itertools.permutations(SHAPES, 2), COLORS, phrases)
-    return [f"{color} {first} is {phrase} {other_color(color)} {second}" for (first, second), color, phrase in orders]
+    return [
+        f"{color} {first} is {phrase} {other_color(color)} {second}"
+        for (first, second), color, phrase in orders
+    ]
 
 
 @torch.no_grad()
@@ -78,13 +85,18 @@ def word_vectors(
         roles = sentence.roles
         positions = [position for position, found in enumerate(roles) if found == role]
         if not positions:
-            raise ValueError(f"{text!r} has no {role} token: leave the prompt out, or choose among {', '.join(roles)}.")
+            raise ValueError(
+                f"{text!r} has no {role} token: leave the prompt out, or choose among "
+                f"{', '.join(roles)}."
+            )
         vectors.append(encoded[positions[-1]] if pool == "last" else encoded[positions].mean(dim=0))
         rows.append(sentence.factors() | {"position": positions[-1]})
     return torch.stack(vectors), pd.DataFrame(rows)
 
 
-def encode(model: HookedTextToImage, tokens: Tensor, at: Space, batch_size: int = 64) -> Float[Tensor, "prompt text_pos d"]:
+def encode(
+    model: HookedTextToImage, tokens: Tensor, at: Space, batch_size: int = 64
+) -> Float[Tensor, "prompt text_pos d"]:
     """Text-encoder output for token ids [prompt text_pos], before ("text") or after ("caption") the
     caption projection.
 
@@ -97,8 +109,13 @@ def encode(model: HookedTextToImage, tokens: Tensor, at: Space, batch_size: int 
         torch.Size([1, 7, 192])
     """
     if at not in get_args(Space):
-        raise ValueError(f"at={at!r}: choose 'text' (before the caption projection) or 'caption' (after it).")
-    parts = [model.text_encoder(part, attention_mask=(part != PAD_ID).long())[0] for part in tokens.split(batch_size)]
+        raise ValueError(
+            f"at={at!r}: choose 'text' (before the caption projection) or 'caption' (after it)."
+        )
+    parts = [
+        model.text_encoder(part, attention_mask=(part != PAD_ID).long())[0]
+        for part in tokens.split(batch_size)
+    ]
     text = torch.cat(parts).to(model.dit.dtype)
     return text if at == "text" else model.dit.project_caption(text)
 
@@ -142,18 +159,30 @@ class _Sentence:
     def phrase_span(self) -> slice:
         roles = self.roles
         if "shape1" not in roles or "shape2" not in roles:
-            raise ValueError(f"{self.prompt!r} does not name two objects, as 'red circle is above blue square' does.")
+            raise ValueError(
+                f"{self.prompt!r} does not name two objects, as 'red circle is above blue square' "
+                "does."
+            )
         start = len(roles) - roles[::-1].index("shape1")
         start += self.strings[start] == "▁is"
-        stop = next(position for position in range(start, len(roles)) if roles[position] in ("color2", "shape2"))
+        stop = next(
+            position
+            for position in range(start, len(roles))
+            if roles[position] in ("color2", "shape2")
+        )
         return slice(start, stop)
 
     def factors(self) -> dict[str, str]:
         parts: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2")
         tokens = list(zip(self.strings, self.roles, strict=True))
-        said = {str(part): _words([string for string, role in tokens if role == part]) for part in parts}
+        said = {
+            str(part): _words([string for string, role in tokens if role == part]) for part in parts
+        }
         phrase = _words(self.strings[self.phrase_span()])
-        return said | {"relation": RELATION_OF.get(phrase, said["relation"].replace(" ", "_")), "phrase": phrase}
+        return said | {
+            "relation": RELATION_OF.get(phrase, said["relation"].replace(" ", "_")),
+            "phrase": phrase,
+        }
 
 
 def _words(strings: Sequence[str]) -> str:

@@ -1,4 +1,7 @@
-"""Train a text-to-image DiT on scenes: the paper's ε-prediction, or a faster default. `dit-lens train --help`."""
+"""Train a text-to-image DiT on scenes: the paper's ε-prediction, or a faster default.
+
+`dit-lens train --help`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every choice of a training run, in one place; the command line is made from it, so nothing heavy is imported here."""
+"""Every choice of a training run, in one place; the command line is made from it, so nothing heavy
+is imported here.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +9,47 @@ from pathlib import Path
 from typing import Literal
 
 Precision = Literal["auto", "no", "bf16"]
-Relation = Literal["above", "below", "left", "right", "upper_left", "upper_right", "lower_left", "lower_right"]
+Relation = Literal[
+    "above", "below", "left", "right", "upper_left", "upper_right", "lower_left", "lower_right"
+]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. The same configuration in the same `out` folder resumes where it was stopped."""
+    """A training run.
+
+    The same configuration in the same `out` folder resumes where it was stopped.
+    """
 
     out: Path
     """Folder for the checkpoint, metrics.jsonl and the trained pipeline."""
     size: Literal["nano", "micro", "mini", "B"] = "micro"
     """Depth, width and heads; see `pipelines.PRESETS`."""
     encoder: str = "rte"
-    """"rte", "rte-nopos", "fused", "t5-scenes", or a folder or hub id that holds a T5 encoder and its tokenizer."""
+    """"rte", "rte-nopos", "fused", "t5-scenes", or a folder or hub id that holds a T5 encoder and
+    its tokenizer.
+    """
     moved_share: float = 1.0
-    """With "fused": share of the relation words' vectors that is found in the second shape word instead of in their place."""
+    """With "fused": share of the relation words' vectors that is found in the second shape word
+    instead of in their place.
+    """
     heads: int | None = None
-    """Attention heads of a block, of the size's width together; by default the size's own number."""
+    """Attention heads of a block, of the size's width together; by default the size's own
+    number.
+    """
     objective: Literal["x0", "epsilon"] = "x0"
-    """"x0": the clean image on the straight path (learns about twice as fast); "epsilon": the paper's."""
+    """"x0": the clean image on the straight path (learns about twice as fast); "epsilon": the
+    paper's.
+    """
 
     steps: int = 16_000
     """Steps of the whole run."""
     batch_size: int = 64
     """Scenes a step and process."""
     muon_lr: float = 2e-3
-    """Muon's learning rate, for the matrices of the blocks (update scaled to AdamW's root mean square)."""
+    """Muon's learning rate, for the matrices of the blocks (update scaled to AdamW's root mean
+    square).
+    """
     adam_lr: float = 1e-3
     """AdamW's learning rate, for everything else."""
     weight_decay: float = 0.0
@@ -42,28 +59,40 @@ class TrainConfig:
     decay_from: float = 0.0
     """Fraction of the run after which the learning rate falls linearly to 2 %."""
     caption_dropout: float = 0.1
-    """Share of captions replaced by the empty prompt's encoding: the very one that guidance uses at sampling time."""
+    """Share of captions replaced by the empty prompt's encoding: the very one that guidance uses at
+    sampling time.
+    """
     ema_decay: float = 0.9999
     """Largest decay of the averaged weights."""
     ema_power: float = 0.75
     """EMA decay at step s is min(ema_decay, 1 − (1 + s)^−ema_power)."""
 
     biased_steps: int = 0
-    """Curriculum: red is named first with probability 0.9, falling linearly to one half over this many steps. Which object the
-    relation speaks of is an exclusive-or of word order and relation, which is learnt from a biased sample first."""
+    """Curriculum: red is named first with probability 0.9, falling linearly to one half over this
+    many steps. Which object the relation speaks of is an exclusive-or of word order and relation,
+    which is learnt from a biased sample first.
+    """
     anchored_steps: int = 0
-    """Curriculum: scenes keep to eight fixed layouts, and captions name both colours, for this many steps …"""
+    """Curriculum: scenes keep to eight fixed layouts, and captions name both colours, for this many
+    steps …
+    """
     spreading_steps: int = 0
     """… then spread linearly to the whole distribution over this many."""
     hold_out: Relation | None = None
-    """A relation that is left out of training with all its phrases, beside the ten combinations that always are."""
+    """A relation that is left out of training with all its phrases, beside the ten combinations
+    that always are.
+    """
     trios: float = 0.0
-    """Share of scenes that hold three objects and two relations (`scenes.Trio`); no curriculum acts on them."""
+    """Share of scenes that hold three objects and two relations (`scenes.Trio`); no curriculum acts
+    on them.
+    """
 
     seed: int = 0
     """Seed of weights, scenes and noise."""
     precision: Precision = "auto"
-    """"auto": bf16 where the machine multiplies in bfloat16, else "no", which is float32; see `precision.resolve_precision`."""
+    """"auto": bf16 where the machine multiplies in bfloat16, else "no", which is float32; see
+    `precision.resolve_precision`.
+    """
     compile: bool = False
     """Compile the network; worth it in runs of more than a few minutes."""
     init_from: str | None = None
@@ -76,17 +105,23 @@ class TrainConfig:
     evaluation_scenes: int = 96
     """Held-out scenes of an evaluation."""
     dynamics_points: int = 24
-    """How often, log-spaced over the run, accuracies and the screening of every head go into dynamics.parquet."""
+    """How often, log-spaced over the run, accuracies and the screening of every head go into
+    dynamics.parquet.
+    """
 
     def spread(self, step: int) -> float:
-        """How far from the eight fixed layouts the scenes of a step may lie, in [0, 1] (`scenes.sample`)."""
+        """How far from the eight fixed layouts the scenes of a step may lie, in [0, 1]
+        (`scenes.sample`).
+        """
         if step < self.anchored_steps:
             return 0.0
         return min(1.0, (step - self.anchored_steps + 1) / max(self.spreading_steps, 1))
 
     def red_first(self, step: int) -> float:
         """How often red is named first at a step (`scenes.sample`)."""
-        return 0.5 + 0.4 * max(0.0, 1 - step / max(self.biased_steps, 1)) if self.biased_steps else 0.5
+        return (
+            0.5 + 0.4 * max(0.0, 1 - step / max(self.biased_steps, 1)) if self.biased_steps else 0.5
+        )
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, constant, then linear decay to 2 %."""
@@ -97,21 +132,29 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A pre-training run. The same configuration in the same `out` folder resumes where it was stopped."""
+    """A pre-training run.
+
+    The same configuration in the same `out` folder resumes where it was stopped.
+    """
 
     out: Path
-    """Folder for the checkpoint, metrics.jsonl and the finished `text_encoder/` and `tokenizer/`."""
+    """Folder for the checkpoint, metrics.jsonl and the finished `text_encoder/` and
+    `tokenizer/`.
+    """
     steps: int = 1000
     """Steps of the whole run."""
     batch_size: int = 64
     """Texts a step."""
     muon_lr: float = 3e-3
-    """Muon's learning rate for the matrices of the blocks (update scaled to AdamW's root mean square; W_Q: see
-    `text_encoder.build_optimizers`)."""
+    """Muon's learning rate for the matrices of the blocks (update scaled to AdamW's root mean
+    square; W_Q: see `text_encoder.build_optimizers`).
+    """
     adam_lr: float = 4e-3
     """AdamW's learning rate, for embeddings, position biases and norms."""
     causal: bool = False
-    """No token attends to a later one, so a word's vector knows what stands before it only, as in CLIP's text encoder."""
+    """No token attends to a later one, so a word's vector knows what stands before it only, as in
+    CLIP's text encoder.
+    """
     warmup_steps: int = 30
     """Linear warm-up; then the learning rate falls linearly to 2 %."""
     seed: int = 0

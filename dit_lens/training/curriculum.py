@@ -23,7 +23,9 @@ class Curriculum(TwoObjects):
 
     config: TrainConfig
 
-    def sample(self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None) -> list[Scene | Trio]:
+    def sample(
+        self, n: int, seed: int, *, start: int = 0, split: Split = "train", step: int | None = None
+    ) -> list[Scene | Trio]:
         """Scenes of a step, `n` a step; without a step, those of the whole task."""
         config = self.config
         if step is None:

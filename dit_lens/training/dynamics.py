@@ -1,6 +1,8 @@
-"""Abilities and heads of a model while it learns: accuracies, the layout dipole and weight-space screening.
+"""Abilities and heads of a model while it learns: accuracies, the layout dipole and weight-space
+screening.
 
-Source: Wang, Fan, Pan (arXiv 2601.06338) measure accuracies of checkpoints; the heads' screening scores over training are added.
+Source: Wang, Fan, Pan (arXiv 2601.06338) measure accuracies of checkpoints; the heads' screening
+scores over training are added.
 """
 
 from __future__ import annotations
@@ -35,30 +37,49 @@ COLUMNS = ("step", "samples", "quantity", "source", "layer", "head", "value", "l
 
 
 def record_points(steps: int, points: int) -> list[int]:
-    """At most `points` numbers of finished steps, log-spaced from `steps` // 160 to `steps`, the last included."""
-    return sorted({round(step) for step in np.geomspace(steps, max(1, steps // 160), points)}) if points else []
+    """At most `points` numbers of finished steps, log-spaced from `steps` // 160 to `steps`, the
+    last included.
+    """
+    return (
+        sorted({round(step) for step in np.geomspace(steps, max(1, steps // 160), points)})
+        if points
+        else []
+    )
 
 
 @torch.no_grad()
-def measure(model: HookedTextToImage, wanted: Sequence[Any], step: int, samples: int, task: Task | None = None) -> pd.DataFrame:
+def measure(
+    model: HookedTextToImage,
+    wanted: Sequence[Any],
+    step: int,
+    samples: int,
+    task: Task | None = None,
+) -> pd.DataFrame:
     """One row a number, columns `COLUMNS`.
 
-    Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes, each with a noise of its own that
-    is the same at every call; for every head `cosine`, `projection`, `energy` and `p` of `screening.screen_heads`, by the vectors
-    it was screened with (`source`): "words", the relation words' own vectors; "shape1" and "shape2", the effect vectors of the
-    relation on a shape word, after the caption projection; and its `gain_vertical` and `gain_horizontal` of
-    `screening.screen_axes`. For a task of another kind, its accuracies alone.
+    Accuracies of one image a scene, and `dipole` (see there), with 95 % intervals over scenes, each
+    with a noise of its own that is the same at every call; for every head `cosine`, `projection`,
+    `energy` and `p` of `screening.screen_heads`, by the vectors it was screened with (`source`):
+    "words", the relation words' own vectors; "shape1" and "shape2", the effect vectors of the
+    relation on a shape word, after the caption projection; and its `gain_vertical` and
+    `gain_horizontal` of `screening.screen_axes`. For a task of another kind, its accuracies alone.
     """
     rows: list[dict[Any, Any]] = []
     task = task or TwoObjects()
-    for metric, (mean, low, high) in summarise(score(model, wanted, task=task), task.metrics).iterrows():
+    for metric, (mean, low, high) in summarise(
+        score(model, wanted, task=task), task.metrics
+    ).iterrows():
         rows.append({"quantity": metric, "value": mean, "low": low, "high": high})
     if not isinstance(task, TwoObjects):
         return _as_table(rows, step, samples)
     mean, low, high = clustered_mean(dipole(model, wanted)[:, None])
     rows.append({"quantity": "dipole", "value": mean, "low": low, "high": high})
     for source, table in screen(model).items():
-        long = table.melt(id_vars=["layer", "head"], value_vars=["cosine", "projection", "energy", "p"], var_name="quantity")
+        long = table.melt(
+            id_vars=["layer", "head"],
+            value_vars=["cosine", "projection", "energy", "p"],
+            var_name="quantity",
+        )
         rows += long.assign(source=source).to_dict("records")
     for source, contrasts in axis_contrasts(model).items():
         gains = screening.screen_axes(model.dit, contrasts)
@@ -68,94 +89,142 @@ def measure(model: HookedTextToImage, wanted: Sequence[Any], step: int, samples:
 
 
 def _as_table(rows: Sequence[dict[Any, Any]], step: int, samples: int) -> pd.DataFrame:
-    return pd.DataFrame([{"step": step, "samples": samples, **row} for row in rows], columns=list(COLUMNS)).astype(
-        {"layer": "Int64", "head": "Int64", "value": float, "low": float, "high": float}
-    )
+    return pd.DataFrame(
+        [{"step": step, "samples": samples, **row} for row in rows], columns=list(COLUMNS)
+    ).astype({"layer": "Int64", "head": "Int64", "value": float, "low": float, "high": float})
 
 
 @torch.no_grad()
 def dipole(model: HookedTextToImage, wanted: Sequence[Scene]) -> Float[np.ndarray, " scene"]:
-    """Cosine between where the caption puts the first object, seen from the second, and where one look at pure noise puts it.
+    """Cosine between where the caption puts the first object, seen from the second, and where one
+    look at pure noise puts it.
 
-    The latter is `color_moment` of the clean image predicted at step 0, without guidance. It costs one forward pass and moves
-    long before any accuracy does: it is 0 until word order, relation and colours are put together, however much the network
-    has learnt of places. Scene i is looked at in noise i.
+    The latter is `color_moment` of the clean image predicted at step 0, without guidance. It costs
+    one forward pass and moves long before any accuracy does: it is 0 until word order, relation and
+    colours are put together, however much the network has learnt of places. Scene i is looked at in
+    noise i.
     """
     prompts, noises = [scenes.caption(scene) for scene in wanted], list(range(len(wanted)))
     view, tokens = model.at(step=0, prompts=prompts, seed=noises, guidance=1.0, returns="x0")
     return layout(model.decode(view(tokens)), wanted)
 
 
-def layout(images: Float[Tensor, "scene 3 height width"], wanted: Sequence[Scene]) -> Float[np.ndarray, " scene"]:
-    """Cosine between where the caption puts the first object, seen from the second, and where an image does (`color_moment`)."""
+def layout(
+    images: Float[Tensor, "scene 3 height width"], wanted: Sequence[Scene]
+) -> Float[np.ndarray, " scene"]:
+    """Cosine between where the caption puts the first object, seen from the second, and where an
+    image does (`color_moment`).
+    """
     moment = color_moment(images.double().cpu().numpy())
     moment *= np.array([1 if scene.color1 == "red" else -1 for scene in wanted])[:, None]
     named = np.array([DIRECTIONS[scene.relation] for scene in wanted], float)
-    return (moment * named).sum(axis=1) / (np.linalg.norm(moment, axis=1) * np.linalg.norm(named, axis=1) + 1e-12)
+    return (moment * named).sum(axis=1) / (
+        np.linalg.norm(moment, axis=1) * np.linalg.norm(named, axis=1) + 1e-12
+    )
 
 
 def color_moment(images: Float[np.ndarray, "image 3 height width"]) -> Float[np.ndarray, "image 2"]:
-    """(x, y) of the dipole moment of red minus blue about the image's centre, y down: from blue towards red."""
+    """(x, y) of the dipole moment of red minus blue about the image's centre, y down: from blue
+    towards red.
+    """
     redness = images[:, 0] - images[:, 2]
     y, x = np.mgrid[: images.shape[2], : images.shape[3]]
     return np.stack([(redness * (axis - axis.mean())).sum(axis=(1, 2)) for axis in (x, y)], axis=1)
 
 
 def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
-    """Screening of every head with the relation words' vectors and with the relation's effect on either shape word."""
+    """Screening of every head with the relation words' vectors and with the relation's effect on
+    either shape word.
+    """
     words = {word: screening.word_vector(model, word) for word in SCREENED_WORDS}
     found = {"words": screening.screen_heads(model.dit, words, null_draws=NULL_DRAWS)}
     for role in ("shape1", "shape2"):
-        found[role] = screening.screen_heads(model.dit, relation_vectors(model, role), at="caption", null_draws=NULL_DRAWS)
+        found[role] = screening.screen_heads(
+            model.dit, relation_vectors(model, role), at="caption", null_draws=NULL_DRAWS
+        )
     return found
 
 
 def axis_contrasts(model: HookedTextToImage) -> dict[str, dict[str, Float[Tensor, " d_model"]]]:
-    """By source (`SOURCES`): half the difference of the ends of the vertical and the horizontal axis, in caption space."""
-    words = screening.phrase_contrasts(model, {axis: screening.ENDS[axis] for axis in screening.AXES})
-    roles: tuple[Role, ...] = ("shape1", "shape2")
-    return {"words": words, **{role: screening.half_differences(relation_vectors(model, role)) for role in roles}}
-
-
-def relation_vectors(model: HookedTextToImage, carrier: Role) -> dict[str, Float[Tensor, " d_model"]]:
-    """Contribution of each relation to the mean caption vector of its words, over the paper's 264 prompts.
-
-    Exactly zero where it is rounding, as of words that an encoder does not mix: screening knows no scale, and would find heads.
+    """By source (`SOURCES`): half the difference of the ends of the vertical and the horizontal
+    axis, in caption space.
     """
-    vectors, factors = variance.word_vectors(model, variance.factorial_prompts(), carrier, at="caption", pool="mean")
-    effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])["relation"]
+    words = screening.phrase_contrasts(
+        model, {axis: screening.ENDS[axis] for axis in screening.AXES}
+    )
+    roles: tuple[Role, ...] = ("shape1", "shape2")
+    return {
+        "words": words,
+        **{role: screening.half_differences(relation_vectors(model, role)) for role in roles},
+    }
+
+
+def relation_vectors(
+    model: HookedTextToImage, carrier: Role
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """Contribution of each relation to the mean caption vector of its words, over the paper's 264
+    prompts.
+
+    Exactly zero where it is rounding, as of words that an encoder does not mix: screening knows no
+    scale, and would find heads.
+    """
+    vectors, factors = variance.word_vectors(
+        model, variance.factorial_prompts(), carrier, at="caption", pool="mean"
+    )
+    effects = variance.effect_vectors(vectors, factors[["shape1", "color1", "shape2", "relation"]])[
+        "relation"
+    ]
     smallest = ROUNDING * float(vectors.norm(dim=1).mean())
     found = {str(of.relation.item()): torch.from_numpy(of.values).float() for of in effects}
-    return {name: vector if vector.norm() > smallest else torch.zeros_like(vector) for name, vector in found.items()}
+    return {
+        name: vector if vector.norm() > smallest else torch.zeros_like(vector)
+        for name, vector in found.items()
+    }
 
 
 def last_screening(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """Heads that `screen` found at the last step of a run's `dynamics.parquet` with one source, by |projection|; or no rows."""
+    """Heads that `screen` found at the last step of a run's `dynamics.parquet` with one source, by
+    |projection|; or no rows.
+    """
     last = table[(table["step"] == table["step"].max()) & (table["source"] == source)]
-    wide = last.pivot_table(index=["layer", "head"], columns="quantity", values="value").reset_index()
+    wide = last.pivot_table(
+        index=["layer", "head"], columns="quantity", values="value"
+    ).reset_index()
     columns = ["layer", "head", "cosine", "projection", "energy", "p"]
-    return wide.reindex(columns=columns).sort_values("projection", key=abs, ascending=False, ignore_index=True)
+    return wide.reindex(columns=columns).sort_values(
+        "projection", key=abs, ascending=False, ignore_index=True
+    )
 
 
 def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[int, int]]:
-    """(layer, head) of at most `n` heads whose maps project most on the ramps at the end of the run, those with p ≤ .05 only.
+    """(layer, head) of at most `n` heads whose maps project most on the ramps at the end of the
+    run, those with p ≤ .05 only.
 
     None of a run that was not screened so.
     """
     last, of_words = last_screening(table, source), last_screening(table, "words")
-    found = last[(last["p"] <= SIGNIFICANT) & ~(last["energy"] < ROUNDING * of_words["energy"].max())].head(n)
-    return [(int(layer), int(head)) for layer, head in zip(found["layer"], found["head"], strict=True)]
+    found = last[
+        (last["p"] <= SIGNIFICANT) & ~(last["energy"] < ROUNDING * of_words["energy"].max())
+    ].head(n)
+    return [
+        (int(layer), int(head)) for layer, head in zip(found["layer"], found["head"], strict=True)
+    ]
 
 
 def emergence(table: pd.DataFrame, level: float = 0.5) -> pd.DataFrame:
-    """When each thing came: the accuracies, the dipole, and by source the |cosine| of `strongest_heads`.
+    """When each thing came: the accuracies, the dipole, and by source the |cosine| of
+    `strongest_heads`.
 
-    Columns what, samples (seen at the first point at which it is at least `level`; NA where it never is), before (at the point
-    before that one, 0 if there is none: it came in between) and stays (at the first point from which on it never falls below
-    again; NA if it is below at the end).
+    Columns what, samples (seen at the first point at which it is at least `level`; NA where it
+    never is), before (at the point before that one, 0 if there is none: it came in between) and
+    stays (at the first point from which on it never falls below again; NA if it is below at the
+    end).
     """
     accuracies = table[table["layer"].isna()]
-    courses = {str(name): part.set_index("samples")["value"] for name, part in accuracies.groupby("quantity", sort=False)}
+    courses = {
+        str(name): part.set_index("samples")["value"]
+        for name, part in accuracies.groupby("quantity", sort=False)
+    }
     for source in SOURCES:
         for layer, head in strongest_heads(table, source):
             rows = (table["source"] == source) & (table["layer"] == layer) & (table["head"] == head)

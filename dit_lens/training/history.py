@@ -1,6 +1,7 @@
 """Measurements of a training run: part of its checkpoint, and shown in files beside it.
 
-The checkpoint decides: a run that goes on writes the files anew from it, whatever has become of them.
+The checkpoint decides: a run that goes on writes the files anew from it, whatever has become of
+them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class History:
     @classmethod
     def _of_files(cls, run: Path, step: int) -> History:
         """The same from the files of a run that version 0.1 began, which wrote them alone."""
-        *lines, _torn = (run / METRICS).read_text().split("\n")  # the last line is empty, or was torn by a kill
+        # the last line is empty, or was torn by a kill
+        *lines, _torn = (run / METRICS).read_text().split("\n")
         rows = [row for row in map(json.loads, lines) if row["step"] <= step]
         path = run / COURSE
         return cls(rows, pd.read_parquet(path).query("step <= @step") if path.exists() else None)
@@ -81,7 +83,9 @@ class History:
 
     def add(self, run: Store, point: pd.DataFrame) -> None:
         """Add a point of the course."""
-        self.course = point if self.course is None else pd.concat([self.course, point], ignore_index=True)
+        self.course = (
+            point if self.course is None else pd.concat([self.course, point], ignore_index=True)
+        )
         self._show_course(run)
 
     def _show_course(self, run: Store) -> None:
@@ -97,7 +101,12 @@ def open_run(out: Path, facts: Mapping[str, object], may_change: Sequence[str]) 
         ValueError: it holds a run with other settings, or another process is training in it.
         OSError: its checkpoint is damaged.
     """
-    run = Store(out, facts, may_change=may_change, remedy=f"restore it from a copy, or delete the folder {out} and train again")
+    run = Store(
+        out,
+        facts,
+        may_change=may_change,
+        remedy=f"restore it from a copy, or delete the folder {out} and train again",
+    )
     if CHECKPOINT in run.files:
         run.path(CHECKPOINT)
     return run

@@ -1,4 +1,7 @@
-"""The training loop. Every random choice of a step is a function of (seed, step, process), so resuming is exact."""
+"""The training loop.
+
+Every random choice of a step is a function of (seed, step, process), so resuming is exact.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,16 @@ from .precision import muon, resolve_precision
 
 LOG_EVERY = 25
 MAY_CHANGE = (
-    *("out", "steps", "decay_from", "biased_steps", "anchored_steps", "spreading_steps", "compile", "precision"),
+    *(
+        "out",
+        "steps",
+        "decay_from",
+        "biased_steps",
+        "anchored_steps",
+        "spreading_steps",
+        "compile",
+        "precision",
+    ),
     *("checkpoint_every", "evaluate_every", "evaluation_scenes", "dynamics_points", "noises"),
 )
 """Settings of a run that may differ when it is resumed."""
@@ -50,23 +62,34 @@ MAY_CHANGE = (
 def train(config: TrainConfig, task: Task | None = None) -> Path:
     """Train, or go on training, and return the folder of the finished pipeline (EMA weights).
 
-    `out/` gets start/ (the untrained pipeline), checkpoint.safetensors (the whole state), metrics.jsonl (loss, speed, accuracy
-    on held-out scenes), dynamics.parquet (`dynamics.measure` at log-spaced steps) and pipeline/.
+    `out/` gets start/ (the untrained pipeline), checkpoint.safetensors (the whole state),
+    metrics.jsonl (loss, speed, accuracy on held-out scenes), dynamics.parquet (`dynamics.measure`
+    at log-spaced steps) and pipeline/.
 
     Args:
         config: settings of the run.
-        task: scenes, prompts, images and judge; by default, two objects with the curriculum and trios of `config`.
+        task: scenes, prompts, images and judge; by default, two objects with the curriculum and
+            trios of `config`.
 
     Raises:
         TypeError: `task` lacks a member of `Task`.
-        ValueError: `out` holds a run with other settings, or another process is training in it, or the encoder lacks words of
-            the task.
-        OSError: a file in `out` that the run goes on from is damaged or missing, or cannot be written.
+        ValueError: `out` holds a run with other settings, or another process is training in it, or
+            the encoder lacks words of the task.
+        OSError: a file in `out` that the run goes on from is damaged or missing, or cannot be
+            written.
 
     Example:
         >>> from pathlib import Path
         >>> from dit_lens.training import TrainConfig, train
-        >>> tiny = TrainConfig(Path("run"), "nano", steps=1, batch_size=2, precision="no", evaluation_scenes=1, dynamics_points=0)
+        >>> tiny = TrainConfig(
+        ...     Path("run"),
+        ...     "nano",
+        ...     steps=1,
+        ...     batch_size=2,
+        ...     precision="no",
+        ...     evaluation_scenes=1,
+        ...     dynamics_points=0,
+        ... )
         >>> train(tiny).name
         'pipeline'
     """
@@ -74,7 +97,9 @@ def train(config: TrainConfig, task: Task | None = None) -> Path:
         missing = [name for name in vars(Task) if name[0] != "_" and not hasattr(task, name)]
         raise TypeError(f"{type(task).__name__} is no Task: it lacks {', '.join(missing)}.")
     if config.evaluation_scenes < 1:
-        raise ValueError(f"evaluation_scenes={config.evaluation_scenes}: a run looks at one scene at least.")
+        raise ValueError(
+            f"evaluation_scenes={config.evaluation_scenes}: a run looks at one scene at least."
+        )
     with ExitStack() as stack:
         _Training(config, stack, task).run()
     return config.out / "pipeline"
@@ -113,7 +138,9 @@ class _Training:
         self.data = StepData(self.pipe, config, self.accelerator, self.task)
         n_scenes = config.evaluation_scenes
         self.held_out: list[Any] = self.task.sample(n_scenes, seed=1, split="held_out")
-        self.held_out_trios = Trios().sample(n_scenes if self.own and config.trios else 0, seed=1, split="held_out")
+        self.held_out_trios = Trios().sample(
+            n_scenes if self.own and config.trios else 0, seed=1, split="held_out"
+        )
         self.objective = OBJECTIVES[config.objective]()
         self.record_at = dynamics.record_points(config.steps, config.dynamics_points)
 
@@ -135,7 +162,9 @@ class _Training:
 
         self.first, self.history = 0, History()
         if (saved := config.out / CHECKPOINT).exists():
-            self.first = load_checkpoint(saved, model, self.shadow, self.optimizers, self.facts, MAY_CHANGE)
+            self.first = load_checkpoint(
+                saved, model, self.shadow, self.optimizers, self.facts, MAY_CHANGE
+            )
         self.ema.optimization_step = self.first
         if self.first:
             self.history = History.read(config.out)
@@ -157,7 +186,9 @@ class _Training:
         """Make the remaining steps, and write the pipeline."""
         config, self.losses = self.config, list[Tensor]()
         with progress_bar(self.accelerator) as progress:
-            bar = progress.add_task("training", total=config.steps, completed=self.first, loss="", speed="", accuracy="")
+            bar = progress.add_task(
+                "training", total=config.steps, completed=self.first, loss="", speed="", accuracy=""
+            )
             self.clock = time.perf_counter()
             for step in range(self.first, config.steps):
                 loss = self.update(step)
@@ -204,7 +235,9 @@ class _Training:
             accuracy = self.evaluate()
             samples = done * self.samples_per_step
             self.history.log(folder, {"step": done, "samples": samples, **accuracy})
-            shown = ("dipole", "unique_binding", "relation_loose") if self.own else self.task.metrics
+            shown = (
+                ("dipole", "unique_binding", "relation_loose") if self.own else self.task.metrics
+            )
             show(accuracy=" ".join(f"{name} {accuracy[name]:.2f}" for name in shown))
             folder.put_folder("pipeline", self.pipe.save_pretrained)
         if done in self.record_at:
@@ -237,7 +270,9 @@ class _Training:
         """Accuracies on held-out scenes, and the layout dipole of scenes that have one."""
         accuracy: dict[str, float] = {}
         with self.averaged_weights():
-            means = summarise(score(self.ema_model, self.held_out, task=self.task), self.task.metrics)["mean"]
+            means = summarise(
+                score(self.ema_model, self.held_out, task=self.task), self.task.metrics
+            )["mean"]
             if isinstance(self.task, TwoObjects):
                 accuracy["dipole"] = float(dynamics.dipole(self.ema_model, self.held_out).mean())
         accuracy = {str(name): float(mean) for name, mean in means.items()} | accuracy
@@ -247,16 +282,21 @@ class _Training:
         return {name: round(mean, 4) for name, mean in accuracy.items()}
 
 
-def start_pipeline(config: TrainConfig, run: Store | None, task: Task | None = None) -> PixArtSigmaPipeline:
-    """The untrained pipeline of a run, made once by the process that writes to it, and kept in `out/start/`.
+def start_pipeline(
+    config: TrainConfig, run: Store | None, task: Task | None = None
+) -> PixArtSigmaPipeline:
+    """The untrained pipeline of a run, made once by the process that writes to it, and kept in
+    `out/start/`.
 
-    A resumed run so keeps its own codec and text encoder, even if the code that makes them has changed since.
+    A resumed run so keeps its own codec and text encoder, even if the code that makes them has
+    changed since.
 
     Raises:
         ValueError: `init_from` is a model of another kind than the settings say.
         OSError: a file in `out/start/` is damaged or missing.
     """
-    begun = (config.out / CHECKPOINT).exists() and (config.out / "start").is_dir()  # by version 0.1, which listed nothing
+    # by version 0.1, which listed nothing
+    begun = (config.out / CHECKPOINT).exists() and (config.out / "start").is_dir()
     if run is not None and "start" not in run.files and not begun:
         if config.init_from:
             new = load_pipeline(config.init_from)
@@ -264,7 +304,9 @@ def start_pipeline(config: TrainConfig, run: Store | None, task: Task | None = N
         else:
             size = PRESETS[config.size]
             size = replace(size, heads=config.heads or size.heads)
-            new = build_pipeline(size, config.encoder, config.objective, config.seed, config.moved_share, task)
+            new = build_pipeline(
+                size, config.encoder, config.objective, config.seed, config.moved_share, task
+            )
         run.put_folder("start", new.save_pretrained)
     if run is not None and "start" in run.files:
         run.path("start")
@@ -272,13 +314,18 @@ def start_pipeline(config: TrainConfig, run: Store | None, task: Task | None = N
 
 
 def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
-    """Raise ValueError unless the model to start from has the size, encoder and objective that the card of the run will tell."""
+    """Raise ValueError unless the model to start from has the size, encoder and objective that the
+    card of the run will tell.
+    """
     its, size = pipe.transformer.config, PRESETS[config.size]
     width = its.num_attention_heads * its.attention_head_dim
     predicts, encoder = pipe.scheduler.config.prediction_type, pipe.text_encoder
     heads = config.heads or size.heads
     if isinstance(encoder, FusedTokenEncoder):
-        own, same_encoder = "fused", config.encoder == "fused" and encoder.config.share == config.moved_share
+        own, same_encoder = (
+            "fused",
+            config.encoder == "fused" and encoder.config.share == config.moved_share,
+        )
     elif isinstance(encoder, RandomTokenEncoder):
         own = "rte" if encoder.config.positions else "rte-nopos"
         same_encoder = config.encoder == own
@@ -294,15 +341,22 @@ def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
     if wrong := {name: found for name, (found, same) in kind.items() if not same}:
         raise ValueError(
             f"{config.init_from} has {' and '.join(wrong.values())}, not what "
-            f"{' '.join(f'--{name} {getattr(config, name)}' for name in wrong)} says: say what it is."
+            f"{' '.join(f'--{name} {getattr(config, name)}' for name in wrong)} says: say what it "
+            "is."
         )
 
 
 class StepData:
-    """Clean latents, captions and the random generator of one step, for this process: a function of the step alone."""
+    """Clean latents, captions and the random generator of one step, for this process: a function of
+    the step alone.
+    """
 
     def __init__(
-        self, pipe: PixArtSigmaPipeline, config: TrainConfig, accelerator: Accelerator, task: Task | None = None
+        self,
+        pipe: PixArtSigmaPipeline,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        task: Task | None = None,
     ) -> None:
         self.codec = pipe.vae
         self.config = config
@@ -322,16 +376,26 @@ class StepData:
         Int[Tensor, "batch text_pos"],
         torch.Generator,
     ]:
-        """Draw the step's scenes; captions are dropped here, into the empty prompt's own encoding and mask."""
+        """Draw the step's scenes; captions are dropped here, into the empty prompt's own encoding
+        and mask.
+        """
         config = self.config
         size = config.batch_size
-        batch = self.task.sample(size, config.seed, start=(step * self.processes + self.process) * size, step=step)
-        state = np.random.SeedSequence((config.seed, step, self.process)).generate_state(1, np.uint64)[0]
+        batch = self.task.sample(
+            size, config.seed, start=(step * self.processes + self.process) * size, step=step
+        )
+        state = np.random.SeedSequence((config.seed, step, self.process)).generate_state(
+            1, np.uint64
+        )[0]
         generator = torch.Generator(self.device).manual_seed(int(state >> np.uint64(1)))
         images = self.task.render(batch).to(self.device)
-        clean = self.codec.encode(images * 2 - 1).latent_dist.mode() * self.codec.config.scaling_factor
+        clean = (
+            self.codec.encode(images * 2 - 1).latent_dist.mode() * self.codec.config.scaling_factor
+        )
         dropped = torch.rand(size, generator=generator, device=self.device) < config.caption_dropout
-        rows = torch.tensor([self.row[self.task.prompt(scene)] for scene in batch], device=self.device).masked_fill(dropped, 0)
+        rows = torch.tensor(
+            [self.row[self.task.prompt(scene)] for scene in batch], device=self.device
+        ).masked_fill(dropped, 0)
         return clean, self.text[rows], self.mask[rows], generator
 
 
@@ -339,24 +403,37 @@ class StepData:
 def encode_captions(
     pipe: PixArtSigmaPipeline, captions: Sequence[str], batch_size: int = 128
 ) -> tuple[Float[Tensor, "caption text_pos d_text"], Int[Tensor, "caption text_pos"]]:
-    """Text features and masks, cut to the longest caption (pads carry exactly no attention, so nothing is lost)."""
+    """Text features and masks, cut to the longest caption (pads carry exactly no attention, so
+    nothing is lost).
+    """
     tokens = pipe.tokenizer(list(captions), padding="longest", return_tensors="pt").to(pipe.device)
     unknown = (tokens.input_ids == getattr(pipe.tokenizer, "unk_token_id", UNKNOWN_ID)).any(dim=1)
     if unknown.any():
-        raise ValueError(f"The text encoder does not know every word of {captions[int(unknown.nonzero()[0, 0])]!r}.")
+        raise ValueError(
+            "The text encoder does not know every word of "
+            f"{captions[int(unknown.nonzero()[0, 0])]!r}."
+        )
     ids, masks = tokens.input_ids.split(batch_size), tokens.attention_mask.split(batch_size)
-    features = [pipe.text_encoder(i, attention_mask=m)[0].float() for i, m in zip(ids, masks, strict=True)]
+    features = [
+        pipe.text_encoder(i, attention_mask=m)[0].float() for i, m in zip(ids, masks, strict=True)
+    ]
     return torch.cat(features), tokens.attention_mask
 
 
-def build_optimizers(model: PixArtTransformer2DModel, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the rest: about twice the sample efficiency of AdamW alone (measured)."""
+def build_optimizers(
+    model: PixArtTransformer2DModel, config: TrainConfig
+) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest: about twice the sample efficiency of AdamW
+    alone (measured).
+    """
     matrices = [m.weight for m in model.transformer_blocks.modules() if isinstance(m, nn.Linear)]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     optimizers: dict[str, torch.optim.Optimizer] = {
         "muon": muon(matrices, config.muon_lr, config.precision, config.weight_decay),
-        "adamw": torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        "adamw": torch.optim.AdamW(
+            rest, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
     }
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -369,4 +446,10 @@ def progress_bar(accelerator: Accelerator) -> Progress:
     columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     fields = [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "speed", "accuracy")]
     console = Console(stderr=True)
-    return Progress(*columns, *fields, console=console, disable=not accelerator.is_main_process, refresh_per_second=1)
+    return Progress(
+        *columns,
+        *fields,
+        console=console,
+        disable=not accelerator.is_main_process,
+        refresh_per_second=1,
+    )

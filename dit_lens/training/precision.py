@@ -1,4 +1,6 @@
-"""bfloat16 where the machine multiplies in it; a CPU that has to emulate it takes fifty times as long as in float32."""
+"""bfloat16 where the machine multiplies in it; a CPU that has to emulate it takes fifty times as
+long as in float32.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,25 @@ from .config import Precision
 
 
 def resolve_precision(asked: Precision, device: torch.device) -> Literal["no", "bf16"]:
-    """`asked`, or, for "auto", "bf16" on a GPU that has it and on a CPU with AMX or AVX-512 BF16, else "no"."""
+    """`asked`, or, for "auto", "bf16" on a GPU that has it and on a CPU with AMX or AVX-512 BF16,
+    else "no".
+    """
     if asked != "auto":
         return asked
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if device.type == "cpu":
-        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+        # an older torch cannot tell
+        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "no"
     return "no"
 
 
 def muon(
-    parameters: Sequence[Tensor] | Sequence[dict[str, Any]], lr: float, precision: Precision, weight_decay: float = 0.0
+    parameters: Sequence[Tensor] | Sequence[dict[str, Any]],
+    lr: float,
+    precision: Precision,
+    weight_decay: float = 0.0,
 ) -> torch.optim.Muon:
     """Muon of torch with decoupled weight decay, its update scaled to AdamW's root mean square."""
     kind = torch.optim.Muon if precision == "bf16" else Float32Muon
@@ -45,7 +53,9 @@ class Float32Muon(torch.optim.Muon):
 class _NoBfloat16(TorchFunctionMode):
     """`tensor.bfloat16()` copies, and casts to nothing."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         if func is Tensor.bfloat16:
             return args[0].clone()
         return func(*args, **(kwargs or {}))

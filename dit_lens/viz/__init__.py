@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from . import style
 from .attention_page import attention_page, show
-from .figures import bare, dose_response_curves, head_step_map, learning_curves, ramp_gallery, variance_bars, word_maps
+from .figures import (
+    bare,
+    dose_response_curves,
+    head_step_map,
+    learning_curves,
+    ramp_gallery,
+    variance_bars,
+    word_maps,
+)
 from .relation_head import relation_head_figure
 from .report import report
 

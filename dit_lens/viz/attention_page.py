@@ -1,4 +1,6 @@
-"""One self-contained HTML page of a run's attention to its prompts: word ↔ place, by head and step."""
+"""One self-contained HTML page of a run's attention to its prompts: word ↔ place, by head and
+step.
+"""
 
 from __future__ import annotations
 
@@ -47,33 +49,43 @@ def attention_page(
     largest: int = LARGEST,
     effects: xr.DataArray | None = None,
 ) -> Path:
-    """Write a page to explore: heads, steps and words, two prompts or runs side by side, a ranking of heads, PNG and CSV.
+    """Write a page to explore: heads, steps and words, two prompts or runs side by side, a ranking
+    of heads, PNG and CSV.
 
-    It opens in any browser since 2023, fetches nothing, and shows prompts as text, never as markup. Its address keeps the view.
+    It opens in any browser since 2023, fetches nothing, and shows prompts as text, never as markup.
+    Its address keeps the view.
 
     Args:
-        cache: of one generation, with `hook_pattern` of the attention that reads the text (cross-attention, or the joint
-            attention of FLUX, SD3 and others), of any layers, heads and steps: `model.run_with_cache(prompts,
-            names_filter=lambda name: name.endswith("cross_attn.hook_pattern"))`. Pads are left out.
+        cache: of one generation, with `hook_pattern` of the attention that reads the text
+            (cross-attention, or the joint attention of FLUX, SD3 and others), of any layers, heads
+            and steps: `model.run_with_cache(prompts, names_filter=lambda name:
+            name.endswith("cross_attn.hook_pattern"))`. Pads are left out.
         prompts: those of the cache, in its order.
         images: the generated images; their aspect ratio gives the grid of places.
         path: the file.
-        others: name → (cache, images) of other runs of the same prompts, steps and heads, such as {"patched": …}.
-        start: the view at the beginning, any of prompt (its number), beside (likewise), head ("L2H1"), step, word (a token, or
-            its number) and opacity (0 … 100); by default, the head and the word whose attention differs most between places.
-        largest: bytes of a prompt's maps in the file. Weights take a byte each, to ±0.4 % of full attention, compressed; maps
-            above this size are averaged over squares of 2 × 2 places, or 4 × 4, ….
-        effects: of each head at each step, dims (layer, head, step), such as those of a sweep: a map whose cells open the head at
-            the step. Heads and steps that it lacks stay empty.
+        others: name → (cache, images) of other runs of the same prompts, steps and heads, such as
+            {"patched": …}.
+        start: the view at the beginning, any of prompt (its number), beside (likewise), head
+            ("L2H1"), step, word (a token, or its number) and opacity (0 … 100); by default, the
+            head and the word whose attention differs most between places.
+        largest: bytes of a prompt's maps in the file. Weights take a byte each, to ±0.4 % of full
+            attention, compressed; maps above this size are averaged over squares of 2 × 2 places,
+            or 4 × 4, ….
+        effects: of each head at each step, dims (layer, head, step), such as those of a sweep: a
+            map whose cells open the head at the step. Heads and steps that it lacks stay empty.
 
     Raises:
         KeyError: the cache has no pattern of an attention that reads the text.
-        ValueError: the number of prompts is not the cache's, its patterns are summaries, runs differ in steps or heads,
-            `start` names something that the page lacks, or `effects` has other dims.
+        ValueError: the number of prompts is not the cache's, its patterns are summaries, runs
+            differ in steps or heads, `start` names something that the page lacks, or `effects` has
+            other dims.
 
     Example:
         >>> from hooked_models import HookedTextToImage
-        >>> model, prompts = HookedTextToImage.from_pretrained("rte-nano"), ["red circle is above square"]
+        >>> model, prompts = (
+        ...     HookedTextToImage.from_pretrained("rte-nano"),
+        ...     ["red circle is above square"],
+        ... )
         >>> keep = lambda name: name.endswith("cross_attn.hook_pattern")
         >>> images, cache = model.run_with_cache(prompts, num_steps=2, names_filter=keep)
         >>> attention_page(cache, prompts, images, "page.html", start={"word": "above"}).name
@@ -81,7 +93,11 @@ def attention_page(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page_text(cache, prompts, images, others=others, start=start, largest=largest, effects=effects))
+    path.write_text(
+        page_text(
+            cache, prompts, images, others=others, start=start, largest=largest, effects=effects
+        )
+    )
     return path
 
 
@@ -109,16 +125,25 @@ def show(
     effects: xr.DataArray | None = None,
     height: int = 760,
 ) -> Shown:
-    """Display `attention_page` inside a notebook: no server, no file. Arguments and errors as there; `height` in pixels.
+    """Display `attention_page` inside a notebook: no server, no file.
+
+    Arguments and errors as there; `height` in pixels.
 
     Example:
         >>> from hooked_models import HookedTextToImage
-        >>> model, prompts = HookedTextToImage.from_pretrained("rte-nano"), ["red circle is above square"]
-        >>> images, cache = model.run_with_cache(prompts, num_steps=1, names_filter="blocks.1.cross_attn.hook_pattern")
+        >>> model, prompts = (
+        ...     HookedTextToImage.from_pretrained("rte-nano"),
+        ...     ["red circle is above square"],
+        ... )
+        >>> images, cache = model.run_with_cache(
+        ...     prompts, num_steps=1, names_filter="blocks.1.cross_attn.hook_pattern"
+        ... )
         >>> show(cache, prompts, images)._repr_html_()[:16]
         '<iframe srcdoc="'
     """
-    return Shown(page_text(cache, prompts, images, others=others, start=start, effects=effects), height)
+    return Shown(
+        page_text(cache, prompts, images, others=others, start=start, effects=effects), height
+    )
 
 
 def page_text(
@@ -137,18 +162,33 @@ def page_text(
     first = read[""]
     for name, maps in read.items():
         if (maps.heads, maps.steps) != (first.heads, first.steps):
-            raise ValueError(f"{name!r} has other heads or steps than the first run: cache the same of each run.")
+            raise ValueError(
+                f"{name!r} has other heads or steps than the first run: cache the same of each run."
+            )
     rows, columns = first.grid((images.shape[-2], images.shape[-1]))
     entries: list[dict[str, Any]] = []
-    factor = max(_factor(maps, row, (rows, columns), largest) for maps in read.values() for row in range(len(prompts)))
+    factor = max(
+        _factor(maps, row, (rows, columns), largest)
+        for maps in read.values()
+        for row in range(len(prompts))
+    )
     for name, (_, drawn) in runs.items():
         for row, text in enumerate(prompts):
             maps = read[name]
-            stored = gzip.compress(_pooled(maps, row, (rows, columns), factor).tobytes(), 6, mtime=0)
+            stored = gzip.compress(
+                _pooled(maps, row, (rows, columns), factor).tobytes(), 6, mtime=0
+            )
             label = f"{name}: {text}" if name else text
-            entry = {"text": text, "label": label, "tokens": maps.tokens[row], "image": _png(drawn[row])}
+            entry = {
+                "text": text,
+                "label": label,
+                "tokens": maps.tokens[row],
+                "image": _png(drawn[row]),
+            }
             entries.append(entry | {"pattern": base64.b64encode(stored).decode()})
-    about = f"{len(first.heads)} heads, {len(first.steps)} denoising steps, {rows} × {columns} places"
+    about = (
+        f"{len(first.heads)} heads, {len(first.steps)} denoising steps, {rows} × {columns} places"
+    )
     if factor > 1:
         about += f", shown as averages over squares of {factor} × {factor}"
     data = {
@@ -188,10 +228,13 @@ class _Maps:
         pattern, heads = _patterns(cache, sublayer, layers)
         if len(prompts) != len(pattern):
             raise ValueError(
-                f"There are {len(prompts)} prompts and {len(pattern)} rows in the cache: pass those it was made with."
+                f"There are {len(prompts)} prompts and {len(pattern)} rows in the cache: pass "
+                "those it was made with."
             )
         if not joint:
-            tokens = [[token.removeprefix("▁") for token in model.to_str_tokens(text)] for text in prompts]
+            tokens = [
+                [token.removeprefix("▁") for token in model.to_str_tokens(text)] for text in prompts
+            ]
             return cls(pattern, heads, cache.steps, tokens, None)
         layout = model.dit.layout
         grid = layout.grid[:2]
@@ -206,28 +249,43 @@ class _Maps:
 
 
 def _attention_to_text(cache: GenerationCache, joint: bool) -> tuple[str, list[int]]:
-    """The sublayer that reads the text, and its cached layers. Raises KeyError if there are none."""
-    found = {(match[2], int(match[1])) for name in cache.cache_dict if (match := PATTERN.fullmatch(name))}
+    """The sublayer that reads the text, and its cached layers.
+
+    Raises KeyError if there are none.
+    """
+    found = {
+        (match[2], int(match[1])) for name in cache.cache_dict if (match := PATTERN.fullmatch(name))
+    }
     layers = sorted(layer for sublayer, layer in found if sublayer == "cross_attn")
     if layers:
         return "cross_attn", layers
     if not joint or not found:
-        raise KeyError("The cache has no attention to the text: cache names that end in 'cross_attn.hook_pattern'.")
+        raise KeyError(
+            "The cache has no attention to the text: cache names that end in "
+            "'cross_attn.hook_pattern'."
+        )
     return "attn", sorted(layer for _, layer in found)
 
 
 def _patterns(
     cache: GenerationCache, sublayer: str, layers: Sequence[int]
 ) -> tuple[Float[Tensor, "prompt step head place word"], list[str]]:
-    """Patterns of all heads, those of a layer after those of the one before; and the heads' names."""
+    """Patterns of all heads, those of a layer after those of the one before; and the heads'
+    names.
+    """
     parts, heads = [], []
     for layer in layers:
-        names = [f"steps.{step}.cond.blocks.{layer}.{sublayer}.hook_pattern" for step in cache.steps]
+        names = [
+            f"steps.{step}.cond.blocks.{layer}.{sublayer}.hook_pattern" for step in cache.steps
+        ]
         parts.append(torch.stack([cache[name].float().cpu() for name in names], dim=1))
         kept = range(parts[-1].shape[2]) if cache.heads is None else cache.heads[layer]
         heads += [f"L{layer}H{head}" for head in kept]
     if parts[0].ndim != 5:
-        raise ValueError("The cache holds summaries of patterns: run_with_cache(…) without patterns= keeps them whole.")
+        raise ValueError(
+            "The cache holds summaries of patterns: run_with_cache(…) without patterns= keeps them "
+            "whole."
+        )
     return torch.cat(parts, dim=2).detach(), heads
 
 
@@ -237,7 +295,9 @@ def _spelt(encoded: Any) -> list[str]:
     return [encoded.text[low:high].strip() or kind for (low, high), kind in tokens if kind != "pad"]
 
 
-def _pooled(maps: _Maps, row: int, grid: tuple[int, int], factor: int) -> UInt8[np.ndarray, "step head place word"]:
+def _pooled(
+    maps: _Maps, row: int, grid: tuple[int, int], factor: int
+) -> UInt8[np.ndarray, "step head place word"]:
     """255·√p of one prompt, averaged over squares of places; pads left out."""
     pattern = maps.pattern[row, ..., : len(maps.tokens[row])]
     if factor > 1:
@@ -256,31 +316,48 @@ def _factor(maps: _Maps, row: int, grid: tuple[int, int], largest: int) -> int:
         if grid[0] % factor or grid[1] % factor:
             break
         stored = _pooled(maps, row, grid, factor)
-        if stored.nbytes * 4 // 3 <= largest or len(gzip.compress(stored.tobytes(), 6)) * 4 // 3 <= largest:
+        if (
+            stored.nbytes * 4 // 3 <= largest
+            or len(gzip.compress(stored.tobytes(), 6)) * 4 // 3 <= largest
+        ):
             return factor
     raise ValueError(
-        f"The maps of a prompt take more than largest={largest} bytes: cache fewer heads= or steps=, or give more bytes."
+        f"The maps of a prompt take more than largest={largest} bytes: cache fewer heads= or "
+        "steps=, or give more bytes."
     )
 
 
-def _begin(maps: _Maps, entries: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> dict[str, Any]:
+def _begin(
+    maps: _Maps, entries: Sequence[Mapping[str, Any]], start: Mapping[str, Any]
+) -> dict[str, Any]:
     """The view at the beginning, as the page's address says it."""
     known = {"prompt", "beside", "head", "step", "word", "opacity"}
     if unknown := set(start) - known:
         raise ValueError(f"start has no {unknown.pop()!r}: choose {', '.join(sorted(known))}.")
     row = start.get("prompt", 0)
     if row not in range(len(entries)) or start.get("beside", 0) not in range(len(entries)):
-        raise ValueError(f"start names a prompt that is not there: there are {len(entries)}, counted from 0.")
+        raise ValueError(
+            f"start names a prompt that is not there: there are {len(entries)}, counted from 0."
+        )
     if start.get("head", maps.heads[0]) not in maps.heads:
-        raise ValueError(f"start: head {start['head']!r} is not on the page, which has {', '.join(maps.heads[:8])}, ….")
+        raise ValueError(
+            f"start: head {start['head']!r} is not on the page, which has "
+            f"{', '.join(maps.heads[:8])}, …."
+        )
     if start.get("step", maps.steps[0]) not in maps.steps:
-        raise ValueError(f"start: step {start['step']!r} is not on the page, which has {maps.steps}.")
+        raise ValueError(
+            f"start: step {start['step']!r} is not on the page, which has {maps.steps}."
+        )
     tokens = entries[row]["tokens"]
     word = start.get("word")
     if word is not None and word not in tokens and word not in range(len(tokens)):
-        raise ValueError(f"start: {word!r} is no token of the prompt, which has {', '.join(tokens)}.")
+        raise ValueError(
+            f"start: {word!r} is no token of the prompt, which has {', '.join(tokens)}."
+        )
     # where nothing is said: the largest difference between places, at the first step
-    spread = maps.pattern[row % len(maps.pattern), maps.steps.index(start.get("step", maps.steps[0]))].std(dim=1)
+    spread = maps.pattern[
+        row % len(maps.pattern), maps.steps.index(start.get("step", maps.steps[0]))
+    ].std(dim=1)
     spread = spread[:, : len(tokens)].clone()
     if "head" in start:
         spread = spread[[maps.heads.index(start["head"])]]
@@ -299,15 +376,24 @@ def _begin(maps: _Maps, entries: Sequence[Mapping[str, Any]], start: Mapping[str
 def _effects(effects: xr.DataArray, maps: _Maps) -> dict[str, Any]:
     """Name of the effects, and rows of heads, columns of steps; None where there is none."""
     if set(effects.dims) != {"layer", "head", "step"}:
-        raise ValueError(f"effects needs dims layer, head and step, not {', '.join(map(str, effects.dims))}.")
+        raise ValueError(
+            f"effects needs dims layer, head and step, not {', '.join(map(str, effects.dims))}."
+        )
     known = effects.transpose("layer", "head", "step").to_series()
-    rows = [[known.get((*parse_head(head), step), float("nan")) for step in maps.steps] for head in maps.heads]
-    values = [[None if math.isnan(value) else round(float(value), 6) for value in row] for row in rows]
+    rows = [
+        [known.get((*parse_head(head), step), float("nan")) for step in maps.steps]
+        for head in maps.heads
+    ]
+    values = [
+        [None if math.isnan(value) else round(float(value), 6) for value in row] for row in rows
+    ]
     return {"name": str(effects.name or "effect"), "values": values}
 
 
 def _grid(places: int, ratio: float) -> tuple[int, int]:
-    """Rows and columns of a number of image positions, nearest to the image's ratio of height to width."""
+    """Rows and columns of a number of image positions, nearest to the image's ratio of height to
+    width.
+    """
     divisors = [rows for rows in range(1, places + 1) if places % rows == 0]
     rows = min(divisors, key=lambda rows: abs(math.log(rows**2 / places / ratio)))
     return rows, places // rows
@@ -315,6 +401,8 @@ def _grid(places: int, ratio: float) -> tuple[int, int]:
 
 def _png(image: Float[Tensor, "3 height width"]) -> str:
     buffer = io.BytesIO()
-    pixels = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy().astype(np.uint8)
+    pixels = (
+        (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy().astype(np.uint8)
+    )
     Image.fromarray(pixels).save(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

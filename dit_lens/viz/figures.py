@@ -52,22 +52,32 @@ def head_step_map(values: xr.DataArray, label: str = "", top: int | None = None)
         2
     """
     if set(values.dims) != {"layer", "head", "step"}:
-        raise ValueError(f"head_step_map needs dims layer, head and step, not {', '.join(map(str, values.dims))}.")
+        raise ValueError(
+            "head_step_map needs dims layer, head and step, not "
+            f"{', '.join(map(str, values.dims))}."
+        )
     table = values.stack(name=("layer", "head")).transpose("name", "step")
     if top is not None:
         strongest = abs(table).max("step").fillna(-1).argsort().values[::-1][:top]
         table = table.isel(name=np.sort(strongest))
     steps = [str(step) for step in table["step"].values]
     figure, ax = plt.subplots(
-        figsize=(min(1.6 + 0.34 * len(steps), WIDEST), 1.1 + 0.2 * table.sizes["name"]), layout="constrained"
+        figsize=(min(1.6 + 0.34 * len(steps), WIDEST), 1.1 + 0.2 * table.sizes["name"]),
+        layout="constrained",
     )
     reach = float(np.nanmax(abs(table.values))) or 1.0
     signed = bool((table < 0).any())
     drawn = ax.imshow(
-        table.values, aspect="auto", cmap=DIVERGING if signed else SEQUENTIAL, vmin=-reach if signed else 0, vmax=reach
+        table.values,
+        aspect="auto",
+        cmap=DIVERGING if signed else SEQUENTIAL,
+        vmin=-reach if signed else 0,
+        vmax=reach,
     )
     ax.set_xticks(range(len(steps)), steps)
-    ax.set_yticks(range(table.sizes["name"]), [f"L{layer}H{head}" for layer, head in table["name"].values])
+    ax.set_yticks(
+        range(table.sizes["name"]), [f"L{layer}H{head}" for layer, head in table["name"].values]
+    )
     ax.set_xlabel("denoising step")
     figure.colorbar(drawn, ax=ax, label=label)
     return figure
@@ -104,7 +114,11 @@ def word_maps(
     columns = min(len(tokens) + 1, 6)
     rows = -(-(len(tokens) + 1) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(1.5 * columns + 0.7, 1.75 * rows + 0.3), layout="constrained", squeeze=False
+        rows,
+        columns,
+        figsize=(1.5 * columns + 0.7, 1.75 * rows + 0.3),
+        layout="constrained",
+        squeeze=False,
     )
     figure.suptitle(title)
     axes = [bare(ax) for ax in grid.ravel()]
@@ -131,7 +145,8 @@ def word_maps(
 
 @styled
 def ramp_gallery(
-    maps: Mapping[str, Mapping[str, xr.DataArray]], title: str = "position code × word, from weights alone"
+    maps: Mapping[str, Mapping[str, xr.DataArray]],
+    title: str = "position code × word, from weights alone",
 ) -> Figure:
     """Position-by-word score maps: one row a head, one column a word; each row is centred, with its
     own symmetric scale.
@@ -159,16 +174,22 @@ def ramp_gallery(
         for ax, word in zip(axes, words, strict=True):
             bare(ax)
             if word in centred:
-                drawn = ax.imshow(centred[word].transpose("y", "x"), vmin=-reach, vmax=reach, cmap=DIVERGING)
+                drawn = ax.imshow(
+                    centred[word].transpose("y", "x"), vmin=-reach, vmax=reach, cmap=DIVERGING
+                )
             if number == 0:
                 ax.set_title(word.replace("_", " "))
         axes[0].set_ylabel(head)
-        figure.colorbar(drawn, ax=axes, shrink=0.85, label="score, centred" if len(maps) == 1 else "")
+        figure.colorbar(
+            drawn, ax=axes, shrink=0.85, label="score, centred" if len(maps) == 1 else ""
+        )
     return figure
 
 
 @styled
-def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str = "r2_partial") -> Figure:
+def variance_bars(
+    parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str = "r2_partial"
+) -> Figure:
     """Shares of variance by factor: one group of bars for each term, one bar for each table.
 
     Args:
@@ -181,8 +202,12 @@ def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str 
         ['shape2', 'relation']
     """
     tables = {"": parts} if isinstance(parts, pd.DataFrame) else dict(parts)
-    terms = [term for term in next(iter(tables.values())).index if term not in ("residual", "total")]
-    figure, ax = plt.subplots(figsize=(min(1.6 + 0.8 * len(terms), WIDEST), 3.4), layout="constrained")
+    terms = [
+        term for term in next(iter(tables.values())).index if term not in ("residual", "total")
+    ]
+    figure, ax = plt.subplots(
+        figsize=(min(1.6 + 0.8 * len(terms), WIDEST), 3.4), layout="constrained"
+    )
     width = 0.8 / len(tables)
     for number, (name, table) in enumerate(tables.items()):
         values = table[column].reindex(terms).to_numpy(dtype=float)
@@ -200,7 +225,9 @@ def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str 
                 textcoords="offset points",
             )
     ax.set_xticks(range(len(terms)), terms, rotation=90)
-    ax.set_ylabel(column.replace("r2", "R²").replace("partial_eta2", "partial η²").replace("_", " "))
+    ax.set_ylabel(
+        column.replace("r2", "R²").replace("partial_eta2", "partial η²").replace("_", " ")
+    )
     if "" not in tables:
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -208,7 +235,8 @@ def variance_bars(parts: Mapping[str, pd.DataFrame] | pd.DataFrame, column: str 
 
 @styled
 def dose_response_curves(
-    table: pd.DataFrame, metrics: Sequence[str] = ("target_loose", "original_loose", "unique_binding")
+    table: pd.DataFrame,
+    metrics: Sequence[str] = ("target_loose", "original_loose", "unique_binding"),
 ) -> Figure:
     """Curves of `steering.summarise`: each metric against the dose, steered and controls, with 95 %
     bands.
@@ -221,13 +249,22 @@ def dose_response_curves(
     """
     kinds = [kind for kind in dict.fromkeys(table["kind"]) if "−" not in kind]
     figure, axes = plt.subplots(
-        1, len(metrics), figsize=(min(2.9 * len(metrics), WIDEST), 2.8), layout="constrained", squeeze=False, sharey=True
+        1,
+        len(metrics),
+        figsize=(min(2.9 * len(metrics), WIDEST), 2.8),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
     )
     for ax, metric in zip(axes[0], metrics, strict=True):
         for kind in kinds:
             rows = table[(table["kind"] == kind) & (table["metric"] == metric)].sort_values("k")
-            (line,) = ax.plot(rows["k"], rows["mean"], marker="o", markersize=3, label=kind.replace("_", " "))
-            ax.fill_between(rows["k"], rows["low"], rows["high"], alpha=0.2, color=line.get_color(), linewidth=0)
+            (line,) = ax.plot(
+                rows["k"], rows["mean"], marker="o", markersize=3, label=kind.replace("_", " ")
+            )
+            ax.fill_between(
+                rows["k"], rows["low"], rows["high"], alpha=0.2, color=line.get_color(), linewidth=0
+            )
         ax.set_title(metric.replace("_", " "))
         ax.set_xlabel("dose k")
     axes[0][0].set_ylabel("share of images")
@@ -252,20 +289,43 @@ def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int,
         >>> len(learning_curves(pd.DataFrame(rows, columns=names), {"words": [(2, 1)]}).axes)
         2
     """
-    figure, axes = plt.subplots(1 + len(heads), 1, figsize=(7, 2.6 * (1 + len(heads))), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1 + len(heads), 1, figsize=(7, 2.6 * (1 + len(heads))), sharex=True, layout="constrained"
+    )
     axes = np.atleast_1d(axes)
-    labels = {"color": "colour", "shape": "shape", "unique_binding": "binding", "relation_loose": "relation", "dipole": "dipole"}
+    labels = {
+        "color": "colour",
+        "shape": "shape",
+        "unique_binding": "binding",
+        "relation_loose": "relation",
+        "dipole": "dipole",
+    }
     for quantity, label in labels.items():
         rows = table[table["quantity"] == quantity].sort_values("samples")
         style = {"color": INK, "linestyle": "--"} if quantity == "dipole" else {}
         (line,) = axes[0].plot(rows["samples"], rows["value"], marker=".", label=label, **style)
-        axes[0].fill_between(rows["samples"], rows["low"], rows["high"], alpha=0.15, color=line.get_color(), linewidth=0)
+        axes[0].fill_between(
+            rows["samples"],
+            rows["low"],
+            rows["high"],
+            alpha=0.15,
+            color=line.get_color(),
+            linewidth=0,
+        )
     axes[0].set_ylabel("share of images\n(dipole: cosine)")
     for ax, (source, chosen) in zip(axes[1:], heads.items(), strict=True):
         for layer, head in chosen:
-            of_head = (table["source"] == source) & (table["layer"] == layer) & (table["head"] == head)
+            of_head = (
+                (table["source"] == source) & (table["layer"] == layer) & (table["head"] == head)
+            )
             rows = table[of_head & (table["quantity"] == "projection")].sort_values("samples")
-            ax.plot(rows["samples"], rows["value"], marker=".", label=f"L{layer}H{head}", color=head_color((layer, head)))
+            ax.plot(
+                rows["samples"],
+                rows["value"],
+                marker=".",
+                label=f"L{layer}H{head}",
+                color=head_color((layer, head)),
+            )
         ax.axhline(0, color=INK, linewidth=0.6)
         ax.set_ylabel(f"projection on ramps\n({source})")
     for ax in axes:

@@ -38,12 +38,16 @@ def relation_head_figure(
         >>> grid = xr.DataArray([[[[0.1, 0.2], [0.3, 0.4]]]], dims=("prompt", "step", "y", "x"))
         >>> grid, images = grid.assign_coords(step=[0]), torch.zeros(1, 3, 8, 8)
         >>> weights = {"above": grid[0, 0]}
-        >>> type(relation_head_figure("L2H1", ["circle above square"], images, grid, weights)).__name__
+        >>> type(
+        ...     relation_head_figure("L2H1", ["circle above square"], images, grid, weights)
+        ... ).__name__
         'Figure'
     """
     steps = attention.sizes["step"]
     columns = 1 + steps
-    figure = plt.figure(figsize=(min(1.4 * columns, WIDEST), 1.95 * len(prompts) + 2.9), layout="constrained")
+    figure = plt.figure(
+        figsize=(min(1.4 * columns, WIDEST), 1.95 * len(prompts) + 2.9), layout="constrained"
+    )
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.95 * len(prompts) + 0.6, 2.3])
     upper, lower = parts
     upper.suptitle(f"{head}: attention to the relation words while denoising")
@@ -54,7 +58,9 @@ def relation_head_figure(
         grid[row, 0].set_title(textwrap.fill(prompt, 20), fontsize=8)
         for column, step in enumerate(attention["step"].values):
             ax = bare(grid[row, 1 + column])
-            drawn = ax.imshow(attention.isel(prompt=row, step=column), vmin=0, vmax=top, cmap=SEQUENTIAL)
+            drawn = ax.imshow(
+                attention.isel(prompt=row, step=column), vmin=0, vmax=top, cmap=SEQUENTIAL
+            )
             if row == 0:
                 ax.set_title(f"step {step}")
     upper.colorbar(drawn, ax=grid[:, 1:], shrink=0.6, label="attention mass")

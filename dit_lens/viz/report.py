@@ -1,4 +1,6 @@
-"""One HTML file of one experiment: settings, versions, model, table, figures, and the code that repeats it."""
+"""One HTML file of one experiment: settings, versions, model, table, figures, and the code that
+repeats it.
+"""
 
 from __future__ import annotations
 
@@ -50,17 +52,19 @@ def report(
     settings: Mapping[str, Any] | None = None,
     figures: Mapping[str, Figure] | None = None,
 ) -> Path:
-    """Write an experiment as one file to send to somebody: no script, nothing fetched, figures as vectors.
+    """Write an experiment as one file to send to somebody: no script, nothing fetched, figures as
+    vectors.
 
     Args:
-        result: the numbers. Labelled arrays become one row a cell; the page shows the first 200 rows and carries all of them as
-            CSV.
+        result: the numbers. Labelled arrays become one row a cell; the page shows the first 200
+            rows and carries all of them as CSV.
         path: the file.
         title: heading of the page.
         code: the source that computes `result`, or a function, whose source is taken.
         model: the model that it was computed with; its name, revision and hash are recorded.
         settings: further facts, such as seeds; the attributes of an array are added.
-        figures: caption → figure. A `DataArray` over (layer, head, step) is drawn where none is given.
+        figures: caption → figure. A `DataArray` over (layer, head, step) is drawn where none is
+            given.
 
     Raises:
         TypeError: `result` is no table and no labelled array.
@@ -72,11 +76,17 @@ def report(
         'report.html'
     """
     if not isinstance(result, pd.DataFrame | xr.DataArray | xr.Dataset):
-        raise TypeError(f"report needs a DataFrame, DataArray or Dataset, not {type(result).__name__}.")
+        raise TypeError(
+            f"report needs a DataFrame, DataArray or Dataset, not {type(result).__name__}."
+        )
     attributes = {} if isinstance(result, pd.DataFrame) else result.attrs
     facts = {**(settings or {}), **{str(name): value for name, value in attributes.items()}}
     drawn = dict(figures or {})
-    own = not drawn and isinstance(result, xr.DataArray) and set(result.dims) == {"layer", "head", "step"}
+    own = (
+        not drawn
+        and isinstance(result, xr.DataArray)
+        and set(result.dims) == {"layer", "head", "step"}
+    )
     if own:
         drawn[str(result.name or "value")] = head_step_map(result, str(result.name or ""))
     source = code if isinstance(code, str) else textwrap.dedent(inspect.getsource(code))
@@ -138,7 +148,12 @@ def _figure(caption: str, figure: Figure) -> str:
 
 def _pairs(facts: Mapping[str, Any]) -> str:
     def shown(value: Any) -> str:
-        return html.escape(np.array2string(value, threshold=20) if isinstance(value, np.ndarray) else str(value))
+        return html.escape(
+            np.array2string(value, threshold=20) if isinstance(value, np.ndarray) else str(value)
+        )
 
-    rows = "".join(f"<tr><th>{html.escape(str(name))}</th><td>{shown(value)}</td></tr>" for name, value in facts.items())
+    rows = "".join(
+        f"<tr><th>{html.escape(str(name))}</th><td>{shown(value)}</td></tr>"
+        for name, value in facts.items()
+    )
     return f"<table>{rows}</table>"

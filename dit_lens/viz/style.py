@@ -1,7 +1,8 @@
 """The look of every figure that this package draws: sizes, colors, and one color for each head.
 
-Figures have no background of their own, and lines and letters in a grey that is legible on white and on black. `applied`
-switches the look on, `problems` lists the faults of a figure, `save` writes it, as vectors where the format has them.
+Figures have no background of their own, and lines and letters in a grey that is legible on white
+and on black. `applied` switches the look on, `problems` lists the faults of a figure, `save` writes
+it, as vectors where the format has them.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def applied() -> Iterator[None]:
 
 
 def head_color(head: str | tuple[int, int]) -> str:
-    """Colour of a head: the same in every figure, unlike for the heads of a layer and for neighbouring layers.
+    """Colour of a head: the same in every figure, unlike for the heads of a layer and for
+    neighbouring layers.
 
     Args:
         head: "L2H1", or (layer, head).
@@ -85,7 +87,8 @@ def head_color(head: str | tuple[int, int]) -> str:
 
         head = parse_head(head)
     layer, number = head
-    # turns by the golden ratio spread any number of hues evenly; the layer shifts them and alternates the luminance
+    # turns by the golden ratio spread any number of hues evenly; the layer shifts them and
+    # alternates the luminance
     hue, wanted = (0.58 + number * 0.618034 + layer * 0.161) % 1, 0.23 if layer % 2 else 0.15
     low, high = 0.0, 1.0
     for _ in range(20):  # lightness of the wanted luminance
@@ -104,7 +107,10 @@ def luminance(color: Any) -> float:
         >>> luminance("white"), luminance("black")
         (1.0, 0.0)
     """
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(color)]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in mpl.colors.to_rgb(color)
+    ]
     return round(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2], 6)
 
 
@@ -126,7 +132,8 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def problems(figure: Figure) -> list[str]:
-    """Faults of a figure in plain words: small letters, texts that overlap or leave the figure, a background, faint letters.
+    """Faults of a figure in plain words: small letters, texts that overlap or leave the figure, a
+    background, faint letters.
 
     Example:
         >>> import matplotlib.pyplot as plt
@@ -142,7 +149,11 @@ def problems(figure: Figure) -> list[str]:
     if mpl.colors.to_rgba(figure.get_facecolor())[3]:
         found.append("a background")
     undrawn = set(_labels_out_of_view(figure))
-    texts = [text for text in figure.findobj(mpl.text.Text) if text.get_visible() and text.get_text().strip()]
+    texts = [
+        text
+        for text in figure.findobj(mpl.text.Text)
+        if text.get_visible() and text.get_text().strip()
+    ]
     boxes = [(text, text.get_window_extent(renderer)) for text in texts if text not in undrawn]
     for text, box in boxes:
         found += [f"{text.get_text()!r} {fault}" for fault in _faults(text, box, figure.bbox)]
@@ -180,7 +191,9 @@ def _labels_out_of_view(figure: Figure) -> Iterator[mpl.text.Text]:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure; the suffix names the format. Vector formats (.svg, .pdf) keep letters as text, pixels get 200 dpi.
+    """Write a figure; the suffix names the format.
+
+    Vector formats (.svg, .pdf) keep letters as text, pixels get 200 dpi.
 
     Raises:
         ValueError: matplotlib knows no such format.

@@ -1,9 +1,11 @@
-"""Short texts about little worlds of coloured shapes, on which the `t5-scenes` encoder is pre-trained.
+"""Short texts about little worlds of coloured shapes, on which the `t5-scenes` encoder is
+pre-trained.
 
-A text is one to four sentences that are all true of one world of one to three objects: captions as `dit_lens.scenes` writes
-them, and around them paraphrases, fillers, colour synonyms, inverted and elliptic orders, questions, and entailments such as
-the inverse statement or who is the higher one. The later sentences give a word's context its use: to predict a missing word of
-"the lower shape is blue", the text's statements about each object must have been put together.
+A text is one to four sentences that are all true of one world of one to three objects: captions as
+`dit_lens.scenes` writes them, and around them paraphrases, fillers, colour synonyms, inverted and
+elliptic orders, questions, and entailments such as the inverse statement or who is the higher one.
+The later sentences give a word's context its use: to predict a missing word of "the lower shape is
+blue", the text's statements about each object must have been put together.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "green": ("emerald",),
     "yellow": ("golden",),
 }
-"""Every colour of a world, with the words that may stand for it (the paper replaces red by crimson and blue by navy)."""
+"""Every colour of a world, with the words that may stand for it (the paper replaces red by crimson
+and blue by navy).
+"""
 
 EXTREMES: dict[tuple[int, int], tuple[str, ...]] = {
     (0, -1): ("top", "highest", "upper", "higher"),
@@ -47,7 +51,23 @@ EXTREMES: dict[tuple[int, int], tuple[str, ...]] = {
 """Name of the object that lies furthest in a direction (x right, y down)."""
 
 _TEMPLATE_WORDS = (
-    *("the", "a", "an", "is", "are", "there", "which", "where", "what", "and", "one", "shape", "object", "color", "at"),
+    *(
+        "the",
+        "a",
+        "an",
+        "is",
+        "are",
+        "there",
+        "which",
+        "where",
+        "what",
+        "and",
+        "one",
+        "shape",
+        "object",
+        "color",
+        "at",
+    ),
     *("on", "in", "picture"),
 )
 PUNCTUATION = (".", ",", "?")
@@ -55,14 +75,21 @@ VOCABULARY: tuple[str, ...] = tuple(
     sorted(
         {*_TEMPLATE_WORDS, *SHAPES, *SYNONYMS}
         | {word for words in (*SYNONYMS.values(), *EXTREMES.values()) for word in words}
-        | {word for table in (PHRASES, PARAPHRASES) for phrases in table.values() for p in phrases for word in p.split()}
+        | {
+            word
+            for table in (PHRASES, PARAPHRASES)
+            for phrases in table.values()
+            for p in phrases
+            for word in p.split()
+        }
     )
 )
 """Every word of the grammar, sorted."""
 
 PLAIN = 0.5
-"""Share of texts that keep to scenes with both colours named, without fillers, synonyms and ellipses: most is to be predicted
-there, and what the rest needs is learnt from them first."""
+"""Share of texts that keep to scenes with both colours named, without fillers, synonyms and
+ellipses: most is to be predicted there, and what the rest needs is learnt from them first.
+"""
 
 T = TypeVar("T")
 _BY_DIRECTION = {direction: relation for relation, direction in DIRECTIONS.items()}
@@ -70,7 +97,10 @@ _BY_DIRECTION = {direction: relation for relation, direction in DIRECTIONS.items
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object on a 3 × 3 grid; x to the right, y down. `color` is one of the keys of `SYNONYMS`."""
+    """One object on a 3 × 3 grid; x to the right, y down.
+
+    `color` is one of the keys of `SYNONYMS`.
+    """
 
     shape: str
     color: str
@@ -84,8 +114,13 @@ def relation_of(a: Thing, b: Thing) -> Relation:
 
 
 def may_say(a: Thing, b: Thing) -> bool:
-    """True if "a is … b" is outside `scenes.HELD_OUT`: this encoder too never reads those ten combinations."""
-    return (a.shape, b.shape, a.color, relation_of(a, b)) not in _UNSAID or {a.color, b.color} != set(COLORS)
+    """True if "a is … b" is outside `scenes.HELD_OUT`: this encoder too never reads those ten
+    combinations.
+    """
+    return (a.shape, b.shape, a.color, relation_of(a, b)) not in _UNSAID or {
+        a.color,
+        b.color,
+    } != set(COLORS)
 
 
 _UNSAID = {(c.shape1, c.shape2, c.color1, c.relation) for c in HELD_OUT}
@@ -102,18 +137,33 @@ class Writer:
         """One text of at most `max_tokens` words and punctuation marks."""
         self.plain = self.chance(PLAIN)
         things = self.world()
-        articles = 0.0 if self.plain else self.pick((0.0, 0.0, 1.0, 0.5))  # how often a noun has one; captions have none
+        # how often a noun has one; captions have none
+        articles = 0.0 if self.plain else self.pick((0.0, 0.0, 1.0, 0.5))
         first = self.statement if len(things) > 1 else self.placement
         sentences = [first(things, articles)]
-        follow_ups: tuple[Callable[[list[Thing], float], str], ...] = (self.statement, self.statement, self.extreme)
+        follow_ups: tuple[Callable[[list[Thing], float], str], ...] = (
+            self.statement,
+            self.statement,
+            self.extreme,
+        )
         if not self.plain:
             follow_ups = (
                 *((self.statement,) * 4 if len(things) > 1 else ()),
-                *(self.extreme, self.extreme, self.color, self.question, self.question, self.existence, self.placement),
+                *(
+                    self.extreme,
+                    self.extreme,
+                    self.color,
+                    self.question,
+                    self.question,
+                    self.existence,
+                    self.placement,
+                ),
             )
         for _ in range(self.rng.choice(4, p=(0.2, 0.5, 0.2, 0.1))):
             sentences.append(self.pick(follow_ups)(things, articles))
-        while len(sentences) > 1 and sum(map(count_tokens, sentences)) + len(sentences) > max_tokens:
+        while (
+            len(sentences) > 1 and sum(map(count_tokens, sentences)) + len(sentences) > max_tokens
+        ):
             sentences.pop()
         ended = [s if s.endswith("?") else s + "." for s in sentences]
         text = " ".join(ended)
@@ -122,24 +172,34 @@ class Writer:
     # The world
 
     def world(self) -> list[Thing]:
-        """One to three objects of different shapes. A two-object world is most often a scene's: one red, one blue."""
+        """One to three objects of different shapes.
+
+        A two-object world is most often a scene's: one red, one blue.
+        """
         number = 2 if self.plain else self.rng.choice((1, 2, 3), p=(0.08, 0.6, 0.32))
         if self.plain or (number == 2 and self.chance(0.6)):
             combination = TRAINED[self.rng.integers(len(TRAINED))]
             dx, dy = DIRECTIONS[combination.relation]
-            second = Thing(combination.shape2, "blue" if combination.color1 == "red" else "red", 1 - dx, 1 - dy)
+            second = Thing(
+                combination.shape2, "blue" if combination.color1 == "red" else "red", 1 - dx, 1 - dy
+            )
             return [Thing(combination.shape1, combination.color1, 1 + dx, 1 + dy), second]
         while True:
             cells = self.rng.permutation(9)[:number]
             shapes, colors = self.rng.permutation(SHAPES), self.rng.permutation(list(SYNONYMS))
-            things = [Thing(str(s), str(c), int(i % 3), int(i // 3)) for s, c, i in zip(shapes, colors, cells, strict=False)]
+            things = [
+                Thing(str(s), str(c), int(i % 3), int(i // 3))
+                for s, c, i in zip(shapes, colors, cells, strict=False)
+            ]
             if all(may_say(a, b) or may_say(b, a) for a in things for b in things if a is not b):
                 return things
 
     # Sentences; each takes the world's objects and how often a noun has an article
 
     def statement(self, things: list[Thing], articles: float) -> str:
-        """Statement "a is PHRASE b", or the same in another order; of three objects, perhaps all in one sentence."""
+        """Statement "a is PHRASE b", or the same in another order; of three objects, perhaps all in
+        one sentence.
+        """
         a, b = self.pair(things)
         phrase = self.phrase(a, b)
         form = 1.0 if self.plain else self.rng.random()
@@ -158,11 +218,22 @@ class Writer:
         return sentence
 
     def extreme(self, things: list[Thing], articles: float) -> str:
-        """A reader's conclusion about one object: "the lower shape is blue square", "square is lower"."""
+        """A reader's conclusion about one object: "the lower shape is blue square", "square is
+        lower".
+        """
         thing, word = self.extreme_thing(things)
         if self.chance(0.4):
-            return f"{self.noun(thing, articles)} is {self.pick((f'the {word} one', f'the {word} {self.general()}', word))}"
-        answer = self.pick((self.noun(thing, articles), self.color_word(thing), self.noun(thing, articles, named=0.0)))
+            return (
+                f"{self.noun(thing, articles)} is "
+                f"{self.pick((f'the {word} one', f'the {word} {self.general()}', word))}"
+            )
+        answer = self.pick(
+            (
+                self.noun(thing, articles),
+                self.color_word(thing),
+                self.noun(thing, articles, named=0.0),
+            )
+        )
         return f"the {word} {self.pick(('one', self.general()))} is {answer}"
 
     def color(self, things: list[Thing], articles: float) -> str:
@@ -170,13 +241,18 @@ class Writer:
         thing = self.pick(things)
         if self.chance(0.5):
             return f"{self.noun(thing, articles, named=0.0)} is {self.color_word(thing)}"
-        return f"the {self.color_word(thing)} {self.pick(('one', self.general()))} is {self.noun(thing, articles, named=0.0)}"
+        return (
+            f"the {self.color_word(thing)} {self.pick(('one', self.general()))} is "
+            f"{self.noun(thing, articles, named=0.0)}"
+        )
 
     def question(self, things: list[Thing], articles: float) -> str:
         """A question and its answer."""
         if len(things) > 1 and self.chance(0.4):
             a, b = self.pair(things)
-            return f"where is {self.noun(a, articles)}? {self.phrase(a, b)} {self.noun(b, articles)}"
+            return (
+                f"where is {self.noun(a, articles)}? {self.phrase(a, b)} {self.noun(b, articles)}"
+            )
         if self.chance(0.5):
             thing, word = self.extreme_thing(things)
             return f"which {self.general()} is {word}? {self.noun(thing, articles)}"
@@ -201,23 +277,41 @@ class Writer:
 
     def place(self, thing: Thing) -> str:
         """Phrase of a place: "at the top left"."""
-        words = [word for word in (("top", "", "bottom")[thing.y], ("left", "", "right")[thing.x]) if word]
+        words = [
+            word
+            for word in (("top", "", "bottom")[thing.y], ("left", "", "right")[thing.x])
+            if word
+        ]
         return f"{self.pick(('at', 'on'))} the {' '.join(words)}" if words else "in the picture"
 
     def placed_noun(self, thing: Thing) -> str:
-        """An object, perhaps with the place that a relation gives it: "red circle at the top left"."""
-        return f"{self.noun(thing, 0.0)} {self.place(thing)}" if self.chance(0.5) else self.noun(thing, 0.0)
+        """An object, perhaps with the place that a relation gives it: "red circle at the top
+        left".
+        """
+        return (
+            f"{self.noun(thing, 0.0)} {self.place(thing)}"
+            if self.chance(0.5)
+            else self.noun(thing, 0.0)
+        )
 
     def noun(self, thing: Thing, articles: float, named: float = 0.65) -> str:
         """Noun phrase "[the|a] [colour] shape"; `named` is the probability of the colour word."""
         article = self.pick(("the", "the", "a")) if self.chance(articles) else ""
-        color = self.color_word(thing) if self.chance(max(named, float(self.plain and named > 0))) else ""
+        color = (
+            self.color_word(thing)
+            if self.chance(max(named, float(self.plain and named > 0)))
+            else ""
+        )
         if article == "a" and color[:1] in ("a", "e"):
             article = "an"
         return " ".join(word for word in (article, color, thing.shape) if word)
 
     def color_word(self, thing: Thing) -> str:
-        return self.pick(SYNONYMS[thing.color]) if self.chance(0.0 if self.plain else 0.2) else thing.color
+        return (
+            self.pick(SYNONYMS[thing.color])
+            if self.chance(0.0 if self.plain else 0.2)
+            else thing.color
+        )
 
     def general(self) -> str:
         return self.pick(("shape", "object"))

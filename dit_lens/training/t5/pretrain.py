@@ -1,8 +1,9 @@
 """Pre-train `t5-scenes`: a small T5 encoder that has read a caption grammar, and nothing else.
 
-Source: Raffel et al. (arXiv 1910.10683), span corruption, §3.1.4; the T5 v1.1 architecture (gated GELU, relative positions),
-through transformers' `T5ForConditionalGeneration`. It stands where the paper (arXiv 2601.06338) puts T5-XXL: an encoder whose
-word vectors know their sentence. Every text of a step is a function of (seed, step), so resuming is exact.
+Source: Raffel et al. (arXiv 1910.10683), span corruption, §3.1.4; the T5 v1.1 architecture (gated
+GELU, relative positions), through transformers' `T5ForConditionalGeneration`. It stands where the
+paper (arXiv 2601.06338) puts T5-XXL: an encoder whose word vectors know their sentence. Every text
+of a step is a function of (seed, step), so resuming is exact.
 """
 
 from __future__ import annotations
@@ -37,14 +38,27 @@ TEXT_LENGTH = 32
 """Longest text of pre-training, in tokens, EOS included."""
 NOISE_DENSITY = 0.25
 MEAN_SPAN = 1.5
-"""T5 corrupts 15 % in spans of three; a caption has eight words, of which that would be one span and mostly the relation."""
+"""T5 corrupts 15 % in spans of three; a caption has eight words, of which that would be one span
+and mostly the relation.
+"""
 POSITION_BIAS = 2.0
-"""Standard deviation of half of the heads' relative position biases at the start: these heads look at certain places from the
-first step, so that word order is there to be used. The other half start with T5's own (0.06 at this width)."""
+"""Standard deviation of half of the heads' relative position biases at the start: these heads look
+at certain places from the first step, so that word order is there to be used. The other half start
+with T5's own (0.06 at this width).
+"""
 NEVER = -1e9
 """Score that softmax turns to exactly zero, in bfloat16 too."""
-ARCHITECTURE = {"d_model": 256, "num_heads": 4, "d_kv": 64, "d_ff": 640, "num_layers": 4, "num_decoder_layers": 1}
-"""One decoder layer: what a missing word depends on has to be worked out by the encoder, which is what is kept."""
+ARCHITECTURE = {
+    "d_model": 256,
+    "num_heads": 4,
+    "d_kv": 64,
+    "d_ff": 640,
+    "num_layers": 4,
+    "num_decoder_layers": 1,
+}
+"""One decoder layer: what a missing word depends on has to be worked out by the encoder, which is
+what is kept.
+"""
 LOG_EVERY = 25
 MAY_CHANGE = ("checkpoint_every", "evaluate_every", "precision")
 IGNORED = -100
@@ -52,20 +66,28 @@ IGNORED = -100
 
 
 def scenes_tokenizer(max_length: int = DEFAULT_LENGTH) -> T5Tokenizer:
-    """A `T5Tokenizer` of the grammar's whole words: pad 0, EOS 1, unknown 2, words, punctuation, then the sentinels."""
+    """A `T5Tokenizer` of the grammar's whole words: pad 0, EOS 1, unknown 2, words, punctuation,
+    then the sentinels.
+    """
     pieces = [*SPECIAL_TOKENS, *(f"▁{word}" for word in VOCABULARY), *PUNCTUATION]
     vocabulary = [(piece, 0.0 if piece in SPECIAL_TOKENS else -2.0) for piece in pieces]
     return T5Tokenizer(vocab=vocabulary, extra_ids=SENTINELS, model_max_length=max_length)
 
 
-def corrupt_spans(ids: Sequence[int], sentinels: Sequence[int], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """T5's objective on one text (without EOS): spans become sentinels, and the target spells them out after theirs.
+def corrupt_spans(
+    ids: Sequence[int], sentinels: Sequence[int], rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """T5's objective on one text (without EOS): spans become sentinels, and the target spells them
+    out after theirs.
 
-    `NOISE_DENSITY` of the tokens go, in spans of `MEAN_SPAN` on average; spans never touch, so two sentinels never meet. Unlike
-    T5's, a text may begin or end with a kept token or with a span: the last word of a caption must not always be missing.
+    `NOISE_DENSITY` of the tokens go, in spans of `MEAN_SPAN` on average; spans never touch, so two
+    sentinels never meet. Unlike T5's, a text may begin or end with a kept token or with a span: the
+    last word of a caption must not always be missing.
     """
     count = int(np.clip(round(len(ids) * NOISE_DENSITY), 1, len(ids) - 1))
-    spans = int(np.clip(round(count / MEAN_SPAN), 1, min(count, len(ids) - count + 1, len(sentinels) - 1)))
+    spans = int(
+        np.clip(round(count / MEAN_SPAN), 1, min(count, len(ids) - count + 1, len(sentinels) - 1))
+    )
     removed = _partition(count, spans, rng)
     kept = _partition(len(ids) - count + 2, spans + 1, rng)  # the outer two may be empty
     kept[0] -= 1
@@ -90,7 +112,9 @@ class PretrainData:
     def __init__(self, tokenizer: T5Tokenizer, config: PretrainConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self.sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(SENTINELS)])
+        self.sentinels = tokenizer.convert_tokens_to_ids(
+            [f"<extra_id_{i}>" for i in range(SENTINELS)]
+        )
 
     def __call__(self, step: int) -> dict[str, Int[Tensor, "batch text_pos"]]:
         """Arguments of `T5ForConditionalGeneration`: input_ids, attention_mask, labels."""
@@ -98,21 +122,33 @@ class PretrainData:
         writer = Writer(rng)
         texts = [writer.text(TEXT_LENGTH - 1) for _ in range(self.config.batch_size)]
         eos = self.tokenizer.eos_token_id
-        pairs = [corrupt_spans(ids[:-1], self.sentinels, rng) for ids in self.tokenizer(texts).input_ids]
+        pairs = [
+            corrupt_spans(ids[:-1], self.sentinels, rng) for ids in self.tokenizer(texts).input_ids
+        ]
         inputs = _padded([[*given, eos] for given, _ in pairs], self.tokenizer.pad_token_id)
         labels = _padded([[*wanted, eos] for _, wanted in pairs], IGNORED)
-        return {"input_ids": inputs, "attention_mask": (inputs != self.tokenizer.pad_token_id).long(), "labels": labels}
+        return {
+            "input_ids": inputs,
+            "attention_mask": (inputs != self.tokenizer.pad_token_id).long(),
+            "labels": labels,
+        }
 
 
 def _padded(rows: Sequence[list[int]], fill: int) -> Int[Tensor, "batch text_pos"]:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=fill
+    )
 
 
-def untrained_model(vocabulary_size: int, seed: int, causal: bool = False) -> T5ForConditionalGeneration:
-    """The encoder that is kept and the decoder that is not, as transformers initialises them, position biases excepted.
+def untrained_model(
+    vocabulary_size: int, seed: int, causal: bool = False
+) -> T5ForConditionalGeneration:
+    """The encoder that is kept and the decoder that is not, as transformers initialises them,
+    position biases excepted.
 
-    A causal encoder is a T5 whose relative position biases of later tokens are `NEVER`: the softmax gives these exactly zero, so
-    no gradient reaches the biases, and any T5 code reads the result as it is.
+    A causal encoder is a T5 whose relative position biases of later tokens are `NEVER`: the softmax
+    gives these exactly zero, so no gradient reaches the biases, and any T5 code reads the result as
+    it is.
     """
     torch.manual_seed(seed)
     config = T5Config(
@@ -129,15 +165,19 @@ def untrained_model(vocabulary_size: int, seed: int, causal: bool = False) -> T5
     if causal:
         bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         with torch.no_grad():
-            bias[len(bias) // 2 :] = NEVER  # the upper half of the buckets is of tokens to the right
+            # the upper half of the buckets is of tokens to the right
+            bias[len(bias) // 2 :] = NEVER
     return model
 
 
-def build_optimizers(model: T5ForConditionalGeneration, config: PretrainConfig) -> dict[str, torch.optim.Optimizer]:
+def build_optimizers(
+    model: T5ForConditionalGeneration, config: PretrainConfig
+) -> dict[str, torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest.
 
-    T5 does not divide attention scores by √d_head but starts W_Q smaller by as much, so W_Q's learning rate is smaller too. With
-    one rate for all, even the colour before a shape word could not be read from its vector after 300 steps (measured).
+    T5 does not divide attention scores by √d_head but starts W_Q smaller by as much, so W_Q's
+    learning rate is smaller too. With one rate for all, even the colour before a shape word could
+    not be read from its vector after 300 steps (measured).
     """
     linear = [
         (name, module.weight)
@@ -148,11 +188,16 @@ def build_optimizers(model: T5ForConditionalGeneration, config: PretrainConfig) 
     queries = [weight for name, weight in linear if name.endswith(".q")]
     others = [weight for name, weight in linear if not name.endswith(".q")]
     taken = {id(weight) for _, weight in linear}
-    groups = [{"params": others}, {"params": queries, "lr": config.muon_lr / model.config.d_kv**0.5}]
+    groups = [
+        {"params": others},
+        {"params": queries, "lr": config.muon_lr / model.config.d_kv**0.5},
+    ]
     rest = [p for p in model.parameters() if id(p) not in taken]
     optimizers: dict[str, torch.optim.Optimizer] = {
         "muon": muon(groups, config.muon_lr, config.precision),
-        "adamw": torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        "adamw": torch.optim.AdamW(
+            rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        ),
     }
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -161,7 +206,8 @@ def build_optimizers(model: T5ForConditionalGeneration, config: PretrainConfig) 
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Pre-train, or go on pre-training, and return `out`, which then holds `text_encoder/` and `tokenizer/`.
+    """Pre-train, or go on pre-training, and return `out`, which then holds `text_encoder/` and
+    `tokenizer/`.
 
     Raises:
         ValueError: `out` holds a run with other settings, or another process writes to it.
@@ -178,15 +224,23 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
     tokenizer = scenes_tokenizer()
     reader = scenes_tokenizer(TEXT_LENGTH)
     model = untrained_model(len(tokenizer), config.seed, config.causal)
-    model.set_attn_implementation("eager")  # texts this short: plain products are quicker on a CPU than fused attention
+    # texts this short: plain products are quicker on a CPU than fused attention
+    model.set_attn_implementation("eager")
     optimizers = build_optimizers(model, config)
     saved, facts = config.out / CHECKPOINT, run.settings
-    first = load_checkpoint(saved, model, {}, optimizers, facts, MAY_CHANGE) if saved.exists() else 0
+    first = (
+        load_checkpoint(saved, model, {}, optimizers, facts, MAY_CHANGE) if saved.exists() else 0
+    )
     history = History.read(config.out) if first else History()
     history.show(run)
 
     data = PretrainData(reader, config)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[news]}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[news]}"),
+    )
     with Progress(*columns, refresh_per_second=1) as progress:
         bar = progress.add_task("pre-training", total=config.steps, completed=first, news="")
         losses: list[Tensor] = []
@@ -198,7 +252,11 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
             if done % LOG_EVERY == 0 or done == config.steps:
                 mean = torch.stack(losses).mean().item()
                 seconds = (time.perf_counter() - clock) / len(losses)
-                entry = {"step": done, "loss": round(mean, 4), "seconds_per_step": round(seconds, 3)}
+                entry = {
+                    "step": done,
+                    "loss": round(mean, 4),
+                    "seconds_per_step": round(seconds, 3),
+                }
                 progress.update(bar, completed=done, news=f"loss {mean:.3f}")
                 losses = []
             if done % config.evaluate_every == 0 or done == config.steps:
@@ -206,9 +264,12 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
             if entry:
                 history.log(run, entry)
                 clock = time.perf_counter()
-            # last, so that a run killed before this line repeats the steps after the checkpoint before
+            # last, so that a run killed before this line repeats the steps after the checkpoint
+            # before
             if done % config.checkpoint_every == 0 or done == config.steps:
-                write = partial(save_checkpoint, step=done, model=model, ema={}, optimizers=optimizers)
+                write = partial(
+                    save_checkpoint, step=done, model=model, ema={}, optimizers=optimizers
+                )
                 run.put(CHECKPOINT, partial(write, facts=facts, history=history))
     run.put_folder("text_encoder", as_encoder(model).save_pretrained)
     run.put_folder("tokenizer", tokenizer.save_pretrained)
