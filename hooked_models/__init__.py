@@ -58,7 +58,8 @@ __all__ = [
 __getattr__, __dir__ = attach(
     __name__,
     {
-        # diffusers gets a third-party component's base class from its package (pipeline_loading_utils.get_class_obj…)
+        # diffusers gets a third-party component's base class from its package
+        # (pipeline_loading_utils.get_class_obj…)
         "ModelMixin": "/diffusers:ModelMixin",
         "PreTrainedModel": "/transformers:PreTrainedModel",
         "PatchCodec": "pipelines.codec:PatchCodec",

@@ -1,4 +1,6 @@
-"""Checks of arguments: one value in its right type, or a ValueError that names the argument and the fix."""
+"""Checks of arguments: one value in its right type, or a ValueError that names the argument and the
+fix.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ RENAMED = {
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """A value for a message: its repr in one line of at most `length` characters, of arrays the shape.
+    """A value for a message: its repr in one line of at most `length` characters, of arrays the
+    shape.
 
     Example:
         >>> shown(torch.zeros(3, 4)), shown("x" * 200, 10)
@@ -53,9 +56,19 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
         >>> integer("num_steps", np.int64(4), low=1)
         4
     """
-    limits = f" from {low} to {high}" if high is not None else "" if low is None else f" of at least {low}"
+    limits = (
+        f" from {low} to {high}"
+        if high is not None
+        else ""
+        if low is None
+        else f" of at least {low}"
+    )
     several = isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
-    if not isinstance(value, (bool, np.bool_)) and not several and getattr(value, "dtype", None) is not torch.bool:
+    if (
+        not isinstance(value, (bool, np.bool_))
+        and not several
+        and getattr(value, "dtype", None) is not torch.bool
+    ):
         try:
             found = index(value)
         except (TypeError, ValueError, RuntimeError):
@@ -73,10 +86,16 @@ def is_several(value: Any) -> bool:
         >>> is_several([1]), is_several("ab"), is_several(np.array(1))
         (True, False, False)
     """
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "shape", None) != ()
+    return (
+        isinstance(value, Iterable)
+        and not isinstance(value, (str, bytes))
+        and getattr(value, "shape", None) != ()
+    )
 
 
-def integers(name: str, value: Any, low: int | None = None, high: int | None = None) -> tuple[int, ...]:
+def integers(
+    name: str, value: Any, low: int | None = None, high: int | None = None
+) -> tuple[int, ...]:
     """One integer or several as a tuple; errors as in `integer`.
 
     Example:
@@ -88,7 +107,9 @@ def integers(name: str, value: Any, low: int | None = None, high: int | None = N
     return tuple(integer(name, one, low, high) for one in value)
 
 
-def number(name: str, value: Any, low: float | int | None = None, high: float | int | None = None) -> float:
+def number(
+    name: str, value: Any, low: float | int | None = None, high: float | int | None = None
+) -> float:
     """A finite real number as a float; booleans and text are refused.
 
     Raises:
@@ -98,15 +119,27 @@ def number(name: str, value: Any, low: float | int | None = None, high: float | 
         >>> number("guidance", np.float32(4.5))
         4.5
     """
-    one = not isinstance(value, (Tensor, np.ndarray)) or (value.ndim == 0 and value.dtype not in (torch.bool, np.dtype(bool)))
+    one = not isinstance(value, (Tensor, np.ndarray)) or (
+        value.ndim == 0 and value.dtype not in (torch.bool, np.dtype(bool))
+    )
     if one and not isinstance(value, (bool, np.bool_, str, bytes, complex)):
         try:
             found = float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             found = math.nan
-        if math.isfinite(found) and (low is None or found >= low) and (high is None or found <= high):
+        if (
+            math.isfinite(found)
+            and (low is None or found >= low)
+            and (high is None or found <= high)
+        ):
             return found
-    limits = "" if low is None else f" of at least {low:g}" if high is None else f" from {low:g} to {high:g}"
+    limits = (
+        ""
+        if low is None
+        else f" of at least {low:g}"
+        if high is None
+        else f" from {low:g} to {high:g}"
+    )
     raise ValueError(f"{name}={shown(value)}: give a finite number{limits}.")
 
 
@@ -127,7 +160,8 @@ def one_of(name: str, value: Any, options: Sequence[Any]) -> Any:
 
 
 def chosen_steps(steps: Any, n: int, name: str = "steps") -> list[int]:
-    """Some of `n` denoising steps, ascending and each once: one, several or a slice, negative ones from the end; None for all.
+    """Some of `n` denoising steps, ascending and each once: one, several or a slice, negative ones
+    from the end; None for all.
 
     Raises:
         ValueError: one of them is no integer, or lies outside of the run; or there is none.
@@ -140,9 +174,15 @@ def chosen_steps(steps: Any, n: int, name: str = "steps") -> list[int]:
         try:
             found = list(range(n)[steps])
         except TypeError:
-            raise ValueError(f"{name}={shown(steps)}: give a slice of integers, such as slice(5).") from None
+            raise ValueError(
+                f"{name}={shown(steps)}: give a slice of integers, such as slice(5)."
+            ) from None
     else:
-        found = list(range(n)) if steps is None else [one + n if one < 0 else one for one in integers(name, steps)]
+        found = (
+            list(range(n))
+            if steps is None
+            else [one + n if one < 0 else one for one in integers(name, steps)]
+        )
     if not found or not set(found) <= set(range(n)):
         raise ValueError(f"{name}={shown(steps)}: this run has steps 0 to {n - 1}.")
     return sorted(set(found))
@@ -191,11 +231,18 @@ def initial_latents(value: Any, batch: int, channels: int, patch_size: int) -> T
         >>> initial_latents(torch.zeros(2, 4, 8, 6), batch=2, channels=4, patch_size=2).shape
         torch.Size([2, 4, 8, 6])
     """
-    wanted = f"give a tensor [{batch} {channels} rows columns] of real numbers, rows and columns multiples of {patch_size}"
+    wanted = (
+        f"give a tensor [{batch} {channels} rows columns] of real numbers, rows and columns "
+        f"multiples of {patch_size}"
+    )
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ValueError(f"latents={shown(value)}: {wanted}.")
     sides = value.shape[2:]
-    if value.ndim != 4 or value.shape[:2] != (batch, channels) or any(side < 1 or side % patch_size for side in sides):
+    if (
+        value.ndim != 4
+        or value.shape[:2] != (batch, channels)
+        or any(side < 1 or side % patch_size for side in sides)
+    ):
         raise ValueError(f"latents={shown(value)}: {wanted}.")
     if not bool(value.isfinite().all()):
         raise ValueError("latents hold numbers that are not finite: give finite ones.")
@@ -214,9 +261,14 @@ def token_ids(value: Tensor, vocabulary: int) -> Tensor:
     """
     whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
     if value.ndim != 2 or not value.numel() or not whole:
-        raise ValueError(f"prompts={shown(value)}: give strings, or integer token ids [batch text_pos].")
+        raise ValueError(
+            f"prompts={shown(value)}: give strings, or integer token ids [batch text_pos]."
+        )
     if not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
-        raise ValueError(f"prompts hold token ids from {value.min()} to {value.max()}; the vocabulary has 0 to {vocabulary - 1}.")
+        raise ValueError(
+            f"prompts hold token ids from {value.min()} to {value.max()}; the vocabulary has 0 to "
+            f"{vocabulary - 1}."
+        )
     return value
 
 
@@ -237,7 +289,8 @@ def row_indices(value: Any, n: int) -> Tensor:
 
 
 def diffusers_names(function: Function) -> Function:
-    """A function that names our argument where it is called with that of diffusers' pipelines (`num_inference_steps`).
+    """A function that names our argument where it is called with that of diffusers' pipelines
+    (`num_inference_steps`).
 
     A method's object may take some names itself: its `own_names`.
 

@@ -1,7 +1,8 @@
 """Public names imported on first use, and import paths that moved.
 
-A package lists its public names once, in the `if TYPE_CHECKING:` imports of its `__init__`, for type checkers, and
-in a table for `attach`, so that `import package` costs nothing until a name is used.
+A package lists its public names once, in the `if TYPE_CHECKING:` imports of its `__init__`, for
+type checkers, and in a table for `attach`, so that `import package` costs nothing until a name is
+used.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from types import ModuleType
 from typing import Any
 
 
-def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def attach(
+    package: str, names: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Module-level `__getattr__` and `__dir__` that import public names on first use (PEP 562).
 
     Args:
         package: the package's `__name__`.
-        names: public name → "module" (the module itself) or "module:attribute", relative to the package; a leading
-            "/" makes the module absolute.
+        names: public name → "module" (the module itself) or "module:attribute", relative to the
+            package; a leading "/" makes the module absolute.
 
     Example:
         >>> get, names = attach("hooked_models", {"PatchCodec": "pipelines.codec:PatchCodec"})
@@ -34,7 +37,9 @@ def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, _, attribute = names[name].partition(":")
-        found = importlib.import_module(f"{package}.{module}" if not module.startswith("/") else module[1:])
+        found = importlib.import_module(
+            f"{package}.{module}" if not module.startswith("/") else module[1:]
+        )
         value = getattr(found, attribute) if attribute else found
         setattr(sys.modules[package], name, value)
         return value
@@ -68,7 +73,9 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, table: Mapping[str, str]) -> None:
         self.table = table
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(fullname, self) if fullname in self.table else None
 
     def exec_module(self, module: ModuleType) -> None:

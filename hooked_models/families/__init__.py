@@ -1,11 +1,13 @@
-"""Diffusion transformers beyond PixArt. `hook(transformer)` finds the family by its class; a new one is a small file here.
+"""Diffusion transformers beyond PixArt.
+
+`hook(transformer)` finds the family by its class; a new one is a small file here.
 
     model = hook(pipe.transformer)
     patterns = lambda name: name.endswith("attn.hook_pattern")
     output, cache = model.run_with_cache(**inputs, names_filter=patterns)
 
-Every family has `blocks.{l}.{attn or cross_attn}.hook_{q,k,v,attn_scores,pattern,z}`, and the tensors that `SUPPORTED` lists for
-it.
+Every family has `blocks.{l}.{attn or cross_attn}.hook_{q,k,v,attn_scores,pattern,z}`, and the
+tensors that `SUPPORTED` lists for it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,21 @@ from .check import failures
 from .class_dit import HookedClassDiT
 
 LISTED = (
-    *(sd3, flux, flux2, flux3, qwen_image, z_image, sana, chroma, cogview4, lumina2, aura_flow, hunyuan_dit, krea2),
+    *(
+        sd3,
+        flux,
+        flux2,
+        flux3,
+        qwen_image,
+        z_image,
+        sana,
+        chroma,
+        cogview4,
+        lumina2,
+        aura_flow,
+        hunyuan_dit,
+        krea2,
+    ),
     *(longcat_image, bria, ovis_image, prx, hidream, ernie_image, kandinsky5, glm_image, ideogram4),
     *(wan, ltx, hunyuan_video, cogvideox),
 )
@@ -65,7 +81,9 @@ NATIVE: dict[str, type[HookedModule]] = {
 }
 """Classes in which every tensor has a name."""
 UNSUPPORTED: dict[str, str] = {
-    "QwenImage21Transformer2DModel": "its attention calls the kernel several times in one call, for a prefix and the rest",
+    "QwenImage21Transformer2DModel": (
+        "its attention calls the kernel several times in one call, for a prefix and the rest"
+    ),
 }
 """Looked at and left out, with the reason."""
 
@@ -85,15 +103,24 @@ def hook(transformer: nn.Module, check: bool = True) -> Any:
     kind = type(transformer).__name__
     if kind == "OptimizedModule":
         raise ValueError(
-            "The transformer is wrapped by torch.compile, which hooks cannot see through: put back what it wraps, "
-            "pipe.transformer = pipe.transformer._orig_mod, and compile that in place, pipe.transformer.compile(): calls without "
-            "hooks stay compiled, calls with hooks run as they are written."
+            "The transformer is wrapped by torch.compile, which hooks cannot see through: put back "
+            "what it wraps, pipe.transformer = pipe.transformer._orig_mod, and compile that in "
+            "place, pipe.transformer.compile(): calls without hooks stay compiled, calls with "
+            "hooks run as they are written."
         )
     if kind not in NATIVE and kind not in SUPPORTED:
-        reason = f"{kind} is not supported: {UNSUPPORTED[kind]}." if kind in UNSUPPORTED else f"{kind} is of no known family."
+        reason = (
+            f"{kind} is not supported: {UNSUPPORTED[kind]}."
+            if kind in UNSUPPORTED
+            else f"{kind} is of no known family."
+        )
         known = ", ".join([*NATIVE, *SUPPORTED])
-        raise ValueError(f"{reason} Known are {known}; a new family is a small file in hooked_models/families.")
-    model: Any = NATIVE[kind](transformer) if kind in NATIVE else FamilyModel(transformer, SUPPORTED[kind])
+        raise ValueError(
+            f"{reason} Known are {known}; a new family is a small file in hooked_models/families."
+        )
+    model: Any = (
+        NATIVE[kind](transformer) if kind in NATIVE else FamilyModel(transformer, SUPPORTED[kind])
+    )
     if check:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             refuse(kind, [f"its {failure}" for failure in _failures(model)])

@@ -1,8 +1,10 @@
-"""Other diffusion transformers, hooked from outside: `FamilyModel` runs diffusers' own forward and names the tensors inside.
+"""Other diffusion transformers, hooked from outside: `FamilyModel` runs diffusers' own forward and
+names the tensors inside.
 
-A `Family` declares where blocks, attentions and MLPs are and which positions are text. Queries and keys are seen as the attention
-kernel receives them, after norms and rotary codes; residual streams and outputs, as modules receive and return them. No part of a
-model's arithmetic is written again. A model without hooks runs as it is.
+A `Family` declares where blocks, attentions and MLPs are and which positions are text. Queries and
+keys are seen as the attention kernel receives them, after norms and rotary codes; residual streams
+and outputs, as modules receive and return them. No part of a model's arithmetic is written again. A
+model without hooks runs as it is.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Family:
     image: str = "hidden_states"
     """Argument that holds the latents."""
     axes: str = ""
-    """Axes of one row of latents: "nc" (tokens), "chw", "cfhw", "fchw" or "fhwc"; empty: by their number."""
+    """Axes of one row of latents: "nc" (tokens), "chw", "cfhw", "fchw" or "fhwc"; empty: by their
+    number.
+    """
     packed_joint: bool = False
     """Latents and text are both given as long as the joint sequence, each at its own positions."""
     text: str = "encoder_hidden_states"
@@ -61,7 +65,9 @@ class Family:
     mixers: tuple[str, ...] = ()
     """Modules of a block, besides attention kernels, that mix positions."""
     spreads: frozenset[str] = frozenset()
-    """Streams in which one token's input reaches the others before the first block ("image", "text")."""
+    """Streams in which one token's input reaches the others before the first block ("image",
+    "text").
+    """
     no_gradient: str = ""
     """Why gradients through the model are wrong, if they are."""
     no_pattern: Mapping[str, str] = field(default_factory=dict)
@@ -91,11 +97,22 @@ class FamilyBlock(nn.Module):
                 heads = FamilyHeads(attention.queries, attention.keys, d_head**-0.5, weights)
                 self.add_module(ours, heads)
                 self.taps.append(KernelTap(found, heads, layer))
-        self._tap("resid_pre", block, layer, tuple(where.enters.values()), tuple(where.enters), axes=where.axes)
+        self._tap(
+            "resid_pre",
+            block,
+            layer,
+            tuple(where.enters.values()),
+            tuple(where.enters),
+            axes=where.axes,
+        )
         textual = not where.text_if or submodule(block, where.text_if) is not None
         for leaf, write in where.writes.items():
             if (found := submodule(block, write.path)) is not None:
-                streams = write.streams if textual else tuple(stream for stream in write.streams if stream != "text")
+                streams = (
+                    write.streams
+                    if textual
+                    else tuple(stream for stream in write.streams if stream != "text")
+                )
                 self._tap(leaf, found, layer, streams, call=write.call, axes=write.axes)
         self._tap("resid_post", block, layer, where.leaves, axes=where.axes, keeps_text=textual)
 
@@ -106,16 +123,19 @@ class FamilyBlock(nn.Module):
 
 
 class FamilyModel(NoLanguageModel, HookedModule):
-    """A live transformer of a known family, with names for its attentions, residual streams and everything added to them.
+    """A live transformer of a known family, with names for its attentions, residual streams and
+    everything added to them.
 
-    `layout` has the positions of the last call that had a hook. Weights are the wrapped module's, which is not changed, takes the
-    same arguments and can be replaced by this one in its pipeline.
+    `layout` has the positions of the last call that had a hook. Weights are the wrapped module's,
+    which is not changed, takes the same arguments and can be replaced by this one in its pipeline.
 
     Example:
         >>> from hooked_models import families
         >>> family = families.SUPPORTED["FluxTransformer2DModel"]
         >>> model = families.hook(family.small().eval())
-        >>> _, cache = model.run_with_cache(**family.inputs(model.wrapped), names_filter="blocks.0.attn.hook_pattern")
+        >>> _, cache = model.run_with_cache(
+        ...     **family.inputs(model.wrapped), names_filter="blocks.0.attn.hook_pattern"
+        ... )
         >>> cache["pattern", 0].shape, model.layout.grid, model.layout.n_text
         (torch.Size([2, 2, 11, 11]), (2, 3, 1), [5, 5])
     """
@@ -133,8 +153,12 @@ class FamilyModel(NoLanguageModel, HookedModule):
         self.family = family
         self.layout: Layout | None = None
         n_heads, d_head, d_model = sizes = family.sizes(live)
-        listed = [(block, where) for where in family.blocks for block in live.get_submodule(where.path)]
-        self.blocks = nn.ModuleList(FamilyBlock(block, layer, where, sizes) for layer, (block, where) in enumerate(listed))
+        listed = [
+            (block, where) for where in family.blocks for block in live.get_submodule(where.path)
+        ]
+        self.blocks = nn.ModuleList(
+            FamilyBlock(block, layer, where, sizes) for layer, (block, where) in enumerate(listed)
+        )
         self._taps: list[Tap] = [tap for block in self.blocks for tap in block.taps]
         self.cfg = HookedConfig(
             d_model=d_model,
@@ -151,10 +175,12 @@ class FamilyModel(NoLanguageModel, HookedModule):
         self.train(transformer.training)
 
     def __getattr__(self, name: str) -> Any:
-        """Pass on the attributes that a pipeline reads of its transformer (`config`, `dtype`, `cache_context`, …).
+        """Pass on the attributes that a pipeline reads of its transformer (`config`, `dtype`,
+        `cache_context`, …).
 
         Raises:
-            AttributeError: the wrapped module has no such attribute; the message names the way to whole generations.
+            AttributeError: the wrapped module has no such attribute; the message names the way to
+                whole generations.
         """
         try:
             return super().__getattr__(name)
@@ -168,13 +194,15 @@ class FamilyModel(NoLanguageModel, HookedModule):
 
     def _alone(self, what: str) -> str:
         return (
-            f"{self.family.name} is hooked here as a denoiser alone, one call at a time, and has no {what}: for prompts, steps, "
+            f"{self.family.name} is hooked here as a denoiser alone, one call at a time, and has "
+            f"no {what}: for prompts, steps, "
             "interventions and sweeps open its pipeline with HookedTextToImage.from_pipeline(pipe)."
         )
 
     def _refuse_gradient(self, gradient: Tensor) -> None:
         raise NotImplementedError(
-            f"{self.family.name} has no gradients to trust: {self.family.no_gradient}; use patching instead."
+            f"{self.family.name} has no gradients to trust: {self.family.no_gradient}; use "
+            "patching instead."
         )
 
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +257,8 @@ class FamilyModel(NoLanguageModel, HookedModule):
                 for handle in tap.attach(layout):
                     stack.callback(handle.remove)
             if any(module._compiled_call_impl is not None for module in self.wrapped.modules()):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would pass the hooks by
+                # compiled code would pass the hooks by
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             output = self.wrapped(*args, **kwargs)
         if self.family.no_gradient and output[0].requires_grad:
             output[0].register_hook(self._refuse_gradient)
@@ -238,12 +267,15 @@ class FamilyModel(NoLanguageModel, HookedModule):
 
 
 def _refuse_silent(taps: Sequence[Any], given: Mapping[str, Any]) -> None:
-    """Raise SilentHookError if a watched hook point was not reached in a call with these arguments."""
+    """Raise SilentHookError if a watched hook point was not reached in a call with these
+    arguments.
+    """
     skipped = set(given.get("skip_layers") or ())
     if silent := [name for tap in taps if tap.layer not in skipped for name in tap.silent()]:
         verb = "has a hook that" if len(silent) == 1 else "have hooks that"
         raise SilentHookError(
-            f"{', '.join(silent[:3])} {verb} did not fire in this call: its module did not run (a cache or a compiled "
-            "forward skips it), or its attention processor does not call torch's scaled_dot_product_attention; remove "
-            "that cache, or call set_default_attn_processor() and set_attention_backend('native')."
+            f"{', '.join(silent[:3])} {verb} did not fire in this call: its module did not run (a "
+            "cache or a compiled forward skips it), or its attention processor does not call "
+            "torch's scaled_dot_product_attention; remove that cache, or call "
+            "set_default_attn_processor() and set_attention_backend('native')."
         )

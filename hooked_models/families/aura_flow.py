@@ -26,10 +26,21 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"num_mmdit_layers": 1, "num_single_dit_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    size = {
+        "num_mmdit_layers": 1,
+        "num_single_dit_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    }
     text = {"joint_attention_dim": 12, "caption_projection_dim": 32}
     return AuraFlowTransformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, pos_embed_max_size=16, **size, **text
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        pos_embed_max_size=16,
+        **size,
+        **text,
     )
 
 
@@ -40,5 +51,8 @@ FAMILY = Family(
     layout=in_order("text", patches, registers=lambda live: live.register_tokens.shape[1]),
     inputs=inputs,
     small=small,
-    notes="positions are [image, text, registers]; attn_out_pre_gate is not added to the stream itself",
+    notes=(
+        "positions are [image, text, registers]; attn_out_pre_gate is not added to the stream "
+        "itself"
+    ),
 )

@@ -21,7 +21,9 @@ class Attention:
     """Stream of its queries: "image", "text", or "joint" for both."""
     keys: str = "joint"
     weights: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
-    """Projections that are not the attention's own `to_q` … `to_out`: "Q", "K", "V", "O" → weight [d_out d_in] of a block."""
+    """Projections that are not the attention's own `to_q` … `to_out`: "Q", "K", "V", "O" → weight
+    [d_out d_in] of a block.
+    """
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class Blocks:
 
     path: str
     attentions: Mapping[str, Attention]
-    """Our name → where. attn: image ↔ image, or both streams; cross_attn: image ← text; image_attn: image ↔ image in
-    a model whose attn joins both. A name has the same positions in every block."""
+    """Our name → where. attn: image ↔ image, or both streams; cross_attn: image ← text; image_attn:
+    image ↔ image in a model whose attn joins both. A name has the same positions in every block.
+    """
     enters: Mapping[str, str]
     """Argument of the block's forward → the stream that it carries."""
     leaves: tuple[str, ...]
@@ -70,12 +73,20 @@ def two_streams(
     writes = {
         "attn_out_pre_gate": Write(attn, ("image", "text")),
         "mlp_out_pre_gate": Write(mlp, ("image",)),
-        "text_mlp_out_pre_gate": Write(text_mlp, ("text",), call=int(text_mlp == mlp)),  # one MLP, called for each
+        # one MLP, called for each
+        "text_mlp_out_pre_gate": Write(text_mlp, ("text",), call=int(text_mlp == mlp)),
     }
     if image_attn is not None:
         attentions["image_attn"] = Attention(image_attn, "image", "image")
         writes["image_attn_out_pre_gate"] = Write(image_attn, ("image",))
-    return Blocks(path, attentions, {"hidden_states": "image", "encoder_hidden_states": "text"}, leaves, writes, text_if=text_mlp)
+    return Blocks(
+        path,
+        attentions,
+        {"hidden_states": "image", "encoder_hidden_states": "text"},
+        leaves,
+        writes,
+        text_if=text_mlp,
+    )
 
 
 def one_stream(
@@ -88,10 +99,20 @@ def one_stream(
 ) -> Blocks:
     """Blocks with one stream of image and text, and attention and MLP one after the other.
 
-    `attn_out`: module whose output is gated and added, where that is not the attention's own (a norm after it).
+    `attn_out`: module whose output is gated and added, where that is not the attention's own (a
+    norm after it).
     """
-    writes = {"attn_out_pre_gate": Write(attn_out or attn, ("joint",)), "mlp_out_pre_gate": Write(mlp_out, ("joint",))}
-    return Blocks(path, {"attn": Attention(attn, weights=weights or {})}, {enters: "joint"}, ("joint",), writes)
+    writes = {
+        "attn_out_pre_gate": Write(attn_out or attn, ("joint",)),
+        "mlp_out_pre_gate": Write(mlp_out, ("joint",)),
+    }
+    return Blocks(
+        path,
+        {"attn": Attention(attn, weights=weights or {})},
+        {enters: "joint"},
+        ("joint",),
+        writes,
+    )
 
 
 def weight(path: str, part: int = 0, parts: int = 1) -> Callable[[Any], Tensor]:
@@ -104,7 +125,9 @@ def of_heads(path: str) -> Callable[[Any], Tensor]:
     return lambda block: block.get_submodule(path).weight[:, : block.attn.inner_dim]
 
 
-def parallel_streams(path: str, joined: bool = False, leaves: tuple[str, ...] = ("text", "image")) -> Blocks:
+def parallel_streams(
+    path: str, joined: bool = False, leaves: tuple[str, ...] = ("text", "image")
+) -> Blocks:
     """FLUX's single blocks: attention and MLP side by side, one projection for both.
 
     `joined`: the streams enter and leave as one tensor.
@@ -112,7 +135,9 @@ def parallel_streams(path: str, joined: bool = False, leaves: tuple[str, ...] = 
     return Blocks(
         path,
         {"attn": Attention("attn", weights={"O": of_heads("proj_out")})},
-        {"hidden_states": "joint"} if joined else {"hidden_states": "image", "encoder_hidden_states": "text"},
+        {"hidden_states": "joint"}
+        if joined
+        else {"hidden_states": "image", "encoder_hidden_states": "text"},
         ("joint",) if joined else leaves,
         {"attn_mlp_out_pre_gate": Write("proj_out", ("joint",))},
     )
@@ -143,6 +168,11 @@ def cross_attending(
     attentions = {"cross_attn": Attention(cross_attn, "image", "text")}
     if attn is not None:
         attentions = {"attn": Attention(attn, "image", "image")} | attentions
-    modules = {name: found.path for name, found in attentions.items()} | ({"mlp": mlp} if mlp else {})
-    writes = {f"{name}_out" + ("_pre_gate" if name in gated else ""): Write(path_, ("image",)) for name, path_ in modules.items()}
+    modules = {name: found.path for name, found in attentions.items()} | (
+        {"mlp": mlp} if mlp else {}
+    )
+    writes = {
+        f"{name}_out" + ("_pre_gate" if name in gated else ""): Write(path_, ("image",))
+        for name, path_ in modules.items()
+    }
     return Blocks(path, attentions, {enters: "image"}, ("image",), writes)

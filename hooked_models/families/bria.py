@@ -37,5 +37,8 @@ FAMILY = Family(
     layout=in_order("text", ids),
     inputs=inputs,
     small=small,
-    notes="single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write together",
+    notes=(
+        "single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write "
+        "together"
+    ),
 )

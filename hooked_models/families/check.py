@@ -1,8 +1,9 @@
 """Checks of a family's declaration against the live model, made when it is hooked.
 
-Names must fire once each, patterns must be those the model reads, and every position must be where the family declares it. For
-the last, one image token (and one text token) of each row is changed, while the attention kernels, which mix positions, return
-their recorded outputs: then queries, keys, values and residual streams may change at that one position alone, in every block.
+Names must fire once each, patterns must be those the model reads, and every position must be where
+the family declares it. For the last, one image token (and one text token) of each row is changed,
+while the attention kernels, which mix positions, return their recorded outputs: then queries, keys,
+values and residual streams may change at that one position alone, in every block.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def failures(model: FamilyModel) -> list[str]:
         return [str(error)]
     found = []
     if not (difference := float((output - reference).abs().max())) <= tolerance:
-        found.append(f"output with hooks differs from the original's by {difference:.3g} (allowed: {tolerance:.3g})")
+        found.append(
+            f"output with hooks differs from the original's by {difference:.3g} (allowed: "
+            f"{tolerance:.3g})"
+        )
     if wrong := [f"{name} ({fired[name]} times)" for name in model.names(None) if fired[name] != 1]:
         found.append(f"names do not fire once each: {', '.join(wrong[:5])}")
     return found + _patterns(model, inputs, explicit, output) + misplaced(model, inputs)
@@ -61,7 +65,9 @@ def first(output: Any) -> Tensor:
     return torch.stack(list(sample)) if isinstance(sample, (list, tuple)) else sample
 
 
-def _patterns(model: FamilyModel, inputs: Mapping[str, Any], clean: Mapping[str, Tensor], output: Tensor) -> list[str]:
+def _patterns(
+    model: FamilyModel, inputs: Mapping[str, Any], clean: Mapping[str, Tensor], output: Tensor
+) -> list[str]:
     """Rows sum to one, and other patterns change z and the output."""
     by_kind: dict[str, list[str]] = {}
     for name in model.names(lambda name: name.endswith("hook_pattern")):
@@ -77,11 +83,18 @@ def _patterns(model: FamilyModel, inputs: Mapping[str, Any], clean: Mapping[str,
             z[str(hook.name)] = tensor.clone()
 
         sites = [name.replace("hook_pattern", "hook_z") for name in names]
-        hooks: list[Any] = [*((name, random_pattern) for name in names), *((site, look) for site in sites)]
+        hooks: list[Any] = [
+            *((name, random_pattern) for name in names),
+            *((site, look) for site in sites),
+        ]
         edited = first(model.run_with_hooks(fwd_hooks=hooks, **inputs))
-        if all(torch.equal(z[site], clean[site]) for site in sites) and any(bool(clean[site].any()) for site in sites):
+        if all(torch.equal(z[site], clean[site]) for site in sites) and any(
+            bool(clean[site].any()) for site in sites
+        ):
             found.append(f"{kind}.hook_z does not change when its pattern is edited")
-        elif bool(output.any()) and torch.equal(edited, output):  # an untrained output layer may be all zeros
+        elif bool(output.any()) and torch.equal(
+            edited, output
+        ):  # an untrained output layer may be all zeros
             found.append(f"output does not change when the patterns of {kind} are edited")
     return found
 
@@ -107,13 +120,22 @@ class _Pinned(TorchFunctionMode):
 
 
 class _Pins:
-    """Everything that mixes positions in a model: attention kernels, and the modules that a family lists as `mixers`."""
+    """Everything that mixes positions in a model: attention kernels, and the modules that a family
+    lists as `mixers`.
+    """
 
     def __init__(self, model: FamilyModel) -> None:
         self.model, self.kernels = model, _Pinned()
-        blocks = [block for where in model.family.blocks for block in model.wrapped.get_submodule(where.path)]
+        blocks = [
+            block
+            for where in model.family.blocks
+            for block in model.wrapped.get_submodule(where.path)
+        ]
         self.mixers = [
-            module for block in blocks for path in model.family.mixers if (module := submodule(block, path)) is not None
+            module
+            for block in blocks
+            for path in model.family.mixers
+            if (module := submodule(block, path)) is not None
         ]
         self.kept: dict[Any, Tensor] = {}
 
@@ -132,7 +154,9 @@ class _Pins:
 
 
 def misplaced(model: FamilyModel, inputs: Mapping[str, Any]) -> list[str]:
-    """Hook points at which a token shows elsewhere than declared, for one image token and one text token of each row."""
+    """Hook points at which a token shows elsewhere than declared, for one image token and one text
+    token of each row.
+    """
     layout, pins = model.layout_of(**inputs), _Pins(model)
     names = model.names(lambda name: name.endswith(PLACES))
 
@@ -146,14 +170,23 @@ def misplaced(model: FamilyModel, inputs: Mapping[str, Any]) -> list[str]:
         changed = run(given, replay=True)
         for name in names:
             for row, token in enumerate(tokens):
-                moved = (changed[name][row] != clean[name][row]).flatten(1).any(1).nonzero().flatten().tolist()
+                moved = (
+                    (changed[name][row] != clean[name][row])
+                    .flatten(1)
+                    .any(1)
+                    .nonzero()
+                    .flatten()
+                    .tolist()
+                )
                 start, length = _span(model.axes(name)[1], layout, stream)
                 expected = [start + token] if length else []
-                spread = stream in model.family.spreads and {*expected} <= {*moved} <= {*range(start, start + length)}
+                spread = stream in model.family.spreads and {*expected} <= {*moved} <= {
+                    *range(start, start + length)
+                }
                 if moved != expected and not spread:
                     return [
-                        f"{name}: when {stream} token {token} of row {row} changes, positions {moved} change where the family "
-                        f"declares {expected}"
+                        f"{name}: when {stream} token {token} of row {row} changes, positions "
+                        f"{moved} change where the family declares {expected}"
                     ]
     return []
 
@@ -163,10 +196,14 @@ def _span(axis: str, layout: Layout, stream: str) -> tuple[int, int]:
     if stream == "image":
         return 0, 0 if axis in TEXT_POSITIONS else layout.n_image
     joint = axis in JOINT_POSITIONS
-    return layout.n_image if joint else 0, layout.text_mask.shape[1] if joint or axis in TEXT_POSITIONS else 0
+    return layout.n_image if joint else 0, layout.text_mask.shape[
+        1
+    ] if joint or axis in TEXT_POSITIONS else 0
 
 
-def nudged_image(model: FamilyModel, layout: Layout, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+def nudged_image(
+    model: FamilyModel, layout: Layout, inputs: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[int]]:
     """Inputs with one image token changed in each row, and which."""
     name = model.family.image
     rows = [row.clone() for row in inputs[name]]
@@ -177,7 +214,9 @@ def nudged_image(model: FamilyModel, layout: Layout, inputs: Mapping[str, Any]) 
     return {**inputs, name: _as_given(rows, inputs[name])}, tokens
 
 
-def nudged_text(model: FamilyModel, layout: Layout, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+def nudged_text(
+    model: FamilyModel, layout: Layout, inputs: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[int]]:
     """Inputs with the last token of the (first) text changed in each row, and which."""
     name = model.family.text
     rows = [row.clone() for row in inputs[name]]
@@ -185,7 +224,11 @@ def nudged_text(model: FamilyModel, layout: Layout, inputs: Mapping[str, Any]) -
     for row, x in enumerate(rows):
         width = len(x)
         tokens.append(int(layout.text_mask[row, :width].nonzero().max()))
-        place = _in_model(layout, row, layout.n_image + tokens[-1]) if model.family.packed_joint else tokens[-1]
+        place = (
+            _in_model(layout, row, layout.n_image + tokens[-1])
+            if model.family.packed_joint
+            else tokens[-1]
+        )
         x[place] += 1 + torch.rand(x[0].shape, generator=torch.Generator().manual_seed(2)).to(x)
     return {**inputs, name: _as_given(rows, inputs[name])}, tokens
 
@@ -200,7 +243,11 @@ def _image_token(model: FamilyModel, layout: Layout, x: Tensor, row: int, token:
     if axes == "nc":
         return x[_in_model(layout, row, token) if model.family.packed_joint else token]
     rows, columns, frames = layout.grid
-    place = {"f": (token // (rows * columns), frames), "h": (token // columns % rows, rows), "w": (token % columns, columns)}
+    place = {
+        "f": (token // (rows * columns), frames),
+        "h": (token // columns % rows, rows),
+        "w": (token % columns, columns),
+    }
     index: list[slice] = []
     for axis, size in zip(axes, x.shape, strict=True):
         at, n = place.get(axis, (0, 1))

@@ -37,16 +37,28 @@ def small() -> Any:
         "num_attention_heads": 2,
         "axes_dims_rope": (4, 4, 8),
     }
-    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
-    return ChromaTransformer2DModel(patch_size=1, in_channels=4, joint_attention_dim=12, **size, **approximator)
+    approximator = {
+        "approximator_num_channels": 8,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    }
+    return ChromaTransformer2DModel(
+        patch_size=1, in_channels=4, joint_attention_dim=12, **size, **approximator
+    )
 
 
 FAMILY = Family(
     name="Chroma",
     transformer="ChromaTransformer2DModel",
-    blocks=(two_streams("transformer_blocks"), parallel_streams("single_transformer_blocks", joined=True)),
+    blocks=(
+        two_streams("transformer_blocks"),
+        parallel_streams("single_transformer_blocks", joined=True),
+    ),
     layout=layout,
     inputs=inputs,
     small=small,
-    notes="single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write together",
+    notes=(
+        "single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write "
+        "together"
+    ),
 )

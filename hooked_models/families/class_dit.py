@@ -1,4 +1,5 @@
-"""The class-conditional DiT, with a name for every tensor: PixArt's block without text, modulated by timestep and class.
+"""The class-conditional DiT, with a name for every tensor: PixArt's block without text, modulated
+by timestep and class.
 
 Source: `DiTTransformer2DModel` and `BasicTransformerBlock` with `norm_type="ada_norm_zero"`
 (diffusers 0.42); Peebles and Xie (arXiv 2212.09748). Traps: every block embeds timestep and class
@@ -36,7 +37,9 @@ class ClassAdaLN(ModulationHooks):
         self.linear = norm.linear
         self.hook_cond = HookPoint()  # [batch d_model]
 
-    def forward(self, timestep: Shaped[Tensor, " batch"], labels: Int[Tensor, " batch"], dtype: torch.dtype) -> Modulation:
+    def forward(
+        self, timestep: Shaped[Tensor, " batch"], labels: Int[Tensor, " batch"], dtype: torch.dtype
+    ) -> Modulation:
         cond = self.hook_cond(self.emb(timestep, labels, hidden_dtype=dtype))
         return self.split(self.linear(F.silu(cond)).unflatten(1, (6, -1)))
 
@@ -63,7 +66,10 @@ class ClassBlock(Block):
         self.hook_resid_post = HookPoint()
 
     def forward(  # type: ignore[override]
-        self, x: Float[Tensor, "batch pos d_model"], timestep: Shaped[Tensor, " batch"], labels: Int[Tensor, " batch"]
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        timestep: Shaped[Tensor, " batch"],
+        labels: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch pos d_model"]:
         mod = self.adaln(timestep, labels, x.dtype)
         x = self.hook_resid_pre(x)
@@ -72,9 +78,11 @@ class ClassBlock(Block):
 
 
 class HookedClassDiT(PatchModel):
-    """A `DiTTransformer2DModel` with a HookPoint on every tensor; names as in `HookedDiT`, less those of the text.
+    """A `DiTTransformer2DModel` with a HookPoint on every tensor; names as in `HookedDiT`, less
+    those of the text.
 
-    `blocks.{l}.adaln.hook_cond` is the embedding of timestep and class that the block makes for itself.
+    `blocks.{l}.adaln.hook_cond` is the embedding of timestep and class that the block makes for
+    itself.
     """
 
     cache_class = DiTCache
@@ -82,11 +90,21 @@ class HookedClassDiT(PatchModel):
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         if not isinstance(transformer, DiTTransformer2DModel):
-            raise TypeError(f"HookedClassDiT needs a diffusers DiTTransformer2DModel, not {type(transformer).__name__}.")
+            raise TypeError(
+                "HookedClassDiT needs a diffusers DiTTransformer2DModel, not "
+                f"{type(transformer).__name__}."
+            )
         live: Any = transformer
         config = live.config
-        if config.activation_fn != "gelu-approximate" or config.norm_elementwise_affine or config.dropout:
-            raise ValueError("HookedClassDiT needs activation_fn='gelu-approximate', no affine norms and no dropout.")
+        if (
+            config.activation_fn != "gelu-approximate"
+            or config.norm_elementwise_affine
+            or config.dropout
+        ):
+            raise ValueError(
+                "HookedClassDiT needs activation_fn='gelu-approximate', no affine norms and no "
+                "dropout."
+            )
         self.__dict__["wrapped"] = live
         d_model = config.num_attention_heads * config.attention_head_dim
         self._cfg = cfg = DiTConfig(
@@ -135,22 +153,30 @@ class HookedClassDiT(PatchModel):
         """One denoiser call, as `DiTTransformer2DModel.forward`.
 
         Raises:
-            ValueError: for a part of the wrapped module that was replaced since, a missing timestep or class,
-                `cross_attention_kwargs`, or in training mode (classes are dropped at random then).
+            ValueError: for a part of the wrapped module that was replaced since, a missing timestep
+                or class, `cross_attention_kwargs`, or in training mode (classes are dropped at
+                random then).
         """
         if timestep is None or class_labels is None:
             raise ValueError("pass timestep and class_labels, one for each row of hidden_states")
         if self.training:
             raise ValueError("HookedClassDiT drops no classes at random: call .eval() on it")
         if cross_attention_kwargs:
-            raise ValueError(f"HookedClassDiT has no use for cross_attention_kwargs: {', '.join(cross_attention_kwargs)}")
+            raise ValueError(
+                "HookedClassDiT has no use for cross_attention_kwargs: "
+                f"{', '.join(cross_attention_kwargs)}"
+            )
         self.wrapping.check()
         x = self.embed(hidden_states)
         for block in self.blocks:
             x = block(x, timestep, class_labels)
-        cond = self.hook_final_cond(self.blocks[0].adaln.emb(timestep, class_labels, hidden_dtype=x.dtype))
+        cond = self.hook_final_cond(
+            self.blocks[0].adaln.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        )
         shift, scale = (part[:, None] for part in self.proj_cond(F.silu(cond)).chunk(2, dim=1))
-        output = self.from_patches(self.proj_out(modulate(self.ln_final(x), shift, scale)), hidden_states)
+        output = self.from_patches(
+            self.proj_out(modulate(self.ln_final(x), shift, scale)), hidden_states
+        )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 

@@ -28,9 +28,17 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "time_embed_dim": 8, "condition_dim": 4}
+    size = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "time_embed_dim": 8,
+        "condition_dim": 4,
+    }
     grid = {"patch_size": 2, "pos_embed_max_size": 8, "sample_size": 8, "rope_axes_dim": (8, 8)}
-    return CogView4Transformer2DModel(in_channels=4, out_channels=4, text_embed_dim=12, **size, **grid)
+    return CogView4Transformer2DModel(
+        in_channels=4, out_channels=4, text_embed_dim=12, **size, **grid
+    )
 
 
 FAMILY = Family(

@@ -34,8 +34,16 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32, "rope_axes_dim": (4, 6, 6)}
-    return ErnieImageTransformer2DModel(in_channels=4, out_channels=4, patch_size=1, text_in_dim=12, **size)
+    size = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_layers": 2,
+        "ffn_hidden_size": 32,
+        "rope_axes_dim": (4, 6, 6),
+    }
+    return ErnieImageTransformer2DModel(
+        in_channels=4, out_channels=4, patch_size=1, text_in_dim=12, **size
+    )
 
 
 BLOCKS = one_stream("layers", "self_attention", enters="x", mlp_out="mlp")

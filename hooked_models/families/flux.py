@@ -23,9 +23,16 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    sizes = {"num_layers": 2, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    sizes = {
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+    }
     text = {"joint_attention_dim": 12, "pooled_projection_dim": 6}
-    return FluxTransformer2DModel(patch_size=1, in_channels=4, guidance_embeds=True, axes_dims_rope=(2, 2, 4), **sizes, **text)
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, guidance_embeds=True, axes_dims_rope=(2, 2, 4), **sizes, **text
+    )
 
 
 FAMILY = Family(
@@ -35,5 +42,8 @@ FAMILY = Family(
     layout=in_order("text", ids),
     inputs=inputs,
     small=small,
-    notes="single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write together",
+    notes=(
+        "single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write "
+        "together"
+    ),
 )

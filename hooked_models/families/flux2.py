@@ -31,12 +31,16 @@ def small() -> Any:
         "num_attention_heads": 2,
         "timestep_guidance_channels": 16,
     }
-    return Flux2Transformer2DModel(patch_size=1, in_channels=4, joint_attention_dim=12, axes_dims_rope=(4, 4, 4, 4), **size)
+    return Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, joint_attention_dim=12, axes_dims_rope=(4, 4, 4, 4), **size
+    )
 
 
 def part(index: int) -> Callable[[Any], Tensor]:
     """Queries, keys or values of the Linear that also holds the MLP's input."""
-    return lambda block: block.attn.to_qkv_mlp_proj.weight[: 3 * block.attn.inner_dim].chunk(3)[index]
+    return lambda block: block.attn.to_qkv_mlp_proj.weight[: 3 * block.attn.inner_dim].chunk(3)[
+        index
+    ]
 
 
 WEIGHTS = {name: part(index) for index, name in enumerate("QKV")}

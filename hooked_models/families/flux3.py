@@ -22,8 +22,20 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "timestep_channels": 16}
-    return Flux3Transformer2DModel(in_channels=4, cond_in_channels=4, joint_attention_dim=12, axes_dims_rope=(4, 4, 4, 4), **size)
+    size = {
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "timestep_channels": 16,
+    }
+    return Flux3Transformer2DModel(
+        in_channels=4,
+        cond_in_channels=4,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 4, 4, 4),
+        **size,
+    )
 
 
 IMAGE_BLOCKS = Blocks(
@@ -31,7 +43,10 @@ IMAGE_BLOCKS = Blocks(
     {"image_attn": Attention("attn", "image", "image")},
     {"hidden_states": "image"},
     ("image",),
-    {"image_attn_out_pre_gate": Write("attn", ("image",)), "mlp_out_pre_gate": Write("ff", ("image",))},
+    {
+        "image_attn_out_pre_gate": Write("attn", ("image",)),
+        "mlp_out_pre_gate": Write("ff", ("image",)),
+    },
 )
 JOINT_BLOCKS = Blocks(
     "single_transformer_blocks",

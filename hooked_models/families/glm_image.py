@@ -30,9 +30,20 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "time_embed_dim": 8, "condition_dim": 4}
+    size = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "time_embed_dim": 8,
+        "condition_dim": 4,
+    }
     return GlmImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, text_embed_dim=12, prior_vq_quantizer_codebook_size=16, **size
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        text_embed_dim=12,
+        prior_vq_quantizer_codebook_size=16,
+        **size,
     )
 
 

@@ -19,14 +19,18 @@ from .samples import normal, patch_pixels, text_mask, times
 
 def grid(live: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
     patch = (live.config.patch_size_t, live.config.patch_size, live.config.patch_size)
-    frames, rows, columns = (n // p for n, p in zip(given["hidden_states"].shape[2:], patch, strict=True))
+    frames, rows, columns = (
+        n // p for n, p in zip(given["hidden_states"].shape[2:], patch, strict=True)
+    )
     return rows, columns, frames
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
     config = transformer.config
     return {
-        "hidden_states": patch_pixels(transformer, config.in_channels, frames=2 * config.patch_size_t),
+        "hidden_states": patch_pixels(
+            transformer, config.in_channels, frames=2 * config.patch_size_t
+        ),
         "timestep": times(transformer, 1000),
         "encoder_hidden_states": normal(transformer, 2, 5, config.text_embed_dim),
         "encoder_attention_mask": text_mask(transformer).long(),
@@ -35,8 +39,20 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
-    text = {"patch_size": 1, "patch_size_t": 1, "text_embed_dim": 12, "pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6)}
+    size = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_refiner_layers": 1,
+    }
+    text = {
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "text_embed_dim": 12,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (4, 6, 6),
+    }
     return HunyuanVideoTransformer3DModel(in_channels=4, out_channels=4, **size, **text)
 
 
@@ -44,10 +60,16 @@ LEAVES = ("image", "text")
 FAMILY = Family(
     name="HunyuanVideo",
     transformer="HunyuanVideoTransformer3DModel",
-    blocks=(two_streams("transformer_blocks", leaves=LEAVES), parallel_streams("single_transformer_blocks", leaves=LEAVES)),
+    blocks=(
+        two_streams("transformer_blocks", leaves=LEAVES),
+        parallel_streams("single_transformer_blocks", leaves=LEAVES),
+    ),
     layout=in_order("image", grid, mask="encoder_attention_mask"),
     inputs=inputs,
     small=small,
     spreads=frozenset({"text"}),
-    notes="single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write together",
+    notes=(
+        "single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write "
+        "together"
+    ),
 )

@@ -22,7 +22,11 @@ IMAGE_SIGN, TEXT_SIGN = 2, 3
 
 def layout(live: Any, given: Mapping[str, Any]) -> Layout:
     signs, places = given["indicator"], given["position_ids"]
-    labels = torch.full_like(signs, OTHER).masked_fill(signs == IMAGE_SIGN, IMAGE).masked_fill(signs == TEXT_SIGN, TEXT)
+    labels = (
+        torch.full_like(signs, OTHER)
+        .masked_fill(signs == IMAGE_SIGN, IMAGE)
+        .masked_fill(signs == TEXT_SIGN, TEXT)
+    )
     own = places[0][signs[0] == IMAGE_SIGN]
     rows, columns = (int(own[:, axis].max() - own[:, axis].min()) + 1 for axis in (1, 2))
     texts = (signs == TEXT_SIGN).sum(1, keepdim=True)
@@ -33,7 +37,9 @@ def layout(live: Any, given: Mapping[str, Any]) -> Layout:
 def inputs(transformer: Any) -> dict[str, Any]:
     config, device = transformer.config, transformer.device
     signs = torch.tensor([[3] * 5 + [2] * 6, [0] * 2 + [3] * 3 + [2] * 6], device=device)
-    places = torch.cat([torch.arange(5, device=device)[:, None].expand(5, 3), image_ids(transformer, 3).long() + 8])
+    places = torch.cat(
+        [torch.arange(5, device=device)[:, None].expand(5, 3), image_ids(transformer, 3).long() + 8]
+    )
     return {
         "hidden_states": normal(transformer, 2, 11, config.in_channels),
         "timestep": times(transformer),
@@ -45,8 +51,16 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "intermediate_size": 32, "adaln_dim": 8}
-    return Ideogram4Transformer2DModel(in_channels=4, llm_features_dim=12, mrope_section=(4, 2, 2), **size)
+    size = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "adaln_dim": 8,
+    }
+    return Ideogram4Transformer2DModel(
+        in_channels=4, llm_features_dim=12, mrope_section=(4, 2, 2), **size
+    )
 
 
 FAMILY = Family(

@@ -20,7 +20,10 @@ from .samples import normal, times
 
 
 def grid(live: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
-    frames, rows, columns = (n // p for n, p in zip(given["hidden_states"].shape[1:4], live.config.patch_size, strict=True))
+    frames, rows, columns = (
+        n // p
+        for n, p in zip(given["hidden_states"].shape[1:4], live.config.patch_size, strict=True)
+    )
     return rows, columns, frames
 
 
@@ -39,12 +42,24 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"model_dim": 32, "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 6, 6), "time_dim": 16}
-    return Kandinsky5Transformer3DModel(in_visual_dim=4, out_visual_dim=4, in_text_dim=12, in_text_dim2=8, **size)
+    size = {
+        "model_dim": 32,
+        "ff_dim": 64,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 2,
+        "axes_dims": (4, 6, 6),
+        "time_dim": 16,
+    }
+    return Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=12, in_text_dim2=8, **size
+    )
 
 
 NAMES = {"Q": "to_query", "K": "to_key", "V": "to_value", "O": "out_layer"}
-OF = {path: {name: weight(f"{path}.{own}") for name, own in NAMES.items()} for path in ("self_attention", "cross_attention")}
+OF = {
+    path: {name: weight(f"{path}.{own}") for name, own in NAMES.items()}
+    for path in ("self_attention", "cross_attention")
+}
 ATTENTIONS = {
     "attn": Attention("self_attention", "image", "image", OF["self_attention"]),
     "cross_attn": Attention("cross_attention", "image", "text", OF["cross_attention"]),
@@ -54,10 +69,18 @@ WRITES = {f"{name}_out_pre_gate": Write(path, ("image",)) for name, path in PART
 FAMILY = Family(
     name="Kandinsky 5",
     transformer="Kandinsky5Transformer3DModel",
-    blocks=(Blocks("visual_transformer_blocks", ATTENTIONS, {"visual_embed": "image"}, ("image",), WRITES),),
+    blocks=(
+        Blocks(
+            "visual_transformer_blocks", ATTENTIONS, {"visual_embed": "image"}, ("image",), WRITES
+        ),
+    ),
     layout=in_order("image", grid),
     inputs=inputs,
     small=small,
-    sizes=lambda live: (live.config.model_dim // sum(live.config.axes_dims), sum(live.config.axes_dims), live.config.model_dim),
+    sizes=lambda live: (
+        live.config.model_dim // sum(live.config.axes_dims),
+        sum(live.config.axes_dims),
+        live.config.model_dim,
+    ),
     axes="fhwc",
 )

@@ -29,9 +29,13 @@ def inputs(transformer: Any) -> dict[str, Any]:
     config = transformer.config
     return {
         "hidden_states": normal(transformer, 2, 6, config.in_channels),
-        "encoder_hidden_states": normal(transformer, 2, 5, config.num_text_layers, config.text_hidden_dim),
+        "encoder_hidden_states": normal(
+            transformer, 2, 5, config.num_text_layers, config.text_hidden_dim
+        ),
         "timestep": times(transformer),
-        "position_ids": torch.cat([torch.zeros(5, 3, device=transformer.device), image_ids(transformer, 3)]),
+        "position_ids": torch.cat(
+            [torch.zeros(5, 3, device=transformer.device), image_ids(transformer, 3)]
+        ),
         "encoder_attention_mask": text_mask(transformer),
     }
 
@@ -44,9 +48,20 @@ def small() -> Any:
         "num_key_value_heads": 2,
         "intermediate_size": 32,
     }
-    text = {"text_hidden_dim": 8, "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
-    refiner = {"text_intermediate_size": 16, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
-    return Krea2Transformer2DModel(in_channels=4, timestep_embed_dim=16, axes_dims_rope=(4, 6, 6), **size, **text, **refiner)
+    text = {
+        "text_hidden_dim": 8,
+        "num_text_layers": 2,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+    }
+    refiner = {
+        "text_intermediate_size": 16,
+        "num_layerwise_text_blocks": 1,
+        "num_refiner_text_blocks": 1,
+    }
+    return Krea2Transformer2DModel(
+        in_channels=4, timestep_embed_dim=16, axes_dims_rope=(4, 6, 6), **size, **text, **refiner
+    )
 
 
 FAMILY = Family(

@@ -1,4 +1,6 @@
-"""Layouts of calls as families declare them: streams concatenated, grids from latents or from position ids."""
+"""Layouts of calls as families declare them: streams concatenated, grids from latents or from
+position ids.
+"""
 
 from __future__ import annotations
 
@@ -37,27 +39,41 @@ def in_order(
         found = grid(live, given)
         image = given["hidden_states"]
         references = image.shape[1] - prod(found) if image.ndim == 3 else 0
-        return ordered(found, mask_of(given.get(mask), given[text]), first, registers(live), references)
+        return ordered(
+            found, mask_of(given.get(mask), given[text]), first, registers(live), references
+        )
 
     return layout
 
 
 def mask_of(mask: Tensor | None, text: Tensor) -> Bool[Tensor, "batch text_pos"]:
     """A text mask as booleans, all True where there is none."""
-    return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask.bool()
+    return (
+        torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        if mask is None
+        else mask.bool()
+    )
 
 
 def patches(live: Any, given: Mapping[str, Any]) -> Grid:
     """Grid of latents [batch channel (frame) height width], from the config's patch sizes."""
     sizes = given["hidden_states"].shape[2:]
     patch = live.config.patch_size
-    patch = tuple(patch) if not isinstance(patch, int) else (live.config.get("patch_size_t") or 1, patch, patch)[-len(sizes) :]
-    frames, rows, columns = ([1] * (3 - len(sizes))) + [n // p for n, p in zip(sizes, patch, strict=True)]
+    patch = (
+        tuple(patch)
+        if not isinstance(patch, int)
+        else (live.config.get("patch_size_t") or 1, patch, patch)[-len(sizes) :]
+    )
+    frames, rows, columns = ([1] * (3 - len(sizes))) + [
+        n // p for n, p in zip(sizes, patch, strict=True)
+    ]
     return rows, columns, frames
 
 
 def ids(live: Any, given: Mapping[str, Any]) -> Grid:
-    """Grid of packed latents, from `img_ids` [pos axis]: rows in axis 1, columns in axis 2; reference images differ in axis 0."""
+    """Grid of packed latents, from `img_ids` [pos axis]: rows in axis 1, columns in axis 2;
+    reference images differ in axis 0.
+    """
     places = given["img_ids"]
     places = places[0] if places.ndim == 3 else places
     own = places[places[:, 0] == places[0, 0]]

@@ -27,7 +27,9 @@ def small() -> Any:
         "num_attention_heads": 2,
         "axes_dims_rope": [4, 6, 6],
     }
-    return LongCatImageTransformer2DModel(patch_size=1, in_channels=4, joint_attention_dim=12, pooled_projection_dim=12, **size)
+    return LongCatImageTransformer2DModel(
+        patch_size=1, in_channels=4, joint_attention_dim=12, pooled_projection_dim=12, **size
+    )
 
 
 FAMILY = Family(
@@ -37,5 +39,8 @@ FAMILY = Family(
     layout=in_order("text", ids),
     inputs=inputs,
     small=small,
-    notes="single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write together",
+    notes=(
+        "single blocks come last; their attn_mlp_out_pre_gate is what attention and MLP write "
+        "together"
+    ),
 )

@@ -28,7 +28,12 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2}
+    size = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "num_layers": 2,
+    }
     return LTXVideoTransformer3DModel(in_channels=8, out_channels=8, caption_channels=12, **size)
 
 
@@ -37,7 +42,9 @@ FAMILY = Family(
     transformer="LTXVideoTransformer3DModel",
     blocks=(cross_attending("transformer_blocks"),),
     layout=in_order(
-        "image", lambda live, given: (given["height"], given["width"], given["num_frames"]), mask="encoder_attention_mask"
+        "image",
+        lambda live, given: (given["height"], given["width"], given["num_frames"]),
+        mask="encoder_attention_mask",
     ),
     inputs=inputs,
     small=small,

@@ -21,7 +21,9 @@ from .samples import normal, patch_pixels, text_mask, times
 def layout(live: Any, given: Mapping[str, Any]) -> Layout:
     rows, columns, frames = grid = patches(live, given)
     mask = given["encoder_attention_mask"].bool()
-    return ragged(grid, mask, [[(TEXT, n), (IMAGE, rows * columns * frames)] for n in mask.sum(1).tolist()])
+    return ragged(
+        grid, mask, [[(TEXT, n), (IMAGE, rows * columns * frames)] for n in mask.sum(1).tolist()]
+    )
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
@@ -34,8 +36,20 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    heads = {"num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": (4, 2, 2), "axes_lens": (64, 32, 32)}
-    size = {"sample_size": 8, "hidden_size": 32, "num_layers": 2, "num_refiner_layers": 1, "multiple_of": 8, "cap_feat_dim": 12}
+    heads = {
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "axes_dim_rope": (4, 2, 2),
+        "axes_lens": (64, 32, 32),
+    }
+    size = {
+        "sample_size": 8,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "multiple_of": 8,
+        "cap_feat_dim": 12,
+    }
     return Lumina2Transformer2DModel(patch_size=2, in_channels=4, **heads, **size)
 
 
@@ -47,5 +61,7 @@ FAMILY = Family(
     sizes=width_sizes("num_attention_heads", "hidden_size"),
     inputs=inputs,
     small=small,
-    notes="text positions beyond a row's own text are padding; outputs pass a norm, then a tanh gate",
+    notes=(
+        "text positions beyond a row's own text are padding; outputs pass a norm, then a tanh gate"
+    ),
 )

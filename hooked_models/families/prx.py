@@ -40,7 +40,10 @@ FAMILY = Family(
             {"attn": Attention("attention", queries="image", weights=WEIGHTS)},
             {"hidden_states": "image"},
             ("image",),
-            {"attn_out_pre_gate": Write("attention", ("image",)), "mlp_out_pre_gate": Write("down_proj", ("image",))},
+            {
+                "attn_out_pre_gate": Write("attention", ("image",)),
+                "mlp_out_pre_gate": Write("down_proj", ("image",)),
+            },
         ),
     ),
     layout=in_order("text", patches, mask="attention_mask"),

@@ -19,7 +19,8 @@ from .samples import normal, text_mask, times
 
 def grid(live: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
     first = given["img_shapes"][0]
-    frames, rows, columns = first if isinstance(first[0], int) else first[0]  # reference images come after
+    # reference images come after
+    frames, rows, columns = first if isinstance(first[0], int) else first[0]
     return rows, columns, frames
 
 
@@ -35,8 +36,15 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    size = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
-    return QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, joint_attention_dim=12, **size)
+    size = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, joint_attention_dim=12, **size
+    )
 
 
 FAMILY = Family(

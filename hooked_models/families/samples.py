@@ -1,4 +1,6 @@
-"""Parts of the small random inputs on which models are checked: two rows of 2 × 3 image tokens, texts of five and of three."""
+"""Parts of the small random inputs on which models are checked: two rows of 2 × 3 image tokens,
+texts of five and of three.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,17 @@ def times(live: Any, top: int = 1) -> Float[Tensor, "2"]:
 def image_ids(live: Any, n_axes: int) -> Float[Tensor, "6 {n_axes}"]:
     """Places of 2 × 3 image tokens: rows in axis 1, columns in axis 2."""
     places = torch.zeros(6, n_axes, device=live.device)
-    places[:, 1], places[:, 2] = torch.arange(6, device=live.device) // 3, torch.arange(6, device=live.device) % 3
+    places[:, 1], places[:, 2] = (
+        torch.arange(6, device=live.device) // 3,
+        torch.arange(6, device=live.device) % 3,
+    )
     return places
 
 
 def patch_pixels(live: Any, channels: int, frames: int = 0) -> Float[Tensor, "..."]:
-    """Latents of 2 × 3 patches: [2 channel row column], or with frames [2 channel frame row column]."""
+    """Latents of 2 × 3 patches: [2 channel row column], or with frames [2 channel frame row
+    column].
+    """
     patch = live.config.patch_size
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
     return normal(live, 2, channels, *([frames] if frames else []), 2 * patch[0], 3 * patch[1])

@@ -34,9 +34,16 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    sizes = {"num_attention_heads": 4, "attention_head_dim": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
+    sizes = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 4,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+    }
     text = {"cross_attention_dim": 16, "caption_channels": 12}
-    return SanaTransformer2DModel(in_channels=4, out_channels=4, num_layers=2, sample_size=3, patch_size=1, **text, **sizes)
+    return SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, sample_size=3, patch_size=1, **text, **sizes
+    )
 
 
 FAMILY = Family(
@@ -52,6 +59,11 @@ FAMILY = Family(
     inputs=inputs,
     small=small,
     mixers=("attn1", "ff"),
-    no_pattern={"attn": "SANA's attention within the image is linear (ReLU kernels, no softmax), so there is no pattern to see."},
+    no_pattern={
+        "attn": (
+            "SANA's attention within the image is linear (ReLU kernels, no softmax), so there is "
+            "no pattern to see."
+        )
+    },
     notes="the MLP is a gated convolution, which mixes neighbouring positions",
 )

@@ -27,10 +27,22 @@ def inputs(transformer: Any) -> dict[str, Any]:
 
 
 def small() -> Any:
-    sizes = {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "sample_size": 8, "pos_embed_max_size": 8}
+    sizes = {
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "sample_size": 8,
+        "pos_embed_max_size": 8,
+    }
     text = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 6}
     return SD3Transformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, dual_attention_layers=(0,), qk_norm="rms_norm", **sizes, **text
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+        **sizes,
+        **text,
     )
 
 
@@ -41,5 +53,8 @@ FAMILY = Family(
     layout=in_order("image", patches),
     inputs=inputs,
     small=small,
-    notes="image_attn is the second, image-only attention that some blocks of 3.5 have; the last block returns no text",
+    notes=(
+        "image_attn is the second, image-only attention that some blocks of 3.5 have; the last "
+        "block returns no text"
+    ),
 )

@@ -1,6 +1,8 @@
-"""The ways from a running module to a hook point and back: an attention kernel, a module's inputs, a module's outputs.
+"""The ways from a running module to a hook point and back: an attention kernel, a module's inputs,
+a module's outputs.
 
-A tap exists for the time of one call, in which its hook point is watched; a model whose points nobody watches runs as it is.
+A tap exists for the time of one call, in which its hook point is watched; a model whose points
+nobody watches runs as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Tap(Protocol):
         """Return True if a hook could see or change the tensor."""
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
-        """Streams of a point's (query) positions and of its key positions; None if it is not this tap's."""
+        """Streams of a point's (query) positions and of its key positions; None if it is not this
+        tap's.
+        """
 
     def attach(self, layout: Layout) -> list[RemovableHandle]:
         """Hook the modules for the time of one call."""
@@ -54,7 +58,8 @@ class Tap(Protocol):
 
 
 class FamilyHeads(AttentionCore):
-    """One attention of a live model: inputs and output of its kernel, positions ordered [image, text].
+    """One attention of a live model: inputs and output of its kernel, positions ordered [image,
+    text].
 
     `queries` and `keys` name the streams of either side.
     """
@@ -67,7 +72,8 @@ class FamilyHeads(AttentionCore):
         super().__init__()
         self.queries, self.keys, self.scale = queries, keys, scale
         self.calls = 0
-        self.__dict__["weights"] = weights  # hidden from nn.Module, which would register the live modules
+        # hidden from nn.Module, which would register the live modules
+        self.__dict__["weights"] = weights
 
     def watched(self) -> bool:
         """Return True if a hook or an observer is attached."""
@@ -85,21 +91,29 @@ class FamilyHeads(AttentionCore):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Float[Tensor, "batch head query_pos d_head"]:
-        """Stand in for `scaled_dot_product_attention`, with its arguments; bitwise the same where hooks change nothing.
+        """Stand in for `scaled_dot_product_attention`, with its arguments; bitwise the same where
+        hooks change nothing.
 
         Raises:
             NotImplementedError: dropout is on.
             LayoutError: the kernel receives other positions than declared.
         """
         if dropout_p:
-            raise NotImplementedError("Attention with dropout is not hooked: call .eval() on the model.")
+            raise NotImplementedError(
+                "Attention with dropout is not hooked: call .eval() on the model."
+            )
         self.calls += 1
         if self.calls > 1:
-            raise NotImplementedError(f"{self.place} calls its kernel more than once in one call, which hooks cannot tell apart.")
+            raise NotImplementedError(
+                f"{self.place} calls its kernel more than once in one call, which hooks cannot "
+                "tell apart."
+            )
         layout.check(f"{self.place}.hook_q", query.shape[2], (self.queries,))
         layout.check(f"{self.place}.hook_k", key.shape[2], (self.keys,))
         if key.shape[1] != query.shape[1]:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+            key, value = (
+                x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value)
+            )
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
         self.__dict__["bias"] = lambda: self._bias(layout, attn_mask, is_causal, query, key)
         query = self._through(self.hook_q, query, layout, self.queries)
@@ -107,17 +121,27 @@ class FamilyHeads(AttentionCore):
         value = self._through(self.hook_v, value, layout, self.keys)
         explicit = has_hooks(self.hook_attn_scores) or has_hooks(self.hook_pattern)
         if explicit or self.on_qk is not None:
-            q, k = (layout.image_first(x, (s,), dim=2) for x, s in ((query, self.queries), (key, self.keys)))
+            q, k = (
+                layout.image_first(x, (s,), dim=2)
+                for x, s in ((query, self.queries), (key, self.keys))
+            )
             bias = self._bias(layout, attn_mask, is_causal, query, key)
         if self.on_qk is not None:
-            seen = bias if bias is None else bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
+            seen = (
+                bias
+                if bias is None
+                else bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
+            )
             self.on_qk(q.transpose(1, 2), k.transpose(1, 2), seen)
         if not explicit:
-            z = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+            z = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale
+            )
             return self._through(self.hook_z, z, layout, self.queries)
         scores = q @ k.mT * self.scale
         scores = self.hook_attn_scores(scores if bias is None else scores + bias)
-        dead = (scores == -torch.inf).all(-1, keepdim=True)  # as in torch, a query that may look at no key gets zeros
+        # as in torch, a query that may look at no key gets zeros
+        dead = (scores == -torch.inf).all(-1, keepdim=True)
         pattern = scores.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
         z = self.hook_pattern(pattern) @ layout.image_first(value, (self.keys,), dim=2)
         z = self.hook_z(z.transpose(1, 2)).transpose(1, 2)
@@ -128,7 +152,8 @@ class FamilyHeads(AttentionCore):
         """Name of the attention, such as "blocks.0.attn"."""
         return str(self.hook_q.name).removesuffix(".hook_q")
 
-    # Weights of the projections; `…_text` where the text stream has its own. TypeError where no Linear has them.
+    # Weights of the projections; `…_text` where the text stream has its own. TypeError where no
+    # Linear has them.
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_in d_head"]:
@@ -168,10 +193,16 @@ class FamilyHeads(AttentionCore):
         ours = layout.image_first(x, (stream,), dim=2).transpose(1, 2)
         return layout.as_model(same_shape(point, ours).transpose(1, 2), (stream,), dim=2)
 
-    def _bias(self, layout: Layout, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-        """Mask as a bias of the scores [#batch #head query_pos key_pos], positions [image, text]."""
+    def _bias(
+        self, layout: Layout, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor
+    ) -> Tensor | None:
+        """Mask as a bias of the scores [#batch #head query_pos key_pos], positions [image,
+        text].
+        """
         if causal:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            mask = torch.ones(
+                query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+            ).tril()
         if mask is None:
             return None
         mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
@@ -197,7 +228,9 @@ class _Kernel(TorchFunctionMode):
 
 @dataclass
 class KernelTap:
-    """An attention, watched where it calls torch's kernel; it runs with diffusers' native backend for the time of the call."""
+    """An attention, watched where it calls torch's kernel; it runs with diffusers' native backend
+    for the time of the call.
+    """
 
     module: nn.Module
     heads: FamilyHeads
@@ -210,7 +243,11 @@ class KernelTap:
         queries, keys = {self.heads.queries}, {self.heads.keys}
         if point in (self.heads.hook_k, self.heads.hook_v):
             return keys, keys
-        return (queries, keys) if point in [getattr(self.heads, name) for name in HEAD_POINTS] else None
+        return (
+            (queries, keys)
+            if point in [getattr(self.heads, name) for name in HEAD_POINTS]
+            else None
+        )
 
     def attach(self, layout: Layout) -> list[RemovableHandle]:
         self.heads.calls = 0
@@ -237,7 +274,9 @@ class KernelTap:
 
 @contextmanager
 def native_backend(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the attentions among `modules` call torch's own kernel, whatever backend is set, and set that again at the end."""
+    """Let the attentions among `modules` call torch's own kernel, whatever backend is set, and set
+    that again at the end.
+    """
     every: list[Any] = [getattr(module, "processor", None) for module in modules]
     processors = {id(one): one for one in every if hasattr(one, "_attention_backend")}.values()
     kept = [(processor, processor._attention_backend) for processor in processors]
@@ -254,7 +293,8 @@ def native_backend(modules: Sequence[nn.Module]) -> Iterator[None]:
 class StreamTap:
     """A hook point on tensors [batch pos d_model] that enter or leave a module.
 
-    Several streams are joined in the order in which they are given (the image's first), then ordered [image, text].
+    Several streams are joined in the order in which they are given (the image's first), then
+    ordered [image, text].
     """
 
     module: nn.Module
@@ -297,11 +337,21 @@ class StreamTap:
     def silent(self) -> list[str]:
         return [] if self.fired else [str(self.point.name)]
 
-    def _inputs(self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.parameters = self.parameters or tuple(inspect.signature(self.module.forward).parameters)
+    def _inputs(
+        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.parameters = self.parameters or tuple(
+            inspect.signature(self.module.forward).parameters
+        )
         names = {name: index for index, name in enumerate(self.parameters)}
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        new = dict(zip(self.arguments, self._through(layout, [given[name] for name in self.arguments]), strict=True))
+        new = dict(
+            zip(
+                self.arguments,
+                self._through(layout, [given[name] for name in self.arguments]),
+                strict=True,
+            )
+        )
         positional = list(args)
         for name in [name for name in new if name not in kwargs]:
             positional[names[name]] = new.pop(name)
@@ -315,27 +365,38 @@ class StreamTap:
 
     def _through(self, layout: Layout, tensors: list[Tensor | None]) -> list[Tensor | None]:
         self.fired = True
-        there = sorted((s, i) for i, s in enumerate(self.streams[: len(tensors)]) if tensors[i] is not None)  # image before text
+        # image before text
+        there = sorted(
+            (s, i) for i, s in enumerate(self.streams[: len(tensors)]) if tensors[i] is not None
+        )
         streams = tuple(stream for stream, _ in there)
         given: list[Any] = [tensors[i] for _, i in there]
         parts = [batch_first(x, self.axes) for x in given]
         for stream, part in zip(streams, parts, strict=True):
             layout.check(str(self.point.name), part.shape[1], (stream,))
         batch = max(map(len, parts))  # one text may serve all rows
-        joined = layout.image_first(torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1), streams)
+        joined = layout.image_first(
+            torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1), streams
+        )
         joined = layout.as_model(same_shape(self.point, joined), streams)
         new = list(tensors)
-        for (_, i), x, part in zip(there, given, joined.split([p.shape[1] for p in parts], dim=1), strict=True):
+        for (_, i), x, part in zip(
+            there, given, joined.split([p.shape[1] for p in parts], dim=1), strict=True
+        ):
             new[i] = batch_first(part, self.axes, like=x).contiguous()
         return new
 
 
 def batch_first(x: Tensor, axes: Axes, like: Tensor | None = None) -> Float[Tensor, "..."]:
-    """A tensor with these axes as [batch pos d]; with `like`, the inverse, in the shape of `like`."""
+    """A tensor with these axes as [batch pos d]; with `like`, the inverse, in the shape of
+    `like`.
+    """
     if axes == "pos batch d":
         return x.transpose(0, 1)
     if axes == "batch d row column":
-        return x.flatten(2).transpose(1, 2) if like is None else x.transpose(1, 2).reshape(like.shape)
+        return (
+            x.flatten(2).transpose(1, 2) if like is None else x.transpose(1, 2).reshape(like.shape)
+        )
     return x
 
 
@@ -347,12 +408,16 @@ def same_shape(point: HookPoint, x: Tensor) -> Tensor:
     """
     y = point(x)
     if y.shape != x.shape:
-        raise ValueError(f"A hook on {point.name} returned shape {tuple(y.shape)}; it must be {tuple(x.shape)}.")
+        raise ValueError(
+            f"A hook on {point.name} returned shape {tuple(y.shape)}; it must be {tuple(x.shape)}."
+        )
     return y
 
 
 def here(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A torch hook that acts in the thread that made it: another thread may be in a call of the same module."""
+    """A torch hook that acts in the thread that made it: another thread may be in a call of the
+    same module.
+    """
     thread = threading.get_ident()
 
     def only_here(*args: Any) -> Any:

@@ -16,12 +16,15 @@ OF_TEXT = {"Q": "add_q_proj", "K": "add_k_proj", "V": "add_v_proj", "O": "to_add
 
 
 class Weights:
-    """`W_Q W_K W_V W_O` of one attention, views of the live Linears where they can be; `…_text` are the text stream's own.
+    """`W_Q W_K W_V W_O` of one attention, views of the live Linears where they can be; `…_text` are
+    the text stream's own.
 
     Keys and values that heads share are repeated.
     """
 
-    def __init__(self, block: Any, attention: Any, n_heads: int, own: Mapping[str, Callable[[Any], Tensor]]) -> None:
+    def __init__(
+        self, block: Any, attention: Any, n_heads: int, own: Mapping[str, Callable[[Any], Tensor]]
+    ) -> None:
         self.block, self.attention, self.n_heads, self.own = block, attention, n_heads, own
 
     def get(self, which: str, text: bool = False) -> Float[Tensor, "head d_in d_out"]:
@@ -36,16 +39,28 @@ class Weights:
         else:
             path = (OF_TEXT if text else OWN)[which]
             linear: Any = getattr(self.attention, path, None)
-            if isinstance(linear, (list, tuple)) or type(linear).__name__ in ("ModuleList", "Sequential"):
+            if isinstance(linear, (list, tuple)) or type(linear).__name__ in (
+                "ModuleList",
+                "Sequential",
+            ):
                 linear = linear[0]
             if linear is None:
-                raise TypeError(f"{type(self.attention).__name__} has no {path}, so there is no W_{name} to view.")
+                raise TypeError(
+                    f"{type(self.attention).__name__} has no {path}, so there is no W_{name} to "
+                    "view."
+                )
             weight = weight_of(linear)
         if which == "O":
-            return rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.n_heads)
+            return rearrange(
+                weight, "d_model (head d_head) -> head d_head d_model", head=self.n_heads
+            )
         per_head = self.n_heads if which == "Q" else self._heads_of(weight)
         split = rearrange(weight, "(head d_head) d_in -> head d_in d_head", head=per_head)
-        return split if per_head == self.n_heads else split.repeat_interleave(self.n_heads // per_head, dim=0)
+        return (
+            split
+            if per_head == self.n_heads
+            else split.repeat_interleave(self.n_heads // per_head, dim=0)
+        )
 
     def _heads_of(self, weight: Tensor) -> int:
         d_head = self.get("Q").shape[-1]

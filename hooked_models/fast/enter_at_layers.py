@@ -1,4 +1,6 @@
-"""One denoiser call whose rows begin at different layers: the layers below are computed elsewhere, once."""
+"""One denoiser call whose rows begin at different layers: the layers below are computed elsewhere,
+once.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ def denoise_from(
 ) -> Float[Tensor, "batch out_channels height width"]:
     """`HookedDiT.forward` of rows that enter at given layers, with precomputed residual streams.
 
-    Rows are those of `hidden_states` (possibly none), then those of `residuals`, in ascending order of their layers.
+    Rows are those of `hidden_states` (possibly none), then those of `residuals`, in ascending order
+    of their layers.
 
     Args:
-        residuals: layer → input of that block in rows that begin there; n_layers: output of the last block.
+        residuals: layer → input of that block in rows that begin there; n_layers: output of the
+            last block.
         timestep, added_cond_kwargs, text_state: of all rows.
 
     Example:
@@ -34,7 +38,9 @@ def denoise_from(
         >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit.requires_grad_(False)
         >>> latents, t = torch.randn(1, 24, 16, 16), torch.tensor([900.0])
         >>> state = dit.encode_text(torch.randn(1, 5, dit.cfg.d_text))
-        >>> (out,), cache = dit.run_with_cache(latents, timestep=t, text_state=state, return_dict=False)
+        >>> (out,), cache = dit.run_with_cache(
+        ...     latents, timestep=t, text_state=state, return_dict=False
+        ... )
         >>> again = denoise_from(dit, latents[:0], {1: cache["resid_pre", 1]}, t, {}, state)
         >>> torch.allclose(again, out, atol=1e-5)
         True
@@ -52,6 +58,10 @@ def denoise_from(
 
 
 def _first(text: BlockText, n: int) -> BlockText:
-    """The first n rows; empty prompts do not lead in a sweep's order of rows, so none are counted."""
-    keys_values = None if text.keys_values is None else (text.keys_values[0][:n], text.keys_values[1][:n])
+    """The first n rows; empty prompts do not lead in a sweep's order of rows, so none are
+    counted.
+    """
+    keys_values = (
+        None if text.keys_values is None else (text.keys_values[0][:n], text.keys_values[1][:n])
+    )
     return BlockText(text.caption[:n], keys_values, None if text.bias is None else text.bias[:n])

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 
 KEEPS_BATCH = (
-    "a whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim() (TransformerLens' "
+    "a whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim() "
+    "(TransformerLens' "
     "head_detector, which asks for this, looks for heads of causal language models)"
 )
 
@@ -36,13 +37,16 @@ KEEPS_BATCH = (
 class GenerationCache(ActivationCache):
     """The cache of a whole generation, under full names (`steps.{s}.{cond|uncond}.…`).
 
-    `cache["pattern", 2, "cross_attn", 0]` is (name, layer, sublayer, step); a fifth entry names the branch ("cond" unless
-    said). `cache["steps.3.eps"]` is derived from the latent and the clean-image prediction of step 3.
+    `cache["pattern", 2, "cross_attn", 0]` is (name, layer, sublayer, step); a fifth entry names the
+    branch ("cond" unless said). `cache["steps.3.eps"]` is derived from the latent and the
+    clean-image prediction of step 3.
 
     Example:
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> images, cache = model.run_with_cache("red circle above blue square", num_steps=2, names_filter="hook_text")
+        >>> images, cache = model.run_with_cache(
+        ...     "red circle above blue square", num_steps=2, names_filter="hook_text"
+        ... )
         >>> cache.steps, cache["steps.1.cond.hook_text"].shape
         ([0, 1], torch.Size([1, 6, 256]))
     """
@@ -66,17 +70,22 @@ class GenerationCache(ActivationCache):
         """Open the cache that `run_with_cache(…, out=folder)` wrote; a tensor is read on first use.
 
         Args:
-            model: the one that it was made with; without it, a model without weights is opened, which has all names.
+            model: the one that it was made with; without it, a model without weights is opened,
+                which has all names.
 
         Raises:
-            FileNotFoundError: the folder holds no cache, its generation has not ended, or a file is missing.
+            FileNotFoundError: the folder holds no cache, its generation has not ended, or a file is
+                missing.
             OSError: a file is damaged; found out at the latest when a tensor is read from it.
             ValueError: no model was given, and none that can be found again was recorded.
         """
         folder = Path(folder)
         index = open_cache(folder)
         if index is None:
-            raise FileNotFoundError(f"{folder} holds no finished cache: run_with_cache(…, out={str(folder)!r}) writes one.")
+            raise FileNotFoundError(
+                f"{folder} holds no finished cache: run_with_cache(…, out={str(folder)!r}) writes "
+                "one."
+            )
         index.path(IMAGES)
         tensors, facts = LazyTensors(index), index.facts
         if tensors.digest != facts["names"]:
@@ -85,20 +94,36 @@ class GenerationCache(ActivationCache):
         if model is None:
             source = facts["source"] and recorded_source(*facts["source"])
             if not source:
-                raise ValueError(f"{folder} does not say which model it is of: pass it, GenerationCache.load(folder, model).")
+                raise ValueError(
+                    f"{folder} does not say which model it is of: pass it, "
+                    "GenerationCache.load(folder, model)."
+                )
             from .. import HookedTextToImage  # looked up in the table of public names
 
-            model = HookedTextToImage.from_pretrained(source, revision=facts["source"][1], weights=False)
-        heads = None if facts.get("heads") is None else {int(layer): some for layer, some in facts["heads"].items()}
-        return cls(tensors, model, [(alpha, sigma) for alpha, sigma in facts["noise_levels"]], heads)
+            model = HookedTextToImage.from_pretrained(
+                source, revision=facts["source"][1], weights=False
+            )
+        heads = (
+            None
+            if facts.get("heads") is None
+            else {int(layer): some for layer, some in facts["heads"].items()}
+        )
+        return cls(
+            tensors, model, [(alpha, sigma) for alpha, sigma in facts["noise_levels"]], heads
+        )
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, str):
             if key not in self.cache_dict and key.startswith("steps.") and key.endswith(".eps"):
                 return self._noise(int(key.split(".")[1]))
-            return look_up(self.cache_dict, key if key in self.cache_dict else self.model.names.site(key).name)
+            return look_up(
+                self.cache_dict, key if key in self.cache_dict else self.model.names.site(key).name
+            )
         if not isinstance(key, tuple) or not 4 <= len(key) <= 5:
-            raise KeyError(f"Say which step: cache[name, layer, sublayer, step], or cache.at(step=…)[{shown(key)}].")
+            raise KeyError(
+                "Say which step: cache[name, layer, sublayer, step], or "
+                f"cache.at(step=…)[{shown(key)}]."
+            )
         name, layer, sublayer, step, branch = (*key, "cond")[:5]
         return self[f"steps.{self._step(step)}.{self._inner(name, layer, sublayer, branch)}"]
 
@@ -116,7 +141,9 @@ class GenerationCache(ActivationCache):
         if inner in self.model.names.sampler.hook_dict:
             return inner
         if inner not in self.model.dit.mod_dict:
-            raise unknown_hook(inner, [known for known in self.model.dit.mod_dict if "hook_" in known])
+            raise unknown_hook(
+                inner, [known for known in self.model.dit.mod_dict if "hook_" in known]
+            )
         return f"{one_of('branch', branch, BRANCHES)}.{self.model.dit.mod_dict[inner].name}"
 
     def __fingerprint__(self) -> dict[str, Tensor]:
@@ -130,28 +157,46 @@ class GenerationCache(ActivationCache):
     @property
     def steps(self) -> list[int]:
         """The denoising steps that something was cached at."""
-        return sorted({int(name.split(".")[1]) for name in self.cache_dict if name.startswith("steps.")})
+        return sorted(
+            {int(name.split(".")[1]) for name in self.cache_dict if name.startswith("steps.")}
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes held, in memory or on disk; a tensor with several names counts once."""
         if isinstance(self.cache_dict, LazyTensors):
             return self.cache_dict.nbytes
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.cache_dict.values()}.values())
+        return sum(
+            {tensor.data_ptr(): tensor.nbytes for tensor in self.cache_dict.values()}.values()
+        )
 
     def at(self, step: int, branch: Branch = "cond") -> DiTCache:
-        """The cache of one denoiser call, under canonical names, as TransformerLens' tools expect it.
+        """The cache of one denoiser call, under canonical names, as TransformerLens' tools expect
+        it.
 
         Raises:
             KeyError: nothing was cached there.
         """
         prefix = f"steps.{self._step(step)}.{one_of('branch', branch, BRANCHES)}."
-        found = {k.removeprefix(prefix): self.cache_dict[k] for k in self.cache_dict if k.startswith(prefix)}
+        found = {
+            k.removeprefix(prefix): self.cache_dict[k]
+            for k in self.cache_dict
+            if k.startswith(prefix)
+        }
         if not found:
-            raise KeyError(f"Nothing is cached at step {step}, branch {branch!r}; steps with entries: {self.steps}.")
+            raise KeyError(
+                f"Nothing is cached at step {step}, branch {branch!r}; steps with entries: "
+                f"{self.steps}."
+            )
         return DiTCache(found, self.model.dit)
 
-    def stack(self, name: str, layer: int | None = None, sublayer: str | None = None, branch: Branch = "cond") -> Tensor:
+    def stack(
+        self,
+        name: str,
+        layer: int | None = None,
+        sublayer: str | None = None,
+        branch: Branch = "cond",
+    ) -> Tensor:
         """One tensor over the cached steps: [step batch …], steps ascending (`cache.steps`)."""
         inner = self._inner(name, layer, sublayer, branch)
         names = [full for s in self.steps if (full := f"steps.{s}.{inner}") in self.cache_dict]
@@ -162,7 +207,10 @@ class GenerationCache(ActivationCache):
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> GenerationCache:
         """Some prompts of the batch. Raises TypeError for a single number: the batch axis stays."""
         if isinstance(batch_slice, int):
-            raise TypeError(f"A whole generation's cache keeps its batch axis: take slice({batch_slice}, {batch_slice + 1}).")
+            raise TypeError(
+                f"A whole generation's cache keeps its batch axis: take slice({batch_slice}, "
+                f"{batch_slice + 1})."
+            )
         sliced = super().apply_slice_to_batch_dim(batch_slice).cache_dict
         return GenerationCache(sliced, self.model, self.noise_levels, self.heads)
 
@@ -194,15 +242,17 @@ def activation_shape(
 ) -> tuple[int, ...]:
     """The shape of a site's tensor, from arithmetic alone.
 
-    `cfg`: that of the denoiser or, for its sites, of the text encoder. `grid`: latent rows and columns, `image`: pixel rows
-    and columns.
+    `cfg`: that of the denoiser or, for its sites, of the text encoder. `grid`: latent rows and
+    columns, `image`: pixel rows and columns.
     """
     sizes = axis_sizes(cfg, batch, text_pos, grid, image)
     return tuple(sizes[axis] for axis in site.row.axes)
 
 
 def activation_dtype(site: Site, dtype: torch.dtype) -> torch.dtype:
-    """The type of a site's tensor in a model of type `dtype`: a norm's scale is never narrower than float32."""
+    """The type of a site's tensor in a model of type `dtype`: a norm's scale is never narrower than
+    float32.
+    """
     return torch.promote_types(dtype, torch.float32) if site.inner.endswith("hook_scale") else dtype
 
 
@@ -220,7 +270,9 @@ class CacheEstimate:
     sizes: Mapping[str, int]
     """Name → bytes of its tensor."""
     shared: frozenset[str]
-    """Names that take nothing, because their tensor is an earlier step's: the text's keys and values."""
+    """Names that take nothing, because their tensor is an earlier step's: the text's keys and
+    values.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -246,7 +298,10 @@ class CacheEstimate:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {human(size)}" for kind, size in list(self.by_kind.items())[:3])
-        return f"{len(self.sizes)} tensors, {human(self.nbytes)} ({kinds}); at most {human(self.largest_step)} a step"
+        return (
+            f"{len(self.sizes)} tensors, {human(self.nbytes)} ({kinds}); at most "
+            f"{human(self.largest_step)} a step"
+        )
 
 
 def estimate(
@@ -263,7 +318,8 @@ def estimate(
     grid: Sequence[int] | None = None,
     **options: Any,
 ) -> CacheEstimate:
-    """Estimate the cache of `run_with_cache` with these arguments; nothing is run, and a model without weights will do.
+    """Estimate the cache of `run_with_cache` with these arguments; nothing is run, and a model
+    without weights will do.
 
     Args:
         prompts: as there, or (PixArt) their number and the tokens of the longest with EOS.
@@ -271,20 +327,35 @@ def estimate(
         options: as there.
     """
     if isinstance(prompts, tuple) and all(isinstance(part, int) for part in prompts):
-        solver, uncond = model.solver(num_steps), (model.default_guidance if guidance is None else guidance) > 1
-        sites = model.names.select(names_filter, steps, branch, len(solver), uncond, solver.forms_x0)
-        recorder = Recorder(model, sites, heads_by_layer(heads, model.cfg.n_layers, model.cfg.n_heads), patterns)
+        solver, uncond = (
+            model.solver(num_steps),
+            (model.default_guidance if guidance is None else guidance) > 1,
+        )
+        sites = model.names.select(
+            names_filter, steps, branch, len(solver), uncond, solver.forms_x0
+        )
+        recorder = Recorder(
+            model, sites, heads_by_layer(heads, model.cfg.n_layers, model.cfg.n_heads), patterns
+        )
         return estimate_recorded(recorder, prompts[0], prompts[1], grid)
     draft = model.draft(prompts, 0, num_steps, guidance, **options)
     if grid is not None:
-        draft = replace(draft, latents=draft.latents[..., :1, :1].expand(*draft.latents.shape[:2], *grid))
-    known = model.names.select(names_filter, steps, branch, len(draft.solver), draft.guided, draft.solver.forms_x0)
+        draft = replace(
+            draft, latents=draft.latents[..., :1, :1].expand(*draft.latents.shape[:2], *grid)
+        )
+    known = model.names.select(
+        names_filter, steps, branch, len(draft.solver), draft.guided, draft.solver.forms_x0
+    )
     sites = [site for site in known if draft.extent.fires(site)]
-    recorder = Recorder(model, sites, heads_by_layer(heads, model.cfg.n_layers, model.cfg.n_heads), patterns)
+    recorder = Recorder(
+        model, sites, heads_by_layer(heads, model.cfg.n_layers, model.cfg.n_heads), patterns
+    )
     return estimate_sites(recorder, lambda site: model.shape(draft, site))
 
 
-def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Sequence[int] | None = None) -> CacheEstimate:
+def estimate_recorded(
+    recorder: Recorder, batch: int, text_pos: int, grid: Sequence[int] | None = None
+) -> CacheEstimate:
     """Estimate a recorder's tensors of one generation by PixArt."""
     model = recorder.model
     rows, columns = grid or (model.cfg.sample_size,) * 2
@@ -299,23 +370,37 @@ def estimate_recorded(recorder: Recorder, batch: int, text_pos: int, grid: Seque
 
 def _is_summary(recorder: Recorder, site: Site) -> bool:
     """True if a summary of the pattern is kept."""
-    return recorder.patterns != "whole" and site.part == "dit" and site.inner.endswith("hook_pattern")
+    return (
+        recorder.patterns != "whole" and site.part == "dit" and site.inner.endswith("hook_pattern")
+    )
 
 
-def estimate_sites(recorder: Recorder, shape_of: Callable[[Site], tuple[int, ...]]) -> CacheEstimate:
+def estimate_sites(
+    recorder: Recorder, shape_of: Callable[[Site], tuple[int, ...]]
+) -> CacheEstimate:
     """Bytes that a recorder will keep of one generation, from the shapes of its sites' tensors."""
     model, heads = recorder.model, recorder.heads
     sizes, shared, seen = {}, set(), set()
     dtypes: dict[int, torch.dtype] = {}
     for site in recorder.sites:
-        module = model.codec if site.inner == FINAL else model.text_encoder if site.part.endswith("text_encoder") else model.dit
+        module = (
+            model.codec
+            if site.inner == FINAL
+            else model.text_encoder
+            if site.part.endswith("text_encoder")
+            else model.dit
+        )
         shape = list(shape_of(site))
         if id(module) not in dtypes:  # a look through all of its parameters
             dtypes[id(module)] = module.dtype
         dtype = activation_dtype(site, dtypes[id(module)])
         if heads is not None and (axis := head_axis(site)) is not None and site.layer is not None:
             shape[axis] = len(heads[site.layer])
-        if recorder.patterns != "whole" and site.part == "dit" and site.inner.endswith("hook_pattern"):
+        if (
+            recorder.patterns != "whole"
+            and site.part == "dit"
+            and site.inner.endswith("hook_pattern")
+        ):
             del shape[2 if recorder.patterns == "received" else 3]
             dtype = torch.float32
         sizes[site.name] = torch.Size(shape).numel() * dtype.itemsize
@@ -326,27 +411,38 @@ def estimate_sites(recorder: Recorder, shape_of: Callable[[Site], tuple[int, ...
     return CacheEstimate(sizes, frozenset(shared))
 
 
-def refuse_if_too_large(estimate: CacheEstimate, max_bytes: int | None, device: torch.device) -> None:
-    """Raise CacheTooLargeError for a cache above `max_bytes`, by default a quarter of the free memory."""
+def refuse_if_too_large(
+    estimate: CacheEstimate, max_bytes: int | None, device: torch.device
+) -> None:
+    """Raise CacheTooLargeError for a cache above `max_bytes`, by default a quarter of the free
+    memory.
+    """
     limit = free_bytes(device) // 4 if max_bytes is None else max_bytes
     if estimate.nbytes <= limit:
         return
-    limit_is = f"max_bytes={human(limit)}" if max_bytes is not None else f"a quarter of free memory ({human(limit)})"
+    limit_is = (
+        f"max_bytes={human(limit)}"
+        if max_bytes is not None
+        else f"a quarter of free memory ({human(limit)})"
+    )
     kinds = [f"{kind} ({human(size)})" for kind, size in list(estimate.by_kind.items())[:3]]
     raise CacheTooLargeError(
-        f"This cache would take {human(estimate.nbytes)} in {len(estimate.sizes)} tensors, more than {limit_is}. Most of it is "
-        f"{', '.join(kinds)}. Narrow it with "
-        "names_filter= (for example lambda name: name.endswith('cross_attn.hook_pattern')), steps=, branch=, heads= or "
-        "patterns=; write it to disk with out=; run fewer prompts; or raise max_bytes=."
+        f"This cache would take {human(estimate.nbytes)} in {len(estimate.sizes)} tensors, more "
+        f"than {limit_is}. Most of it is {', '.join(kinds)}. Narrow it with names_filter= (for "
+        "example lambda name: name.endswith('cross_attn.hook_pattern')), steps=, branch=, heads= "
+        "or patterns=; write it to disk with out=; run fewer prompts; or raise max_bytes=."
     )
 
 
 def refuse_if_does_not_fit(estimate: CacheEstimate, out: str | Path) -> None:
     """Raise CacheTooLargeError for a cache that the disk of `out` has no room for."""
-    place = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
+    place = next(
+        path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists()
+    )
     if estimate.nbytes > (free := shutil.disk_usage(place).free):
         raise CacheTooLargeError(
-            f"This cache is {estimate}; on the disk of {out} {human(free)} are free. Narrow it, or free some."
+            f"This cache is {estimate}; on the disk of {out} {human(free)} are free. Narrow it, or "
+            "free some."
         )
 
 

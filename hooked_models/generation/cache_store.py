@@ -1,7 +1,9 @@
-"""A generation's cache on disk: a safetensors file for each step, written as the step ends, read when a tensor is asked for.
+"""A generation's cache on disk: a safetensors file for each step, written as the step ends, read
+when a tensor is asked for.
 
-`index.json` has the run's arguments and the names kept. While the run lasts, `state.safetensors` holds the record of the steps so
-far, so that a run which was killed goes on there and ends with the same numbers.
+`index.json` has the run's arguments and the names kept. While the run lasts, `state.safetensors`
+holds the record of the steps so far, so that a run which was killed goes on there and ends with the
+same numbers.
 """
 
 from __future__ import annotations
@@ -29,11 +31,23 @@ if TYPE_CHECKING:
     from .capture import Recorder
 
 STATE, IMAGES = "state.safetensors", "images.safetensors"
-SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIZES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Full name → tensor, read from the files that a folder's index lists, each time it is asked for.
+    """Full name → tensor, read from the files that a folder's index lists, each time it is asked
+    for.
 
     A file's bytes are compared with its digest when the first tensor is read from it.
 
@@ -47,8 +61,14 @@ class LazyTensors(Mapping[str, Tensor]):
         self._where: dict[str, tuple[str, str]] = {}
         same: dict[str, str] = {}
         self.nbytes = 0
-        files = [name for name in index.files if name.endswith(".safetensors") and name not in (STATE, IMAGES)]
-        for file in sorted(files, key=lambda name: (name != "text.safetensors", name == "final.safetensors", name)):
+        files = [
+            name
+            for name in index.files
+            if name.endswith(".safetensors") and name not in (STATE, IMAGES)
+        ]
+        for file in sorted(
+            files, key=lambda name: (name != "text.safetensors", name == "final.safetensors", name)
+        ):
             with _opened(index, file) as opened:
                 for name in opened.keys():  # noqa: SIM118  (a handle, not a mapping)
                     self._where[name] = (file, name)
@@ -81,7 +101,10 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def record_to_folder(
-    recorder: Recorder, out: str | Path, arguments: tuple[Any, ...], options: Mapping[str, Any] | None = None
+    recorder: Recorder,
+    out: str | Path,
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any] | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Run a generation, or the rest of it, and write the recorder's tensors step by step.
 
@@ -92,16 +115,25 @@ def record_to_folder(
     """
     model = recorder.model
     if model.hooked_inside:
-        raise ValueError("A folder cannot record hooks inside the denoiser or the text encoder: attach them to the model itself.")
+        raise ValueError(
+            "A folder cannot record hooks inside the denoiser or the text encoder: attach them to "
+            "the model itself."
+        )
     own = model.attached
     with model.hooks(recorder.hooks()), ExitStack() as stack:
         recorder.inputs = inputs = model.prepare(*arguments, **(options or {}))
         sites = select(own, inputs.extent.fires, lambda: model.names.sites(len(inputs.solver)))
         attached = sorted({hook.site.name for hook in sites})
         settings = {
-            "model": digest(str(sorted(model.dit.config.items(), key=str)), *model.dit.state_dict().values()),
-            "codec": digest(str(sorted(model.codec.config.items(), key=str)), *model.codec.state_dict().values()),
-            "scheduler": digest(type(model.scheduler).__name__, str(sorted(model.scheduler.config.items(), key=str))),
+            "model": digest(
+                str(sorted(model.dit.config.items(), key=str)), *model.dit.state_dict().values()
+            ),
+            "codec": digest(
+                str(sorted(model.codec.config.items(), key=str)), *model.codec.state_dict().values()
+            ),
+            "scheduler": digest(
+                type(model.scheduler).__name__, str(sorted(model.scheduler.config.items(), key=str))
+            ),
             **inputs.settings,
             "names": digest(*(site.name for site in recorder.sites)),
             "heads": str(recorder.heads),
@@ -109,12 +141,20 @@ def record_to_folder(
             "hooks": attached,
         }
         source = model.source and [model.source.lasting_name, model.source.commit]
-        facts = {"source": source, "noise_levels": list(inputs.solver.noise_levels), "heads": recorder.heads}
+        facts = {
+            "source": source,
+            "noise_levels": list(inputs.solver.noise_levels),
+            "heads": recorder.heads,
+        }
         folder = stack.enter_context(closing(CacheFolder(out, settings, facts)))
         if folder.images is not None:
             return folder.images.to(model.device)
         folder.write("text", recorder.take())
-        record, total, console = folder.resume(model.device), len(inputs.solver), Console(stderr=True)
+        record, total, console = (
+            folder.resume(model.device),
+            len(inputs.solver),
+            Console(stderr=True),
+        )
         with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("caching", total=total, completed=len(record))
 
@@ -149,11 +189,14 @@ class CacheFolder:
     """The folder of one generation.
 
     Raises:
-        ValueError: it holds another generation, and the message names the differences; or another process writes to it.
+        ValueError: it holds another generation, and the message names the differences; or another
+            process writes to it.
         OSError: a file is damaged, missing or cannot be written.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, settings: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
         """`settings` decide the folder's content, `facts` merely go with it."""
         self.path = Path(path)
         new = Index.read(path, remedy_for(self.path)) is None
@@ -161,7 +204,8 @@ class CacheFolder:
         if settings.get("hooks") and not new:
             self.close()
             raise ValueError(
-                f"{self.path} holds a generation with hooks on {', '.join(settings['hooks'][:3])}, and whether these are the "
+                f"{self.path} holds a generation with hooks on {', '.join(settings['hooks'][:3])}, "
+                "and whether these are the "
                 "same cannot be told: choose another folder, or delete it."
             )
 
@@ -177,8 +221,12 @@ class CacheFolder:
         with safe_open(self.store.path(IMAGES), "pt") as opened:
             return opened.get_tensor("images")
 
-    def write(self, part: str, tensors: Mapping[str, Tensor], same: Mapping[str, str] | None = None) -> None:
-        """A file of tensors, whole or not at all; `same`: names whose tensor stands in an earlier file."""
+    def write(
+        self, part: str, tensors: Mapping[str, Tensor], same: Mapping[str, str] | None = None
+    ) -> None:
+        """A file of tensors, whole or not at all; `same`: names whose tensor stands in an earlier
+        file.
+        """
         same = {name: first for name, first in (same or {}).items() if name in tensors}
         own = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in same}
         if own or same:
@@ -189,9 +237,13 @@ class CacheFolder:
         """The record of the steps so far, from which the run can go on."""
         tensors = {f"latents.{i}": tensor for i, tensor in enumerate(record.latents)}
         tensors |= {f"outs.{i}": tensor for i, tensor in enumerate(record.outs)}
-        tensors |= {".".join(("call", str(step), *branches)): each for (step, branches), each in record.predictions.items()}
+        tensors |= {
+            ".".join(("call", str(step), *branches)): each
+            for (step, branches), each in record.predictions.items()
+        }
         own = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
         }  # views would share memory
         self.store.put(STATE, lambda path: save_file(own, path))
 
@@ -212,7 +264,9 @@ class CacheFolder:
     def finish(self, images: Tensor) -> None:
         """Write the images, which says that all is there."""
         self.store.facts["names"] = LazyTensors(self.store).digest
-        self.store.put(IMAGES, lambda path: save_file({"images": images.detach().contiguous()}, path))
+        self.store.put(
+            IMAGES, lambda path: save_file({"images": images.detach().contiguous()}, path)
+        )
         self.store.drop(STATE)
 
 

@@ -1,8 +1,10 @@
-"""The tensors that a cache keeps, chosen where they arise: some heads, and whole patterns or sums of them.
+"""The tensors that a cache keeps, chosen where they arise: some heads, and whole patterns or sums
+of them.
 
-At 1024 px a pattern of one layer of PixArt-XL is 16 × 4096² numbers for each prompt and branch. Where heads are chosen, or a
-summary is enough, patterns are computed from queries and keys, for the wanted rows and heads alone, in chunks that are never
-larger than the queries; the attention itself stays fused.
+At 1024 px a pattern of one layer of PixArt-XL is 16 × 4096² numbers for each prompt and branch.
+Where heads are chosen, or a summary is enough, patterns are computed from queries and keys, for the
+wanted rows and heads alone, in chunks that are never larger than the queries; the attention itself
+stays fused.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ TEXT_KV = ("cross_attn.hook_k", "cross_attn.hook_v")
 
 
 def heads_by_layer(heads: Heads | None, n_layers: int, n_heads: int) -> dict[int, list[int]] | None:
-    """Layer → its chosen heads, ascending. "L2H8" or (2, 8) is one head of one layer, an int that head of every layer.
+    """Layer → its chosen heads, ascending.
+
+    "L2H8" or (2, 8) is one head of one layer, an int that head of every layer.
 
     Raises:
         ValueError: there is no such head.
@@ -42,13 +46,20 @@ def heads_by_layer(heads: Heads | None, n_layers: int, n_heads: int) -> dict[int
     several = is_several(heads) and not isinstance(heads, tuple)
     for head in list(heads) if several else [heads]:  # type: ignore[arg-type]
         named = isinstance(head, (str, tuple))
-        pairs = [parse_head(head)] if named else [(layer, integer("heads", head)) for layer in range(n_layers)]  # type: ignore[arg-type]
+        if named:
+            pairs = [parse_head(head)]  # type: ignore[arg-type]
+        else:
+            pairs = [(layer, integer("heads", head)) for layer in range(n_layers)]
         for layer, index in pairs:
             if not (0 <= layer < n_layers and 0 <= index < n_heads):
-                raise ValueError(f"There is no head {head}: the model has {n_layers} layers of {n_heads} heads.")
+                raise ValueError(
+                    f"There is no head {head}: the model has {n_layers} layers of {n_heads} heads."
+                )
             chosen.setdefault(layer, set()).add(index)
     if not chosen:
-        raise ValueError(f"heads={shown(heads)}: name at least one, such as 'L2H8', or leave heads out for all.")
+        raise ValueError(
+            f"heads={shown(heads)}: name at least one, such as 'L2H8', or leave heads out for all."
+        )
     return {layer: sorted(indices) for layer, indices in sorted(chosen.items())}
 
 
@@ -64,7 +75,9 @@ def entropy(pattern: Tensor) -> Tensor:
 
 @dataclass
 class Recorder:
-    """Hooks that keep the chosen part of each site's tensor, in `tensors`, until it is taken away."""
+    """Hooks that keep the chosen part of each site's tensor, in `tensors`, until it is taken
+    away.
+    """
 
     model: HookedTextToImage
     sites: Sequence[Site]
@@ -81,11 +94,20 @@ class Recorder:
     def __post_init__(self) -> None:
         one_of("patterns", self.patterns, get_args(Patterns))
         if self.heads is not None:
-            self.sites = [site for site in self.sites if head_axis(site) is None or site.layer in self.heads]
+            self.sites = [
+                site for site in self.sites if head_axis(site) is None or site.layer in self.heads
+            ]
         if not self.sites:
-            raise ValueError("Nothing would be cached: names_filter and heads have no tensor in common.")
-        if self.patterns != "whole" and any(site.inner.endswith("hook_attn_scores") for site in self.sites):
-            raise ValueError("patterns= summarises patterns; scores before the softmax have no such summary: leave them out.")
+            raise ValueError(
+                "Nothing would be cached: names_filter and heads have no tensor in common."
+            )
+        if self.patterns != "whole" and any(
+            site.inner.endswith("hook_attn_scores") for site in self.sites
+        ):
+            raise ValueError(
+                "patterns= summarises patterns; scores before the softmax have no such summary: "
+                "leave them out."
+            )
         self._by_name = {site.name: site for site in self.sites}
 
     def hooks(self) -> Iterator[tuple[str, HookFunction]]:
@@ -128,8 +150,14 @@ class Recorder:
     # Patterns without the explicit attention
 
     def _from_queries(self, site: Site) -> bool:
-        """True if only a part of the pattern is needed, and no other hook requires it as a whole."""
-        if site.part != "dit" or not site.inner.endswith(PATTERN) or (self.heads is None and self.patterns == "whole"):
+        """True if only a part of the pattern is needed, and no other hook requires it as a
+        whole.
+        """
+        if (
+            site.part != "dit"
+            or not site.inner.endswith(PATTERN)
+            or (self.heads is None and self.patterns == "whole")
+        ):
             return False
         pair = [f"{site.inner.rpartition('.')[0]}.{leaf}" for leaf in PATTERN]
         sites = [Site("dit", inner, site.step, branch) for inner in pair for branch in BRANCHES]
@@ -170,7 +198,9 @@ class Recorder:
         for part in rows:
             found = reduce(part)
             if whole is None:  # filled chunk by chunk, so that there is never a second copy
-                whole = found.new_empty((*shape[:3], *found.shape[3:]), device=self.device or found.device)
+                whole = found.new_empty(
+                    (*shape[:3], *found.shape[3:]), device=self.device or found.device
+                )
             whole[:, :, start : start + part.shape[2]] = found
             start += part.shape[2]
         assert whole is not None
@@ -183,10 +213,16 @@ def score_rows(
     scale: float,
     bias: Float[Tensor, "#batch #head _ key"] | None,
 ) -> Iterator[Float[Tensor, "batch head row key"]]:
-    """Attention scores in chunks of queries, a quarter as large as `q`: scores, softmax and summary are no more than it."""
+    """Attention scores in chunks of queries, a quarter as large as `q`: scores, softmax and summary
+    are no more than it.
+    """
     start = 0
     for rows in q.split(max(1, q.shape[2] * q.shape[3] // (4 * k.shape[2])), dim=2):
         scores = rows @ k.mT * scale
-        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start : start + rows.shape[2]]
+        own = (
+            bias
+            if bias is None or bias.shape[2] == 1
+            else bias[:, :, start : start + rows.shape[2]]
+        )
         start += rows.shape[2]
         yield scores if own is None else scores + own

@@ -1,4 +1,6 @@
-"""Hooks of a whole generation, attached to the modules inside for just the step and the rows that they are about."""
+"""Hooks of a whole generation, attached to the modules inside for just the step and the rows that
+they are about.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from .sampling import Solver, solver_of
 Hooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
 OTHER_NAMES = {"transformer": "dit", "vae": "codec"}
 """Name of a component in diffusers → here."""
-_CONTEXTS: ContextVar[WeakKeyDictionary[Any, dict[str, dict[str, Any]]] | None] = ContextVar("contexts of hooks", default=None)
+_CONTEXTS: ContextVar[WeakKeyDictionary[Any, dict[str, dict[str, Any]]] | None] = ContextVar(
+    "contexts of hooks", default=None
+)
 
 
 class SamplerHooks(HookedModule):
@@ -49,7 +53,9 @@ class Attached:
     """One hook of a generation: site, function and direction."""
 
     where: Site | Callable[[str], bool]
-    """A predicate on full names is asked when a run is there: only the run knows its steps and branches."""
+    """A predicate on full names is asked when a run is there: only the run knows its steps and
+    branches.
+    """
     function: HookFunction
     direction: Literal["fwd", "bwd"] = "fwd"
     is_permanent: bool = False
@@ -70,7 +76,8 @@ def attach(
     rows: Callable[[Branch], slice] | None = None,
     contexts: dict[str, dict[str, Any]] | None = None,
 ) -> Iterator[None]:
-    """Attach hooks inside the `module` of their part, each restricted to the `rows` of its branch, for the block.
+    """Attach hooks inside the `module` of their part, each restricted to the `rows` of its branch,
+    for the block.
 
     Args:
         contexts: by name, the `ctx` that all hooks of a name share.
@@ -95,7 +102,9 @@ def attach(
 
 
 def in_turn(functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint) -> Tensor | None:
-    """Compose hooks; each receives the previous one's output (torch would hand every backward hook the first gradient)."""
+    """Compose hooks; each receives the previous one's output (torch would hand every backward hook
+    the first gradient).
+    """
     changed = None
     for function in functions:
         replaced = function(tensor if changed is None else changed, hook=hook)
@@ -104,25 +113,41 @@ def in_turn(functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint) 
 
 
 def on_rows(
-    function: HookFunction, point: GenerationHookPoint, rows: slice | None, tensor: Tensor, hook: HookPoint
+    function: HookFunction,
+    point: GenerationHookPoint,
+    rows: slice | None,
+    tensor: Tensor,
+    hook: HookPoint,
 ) -> Tensor | None:
-    """`function` on some rows of a tensor, with `point` as its hook; works on activations and on gradients."""
+    """`function` on some rows of a tensor, with `point` as its hook; works on activations and on
+    gradients.
+    """
     seen = tensor if rows is None else tensor[rows]
     try:
         replaced: Any = function(seen, hook=point)
     except TypeError as error:
         if error.__traceback__ is None or error.__traceback__.tb_next is not None:
             raise  # from within the hook
-        raise TypeError(f"The hook {shown(function)} takes other arguments: write it as fn(tensor, hook).") from error
+        raise TypeError(
+            f"The hook {shown(function)} takes other arguments: write it as fn(tensor, hook)."
+        ) from error
     if replaced is None:
         if rows is None or not seen.requires_grad:
             return None  # an edit in place has reached `tensor` through the view
-        replaced = seen  # now part of the computation, so that a tool can differentiate by its hook's input
+        # now part of the computation, so that a tool can differentiate by its hook's input
+        replaced = seen
     if isinstance(replaced, tuple):  # TransformerLens lets a backward hook return (gradient,)
         (replaced,) = replaced
     if not isinstance(replaced, Tensor) or replaced.shape != seen.shape:
-        got = f"a tensor of {list(replaced.shape)}" if isinstance(replaced, Tensor) else shown(replaced)
-        raise ValueError(f"A hook at {point.name} got {list(seen.shape)} and returned {got}: return the whole tensor, or None.")
+        got = (
+            f"a tensor of {list(replaced.shape)}"
+            if isinstance(replaced, Tensor)
+            else shown(replaced)
+        )
+        raise ValueError(
+            f"A hook at {point.name} got {list(seen.shape)} and returned {got}: return the whole "
+            "tensor, or None."
+        )
     if rows is None:
         return replaced
     whole = tensor.clone()
@@ -130,14 +155,20 @@ def on_rows(
     return whole
 
 
-def select(hooks: Iterable[Attached], chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]) -> Iterator[Attached]:
+def select(
+    hooks: Iterable[Attached], chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]
+) -> Iterator[Attached]:
     """The hooks whose site is `chosen`, in order; predicates are asked of `sites`."""
     for hook in hooks:
         if isinstance(hook.where, Site):
             if chosen(hook.where):
                 yield hook
         else:
-            yield from (replace(hook, where=site) for site in sites() if chosen(site) and hook.where(site.name))
+            yield from (
+                replace(hook, where=site)
+                for site in sites()
+                if chosen(site) and hook.where(site.name)
+            )
 
 
 class Buckets:
@@ -150,15 +181,21 @@ class Buckets:
             self.by_step.setdefault(step, []).append((order, hook))
 
     def at(self, step: int, names: GenerationNames, extent: Extent) -> list[Attached]:
-        """Those that fire at a step, in the order in which they were attached; predicates are asked of the step's names."""
-        near = sorted([*self.by_step.get(step, []), *self.by_step.get(None, [])], key=lambda each: each[0])
+        """Those that fire at a step, in the order in which they were attached; predicates are asked
+        of the step's names.
+        """
+        near = sorted(
+            [*self.by_step.get(step, []), *self.by_step.get(None, [])], key=lambda each: each[0]
+        )
         chosen = lambda site: site.step == step and extent.fires(site)  # noqa: E731
         return list(select((hook for _, hook in near), chosen, lambda: names.sites(steps=[step])))
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Tensors that a run computes: those of its steps, and of the steps in which guidance runs a second branch."""
+    """Tensors that a run computes: those of its steps, and of the steps in which guidance runs a
+    second branch.
+    """
 
     solver: Solver
     uncond: frozenset[int]
@@ -193,12 +230,18 @@ class Extent:
             return None
         if site.inner == "hook_x0":
             return f"{self.solver.name} forms no clean-image prediction that is known here."
-        where = "in this run" if site.step is None or not self.guided else f"at step {site.step} of this run"
+        where = (
+            "in this run"
+            if site.step is None or not self.guided
+            else f"at step {site.step} of this run"
+        )
         return f"there is no unconditional branch {where}: guidance or a negative prompt makes one."
 
 
 class HookedGeneration(HookedRootModule):
-    """The side of `HookedTextToImage` that attaches hooks: by full name, and only where a run would reach them."""
+    """The side of `HookedTextToImage` that attaches hooks: by full name, and only where a run would
+    reach them.
+    """
 
     dit: Any
     scheduler: Any
@@ -216,33 +259,49 @@ class HookedGeneration(HookedRootModule):
         except AttributeError:
             dit = self.__dict__.get("_modules", {}).get("dit")
             there = OTHER_NAMES.get(name)
-            if there is None and (dit is None or not (hasattr(type(dit), name) or name in vars(dit)["_modules"])):
+            if there is None and (
+                dit is None or not (hasattr(type(dit), name) or name in vars(dit)["_modules"])
+            ):
                 raise
             kind = type(self).__name__
-            raise AttributeError(f"{kind} has no {name}: see model.{there or f'dit.{name}'}.") from None
+            raise AttributeError(
+                f"{kind} has no {name}: see model.{there or f'dit.{name}'}."
+            ) from None
 
     @property
     def attached(self) -> tuple[Attached, ...]:
-        """The hooks that a run made here has: those of the blocks that the caller is in, and those that were added for good."""
+        """The hooks that a run made here has: those of the blocks that the caller is in, and those
+        that were added for good.
+        """
         return tuple(lookup(("attached", self), self._kept, list))
 
     def contexts(self) -> dict[str, dict[str, Any]]:
-        """Name → the `ctx` that hooks of that name share in this thread, forward and backward, until it is cleared."""
+        """Name → the `ctx` that hooks of that name share in this thread, forward and backward,
+        until it is cleared.
+        """
         known = _CONTEXTS.get()
         if known is None:
             _CONTEXTS.set(known := WeakKeyDictionary())
         return known.setdefault(self, {})
 
     def _lists(self) -> Iterator[list[Attached]]:
-        """The lists of attached hooks that count here: of the scopes around, and of those added for good."""
-        yield from [each.values["attached", self] for each in scopes() if ("attached", self) in each.values]
+        """The lists of attached hooks that count here: of the scopes around, and of those added for
+        good.
+        """
+        yield from [
+            each.values["attached", self] for each in scopes() if ("attached", self) in each.values
+        ]
         yield self._kept
 
     def _resolve(self, where: str | Callable[[str], bool]) -> Site | Callable[[str], bool]:
         return self.names.site(where) if isinstance(where, str) else where
 
-    def firing(self, chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]) -> Iterator[Attached]:
-        """The attached hooks whose site is `chosen`, in the order of attachment; predicates are asked of `sites`."""
+    def firing(
+        self, chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]
+    ) -> Iterator[Attached]:
+        """The attached hooks whose site is `chosen`, in the order of attachment; predicates are
+        asked of `sites`.
+        """
         return select(self.attached, chosen, sites)
 
     def firing_in_run(self, extent: Extent) -> list[Attached]:
@@ -253,10 +312,17 @@ class HookedGeneration(HookedRootModule):
     def hooked_inside(self) -> bool:
         """True if a hook was attached to a module inside, past the names of a generation."""
         modules = (self.dit, self.names.text_encoder, self.sampler_hooks)
-        return any(has_hooks(point) for module in modules if module is not None for point in module.hook_dict.values())
+        return any(
+            has_hooks(point)
+            for module in modules
+            if module is not None
+            for point in module.hook_dict.values()
+        )
 
     def refuse_hooks(self, why: str) -> None:
-        """Raise ValueError if anything is attached, here or to a module inside; `why` begins the message."""
+        """Raise ValueError if anything is attached, here or to a module inside; `why` begins the
+        message.
+        """
         if self.attached or self.hooked_inside:
             raise ValueError(f"{why}, and hooks are attached to the model: reset_hooks() first.")
 
@@ -268,20 +334,28 @@ class HookedGeneration(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[HookedGeneration]:
-        """Attach hooks by full name (or by a predicate on full names) for the runs that this block makes, in this thread.
+        """Attach hooks by full name (or by a predicate on full names) for the runs that this block
+        makes, in this thread.
 
-        `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`.
-        It edits in place or returns the new value.
+        `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`,
+        `step`, `branch` and `layer()`. It edits in place or returns the new value.
 
-        A predicate is asked of the names that a run fires, at the steps and in the branches that it has.
+        A predicate is asked of the names that a run fires, at the steps and in the branches that it
+        has.
 
         Raises:
             UnknownHookError: no such name; the nearest one is suggested.
             ValueError: the name is held back by a flag.
         """
         level = 1 + sum(each.owner is self for each in scopes())
-        new = [Attached(self._resolve(where), fn, "fwd", level=level) for where, fn in as_hooks(fwd_hooks)]
-        new += [Attached(self._resolve(where), fn, "bwd", level=level) for where, fn in as_hooks(bwd_hooks)]
+        new = [
+            Attached(self._resolve(where), fn, "fwd", level=level)
+            for where, fn in as_hooks(fwd_hooks)
+        ]
+        new += [
+            Attached(self._resolve(where), fn, "bwd", level=level)
+            for where, fn in as_hooks(bwd_hooks)
+        ]
         if not reset_hooks_end:
             for known in self._lists():
                 known.extend(new)
@@ -304,7 +378,9 @@ class HookedGeneration(HookedRootModule):
         level: int | None = None,
         prepend: bool = False,
     ) -> None:
-        """Attach a hook until `reset_hooks()`, a permanent one until `reset_hooks(including_permanent=True)`."""
+        """Attach a hook until `reset_hooks()`, a permanent one until
+        `reset_hooks(including_permanent=True)`.
+        """
         ((where, function),) = as_hooks([(name, hook)])
         new = Attached(self._resolve(where), function, dir, is_permanent, level)
         for known in self._lists():
@@ -320,7 +396,9 @@ class HookedGeneration(HookedRootModule):
         """Remove hooks, here and in the models inside. Arguments as in TransformerLens."""
 
         def stays(hook: Attached) -> bool:
-            others = direction not in ("both", hook.direction) or (level is not None and hook.level != level)
+            others = direction not in ("both", hook.direction) or (
+                level is not None and hook.level != level
+            )
             return others or (hook.is_permanent and not including_permanent)
 
         for known in self._lists():
@@ -332,18 +410,29 @@ class HookedGeneration(HookedRootModule):
                 module.reset_hooks(clear_contexts, direction, including_permanent, level)
 
     def run_with_hooks(
-        self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        **kwargs: Any,
     ) -> Float[Tensor, "batch 3 height width"]:
-        """`forward` with hooks attached: `fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z", fn)]`."""
+        """`forward` with hooks attached: `fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z",
+        fn)]`.
+        """
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
             return self(*args, **kwargs)
 
     def solver(self, num_steps: SupportsIndex) -> Solver:
-        """The scheduler prepared for runs of `num_steps`. Raises ValueError if it cannot draw (`sampling.solver_of`)."""
+        """The scheduler prepared for runs of `num_steps`.
+
+        Raises ValueError if it cannot draw (`sampling.solver_of`).
+        """
         return solver_of(self.scheduler, num_steps, self.device)
 
     def count_steps(self, num_steps: SupportsIndex) -> int:
-        """The steps of a run, which are evaluations of the denoiser: more than `num_steps` for solvers of higher order.
+        """The steps of a run, which are evaluations of the denoiser: more than `num_steps` for
+        solvers of higher order.
 
         Example:
             >>> from hooked_models import HookedTextToImage
@@ -363,21 +452,29 @@ class HookedGeneration(HookedRootModule):
         for attached in self.attached:
             if (made_for := getattr(attached.function, "num_steps", None)) not in (None, num_steps):
                 raise ValueError(
-                    f"{attached.function!r} was made for a run of {made_for} steps, and this one has {num_steps}: "
-                    f"Intervention.hooks(…, num_steps={num_steps})."
+                    f"{attached.function!r} was made for a run of {made_for} steps, and this one "
+                    f"has {num_steps}: Intervention.hooks(…, num_steps={num_steps})."
                 )
 
     def check_hooks(self, extent: Extent, part: range | None = None) -> None:
-        """Raise ValueError for hooks that a run, or `part` of its steps after the text has been encoded, would never reach."""
+        """Raise ValueError for hooks that a run, or `part` of its steps after the text has been
+        encoded, would never reach.
+        """
         steps = range(len(extent.solver)) if part is None else part
-        for where in [attached.where for attached in self.attached if not isinstance(attached.where, Site)]:
+        for where in [
+            attached.where for attached in self.attached if not isinstance(attached.where, Site)
+        ]:
             if not any(map(where, self._names_of(extent, steps, encodes=part is None))):
                 raise ValueError(
-                    f"A predicate ({where!r}) selects no hook: this run goes over steps {steps.start} to {steps.stop - 1}, with "
+                    f"A predicate ({where!r}) selects no hook: this run goes over steps "
+                    f"{steps.start} to {steps.stop - 1}, with "
                     f"names such as {next(iter(self.names))!r}."
                 )
         self._check_made_for(extent.solver.num_steps)
-        for site in {attached.where for attached in self.attached if isinstance(attached.where, Site)}:
-            self.names.site(site.name)  # raises if its flag has been switched off since it was attached
+        for site in {
+            attached.where for attached in self.attached if isinstance(attached.where, Site)
+        }:
+            # raises if its flag has been switched off since it was attached
+            self.names.site(site.name)
             if (reason := extent.why_silent(site, steps, encodes=part is None)) is not None:
                 raise ValueError(f"{site.name} does not fire: {reason}")

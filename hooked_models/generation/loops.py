@@ -2,9 +2,10 @@
 
     latents = loop(inputs, visitor, until)
 
-A loop takes latents from noise to image by its scheduler, and leaves to a visitor what happens at each step: `visitor.latent`,
-`visitor.denoise` and `visitor.out` are given tensors and return those to go on with. Hooks, records and gradients are visitors;
-no loop knows of them. Source: `PixArtSigmaPipeline.__call__` (diffusers 0.42), to which latents are equal.
+A loop takes latents from noise to image by its scheduler, and leaves to a visitor what happens at
+each step: `visitor.latent`, `visitor.denoise` and `visitor.out` are given tensors and return those
+to go on with. Hooks, records and gradients are visitors; no loop knows of them. Source:
+`PixArtSigmaPipeline.__call__` (diffusers 0.42), to which latents are equal.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from .names import Branch
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation of the denoiser: its step, and the guidance branches that its batch consists of, one after the other."""
+    """One evaluation of the denoiser: its step, and the guidance branches that its batch consists
+    of, one after the other.
+    """
 
     step: int
     branches: tuple[Branch, ...]
@@ -41,12 +44,16 @@ class Call:
 
 @runtime_checkable
 class Visitor(Protocol):
-    """Everything that can happen at a step of a loop; each function returns the tensor to go on with."""
+    """Everything that can happen at a step of a loop; each function returns the tensor to go on
+    with.
+    """
 
     def latent(self, step: int, latent: Float[Tensor, "batch channel rows columns"]) -> Tensor:
         """The latents before a step."""
 
-    def denoise(self, call: Call, x: Tensor, timestep: Shaped[Tensor, " row"], text: TextState) -> Tensor:
+    def denoise(
+        self, call: Call, x: Tensor, timestep: Shaped[Tensor, " row"], text: TextState
+    ) -> Tensor:
         """The denoiser's prediction for the latents `x` of the call's batch."""
 
     def out(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
@@ -57,13 +64,19 @@ class Visitor(Protocol):
 
 
 class PixArtLoop:
-    """PixArt's sampling loop: both branches of a step are one call, and the text is encoded once for all steps."""
+    """PixArt's sampling loop: both branches of a step are one call, and the text is encoded once
+    for all steps.
+    """
 
     def __init__(self, channels: int) -> None:
-        """`channels`: of the latents; a prediction has as many, or twice as many with a learned variance, which nothing reads."""
+        """`channels`: of the latents; a prediction has as many, or twice as many with a learned
+        variance, which nothing reads.
+        """
         self.channels = channels
 
-    def __call__(self, inputs: Any, visitor: Visitor, until: int) -> Float[Tensor, "batch channel rows columns"]:
+    def __call__(
+        self, inputs: Any, visitor: Visitor, until: int
+    ) -> Float[Tensor, "batch channel rows columns"]:
         """The latents before step `until`; `inputs`: a `trajectory.Inputs`."""
         solver = inputs.solver
         scheduler, generators = solver.fresh(), inputs.generators()
@@ -75,7 +88,13 @@ class PixArtLoop:
             timestep = solver.timestep(step).expand(len(x)).to(x.device)
             prediction = visitor.denoise(call, x, timestep, inputs.text)
             out = guided(prediction, inputs.guidance) if len(call.branches) == 2 else prediction
-            latent = solver.advance(scheduler, step, latent, visitor.out(step, latent, out[:, : self.channels]), generators)
+            latent = solver.advance(
+                scheduler,
+                step,
+                latent,
+                visitor.out(step, latent, out[:, : self.channels]),
+                generators,
+            )
             visitor.after(step, latent)
         return latent
 
@@ -94,7 +113,8 @@ def branches_of(guidance: float) -> tuple[Branch, ...]:
 def rows_of(value: Any, index: Int[Tensor, " row"], of: int) -> Any:
     """Some rows of a tensor or list of `of` rows; anything else as it is.
 
-    Position ids [pos axis], equal for all rows, have three axes and no row; a tuple of tensors (rotary codes) has none either.
+    Position ids [pos axis], equal for all rows, have three axes and no row; a tuple of tensors
+    (rotary codes) has none either.
 
     Example:
         >>> rows_of({"text": torch.arange(2), "ids": torch.zeros(2, 3)}, torch.tensor([1]), 2)
@@ -103,8 +123,14 @@ def rows_of(value: Any, index: Int[Tensor, " row"], of: int) -> Any:
     """
     if isinstance(value, Tensor):
         ids = value.ndim == 2 and value.shape[1] == 3
-        return value[index.to(value.device)] if value.ndim and len(value) == of and not ids else value
-    if isinstance(value, list) and len(value) == of and all(isinstance(each, (Tensor, str)) for each in value):
+        return (
+            value[index.to(value.device)] if value.ndim and len(value) == of and not ids else value
+        )
+    if (
+        isinstance(value, list)
+        and len(value) == of
+        and all(isinstance(each, (Tensor, str)) for each in value)
+    ):
         return [value[i] for i in index.tolist()]
     if isinstance(value, dict):
         return {key: rows_of(each, index, of) for key, each in value.items()}

@@ -1,7 +1,8 @@
-"""A whole text-to-image generation as a hooked model: text encoder → denoiser at every step → scheduler → decoder.
+"""A whole text-to-image generation as a hooked model: text encoder → denoiser at every step →
+scheduler → decoder.
 
-`HookedTextToImage` has all that models share. The two kinds of models answer what it leaves open: `pixart.HookedPixArt` and, for
-any other pipeline, `pipeline.HookedPipeline`.
+`HookedTextToImage` has all that models share. The two kinds of models answer what it leaves open:
+`pixart.HookedPixArt` and, for any other pipeline, `pipeline.HookedPipeline`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from ..hooks.table import Axes
 from ..pipelines.folder import PIXART
 from ..pipelines.pipeline_model import PipelineModel
 from ..text_encoders.words import EncodedText
-from .cache import KEEPS_BATCH, GenerationCache, estimate_sites, refuse_if_does_not_fit, refuse_if_too_large
+from .cache import (
+    KEEPS_BATCH,
+    GenerationCache,
+    estimate_sites,
+    refuse_if_does_not_fit,
+    refuse_if_too_large,
+)
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer
 from .hooks import Attached, HookedGeneration, attach, select
@@ -39,16 +46,20 @@ DEFAULT_GUIDANCE = 4.5
 
 
 class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
-    """A text-to-image pipeline whose every tensor has a name at every denoising step and guidance branch.
+    """A text-to-image pipeline whose every tensor has a name at every denoising step and guidance
+    branch.
 
-    Names are `steps.{s}.{cond|uncond}.{name in the denoiser}`, `steps.{s}.hook_{latent,out_cond,out_uncond,out,x0}` and
-    `hook_image`; of PixArt also `text_encoder.…` and `null_text_encoder.…`. `hook_dict` lists them for the default step count.
+    Names are `steps.{s}.{cond|uncond}.{name in the denoiser}`,
+    `steps.{s}.hook_{latent,out_cond,out_uncond,out,x0}` and `hook_image`; of PixArt also
+    `text_encoder.…` and `null_text_encoder.…`. `hook_dict` lists them for the default step count.
     The batch axis of every tensor is the prompts. Weights are those of the modules passed in.
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> images, cache = model.run_with_cache("red circle above blue square", num_steps=2)
-        >>> cache["pattern", 2, "cross_attn", 0].shape  # layer 2, step 0: [batch head query_pos key_pos]
+        >>> cache[
+        ...     "pattern", 2, "cross_attn", 0
+        ... ].shape  # layer 2, step 0: [batch head query_pos key_pos]
         torch.Size([1, 3, 64, 6])
     """
 
@@ -69,7 +80,9 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
     """True if a denoiser call can begin in the middle, from a residual stream."""
 
     def __new__(cls, *parts: Any, **named: Any) -> HookedTextToImage:
-        """A PixArt model of its parts, as `HookedPixArt`; `from_pretrained` and `from_pipeline` open any pipeline."""
+        """A PixArt model of its parts, as `HookedPixArt`; `from_pretrained` and `from_pipeline`
+        open any pipeline.
+        """
         if cls is HookedTextToImage:
             from .. import HookedPixArt  # looked up in the table of public names
 
@@ -83,21 +96,28 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
     def from_pipeline(cls, pipe: Any) -> Any:
         """Around a live pipeline; its modules are used, not copied, and put into evaluation mode.
 
-        Their weights no longer require gradients, so that a run builds no graph: `model.requires_grad_(True)` to train them.
+        Their weights no longer require gradients, so that a run builds no graph:
+        `model.requires_grad_(True)` to train them.
 
         Returns:
-            A `HookedPixArt` of PixArt-α's and PixArt-Σ's pipelines; of any other, a `HookedPipeline`, which runs its own loop.
+            A `HookedPixArt` of PixArt-α's and PixArt-Σ's pipelines; of any other, a
+            `HookedPipeline`, which runs its own loop.
 
         Raises:
-            ValueError: a part is spread over several devices, or the transformer is of no known family.
+            ValueError: a part is spread over several devices, or the transformer is of no known
+                family.
             TypeError: the pipeline has no loop of denoiser calls that can be followed.
         """
         from .. import HookedPipeline, HookedPixArt  # looked up in the table of public names
 
-        return (HookedPixArt if type(pipe).__name__ in PIXART else HookedPipeline).from_pipeline(pipe)
+        return (HookedPixArt if type(pipe).__name__ in PIXART else HookedPipeline).from_pipeline(
+            pipe
+        )
 
     def check_wrapped(self) -> None:
-        """Raise ValueError if a wrapped module was changed in a way that this model would ignore."""
+        """Raise ValueError if a wrapped module was changed in a way that this model would
+        ignore.
+        """
 
     @property
     def cfg(self) -> Any:
@@ -106,7 +126,9 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
 
     @property
     def hook_dict(self) -> GenerationNames:
-        """Every hook name of a generation of the default length, in order; values carry the name, step and branch."""
+        """Every hook name of a generation of the default length, in order; values carry the name,
+        step and branch.
+        """
         return self.names
 
     @property
@@ -125,7 +147,10 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         latents: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """The inputs of a run whose text may not be encoded yet: enough to know what it computes. Arguments as in `forward`."""
+        """The inputs of a run whose text may not be encoded yet: enough to know what it computes.
+
+        Arguments as in `forward`.
+        """
         raise NotImplementedError
 
     def encoded(self, inputs: Any) -> Any:
@@ -153,7 +178,8 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         raise NotImplementedError
 
     def layout(self, prompts: Any, branch: Branch = "cond") -> Layout:
-        """Image grid, and the positions that hold text, in the runs of some prompts or inputs, rows of one guidance branch.
+        """Image grid, and the positions that hold text, in the runs of some prompts or inputs, rows
+        of one guidance branch.
 
         Raises:
             ValueError: such runs have no unconditional branch.
@@ -164,7 +190,9 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         """The text that a guidance branch reads in each prompt's run."""
         raise NotImplementedError
 
-    def encoded_texts(self, prompts: str | Sequence[str], length: int | None = None, **options: Any) -> list[EncodedText]:
+    def encoded_texts(
+        self, prompts: str | Sequence[str], length: int | None = None, **options: Any
+    ) -> list[EncodedText]:
         """Each prompt with one entry for each text position, by whose characters words are found.
 
         Args:
@@ -205,11 +233,14 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
 
         Args:
             prompts: one prompt, several, or (PixArt) token ids.
-            seed: an int gives every prompt the same noise (a paired design), a sequence one seed each; see `seeded_noise`.
-            guidance: classifier-free guidance; at 1 or below no unconditional branch is run. By default `default_guidance`. Of
-                a model that is distilled with guidance, the number that it is told.
+            seed: an int gives every prompt the same noise (a paired design), a sequence one seed
+                each; see `seeded_noise`.
+            guidance: classifier-free guidance; at 1 or below no unconditional branch is run. By
+                default `default_guidance`. Of a model that is distilled with guidance, the number
+                that it is told.
             latents: initial noise, instead of `seed`.
-            options: further arguments of a pipeline's own call, such as `height` and `negative_prompt`; PixArt has none.
+            options: further arguments of a pipeline's own call, such as `height` and
+                `negative_prompt`; PixArt has none.
         """
         return self.trajectory(prompts, seed, num_steps, guidance, latents, **options).images
 
@@ -241,7 +272,10 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         latents: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Everything that a generation is computed from: text encoded, noise drawn, hooks checked. Arguments as in `forward`."""
+        """Everything that a generation is computed from: text encoded, noise drawn, hooks checked.
+
+        Arguments as in `forward`.
+        """
         inputs = self.draft(prompts, seed, num_steps, guidance, latents, **options)
         self.check_hooks(inputs.extent)
         return self.encoded(inputs)
@@ -262,14 +296,17 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         Args:
             record: of an earlier run of these inputs, of which the steps before `leave` are taken.
             until: the step to stop before.
-            rows: step → the rows that are computed there, in place of all from `leave` on; others are taken from `record`.
+            rows: step → the rows that are computed there, in place of all from `leave` on; others
+                are taken from `record`.
             denoise, after: see `passes.Pass`.
         """
         hooks = self.attached
         leaving = rows or (from_step(leave) if leave else lambda step: None)
         visitor = Pass(self, inputs, hooks, record, leaving, denoise, after)
         latent = self.loop(inputs, visitor, len(inputs.solver) if until is None else until)
-        images = tuple(select(hooks, lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)]))
+        images = tuple(
+            select(hooks, lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)])
+        )
         return Run(self, inputs, visitor.record, latent, images)
 
     def step(
@@ -280,10 +317,12 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         timestep: Shaped[Tensor, " branch_batch"],
         text: Any,
     ) -> Float[Tensor, "branch_batch ..."]:
-        """One denoiser call of a run of `inputs`, with the hooks that are attached to the model inside the denoiser at its step.
+        """One denoiser call of a run of `inputs`, with the hooks that are attached to the model
+        inside the denoiser at its step.
 
         Args:
-            latents: as the scheduler scales them for the denoiser, of all rows of the call, branch after branch.
+            latents: as the scheduler scales them for the denoiser, of all rows of the call, branch
+                after branch.
         """
         return Pass(self, inputs, self.attached).call(call, None, latents, timestep, text)
 
@@ -293,13 +332,17 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         return self.run(self.encoded(inputs)).images
 
     def images_of(self, run: Run) -> Float[Tensor, "batch 3 height width"]:
-        """The images of a finished run: with its own hooks on them, then with those attached to the model by now."""
+        """The images of a finished run: with its own hooks on them, then with those attached to the
+        model by now.
+        """
         return self.seen(self.pixels(run), run.hooks)
 
     def seen(
         self, images: Float[Tensor, "batch 3 height width"], hooks: Sequence[Attached] = ()
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Images through `hook_image`: with `hooks`, then with those attached to the model by now."""
+        """Images through `hook_image`: with `hooks`, then with those attached to the model by
+        now.
+        """
         attached = self.firing(lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)])
         known = {id(hook.function) for hook in hooks}
         several = [*hooks, *(hook for hook in attached if id(hook.function) not in known)]
@@ -323,14 +366,16 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         returns: Literal["images", "x0", "out"] = "images",
         **options: Any,
     ) -> tuple[StepView, Int[Tensor, "batch pos"]]:
-        """`(view, tokens)`: what TransformerLens' tools take as `model` and `tokens`, for generations hooked at one step.
+        """`(view, tokens)`: what TransformerLens' tools take as `model` and `tokens`, for
+        generations hooked at one step.
 
-        What comes before the step is computed once, here, for all prompts, and is a constant to gradients.
+        What comes before the step is computed once, here, for all prompts, and is a constant to
+        gradients.
 
         Args:
             branch: the guidance branch in which hooks act.
-            pos: the positions that a sweep "by position" goes over: of the image, of the text, or, in models whose streams
-                hold both, all of them ("joint", the image's first).
+            pos: the positions that a sweep "by position" goes over: of the image, of the text, or,
+                in models whose streams hold both, all of them ("joint", the image's first).
             returns: what metrics get: the final images, or this step's x0 or guided network output.
 
         Raises:
@@ -344,11 +389,13 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
             (step,) = chosen_steps(integer("step", step), len(inputs.solver), "step")
             if branch == "uncond" and step not in inputs.extent.uncond:
                 raise ValueError(
-                    f"There is no unconditional branch at step {step} of this run, with guidance {inputs.guidance:g}."
+                    f"There is no unconditional branch at step {step} of this run, with guidance "
+                    f"{inputs.guidance:g}."
                 )
             if returns == "x0" and not inputs.solver.forms_x0:
                 raise ValueError(
-                    f"{inputs.solver.name} forms no clean-image prediction that is known here: take returns='out' or 'images'."
+                    f"{inputs.solver.name} forms no clean-image prediction that is known here: "
+                    "take returns='out' or 'images'."
                 )
             run = self.run(inputs, until=step)
         view = StepView(run, step, branch, pos, returns)
@@ -374,21 +421,28 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         remove_batch_dim: bool = False,
         **options: Any,
     ) -> tuple[Float[Tensor, "batch 3 height width"], GenerationCache]:
-        """`(images, cache)` of one generation. What is generated is said as in `forward`, what is kept by the rest.
+        """`(images, cache)` of one generation.
+
+        What is generated is said as in `forward`, what is kept by the rest.
 
         Args:
-            names_filter: a full name, a name in the denoiser (then at every chosen step and branch), a list of either, or a
-                predicate on full names; None for everything.
+            names_filter: a full name, a name in the denoiser (then at every chosen step and
+                branch), a list of either, or a predicate on full names; None for everything.
             steps, branch: which denoising steps and guidance branches to keep.
-            heads: of per-head tensors only these, "L2H8", (2, 8), a head of every layer, or several; layers without any are
-                left out. Their patterns are computed for them alone.
-            patterns: what to keep of patterns: all, or, computed in chunks, each query's `entropy` or `largest` entry
-                [batch head query], or the attention that each key has `received` from all queries [batch head key].
-            out: a folder, to which each step is written as it ends; the cache then reads from there. A call that was stopped
-                goes on where it was when it is repeated, and one that had ended is not run again.
+            heads: of per-head tensors only these, "L2H8", (2, 8), a head of every layer, or
+                several; layers without any are left out. Their patterns are computed for them
+                alone.
+            patterns: what to keep of patterns: all, or, computed in chunks, each query's `entropy`
+                or `largest` entry [batch head query], or the attention that each key has `received`
+                from all queries [batch head key].
+            out: a folder, to which each step is written as it ends; the cache then reads from
+                there. A call that was stopped goes on where it was when it is repeated, and one
+                that had ended is not run again.
             device: where the cache is kept; where it arises unless said.
-            max_bytes: refuse, before running, to cache more than this; a quarter of the free memory unless said.
-            remove_batch_dim: not for a whole generation; there, so that who asks for it is told what to do.
+            max_bytes: refuse, before running, to cache more than this; a quarter of the free memory
+                unless said.
+            remove_batch_dim: not for a whole generation; there, so that who asks for it is told
+                what to do.
 
         Raises:
             CacheTooLargeError: with the estimate, and how to narrow it.
@@ -402,9 +456,17 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         arguments = (prompts, seed, num_steps, guidance, latents)
         draft = self.draft(*arguments, **options)
         solver, extent = draft.solver, draft.extent
-        known = self.names.select(names_filter, steps, branch, len(solver), extent.guided, solver.forms_x0)
+        known = self.names.select(
+            names_filter, steps, branch, len(solver), extent.guided, solver.forms_x0
+        )
         sites = [site for site in known if extent.fires(site)]
-        recorder = Recorder(self, sites, heads_by_layer(heads, self.cfg.n_layers, self.cfg.n_heads), patterns, device)
+        recorder = Recorder(
+            self,
+            sites,
+            heads_by_layer(heads, self.cfg.n_layers, self.cfg.n_heads),
+            patterns,
+            device,
+        )
         size = estimate_sites(recorder, lambda site: self.shape(draft, site))
         if out is not None:
             refuse_if_does_not_fit(size, out)
@@ -415,4 +477,6 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         with self.hooks(recorder.hooks()):
             recorder.inputs = inputs = self.prepare(*arguments, **options)
             images = self.run(inputs).images
-        return images, GenerationCache(recorder.take(), self, inputs.solver.noise_levels, recorder.heads)
+        return images, GenerationCache(
+            recorder.take(), self, inputs.solver.noise_levels, recorder.heads
+        )

@@ -1,4 +1,6 @@
-"""The names of a whole generation: `steps.{s}.{cond|uncond}.{name in the denoiser}` and those around them."""
+"""The names of a whole generation: `steps.{s}.{cond|uncond}.{name in the denoiser}` and those
+around them.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,18 @@ def parse_head(head: Head) -> tuple[int, int]:
         return integer("layer", head[0], 0), integer("head", head[1], 0)
     match = re.fullmatch(r"[Ll](\d+)[Hh](\d+)", head) if isinstance(head, str) else None
     if match is None:
-        raise ValueError(f"{shown(head)} names no head: write a layer and a head from 0, such as 'L2H8' or (2, 8).")
+        raise ValueError(
+            f"{shown(head)} names no head: write a layer and a head from 0, such as 'L2H8' or (2, "
+            "8)."
+        )
     return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)
 class Site:
-    """One hookable tensor of a generation, and the module and name under which the hook is really attached."""
+    """One hookable tensor of a generation, and the module and name under which the hook is really
+    attached.
+    """
 
     part: Part
     inner: str
@@ -51,7 +58,9 @@ class Site:
         """The full name, as caches use it."""
         prefix = "" if self.step is None else f"steps.{self.step}."
         prefix += "" if self.branch is None else f"{self.branch}."
-        return prefix + (f"{self.part}.{self.inner}" if self.part.endswith("text_encoder") else self.inner)
+        return prefix + (
+            f"{self.part}.{self.inner}" if self.part.endswith("text_encoder") else self.inner
+        )
 
     @property
     def layer(self) -> int | None:
@@ -66,14 +75,20 @@ class Site:
     @property
     def needs_uncond(self) -> bool:
         """True if the tensor exists only where guidance runs a second branch."""
-        return self.branch == "uncond" or self.inner == "hook_out_uncond" or self.part == "null_text_encoder"
+        return (
+            self.branch == "uncond"
+            or self.inner == "hook_out_uncond"
+            or self.part == "null_text_encoder"
+        )
 
     def is_in(self, branch: Branch | Literal["both"]) -> bool:
         """True if the tensor belongs to a branch; one of no branch belongs to each."""
         return branch in ("both", self.branch or ("uncond" if self.needs_uncond else branch))
 
     def fires(self, guided: bool, forms_x0: bool) -> bool:
-        """True if a run with this guidance, by a solver with or without a known clean-image prediction, computes it."""
+        """True if a run with this guidance, by a solver with or without a known clean-image
+        prediction, computes it.
+        """
         return (guided or not self.needs_uncond) and (forms_x0 or self.inner != "hook_x0")
 
 
@@ -81,14 +96,17 @@ BLANK = HookPoint()
 
 
 class GenerationHookPoint(HookPoint):
-    """The `hook` argument of a hook function during a generation: the full `name`, `step`, `branch` and a correct `layer()`."""
+    """The `hook` argument of a hook function during a generation: the full `name`, `step`, `branch`
+    and a correct `layer()`.
+    """
 
     step: int | None
     branch: Branch | None
     _layer: int | None
 
     def __init__(self, site: Site) -> None:
-        # Thousands are made where all names are hooked: without nn.Module's checks of every attribute that is set.
+        # Thousands are made where all names are hooked: without nn.Module's checks of every
+        # attribute that is set.
         self.__dict__.update(vars(BLANK), fwd_hooks=[], bwd_hooks=[], ctx={})
         self.__dict__.update(name=site.name, step=site.step, branch=site.branch, _layer=site.layer)
 
@@ -103,18 +121,36 @@ class GenerationHookPoint(HookPoint):
         return self._layer
 
     def add_hook(self, *args: Any, **kwargs: Any) -> None:
-        """Raise TypeError: a generation's `hook_dict` holds names, of tensors that only a run has."""
-        raise TypeError(f"Attach it to the model, where runs find it: model.add_hook({self.name!r}, hook), or run_with_hooks.")
+        """Raise TypeError: a generation's `hook_dict` holds names, of tensors that only a run
+        has.
+        """
+        raise TypeError(
+            f"Attach it to the model, where runs find it: model.add_hook({self.name!r}, hook), or "
+            "run_with_hooks."
+        )
 
 
 class GenerationNames(Mapping[str, HookPoint]):
-    """Every name of a generation of `num_steps` steps, as a virtual `hook_dict`; `site(name)` also takes later steps."""
+    """Every name of a generation of `num_steps` steps, as a virtual `hook_dict`; `site(name)` also
+    takes later steps.
+    """
 
     def __init__(
-        self, dit: HookedModule, sampler: HookedModule, text_encoder: HookedModule | None, count_steps: Callable[[], int]
+        self,
+        dit: HookedModule,
+        sampler: HookedModule,
+        text_encoder: HookedModule | None,
+        count_steps: Callable[[], int],
     ) -> None:
-        """`count_steps`: the steps of a generation of the default length, which depends on the scheduler."""
-        self.dit, self.sampler, self.text_encoder, self.count_steps = dit, sampler, text_encoder, count_steps
+        """`count_steps`: the steps of a generation of the default length, which depends on the
+        scheduler.
+        """
+        self.dit, self.sampler, self.text_encoder, self.count_steps = (
+            dit,
+            sampler,
+            text_encoder,
+            count_steps,
+        )
         self._known: tuple[object, Sequence[Site]] = None, ()
 
     @property
@@ -138,22 +174,34 @@ class GenerationNames(Mapping[str, HookPoint]):
                 branch, _, inner = rest.partition(".")
                 for known in BRANCHES:
                     if branch == known:
-                        return self._inside(Site("dit", inner, int(step), known), self.dit, f"steps.{step}.{branch}.")
+                        return self._inside(
+                            Site("dit", inner, int(step), known),
+                            self.dit,
+                            f"steps.{step}.{branch}.",
+                        )
                 if rest in self.sampler.hook_dict and rest != FINAL:
                     return Site("sampler", rest, int(step))
         if name == FINAL:
             return Site("sampler", FINAL)
         if name in self.dit.mod_dict and name.rpartition(".")[2].startswith("hook_"):
-            raise UnknownHookError(f"{name!r} is computed at every step and in each branch: name one, 'steps.0.cond.{name}'")
+            raise UnknownHookError(
+                f"{name!r} is computed at every step and in each branch: name one, "
+                f"'steps.0.cond.{name}'"
+            )
         if name in self.sampler.hook_dict:
-            raise UnknownHookError(f"{name!r} is computed at every step: name one, 'steps.0.{name}'")
+            raise UnknownHookError(
+                f"{name!r} is computed at every step: name one, 'steps.0.{name}'"
+            )
         raise unknown_hook(name, list(self))
 
     def _inside(self, site: Site, module: HookedModule, prefix: str) -> Site:
         try:
             return replace(site, inner=module.canonical_name(site.inner))
         except UnknownHookError:
-            raise unknown_hook(prefix + site.inner, [prefix + known for known in module.mod_dict if "hook_" in known]) from None
+            raise unknown_hook(
+                prefix + site.inner,
+                [prefix + known for known in module.mod_dict if "hook_" in known],
+            ) from None
         except ValueError as error:  # held back by a flag, which is set on the part
             raise ValueError(str(error).replace("call set_", "call model.dit.set_")) from None
 
@@ -170,19 +218,33 @@ class GenerationNames(Mapping[str, HookPoint]):
         return found
 
     def sites(
-        self, num_steps: int | None = None, steps: Iterable[int] | None = None, branches: Sequence[Branch] = BRANCHES
+        self,
+        num_steps: int | None = None,
+        steps: Iterable[int] | None = None,
+        branches: Sequence[Branch] = BRANCHES,
     ) -> Iterator[Site]:
-        """Every site that fires, in the order of a run (of the given steps). Hooks held back by a flag are left out."""
-        parts: tuple[Part, ...] = ("text_encoder", "null_text_encoder") if self.text_encoder is not None else ()
+        """Every site that fires, in the order of a run (of the given steps).
+
+        Hooks held back by a flag are left out.
+        """
+        parts: tuple[Part, ...] = (
+            ("text_encoder", "null_text_encoder") if self.text_encoder is not None else ()
+        )
         for part in parts:
             assert self.text_encoder is not None
             yield from (Site(part, inner) for inner in self.text_encoder.names(None))
         inners = self.dit.names(None)
-        for step in range(self.num_steps if num_steps is None else num_steps) if steps is None else steps:
+        for step in (
+            range(self.num_steps if num_steps is None else num_steps) if steps is None else steps
+        ):
             yield Site("sampler", "hook_latent", step)
             for branch in branches:
                 yield from (Site("dit", inner, step, branch) for inner in inners)
-            yield from (Site("sampler", inner, step) for inner in self.sampler.hook_dict if inner not in ("hook_latent", FINAL))
+            yield from (
+                Site("sampler", inner, step)
+                for inner in self.sampler.hook_dict
+                if inner not in ("hook_latent", FINAL)
+            )
         yield Site("sampler", FINAL)
 
     def _sites(self, steps: tuple[int, ...], branch: Branch | Literal["both"]) -> Sequence[Site]:
@@ -204,7 +266,8 @@ class GenerationNames(Mapping[str, HookPoint]):
         guided: bool = True,
         forms_x0: bool = True,
     ) -> list[Site]:
-        """The sites that a run fires at and a caller wants; arguments as in `HookedTextToImage.run_with_cache`.
+        """The sites that a run fires at and a caller wants; arguments as in
+        `HookedTextToImage.run_with_cache`.
 
         Raises:
             UnknownHookError: a name does not exist.
@@ -223,20 +286,33 @@ class GenerationNames(Mapping[str, HookPoint]):
             keeps = names_filter or (lambda name: True)
             sites = [site for site in every_site if is_chosen(site) and keeps(site.name)]
         else:
-            sites = [site for name in as_names(names_filter) for site in self._named(name, chosen, is_chosen)]
+            sites = [
+                site
+                for name in as_names(names_filter)
+                for site in self._named(name, chosen, is_chosen)
+            ]
         if not sites:
-            raise ValueError("Nothing would be cached: names_filter, steps and branch select no tensor that this run computes.")
+            raise ValueError(
+                "Nothing would be cached: names_filter, steps and branch select no tensor that "
+                "this run computes."
+            )
         return sites
 
-    def _named(self, name: str, steps: Sequence[int], is_chosen: Callable[[Site], bool]) -> list[Site]:
-        """The site of a full name, or those of a denoiser's name at every chosen step and branch."""
+    def _named(
+        self, name: str, steps: Sequence[int], is_chosen: Callable[[Site], bool]
+    ) -> list[Site]:
+        """The site of a full name, or those of a denoiser's name at every chosen step and
+        branch.
+        """
         if name in self.dit.mod_dict:
             inner = self.dit.canonical_name(name)
             every = (Site("dit", inner, step, branch) for step in steps for branch in BRANCHES)
             return [site for site in every if is_chosen(site)]
         site = self.site(name)
         if site.step is not None and site.step not in steps:
-            raise ValueError(f"{name!r} lies outside of the steps that are to be cached, {list(steps)}.")
+            raise ValueError(
+                f"{name!r} lies outside of the steps that are to be cached, {list(steps)}."
+            )
         return [site]
 
     def __iter__(self) -> Iterator[str]:

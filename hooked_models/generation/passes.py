@@ -1,4 +1,6 @@
-"""One pass of a run's rows through a loop: those that have left their record are computed, the others are read from it."""
+"""One pass of a run's rows through a loop: those that have left their record are computed, the
+others are read from it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 Rows = Int[Tensor, " row"] | None
 """Ascending indices of rows; None for all."""
 Denoise = Callable[[Call, Rows, Tensor, Tensor, TextState], Tensor]
-"""(call of these rows alone, their numbers in the run, latents, timestep, text) → prediction; hooks are in place."""
+"""(call of these rows alone, their numbers in the run, latents, timestep, text) → prediction; hooks
+are in place.
+"""
 
 
 def from_step(leave: int) -> Callable[[int], Rows]:
@@ -32,12 +36,14 @@ def from_step(leave: int) -> Callable[[int], Rows]:
 
 
 class Pass:
-    """A visitor of a loop (`loops.Visitor`) that fires hooks, keeps a record, and takes rows from an earlier one.
+    """A visitor of a loop (`loops.Visitor`) that fires hooks, keeps a record, and takes rows from
+    an earlier one.
 
     Args:
         inputs: `trajectory.Inputs`, or the `PipelineInputs` of another pipeline.
         hooks: resolved or predicates, in the order in which they act.
-        rows: step → the rows that are computed there; the others take latents and predictions from `record`.
+        rows: step → the rows that are computed there; the others take latents and predictions from
+            `record`.
         denoise: in place of the model's own denoiser.
         after: called with (step, record so far, latents after it).
     """
@@ -53,7 +59,12 @@ class Pass:
         after: Callable[[int, Record, Tensor], None] | None = None,
     ) -> None:
         self.model, self.inputs, self.hooks = model, inputs, Buckets(hooks)
-        self.old, self.rows, self.compute, self.on_step = record, rows, denoise or _plain(model), after
+        self.old, self.rows, self.compute, self.on_step = (
+            record,
+            rows,
+            denoise or _plain(model),
+            after,
+        )
         self.latents: list[Tensor] = []
         self.predictions: dict[tuple[int, tuple[Branch, ...]], Tensor] = {}
         self.outs: list[Tensor] = []
@@ -69,7 +80,9 @@ class Pass:
     def latent(self, step: int, latent: Tensor) -> Tensor:
         """As `hook_latent` leaves it."""
         rows = self._rows(step, latent)
-        found = self._merged(rows, self._at(step, "hook_latent", _some(latent, rows)), self._old("latents", step))
+        found = self._merged(
+            rows, self._at(step, "hook_latent", _some(latent, rows)), self._old("latents", step)
+        )
         self.latents.append(found.clone())  # a scheduler may write in place
         return found
 
@@ -88,12 +101,21 @@ class Pass:
         self.predictions[key] = self._merged(whole, new, old).clone()  # hooks may write in place
         names = [f"hook_out_{branch}" for branch in call.branches]
         if any(self._watched(call.step, name) for name in names):
-            new = torch.cat([self._at(call.step, n, new[part.part(b)]) for n, b in zip(names, call.branches, strict=True)])
+            new = torch.cat(
+                [
+                    self._at(call.step, n, new[part.part(b)])
+                    for n, b in zip(names, call.branches, strict=True)
+                ]
+            )
         return self._merged(whole, new, old)
 
     def call(self, call: Call, rows: Rows, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
-        """The denoiser's prediction for some of the run's rows, with the hooks inside it in place."""
-        inside = [hook for hook in self._firing(call.step, "dit") if hook.site.branch in call.branches]
+        """The denoiser's prediction for some of the run's rows, with the hooks inside it in
+        place.
+        """
+        inside = [
+            hook for hook in self._firing(call.step, "dit") if hook.site.branch in call.branches
+        ]
         with attach(inside, self.model.names.module, call.part, self.model.contexts()):
             return self.compute(call, rows, x, timestep, text)
 
@@ -144,7 +166,9 @@ class Pass:
 
     def _watched(self, step: int, inner: str) -> bool:
         point = self.model.sampler_hooks.hook_dict[inner]
-        return has_hooks(point) or any(hook.site.inner == inner for hook in self._firing(step, "sampler"))
+        return has_hooks(point) or any(
+            hook.site.inner == inner for hook in self._firing(step, "sampler")
+        )
 
     def _at(self, step: int, inner: str, tensor: Tensor) -> Tensor:
         """A tensor between calls as its hooks leave it."""
@@ -155,7 +179,9 @@ class Pass:
             return self.model.sampler_hooks.hook_dict[inner](tensor)
 
     def _through_x0(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
-        """The prediction that implies the clean image as `hook_x0` leaves it; `out` itself where nothing writes to that."""
+        """The prediction that implies the clean image as `hook_x0` leaves it; `out` itself where
+        nothing writes to that.
+        """
         solver = self.inputs.solver
         x0 = solver.x0(step, latent, out)
         version = x0._version

@@ -1,4 +1,6 @@
-"""Any diffusers text-to-image pipeline with a transformer as a hooked model, through the pipeline's own loop."""
+"""Any diffusers text-to-image pipeline with a transformer as a hooked model, through the pipeline's
+own loop.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,18 @@ from .trajectory import Run
 REMEMBERED = 4
 """Drafts that are kept for the next run of the same prompts."""
 GUIDANCE = ("true_cfg_scale", "guidance_scale")
-"""Arguments of pipelines' calls that guide. Where both exist, a model distilled with guidance takes the second."""
+"""Arguments of pipelines' calls that guide.
+
+Where both exist, a model distilled with guidance takes the second.
+"""
 
 
 PIXART_ALONE = ("noise", "encode", "decode", "image_size", "size_conditions", "prompt_texts")
 
 
 class HookedPipeline(HookedTextToImage):
-    """A diffusers pipeline whose denoiser is of a known family; made by `HookedTextToImage.from_pipeline`.
+    """A diffusers pipeline whose denoiser is of a known family; made by
+    `HookedTextToImage.from_pipeline`.
 
     Latents have the pipeline's own layout. Text encoders run as they are, without hooks.
 
@@ -50,12 +56,16 @@ class HookedPipeline(HookedTextToImage):
     """
 
     own_names = ("guidance_scale",)
-    """Names of diffusers that stand for no argument here: a pipeline may have two kinds of guidance."""
+    """Names of diffusers that stand for no argument here: a pipeline may have two kinds of
+    guidance.
+    """
     pipe: Any
     drafted: Any
     """Pipeline that drafts go through: `pipe`, or without weights one that computes no text."""
     options: dict[str, Any]
-    """Arguments of the pipeline's call that every run takes by default, such as `height`, `width` and `negative_prompt`."""
+    """Arguments of the pipeline's call that every run takes by default, such as `height`, `width`
+    and `negative_prompt`.
+    """
 
     def __init__(self, pipe: Any) -> None:
         super().__init__()
@@ -75,7 +85,8 @@ class HookedPipeline(HookedTextToImage):
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> HookedPipeline:
-        """Around a live pipeline; its modules are used, not copied, and no longer require gradients.
+        """Around a live pipeline; its modules are used, not copied, and no longer require
+        gradients.
 
         Raises:
             ValueError: its transformer is of no known family; the message names those that are.
@@ -84,13 +95,17 @@ class HookedPipeline(HookedTextToImage):
         for needed in ("transformer", "scheduler", "prepare_latents", "encode_prompt"):
             if getattr(pipe, needed, None) is None:
                 raise TypeError(
-                    f"{type(pipe).__name__} has no {needed}: HookedTextToImage takes PixArt and others that draw by one."
+                    f"{type(pipe).__name__} has no {needed}: HookedTextToImage takes PixArt and "
+                    "others that draw by one."
                 )
         return cls(pipe)
 
     def __getattr__(self, name: str) -> Any:
         if name in PIXART_ALONE:
-            raise AttributeError(f"{name} is PixArt's: {type(self.pipe).__name__} encodes text and draws noise in its own way.")
+            raise AttributeError(
+                f"{name} is PixArt's: {type(self.pipe).__name__} encodes text and draws noise in "
+                "its own way."
+            )
         return super().__getattr__(name)
 
     @property
@@ -104,12 +119,20 @@ class HookedPipeline(HookedTextToImage):
         return torch.device(self.pipe._execution_device)
 
     def digest(self) -> str:
-        """Hash of what decides a generation: every component's configuration and weights, and `options`."""
-        parts: list[str | Tensor] = [type(self.pipe).__name__, str(sorted(self.options.items(), key=str))]
+        """Hash of what decides a generation: every component's configuration and weights, and
+        `options`.
+        """
+        parts: list[str | Tensor] = [
+            type(self.pipe).__name__,
+            str(sorted(self.options.items(), key=str)),
+        ]
         for name, part in sorted(self.pipe.components.items()):
             config: Any = getattr(part, "config", None) or {}
             settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            parts.append(f"{name} {type(part).__name__} {sorted((k, str(v)) for k, v in settings.items() if k[:1] != '_')}")
+            parts.append(
+                f"{name} {type(part).__name__} "
+                f"{sorted((k, str(v)) for k, v in settings.items() if k[:1] != '_')}"
+            )
             parts += part.state_dict().values() if isinstance(part, nn.Module) else ()
         return digest(*parts)
 
@@ -123,7 +146,11 @@ class HookedPipeline(HookedTextToImage):
     def default_guidance(self) -> float:  # type: ignore[override]
         """The default of the pipeline's own argument; 1 if it has none."""
         name = self.guide
-        default = None if name is None else inspect.signature(type(self.pipe).__call__).parameters[name].default
+        default = (
+            None
+            if name is None
+            else inspect.signature(type(self.pipe).__call__).parameters[name].default
+        )
         return 1.0 if default in (None, inspect.Parameter.empty) else float(default)
 
     @property
@@ -131,7 +158,9 @@ class HookedPipeline(HookedTextToImage):
         """The pipeline's argument that `guidance` stands for."""
         known = inspect.signature(type(self.pipe).__call__).parameters
         distilled = bool(getattr(self.dit.config, "guidance_embeds", False))
-        return next((name for name in (GUIDANCE[::-1] if distilled else GUIDANCE) if name in known), None)
+        return next(
+            (name for name in (GUIDANCE[::-1] if distilled else GUIDANCE) if name in known), None
+        )
 
     def solver(self, num_steps: SupportsIndex) -> Solver:
         """The scheduler as the pipeline prepares it for runs of `num_steps`."""
@@ -153,25 +182,36 @@ class HookedPipeline(HookedTextToImage):
         latents: Tensor | None = None,
         **options: Any,
     ) -> PipelineInputs:
-        """As in HookedTextToImage, text encoded: the pipeline's loop is gone through once, without its transformer."""
+        """As in HookedTextToImage, text encoded: the pipeline's loop is gone through once, without
+        its transformer.
+        """
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{type(self.pipe).__name__} takes prompts as text: give a string, or several.")
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes prompts as text: give a string, or several."
+            )
         options = self._call_options(options, guidance, num_steps)
         seeds = tuple(seed_of_each(seed, len(texts)))
         key = self._draft_key(texts, options, latents)
         if key not in self._drafts:
             used = float(options.get(self.guide or "") or self.default_guidance)
-            inputs = PipelineInputs(self.drafted, self.dit, texts, options, seeds, latents, guidance=used)
+            inputs = PipelineInputs(
+                self.drafted, self.dit, texts, options, seeds, latents, guidance=used
+            )
             # values in the key's ids are kept, so that no other object takes their place
             self._drafts[key] = (options, latents, self.pipe.scheduler), self.loop.prepare(inputs)
             while len(self._drafts) > REMEMBERED:
                 self._drafts.popitem(last=False)
         return replace(self._drafts[key][1], seeds=seeds, weights=stamp(self.dit))
 
-    def _call_options(self, options: Mapping[str, Any], guidance: float | None, num_steps: int) -> dict[str, Any]:
+    def _call_options(
+        self, options: Mapping[str, Any], guidance: float | None, num_steps: int
+    ) -> dict[str, Any]:
         """Arguments of the pipeline's call. Raises TypeError for one that it lacks."""
-        known, options = inspect.signature(type(self.pipe).__call__).parameters, {**self.options, **options}
+        known, options = (
+            inspect.signature(type(self.pipe).__call__).parameters,
+            {**self.options, **options},
+        )
         if unknown := [name for name in options if name not in known]:
             raise TypeError(f"{type(self.pipe).__name__} has no argument {unknown[0]!r}.")
         guidance = None if guidance is None else number("guidance", guidance)
@@ -179,10 +219,16 @@ class HookedPipeline(HookedTextToImage):
             options[self.guide] = guidance
         return options | {"num_inference_steps": integer("num_steps", num_steps, 1)}
 
-    def _draft_key(self, texts: tuple[str, ...], options: Mapping[str, Any], latents: Any) -> tuple[Any, ...]:
+    def _draft_key(
+        self, texts: tuple[str, ...], options: Mapping[str, Any], latents: Any
+    ) -> tuple[Any, ...]:
         """Everything that a draft depends on: arguments, text encoders and scheduler."""
-        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
-        stamps = tuple((stamp(part), _attached_to(part)) for part in encoders if isinstance(part, nn.Module))
+        encoders = [
+            part for name, part in self.pipe.components.items() if name.startswith("text_encoder")
+        ]
+        stamps = tuple(
+            (stamp(part), _attached_to(part)) for part in encoders if isinstance(part, nn.Module)
+        )
         values = [(name, _key(value)) for name, value in sorted(options.items())]
         scheduler = self.pipe.scheduler
         return (texts, *values, _key(latents), stamps, id(scheduler), str(scheduler.config))
@@ -195,19 +241,28 @@ class HookedPipeline(HookedTextToImage):
         """As in HookedTextToImage; noise that was given as `latents` goes."""
         return replace(inputs, seeds=tuple(seeds), latents=None)
 
-    def between(self, inputs: PipelineInputs, others: PipelineInputs, alpha: float) -> PipelineInputs:
+    def between(
+        self, inputs: PipelineInputs, others: PipelineInputs, alpha: float
+    ) -> PipelineInputs:
         """As in HookedTextToImage: every tensor of the encoded text."""
         return replace(inputs, encoded=_lerp(inputs.encoded, others.encoded, alpha))
 
-    def alike(self, inputs: PipelineInputs, others: PipelineInputs) -> tuple[PipelineInputs, PipelineInputs]:
+    def alike(
+        self, inputs: PipelineInputs, others: PipelineInputs
+    ) -> tuple[PipelineInputs, PipelineInputs]:
         """As in HookedTextToImage."""
         for branch, layout in inputs.layouts.items():
-            one, other = (each.labels.get("joint", each.text_mask) for each in (layout, others.layouts[branch]))
+            one, other = (
+                each.labels.get("joint", each.text_mask)
+                for each in (layout, others.layouts[branch])
+            )
             if one.shape[-1] != other.shape[-1]:
-                lengths = " and ".join(str(each.text_mask.shape[1]) for each in (layout, others.layouts[branch]))
+                lengths = " and ".join(
+                    str(each.text_mask.shape[1]) for each in (layout, others.layouts[branch])
+                )
                 raise ValueError(
-                    f"The texts have {lengths} positions in this pipeline, so that activations do not correspond: pair prompts "
-                    "of equally many tokens."
+                    f"The texts have {lengths} positions in this pipeline, so that activations do "
+                    "not correspond: pair prompts of equally many tokens."
                 )
         return inputs, others
 
@@ -221,14 +276,18 @@ class HookedPipeline(HookedTextToImage):
         """As in HookedTextToImage."""
         inputs = prompts if isinstance(prompts, PipelineInputs) else self.draft(prompts)
         if branch not in inputs.layouts:
-            raise ValueError(f"There is no {branch}itional branch in runs of {type(self.pipe).__name__} with these options.")
+            raise ValueError(
+                f"There is no {branch}itional branch in runs of {type(self.pipe).__name__} with "
+                "these options."
+            )
         return inputs.layouts[branch]
 
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Raise TypeError: a pipeline may have several text encoders, each with its own tokens."""
         raise TypeError(
-            f"{type(self.pipe).__name__} takes prompts as text and tokenises them in its own way: model.encoded_texts(prompts) "
-            "has the tokens at its denoiser's text positions, and prompts.word('…') finds words among them."
+            f"{type(self.pipe).__name__} takes prompts as text and tokenises them in its own way: "
+            "model.encoded_texts(prompts) has the tokens at its denoiser's text positions, and "
+            "prompts.word('…') finds words among them."
         )
 
     def texts_read(self, prompts: Sequence[str], branch: Branch = "cond") -> list[str]:
@@ -238,11 +297,15 @@ class HookedPipeline(HookedTextToImage):
             return list(prompts)
         return list(negative) if isinstance(negative, list) else [negative] * len(prompts)
 
-    def encoded_texts(self, prompts: str | Sequence[str], length: int | None = None, **options: Any) -> list[EncodedText]:
-        """As in HookedTextToImage: which of a prompt's characters stand at each text position of the denoiser.
+    def encoded_texts(
+        self, prompts: str | Sequence[str], length: int | None = None, **options: Any
+    ) -> list[EncodedText]:
+        """As in HookedTextToImage: which of a prompt's characters stand at each text position of
+        the denoiser.
 
         Args:
-            length: in text positions, at least that of the longest prompt; the pipeline decides where tokens stand.
+            length: in text positions, at least that of the longest prompt; the pipeline decides
+                where tokens stand.
             options: of the run's call, such as `max_sequence_length`.
 
         Raises:
@@ -256,18 +319,31 @@ class HookedPipeline(HookedTextToImage):
         """As in HookedTextToImage; tensors between calls have the pipeline's own axes."""
         if site.part != "sampler" or site.inner == FINAL:
             return super().axes(site)
-        return ("batch", *(f"latent_{axis}" for axis in range(1, len(self.shape(self._example(), site)))))
+        return (
+            "batch",
+            *(f"latent_{axis}" for axis in range(1, len(self.shape(self._example(), site)))),
+        )
 
     def shape(self, inputs: PipelineInputs, site: Site) -> tuple[int, ...]:
         """As in HookedTextToImage."""
         if site.part == "sampler":
             return inputs.shapes[site.inner if site.inner in inputs.shapes else "hook_latent"]
         layout, cfg = inputs.layouts[site.branch or "cond"], self.dit.cfg
-        sizes = {"batch": len(inputs), "one": 1, "head": cfg.n_heads, "d_head": cfg.d_head, "d_model": cfg.d_model}
+        sizes = {
+            "batch": len(inputs),
+            "one": 1,
+            "head": cfg.n_heads,
+            "d_head": cfg.d_head,
+            "d_model": cfg.d_model,
+        }
         for kind, stream in (("", "image"), ("text_", "text"), ("joint_", "joint")):
             if stream in layout.labels:
                 length = layout.length(stream)
-                sizes |= {f"{kind}pos": length, _side("query", kind): length, _side("key", kind): length}
+                sizes |= {
+                    f"{kind}pos": length,
+                    _side("query", kind): length,
+                    _side("key", kind): length,
+                }
         return tuple(sizes[axis] for axis in self.dit.axes(site.inner))
 
     # Running
@@ -279,7 +355,10 @@ class HookedPipeline(HookedTextToImage):
             ValueError: the model was opened without weights.
         """
         if self.drafted is not self.pipe:
-            raise ValueError("This model was opened without weights: it has names, shapes and estimates, and draws nothing.")
+            raise ValueError(
+                "This model was opened without weights: it has names, shapes and estimates, and "
+                "draws nothing."
+            )
         return text.call(self.dit, latents)
 
     def pixels(self, run: Run) -> Float[Tensor, "batch 3 height width"]:
@@ -290,7 +369,11 @@ class HookedPipeline(HookedTextToImage):
 
 def _attached_to(module: nn.Module) -> tuple[int, ...]:
     """Numbers of torch's own hooks on a module and those inside, which no two hooks share."""
-    return tuple(number for part in module.modules() for number in (*part._forward_pre_hooks, *part._forward_hooks))
+    return tuple(
+        number
+        for part in module.modules()
+        for number in (*part._forward_pre_hooks, *part._forward_hooks)
+    )
 
 
 def _side(side: str, kind: str) -> str:

@@ -1,4 +1,6 @@
-"""Everything that a run of a diffusers pipeline is computed from, and the arguments of one call of its transformer."""
+"""Everything that a run of a diffusers pipeline is computed from, and the arguments of one call of
+its transformer.
+"""
 
 from __future__ import annotations
 
@@ -50,24 +52,39 @@ class Bound:
         def open_(value: Any) -> Any:
             if isinstance(value, list):
                 return [open_(one) for one in value]
-            closed = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+            closed = (
+                isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+            )
             return value.detach().requires_grad_() if closed else value
 
-        return replace(self, arguments={k: open_(v) if k == text else v for k, v in self.arguments.items()})
+        return replace(
+            self, arguments={k: open_(v) if k == text else v for k, v in self.arguments.items()}
+        )
 
     def expanded(self) -> Bound:
-        """With one row of text for each row of the latents, where a pipeline relies on broadcasting."""
+        """With one row of text for each row of the latents, where a pipeline relies on
+        broadcasting.
+        """
 
         def row_each(key: str, value: Any) -> Any:
-            one = isinstance(value, Tensor) and value.ndim > 1 and len(value) == 1 and key.startswith("encoder_hidden_states")
+            one = (
+                isinstance(value, Tensor)
+                and value.ndim > 1
+                and len(value) == 1
+                and key.startswith("encoder_hidden_states")
+            )
             return value.expand(self.rows, *value.shape[1:]) if one else value
 
-        return replace(self, arguments={key: row_each(key, value) for key, value in self.arguments.items()})
+        return replace(
+            self, arguments={key: row_each(key, value) for key, value in self.arguments.items()}
+        )
 
 
 @dataclass(frozen=True)
 class PipelineInputs:
-    """Everything that a pipeline's generation is computed from; the counterpart of `trajectory.Inputs`."""
+    """Everything that a pipeline's generation is computed from; the counterpart of
+    `trajectory.Inputs`.
+    """
 
     pipe: Any = field(repr=False)
     dit: FamilyModel = field(repr=False)
@@ -112,7 +129,9 @@ class PipelineInputs:
         return slice(0, len(self))
 
     def bias(self, attention: str, branch: Branch, scores: Any) -> Tensor | None:
-        """As in `trajectory.Inputs`: what the kernel of the running call adds, in the branch's rows."""
+        """As in `trajectory.Inputs`: what the kernel of the running call adds, in the branch's
+        rows.
+        """
         found = scores.bias()
         if found is None or len(found) <= len(self):
             return found
@@ -145,7 +164,9 @@ class PipelineInputs:
         """The inputs of some rows; rows may repeat."""
         some, of = rows.tolist(), len(self)
         encoded = tuple(
-            tuple(rows_of(part, rows, of) for part in one) if isinstance(one, tuple) else rows_of(one, rows, of)
+            tuple(rows_of(part, rows, of) for part in one)
+            if isinstance(one, tuple)
+            else rows_of(one, rows, of)
             for one in self.encoded
         )
         return replace(

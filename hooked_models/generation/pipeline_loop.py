@@ -1,8 +1,9 @@
 """A generation as a loop over denoiser calls: any diffusers pipeline's own `__call__`.
 
-A shallow copy of the pipeline runs, with its own scheduler and stand-ins for `encode_prompt` (hands out the text that was encoded
-once, row by row), `prepare_latents` and `scheduler.step` (show the tensors between calls to a visitor) and the transformer (whose
-predictions the visitor gives). No pipeline's loop is written again.
+A shallow copy of the pipeline runs, with its own scheduler and stand-ins for `encode_prompt` (hands
+out the text that was encoded once, row by row), `prepare_latents` and `scheduler.step` (show the
+tensors between calls to a visitor) and the transformer (whose predictions the visitor gives). No
+pipeline's loop is written again.
 """
 
 from __future__ import annotations
@@ -49,19 +50,27 @@ class _Transformer:
         """Names the branch of the calls inside, where the pipeline does."""
         self._running.named = name if name in ("cond", "uncond") else None
         try:
-            with getattr(self._module, "cache_context", lambda name, **more: nullcontext())(name, **more):
+            with getattr(self._module, "cache_context", lambda name, **more: nullcontext())(
+                name, **more
+            ):
                 yield
         finally:
             self._running.named = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(type(self._module).forward).bind(self._module, *args, **kwargs).arguments
+        bound = (
+            inspect.signature(type(self._module).forward)
+            .bind(self._module, *args, **kwargs)
+            .arguments
+        )
         bound.pop("self")
         returns_dict = bound.pop("return_dict", True)
         latents = bound.pop(self._image, None)
         if isinstance(latents, list):
             prediction: Any = list(
-                self._running.denoise(torch.stack(latents), Bound(dict(bound), len(latents), self._image, True))
+                self._running.denoise(
+                    torch.stack(latents), Bound(dict(bound), len(latents), self._image, True)
+                )
             )
         else:
             rows = len(latents) if isinstance(latents, Tensor) else 0
@@ -104,7 +113,11 @@ class Running:
         inputs, call = self.inputs, type(self.inputs.pipe).__call__
         if torch.is_grad_enabled():
             call = getattr(call, "__wrapped__", call)
-        arguments = {**inputs.options, **more, "generator": [torch.Generator().manual_seed(seed) for seed in inputs.seeds]}
+        arguments = {
+            **inputs.options,
+            **more,
+            "generator": [torch.Generator().manual_seed(seed) for seed in inputs.seeds],
+        }
         if inputs.latents is not None:
             arguments["latents"] = inputs.latents
         if not any(key.startswith("prompt_embeds") for key in arguments):
@@ -117,7 +130,9 @@ class Running:
     def _encoding(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             known = self.inputs.encoded
-            found = known[self.encodings] if self.encodings < len(known) else encode(*args, **kwargs)
+            found = (
+                known[self.encodings] if self.encodings < len(known) else encode(*args, **kwargs)
+            )
             self.encodings += 1
             self.encoded.append(found)
             return found
@@ -139,10 +154,14 @@ class Running:
         @wraps(advance)  # pipelines read from its signature if they may pass a generator
         def step(out: Tensor, timestep: Any, latent: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.solver is None:
-                self.solver = self.inputs.solver or solver_prepared(vars(self.pipe)["scheduler"], self.inputs.num_steps)
+                self.solver = self.inputs.solver or solver_prepared(
+                    vars(self.pipe)["scheduler"], self.inputs.num_steps
+                )
             returns_dict = kwargs.pop("return_dict", True)
             out = self.visitor.out(self.step, latent, out)
-            after = advance(out, timestep, latent, *args, **kwargs, return_dict=False)[0].to(latent.dtype)
+            after = advance(out, timestep, latent, *args, **kwargs, return_dict=False)[0].to(
+                latent.dtype
+            )
             self.visitor.after(self.step, after)
             self.step, self.calls = self.step + 1, 0
             self._stop_at(after)
@@ -166,20 +185,27 @@ class Running:
         n = len(self.inputs)
         if not isinstance(x, Tensor) or len(x) not in (n, 2 * n):
             raise NotImplementedError(
-                f"{type(self.inputs.pipe).__name__} gives its transformer latents that are not rows of its prompts: whole "
-                "generations of it are not hooked; hooked_models.families.hook(pipe.transformer) hooks its calls."
+                f"{type(self.inputs.pipe).__name__} gives its transformer latents that are not "
+                "rows of its prompts: whole generations of it are not hooked; "
+                "hooked_models.families.hook(pipe.transformer) hooks its calls."
             )
-        together: tuple[Branch, ...] = ("cond", "uncond") if self.inputs.dit.family.cond_first else ("uncond", "cond")
+        together: tuple[Branch, ...] = (
+            ("cond", "uncond") if self.inputs.dit.family.cond_first else ("uncond", "cond")
+        )
         branches = together if len(x) == 2 * n else (self.named or BRANCHES[self.calls],)
         self.calls += 1
         call = Call(self.step, branches, n)
         self.calls_made.append((call, text, x))
-        timestep = next((text.arguments[name] for name in ("timestep", "t") if name in text.arguments), None)
+        timestep = next(
+            (text.arguments[name] for name in ("timestep", "t") if name in text.arguments), None
+        )
         return self.visitor.denoise(call, x, timestep, text)  # type: ignore[arg-type]
 
 
 class Trial:
-    """A visitor that finds out which calls a pipeline makes, without computing them: predictions are zeros."""
+    """A visitor that finds out which calls a pipeline makes, without computing them: predictions
+    are zeros.
+    """
 
     def __init__(self, transformer: Any = None, channels: tuple[int, ...] | None = None) -> None:
         self.transformer, self.shape = transformer, channels
@@ -194,7 +220,9 @@ class Trial:
             if not has_weights_on(self.transformer):
                 text, x = replace(text, arguments=moved(text.arguments, "meta")), x.to("meta")
             self.shape = text.call(self.transformer, x).shape[1:]
-        return torch.zeros_like(like) if self.shape is None else like.new_zeros(len(like), *self.shape)
+        return (
+            torch.zeros_like(like) if self.shape is None else like.new_zeros(len(like), *self.shape)
+        )
 
     def out(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
         return out
@@ -204,7 +232,9 @@ class Trial:
 
 
 class _Answers(Trial):
-    """A visitor of a finished run, whose last latents are put in the place of what the scheduler makes."""
+    """A visitor of a finished run, whose last latents are put in the place of what the scheduler
+    makes.
+    """
 
     def __init__(self, predictions: Mapping[Any, Tensor], shape: tuple[int, ...]) -> None:
         super().__init__(channels=shape)
@@ -218,18 +248,24 @@ class _Answers(Trial):
 class PipelineLoop:
     """A diffusers pipeline's own loop."""
 
-    def __call__(self, inputs: PipelineInputs, visitor: Visitor, until: int) -> Float[Tensor, "batch ..."]:
+    def __call__(
+        self, inputs: PipelineInputs, visitor: Visitor, until: int
+    ) -> Float[Tensor, "batch ..."]:
         """The latents before step `until`, in the pipeline's own layout."""
         return Running(inputs, visitor, until).run(output_type="latent")
 
     @torch.no_grad()
     def prepare(self, inputs: PipelineInputs) -> PipelineInputs:
-        """The inputs with text encoded, the scheduler as the pipeline prepares it, and its calls known, step by step."""
+        """The inputs with text encoded, the scheduler as the pipeline prepares it, and its calls
+        known, step by step.
+        """
         trial = Trial()
         running = Running(inputs, trial, None).quiet()
         try:
             running.run(output_type="latent")
-        except RuntimeError:  # the prediction has another shape than the latents: one of the transformer itself
+        except (
+            RuntimeError
+        ):  # the prediction has another shape than the latents: one of the transformer itself
             trial = Trial(inputs.pipe.transformer)
             running = Running(replace(inputs, encoded=tuple(running.encoded)), trial, None).quiet()
             running.run(output_type="latent")
@@ -242,7 +278,9 @@ class PipelineLoop:
                 for branch in call.branches:
                     part = call.part(branch)
                     layouts[branch] = whole.take(torch.arange(part.start, part.stop))
-        first = [branch for call, *_ in running.calls_made if call.step == 0 for branch in call.branches]
+        first = [
+            branch for call, *_ in running.calls_made if call.step == 0 for branch in call.branches
+        ]
         predicted = (len(inputs), *(trial.shape or running.calls_made[0][2].shape[1:]))
         shapes = running.shapes | dict.fromkeys(("hook_out_cond", "hook_out_uncond"), predicted)
         return replace(
@@ -255,9 +293,13 @@ class PipelineLoop:
             shapes=shapes | {FINAL: image_shape(inputs)},
         )
 
-    def decode(self, inputs: PipelineInputs, record: Any, latent: Tensor) -> Float[Tensor, "batch 3 height width"]:
+    def decode(
+        self, inputs: PipelineInputs, record: Any, latent: Tensor
+    ) -> Float[Tensor, "batch 3 height width"]:
         """Images in [0, 1], by the pipeline's own decoding of the last latents."""
-        running = Running(inputs, _Answers(record.predictions, inputs.shapes["hook_out_cond"][1:]), None).quiet()
+        running = Running(
+            inputs, _Answers(record.predictions, inputs.shapes["hook_out_cond"][1:]), None
+        ).quiet()
         scheduler, last = vars(running.pipe)["scheduler"], len(inputs.solver) - 1
         step = scheduler.step
 
@@ -265,7 +307,11 @@ class PipelineLoop:
         def answered(out: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             out = record.outs[running.step].to(out) if running.step < len(record) else out
             found = step(out, timestep, sample, *args, **kwargs)
-            return ((latent,) if isinstance(found, tuple) else type(found)(prev_sample=latent)) if running.step > last else found
+            return (
+                ((latent,) if isinstance(found, tuple) else type(found)(prev_sample=latent))
+                if running.step > last
+                else found
+            )
 
         scheduler.step = answered
         output = running.run(output_type="pt")

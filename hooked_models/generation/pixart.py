@@ -1,6 +1,7 @@
 """PixArt-α and PixArt-Σ: the generation whose every tensor has a name, text encoder included.
 
-Source of the arithmetic: `PixArtSigmaPipeline.__call__` (diffusers 0.42), which images are equal to.
+Source of the arithmetic: `PixArtSigmaPipeline.__call__` (diffusers 0.42), which images are equal
+to.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ LONGEST_TEXT, LARGEST_SIDE = 2**16, 2**14
 
 
 def hooked_encoder(encoder: nn.Module) -> nn.Module:
-    """Around a T5 or a random-token encoder; any other (and one that is hooked already) is returned as it is."""
+    """Around a T5 or a random-token encoder; any other (and one that is hooked already) is returned
+    as it is.
+    """
     if isinstance(encoder, RandomTokenEncoder):
         return HookedTokenEncoder(encoder)
     return HookedT5Encoder(encoder) if isinstance(encoder, T5EncoderModel) else encoder
@@ -52,13 +55,22 @@ def hooked_encoder(encoder: nn.Module) -> nn.Module:
 def refuse_options(options: Mapping[str, Any]) -> None:
     """Raise TypeError for arguments of a run that PixArt has not."""
     for name in options:
-        raise TypeError(f"{name}= " + (f"is called {RENAMED[name]}= here." if name in RENAMED else "does not exist for PixArt."))
+        raise TypeError(
+            f"{name}= "
+            + (
+                f"is called {RENAMED[name]}= here."
+                if name in RENAMED
+                else "does not exist for PixArt."
+            )
+        )
 
 
 class HookedPixArt(HookedTextToImage):
-    """A PixArt pipeline, hooked down to the text encoder; `HookedTextToImage(…)` of its parts makes one.
+    """A PixArt pipeline, hooked down to the text encoder; `HookedTextToImage(…)` of its parts makes
+    one.
 
-    Text is as long as the batch's longest prompt (pads carry exactly no attention), unless tokens of another length are given.
+    Text is as long as the batch's longest prompt (pads carry exactly no attention), unless tokens
+    of another length are given.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -70,9 +82,18 @@ class HookedPixArt(HookedTextToImage):
     text_keys_are_constant = True
     enters_at_layers = True
     allow_unknown_words = False
-    """Let the text encoder read words outside of its vocabulary, as <unk>; by default they are an error."""
+    """Let the text encoder read words outside of its vocabulary, as <unk>; by default they are an
+    error.
+    """
 
-    def __init__(self, transformer: nn.Module, text_encoder: nn.Module, tokenizer: Any, codec: nn.Module, scheduler: Any) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer: Any,
+        codec: nn.Module,
+        scheduler: Any,
+    ) -> None:
         super().__init__()
         self.dit = transformer if isinstance(transformer, HookedDiT) else HookedDiT(transformer)
         empty_prompts.skip(self.dit)
@@ -83,7 +104,9 @@ class HookedPixArt(HookedTextToImage):
         self.scheduler = scheduler
         self.sampler_hooks = SamplerHooks()
         with_hooks = self.text_encoder if isinstance(self.text_encoder, HookedModule) else None
-        self.names = GenerationNames(self.dit, self.sampler_hooks, with_hooks, lambda: self.count_steps(DEFAULT_STEPS))
+        self.names = GenerationNames(
+            self.dit, self.sampler_hooks, with_hooks, lambda: self.count_steps(DEFAULT_STEPS)
+        )
         self.loop = PixArtLoop(self.dit.cfg.in_channels)
 
     @classmethod
@@ -92,17 +115,22 @@ class HookedPixArt(HookedTextToImage):
         for name, part in (("transformer", pipe.transformer), ("text_encoder", pipe.text_encoder)):
             if len(devices := {str(p.device) for p in part.parameters()}) > 1:
                 raise ValueError(
-                    f"The {name} is spread over {', '.join(sorted(devices))}; hooked, it must be on one device: load it without "
+                    f"The {name} is spread over {', '.join(sorted(devices))}; hooked, it must be "
+                    "on one device: load it without "
                     "offloading or device map, then use enable_cpu_offload()."
                 )
-        model = cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler).eval()
+        model = cls(
+            pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler
+        ).eval()
         model.pipeline_class = type(pipe)
         for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
             part.requires_grad_(False)
         return model
 
     def check_wrapped(self) -> None:
-        """Raise ValueError if a wrapped module was changed in a way that this model would ignore."""
+        """Raise ValueError if a wrapped module was changed in a way that this model would
+        ignore.
+        """
         self.dit.wrapping.check()
         if isinstance(self.text_encoder, HookedT5Encoder):
             self.text_encoder.wrapping.check()
@@ -117,36 +145,51 @@ class HookedPixArt(HookedTextToImage):
     def prompt_texts(self, prompts: str | Sequence[str]) -> list[str]:
         """The texts that are tokenised: prompts in lower case, as diffusers does it.
 
-        With `clean_caption` they are cleaned as diffusers does (addresses, HTML, quotation marks, brackets, …).
+        With `clean_caption` they are cleaned as diffusers does (addresses, HTML, quotation marks,
+        brackets, …).
 
         Raises:
             ValueError: there is no prompt, or one is no string.
-            ImportError: `clean_caption` lacks its libraries, where diffusers would go on without cleaning.
+            ImportError: `clean_caption` lacks its libraries, where diffusers would go on without
+                cleaning.
 
         Example:
-            >>> HookedTextToImage.from_pretrained("rte-micro", weights=False).prompt_texts(" Red circle")
+            >>> HookedTextToImage.from_pretrained("rte-micro", weights=False).prompt_texts(
+            ...     " Red circle"
+            ... )
             ['red circle']
         """
         if isinstance(prompts, Mapping) or not (isinstance(prompts, str) or is_several(prompts)):
-            raise ValueError(f"prompts={shown(prompts)}: give a string or several, or token ids as one tensor.")
+            raise ValueError(
+                f"prompts={shown(prompts)}: give a string or several, or token ids as one tensor."
+            )
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("prompts is empty: give at least one prompt.")
         if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-            raise ValueError(f"prompts holds {shown(wrong[0])}, which is no string: give strings, or token ids as one tensor.")
+            raise ValueError(
+                f"prompts holds {shown(wrong[0])}, which is no string: give strings, or token ids "
+                "as one tensor."
+            )
         texts = [prompt.lower().strip() for prompt in prompts]
         if self.clean_caption:
             if not (is_bs4_available() and is_ftfy_available()):
-                raise ImportError("clean_caption=True needs two more packages: pip install beautifulsoup4 ftfy")
+                raise ImportError(
+                    "clean_caption=True needs two more packages: pip install beautifulsoup4 ftfy"
+                )
             texts = self.as_diffusers()._text_preprocessing(texts, clean_caption=True)
         return texts
 
-    def to_tokens(self, prompts: str | Sequence[str], length: int | None = None) -> Int[Tensor, "batch text_pos"]:
-        """Tokenize `prompt_texts(prompts)`: ids with EOS, padded to the longest prompt or to `length`.
+    def to_tokens(
+        self, prompts: str | Sequence[str], length: int | None = None
+    ) -> Int[Tensor, "batch text_pos"]:
+        """Tokenize `prompt_texts(prompts)`: ids with EOS, padded to the longest prompt or to
+        `length`.
 
         Raises:
-            ValueError: a prompt is too long, or has a word outside of the encoder's vocabulary (which the message names;
-                `model.allow_unknown_words = True` lets a T5 read it as <unk>).
+            ValueError: a prompt is too long, or has a word outside of the encoder's vocabulary
+                (which the message names; `model.allow_unknown_words = True` lets a T5 read it as
+                <unk>).
 
         Example:
             >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
@@ -161,14 +204,24 @@ class HookedPixArt(HookedTextToImage):
         ids = tokens.input_ids
         limit = length or self.max_sequence_length
         if ids.shape[1] > limit:
-            raise ValueError(f"A prompt has {ids.shape[1]} tokens, but {limit} is the longest that this model reads: shorten it.")
+            raise ValueError(
+                f"A prompt has {ids.shape[1]} tokens, but {limit} is the longest that this model "
+                "reads: shorten it."
+            )
         if self.tokenizer.unk_token_id in ids.unique().tolist():
             self._check_known(texts)
-        return ids if self.device.type == "meta" else ids.to(self.device)  # without weights, tokens keep their values
+        # without weights, tokens keep their values
+        return ids if self.device.type == "meta" else ids.to(self.device)
 
     def _check_known(self, texts: Sequence[str]) -> None:
-        """Raise ValueError that names the words outside of the vocabulary, unless they are allowed."""
-        unknown = {text: words for text in texts if (words := encode_text(self.tokenizer, text).unknown_words)}
+        """Raise ValueError that names the words outside of the vocabulary, unless they are
+        allowed.
+        """
+        unknown = {
+            text: words
+            for text in texts
+            if (words := encode_text(self.tokenizer, text).unknown_words)
+        }
         words = list(dict.fromkeys(word for found in unknown.values() for word in found))
         if not words:  # CLIP's <unk> is its EOS
             return
@@ -176,7 +229,8 @@ class HookedPixArt(HookedTextToImage):
             raise ValueError(self.text_encoder.wrapped.no_vector_for(words))
         if not self.allow_unknown_words:
             raise ValueError(
-                f"The text encoder does not know {', '.join(map(repr, words))} in {next(iter(unknown))!r} and would read <unk>: "
+                f"The text encoder does not know {', '.join(map(repr, words))} in "
+                f"{next(iter(unknown))!r} and would read <unk>: "
                 "use other words, or set model.allow_unknown_words = True."
             )
 
@@ -186,17 +240,24 @@ class HookedPixArt(HookedTextToImage):
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(ids.tolist())]
 
     def _token_ids(self, tokens: Tensor) -> Tensor:
-        return token_ids(tokens, getattr(getattr(self.text_encoder, "cfg", None), "d_vocab", len(self.tokenizer)))
+        return token_ids(
+            tokens, getattr(getattr(self.text_encoder, "cfg", None), "d_vocab", len(self.tokenizer))
+        )
 
     def _initial(self, latents: Any, batch: int) -> Tensor:
         return initial_latents(latents, batch, self.cfg.in_channels, self.cfg.patch_size)
 
-    def encode(self, tokens: Int[Tensor, "batch text_pos"], guidance: float = DEFAULT_GUIDANCE) -> TextState:
-        """Text features, captions, keys and values, computed once for all steps; with guidance for rows [uncond; cond].
+    def encode(
+        self, tokens: Int[Tensor, "batch text_pos"], guidance: float = DEFAULT_GUIDANCE
+    ) -> TextState:
+        """Text features, captions, keys and values, computed once for all steps; with guidance for
+        rows [uncond; cond].
 
         Example:
             >>> model = HookedTextToImage.from_pretrained("rte-nano")
-            >>> model.encode(model.to_tokens("red circle above blue square"), guidance=1.0).text.shape[0]
+            >>> model.encode(
+            ...     model.to_tokens("red circle above blue square"), guidance=1.0
+            ... ).text.shape[0]
             1
         """
         self._use("text_encoder")
@@ -208,13 +269,22 @@ class HookedPixArt(HookedTextToImage):
             self._use("dit")
             return self.dit.encode_text(cond, mask.to(self.device))
         null_tokens = self.tokenizer([""], return_tensors="pt").input_ids.to(tokens.device)
-        null_tokens = nn.functional.pad(null_tokens, (0, tokens.shape[1] - null_tokens.shape[1]), value=PAD_ID)
-        null_tokens = null_tokens.expand(len(tokens), -1)  # a row a prompt, so that hooks can tell them apart
+        null_tokens = nn.functional.pad(
+            null_tokens, (0, tokens.shape[1] - null_tokens.shape[1]), value=PAD_ID
+        )
+        # a row a prompt, so that hooks can tell them apart
+        null_tokens = null_tokens.expand(len(tokens), -1)
         null_mask = (null_tokens != PAD_ID).long()
-        with attach(self._firing_in("null_text_encoder"), self.names.module, contexts=self.contexts()):
-            uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(self.device, self.dit.dtype)
+        with attach(
+            self._firing_in("null_text_encoder"), self.names.module, contexts=self.contexts()
+        ):
+            uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(
+                self.device, self.dit.dtype
+            )
         self._use("dit")
-        return self.dit.encode_text(torch.cat([uncond, cond]), torch.cat([null_mask, mask]).to(self.device))
+        return self.dit.encode_text(
+            torch.cat([uncond, cond]), torch.cat([null_mask, mask]).to(self.device)
+        )
 
     def _firing_in(self, part: Part) -> Iterator[Attached]:
         return self.firing(lambda site: site.part == part, lambda: self.names.sites(steps=[]))
@@ -230,18 +300,35 @@ class HookedPixArt(HookedTextToImage):
         latents: Tensor | None = None,
         **options: Any,
     ) -> Inputs:
-        """As in HookedTextToImage; a text of zero width stands for the text that is not encoded yet."""
+        """As in HookedTextToImage; a text of zero width stands for the text that is not encoded
+        yet.
+        """
         refuse_options(options)
         guidance = number("guidance", self.default_guidance if guidance is None else guidance)
-        tokens = (self._token_ids(prompts) if isinstance(prompts, Tensor) else self.to_tokens(prompts)).to(self.device)
+        tokens = (
+            self._token_ids(prompts) if isinstance(prompts, Tensor) else self.to_tokens(prompts)
+        ).to(self.device)
         self.check_wrapped()
         solver = self.solver(num_steps)
         seeds = tuple(seed_of_each(seed, len(tokens)))
         drawn = latents is None
-        noise = self.noise(seeds, len(tokens)) if latents is None else self._initial(latents, len(tokens))
+        noise = (
+            self.noise(seeds, len(tokens))
+            if latents is None
+            else self._initial(latents, len(tokens))
+        )
         noise = noise.to(self.device, self.dit.dtype)
         empty = noise.new_empty(len(branches_of(guidance)) * len(tokens), 0, 0)
-        return Inputs(tokens, TextState(empty, empty, None, ()), noise, seeds, drawn, guidance, solver, stamp(self.dit))
+        return Inputs(
+            tokens,
+            TextState(empty, empty, None, ()),
+            noise,
+            seeds,
+            drawn,
+            guidance,
+            solver,
+            stamp(self.dit),
+        )
 
     def encoded(self, inputs: Inputs) -> Inputs:
         """As in HookedTextToImage."""
@@ -249,13 +336,20 @@ class HookedPixArt(HookedTextToImage):
 
     def reseeded(self, inputs: Inputs, seeds: Sequence[int]) -> Inputs:
         """As in HookedTextToImage."""
-        return replace(inputs, latents=self.noise(seeds, len(inputs)).to(inputs.latents), seeds=tuple(seeds), drawn=True)
+        return replace(
+            inputs,
+            latents=self.noise(seeds, len(inputs)).to(inputs.latents),
+            seeds=tuple(seeds),
+            drawn=True,
+        )
 
     def between(self, inputs: Inputs, others: Inputs, alpha: float) -> Inputs:
         """As in HookedTextToImage: the text features, and the noise where it differs."""
         features = torch.lerp(inputs.text.text, others.text.text, alpha)
         latents = torch.lerp(inputs.latents, others.latents, alpha)
-        return replace(inputs, text=self.dit.encode_text(features, inputs.text.bias), latents=latents)
+        return replace(
+            inputs, text=self.dit.encode_text(features, inputs.text.bias), latents=latents
+        )
 
     @torch.no_grad()
     def alike(self, inputs: Inputs, others: Inputs) -> tuple[Inputs, Inputs]:
@@ -285,7 +379,11 @@ class HookedPixArt(HookedTextToImage):
         """As in HookedTextToImage."""
         tokens = prompts.tokens if isinstance(prompts, Inputs) else prompts
         tokens = tokens if isinstance(tokens, Tensor) else self.to_tokens(tokens)
-        side = (self.cfg.sample_size, self.cfg.sample_size) if not isinstance(prompts, Inputs) else prompts.latents.shape[-2:]
+        side = (
+            (self.cfg.sample_size, self.cfg.sample_size)
+            if not isinstance(prompts, Inputs)
+            else prompts.latents.shape[-2:]
+        )
         mask = (tokens != PAD_ID).cpu()
         if branch == "uncond":
             mask = (torch.arange(mask.shape[1]) == 0).expand(len(mask), -1)
@@ -296,8 +394,11 @@ class HookedPixArt(HookedTextToImage):
         """As in HookedTextToImage."""
         return [""] * len(prompts) if branch == "uncond" else list(prompts)
 
-    def encoded_texts(self, prompts: str | Sequence[str], length: int | None = None, **options: Any) -> list[EncodedText]:
-        """Each prompt as it is tokenised, with character offsets, padded to the longest or to `length`.
+    def encoded_texts(
+        self, prompts: str | Sequence[str], length: int | None = None, **options: Any
+    ) -> list[EncodedText]:
+        """Each prompt as it is tokenised, with character offsets, padded to the longest or to
+        `length`.
 
         Example:
             >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
@@ -312,7 +413,9 @@ class HookedPixArt(HookedTextToImage):
         """As in HookedTextToImage."""
         grid: Any = tuple(inputs.latents.shape[-2:])
         cfg = self.text_encoder.cfg if site.part.endswith("text_encoder") else self.cfg
-        return activation_shape(cfg, site, len(inputs), grid, inputs.tokens.shape[1], self.image_size(grid))
+        return activation_shape(
+            cfg, site, len(inputs), grid, inputs.tokens.shape[1], self.image_size(grid)
+        )
 
     def noise(
         self,
@@ -327,38 +430,58 @@ class HookedPixArt(HookedTextToImage):
 
             model(prompts, latents=model.noise(height=512, width=768))
 
-        `binning` takes the trained size with the nearest aspect ratio, as diffusers' pipelines do; `resolution.resize_and_crop`
-        gives the images the size that was requested.
+        `binning` takes the trained size with the nearest aspect ratio, as diffusers' pipelines do;
+        `resolution.resize_and_crop` gives the images the size that was requested.
         """
         batch, grid = integer("batch", batch, 1, 10**6), (self.cfg.sample_size,) * 2
         if height is not None or width is not None:
             if height is None or width is None:
-                raise ValueError("Give height and width in pixels, or neither for the trained size.")
+                raise ValueError(
+                    "Give height and width in pixels, or neither for the trained size."
+                )
             smallest = self.image_size((self.cfg.patch_size,) * 2)[0]
-            height, width = (integer(name, side, smallest, LARGEST_SIDE) for name, side in (("height", height), ("width", width)))
+            height, width = (
+                integer(name, side, smallest, LARGEST_SIDE)
+                for name, side in (("height", height), ("width", width))
+            )
             if binning:
                 height, width = nearest_resolution(height, width, self.cfg.sample_size)
             if height % smallest or width % smallest:
-                raise ValueError(f"height={height}, width={width}: give multiples of {smallest} pixels, the size of a patch.")
+                raise ValueError(
+                    f"height={height}, width={width}: give multiples of {smallest} pixels, the "
+                    "size of a patch."
+                )
             pixels = self.image_size((1, 1))[0]
             grid = (height // pixels, width // pixels)
         return seeded_noise(seed_of_each(seed, batch), (self.cfg.in_channels, *grid))
 
     def denoise(
-        self, latents: Float[Tensor, "batch channel rows columns"], timestep: Shaped[Tensor, " batch"], text: TextState
+        self,
+        latents: Float[Tensor, "batch channel rows columns"],
+        timestep: Shaped[Tensor, " batch"],
+        text: TextState,
     ) -> Float[Tensor, "batch out_channel rows columns"]:
-        """One call of the denoiser, with the size conditions of PixArt-α at 1024 px where the model has them."""
+        """One call of the denoiser, with the size conditions of PixArt-α at 1024 px where the model
+        has them.
+        """
         self._use("dit")
         sizes = self.size_conditions(latents)
-        return self.dit(latents, timestep=timestep, added_cond_kwargs=sizes, text_state=text, return_dict=False)[0]
+        return self.dit(
+            latents, timestep=timestep, added_cond_kwargs=sizes, text_state=text, return_dict=False
+        )[0]
 
     def size_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """The image sizes [batch 2] and aspect ratios [batch 1] that a denoiser is conditioned on; None if it is on none."""
+        """The image sizes [batch 2] and aspect ratios [batch 1] that a denoiser is conditioned on;
+        None if it is on none.
+        """
         if not self.cfg.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = self.image_size(latents.shape[-2:])
         resolution = latents.new_tensor([[height, width]]).expand(len(latents), -1)
-        return {"resolution": resolution, "aspect_ratio": latents.new_tensor([[height / width]]).expand(len(latents), -1)}
+        return {
+            "resolution": resolution,
+            "aspect_ratio": latents.new_tensor([[height / width]]).expand(len(latents), -1),
+        }
 
     def image_size(self, grid: Sequence[int]) -> tuple[int, int]:
         """Height and width in pixels of the image of latents with these rows and columns."""
@@ -369,7 +492,9 @@ class HookedPixArt(HookedTextToImage):
         """As in HookedTextToImage."""
         return self.decoded(run.latent)
 
-    def decoded(self, latent: Float[Tensor, "batch channel rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+    def decoded(
+        self, latent: Float[Tensor, "batch channel rows columns"]
+    ) -> Float[Tensor, "batch 3 height width"]:
         """Images in [0, 1] of latents, through no hook."""
         self._use("codec")
         latent = latent.to(self.codec.device, self.codec.dtype)
@@ -379,5 +504,7 @@ class HookedPixArt(HookedTextToImage):
     def decode(
         self, latent: Float[Tensor, "batch channel rows columns"], hooks: Sequence[Attached] = ()
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Latents → images in [0, 1], through `hook_image`: with `hooks`, then with those attached to the model by now."""
+        """Latents → images in [0, 1], through `hook_image`: with `hooks`, then with those attached
+        to the model by now.
+        """
         return self.seen(self.decoded(latent), hooks)

@@ -1,8 +1,10 @@
-"""A diffusers scheduler as a loop uses it: how many steps it takes, their noise levels, and its own arithmetic.
+"""A diffusers scheduler as a loop uses it: how many steps it takes, their noise levels, and its own
+arithmetic.
 
-Every run gets a fresh copy of the prepared scheduler and goes through all of its steps, so its memory of earlier steps (multistep
-solvers) and its noise (ancestral ones) simply happen again. Before a scheduler is used it is tried on a few numbers with a known
-answer: one that does not draw, or whose rows depend on one another, is refused by what it does, not by its name.
+Every run gets a fresh copy of the prepared scheduler and goes through all of its steps, so its
+memory of earlier steps (multistep solvers) and its noise (ancestral ones) simply happen again.
+Before a scheduler is used it is tried on a few numbers with a known answer: one that does not draw,
+or whose rows depend on one another, is refused by what it does, not by its name.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _FILTERS = threading.Lock()
 class Solver:
     """A scheduler prepared for runs of `num_steps`; made by `solver_of`, which also tries it.
 
-    A step is one evaluation of the denoiser: `len(solver)` of them, more than `num_steps` for solvers of higher order.
+    A step is one evaluation of the denoiser: `len(solver)` of them, more than `num_steps` for
+    solvers of higher order.
     """
 
     scheduler: Any
@@ -56,7 +59,9 @@ class Solver:
     input_scales: tuple[float, ...] = ()
     """Per step: the factor between the latents and the denoiser's input."""
     noise_levels: tuple[tuple[float, float], ...] = ()
-    """(α, σ) per step, where latent = α·x0 + σ·ε; empty if the scheduler's clean-image prediction is unknown."""
+    """(α, σ) per step, where latent = α·x0 + σ·ε; empty if the scheduler's clean-image prediction
+    is unknown.
+    """
     draws: bool = False
     """True if steps draw noise, from each row's own generator."""
 
@@ -83,7 +88,9 @@ class Solver:
         return copy.deepcopy(self.scheduler)
 
     def timestep(self, step: int) -> Tensor:
-        """The time that the denoiser is given at a step: a scalar in the scheduler's own units and dtype."""
+        """The time that the denoiser is given at a step: a scalar in the scheduler's own units and
+        dtype.
+        """
         return self.scheduler.timesteps[step]
 
     def network_input(self, scheduler: Any, step: int, latent: Tensor) -> Tensor:
@@ -97,10 +104,22 @@ class Solver:
         return latent if scale == 1.0 else latent * scale
 
     def advance(
-        self, scheduler: Any, step: int, latent: Tensor, out: Tensor, generators: Sequence[torch.Generator] = ()
+        self,
+        scheduler: Any,
+        step: int,
+        latent: Tensor,
+        out: Tensor,
+        generators: Sequence[torch.Generator] = (),
     ) -> Tensor:
-        """The latents after a step of `scheduler`, a `fresh` one that has made all earlier steps."""
-        arguments: dict[str, Any] = {"return_dict": False, "generator": list(generators) or None, "eta": 0.0}  # as pipelines pass
+        """The latents after a step of `scheduler`, a `fresh` one that has made all earlier
+        steps.
+        """
+        # as pipelines pass
+        arguments: dict[str, Any] = {
+            "return_dict": False,
+            "generator": list(generators) or None,
+            "eta": 0.0,
+        }
         arguments = {name: value for name, value in arguments.items() if name in self.takes}
         with _quiet():
             found = scheduler.step(out, self.timestep(step), latent, **arguments)
@@ -108,7 +127,10 @@ class Solver:
         return after.to(latent.dtype)
 
     def x0(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
-        """The clean image that a prediction implies at a step. Latents, prediction and result have one shape."""
+        """The clean image that a prediction implies at a step.
+
+        Latents, prediction and result have one shape.
+        """
         alpha, sigma = self.noise_levels[step]
         match self.prediction:
             case "epsilon":
@@ -141,11 +163,15 @@ def _square(alpha: float, sigma: float) -> float:
     return 1.0 if abs(square - 1) < 1e-6 else square
 
 
-def solver_of(scheduler: Any, num_steps: SupportsIndex, device: torch.device | str = "cpu") -> Solver:
-    """A scheduler prepared for runs of `num_steps`, and tried; remembered for as long as the scheduler stays as it is.
+def solver_of(
+    scheduler: Any, num_steps: SupportsIndex, device: torch.device | str = "cpu"
+) -> Solver:
+    """A scheduler prepared for runs of `num_steps`, and tried; remembered for as long as the
+    scheduler stays as it is.
 
     Raises:
-        ValueError: `num_steps` is no count, or more than the scheduler has timesteps; or the scheduler cannot draw here.
+        ValueError: `num_steps` is no count, or more than the scheduler has timesteps; or the
+            scheduler cannot draw here.
 
     Example:
         >>> from diffusers import HeunDiscreteScheduler
@@ -154,10 +180,16 @@ def solver_of(scheduler: Any, num_steps: SupportsIndex, device: torch.device | s
     """
     steps = integer("num_steps", num_steps, 1)
     state = dict(vars(scheduler))
-    key = (id(scheduler), steps, str(device), *((n, id(v), getattr(v, "_version", None)) for n, v in state.items()))
+    key = (
+        id(scheduler),
+        steps,
+        str(device),
+        *((n, id(v), getattr(v, "_version", None)) for n, v in state.items()),
+    )
     with _PREPARING:
         if key not in _PREPARED:
-            _PREPARED[key] = state, _prepared(scheduler, steps, torch.device(device))  # `state` keeps these ids in use
+            # `state` keeps these ids in use
+            _PREPARED[key] = state, _prepared(scheduler, steps, torch.device(device))
         _PREPARED.move_to_end(key)
         while len(_PREPARED) > REMEMBERED:
             _PREPARED.popitem(last=False)
@@ -168,19 +200,34 @@ def _prepared(scheduler: Any, num_steps: int, device: torch.device) -> Solver:
     name = type(scheduler).__name__
     trained = scheduler.config.get("num_train_timesteps")
     if trained is not None and num_steps > trained and hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"num_steps={num_steps}: {name} has {trained} timesteps, so that steps would be the same; take fewer.")
+        raise ValueError(
+            f"num_steps={num_steps}: {name} has {trained} timesteps, so that steps would be the "
+            "same; take fewer."
+        )
     step = getattr(scheduler, "step", None)
     if step is None or not hasattr(scheduler, "set_timesteps"):
-        raise ValueError(f"{name} has no step(output, timestep, latents), by which images are drawn: {CHOOSE}.")
+        raise ValueError(
+            f"{name} has no step(output, timestep, latents), by which images are drawn: {CHOOSE}."
+        )
     takes = frozenset(inspect.signature(step).parameters)
     try:
-        solver = _tried(Solver(_with_timesteps(scheduler, num_steps, torch.device("cpu")), num_steps, takes))
+        solver = _tried(
+            Solver(_with_timesteps(scheduler, num_steps, torch.device("cpu")), num_steps, takes)
+        )
     except _NotUsable as error:
         raise ValueError(f"{name} cannot be used here: {error}. Please {CHOOSE}.") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
-        raise ValueError(f"{name} cannot draw in {num_steps} steps here ({reason}). Please {CHOOSE}.") from error
-    return solver if device.type == "cpu" else replace(solver, scheduler=_with_timesteps(scheduler, num_steps, device))
+        reason = (
+            f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
+        )
+        raise ValueError(
+            f"{name} cannot draw in {num_steps} steps here ({reason}). Please {CHOOSE}."
+        ) from error
+    return (
+        solver
+        if device.type == "cpu"
+        else replace(solver, scheduler=_with_timesteps(scheduler, num_steps, device))
+    )
 
 
 def solver_prepared(scheduler: Any, num_steps: int) -> Solver:
@@ -200,7 +247,9 @@ def solver_prepared(scheduler: Any, num_steps: int) -> Solver:
     try:
         return _tried(Solver(prepared, num_steps, takes))
     except _NotUsable as error:
-        raise ValueError(f"{type(scheduler).__name__} cannot be used here: {error}. Please {CHOOSE}.") from None
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be used here: {error}. Please {CHOOSE}."
+        ) from None
 
 
 def _with_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> Any:
@@ -212,9 +261,13 @@ def _with_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> Any
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings about tensors that diffusers' schedulers convert by numpy's older protocol."""
+    """Without the warnings about tensors that diffusers' schedulers convert by numpy's older
+    protocol.
+    """
     with _FILTERS, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "__array(_wrap)?__ (implementation doesn't|must) accept", DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", "__array(_wrap)?__ (implementation doesn't|must) accept", DeprecationWarning
+        )
         yield
 
 
@@ -226,7 +279,8 @@ class _NotUsable(Exception):
 
 
 def _tried(solver: Solver) -> Solver:
-    """The solver with the results of a trial: input scales, noise levels, and the source of its noise.
+    """The solver with the results of a trial: input scales, noise levels, and the source of its
+    noise.
 
     Raises:
         _NotUsable: its rows depend on one another, on torch's global generator, or are not finite.
@@ -235,9 +289,13 @@ def _tried(solver: Solver) -> Solver:
     alone, _ = _pass(solver, seeds=(2,), rows=(1,))
     other, _ = _pass(solver, seeds=(3, 4), rows=(0, 1))
     if together.shape != torch.Size(TRIED) or not bool(together.isfinite().all()):
-        raise _NotUsable("its steps do not lead to finite latents of the shape that they were given")
+        raise _NotUsable(
+            "its steps do not lead to finite latents of the shape that they were given"
+        )
     if not torch.allclose(together[1:], alone, rtol=1e-5, atol=1e-6):
-        raise _NotUsable("its noise does not come from the row's own generator, so that no run could be repeated")
+        raise _NotUsable(
+            "its noise does not come from the row's own generator, so that no run could be repeated"
+        )
     solver = replace(solver, input_scales=scales, draws=not torch.equal(together, other))
     levels = _levels(solver)
     kind = solver.scheduler.config.get("prediction_type", "flow_prediction")
@@ -250,7 +308,9 @@ def _tried(solver: Solver) -> Solver:
 def _pass(
     solver: Solver, seeds: Sequence[int], rows: Sequence[int], x0: Tensor | None = None
 ) -> tuple[Tensor, tuple[float, ...]]:
-    """The last latents of random rows whose prediction is a fixed function of the latents, or implies `x0`."""
+    """The last latents of random rows whose prediction is a fixed function of the latents, or
+    implies `x0`.
+    """
     noise = torch.randn(TRIED, generator=torch.Generator().manual_seed(0))[list(rows)]
     scheduler, latent, scales = solver.fresh(), noise * solver.initial_scale, []
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -265,9 +325,12 @@ def _pass(
 def _levels(solver: Solver) -> tuple[tuple[float, float], ...] | None:
     """(α, σ) per step, from the scheduler's own functions; None if it has none of them."""
     scheduler, steps = solver.scheduler, range(len(solver))
-    if any(abs(scale - 1) > 1e-6 for scale in solver.input_scales):  # latent = x0 + σ·ε, scaled to unit variance for the network
+    # latent = x0 + σ·ε, scaled to unit variance for the network
+    if any(abs(scale - 1) > 1e-6 for scale in solver.input_scales):
         return tuple((1.0, math.sqrt(max(1 / scale**2 - 1, 0.0))) for scale in solver.input_scales)
-    if hasattr(scheduler, "_sigma_to_alpha_sigma_t") and len(getattr(scheduler, "sigmas", ())) >= len(solver):
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t") and len(
+        getattr(scheduler, "sigmas", ())
+    ) >= len(solver):
         pairs = [scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[step]) for step in steps]
         return tuple((float(alpha), float(sigma)) for alpha, sigma in pairs)
     mix = getattr(scheduler, "add_noise", None)
@@ -281,18 +344,28 @@ def _levels(solver: Solver) -> tuple[tuple[float, float], ...] | None:
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     try:
         times = [solver.timestep(step)[None] for step in steps]
-        return tuple((float(mix(one, zero, t).flatten()[0]), float(mix(zero, one, t).flatten()[0])) for t in times)
+        return tuple(
+            (float(mix(one, zero, t).flatten()[0]), float(mix(zero, one, t).flatten()[0]))
+            for t in times
+        )
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
-        return None  # these levels are tried on numbers afterwards; a scheduler without them forms no x0
+        # these levels are tried on numbers afterwards; a scheduler without them forms no x0
+        return None
 
 
 def _goes_on_from_x0(solver: Solver) -> bool:
-    """True if a denoiser whose predictions imply one clean image at every step ends at that image."""
-    flow = solver.prediction == "flow_prediction"  # the one that is defined where nothing of the clean image is left
-    if any(not (math.isfinite(a + s) and s > 0 and (a > 0 or flow)) for a, s in solver.noise_levels):
+    """True if a denoiser whose predictions imply one clean image at every step ends at that
+    image.
+    """
+    # the one that is defined where nothing of the clean image is left
+    flow = solver.prediction == "flow_prediction"
+    if any(
+        not (math.isfinite(a + s) and s > 0 and (a > 0 or flow)) for a, s in solver.noise_levels
+    ):
         return False
     ones = torch.ones(TRIED)
-    low, high = (_pass(solver, (1, 2), (0, 1), ones * value)[0] for value in (-0.4, 0.4))  # the rest of the noise cancels
+    # the rest of the noise cancels
+    low, high = (_pass(solver, (1, 2), (0, 1), ones * value)[0] for value in (-0.4, 0.4))
     return bool(((high - low) / 0.8 - 1).abs().max() < 0.02)
 
 
@@ -300,10 +373,12 @@ def _goes_on_from_x0(solver: Solver) -> bool:
 
 
 def seed_of_each(seed: Seeds, batch: int) -> list[int]:
-    """One seed for each of `batch` prompts, from one for all or a sequence; numpy's and torch's integers are integers, too.
+    """One seed for each of `batch` prompts, from one for all or a sequence; numpy's and torch's
+    integers are integers, too.
 
     Raises:
-        ValueError: another number of seeds, or something that is no integer from -2**63 to 2**64 - 1.
+        ValueError: another number of seeds, or something that is no integer from -2**63 to 2**64 -
+            1.
 
     Example:
         >>> seed_of_each(3, 2), seed_of_each([0, 1], 2)
@@ -313,10 +388,19 @@ def seed_of_each(seed: Seeds, batch: int) -> list[int]:
     if not is_several(seed):
         return seeds * batch
     if len(seeds) != batch:
-        raise ValueError(f"seed holds {len(seeds)} seeds for {batch} prompts: give one each, or a single one for all.")
+        raise ValueError(
+            f"seed holds {len(seeds)} seeds for {batch} prompts: give one each, or a single one "
+            "for all."
+        )
     return seeds
 
 
-def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "batch channel rows columns"]:
-    """Standard normal float32, one fresh CPU generator a row: equal seeds give equal noise on every machine."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def seeded_noise(
+    seeds: Sequence[int], shape: tuple[int, ...]
+) -> Float[Tensor, "batch channel rows columns"]:
+    """Standard normal float32, one fresh CPU generator a row: equal seeds give equal noise on every
+    machine.
+    """
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )

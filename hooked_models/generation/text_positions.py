@@ -45,15 +45,23 @@ class _Trace:
     def at(self, call: int, row: int, prompt: str) -> list[_Token]:
         """The tokens of one row of an encoder's call, as parts of the prompt."""
         ids = self.ids[call][row]
-        found = [(reading, start) for reading in self.readings if (start := _place(reading.encoded.ids, ids)) is not None]
+        found = [
+            (reading, start)
+            for reading in self.readings
+            if (start := _place(reading.encoded.ids, ids)) is not None
+        ]
         if not found:
             return [_Token(token, (0, 0), "text", True, False) for token in ids]
         if split_words(prompt):  # a pipeline may tokenise a template apart
             found = [each for each in found if each[0].encoded.phrases(prompt)] or found
-        reading, start = max(found, key=lambda each: (len(each[0].encoded.ids), len(each[0].encoded.text)))
+        reading, start = max(
+            found, key=lambda each: (len(each[0].encoded.ids), len(each[0].encoded.text))
+        )
         pad = reading.tokenizer.pad_token_id
         inside = _tokens_of(reading.encoded, prompt)
-        around = [_Token(token, (0, 0), "pad" if token == pad else "text", True, False) for token in ids]
+        around = [
+            _Token(token, (0, 0), "pad" if token == pad else "text", True, False) for token in ids
+        ]
         return [*around[:start], *inside, *around[start + len(inside) :]]
 
 
@@ -86,16 +94,22 @@ def encoded_at_positions(inputs: PipelineInputs, text: str) -> list[EncodedText]
     for name, part in inputs.pipe.components.items():
         if _is_tokenizer(part):
             vars(pipe)[name] = _reading(part, trace)
-        elif _is_tokenizer(inner := getattr(part, "tokenizer", None)) and not isinstance(part, nn.Module):
+        elif _is_tokenizer(inner := getattr(part, "tokenizer", None)) and not isinstance(
+            part, nn.Module
+        ):
             vars(pipe)[name] = processor = copy.copy(part)
             processor.tokenizer = _reading(inner, trace)
     encoders = [
-        part for part in pipe.components.values() if isinstance(part, nn.Module) and hasattr(part, "get_input_embeddings")
+        part
+        for part in pipe.components.values()
+        if isinstance(part, nn.Module) and hasattr(part, "get_input_embeddings")
     ]
     encoders = [part for part in encoders if part is not pipe.transformer]
     with torch.no_grad(), _marking(encoders, trace):
         try:
-            Running(replace(inputs, pipe=pipe, encoded=()), _FirstCall(), 1).run(output_type="latent")
+            Running(replace(inputs, pipe=pipe, encoded=()), _FirstCall(), 1).run(
+                output_type="latent"
+            )
         except _Reached as reached:
             arguments = reached.arguments
     marks = _marks(arguments, text)
@@ -113,13 +127,18 @@ def _reading(tokenizer: Any, trace: _Trace) -> Any:
     """Copy of a tokenizer whose calls also leave texts and offsets in `trace`."""
     if not tokenizer.is_fast:
         raise TypeError(
-            f"{type(tokenizer).__name__} keeps no character offsets, by which words are found: load its fast version."
+            f"{type(tokenizer).__name__} keeps no character offsets, by which words are found: "
+            "load its fast version."
         )
     kind: Any = type(tokenizer)
 
     def call(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
         several = [text] if isinstance(text, str) else text
-        more = {"return_offsets_mapping": True, "return_attention_mask": True, "return_tensors": None}
+        more = {
+            "return_offsets_mapping": True,
+            "return_attention_mask": True,
+            "return_tensors": None,
+        }
         again = kind.__call__(self, several, *args, **kwargs | more)
         rows = zip(again.input_ids, again.offset_mapping, again.attention_mask, strict=True)
         for one, row in zip(several, rows, strict=True):
@@ -127,25 +146,36 @@ def _reading(tokenizer: Any, trace: _Trace) -> Any:
         return kind.__call__(self, text, *args, **kwargs)
 
     copied = copy.copy(tokenizer)
-    copied.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    copied.__class__ = type(
+        kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__}
+    )
     return copied
 
 
 def _place(part: Sequence[int], whole: Sequence[int]) -> int | None:
     """Where `part` begins in `whole`, if it is in it."""
     starts = range(len(whole) - len(part) + 1)
-    return next((start for start in starts if list(whole[start : start + len(part)]) == list(part)), None)
+    return next(
+        (start for start in starts if list(whole[start : start + len(part)]) == list(part)), None
+    )
 
 
 def _tokens_of(encoded: EncodedText, prompt: str) -> list[_Token]:
-    """Tokens of a text that holds the prompt, with their characters in it; those around are special."""
-    words, places = split_words(prompt), encoded.phrases(prompt) if split_words(prompt) else [(0, 0)]
+    """Tokens of a text that holds the prompt, with their characters in it; those around are
+    special.
+    """
+    words, places = (
+        split_words(prompt),
+        encoded.phrases(prompt) if split_words(prompt) else [(0, 0)],
+    )
     start, end = places[-1] if places else (0, 0)
     shift = start - words[0].start if words else 0
-    if [word.start - shift for word in encoded.words if start <= word.start and word.end <= end] != [
-        word.start for word in words
-    ]:
-        raise ValueError(f"{prompt!r} is encoded as {encoded.text!r}: select its tokens by positions or a mask.")
+    if [
+        word.start - shift for word in encoded.words if start <= word.start and word.end <= end
+    ] != [word.start for word in words]:
+        raise ValueError(
+            f"{prompt!r} is encoded as {encoded.text!r}: select its tokens by positions or a mask."
+        )
     return [_token(encoded, i, start, end, shift) for i in range(len(encoded.ids))]
 
 
@@ -188,7 +218,10 @@ def _replaced(output: Any, shape: tuple[int, int], number: int) -> Any:
         marks[..., 0] = number
         marks[..., 1] = torch.arange(rows, device=output.device)[:, None].to(output)
         positions = torch.arange(length, device=output.device)
-        marks[..., 2], marks[..., 3] = (positions % DIGIT).to(output), (positions // DIGIT).to(output)
+        marks[..., 2], marks[..., 3] = (
+            (positions % DIGIT).to(output),
+            (positions // DIGIT).to(output),
+        )
         return marks
     if isinstance(output, (tuple, list)):
         return type(output)(_replaced(each, shape, number) for each in output)
@@ -221,9 +254,15 @@ def _marks(arguments: Mapping[str, Any], text: str) -> list[Float[Tensor, "text_
     rows: list[list[Tensor]] = []
     for name in [name for name in arguments if name == text or name.startswith(f"{text}_")]:
         value = arguments[name]
-        parts = list(value) if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 2) else []
+        parts = (
+            list(value)
+            if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 2)
+            else []
+        )
         if parts and all(isinstance(part, Tensor) and part.ndim > 1 for part in parts):
-            rows.append([part.reshape(len(part), -1)[:, :4].float().round().cpu() for part in parts])
+            rows.append(
+                [part.reshape(len(part), -1)[:, :4].float().round().cpu() for part in parts]
+            )
     return [torch.cat(each) for each in zip(*rows, strict=True)]
 
 
@@ -241,4 +280,11 @@ def _joined(prompt: str, marks: Float[Tensor, "text_pos 4"], trace: _Trace) -> E
     tokens = [token(*map(int, mark)) for mark in marks.tolist()]
     kinds: list[TokenKind] = [each.kind for each in tokens]
     ids, spans = [each.id for each in tokens], [each.span for each in tokens]
-    return EncodedText(prompt, ids, spans, kinds, [each.special for each in tokens], [each.unknown for each in tokens])
+    return EncodedText(
+        prompt,
+        ids,
+        spans,
+        kinds,
+        [each.special for each in tokens],
+        [each.unknown for each in tokens],
+    )

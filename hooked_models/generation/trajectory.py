@@ -1,4 +1,6 @@
-"""A run: the inputs of a generation and its denoiser's predictions, call by call; enough to run it again from any step."""
+"""A run: the inputs of a generation and its denoiser's predictions, call by call; enough to run it
+again from any step.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,11 @@ class Inputs:
     def same_noise(self, other: Inputs) -> bool:
         """True if both runs have the same noise, that of the steps included."""
         drawn = not self.solver.draws or self.seeds == other.seeds
-        return self.latents.shape == other.latents.shape and torch.equal(self.latents, other.latents) and drawn
+        return (
+            self.latents.shape == other.latents.shape
+            and torch.equal(self.latents, other.latents)
+            and drawn
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,7 +103,13 @@ class Inputs:
         """The inputs of some rows; rows may repeat."""
         both = torch.cat([rows + i * len(self) for i in range(len(self.branches))])
         seeds = tuple(self.seeds[row] for row in rows.tolist())
-        return replace(self, tokens=self.tokens[rows], text=self.text.take(both), latents=self.latents[rows], seeds=seeds)
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            text=self.text.take(both),
+            latents=self.latents[rows],
+            seeds=seeds,
+        )
 
     def rows(self, branch: Branch) -> slice:
         """The rows of a branch in the denoiser's batch; without guidance, all of them."""
@@ -105,7 +117,9 @@ class Inputs:
         return slice(start, start + len(self))
 
     def generators(self) -> list[torch.Generator]:
-        """A generator for each row, as it stands before step 0; none if the scheduler draws nothing."""
+        """A generator for each row, as it stands before step 0; none if the scheduler draws
+        nothing.
+        """
         if not self.solver.draws:
             return []
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
@@ -114,13 +128,17 @@ class Inputs:
         return generators
 
 
-Calls = Mapping[tuple[int, tuple[Branch, ...]], Float[Tensor, "branch_batch out_channel rows columns"]]
+Calls = Mapping[
+    tuple[int, tuple[Branch, ...]], Float[Tensor, "branch_batch out_channel rows columns"]
+]
 """(step, branches of the call's batch) → the denoiser's prediction."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Latents, denoiser predictions, and the guided prediction given to the scheduler, of every step so far."""
+    """Latents, denoiser predictions, and the guided prediction given to the scheduler, of every
+    step so far.
+    """
 
     latents: tuple[Float[Tensor, "batch channel rows columns"], ...] = ()
     """As `hook_latent` left them."""
@@ -133,7 +151,9 @@ class Record:
         """Steps."""
         return len(self.outs)
 
-    def prediction(self, step: int, branch: Branch) -> Float[Tensor, "batch out_channel rows columns"]:
+    def prediction(
+        self, step: int, branch: Branch
+    ) -> Float[Tensor, "batch out_channel rows columns"]:
         """The denoiser's prediction for a branch."""
         for (at, branches), prediction in self.predictions.items():
             if at == step and branch in branches:
@@ -146,7 +166,10 @@ class Record:
         def some(tensor: Tensor) -> Tensor:
             return tensor[rows.to(tensor.device)]
 
-        calls = {key: torch.cat([some(part) for part in each.chunk(len(key[1]))]) for key, each in self.predictions.items()}
+        calls = {
+            key: torch.cat([some(part) for part in each.chunk(len(key[1]))])
+            for key, each in self.predictions.items()
+        }
         return Record(tuple(map(some, self.latents)), calls, tuple(map(some, self.outs)))
 
     @staticmethod
@@ -156,8 +179,13 @@ class Record:
         def rows(several: Iterable[Sequence[Tensor]]) -> list[Tensor]:
             return [torch.cat(parts) for parts in zip(*several, strict=True)]
 
-        calls = {key: torch.cat(rows(r.predictions[key].chunk(len(key[1])) for r in records)) for key in records[0].predictions}
-        return Record(tuple(rows(r.latents for r in records)), calls, tuple(rows(r.outs for r in records)))
+        calls = {
+            key: torch.cat(rows(r.predictions[key].chunk(len(key[1])) for r in records))
+            for key in records[0].predictions
+        }
+        return Record(
+            tuple(rows(r.latents for r in records)), calls, tuple(rows(r.outs for r in records))
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -181,7 +209,10 @@ class Run:
     """Those on `hook_image` that it was made with."""
 
     def __repr__(self) -> str:
-        return f"Trajectory({len(self.inputs)} prompts, before steps 0 to {len(self.record)} of {len(self)})"
+        return (
+            f"Trajectory({len(self.inputs)} prompts, before steps 0 to {len(self.record)} of "
+            f"{len(self)})"
+        )
 
     def __len__(self) -> int:
         """Steps of the whole run: evaluations of the denoiser."""
@@ -194,30 +225,53 @@ class Run:
 
     @property
     def images(self) -> Float[Tensor, "batch 3 height width"]:
-        """The final images, in [0, 1]. Raises ValueError for a run that was stopped before its last step."""
+        """The final images, in [0, 1].
+
+        Raises ValueError for a run that was stopped before its last step.
+        """
         if len(self.record) < len(self):
-            raise ValueError(f"There are no images: this trajectory was stopped before step {len(self.record)}.")
+            raise ValueError(
+                f"There are no images: this trajectory was stopped before step {len(self.record)}."
+            )
         return self.model.images_of(self)
 
     def take(self, rows: Int[Tensor, " row"]) -> Run:
         """The same run for some rows of its batch; rows may repeat."""
         rows = row_indices(rows, len(self.inputs)).to(self.latent.device)
-        return replace(self, inputs=self.inputs.take(rows), record=self.record.take(rows), latent=self.latent[rows])
+        return replace(
+            self,
+            inputs=self.inputs.take(rows),
+            record=self.record.take(rows),
+            latent=self.latent[rows],
+        )
 
     def repeat(self, times: int) -> Run:
-        """The whole batch `times` times over, one copy after the other, so that a fork can treat the copies differently."""
-        return self.take(torch.arange(len(self.inputs)).repeat(integer("times", times, 1, MOST_COPIES)))
+        """The whole batch `times` times over, one copy after the other, so that a fork can treat
+        the copies differently.
+        """
+        return self.take(
+            torch.arange(len(self.inputs)).repeat(integer("times", times, 1, MOST_COPIES))
+        )
 
-    def fork(self, step: int, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), until: int | None = None, **how: Any) -> Run:
-        """Run again from `step` on, with hooks: bitwise as a full run with these hooks, at (T − step)/T of its cost.
+    def fork(
+        self,
+        step: int,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        until: int | None = None,
+        **how: Any,
+    ) -> Run:
+        """Run again from `step` on, with hooks: bitwise as a full run with these hooks, at (T −
+        step)/T of its cost.
 
         Args:
             until: the step to stop before, as in `HookedTextToImage.trajectory`.
             how: further arguments of `HookedTextToImage.run`.
 
         Raises:
-            ValueError: there is no such step; a hook lies before it, on the text encoder, or beyond the last; or the denoiser's
-                weights have changed since, so that the steps before would be another model's.
+            ValueError: there is no such step; a hook lies before it, on the text encoder, or beyond
+                the last; or the denoiser's weights have changed since, so that the steps before
+                would be another model's.
         """
         with self.model.hooks(fwd_hooks, bwd_hooks):
             (step,) = chosen_steps(integer("step", step), len(self), "step")
@@ -226,17 +280,29 @@ class Run:
             return self.model.run(self.inputs, self.record, step, until, **how)
 
     def check_fork(self, step: int, until: int | None = None) -> None:
-        """Raise as `fork` if a fork from `step` on would not reach every hook that is attached to the model."""
+        """Raise as `fork` if a fork from `step` on would not reach every hook that is attached to
+        the model.
+        """
         if not 0 <= step < len(self):
-            raise ValueError(f"Cannot fork at step {step}: this trajectory has steps 0 to {len(self) - 1}.")
+            raise ValueError(
+                f"Cannot fork at step {step}: this trajectory has steps 0 to {len(self) - 1}."
+            )
         if step > len(self.record):
-            raise ValueError(f"Cannot fork at step {step}: this trajectory was stopped before step {len(self.record)}.")
+            raise ValueError(
+                f"Cannot fork at step {step}: this trajectory was stopped before step "
+                f"{len(self.record)}."
+            )
         until = len(self) if until is None else until
         if not step < until <= len(self):
-            raise ValueError(f"until={until}: a fork from step {step} can stop before steps {step + 1} to {len(self)}.")
+            raise ValueError(
+                f"until={until}: a fork from step {step} can stop before steps {step + 1} to "
+                f"{len(self)}."
+            )
         self.model.check_wrapped()
         if self.inputs.weights and stamp(self.model.dit) != self.inputs.weights:
-            raise ValueError("The denoiser's weights have changed since this trajectory was made: make it again.")
+            raise ValueError(
+                "The denoiser's weights have changed since this trajectory was made: make it again."
+            )
         self.model.check_hooks(self.inputs.extent, range(step, until))
 
 

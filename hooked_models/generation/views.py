@@ -37,7 +37,9 @@ class StepView(View):
         joint = "joint_pos" in dit.axes("blocks.0.hook_resid_post")
         if pos != "image" and joint != (pos == "joint"):
             why = (
-                "are those of the image, then those of the text: take pos='joint'" if joint else "are of the image or of the text"
+                "are those of the image, then those of the text: take pos='joint'"
+                if joint
+                else "are of the image or of the text"
             )
             raise ValueError(f"pos={pos!r}: positions in this model's streams {why}.")
         number = {"image": layout.n_image, "text": layout.text_mask.shape[1]}
@@ -56,7 +58,9 @@ class StepView(View):
         return f"steps.{self.step}.{self.branch}."
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Images [batch 3 height width], or the step's x0 or guided output [batch channel rows columns]."""
+        """Images [batch 3 height width], or the step's x0 or guided output [batch channel rows
+        columns].
+        """
         part = self.run.take(self.rows(tokens))
         if self.returns == "images":
             return part.fork(self.step, denoise=self._denoise).images
@@ -66,17 +70,26 @@ class StepView(View):
             found.append(tensor)
 
         # a step ends with the next latents; the prediction is read by a hook, gradient and all
-        part.fork(self.step, [(f"steps.{self.step}.hook_{self.returns}", read)], until=self.step + 1, denoise=self._denoise)
+        part.fork(
+            self.step,
+            [(f"steps.{self.step}.hook_{self.returns}", read)],
+            until=self.step + 1,
+            denoise=self._denoise,
+        )
         return found[0]
 
     def _denoise(self, call: Call, rows: Any, x: Tensor, timestep: Tensor, text: Any) -> Tensor:
-        """The denoiser; with gradients enabled, the view's step begins a graph of its own, whatever requires gradients."""
+        """The denoiser; with gradients enabled, the view's step begins a graph of its own, whatever
+        requires gradients.
+        """
         if torch.is_grad_enabled() and call.step == self.step:
             x, text = with_gradient(x), self.run.model.opened(text)
         return self.run.model.denoise(x, timestep, text)
 
     @contextmanager
-    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Iterator[View]:
+    def hooks(
+        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
+    ) -> Iterator[View]:
         """Attach hooks at the view's step and branch; they see the canonical names."""
 
         def here(hooks: HookList) -> list[tuple[str, HookFunction]]:

@@ -1,4 +1,6 @@
-"""Hooks: modules with strict hook names, the table of every hook, and the scopes that hooks live in."""
+"""Hooks: modules with strict hook names, the table of every hook, and the scopes that hooks live
+in.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Order of positions in a model's tensors, and the way from there to [image, text] and back.
 
-A model's sequence may begin with the text or with the image, hold registers or padding, and differ from row to row. A `Layout`
-labels each position of each stream; sorting by label gives the order in which hooks see them.
+A model's sequence may begin with the text or with the image, hold registers or padding, and differ
+from row to row. A `Layout` labels each position of each stream; sorting by label gives the order in
+which hooks see them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 IMAGE, TEXT, OTHER = 0, 1, 2
-"""Labels of positions, in the order in which hooks see them. OTHER: registers, padding, reference images."""
+"""Labels of positions, in the order in which hooks see them.
+
+OTHER: registers, padding, reference images.
+"""
 
 
 class LayoutError(ValueError):
@@ -35,12 +39,19 @@ class Layout:
     """
 
     grid: tuple[int, int, int]
-    """Rows, columns and frames of image tokens; the first image position is the top left of the first frame."""
+    """Rows, columns and frames of image tokens; the first image position is the top left of the
+    first frame.
+    """
     text_mask: Bool[Tensor, "batch text_pos"]
-    """True where a text position holds a token. Text position j is the j-th token of the text that the caller passed."""
+    """True where a text position holds a token.
+
+    Text position j is the j-th token of the text that the caller passed.
+    """
     labels: Mapping[str, Int[Tensor, "#batch pos"]]
     """Stream ("image", "text" or "joint") → label of each position, in the model's order."""
-    _orders: dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, repr=False)
+    _orders: dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]] = field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def n_image(self) -> int:
@@ -59,11 +70,16 @@ class Layout:
 
     def take(self, rows: Int[Tensor, " row"]) -> Layout:
         """Layout of some rows of the call; rows may repeat."""
-        labels = {name: one if len(one) == 1 else one[rows.to(one.device)] for name, one in self.labels.items()}
+        labels = {
+            name: one if len(one) == 1 else one[rows.to(one.device)]
+            for name, one in self.labels.items()
+        }
         return Layout(self.grid, self.text_mask[rows.to(self.text_mask.device)], labels)
 
     def order(self, streams: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Indices `[#batch pos]` from the model's order to [image, text, other], and back; None where nothing moves."""
+        """Indices `[#batch pos]` from the model's order to [image, text, other], and back; None
+        where nothing moves.
+        """
         if streams not in self._orders:
             labels = [self.labels[stream] for stream in streams]
             batch = max(len(one) for one in labels)
@@ -74,7 +90,9 @@ class Layout:
         return self._orders[streams]
 
     def image_first(self, tensor: Tensor, streams: tuple[str, ...], dim: int = 1) -> Tensor:
-        """A tensor of these streams, joined in the model's order, with its positions as hooks see them."""
+        """A tensor of these streams, joined in the model's order, with its positions as hooks see
+        them.
+        """
         return permute(tensor, self.order(streams)[0], dim)
 
     def as_model(self, tensor: Tensor, streams: tuple[str, ...], dim: int = 1) -> Tensor:
@@ -84,7 +102,10 @@ class Layout:
     def check(self, name: str, found: int, streams: tuple[str, ...]) -> None:
         """Raise LayoutError unless a tensor has as many positions as declared."""
         if found != (declared := self.length(*streams)):
-            raise LayoutError(f"{name} has {found} positions where its family declares {declared} ({' + '.join(streams)}).")
+            raise LayoutError(
+                f"{name} has {found} positions where its family declares {declared} "
+                f"({' + '.join(streams)})."
+            )
 
 
 def permute(tensor: Tensor, order: Int[Tensor, "#batch pos"] | None, dim: int) -> Tensor:
@@ -96,7 +117,12 @@ def permute(tensor: Tensor, order: Int[Tensor, "#batch pos"] | None, dim: int) -
     rows = tensor.expand(len(order), *tensor.shape[1:])  # a mask may be shared by the rows
     dim %= rows.ndim
     index = order.reshape(len(order), *(-1 if axis == dim else 1 for axis in range(1, rows.ndim)))
-    return rows.gather(dim, index.expand(*(order.shape[1] if axis == dim else size for axis, size in enumerate(rows.shape))))
+    return rows.gather(
+        dim,
+        index.expand(
+            *(order.shape[1] if axis == dim else size for axis, size in enumerate(rows.shape))
+        ),
+    )
 
 
 def ordered(
@@ -121,21 +147,32 @@ def ordered(
     device = text_mask.device
     labels = {stream: _labels(spans, device) for stream, spans in sizes.items()}
     last = "image" if first == "text" else "text"
-    return Layout(grid, text_mask, labels | {"joint": torch.cat([labels[first], labels[last]], dim=1)})
+    return Layout(
+        grid, text_mask, labels | {"joint": torch.cat([labels[first], labels[last]], dim=1)}
+    )
 
 
 def ragged(
-    grid: tuple[int, int, int], text_mask: Bool[Tensor, "batch text_pos"], rows: Sequence[Sequence[tuple[int, int]]]
+    grid: tuple[int, int, int],
+    text_mask: Bool[Tensor, "batch text_pos"],
+    rows: Sequence[Sequence[tuple[int, int]]],
 ) -> Layout:
     """Layout of one joint sequence that differs from row to row.
 
     Args:
-        rows: for each row, spans (label, length) in the model's order; shorter rows are padded at the end.
+        rows: for each row, spans (label, length) in the model's order; shorter rows are padded at
+            the end.
     """
     longest = max(sum(n for _, n in spans) for spans in rows)
     padded = [[*spans, (OTHER, longest - sum(n for _, n in spans))] for spans in rows]
-    return Layout(grid, text_mask, {"joint": torch.cat([_labels(spans, text_mask.device) for spans in padded])})
+    return Layout(
+        grid,
+        text_mask,
+        {"joint": torch.cat([_labels(spans, text_mask.device) for spans in padded])},
+    )
 
 
 def _labels(spans: Sequence[tuple[int, int]], device: torch.device) -> Int[Tensor, "1 pos"]:
-    return torch.tensor([[label for label, n in spans for _ in range(n)]], dtype=torch.long, device=device)
+    return torch.tensor(
+        [[label for label, n in spans for _ in range(n)]], dtype=torch.long, device=device
+    )

@@ -1,8 +1,8 @@
 """A HookedRootModule that refuses a hook which would never fire.
 
-TransformerLens attaches a hook to a gated-off name without a word (``check_hooks_to_add`` runs in ``add_hook`` only), and
-caches nothing under a misspelt ``names_filter``. In an experiment both look like "this head does nothing". Here every
-name is resolved before anything is attached.
+TransformerLens attaches a hook to a gated-off name without a word (``check_hooks_to_add`` runs in
+``add_hook`` only), and caches nothing under a misspelt ``names_filter``. In an experiment both look
+like "this head does nothing". Here every name is resolved before anything is attached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from .scopes import scope, scopes
 from .table import POSITIONS, Axes, HookPart, axis_of, hook_row
 
 HookFunction = Callable[..., Tensor | None]
-"""``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on with."""
+"""``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on
+with.
+"""
 
 NameFilter = str | Callable[[str], bool] | Iterable[str] | None
 """One name, a predicate on names, several names, or None for every hook that fires."""
@@ -58,25 +60,30 @@ class NotFoldedError(ValueError):
 
 
 class NoLanguageModel(nn.Module):
-    """A model that TransformerLens' evaluations of language models may be called with, and which then says why not."""
+    """A model that TransformerLens' evaluations of language models may be called with, and which
+    then says why not.
+    """
 
     def __call__(self, *args: Any, return_type: str | None = None, **kwargs: Any) -> Any:
         """`forward`. Raises TypeError for a language model's `return_type`."""
         if return_type is not None:
             raise TypeError(
-                f"{type(self).__name__} has no {return_type}: it makes images, and TransformerLens' evals are for language models"
+                f"{type(self).__name__} has no {return_type}: it makes images, and "
+                "TransformerLens' evals are for language models"
             )
         return super().__call__(*args, **kwargs)
 
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Raises TypeError: this model takes no text."""
         raise TypeError(
-            f"{type(self).__name__} takes no text: tools that start from it (head_detector, evals) are for causal language models"
+            f"{type(self).__name__} takes no text: tools that start from it (head_detector, evals) "
+            "are for causal language models"
         )
 
 
 def has_hooks(point: HookPoint) -> bool:
-    """True if a hook is attached: TransformerLens', torch's, or a `forward` of the point's own, as nnsight gives it.
+    """True if a hook is attached: TransformerLens', torch's, or a `forward` of the point's own, as
+    nnsight gives it.
 
     Example:
         >>> from transformer_lens.hook_points import HookPoint
@@ -86,14 +93,18 @@ def has_hooks(point: HookPoint) -> bool:
         (True, False)
     """
     here = point.hook_state() if isinstance(point, ScopedHookPoint) else vars(point)
-    attached = here["fwd_hooks"] or here["bwd_hooks"] or here["_forward_hooks"] or here["_backward_hooks"]
+    attached = (
+        here["fwd_hooks"] or here["bwd_hooks"] or here["_forward_hooks"] or here["_backward_hooks"]
+    )
     return bool(attached) or "forward" in vars(point)
 
 
 def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
     """The error for a name that is not among ``known``."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return UnknownHookError(f"no hook is called {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+    return UnknownHookError(
+        f"no hook is called {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+    )
 
 
 def as_names(names: Any) -> list[str]:
@@ -104,7 +115,9 @@ def as_names(names: Any) -> list[str]:
     """
     found = [names] if isinstance(names, str) else list(names) if is_several(names) else None
     if not found or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{shown(names)} is no hook name: give one, several, or a predicate on names.")
+        raise ValueError(
+            f"{shown(names)} is no hook name: give one, several, or a predicate on names."
+        )
     return found
 
 
@@ -114,7 +127,9 @@ def as_hooks(hooks: Any) -> list[tuple[str | Callable[[str], bool], HookFunction
     Raises:
         ValueError: it is something else; the message shows the form.
     """
-    form = "give a list of pairs [(name, function), …], such as Intervention(…).hooks(model, prompts)"
+    form = (
+        "give a list of pairs [(name, function), …], such as Intervention(…).hooks(model, prompts)"
+    )
     if isinstance(hooks, Mapping) or not is_several(hooks):
         raise ValueError(f"fwd_hooks={shown(hooks)}: {form}.")
     pairs = list(hooks)
@@ -123,21 +138,29 @@ def as_hooks(hooks: Any) -> list[tuple[str | Callable[[str], bool], HookFunction
             raise ValueError(f"fwd_hooks holds {shown(pair)}: {form}.")
         where, function = pair
         if not (isinstance(where, str) or callable(where)) or not callable(function):
-            raise ValueError(f"The hook ({shown(where)}, {shown(function)}) is no name or predicate with a function: {form}.")
+            raise ValueError(
+                f"The hook ({shown(where)}, {shown(function)}) is no name or predicate with a "
+                f"function: {form}."
+            )
     return [(where, function) for where, function in pairs]
 
 
 class HookedModule(HookedRootModule):
-    """A HookedRootModule with strict names, aliases, flags that gate hooks, and an ActivationCache as its cache."""
+    """A HookedRootModule with strict names, aliases, flags that gate hooks, and an ActivationCache
+    as its cache.
+    """
 
     hook_part: ClassVar[HookPart] = "dit"
     """The part of a generation that this module is, in the table `HOOKS`."""
 
     cache_class: ClassVar[type[ActivationCache]] = ActivationCache
-    """Class of the cache that ``run_with_cache`` returns; built as ``cache_class(dict, model, has_batch_dim=…)``."""
+    """Class of the cache that ``run_with_cache`` returns; built as ``cache_class(dict, model,
+    has_batch_dim=…)``.
+    """
 
     def add_aliases(self, aliases: Mapping[str, str]) -> None:
-        """Let hooks be attached under further names (alias → name); ``hook.name`` stays the canonical one.
+        """Let hooks be attached under further names (alias → name); ``hook.name`` stays the
+        canonical one.
 
         Aliases live in ``mod_dict`` alone: in ``hook_dict`` each would be cached a second time.
         """
@@ -147,20 +170,25 @@ class HookedModule(HookedRootModule):
     def canonical_name(self, name: str) -> str:
         """The name in ``hook_dict`` of a hook or alias that fires.
 
-        Raises UnknownHookError (a KeyError) for a name that is no hook, ValueError for a hook that its flag holds back.
+        Raises UnknownHookError (a KeyError) for a name that is no hook, ValueError for a hook that
+        its flag holds back.
         """
         point = self.mod_dict.get(name)
         if not isinstance(point, HookPoint):
-            raise unknown_hook(name, [known for known, mod in self.mod_dict.items() if isinstance(mod, HookPoint)])
+            raise unknown_hook(
+                name, [known for known, mod in self.mod_dict.items() if isinstance(mod, HookPoint)]
+            )
         if (flag := self._missing_flag(name)) is not None:
-            raise ValueError(f"{name!r} does not fire while cfg.{flag} is False: call set_{flag}(True) first")
+            raise ValueError(
+                f"{name!r} does not fire while cfg.{flag} is False: call set_{flag}(True) first"
+            )
         return str(point.name)
 
     def names(self, where: NameFilter) -> list[str]:
         """The canonical names that ``where`` selects, without duplicates.
 
-        A predicate (or None) passes over hooks that are gated off, unless it selects nothing else: that is an error, as
-        it is for a name. Raises the errors of ``canonical_name``.
+        A predicate (or None) passes over hooks that are gated off, unless it selects nothing else:
+        that is an error, as it is for a name. Raises the errors of ``canonical_name``.
         """
         if where is not None and not callable(where):
             return list(dict.fromkeys(map(self.canonical_name, as_names(where))))
@@ -171,50 +199,68 @@ class HookedModule(HookedRootModule):
         return firing
 
     def _hooked(self, where: str | Callable[[str], bool]) -> list[str]:
-        """As `names`; raises ValueError for a predicate that selects none, which would be a hook that never fires."""
+        """As `names`; raises ValueError for a predicate that selects none, which would be a hook
+        that never fires.
+        """
         names = self.names(where)
         if not names:
-            raise ValueError(f"A predicate ({where!r}) selects no hook of {type(self).__name__}: its names are in hook_dict.")
+            raise ValueError(
+                f"A predicate ({where!r}) selects no hook of {type(self).__name__}: its names are "
+                "in hook_dict."
+            )
         return names
 
     def _missing_flag(self, name: str) -> str | None:
-        flag = self.hook_flags.get(str(self.mod_dict[name].name))  # an alias is gated as its canonical name
+        # an alias is gated as its canonical name
+        flag = self.hook_flags.get(str(self.mod_dict[name].name))
         return flag if flag is not None and not getattr(self.cfg, flag) else None
 
     # TransformerLens' flags; of no effect in a module that has no such hooks
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Write attention outputs head by head, so that ``hook_result`` fires; costs [batch pos head d_model].
+        """Write attention outputs head by head, so that ``hook_result`` fires; costs [batch pos
+        head d_model].
 
         This and the other flags raise ValueError when switched off under a hook that needs them.
         """
         self._set_flag("use_attn_result", use_attn_result)
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Give every head its own copy of its inputs, so that ``hook_{q,k,v}_input`` fire; costs three such tensors.
+        """Give every head its own copy of its inputs, so that ``hook_{q,k,v}_input`` fire; costs
+        three such tensors.
 
         Raises ValueError while ``use_attn_in`` is on: the two forks exclude each other.
         """
         self._set_flag("use_split_qkv_input", use_split_qkv_input, excludes="use_attn_in")
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Give every head one copy of the residual stream it reads, so that ``hook_attn_in`` and ``hook_cross_attn_in`` fire.
+        """Give every head one copy of the residual stream it reads, so that ``hook_attn_in`` and
+        ``hook_cross_attn_in`` fire.
 
         Raises ValueError while ``use_split_qkv_input`` is on.
         """
         self._set_flag("use_attn_in", use_attn_in, excludes="use_split_qkv_input")
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Give the MLP its own copy of the residual stream, before its norm, so that ``hook_mlp_in`` fires."""
+        """Give the MLP its own copy of the residual stream, before its norm, so that
+        ``hook_mlp_in`` fires.
+        """
         self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
 
     def _set_flag(self, flag: str, on: bool, excludes: str | None = None) -> None:
         if on and excludes is not None and getattr(self.cfg, excludes):
-            raise ValueError(f"{flag} and {excludes} exclude each other: call set_{excludes}(False) first")
+            raise ValueError(
+                f"{flag} and {excludes} exclude each other: call set_{excludes}(False) first"
+            )
         if not on and getattr(self.cfg, flag):
             for name, point in self.hook_dict.items():
-                if self.hook_flags.get(name) == flag and (point.has_hooks() or point.has_hooks("bwd")):
-                    raise ValueError(f"{name!r} has a hook, which would silently stop firing: remove it before set_{flag}(False)")
+                if self.hook_flags.get(name) == flag and (
+                    point.has_hooks() or point.has_hooks("bwd")
+                ):
+                    raise ValueError(
+                        f"{name!r} has a hook, which would silently stop firing: remove it before "
+                        f"set_{flag}(False)"
+                    )
         setattr(self.cfg, flag, on)
 
     @contextmanager
@@ -227,10 +273,15 @@ class HookedModule(HookedRootModule):
     ) -> Iterator[HookedModule]:
         """TransformerLens' ``hooks``, with every name checked before the first hook is attached.
 
-        The hooks act in the block and the thread that attach them. With ``reset_hooks_end=False`` they stay attached, for all.
+        The hooks act in the block and the thread that attach them. With ``reset_hooks_end=False``
+        they stay attached, for all.
         """
-        fwd: list[Any] = [(name, hook) for where, hook in as_hooks(fwd_hooks) for name in self._hooked(where)]
-        bwd: list[Any] = [(name, hook) for where, hook in as_hooks(bwd_hooks) for name in self._hooked(where)]
+        fwd: list[Any] = [
+            (name, hook) for where, hook in as_hooks(fwd_hooks) for name in self._hooked(where)
+        ]
+        bwd: list[Any] = [
+            (name, hook) for where, hook in as_hooks(bwd_hooks) for name in self._hooked(where)
+        ]
         level = self.context_level + 1
         if not reset_hooks_end:
             for direction, pairs in (("fwd", fwd), ("bwd", bwd)):
@@ -251,7 +302,9 @@ class HookedModule(HookedRootModule):
 
     @property
     def context_level(self) -> int:
-        """The number of ``hooks`` blocks of this module that the caller is in, as in TransformerLens."""
+        """The number of ``hooks`` blocks of this module that the caller is in, as in
+        TransformerLens.
+        """
         return sum(each.owner is self for each in scopes())
 
     @context_level.setter
@@ -259,7 +312,9 @@ class HookedModule(HookedRootModule):
         """TransformerLens sets it to 0 when a module is made."""
 
     def setup(self) -> None:
-        """TransformerLens' ``setup``; hooks of the module's points belong to the block and thread that attach them."""
+        """TransformerLens' ``setup``; hooks of the module's points belong to the block and thread
+        that attach them.
+        """
         super().setup()
         for point in self.hook_dict.values():
             if type(point) is HookPoint:
@@ -278,14 +333,18 @@ class HookedModule(HookedRootModule):
         for canonical in self._hooked(name):
             super().add_hook(canonical, hook, dir, is_permanent, level, prepend)
 
-    def add_caching_hooks(self, names_filter: NameFilter = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def add_caching_hooks(
+        self, names_filter: NameFilter = None, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """TransformerLens' ``add_caching_hooks``, with the names checked."""
         return super().add_caching_hooks(self.names(names_filter), *args, **kwargs)
 
     def get_caching_hooks(
         self, names_filter: NameFilter = None, *args: Any, pos_slice: Any = None, **kwargs: Any
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
-        """TransformerLens' ``get_caching_hooks``, names checked, and ``pos_slice`` on each tensor's own position axis."""
+        """TransformerLens' ``get_caching_hooks``, names checked, and ``pos_slice`` on each tensor's
+        own position axis.
+        """
         cache, fwd, bwd = super().get_caching_hooks(self.names(names_filter), *args, **kwargs)
         positions = Slice.unwrap(pos_slice)
         if positions.mode == "identity":
@@ -295,11 +354,16 @@ class HookedModule(HookedRootModule):
             axis = self.position_axis(str(hook.name))
             save(tensor if axis is None else positions.apply(tensor, dim=axis), hook=hook)
 
-        return cache, *([(name, partial(sliced, save)) for name, save in hooks] for hooks in (fwd, bwd))
+        return cache, *(
+            [(name, partial(sliced, save)) for name, save in hooks] for hooks in (fwd, bwd)
+        )
 
     @cached_property
     def hook_flags(self) -> Mapping[str, str]:
-        """Hook name → the flag of ``cfg`` without which it does not fire, from `HOOKS`. A flag has a ``set_{flag}``."""
+        """Hook name → the flag of ``cfg`` without which it does not fire, from `HOOKS`.
+
+        A flag has a ``set_{flag}``.
+        """
         rows = {name: hook_row(name, self.hook_part) for name in self.hook_dict}
         return {name: row.flag for name, row in rows.items() if row.flag is not None}
 
@@ -322,22 +386,32 @@ class HookedModule(HookedRootModule):
         return hook_row(str(point.name), self.hook_part).axes
 
     def position_axis(self, name: str, of: Literal["image", "text"] | None = None) -> int | None:
-        """The axis that ``pos_slice`` slices in a hook's tensor, counted from the end; None for a tensor without positions.
+        """The axis that ``pos_slice`` slices in a hook's tensor, counted from the end; None for a
+        tensor without positions.
 
-        TransformerLens guesses it from the name's ending and would slice the batch of tensors that have no positions.
+        TransformerLens guesses it from the name's ending and would slice the batch of tensors that
+        have no positions.
 
         Args:
-            of: image positions or text positions; by default the module's own, image positions in a denoiser. Patterns have
-                image queries, and text keys if they are cross-attention's.
+            of: image positions or text positions; by default the module's own, image positions in a
+                denoiser. Patterns have image queries, and text keys if they are cross-attention's.
         """
         axes = self.axes(name)
-        axis = axis_of(axes, POSITIONS[of or ("text" if self.hook_part == "text_encoder" else "image")])
+        axis = axis_of(
+            axes, POSITIONS[of or ("text" if self.hook_part == "text_encoder" else "image")]
+        )
         return None if axis is None else axis - len(axes)
 
     def run_with_cache(
-        self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
-        """``(output, cache)`` of one forward; ``names_filter`` is any NameFilter, the rest as in TransformerLens."""
+        """``(output, cache)`` of one forward; ``names_filter`` is any NameFilter, the rest as in
+        TransformerLens.
+        """
         output, tensors = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
             return output, tensors

@@ -50,7 +50,12 @@ def page() -> str:
     lines = [INTRODUCTION]
     for part, heading in HEADINGS.items():
         hooks = [hook for hook in HOOKS.values() if hook.part == part]
-        lines += [f"## {heading}", "", "| hook | axes | size | fires | flag |", "|---|---|---|---|---|"]
+        lines += [
+            f"## {heading}",
+            "",
+            "| hook | axes | size | fires | flag |",
+            "|---|---|---|---|---|",
+        ]
         lines += [_row(hook, sizes[part]) for hook in hooks] + [""]
     return "\n".join(lines)
 

@@ -15,11 +15,18 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 from .scopes import Scope, call_apart, lookup, scopes
 
 STATE = ("fwd_hooks", "bwd_hooks", "_forward_hooks", "_backward_hooks")
-_PINNED: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("the state that is written to", default=None)
+_PINNED: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar(
+    "the state that is written to", default=None
+)
 
 
 def _empty() -> dict[str, Any]:
-    return {"fwd_hooks": [], "bwd_hooks": [], "_forward_hooks": OrderedDict(), "_backward_hooks": OrderedDict()}
+    return {
+        "fwd_hooks": [],
+        "bwd_hooks": [],
+        "_forward_hooks": OrderedDict(),
+        "_backward_hooks": OrderedDict(),
+    }
 
 
 class _InScope:
@@ -38,8 +45,9 @@ class _InScope:
 class ScopedHookPoint(HookPoint):
     """A HookPoint that finds the hooks of the current scope, and those that were attached for good.
 
-    A hook function is called in a scope apart (`scopes.call_apart`). A backward hook makes the tensor require a gradient where
-    nothing before it does, so that it fires in models whose weights are frozen.
+    A hook function is called in a scope apart (`scopes.call_apart`). A backward hook makes the
+    tensor require a gradient where nothing before it does, so that it fires in models whose weights
+    are frozen.
     """
 
     fwd_hooks = _InScope("fwd_hooks")
@@ -54,16 +62,23 @@ class ScopedHookPoint(HookPoint):
             return pinned[1]
         return lookup(self, self.__dict__, _empty)
 
-    def attach_in(self, scope: Scope, hook: Callable[..., Any], dir: Any = "fwd", level: int | None = None) -> None:
+    def attach_in(
+        self, scope: Scope, hook: Callable[..., Any], dir: Any = "fwd", level: int | None = None
+    ) -> None:
         """Attach a hook for as long as a scope lasts."""
         if self not in scope.values:
             here = self.hook_state()
             scope.values[self] = {name: here[name].copy() for name in STATE}
         self._on(scope.values[self], HookPoint.add_hook, hook, dir, False, level)
 
-    def add_hook(self, hook: Callable[..., Any], dir: Any = "fwd", *args: Any, **kwargs: Any) -> LensHandle:
+    def add_hook(
+        self, hook: Callable[..., Any], dir: Any = "fwd", *args: Any, **kwargs: Any
+    ) -> LensHandle:
         """As in TransformerLens: until it is removed, and in all threads."""
-        handles = [self._on(state, HookPoint.add_hook, hook, dir, *args, **kwargs) for state in self._states()]
+        handles = [
+            self._on(state, HookPoint.add_hook, hook, dir, *args, **kwargs)
+            for state in self._states()
+        ]
         return handles[-1]
 
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +91,9 @@ class ScopedHookPoint(HookPoint):
         yield from [scope.values[self] for scope in scopes() if self in scope.values]
         yield self.__dict__
 
-    def _on(self, state: dict[str, Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _on(
+        self, state: dict[str, Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         token = _PINNED.set((self, state))
         try:
             if function is HookPoint.add_hook:
@@ -88,7 +105,12 @@ class ScopedHookPoint(HookPoint):
             _PINNED.reset(token)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not x.requires_grad and self.bwd_hooks and x.is_floating_point():
+        if (
+            torch.is_grad_enabled()
+            and not x.requires_grad
+            and self.bwd_hooks
+            and x.is_floating_point()
+        ):
             x = x.detach().requires_grad_().clone()  # no leaf, into which a hook could not write
         return super().__call__(x)
 

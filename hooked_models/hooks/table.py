@@ -1,11 +1,13 @@
-"""HOOKS: one row for each hook name, with the axes of its tensor, the flag that it needs and when it fires.
+"""HOOKS: one row for each hook name, with the axes of its tensor, the flag that it needs and when
+it fires.
 
-Shapes, head and position axes, token selection, memory estimates and the page docs/hooks.md are read from this table. The
-axes of a hook of a given model are `model.dit.axes(name)`: models with joint attention name their positions "joint_pos".
+Shapes, head and position axes, token selection, memory estimates and the page docs/hooks.md are
+read from this table. The axes of a hook of a given model are `model.dit.axes(name)`: models with
+joint attention name their positions "joint_pos".
 
-Axis names: `batch` rows (prompts); `pos`, `query_pos`, `key_pos` image positions, row by row; `text_pos`, `query_text_pos`,
-`key_text_pos` tokens of the prompt; `joint_pos`, `joint_query_pos`, `joint_key_pos` both, image first; `one` an axis of size 1;
-`d_…` widths.
+Axis names: `batch` rows (prompts); `pos`, `query_pos`, `key_pos` image positions, row by row;
+`text_pos`, `query_text_pos`, `key_text_pos` tokens of the prompt; `joint_pos`, `joint_query_pos`,
+`joint_key_pos` both, image first; `one` an axis of size 1; `d_…` widths.
 """
 
 from __future__ import annotations
@@ -43,26 +45,42 @@ class Hook:
 
     @property
     def fires(self) -> Literal["once", "step", "call"]:
-        """Once a run, at every denoising step, or at every denoiser call: each step, in each guidance branch."""
+        """Once a run, at every denoising step, or at every denoiser call: each step, in each
+        guidance branch.
+        """
         if self.part == "text_encoder" or self.name == "hook_image":
             return "once"
         return "call" if self.part == "dit" else "step"
 
     @property
     def full_name(self) -> str:
-        """As runs and caches of a whole generation use it, with `{s}` for the step and `{branch}` for cond or uncond."""
+        """As runs and caches of a whole generation use it, with `{s}` for the step and `{branch}`
+        for cond or uncond.
+        """
         if self.part == "text_encoder":
             return f"text_encoder.{self.name}"
         prefix = {"once": "", "step": "steps.{s}.", "call": "steps.{s}.{branch}."}[self.fires]
         return prefix + self.name
 
 
-STREAM, HEADS, INPUT = ("batch", "pos", "d_model"), ("batch", "pos", "head", "d_head"), ("batch", "pos", "head", "d_model")
-SPLIT, RESULT, FORK, MLP_IN = "use_split_qkv_input", "use_attn_result", "use_attn_in", "use_hook_mlp_in"
+STREAM, HEADS, INPUT = (
+    ("batch", "pos", "d_model"),
+    ("batch", "pos", "head", "d_head"),
+    ("batch", "pos", "head", "d_model"),
+)
+SPLIT, RESULT, FORK, MLP_IN = (
+    "use_split_qkv_input",
+    "use_attn_result",
+    "use_attn_in",
+    "use_hook_mlp_in",
+)
 
 
 def _attention(name: str, keys: str, d_in: str) -> Iterator[Hook]:
-    """The hooks of one attention. `keys`: "" for keys of the image, "text_" for keys of the prompt."""
+    """The hooks of one attention.
+
+    `keys`: "" for keys of the image, "text_" for keys of the prompt.
+    """
     at, key_pos = f"blocks.{{l}}.{name}.hook_", f"{keys}pos"
     pattern = ("batch", "head", "query_pos", f"key_{keys}pos")
     yield Hook(at + "q_input", INPUT, flag=SPLIT)
@@ -126,7 +144,10 @@ def _denoiser() -> Iterator[Hook]:
 
 
 def _sampler() -> Iterator[Hook]:
-    latent, prediction = ("batch", "channel", "rows", "columns"), ("batch", "out_channel", "rows", "columns")
+    latent, prediction = (
+        ("batch", "channel", "rows", "columns"),
+        ("batch", "out_channel", "rows", "columns"),
+    )
     yield Hook("hook_latent", latent, "sampler")
     yield Hook("hook_out_uncond", prediction, "sampler")
     yield Hook("hook_out_cond", prediction, "sampler")
@@ -142,10 +163,14 @@ def _text_encoder() -> Iterator[Hook]:
     lacks = ("adaln.", "cross", "image_attn", "pre_gate")
     of_text = {"pos": "text_pos", "query_pos": "query_text_pos", "key_pos": "key_text_pos"}
     for hook in _denoiser():
-        if hook.name in own or (hook.name.startswith("blocks.") and not any(part in hook.name for part in lacks)):
+        if hook.name in own or (
+            hook.name.startswith("blocks.") and not any(part in hook.name for part in lacks)
+        ):
             axes = tuple(of_text.get(axis, axis) for axis in hook.axes)
             yield Hook(hook.name, axes, "text_encoder", hook.flag)
-    yield Hook("hook_rel_pos_bias", ("batch", "head", "query_text_pos", "key_text_pos"), "text_encoder")
+    yield Hook(
+        "hook_rel_pos_bias", ("batch", "head", "query_text_pos", "key_text_pos"), "text_encoder"
+    )
     yield Hook("blocks.{l}.mlp.hook_pre_linear", ("batch", "text_pos", "d_mlp"), "text_encoder")
     yield Hook("hook_out", stream, "text_encoder")
 
@@ -168,7 +193,8 @@ def layer_of(name: str) -> int | None:
 
 
 def hook_row(name: str, part: str = "dit") -> Hook:
-    """The table's row for a hook's canonical name within its part ("null_text_encoder" is the text encoder's).
+    """The table's row for a hook's canonical name within its part ("null_text_encoder" is the text
+    encoder's).
 
     Raises:
         KeyError: the table has no such name.
@@ -179,7 +205,10 @@ def hook_row(name: str, part: str = "dit") -> Hook:
     """
     key: Any = part.removeprefix("null_"), re.sub(r"^blocks\.\d+\.", "blocks.{l}.", name)
     if key not in HOOKS:
-        raise KeyError(f"{name!r} of the {part} stands in no row of hooked_models' table of hooks: add it there, with its axes.")
+        raise KeyError(
+            f"{name!r} of the {part} stands in no row of hooked_models' table of hooks: add it "
+            "there, with its axes."
+        )
     return HOOKS[key]
 
 
@@ -189,7 +218,11 @@ def axis_of(axes: Axes, names: tuple[str, ...]) -> int | None:
 
 
 def axis_sizes(
-    cfg: Any, batch: int, text_pos: int, grid: tuple[int, int] = (0, 0), image: tuple[int, int] = (0, 0)
+    cfg: Any,
+    batch: int,
+    text_pos: int,
+    grid: tuple[int, int] = (0, 0),
+    image: tuple[int, int] = (0, 0),
 ) -> dict[str, int]:
     """The size of every axis that the configuration of a denoiser (or text encoder) determines.
 
@@ -207,10 +240,22 @@ def axis_sizes(
     """
     rows, columns = grid
     pos = rows * columns // getattr(cfg, "patch_size", 1) ** 2
-    sizes = {"batch": batch, "one": 1, "rows": rows, "columns": columns, "color": 3, "height": image[0], "width": image[1]}
+    sizes = {
+        "batch": batch,
+        "one": 1,
+        "rows": rows,
+        "columns": columns,
+        "color": 3,
+        "height": image[0],
+        "width": image[1],
+    }
     sizes |= dict.fromkeys(IMAGE_POSITIONS, pos) | dict.fromkeys(TEXT_POSITIONS, text_pos)
     sizes |= dict.fromkeys(JOINT_POSITIONS, pos + text_pos)
     fields = {"head": "n_heads", "channel": "in_channels", "out_channel": "out_channels"}
     fields |= {width: width for width in ("d_model", "d_head", "d_mlp", "d_text", "d_caption")}
-    sizes |= {axis: size for axis, field in fields.items() if (size := getattr(cfg, field, None)) is not None}
+    sizes |= {
+        axis: size
+        for axis, field in fields.items()
+        if (size := getattr(cfg, field, None)) is not None
+    }
     return sizes | {"six_d_model": 6 * sizes["d_model"]}

@@ -1,4 +1,6 @@
-"""A check that a wrapped module still is the one that was wrapped: later replacements and additions would be ignored."""
+"""A check that a wrapped module still is the one that was wrapped: later replacements and additions
+would be ignored.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,24 @@ Stamp = tuple[tuple[int, int], ...]
 
 
 def stamp(module: nn.Module) -> Stamp:
-    """A mark that changes when a parameter or buffer is replaced or written to (but for writes through `.data`)."""
-    return tuple((id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers()))
+    """A mark that changes when a parameter or buffer is replaced or written to (but for writes
+    through `.data`).
+    """
+    return tuple(
+        (id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def is_foreign(hook: Callable[..., Any]) -> bool:
-    """True for a torch hook that may change something: transformers leaves its own, which record hidden states, in place."""
+    """True for a torch hook that may change something: transformers leaves its own, which record
+    hidden states, in place.
+    """
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 class Wrapped:
-    """The submodules of a wrapped module when it was wrapped, and which of them the hooked module never calls.
+    """The submodules of a wrapped module when it was wrapped, and which of them the hooked module
+    never calls.
 
     Args:
         module: the wrapped module.
@@ -38,10 +47,13 @@ class Wrapped:
             for name, child in parent._modules.items()
         ]
         called = set(map(id, hooked.modules()))
-        self.bypassed = [(path, part) for path, part in module.named_modules() if id(part) not in called]
+        self.bypassed = [
+            (path, part) for path, part in module.named_modules() if id(part) not in called
+        ]
 
     def check(self) -> None:
-        """Raise ValueError for a part that was replaced, hooked or given another attention processor.
+        """Raise ValueError for a part that was replaced, hooked or given another attention
+        processor.
 
         Example:
             >>> from torch import nn
@@ -58,20 +70,22 @@ class Wrapped:
         for path, parent, name, child in self.children:
             if parent._modules.get(name) is not child:
                 raise ValueError(
-                    f"{path} of the wrapped {kind} was replaced after wrapping, and the hooked model would ignore it: wrap it "
-                    "again."
+                    f"{path} of the wrapped {kind} was replaced after wrapping, and the hooked "
+                    "model would ignore it: wrap it again."
                 )
         for path, part in self.bypassed:
             own = vars(part)
             hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
             if any(map(is_foreign, hooks)) or ("forward" in own and part is not self.module):
                 raise ValueError(
-                    f"{path or kind} of the wrapped {kind} has a torch hook or a forward of its own, and the hooked model would "
+                    f"{path or kind} of the wrapped {kind} has a torch hook or a forward of its "
+                    "own, and the hooked model would "
                     "ignore it: attach hooks by name to the hooked model."
                 )
             processor = own.get("processor") or own["_modules"].get("processor")
             if processor is not None and type(processor).__name__ not in STANDARD_PROCESSORS:
                 raise ValueError(
-                    f"{path} of the wrapped {kind} has the attention processor {type(processor).__name__}, and the hooked model "
+                    f"{path} of the wrapped {kind} has the attention processor "
+                    f"{type(processor).__name__}, and the hooked model "
                     "would ignore it: set_default_attn_processor() first."
                 )

@@ -1,9 +1,10 @@
 """Checks of a hooked model against the module that it wraps, made when a model is loaded.
 
-A model from elsewhere may have an option, a layout or a library version that nobody has tried. Rather than be subtly wrong, it
-is refused, with the model and the versions named. Checks, on a small random input: the output is that of the wrapped
-module, fused and explicit; every name fires once; pattern rows sum to one; and editing the patterns changes the output.
-Source of the idea: nnterp (arXiv 2511.14465), which checks every model that it renames.
+A model from elsewhere may have an option, a layout or a library version that nobody has tried.
+Rather than be subtly wrong, it is refused, with the model and the versions named. Checks, on a
+small random input: the output is that of the wrapped module, fused and explicit; every name fires
+once; pattern rows sum to one; and editing the patterns changes the output. Source of the idea:
+nnterp (arXiv 2511.14465), which checks every model that it renames.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from .pipeline_model import PipelineModel
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Allowed difference to the wrapped module, as a share of its output's largest value. Sharp attention, such as a planted
-circuit's, magnifies rounding: fused and explicit attention then differ by a few parts in 10,000 in float32."""
+"""Allowed difference to the wrapped module, as a share of its output's largest value.
+
+Sharp attention, such as a planted circuit's, magnifies rounding: fused and explicit attention then
+differ by a few parts in 10,000 in float32.
+"""
 LARGEST = 1e12
 """Size of a weight above which it is taken for damage or overflow."""
 LIBRARIES = ("diffusers", "transformers", "transformer_lens", "torch")
@@ -64,13 +68,14 @@ def refuse(name: str, failures: Sequence[str]) -> None:
         return
     versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
     raise ModelCheckError(
-        f"{name} failed its checks with {versions}: {'; '.join(failures)}. Its hooks cannot be trusted. "
-        "Try the versions that pyproject.toml names; check=False opens it all the same."
+        f"{name} failed its checks with {versions}: {'; '.join(failures)}. Its hooks cannot be "
+        "trusted. Try the versions that pyproject.toml names; check=False opens it all the same."
     )
 
 
 def check_weights(pipe: Any, name: str = "this model") -> None:
-    """Check that every weight of a pipeline, in all of its parts, is a finite number of a size that training leads to.
+    """Check that every weight of a pipeline, in all of its parts, is a finite number of a size that
+    training leads to.
 
     Raises:
         ModelCheckError: with the first tensor that holds another.
@@ -82,10 +87,14 @@ def check_weights(pipe: Any, name: str = "this model") -> None:
             low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
             worst = float(torch.maximum(-low, high))
             if not worst <= LARGEST:
-                found = "a value that is not a number" if worst != worst else f"a value of size {worst:.3g}"
+                found = (
+                    "a value that is not a number"
+                    if worst != worst
+                    else f"a value of size {worst:.3g}"
+                )
                 raise ModelCheckError(
-                    f"{name} is damaged: {part}'s {key} holds {found}. Download or save it again; check=False opens it "
-                    "all the same."
+                    f"{name} is damaged: {part}'s {key} holds {found}. Download or save it again; "
+                    "check=False opens it all the same."
                 )
 
 
@@ -94,34 +103,53 @@ def check_denoiser(dit: HookedDiT) -> list[str]:
     cfg, p = dit.cfg, dit.cfg.patch_size
     sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if cfg.use_additional_conditions:
-        sizes = {"resolution": torch.tensor([[512.0, 768.0]]).repeat(2, 1), "aspect_ratio": torch.tensor([[0.66]]).repeat(2, 1)}
-        sizes = {key: size.to(dit.device, dit.dtype) for key, size in sizes.items() if size is not None}
+        sizes = {
+            "resolution": torch.tensor([[512.0, 768.0]]).repeat(2, 1),
+            "aspect_ratio": torch.tensor([[0.66]]).repeat(2, 1),
+        }
+        sizes = {
+            key: size.to(dit.device, dit.dtype) for key, size in sizes.items() if size is not None
+        }
     inputs = {
         "hidden_states": random_like(dit, 2, cfg.in_channels, 2 * p, 3 * p),
         "encoder_hidden_states": random_like(dit, 2, 5, cfg.d_text),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=dit.device),
+        "encoder_attention_mask": torch.tensor(
+            [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=dit.device
+        ),
         "timestep": torch.tensor([901, 17], device=dit.device),
         "added_cond_kwargs": sizes,
     }
-    return ["the denoiser's " + failure for failure in failures_of(dit, dit.wrapped, inputs, ("attn", "cross_attn"))]
+    return [
+        "the denoiser's " + failure
+        for failure in failures_of(dit, dit.wrapped, inputs, ("attn", "cross_attn"))
+    ]
 
 
 def check_text_encoder(encoder: HookedT5Encoder) -> list[str]:
     """List the faults of a hooked T5, one sentence each."""
-    ids: Int[Tensor, "2 6"] = torch.arange(12, device=encoder.device).reshape(2, 6) % encoder.cfg.d_vocab
+    ids: Int[Tensor, "2 6"] = (
+        torch.arange(12, device=encoder.device).reshape(2, 6) % encoder.cfg.d_vocab
+    )
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    return ["the text encoder's " + failure for failure in failures_of(encoder, encoder.wrapped, inputs, ("attn",))]
+    return [
+        "the text encoder's " + failure
+        for failure in failures_of(encoder, encoder.wrapped, inputs, ("attn",))
+    ]
 
 
 def random_like(module: Any, *shape: int) -> Float[Tensor, "..."]:
     """Normal numbers, the same on every machine, where and as the module's weights are."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(module.device, module.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+        module.device, module.dtype
+    )
 
 
 @torch.no_grad()
-def failures_of(hooked: HookedModule, original: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[str]) -> list[str]:
+def failures_of(
+    hooked: HookedModule, original: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[str]
+) -> list[str]:
     """Compare a hooked module with the wrapped one, on one input.
 
     Args:
@@ -136,7 +164,9 @@ def failures_of(hooked: HookedModule, original: nn.Module, inputs: Mapping[str, 
     def compare(what: str, output: Tensor) -> None:
         difference = float((output - reference).abs().max())
         if not difference <= tolerance:
-            failures.append(f"{what} differs from the original's by {difference:.3g} (allowed: {tolerance:.3g})")
+            failures.append(
+                f"{what} differs from the original's by {difference:.3g} (allowed: {tolerance:.3g})"
+            )
 
     compare("output", hooked(**inputs)[0])
     seen: dict[str, Tensor] = {}
@@ -147,47 +177,68 @@ def failures_of(hooked: HookedModule, original: nn.Module, inputs: Mapping[str, 
         if str(hook.name).endswith("hook_pattern"):
             seen[str(hook.name)] = tensor.clone()
 
-    compare("output with hooks", hooked.run_with_hooks(fwd_hooks=[(lambda name: True, look)], **inputs)[0])
-    if wrong := [f"{name} ({fired[name]} times)" for name in hooked.names(None) if fired[name] != 1]:
+    compare(
+        "output with hooks",
+        hooked.run_with_hooks(fwd_hooks=[(lambda name: True, look)], **inputs)[0],
+    )
+    if wrong := [
+        f"{name} ({fired[name]} times)" for name in hooked.names(None) if fired[name] != 1
+    ]:
         failures.append(f"names do not fire once each: {', '.join(wrong[:5])}")
     for sublayer in sublayers:
         failures += _check_patterns(hooked, inputs, sublayer, seen)
     return failures
 
 
-def _check_patterns(hooked: HookedModule, inputs: Mapping[str, Any], sublayer: str, patterns: Mapping[str, Tensor]) -> list[str]:
-    patterns = {name: pattern for name, pattern in patterns.items() if name.endswith(f".{sublayer}.hook_pattern")}
+def _check_patterns(
+    hooked: HookedModule, inputs: Mapping[str, Any], sublayer: str, patterns: Mapping[str, Tensor]
+) -> list[str]:
+    patterns = {
+        name: pattern
+        for name, pattern in patterns.items()
+        if name.endswith(f".{sublayer}.hook_pattern")
+    }
     if not patterns:
         return [f"{sublayer} shows no pattern"]
     if wrong := [name for name, pattern in patterns.items() if not rows_sum_to_one(pattern)]:
         return [f"{wrong[0]} has rows that do not sum to one"]
     # both runs have the same hooks, so that differences come from the edit alone
-    clean, clean_z = _run_with_patterns(hooked, inputs, patterns, lambda tensor, hook: tensor.clone())
+    clean, clean_z = _run_with_patterns(
+        hooked, inputs, patterns, lambda tensor, hook: tensor.clone()
+    )
     edited, edited_z = _run_with_patterns(hooked, inputs, patterns, random_pattern)
     changed = any(not torch.equal(clean_z[name], edited_z[name]) for name in clean_z)
     if not changed and any(bool(z.any()) for z in clean_z.values()):
         return [f"{sublayer}.hook_z does not change when its pattern is edited"]
-    if changed and bool(clean.any()) and torch.equal(clean, edited):  # an untrained output layer may be all zeros
+    # an untrained output layer may be all zeros
+    if changed and bool(clean.any()) and torch.equal(clean, edited):
         return [f"output does not change when the patterns of {sublayer} are edited"]
     return []
 
 
 def rows_sum_to_one(pattern: Float[Tensor, "... key_pos"], or_zero: bool = False) -> bool:
-    """True if no entry is negative and every row sums to 1, up to rounding (or, with `or_zero`, to 0)."""
+    """True if no entry is negative and every row sums to 1, up to rounding (or, with `or_zero`, to
+    0).
+    """
     slack = 0.02 if pattern.dtype in (torch.float16, torch.bfloat16) else 1e-4
     sums = pattern.sum(-1)
     right = (sums - 1).abs() < slack
     return not bool((pattern < 0).any()) and bool((right | (sums == 0) if or_zero else right).all())
 
 
-def random_pattern(pattern: Float[Tensor, "*batch key_pos"], hook: HookPoint) -> Float[Tensor, "*batch key_pos"]:
+def random_pattern(
+    pattern: Float[Tensor, "*batch key_pos"], hook: HookPoint
+) -> Float[Tensor, "*batch key_pos"]:
     """Hook that replaces a pattern by a random one, the same at every call."""
     scores = torch.randn(pattern.shape, generator=torch.Generator().manual_seed(1))
     return (3 * scores).softmax(-1).to(pattern)
 
 
 def _run_with_patterns(
-    hooked: HookedModule, inputs: Mapping[str, Any], names: Iterable[str], edit: Callable[..., Tensor]
+    hooked: HookedModule,
+    inputs: Mapping[str, Any],
+    names: Iterable[str],
+    edit: Callable[..., Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The output under edited patterns, and z in each layer."""
     z: dict[str, Tensor] = {}

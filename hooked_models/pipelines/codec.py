@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 
 class PatchCodec(ModelMixin, ConfigMixin):
-    """Encode every `patch_size`² patch as its `latent_channels` leading principal components, and decode it.
+    """Encode every `patch_size`² patch as its `latent_channels` leading principal components, and
+    decode it.
 
-    Stands where an `AutoencoderKL` stands in a diffusers pipeline: images in [−1, 1], `encode(x).latent_dist` and
-    `decode(z).sample`, and the pipeline multiplies latents by `config.scaling_factor`. The components are orthonormal, so a
-    squared error in latents is the squared error in pixels, and decoding costs one small matrix product.
+    Stands where an `AutoencoderKL` stands in a diffusers pipeline: images in [−1, 1],
+    `encode(x).latent_dist` and `decode(z).sample`, and the pipeline multiplies latents by
+    `config.scaling_factor`. The components are orthonormal, so a squared error in latents is the
+    squared error in pixels, and decoding costs one small matrix product.
 
     Example:
         >>> from dit_lens import scenes
@@ -40,11 +42,14 @@ class PatchCodec(ModelMixin, ConfigMixin):
         latent_channels: int = 24,
         patch_size: int = 8,
         scaling_factor: float = 1.0,
-        block_out_channels: Sequence[int] | None = None,  # only its length is read, by pipelines: log2(patch_size) + 1
+        # only its length is read, by pipelines: log2(patch_size) + 1
+        block_out_channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if block_out_channels is None:
-            self.register_to_config(block_out_channels=(latent_channels,) * (int(math.log2(patch_size)) + 1))
+            self.register_to_config(
+                block_out_channels=(latent_channels,) * (int(math.log2(patch_size)) + 1)
+            )
         self.mean = nn.Buffer(torch.zeros(3, patch_size, patch_size))
         self.components = nn.Buffer(torch.zeros(latent_channels, 3, patch_size, patch_size))
         self.explained_variance = nn.Buffer(torch.zeros(latent_channels))
@@ -57,10 +62,13 @@ class PatchCodec(ModelMixin, ConfigMixin):
         patch_size: int = 8,
         latent_std: float = 0.5,
     ) -> PatchCodec:
-        """Fit to images in [−1, 1]. `scaling_factor` is set so that scaled latents have standard deviation `latent_std`.
+        """Fit to images in [−1, 1].
 
-        `latent_std` fixes at which noise level an image's layout is decided. Objects cover a tenth of a scene, so at unit
-        deviation they stand out of the noise until the path's last few per cent, where a 14-step sampler hardly steps.
+        `scaling_factor` is set so that scaled latents have standard deviation `latent_std`.
+
+        `latent_std` fixes at which noise level an image's layout is decided. Objects cover a tenth
+        of a scene, so at unit deviation they stand out of the noise until the path's last few per
+        cent, where a 14-step sampler hardly steps.
         """
         patches = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2).flatten(0, 1)
         pca = PCA(latent_channels, svd_solver="covariance_eigh").fit(patches.double().numpy())
@@ -74,17 +82,26 @@ class PatchCodec(ModelMixin, ConfigMixin):
     def encode(
         self, x: Float[Tensor, "batch 3 height width"], return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Encode images in [−1, 1] as a distribution without spread around latents [batch channel height/patch width/patch]."""
+        """Encode images in [−1, 1] as a distribution without spread around latents [batch channel
+        height/patch width/patch].
+        """
         offset = torch.einsum("cijk,ijk->c", self.components, self.mean)
         latents = F.conv2d(x, self.components, -offset, stride=self.config.patch_size)
-        moments = torch.cat([latents, torch.full_like(latents, -torch.inf)], dim=1)  # log-variance −∞ is clamped to e⁻³⁰
+        # log-variance −∞ is clamped to e⁻³⁰
+        moments = torch.cat([latents, torch.full_like(latents, -torch.inf)], dim=1)
         posterior = DiagonalGaussianDistribution(moments, deterministic=True)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
-        self, z: Float[Tensor, "batch channel rows columns"], return_dict: bool = True, generator: object = None
+        self,
+        z: Float[Tensor, "batch channel rows columns"],
+        return_dict: bool = True,
+        generator: object = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Decode latents to images around [−1, 1], not clamped. `generator` is AutoencoderKL's, and has no effect."""
+        """Decode latents to images around [−1, 1], not clamped.
+
+        `generator` is AutoencoderKL's, and has no effect.
+        """
         images = F.conv_transpose2d(z, self.components, stride=self.config.patch_size)
         images = images + self.mean.repeat(1, z.shape[-2], z.shape[-1])
         return DecoderOutput(sample=images) if return_dict else (images,)
@@ -94,5 +111,6 @@ class PatchCodec(ModelMixin, ConfigMixin):
         return self.decode(self.encode(sample, return_dict=False)[0].mode(), return_dict=False)[0]
 
 
-# Checkpoints name the class by package (model_index.json), so the file may move without breaking them.
+# Checkpoints name the class by package (model_index.json), so the file may move without breaking
+# them.
 PatchCodec.__module__ = "hooked_models"

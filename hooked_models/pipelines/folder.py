@@ -1,4 +1,6 @@
-"""A pipeline folder's files, checked before anything large is read: the classes that they name, and that they are whole."""
+"""A pipeline folder's files, checked before anything large is read: the classes that they name, and
+that they are whole.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from .hub import Source
 LIBRARIES = ("diffusers", "transformers", "hooked_models")
 """Libraries whose classes a folder may name."""
 NEEDED = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
-"""Components without which nothing is drawn, where a pipeline's class has them; diffusers calls some of them optional."""
+"""Components without which nothing is drawn, where a pipeline's class has them; diffusers calls
+some of them optional.
+"""
 KINDS: dict[str, tuple[type, ...]] = {
     "transformer": (ModelMixin,),
     "text_encoder": (PreTrainedModel,),
@@ -46,7 +50,8 @@ def inspect_folder(
         The classes by component, and the pipeline's as "_class_name".
 
     Raises:
-        ValueError: the folder holds no pipeline that diffusers knows, one without a transformer, or a damaged JSON file.
+        ValueError: the folder holds no pipeline that diffusers knows, one without a transformer, or
+            a damaged JSON file.
         FileNotFoundError: a component or its weights are missing.
         OSError: a weight file is truncated or damaged.
 
@@ -65,10 +70,17 @@ def inspect_folder(
             continue
         if library is None or cls is None or not (source.folder / name).is_dir():
             raise FileNotFoundError(
-                f"{source.name} has no {name}: pass one (from_pretrained(…, {name}=…)), or open a complete pipeline."
+                f"{source.name} has no {name}: pass one (from_pretrained(…, {name}=…)), or open a "
+                "complete pipeline."
             )
-        if name == "transformer" and pipeline.__name__ in PIXART and (library != "diffusers" or cls not in TRANSFORMERS):
-            raise ValueError(f"{source.name} has a {cls} for its transformer; a PixArt has a {TRANSFORMERS[0]}.")
+        if (
+            name == "transformer"
+            and pipeline.__name__ in PIXART
+            and (library != "diffusers" or cls not in TRANSFORMERS)
+        ):
+            raise ValueError(
+                f"{source.name} has a {cls} for its transformer; a PixArt has a {TRANSFORMERS[0]}."
+            )
         classes[name] = component_class(source, name, library, cls)
         _check_files(source, name, classes[name], variant, weights)
     return classes
@@ -87,15 +99,21 @@ def read_index(source: Source) -> dict[str, Any]:
     """Read the folder's `model_index.json`.
 
     Raises:
-        ValueError: it is no index of a pipeline, or names a library that opening a folder must not import.
+        ValueError: it is no index of a pipeline, or names a library that opening a folder must not
+            import.
     """
-    index = read_json(source.folder / "model_index.json", "is damaged, or is no index of a pipeline")
+    index = read_json(
+        source.folder / "model_index.json", "is damaged, or is no index of a pipeline"
+    )
     check_libraries(source.name, index)
     return index
 
 
 def read_json(path: Path, wrong: str = "is damaged") -> dict[str, Any]:
-    """Read a JSON file of a pipeline's folder. Raises ValueError, which begins with `wrong`, unless it holds an object."""
+    """Read a JSON file of a pipeline's folder.
+
+    Raises ValueError, which begins with `wrong`, unless it holds an object.
+    """
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -113,7 +131,10 @@ def pipeline_class(source: Source, name: Any) -> Any:
     """
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
-        raise ValueError(f"{source.name} is a {name}, which diffusers {diffusers.__version__} has not: see model_index.json.")
+        raise ValueError(
+            f"{source.name} is a {name}, which diffusers {diffusers.__version__} has not: see "
+            "model_index.json."
+        )
     if "transformer" not in inspect.signature(found).parameters:
         raise ValueError(f"{source.name} is a {name}, which has no transformer to hook.")
     return found
@@ -128,7 +149,11 @@ def needed_of(pipeline: Any) -> list[str]:
     """List the components of a pipeline that a folder must have."""
     optional = getattr(pipeline, "_optional_components", ())
     parameters = inspect.signature(pipeline).parameters.values()
-    return [p.name for p in parameters if p.name in NEEDED or (p.default is p.empty and p.name not in optional)]
+    return [
+        p.name
+        for p in parameters
+        if p.name in NEEDED or (p.default is p.empty and p.name not in optional)
+    ]
 
 
 def check_libraries(name: str, index: Mapping[str, Any]) -> None:
@@ -142,7 +167,9 @@ def check_libraries(name: str, index: Mapping[str, Any]) -> None:
         ValueError: a component is of another library.
 
     Example:
-        >>> check_libraries("m", {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["schedules", "Mine"]})
+        >>> check_libraries(
+        ...     "m", {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["schedules", "Mine"]}
+        ... )
         Traceback (most recent call last):
         ValueError: m takes its scheduler from 'schedules', but opening a folder ...
     """
@@ -155,7 +182,8 @@ def check_libraries(name: str, index: Mapping[str, Any]) -> None:
             and value[0] not in LIBRARIES
         ):
             raise ValueError(
-                f"{name} takes its {part} from {value[0]!r}, but opening a folder imports {', '.join(LIBRARIES)} only: "
+                f"{name} takes its {part} from {value[0]!r}, but opening a folder imports "
+                f"{', '.join(LIBRARIES)} only: "
                 "build the pipeline yourself, and use HookedTextToImage.from_pipeline(pipe)."
             )
 
@@ -168,10 +196,15 @@ def component_class(source: Source, name: str, library: str, cls: str) -> Any:
     """
     found = getattr(importlib.import_module(library), cls, None)
     kinds = KINDS.get(name.rstrip("_0123456789"))
-    fits = isinstance(found, type) and (hasattr(found, "from_pretrained") if kinds is None else issubclass(found, kinds))
+    fits = isinstance(found, type) and (
+        hasattr(found, "from_pretrained") if kinds is None else issubclass(found, kinds)
+    )
     if not fits:
         kind = "component" if kinds is None else kinds[0].__name__
-        raise ValueError(f"{source.name} names {library}.{cls} as its {name}, which is no {kind}: see model_index.json.")
+        raise ValueError(
+            f"{source.name} names {library}.{cls} as its {name}, which is no {kind}: see "
+            "model_index.json."
+        )
     return found
 
 
@@ -180,14 +213,20 @@ def has_weights(cls: Any) -> bool:
     return issubclass(cls, (ModelMixin, PreTrainedModel))
 
 
-def weight_files(source: Source, component: str, cls: Any, variant: str | None = None) -> Iterator[Path]:
-    """Find the safetensors files of a component: those of the variant if it has them, one or several shards.
+def weight_files(
+    source: Source, component: str, cls: Any, variant: str | None = None
+) -> Iterator[Path]:
+    """Find the safetensors files of a component: those of the variant if it has them, one or
+    several shards.
 
     Raises:
         FileNotFoundError: there are none, or a shard is missing.
         ValueError: the index of the shards is damaged.
     """
-    folder, stem = source.folder / component, "model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model"
+    folder, stem = (
+        source.folder / component,
+        "model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model",
+    )
     for suffix in dict.fromkeys((f".{variant}" if variant else "", "")):
         if (single := folder / f"{stem}{suffix}.safetensors").is_file():
             yield single
@@ -196,14 +235,21 @@ def weight_files(source: Source, component: str, cls: Any, variant: str | None =
         if index.is_file():
             for shard in _shards(index):
                 if not (folder / shard).is_file():
-                    raise FileNotFoundError(f"{source.name} lacks {component}/{shard}, one of several shards: download it again.")
+                    raise FileNotFoundError(
+                        f"{source.name} lacks {component}/{shard}, one of several shards: download "
+                        "it again."
+                    )
                 yield folder / shard
             return
-    there = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".safetensors", ".msgpack", ".ckpt"))
+    there = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix in (".bin", ".safetensors", ".msgpack", ".ckpt")
+    )
     raise FileNotFoundError(
-        f"{source.name} has no {component}/{stem}.safetensors (there is: {', '.join(there) or 'no weight file'}). "
-        "Pickled weights are not opened: save the pipeline once with safe_serialization=True. For *.fp16.safetensors pass "
-        "variant='fp16'."
+        f"{source.name} has no {component}/{stem}.safetensors (there is: "
+        f"{', '.join(there) or 'no weight file'}). Pickled weights are not opened: save the "
+        "pipeline once with safe_serialization=True. For *.fp16.safetensors pass variant='fp16'."
     )
 
 
@@ -216,7 +262,9 @@ def _shards(index: Path) -> list[str]:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    return (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    )
 
 
 def _refuse_damaged(file: Path) -> None:
@@ -225,4 +273,7 @@ def _refuse_damaged(file: Path) -> None:
             pass  # opening reads the header and compares the file's size with it
     except SafetensorError as error:
         size = file.stat().st_size
-        raise OSError(f"{file} is truncated or damaged ({size:,} bytes; {error}): delete it and download it again.") from None
+        raise OSError(
+            f"{file} is truncated or damaged ({size:,} bytes; {error}): delete it and download it "
+            "again."
+        ) from None

@@ -25,12 +25,20 @@ class Source:
     """As given to `from_pretrained`."""
     folder: Path
     commit: str | None = None
-    """Commit of a hub model; `from_pretrained(name, revision=commit)` opens the same files again."""
+    """Commit of a hub model; `from_pretrained(name, revision=commit)` opens the same files
+    again.
+    """
 
     @property
     def lasting_name(self) -> str:
-        """A name that means the same in every process: a hub id with a commit, a bundled name, or an absolute path."""
-        return self.name if self.commit is not None or self.name in list_models() else str(self.folder.resolve())
+        """A name that means the same in every process: a hub id with a commit, a bundled name, or
+        an absolute path.
+        """
+        return (
+            self.name
+            if self.commit is not None or self.name in list_models()
+            else str(self.folder.resolve())
+        )
 
 
 def list_models() -> list[str]:
@@ -40,21 +48,28 @@ def list_models() -> list[str]:
         >>> "rte-micro" in list_models()
         True
     """
-    return sorted(folder.name for folder in ZOO.iterdir() if (folder / "model_index.json").is_file())
+    return sorted(
+        folder.name for folder in ZOO.iterdir() if (folder / "model_index.json").is_file()
+    )
 
 
 def resolve(name: str | Path) -> str:
     """Find the folder or hub id for diffusers to open; in a training run's folder, its pipeline.
 
     Raises:
-        FileNotFoundError: `name` is neither a bundled model, nor a pipeline folder or training run, nor "owner/model".
+        FileNotFoundError: `name` is neither a bundled model, nor a pipeline folder or training run,
+            nor "owner/model".
         OSError: a file of a training run's pipeline was damaged since it was written.
     """
     text = str(name)
     if text in list_models():
         return str(ZOO / text)
     if Path(text).is_dir():
-        places = [place for place in (Path(text), Path(text, "pipeline")) if (place / "model_index.json").is_file()]
+        places = [
+            place
+            for place in (Path(text), Path(text, "pipeline"))
+            if (place / "model_index.json").is_file()
+        ]
         if not places:
             raise FileNotFoundError(f"{text} is not a pipeline folder: it has no model_index.json.")
         check_listed(places[0])
@@ -64,7 +79,10 @@ def resolve(name: str | Path) -> str:
     near = get_close_matches(text, list_models(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if text.endswith(NOT_IN_THE_WHEEL):
-        hint = f" The wheel carries the micro models only; others come with a checkout of the repository.{hint}"
+        hint = (
+            " The wheel carries the micro models only; others come with a checkout of the "
+            f"repository.{hint}"
+        )
     raise FileNotFoundError(
         f"There is no model {text!r}: give a bundled name ({', '.join(list_models()) or 'none'}), "
         f"a pipeline folder, or a hub id such as 'PixArt-alpha/PixArt-Sigma-XL-2-512-MS'.{hint}"
@@ -80,16 +98,20 @@ def check_listed(folder: Path) -> None:
     run = folder.absolute().parent
     if not (run / LOCK).is_file():  # which every store has
         return
-    index = Index.read(run, "save the pipeline again, by going on with the run, or take it from a copy")
+    index = Index.read(
+        run, "save the pipeline again, by going on with the run, or take it from a copy"
+    )
     if index is not None and folder.name in index.files:
         index.path(folder.name)
 
 
 def recorded_source(name: object, commit: object) -> str | None:
-    """The model that a folder of results names, if the name means the same in every process and folder.
+    """The model that a folder of results names, if the name means the same in every process and
+    folder.
 
     Args:
-        name, commit: `Source.lasting_name` and `Source.commit`, as read from a file that anybody may have written.
+        name, commit: `Source.lasting_name` and `Source.commit`, as read from a file that anybody
+            may have written.
 
     Example:
         >>> recorded_source("rte-nano", None), recorded_source("../model", None)
@@ -97,12 +119,23 @@ def recorded_source(name: object, commit: object) -> str | None:
     """
     if not isinstance(name, str):
         return None
-    lasting = name in list_models() or Path(name).is_absolute() or (isinstance(commit, str) and name.count("/") == 1)
+    lasting = (
+        name in list_models()
+        or Path(name).is_absolute()
+        or (isinstance(commit, str) and name.count("/") == 1)
+    )
     return name if lasting else None
 
 
-def fetch(name: str | Path, revision: str | None = None, variant: str | None = None, weights: bool = True, **hub: Any) -> Source:
-    """Get a model's folder; from the hub, download its files at one commit unless the cache has them.
+def fetch(
+    name: str | Path,
+    revision: str | None = None,
+    variant: str | None = None,
+    weights: bool = True,
+    **hub: Any,
+) -> Source:
+    """Get a model's folder; from the hub, download its files at one commit unless the cache has
+    them.
 
     Args:
         revision: a commit, tag or branch of a hub model.
@@ -111,14 +144,18 @@ def fetch(name: str | Path, revision: str | None = None, variant: str | None = N
         hub: `token`, `cache_dir`, `local_files_only`, as in diffusers.
 
     Raises:
-        FileNotFoundError: no such model or revision, or it is neither in the cache nor can the hub be reached.
-        PermissionError: the model is gated, and its licence has not been accepted with the token in use.
+        FileNotFoundError: no such model or revision, or it is neither in the cache nor can the hub
+            be reached.
+        PermissionError: the model is gated, and its licence has not been accepted with the token in
+            use.
         ValueError: a revision was given with a folder.
     """
     place = resolve(name)
     if Path(place).is_dir():
         if revision is not None:
-            raise ValueError(f"{name} is a folder, which has no revisions: leave out revision={revision!r}.")
+            raise ValueError(
+                f"{name} is a folder, which has no revisions: leave out revision={revision!r}."
+            )
         return Source(str(name), Path(place))
     # here, not above: names and folders need neither library
     from diffusers import DiffusionPipeline
@@ -127,9 +164,13 @@ def fetch(name: str | Path, revision: str | None = None, variant: str | None = N
 
     try:
         if weights:
-            folder = DiffusionPipeline.download(place, revision=revision, variant=variant, use_safetensors=True, **hub)
+            folder = DiffusionPipeline.download(
+                place, revision=revision, variant=variant, use_safetensors=True, **hub
+            )
         else:
-            folder = snapshot_download(place, revision=revision, allow_patterns=list(WITHOUT_WEIGHTS), **hub)
+            folder = snapshot_download(
+                place, revision=revision, allow_patterns=list(WITHOUT_WEIGHTS), **hub
+            )
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         raise _friendly(error, place, revision) from error
     snapshot = Path(folder)
@@ -139,21 +180,32 @@ def fetch(name: str | Path, revision: str | None = None, variant: str | None = N
 
 
 def _friendly(error: BaseException, place: str, revision: str | None) -> Exception:
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     causes = list(_causes(error))
     page = f"https://huggingface.co/{place}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return PermissionError(f"{place} is gated: accept its terms at {page} and log in with `hf auth login`.")
+        return PermissionError(
+            f"{place} is gated: accept its terms at {page} and log in with `hf auth login`."
+        )
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-        return FileNotFoundError(f"{place} has no revision {revision!r}: its commits are listed at {page}/commits/main.")
+        return FileNotFoundError(
+            f"{place} has no revision {revision!r}: its commits are listed at {page}/commits/main."
+        )
     if any(isinstance(cause, (RepositoryNotFoundError, HFValidationError)) for cause in causes):
-        return FileNotFoundError(f"The hub has no model {place!r} (or it is private: log in with `hf auth login`).")
+        return FileNotFoundError(
+            f"The hub has no model {place!r} (or it is private: log in with `hf auth login`)."
+        )
     at = "" if revision is None else f" at revision {revision!r}"
     pin = "" if revision is None else f" --revision {revision}"
     return FileNotFoundError(
-        f"{place}{at} is not complete in the local cache, and the hub cannot be reached: run `hf download {place}{pin}` where "
-        "there is a connection, or give a folder."
+        f"{place}{at} is not complete in the local cache, and the hub cannot be reached: run `hf "
+        f"download {place}{pin}` where there is a connection, or give a folder."
     )
 
 

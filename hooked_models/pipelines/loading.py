@@ -1,7 +1,7 @@
 """A pipeline folder as a live pipeline.
 
-T5 was trained in bfloat16 and overflows in float16, where it is therefore never put; nor is an autoencoder whose configuration
-has `force_upcast`.
+T5 was trained in bfloat16 and overflows in float16, where it is therefore never put; nor is an
+autoencoder whose configuration has `force_upcast`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from diffusers import PixArtTransformer2DModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .folder import components_of, has_weights, inspect_folder, pipeline_class, read_index, weight_files
+from .folder import (
+    components_of,
+    has_weights,
+    inspect_folder,
+    pipeline_class,
+    read_index,
+    weight_files,
+)
 from .hub import Source
 from .quiet import quiet_loading
 
@@ -35,7 +42,8 @@ def open_pipeline(
     Args:
         variant: "fp16" for files such as `model.fp16.safetensors`, where there are any.
         device_map: as in diffusers: a device, or "balanced" for whole components on several GPUs.
-        components: used in place of the folder's; `transformer` may also be a folder or hub id that has one.
+        components: used in place of the folder's; `transformer` may also be a folder or hub id that
+            has one.
 
     Raises:
         FileNotFoundError, ValueError, OSError: see `inspect_folder` and `load_component`.
@@ -45,21 +53,29 @@ def open_pipeline(
     known = components_of(cls)
     if unknown := [name for name in components if name not in known]:
         raise TypeError(
-            f"from_pretrained has no argument {unknown[0]!r}: choose dtype, device_map, or a component ({', '.join(known)})."
+            f"from_pretrained has no argument {unknown[0]!r}: choose dtype, device_map, or a "
+            f"component ({', '.join(known)})."
         )
     classes = inspect_folder(source, variant, components)
     with quiet_loading():
         if isinstance(components.get("transformer"), (str, Path)):
             place = components["transformer"]
             kind = inspect.signature(cls, eval_str=True).parameters["transformer"].annotation
-            components["transformer"] = load_whole(kind, place, f"{place}'s transformer", subfolder="transformer", dtype=dtype)
+            components["transformer"] = load_whole(
+                kind, place, f"{place}'s transformer", subfolder="transformer", dtype=dtype
+            )
         types = _types(classes, dtype)
         for name, kind in classes.items() if device_map is None else ():
             if name in known and has_weights(kind):
                 one = types.get(name, dtype) if isinstance(types, dict) else dtype
                 components[name] = load_component(source, name, kind, variant, one)
         pipe = cls.from_pretrained(
-            source.folder, variant=variant, dtype=types, device_map=device_map, use_safetensors=True, **components
+            source.folder,
+            variant=variant,
+            dtype=types,
+            device_map=device_map,
+            use_safetensors=True,
+            **components,
         )
     if dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
         pipe.vae.to(torch.float32)
@@ -74,7 +90,9 @@ def _types(classes: Mapping[str, Any], dtype: torch.dtype) -> Any:
     return {"default": dtype, **dict.fromkeys(overflowing, torch.bfloat16)}
 
 
-def load_component(source: Source, name: str, cls: Any, variant: str | None, dtype: torch.dtype) -> nn.Module:
+def load_component(
+    source: Source, name: str, cls: Any, variant: str | None, dtype: torch.dtype
+) -> nn.Module:
     """Load one module of a pipeline's folder; see `load_whole`."""
     file = next(weight_files(source, name, cls, variant))
     variant = variant if variant and f".{variant}." in file.name else None
@@ -95,17 +113,21 @@ def load_whole(cls: Any, place: str | Path, what: str, **how: Any) -> Any:
     Raises:
         OSError: a weight is missing.
     """
-    module, found = cls.from_pretrained(place, use_safetensors=True, output_loading_info=True, **how)
+    module, found = cls.from_pretrained(
+        place, use_safetensors=True, output_loading_info=True, **how
+    )
     if missing := sorted(found["missing_keys"]):
         raise OSError(
-            f"{what} lacks {len(missing)} of its weights ({missing[0]}{', …' if missing[1:] else ''}), which would be drawn at "
+            f"{what} lacks {len(missing)} of its weights "
+            f"({missing[0]}{', …' if missing[1:] else ''}), which would be drawn at "
             "random: download or save it again."
         )
     return module
 
 
 def empty_pipeline(source: Source, dtype: torch.dtype = torch.float32) -> Any:
-    """Make the pipeline of a folder without its weights, on the meta device: names, shapes and sizes at no cost.
+    """Make the pipeline of a folder without its weights, on the meta device: names, shapes and
+    sizes at no cost.
 
     Raises:
         FileNotFoundError, ValueError: see `inspect_folder`.
@@ -129,7 +151,9 @@ def empty_pipeline(source: Source, dtype: torch.dtype = torch.float32) -> Any:
     for name, parameter in inspect.signature(cls).parameters.items():
         if name not in parts and (parameter.default is parameter.empty or name in index):
             value = index.get(name)
-            is_component = isinstance(value, list) and any(part is None or isinstance(part, str) for part in value)
+            is_component = isinstance(value, list) and any(
+                part is None or isinstance(part, str) for part in value
+            )
             parts[name] = None if is_component else value
     with quiet_loading():
         return cls(**parts)

@@ -1,4 +1,6 @@
-"""Loading without progress bars, and without warnings about components that are replaced on purpose."""
+"""Loading without progress bars, and without warnings about components that are replaced on
+purpose.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,16 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Switch off the progress bars of diffusers and transformers and diffusers' type warnings, for the time of a load.
+    """Switch off the progress bars of diffusers and transformers and diffusers' type warnings, for
+    the time of a load.
 
-    diffusers warns where a component is of another class than the pipeline's signature names ("Expected types for vae …"), as
-    a `PatchCodec` is; `inspect_folder` has checked the classes already. Downloads keep their bars.
+    diffusers warns where a component is of another class than the pipeline's signature names
+    ("Expected types for vae …"), as a `PatchCodec` is; `inspect_folder` has checked the classes
+    already. Downloads keep their bars.
     """
-    bars = [lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()]
+    bars = [
+        lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()
+    ]
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
     for lib in bars:
         lib.disable_progress_bar()

@@ -15,7 +15,12 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import (
 from jaxtyping import Float
 from torch import Tensor
 
-TABLES = {32: ASPECT_RATIO_256_BIN, 64: ASPECT_RATIO_512_BIN, 128: ASPECT_RATIO_1024_BIN, 256: ASPECT_RATIO_2048_BIN}
+TABLES = {
+    32: ASPECT_RATIO_256_BIN,
+    64: ASPECT_RATIO_512_BIN,
+    128: ASPECT_RATIO_1024_BIN,
+    256: ASPECT_RATIO_2048_BIN,
+}
 """By the side of the training latents."""
 
 
@@ -33,6 +38,8 @@ def nearest_resolution(height: int, width: int, sample_size: int) -> tuple[int, 
     return PixArtImageProcessor.classify_height_width_bin(height, width, TABLES[sample_size])
 
 
-def resize_and_crop(images: Float[Tensor, "batch 3 _ __"], height: int, width: int) -> Float[Tensor, "batch 3 {height} {width}"]:
+def resize_and_crop(
+    images: Float[Tensor, "batch 3 _ __"], height: int, width: int
+) -> Float[Tensor, "batch 3 {height} {width}"]:
     """Resize images of a trained size to the requested one, as diffusers' pipelines do."""
     return PixArtImageProcessor.resize_and_crop_tensor(images, width, height)

@@ -23,7 +23,8 @@ def has_weights_on(module: nn.Module) -> bool:
 
 
 def weightless(pipe: Any) -> Any:
-    """A copy of a pipeline on the meta device that goes through its loop on the CPU, computing no text.
+    """A copy of a pipeline on the meta device that goes through its loop on the CPU, computing no
+    text.
 
     The pipeline itself stays as it is.
     """
@@ -34,8 +35,11 @@ def weightless(pipe: Any) -> Any:
             vars(found)[name] = _returning_zeros(part)
         elif name == "vae":
             vars(found)[name] = copy.deepcopy(part)
-            for module in vars(found)[name].modules():  # a pipeline may read statistics of latents from there
-                module._buffers.update({key: moved(buffer, "cpu") for key, buffer in module._buffers.items()})
+            # a pipeline may read statistics of latents from there
+            for module in vars(found)[name].modules():
+                module._buffers.update(
+                    {key: moved(buffer, "cpu") for key, buffer in module._buffers.items()}
+                )
     return found
 
 
@@ -46,7 +50,9 @@ def _returning_zeros(encoder: Any) -> nn.Module:
         ids = kwargs.pop("input_ids", None) if not args else args[0]
         masked = kwargs.pop("attention_mask", None) is not None or len(args) > 1
         if masked:  # with one that is whole, no kernel is chosen by its values
-            kwargs["attention_mask"] = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1], dtype=encoder.dtype)
+            kwargs["attention_mask"] = torch.zeros(
+                len(ids), 1, ids.shape[1], ids.shape[1], dtype=encoder.dtype
+            )
         return moved(kind.forward(encoder, moved(ids, "meta"), **moved(kwargs, "meta")), "cpu")
 
     found = copy.copy(encoder)
@@ -55,7 +61,11 @@ def _returning_zeros(encoder: Any) -> nn.Module:
 
 
 def _on_cpu(kind: Any, **more: Any) -> Any:
-    return type(kind.__name__, (kind,), {"device": property(lambda self: CPU), "__module__": kind.__module__, **more})
+    return type(
+        kind.__name__,
+        (kind,),
+        {"device": property(lambda self: CPU), "__module__": kind.__module__, **more},
+    )
 
 
 def moved(value: Any, device: str) -> Any:
@@ -66,7 +76,11 @@ def moved(value: Any, device: str) -> Any:
         (tensor([0., 0.]), 3)
     """
     if isinstance(value, Tensor):
-        return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta and device == "cpu" else value.to(device)
+        return (
+            torch.zeros(value.shape, dtype=value.dtype)
+            if value.is_meta and device == "cpu"
+            else value.to(device)
+        )
     if isinstance(value, (tuple, list)):
         return type(value)(moved(one, device) for one in value)
     if isinstance(value, Mapping):

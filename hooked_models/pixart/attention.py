@@ -22,16 +22,20 @@ from ..hooks.scopes import Scoped
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """Get the weight of a Linear.
 
-    Raises TypeError for any other module, above all a peft adapter, whose ``.weight`` leaves the adapter out, and for a
-    quantised Linear, whose weight is packed.
+    Raises TypeError for any other module, above all a peft adapter, whose ``.weight`` leaves the
+    adapter out, and for a quantised Linear, whose weight is packed.
     """
     if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{type(linear).__name__} has no single weight to view: fuse the adapter first (`fuse_lora`)")
+        raise TypeError(
+            f"{type(linear).__name__} has no single weight to view: fuse the adapter first "
+            "(`fuse_lora`)"
+        )
     weight = linear.weight
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
     if not plain or weight.shape != (linear.out_features, linear.in_features):
         raise TypeError(
-            f"The weight of this {type(linear).__name__} is quantised, so there is none to view: dequantise it first."
+            f"The weight of this {type(linear).__name__} is quantised, so there is none to view: "
+            "dequantise it first."
         )
     return weight
 
@@ -47,8 +51,9 @@ class AttentionCore(nn.Module):
 
     scale: float
     on_qk: Any = Scoped(None)
-    """Optional callback ``(q, k, bias)``, called after the q and k hooks with tensors [batch pos head d_head]; lets a
-    reducer work without materialising the pattern."""
+    """Optional callback ``(q, k, bias)``, called after the q and k hooks with tensors [batch pos
+    head d_head]; lets a reducer work without materialising the pattern.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +74,8 @@ class AttentionCore(nn.Module):
         """Average the values under the pattern, for each query and head: ``z``.
 
         Args:
-            bias: added to the scores: [batch (head) query_pos key_pos], the same for every head if it has no such axis.
+            bias: added to the scores: [batch (head) query_pos key_pos], the same for every head if
+                it has no such axis.
         """
         bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
@@ -87,35 +93,46 @@ class AttentionCore(nn.Module):
 
 
 class Attention(AttentionCore):
-    """``softmax(scale · q kᵀ + bias) v``, then ``W_O``; one class for image ↔ image, image ← text and text ↔ text.
+    """``softmax(scale · q kᵀ + bias) v``, then ``W_O``; one class for image ↔ image, image ← text
+    and text ↔ text.
 
     ``scale`` is 1 / √d_head unless given.
 
-    The three stages are separate (``queries``/``keys``/``values``, ``forward``, ``output``), because the keys and values
-    of a prompt can be computed once for all steps, and because a gate may stand between heads and residual stream.
+    The three stages are separate (``queries``/``keys``/``values``, ``forward``, ``output``),
+    because the keys and values of a prompt can be computed once for all steps, and because a gate
+    may stand between heads and residual stream.
 
     Source: ``AttnProcessor2_0`` in diffusers/models/attention_processor.py.
     """
 
-    def __init__(self, attention: Any, cfg: TransformerLensConfig, scale: float | None = None) -> None:
+    def __init__(
+        self, attention: Any, cfg: TransformerLensConfig, scale: float | None = None
+    ) -> None:
         super().__init__()
         self.cfg = cfg
         self.scale = cfg.d_head**-0.5 if scale is None else scale
         self.to_q: nn.Module = attention.to_q
         self.to_k: nn.Module = attention.to_k
         self.to_v: nn.Module = attention.to_v
-        self.to_out: nn.Module = attention.to_out[0]  # [1] is a dropout, which DiTConfig requires to be 0
-        self.hook_q_input = HookPoint()  # [batch pos head d_in]; these three only with cfg.use_split_qkv_input
+        # [1] is a dropout, which DiTConfig requires to be 0
+        self.to_out: nn.Module = attention.to_out[0]
+        # [batch pos head d_in]; these three only with cfg.use_split_qkv_input
+        self.hook_q_input = HookPoint()
         self.hook_k_input = HookPoint()
         self.hook_v_input = HookPoint()
-        self.hook_result = HookPoint()  # [batch query_pos head d_model]; only with cfg.use_attn_result
+        # [batch query_pos head d_model]; only with cfg.use_attn_result
+        self.hook_result = HookPoint()
 
-    def copy_per_head(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos head d_in"]:
+    def copy_per_head(
+        self, x: Float[Tensor, "batch pos d_in"]
+    ) -> Float[Tensor, "batch pos head d_in"]:
         """Copy `x` once for each head."""
         return x[:, :, None].repeat(1, 1, self.cfg.n_heads, 1)
 
     def q_input(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
-        """Input of the queries: `x`, or with cfg.use_split_qkv_input a copy per head through ``hook_q_input``."""
+        """Input of the queries: `x`, or with cfg.use_split_qkv_input a copy per head through
+        ``hook_q_input``.
+        """
         return self.hook_q_input(self.copy_per_head(x)) if self.cfg.use_split_qkv_input else x
 
     def k_input(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
@@ -127,34 +144,48 @@ class Attention(AttentionCore):
         return self.hook_v_input(self.copy_per_head(x)) if self.cfg.use_split_qkv_input else x
 
     def qkv_inputs(
-        self, x: Float[Tensor, "batch pos d_in"], attn_in: HookPoint, norm: Callable[[Tensor], Tensor]
+        self,
+        x: Float[Tensor, "batch pos d_in"],
+        attn_in: HookPoint,
+        norm: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normed inputs of queries, keys and values, in attention within one stream.
 
-        One tensor serves all three by default. With cfg.use_attn_in it is copied per head, through ``attn_in``; with
-        cfg.use_split_qkv_input per head and for each of the three. Copies are made before the norm.
+        One tensor serves all three by default. With cfg.use_attn_in it is copied per head, through
+        ``attn_in``; with cfg.use_split_qkv_input per head and for each of the three. Copies are
+        made before the norm.
         """
         if self.cfg.use_split_qkv_input:
             return norm(self.q_input(x)), norm(self.k_input(x)), norm(self.v_input(x))
         shared = norm(attn_in(self.copy_per_head(x)) if self.cfg.use_attn_in else x)
         return shared, shared, shared
 
-    def queries(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
+    def queries(
+        self, x: Float[Tensor, "batch pos *head d_in"]
+    ) -> Float[Tensor, "batch pos head_ d_head"]:
         """Before ``hook_q``. ``x`` has a head axis where it was copied per head."""
         return self._project(self.to_q, x)
 
-    def keys(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
+    def keys(
+        self, x: Float[Tensor, "batch pos *head d_in"]
+    ) -> Float[Tensor, "batch pos head_ d_head"]:
         """Before ``hook_k``."""
         return self._project(self.to_k, x)
 
-    def values(self, x: Float[Tensor, "batch pos *head d_in"]) -> Float[Tensor, "batch pos head_ d_head"]:
+    def values(
+        self, x: Float[Tensor, "batch pos *head d_in"]
+    ) -> Float[Tensor, "batch pos head_ d_head"]:
         """Before ``hook_v``."""
         return self._project(self.to_v, x)
 
     def _project(self, linear: nn.Module, x: Tensor) -> Tensor:
         if x.ndim == 3:
             return linear(x).view(*x.shape[:2], self.cfg.n_heads, self.cfg.d_head)
-        projected = einsum(x, self._read_weight(linear), "batch pos head d_in, head d_in d_head -> batch pos head d_head")
+        projected = einsum(
+            x,
+            self._read_weight(linear),
+            "batch pos head d_in, head d_in d_head -> batch pos head d_head",
+        )
         return projected + self._read_bias(linear)
 
     def output(
@@ -165,16 +196,19 @@ class Attention(AttentionCore):
     ) -> Float[Tensor, "batch pos d_model"]:
         """Write to the residual stream: ``gate · pre_gate(Σ_h z_h W_O[h] + b_O)``.
 
-        With cfg.use_attn_result the same sum is taken head by head. ``hook_result`` is ``gate · z_h W_O[h]``: a head's
-        result is its residual contribution. The rest, ``b_O`` and any change by a hook on ``pre_gate``, is gated and
-        added once. Edits at both points therefore add up: a hook on ``pre_gate`` that returns ``a`` gives
-        ``gate · a`` plus the edits made to the results.
+        With cfg.use_attn_result the same sum is taken head by head. ``hook_result`` is ``gate · z_h
+        W_O[h]``: a head's result is its residual contribution. The rest, ``b_O`` and any change by
+        a hook on ``pre_gate``, is gated and added once. Edits at both points therefore add up: a
+        hook on ``pre_gate`` that returns ``a`` gives ``gate · a`` plus the edits made to the
+        results.
         """
         if not self.cfg.use_attn_result:
             out = pre_gate(self.to_out(z.flatten(2)))
             return out if gate is None else gate * out
 
-        heads = einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        heads = einsum(
+            z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model"
+        )
         total = heads.sum(2)
         rest = pre_gate(total + self.b_O) - total
         if gate is not None:
@@ -184,15 +218,27 @@ class Attention(AttentionCore):
     @property
     def is_hooked(self) -> bool:
         """True if a hook or flag needs this attention's intermediate tensors."""
-        points = (self.hook_q, self.hook_k, self.hook_v, self.hook_attn_scores, self.hook_pattern, self.hook_z)
+        points = (
+            self.hook_q,
+            self.hook_k,
+            self.hook_v,
+            self.hook_attn_scores,
+            self.hook_pattern,
+            self.hook_z,
+        )
         flags = self.cfg.use_attn_in or self.cfg.use_split_qkv_input or self.cfg.use_attn_result
-        hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in (self.to_q, self.to_out))
+        hooked = any(
+            linear._forward_hooks or linear._forward_pre_hooks
+            for linear in (self.to_q, self.to_out)
+        )
         return bool(flags or hooked or any(map(has_hooks, points)))
 
     # Views of the Linears in TransformerLens' layout: writing to one writes to the wrapped model.
 
     def _read_weight(self, linear: nn.Module) -> Tensor:
-        return rearrange(weight_of(linear), "(head d_head) d_in -> head d_in d_head", head=self.cfg.n_heads)
+        return rearrange(
+            weight_of(linear), "(head d_head) d_in -> head d_in d_head", head=self.cfg.n_heads
+        )
 
     def _read_bias(self, linear: nn.Module) -> Tensor:
         return rearrange(bias_of(linear), "(head d_head) -> head d_head", head=self.cfg.n_heads)
@@ -211,7 +257,11 @@ class Attention(AttentionCore):
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        return rearrange(weight_of(self.to_out), "d_model (head d_head) -> head d_head d_model", head=self.cfg.n_heads)
+        return rearrange(
+            weight_of(self.to_out),
+            "d_model (head d_head) -> head d_head d_model",
+            head=self.cfg.n_heads,
+        )
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:

@@ -1,8 +1,10 @@
-"""One PixArt block: image ↔ image, image ← text, MLP; the first and last modulated by the timestep (adaLN-single).
+"""One PixArt block: image ↔ image, image ← text, MLP; the first and last modulated by the timestep
+(adaLN-single).
 
-Source: ``BasicTransformerBlock`` with ``norm_type="ada_norm_single"`` in diffusers/models/attention.py; PixArt-α
-(arXiv 2310.00426), section 2.3. Two traps: cross-attention reads the raw residual stream and has no gate, and the
-module that diffusers calls ``norm2`` is the MLP's.
+Source: ``BasicTransformerBlock`` with ``norm_type="ada_norm_single"`` in
+diffusers/models/attention.py; PixArt-α (arXiv 2310.00426), section 2.3. Two traps: cross-attention
+reads the raw residual stream and has no gate, and the module that diffusers calls ``norm2`` is the
+MLP's.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from .attention import Attention, bias_of, weight_of
 class LayerNorm(nn.Module):
     """``(x - mean) / √(var + eps)``, no affine map; fused until one of its points has a hook.
 
-    Its hooks never see a head axis: forks of the residual stream [batch pos head d_model] are normalised head by head,
-    so that a hook which freezes the scale works on them as it does on the stream.
+    Its hooks never see a head axis: forks of the residual stream [batch pos head d_model] are
+    normalised head by head, so that a hook which freezes the scale works on them as it does on the
+    stream.
     """
 
     def __init__(self, eps: float) -> None:
@@ -33,7 +36,9 @@ class LayerNorm(nn.Module):
         self.hook_scale = HookPoint()  # [batch pos 1]
         self.hook_normalized = HookPoint()  # [batch pos d_model]
 
-    def forward(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "batch pos *head d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos *head d_model"]
+    ) -> Float[Tensor, "batch pos *head d_model"]:
         if not (has_hooks(self.hook_scale) or has_hooks(self.hook_normalized)):
             return self._fused(x)
         if x.ndim == 4:
@@ -63,7 +68,9 @@ def modulate(
 
 
 class Modulation(NamedTuple):
-    """Shifts, scales and gates of one block; each ``[batch 1 d_model]``, in the order of diffusers' table."""
+    """Shifts, scales and gates of one block; each ``[batch 1 d_model]``, in the order of diffusers'
+    table.
+    """
 
     shift_msa: Tensor
     scale_msa: Tensor
@@ -86,7 +93,8 @@ class ModulationHooks(nn.Module):
         self.hook_gate_mlp = HookPoint()
 
     def split(self, rows: Float[Tensor, "batch 6 d_model"]) -> Modulation:
-        # Sliced one by one: autograd forbids a hook to write in place into a view that chunk() made.
+        # Sliced one by one: autograd forbids a hook to write in place into a view that chunk()
+        # made.
         return Modulation(
             shift_msa=self.hook_shift_msa(rows[:, 0:1]),
             scale_msa=self.hook_scale_msa(rows[:, 1:2]),
@@ -98,7 +106,9 @@ class ModulationHooks(nn.Module):
 
 
 class AdaLN(ModulationHooks):
-    """adaLN-single: the modulation shared by all blocks, plus this block's own table (PixArt-α, equation 1)."""
+    """adaLN-single: the modulation shared by all blocks, plus this block's own table (PixArt-α,
+    equation 1).
+    """
 
     def __init__(self, scale_shift_table: nn.Parameter) -> None:
         super().__init__()
@@ -114,12 +124,15 @@ class AdaLN(ModulationHooks):
 
 
 class MLP(nn.Module):
-    """``GELU(x W_in + b_in) W_out + b_out``, GELU by tanh, around the live Linears of a diffusers ``FeedForward``."""
+    """``GELU(x W_in + b_in) W_out + b_out``, GELU by tanh, around the live Linears of a diffusers
+    ``FeedForward``.
+    """
 
     def __init__(self, feed_forward: Any) -> None:
         super().__init__()
         self.proj_in: nn.Module = feed_forward.net[0].proj
-        self.proj_out: nn.Module = feed_forward.net[2]  # net[1] is a dropout, which DiTConfig requires to be 0
+        # net[1] is a dropout, which DiTConfig requires to be 0
+        self.proj_out: nn.Module = feed_forward.net[2]
         self.hook_pre = HookPoint()  # [batch pos d_mlp]
         self.hook_post = HookPoint()  # [batch pos d_mlp]
 
@@ -149,17 +162,22 @@ class BlockText(NamedTuple):
 
     caption: Float[Tensor, "batch text_pos d_caption"]
     keys_values: tuple[Tensor, Tensor] | None = None
-    """Keys and values of `caption`, each [batch text_pos head d_head], computed earlier; None: the block computes them."""
+    """Keys and values of `caption`, each [batch text_pos head d_head], computed earlier; None: the
+    block computes them.
+    """
     bias: Float[Tensor, "batch _ text_pos"] | None = None
     """Added to the attention scores."""
     n_empty_prompts: int = 0
-    """Number of leading rows whose prompt is empty (`TextState.n_empty_prompts`); read by `fast.empty_prompts` alone."""
+    """Number of leading rows whose prompt is empty (`TextState.n_empty_prompts`); read by
+    `fast.empty_prompts` alone.
+    """
 
 
 class Block(nn.Module):
     """``x += gate · attn(adaLN(x)); x += cross_attn(x, text); x += gate · mlp(adaLN(x))``.
 
-    ``hook_attn_out``, ``hook_cross_attn_out`` and ``hook_mlp_out`` are exactly the terms added: post-gate.
+    ``hook_attn_out``, ``hook_cross_attn_out`` and ``hook_mlp_out`` are exactly the terms added:
+    post-gate.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -179,7 +197,8 @@ class Block(nn.Module):
         self.cross_attn = Attention(block.attn2, cfg)
         self.ln2 = LayerNorm(cfg.eps)
         self.mlp = MLP(block.ff)
-        self.hook_attn_in = HookPoint()  # [batch pos head d_model]; these two only with cfg.use_attn_in
+        # [batch pos head d_model]; these two only with cfg.use_attn_in
+        self.hook_attn_in = HookPoint()
         self.hook_cross_attn_in = HookPoint()
         self.hook_mlp_in = HookPoint()  # [batch pos d_model]; only with cfg.use_hook_mlp_in
         self.hook_resid_pre = HookPoint()  # all [batch pos d_model]
@@ -218,19 +237,31 @@ class Block(nn.Module):
         z = self.attn(self.attn.queries(q_in), self.attn.keys(k_in), self.attn.values(v_in), bias)
         return self.attn.output(z, mod.gate_msa, self.hook_attn_out_pre_gate)
 
-    def cross_attention(self, x: Float[Tensor, "batch pos d_model"], text: BlockText) -> Float[Tensor, "batch pos d_model"]:
+    def cross_attention(
+        self, x: Float[Tensor, "batch pos d_model"], text: BlockText
+    ) -> Float[Tensor, "batch pos d_model"]:
         """``cross_attn(x, text)``: reads the raw residual stream, and has no gate."""
         attn = self.cross_attn
-        q = attn.queries(self.hook_cross_attn_in(attn.copy_per_head(x)) if self.cfg.use_attn_in else attn.q_input(x))
+        q = attn.queries(
+            self.hook_cross_attn_in(attn.copy_per_head(x))
+            if self.cfg.use_attn_in
+            else attn.q_input(x)
+        )
         if text.keys_values is None:
             k, v = attn.keys(attn.k_input(text.caption)), attn.values(attn.v_input(text.caption))
         else:  # copied where a hook may write in place: these tensors serve the steps to come
             k, v = text.keys_values
-            k, v = k.clone() if has_hooks(attn.hook_k) else k, v.clone() if has_hooks(attn.hook_v) else v
+            k, v = (
+                k.clone() if has_hooks(attn.hook_k) else k,
+                v.clone() if has_hooks(attn.hook_v) else v,
+            )
         return attn.output(attn(q, k, v, text.bias))
 
-    def gated_mlp(self, x: Float[Tensor, "batch pos d_model"], mod: Modulation) -> Float[Tensor, "batch pos d_model"]:
+    def gated_mlp(
+        self, x: Float[Tensor, "batch pos d_model"], mod: Modulation
+    ) -> Float[Tensor, "batch pos d_model"]:
         """``gate · mlp(adaLN(x))``."""
-        mlp_in = self.hook_mlp_in(x.clone()) if self.cfg.use_hook_mlp_in else x  # a copy: `x` goes on unchanged
+        # a copy: `x` goes on unchanged
+        mlp_in = self.hook_mlp_in(x.clone()) if self.cfg.use_hook_mlp_in else x
         mlp_out = self.mlp(modulate(self.ln2(mlp_in), mod.shift_mlp, mod.scale_mlp))
         return mod.gate_mlp * self.hook_mlp_out_pre_gate(mlp_out)

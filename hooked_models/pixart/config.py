@@ -12,7 +12,9 @@ from ..hooks.scopes import Scoped
 
 @dataclass(kw_only=True)
 class HookedConfig(TransformerLensConfig):
-    """A TransformerLensConfig with the two flags that TransformerLens' tools read and its class lacks."""
+    """A TransformerLensConfig with the two flags that TransformerLens' tools read and its class
+    lacks.
+    """
 
     use_attn_in: bool = False
     use_hook_mlp_in: bool = False
@@ -20,7 +22,10 @@ class HookedConfig(TransformerLensConfig):
 
 @dataclass(kw_only=True)
 class DiTConfig(HookedConfig):
-    """TransformerLens' names for a PixArt config. ``n_ctx`` counts the image tokens at the training size."""
+    """TransformerLens' names for a PixArt config.
+
+    ``n_ctx`` counts the image tokens at the training size.
+    """
 
     d_text: int
     """Width of the text encoder's output."""
@@ -35,11 +40,16 @@ class DiTConfig(HookedConfig):
     interpolation_scale: float
     """Position codes are divided by this: the training size over 512 px."""
     use_additional_conditions: bool
-    """True if the timestep embedding also encodes resolution and aspect ratio (PixArt-α at 1024 px)."""
+    """True if the timestep embedding also encodes resolution and aspect ratio (PixArt-α at 1024
+    px).
+    """
 
     @classmethod
     def from_transformer(cls, transformer: Any) -> DiTConfig:
-        """Read from a diffusers ``PixArtTransformer2DModel``. Raises ValueError for an option that HookedDiT lacks."""
+        """Read from a diffusers ``PixArtTransformer2DModel``.
+
+        Raises ValueError for an option that HookedDiT lacks.
+        """
         config = transformer.config
         required = {
             "norm_type": "ada_norm_single",
@@ -50,9 +60,13 @@ class DiTConfig(HookedConfig):
         }
         for option, value in required.items():
             if config[option] != value:
-                raise ValueError(f"HookedDiT needs a transformer with {option}={value!r}, not {config[option]!r}")
+                raise ValueError(
+                    f"HookedDiT needs a transformer with {option}={value!r}, not {config[option]!r}"
+                )
         if config.cross_attention_dim is None:
-            raise ValueError("HookedDiT needs a transformer with cross-attention: cross_attention_dim is None")
+            raise ValueError(
+                "HookedDiT needs a transformer with cross-attention: cross_attention_dim is None"
+            )
         d_model = config.num_attention_heads * config.attention_head_dim
         return cls(
             d_model=d_model,

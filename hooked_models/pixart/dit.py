@@ -1,7 +1,8 @@
-"""PixArt's diffusion transformer with a HookPoint on every tensor: ``HookedDiT`` around the live diffusers module.
+"""PixArt's diffusion transformer with a HookPoint on every tensor: ``HookedDiT`` around the live
+diffusers module.
 
-Source: ``PixArtTransformer2DModel`` in diffusers/models/transformers/pixart_transformer_2d.py (0.42); PixArt-α
-(arXiv 2310.00426), PixArt-Σ (arXiv 2403.04692).
+Source: ``PixArtTransformer2DModel`` in diffusers/models/transformers/pixart_transformer_2d.py
+(0.42); PixArt-α (arXiv 2310.00426), PixArt-Σ (arXiv 2403.04692).
 """
 
 from __future__ import annotations
@@ -35,19 +36,23 @@ ONLY_FOLDED = (
 
 
 class HookedDiT(PatchModel):
-    """A ``PixArtTransformer2DModel`` with a HookPoint on every tensor, in TransformerLens' vocabulary.
+    """A ``PixArtTransformer2DModel`` with a HookPoint on every tensor, in TransformerLens'
+    vocabulary.
 
-    The leaves (Linear, Conv2d, embedders, tables) are the wrapped module's own: weights are shared, never copied, and
-    training either trains both. The forward between them is written here. It takes the wrapped module's arguments and
-    can stand in its place inside a pipeline. Shapes stand beside each HookPoint, here, in block.py and attention.py;
-    aliases are ``blocks.{l}.hook_cross_{q,k,v,z,pattern,result}``, ``blocks.{l}.hook_{q,k,v}_input`` and
+    The leaves (Linear, Conv2d, embedders, tables) are the wrapped module's own: weights are shared,
+    never copied, and training either trains both. The forward between them is written here. It
+    takes the wrapped module's arguments and can stand in its place inside a pipeline. Shapes stand
+    beside each HookPoint, here, in block.py and attention.py; aliases are
+    ``blocks.{l}.hook_cross_{q,k,v,z,pattern,result}``, ``blocks.{l}.hook_{q,k,v}_input`` and
     ``blocks.{l}.hook_resid_mid2``.
 
     Args:
-        transformer: a live diffusers ``PixArtTransformer2DModel``. peft adapters: fuse them, or wrap after loading.
+        transformer: a live diffusers ``PixArtTransformer2DModel``. peft adapters: fuse them, or
+            wrap after loading.
 
     Raises:
-        ValueError: for a config option that PixArt checkpoints do not use (dropout, affine norms, gated attention).
+        ValueError: for a config option that PixArt checkpoints do not use (dropout, affine norms,
+            gated attention).
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -91,16 +96,27 @@ class HookedDiT(PatchModel):
 
         self.setup()
         for layer in range(cfg.n_layers):
-            aliases = {f"hook_cross_{x}": f"cross_attn.hook_{x}" for x in ("q", "k", "v", "z", "pattern", "result")}
-            aliases |= {f"hook_{x}_input": f"attn.hook_{x}_input" for x in "qkv"}  # TransformerLens' names
+            aliases = {
+                f"hook_cross_{x}": f"cross_attn.hook_{x}"
+                for x in ("q", "k", "v", "z", "pattern", "result")
+            }
+            # TransformerLens' names
+            aliases |= {f"hook_{x}_input": f"attn.hook_{x}_input" for x in "qkv"}
             aliases["hook_resid_mid2"] = "hook_resid_mid_cross"
-            self.add_aliases({f"blocks.{layer}.{alias}": f"blocks.{layer}.{name}" for alias, name in aliases.items()})
+            self.add_aliases(
+                {
+                    f"blocks.{layer}.{alias}": f"blocks.{layer}.{name}"
+                    for alias, name in aliases.items()
+                }
+            )
         self.train(transformer.training)
         self.__dict__["wrapping"] = Wrapped(transformer, self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the output's table anew, as diffusers does, for TransformerLens' `reinitialized`; submodules have their own."""
+        """Draw the output's table anew, as diffusers does, for TransformerLens' `reinitialized`;
+        submodules have their own.
+        """
         self.scale_shift_table.normal_().div_(self._cfg.d_model**0.5)
 
     # The text, the same at every timestep
@@ -110,7 +126,10 @@ class HookedDiT(PatchModel):
         text: Float[Tensor, "batch text_pos d_text"],
         mask: Shaped[Tensor, "batch ... text_pos"] | None = None,
     ) -> TextState:
-        """Caption, keys and values, to be passed to every step as ``text_state``; fires no hook. ``mask``: 1 = attend."""
+        """Caption, keys and values, to be passed to every step as ``text_state``; fires no hook.
+
+        ``mask``: 1 = attend.
+        """
         caption = self.project_caption(text)
         attentions = [block.cross_attn for block in self.blocks]
         keys_values = tuple((attn.keys(caption), attn.values(caption)) for attn in attentions)
@@ -118,14 +137,18 @@ class HookedDiT(PatchModel):
 
     @property
     def text_hooks_active(self) -> bool:
-        """True if a hook is attached upstream of the cross-attention keys and values, so that they are computed anew."""
+        """True if a hook is attached upstream of the cross-attention keys and values, so that they
+        are computed anew.
+        """
         points = [self.hook_text, self.hook_caption]
         if self._cfg.use_split_qkv_input:
             for block in self.blocks:
                 points += [block.cross_attn.hook_k_input, block.cross_attn.hook_v_input]
         return any(map(has_hooks, points))
 
-    def project_caption(self, text: Float[Tensor, "*batch d_text"]) -> Float[Tensor, "*batch d_caption"]:
+    def project_caption(
+        self, text: Float[Tensor, "*batch d_text"]
+    ) -> Float[Tensor, "*batch d_caption"]:
         """Project text features to the inputs of cross-attention, through no hook."""
         return text if self.caption_projection is None else self.caption_projection(text)
 
@@ -133,7 +156,10 @@ class HookedDiT(PatchModel):
 
     @property
     def QK(self) -> FactoredMatrix:
-        """``W_Q W_Kᵀ`` of self-attention, [layer head d_model d_model]; copies. Exact circuits need ``fold_timestep``."""
+        """``W_Q W_Kᵀ`` of self-attention, [layer head d_model d_model]; copies.
+
+        Exact circuits need ``fold_timestep``.
+        """
         return self._factored("attn", "QK")
 
     @property
@@ -143,25 +169,39 @@ class HookedDiT(PatchModel):
 
     @property
     def cross_QK(self) -> FactoredMatrix:
-        """``W_Q W_Kᵀ`` of cross-attention, [layer head d_model d_caption]; copies. Reads the raw residual stream: exact."""
+        """``W_Q W_Kᵀ`` of cross-attention, [layer head d_model d_caption]; copies.
+
+        Reads the raw residual stream: exact.
+        """
         return self._factored("cross_attn", "QK")
 
     @property
     def cross_OV(self) -> FactoredMatrix:
-        """``W_V W_O`` of cross-attention, [layer head d_caption d_model]; copies. Has no gate: exact."""
+        """``W_V W_O`` of cross-attention, [layer head d_caption d_model]; copies.
+
+        Has no gate: exact.
+        """
         return self._factored("cross_attn", "OV")
 
     def _factored(self, sublayer: str, circuit: Literal["QK", "OV"]) -> FactoredMatrix:
         attentions = [getattr(block, sublayer) for block in self.blocks]
         if circuit == "OV":
-            return FactoredMatrix(torch.stack([a.W_V for a in attentions]), torch.stack([a.W_O for a in attentions]))
-        return FactoredMatrix(torch.stack([a.W_Q for a in attentions]), torch.stack([a.W_K for a in attentions]).mT)
+            return FactoredMatrix(
+                torch.stack([a.W_V for a in attentions]), torch.stack([a.W_O for a in attentions])
+            )
+        return FactoredMatrix(
+            torch.stack([a.W_Q for a in attentions]), torch.stack([a.W_K for a in attentions]).mT
+        )
 
-    def fold_timestep(self, timestep: float, added_cond_kwargs: Mapping[str, Tensor | None] | None = None) -> FoldedDiT:
-        """Make a new model with the shifts, scales and gates of one timestep moved into its weights; this one is unchanged.
+    def fold_timestep(
+        self, timestep: float, added_cond_kwargs: Mapping[str, Tensor | None] | None = None
+    ) -> FoldedDiT:
+        """Make a new model with the shifts, scales and gates of one timestep moved into its
+        weights; this one is unchanged.
 
-        At that timestep it computes the same output, and every ``hook_gate`` is 1: head and neuron results, direct logit
-        attribution and the other tools that read weights are then exact. At any other it refuses to run.
+        At that timestep it computes the same output, and every ``hook_gate`` is 1: head and neuron
+        results, direct logit attribution and the other tools that read weights are then exact. At
+        any other it refuses to run.
 
         Args:
             timestep: in the scheduler's units.
@@ -169,12 +209,16 @@ class HookedDiT(PatchModel):
         """
         timestep = number("timestep", timestep, 0)
         with torch.no_grad():
-            t_emb = self.embed_timestep(torch.tensor([timestep], device=self.device), added_cond_kwargs, self.dtype)
+            t_emb = self.embed_timestep(
+                torch.tensor([timestep], device=self.device), added_cond_kwargs, self.dtype
+            )
         return FoldedDiT(folded(self.wrapped, t_emb), timestep).train(self.training)
 
     def __getattr__(self, name: str) -> Any:
         if self.folded_timestep is None and name in ONLY_FOLDED:
-            raise NotFoldedError(f"{name} ignores the timestep's shift, scale and gate: {FOLD_FIRST}")
+            raise NotFoldedError(
+                f"{name} ignores the timestep's shift, scale and gate: {FOLD_FIRST}"
+            )
         return super().__getattr__(name)
 
     # The model
@@ -196,27 +240,37 @@ class HookedDiT(PatchModel):
 
         Args:
             attention_mask: which image tokens may be attended to (no pipeline passes it).
-            encoder_attention_mask: which text tokens may be; a mask [batch text_pos], or a bias [batch 1 text_pos].
-            text_state: from ``encode_text``; then ``encoder_hidden_states`` and its mask are not read. Keys and values
-                still pass through ``cross_attn.hook_k`` and ``hook_v``; while ``text_hooks_active`` they are computed
-                anew from its text, so the result never depends on whether a state was passed.
+            encoder_attention_mask: which text tokens may be; a mask [batch text_pos], or a bias
+                [batch 1 text_pos].
+            text_state: from ``encode_text``; then ``encoder_hidden_states`` and its mask are not
+                read. Keys and values still pass through ``cross_attn.hook_k`` and ``hook_v``; while
+                ``text_hooks_active`` they are computed anew from its text, so the result never
+                depends on whether a state was passed.
 
         Raises:
-            ValueError: for a missing timestep, text or size condition, a state of another batch size, or
-                ``cross_attention_kwargs``, which have no meaning in PixArt; a part of the wrapped module that was
-                replaced since (``Wrapped``).
+            ValueError: for a missing timestep, text or size condition, a state of another batch
+                size, or ``cross_attention_kwargs``, which have no meaning in PixArt; a part of the
+                wrapped module that was replaced since (``Wrapped``).
         """
         if cross_attention_kwargs:
-            raise ValueError(f"HookedDiT has no use for cross_attention_kwargs: {', '.join(cross_attention_kwargs)}")
+            raise ValueError(
+                "HookedDiT has no use for cross_attention_kwargs: "
+                f"{', '.join(cross_attention_kwargs)}"
+            )
         if timestep is None:
             raise ValueError("pass timestep, one for each row of hidden_states")
         if self.folded_timestep is not None and bool((timestep != self.folded_timestep).any()):
-            raise ValueError(f"this model was folded at timestep {self.folded_timestep:g} and is wrong at any other")
+            raise ValueError(
+                f"this model was folded at timestep {self.folded_timestep:g} and is wrong at any "
+                "other"
+            )
 
         self.wrapping.check()
         x = self.embed(hidden_states)
         t_emb, t_mod = self.embed_conditions(timestep, added_cond_kwargs, x.dtype)
-        texts = self.text_by_block(len(x), encoder_hidden_states, encoder_attention_mask, text_state)
+        texts = self.text_by_block(
+            len(x), encoder_hidden_states, encoder_attention_mask, text_state
+        )
         image_bias = additive_bias(attention_mask, x.dtype)
 
         for block, text in zip(self.blocks, texts, strict=True):
@@ -226,9 +280,14 @@ class HookedDiT(PatchModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def embed_conditions(
-        self, timestep: Shaped[Tensor, " batch"], sizes: Mapping[str, Tensor | None] | None, dtype: torch.dtype
+        self,
+        timestep: Shaped[Tensor, " batch"],
+        sizes: Mapping[str, Tensor | None] | None,
+        dtype: torch.dtype,
     ) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, "batch six_d_model"]]:
-        """Embedding of timestep and sizes, and the modulation that all blocks share, through their hooks."""
+        """Embedding of timestep and sizes, and the modulation that all blocks share, through their
+        hooks.
+        """
         t_emb = self.hook_t_emb(self.embed_timestep(timestep, sizes, dtype))
         return t_emb, self.hook_t_mod(self.t_block(F.silu(t_emb)))
 
@@ -253,11 +312,13 @@ class HookedDiT(PatchModel):
         pos: Literal["image", "text"] = "image",
         returns: Literal["out", "patches"] = "out",
     ) -> tuple[DenoiserView, Int[Tensor, "row pos"]]:
-        """Bind the inputs of one denoiser call: ``(view, tokens)`` for TransformerLens' tools as ``model`` and ``tokens``.
+        """Bind the inputs of one denoiser call: ``(view, tokens)`` for TransformerLens' tools as
+        ``model`` and ``tokens``.
 
         Args:
             pos: the positions that a sweep "by position" goes over.
-            returns: the tensor that metrics get: the output, or its patches [row pos d_vocab], as logits are.
+            returns: the tensor that metrics get: the output, or its patches [row pos d_vocab], as
+                logits are.
         """
         times = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         with torch.no_grad():  # where a gradient is wanted, each call encodes its rows anew
@@ -267,17 +328,28 @@ class HookedDiT(PatchModel):
         return view, view.to_tokens()
 
     def embed_timestep(
-        self, timestep: Shaped[Tensor, " batch"], sizes: Mapping[str, Tensor | None] | None, dtype: torch.dtype
+        self,
+        timestep: Shaped[Tensor, " batch"],
+        sizes: Mapping[str, Tensor | None] | None,
+        dtype: torch.dtype,
     ) -> Float[Tensor, "batch d_model"]:
-        """Embed the timestep and, where the model is conditioned on them, the image's sizes; through no hook."""
+        """Embed the timestep and, where the model is conditioned on them, the image's sizes;
+        through no hook.
+        """
         t_emb = self.timestep_embedder(self.time_proj(timestep).to(dtype))
         if self._cfg.use_additional_conditions:
-            resolution, aspect_ratio = ((sizes or {}).get(key) for key in ("resolution", "aspect_ratio"))
+            resolution, aspect_ratio = (
+                (sizes or {}).get(key) for key in ("resolution", "aspect_ratio")
+            )
             if resolution is None or aspect_ratio is None:
-                raise ValueError("this model needs added_cond_kwargs with resolution and aspect_ratio")
+                raise ValueError(
+                    "this model needs added_cond_kwargs with resolution and aspect_ratio"
+                )
             height_width = self.resolution_embedder(self.time_proj(resolution.flatten()).to(dtype))
             ratio = self.aspect_ratio_embedder(self.time_proj(aspect_ratio.flatten()).to(dtype))
-            t_emb = t_emb + torch.cat([height_width.view(len(t_emb), -1), ratio.view(len(t_emb), -1)], dim=1)
+            t_emb = t_emb + torch.cat(
+                [height_width.view(len(t_emb), -1), ratio.view(len(t_emb), -1)], dim=1
+            )
         return t_emb
 
     def text_by_block(
@@ -287,7 +359,8 @@ class HookedDiT(PatchModel):
         mask: Shaped[Tensor, "batch ... text_pos"] | None = None,
         state: TextState | None = None,
     ) -> list[BlockText]:
-        """Text as each block reads it: from `state`, or computed anew through the hooks where there is none or one is hooked.
+        """Text as each block reads it: from `state`, or computed anew through the hooks where there
+        is none or one is hooked.
 
         Raises:
             ValueError: neither text nor state was given, or the state has another batch size.
@@ -295,21 +368,29 @@ class HookedDiT(PatchModel):
         if state is not None and len(state.text) != batch:
             raise ValueError(f"text_state has {len(state.text)} rows, hidden_states {batch}")
         if state is not None and not self.text_hooks_active:
-            return [BlockText(state.caption, kv, state.bias, state.n_empty_prompts) for kv in state.keys_values]
-        text, bias = (text, additive_bias(mask, self.dtype)) if state is None else (state.text, state.bias)
+            return [
+                BlockText(state.caption, kv, state.bias, state.n_empty_prompts)
+                for kv in state.keys_values
+            ]
+        text, bias = (
+            (text, additive_bias(mask, self.dtype)) if state is None else (state.text, state.bias)
+        )
         if text is None:
             raise ValueError("pass encoder_hidden_states, or a text_state from encode_text")
         if self.text_hooks_active:
             in_graph = next(self.parameters()).requires_grad
-            text = writable(text, in_graph and has_hooks(self.hook_text))  # this is the caller's tensor
+            # this is the caller's tensor
+            text = writable(text, in_graph and has_hooks(self.hook_text))
         caption = self.hook_caption(self.project_caption(self.hook_text(text)))
         return [BlockText(caption, bias=bias)] * self._cfg.n_layers
 
 
 class FoldedDiT(HookedDiT):
-    """A HookedDiT that is right at one timestep, with the attributes that TransformerLens' weight-based tools read.
+    """A HookedDiT that is right at one timestep, with the attributes that TransformerLens'
+    weight-based tools read.
 
-    Its "tokens" are output channels: index ``(p · patch_size + q) · out_channels + c`` of a position's patch.
+    Its "tokens" are output channels: index ``(p · patch_size + q) · out_channels + c`` of a
+    position's patch.
     """
 
     def __init__(self, transformer: nn.Module, timestep: float) -> None:
@@ -325,7 +406,9 @@ class FoldedDiT(HookedDiT):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         return self.unembed.b_U
 
-    def tokens_to_residual_directions(self, tokens: int | str | Int[Tensor, "*any"]) -> Float[Tensor, "*any d_model"]:
+    def tokens_to_residual_directions(
+        self, tokens: int | str | Int[Tensor, "*any"]
+    ) -> Float[Tensor, "*any d_model"]:
         """Columns of W_U, by output channel. Raises TypeError for words: an image has none."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
@@ -333,13 +416,25 @@ class FoldedDiT(HookedDiT):
 
     def to_single_token(self, token: str) -> int:
         """Raise TypeError: an output channel has no name."""
-        raise TypeError(f"output channels are numbers from 0 to {self._cfg.d_vocab - 1}, not words such as {token!r}")
+        raise TypeError(
+            f"output channels are numbers from 0 to {self._cfg.d_vocab - 1}, not words such as "
+            f"{token!r}"
+        )
 
-    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
-        """Sum of the biases of all writes before ``layer`` (``mlp_input``: before its MLP), cross-attention included."""
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the biases of all writes before ``layer`` (``mlp_input``: before its MLP),
+        cross-attention included.
+        """
         total = torch.zeros(self._cfg.d_model, device=self.device, dtype=self.dtype)
         for block in self.blocks[:layer]:
-            total = total + block.attn.b_O + block.cross_attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)
+            total = (
+                total
+                + block.attn.b_O
+                + block.cross_attn.b_O
+                + (block.mlp.b_out if include_mlp_biases else 0)
+            )
         if mlp_input:
             total = total + self.blocks[layer].attn.b_O + self.blocks[layer].cross_attn.b_O
         return total
@@ -350,7 +445,9 @@ class FoldedDiT(HookedDiT):
 
     def blocks_with(self, sublayer: str) -> list[tuple[int, nn.Module]]:
         """List (layer, block) of every block that has the sublayer."""
-        return [(layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, sublayer)]
+        return [
+            (layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, sublayer)
+        ]
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Map TransformerLens' name of each weight to its tensor (views)."""

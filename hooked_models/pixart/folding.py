@@ -1,8 +1,9 @@
 """adaLN folded into the weights at one timestep: a DiT becomes an ordinary pre-norm transformer.
 
-adaLN-single depends on the timestep (and size conditions), never on prompt or position. At one timestep its shifts,
-scales and gates are constants, so they can be moved into the neighbouring weights, exactly: the DiT's fold_ln. On the
-folded model a head adds exactly ``z W_O`` to the residual stream, and circuits read off weights are right.
+adaLN-single depends on the timestep (and size conditions), never on prompt or position. At one
+timestep its shifts, scales and gates are constants, so they can be moved into the neighbouring
+weights, exactly: the DiT's fold_ln. On the folded model a head adds exactly ``z W_O`` to the
+residual stream, and circuits read off weights are right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from .attention import weight_of
 
 
 class Unembed(nn.Module):
-    """``x W_U + b_U``: normalised residual stream → the values of a position's patch (the "vocabulary")."""
+    """``x W_U + b_U``: normalised residual stream → the values of a position's patch (the
+    "vocabulary").
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -39,14 +42,16 @@ class Unembed(nn.Module):
 
 @torch.no_grad()
 def folded(transformer: nn.Module, t_emb: Float[Tensor, "1 d_model"]) -> nn.Module:
-    """Copy a diffusers ``PixArtTransformer2DModel``, with the modulation of the timestep embedded as ``t_emb`` in its weights.
+    """Copy a diffusers ``PixArtTransformer2DModel``, with the modulation of the timestep embedded
+    as ``t_emb`` in its weights.
 
-    With W as Linears store it, [out in]: a Linear that reads ``x (1 + scale) + shift`` gets ``W (1 + scale)`` and
-    ``b + W shift``; one whose output is gated gets ``gate W`` and ``gate b``. The timestep's path is left with shift 0,
-    scale 0 and gate 1 at every input.
+    With W as Linears store it, [out in]: a Linear that reads ``x (1 + scale) + shift`` gets ``W (1
+    + scale)`` and ``b + W shift``; one whose output is gated gets ``gate W`` and ``gate b``. The
+    timestep's path is left with shift 0, scale 0 and gate 1 at every input.
     """
     live: Any = copy.deepcopy(transformer)
-    live.register_to_config(attention_bias=True)  # the shift needs biases, and a folder has them everywhere or nowhere
+    # the shift needs biases, and a folder has them everywhere or nowhere
+    live.register_to_config(attention_bias=True)
     for block in live.transformer_blocks:
         for attention in (block.attn1, block.attn2):
             for linear in (attention.to_q, attention.to_k, attention.to_v):
@@ -54,7 +59,11 @@ def folded(transformer: nn.Module, t_emb: Float[Tensor, "1 d_model"]) -> nn.Modu
                     linear.bias = nn.Parameter(weight_of(linear).new_zeros(linear.out_features))
 
     t_emb = t_emb.double()
-    t_mod = F.linear(F.silu(t_emb), live.adaln_single.linear.weight.double(), live.adaln_single.linear.bias.double())
+    t_mod = F.linear(
+        F.silu(t_emb),
+        live.adaln_single.linear.weight.double(),
+        live.adaln_single.linear.bias.double(),
+    )
     for block in live.transformer_blocks:
         rows = block.scale_shift_table.double() + t_mod.view(6, -1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows

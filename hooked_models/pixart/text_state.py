@@ -11,7 +11,9 @@ from torch import Tensor
 
 MASKED_BELOW = -9000.0
 """Keys with a bias of at most this count as masked; PixArt uses -10000, which bfloat16 rounds."""
-KeysValues = tuple[Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]]
+KeysValues = tuple[
+    Float[Tensor, "batch text_pos head d_head"], Float[Tensor, "batch text_pos head d_head"]
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class TextState:
     bias: Float[Tensor, "batch _ text_pos"] | None
     """Added to the cross-attention scores."""
     keys_values: tuple[KeysValues, ...]
-    """Keys and values of the cross-attentions, layer by layer, as they are before ``hook_k`` and ``hook_v``."""
+    """Keys and values of the cross-attentions, layer by layer, as they are before ``hook_k`` and
+    ``hook_v``.
+    """
 
     @cached_property
     def n_empty_prompts(self) -> int:
@@ -57,7 +61,8 @@ class TextState:
 def additive_bias(
     mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch.dtype
 ) -> Shaped[Tensor, "batch ... key_pos"] | None:
-    """Turn a mask [batch key_pos] (1 = attend) into a bias [batch 1 key_pos] on the scores; pass a bias on.
+    """Turn a mask [batch key_pos] (1 = attend) into a bias [batch 1 key_pos] on the scores; pass a
+    bias on.
 
     diffusers' bias is -10000, not -∞: a row with every key masked stays finite.
 

@@ -1,7 +1,9 @@
-"""Views that TransformerLens' tools take for a language model: "tokens" in, hooks under canonical names.
+"""Views that TransformerLens' tools take for a language model: "tokens" in, hooks under canonical
+names.
 
-The tools pass token tensors around and read their shape, nothing else. So a view keeps the real inputs in a table, and
-its tokens are int64 row numbers of that table, repeated over the positions (image or text) that a sweep shall run over.
+The tools pass token tensors around and read their shape, nothing else. So a view keeps the real
+inputs in a table, and its tokens are int64 row numbers of that table, repeated over the positions
+(image or text) that a sweep shall run over.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ class View(NoLanguageModel):
 
     @property
     def cfg(self) -> Any:
-        """The denoiser's configuration. Said here, because a runtime-checked protocol does not ask `__getattr__`."""
+        """The denoiser's configuration.
+
+        Said here, because a runtime-checked protocol does not ask `__getattr__`.
+        """
         return self.dit.cfg
 
     @property
@@ -62,7 +67,9 @@ class View(NoLanguageModel):
         return self.dit
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The owner's, so that a tool which freezes or resets its `model` reaches them, or says that it cannot."""
+        """The owner's, so that a tool which freezes or resets its `model` reaches them, or says
+        that it cannot.
+        """
         return self.owner.named_parameters(*args, **kwargs)
 
     @property
@@ -71,17 +78,29 @@ class View(NoLanguageModel):
         folded = getattr(self.dit, "folded_timestep", None) is not None
         return self.dit.blocks if folded else [_Gated(block) for block in self.dit.blocks]
 
-    def to_tokens(self, rows: int | str | Sequence[int] | Sequence[str] | Tensor | None = None) -> Tokens:
-        """The tokens that stand for some rows of the table (all of them unless said). Raises TypeError for text."""
-        if isinstance(rows, str) or (isinstance(rows, (list, tuple)) and any(isinstance(row, str) for row in rows)):
+    def to_tokens(
+        self, rows: int | str | Sequence[int] | Sequence[str] | Tensor | None = None
+    ) -> Tokens:
+        """The tokens that stand for some rows of the table (all of them unless said).
+
+        Raises TypeError for text.
+        """
+        if isinstance(rows, str) or (
+            isinstance(rows, (list, tuple)) and any(isinstance(row, str) for row in rows)
+        ):
             return super().to_tokens(rows)
         return self.table if rows is None else self.table[torch.as_tensor(rows).reshape(-1)]
 
     def rows(self, tokens: Tokens) -> Int[Tensor, " batch"]:
         """The rows that tokens stand for. Raises ValueError for tokens that are not this view's."""
-        if tokens.ndim != 2 or not bool((tokens == tokens[:, :1]).all()) or not bool((tokens < len(self.table)).all()):
+        if (
+            tokens.ndim != 2
+            or not bool((tokens == tokens[:, :1]).all())
+            or not bool((tokens < len(self.table)).all())
+        ):
             raise ValueError(
-                f"these are no tokens of this view: take rows of the ones it came with (row numbers below {len(self.table)}, "
+                "these are no tokens of this view: take rows of the ones it came with (row "
+                f"numbers below {len(self.table)}, "
                 "each repeated over the positions), or view.to_tokens(rows)"
             )
         return tokens[:, 0]
@@ -91,7 +110,9 @@ class View(NoLanguageModel):
         raise NotImplementedError
 
     @contextmanager
-    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Iterator[View]:
+    def hooks(
+        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
+    ) -> Iterator[View]:
         """Attach hooks by canonical name."""
         raise NotImplementedError
         yield self
@@ -105,10 +126,13 @@ class View(NoLanguageModel):
         return_type: str | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`forward` with hooks under canonical names. Further arguments as in `HookedRootModule.hooks`.
+        """`forward` with hooks under canonical names.
+
+        Further arguments as in `HookedRootModule.hooks`.
 
         Raises:
-            TypeError: `return_type` is a language model's ("logits", "loss"): a view returns images or predictions.
+            TypeError: `return_type` is a language model's ("logits", "loss"): a view returns images
+                or predictions.
         """
         with self.hooks(fwd_hooks, bwd_hooks, **kwargs):
             return self(tokens, return_type=return_type)
@@ -126,7 +150,8 @@ class View(NoLanguageModel):
     ) -> tuple[Tensor, ActivationCache]:
         """`(output, cache)`; `pos_slice` slices the view's own kind of positions, image or text.
 
-        `incl_bwd` also caches gradients (`…_grad`) of a scalar output. The rest as in `HookedRootModule.run_with_cache`.
+        `incl_bwd` also caches gradients (`…_grad`) of a scalar output. The rest as in
+        `HookedRootModule.run_with_cache`.
         """
         store: dict[str, Tensor] = {}
         positions = Slice.unwrap(pos_slice)
@@ -134,7 +159,8 @@ class View(NoLanguageModel):
         def keep(suffix: str, tensor: Tensor, hook: HookPoint) -> None:
             axis = self.dit.position_axis(str(hook.name), self.pos)
             part = tensor.detach() if axis is None else positions.apply(tensor.detach(), dim=axis)
-            store[str(hook.name) + suffix] = part.to(device or part.device, copy=True)  # a later hook may write in place
+            # a later hook may write in place
+            store[str(hook.name) + suffix] = part.to(device or part.device, copy=True)
 
         names = self.dit.names(names_filter)
         backward = [(name, partial(keep, "_grad")) for name in names] if incl_bwd else []
@@ -160,9 +186,17 @@ class DenoiserView(View):
         returns: Literal["out", "patches"],
     ) -> None:
         p = dit.cfg.patch_size
-        positions = text.text.shape[1] if pos == "text" else latents.shape[-2] * latents.shape[-1] // p**2
+        positions = (
+            text.text.shape[1] if pos == "text" else latents.shape[-2] * latents.shape[-1] // p**2
+        )
         super().__init__(dit, len(latents), positions, pos)
-        self.latents, self.timestep, self.text, self.sizes, self.returns = latents, timestep, text, sizes, returns
+        self.latents, self.timestep, self.text, self.sizes, self.returns = (
+            latents,
+            timestep,
+            text,
+            sizes,
+            returns,
+        )
         self.weights = stamp(dit)
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -171,7 +205,10 @@ class DenoiserView(View):
         sizes = {name: None if size is None else size[rows] for name, size in self.sizes.items()}
         text, latents = self.text.take(rows), self.latents[rows]
         if torch.is_grad_enabled():  # a graph of its own, so that every call can be differentiated
-            latents, text = with_gradient(latents), self.dit.encode_text(with_gradient(text.text), text.bias)
+            latents, text = (
+                with_gradient(latents),
+                self.dit.encode_text(with_gradient(text.text), text.bias),
+            )
         elif stamp(self.dit) != self.weights:
             text = self.dit.encode_text(text.text, text.bias)
         out = self.dit(
@@ -184,7 +221,9 @@ class DenoiserView(View):
         return out if self.returns == "out" else self.dit.patches(out)
 
     @contextmanager
-    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Iterator[View]:
+    def hooks(
+        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
+    ) -> Iterator[View]:
         """`HookedDiT.hooks`."""
         with self.dit.hooks(fwd_hooks, bwd_hooks, **kwargs):
             yield self
@@ -196,13 +235,18 @@ def with_gradient(tensor: Tensor) -> Tensor:
 
 
 class _Gated:
-    """A block, attention or MLP of an unfolded model, whose output weights lack the timestep's gate."""
+    """A block, attention or MLP of an unfolded model, whose output weights lack the timestep's
+    gate.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
         if name in ("W_O", "b_O", "W_out", "b_out"):
-            raise NotFoldedError(f"{name} ignores the timestep's gate, so it is not what is added to the residual: {FOLD_FIRST}")
+            raise NotFoldedError(
+                f"{name} ignores the timestep's gate, so it is not what is added to the residual: "
+                f"{FOLD_FIRST}"
+            )
         found = getattr(self._module, name)
         return _Gated(found) if name in ("attn", "mlp") else found

@@ -1,10 +1,11 @@
-"""Results on disk: written whole or not at all, known by their settings, listed with digests, locked while they are written.
+"""Results on disk: written whole or not at all, known by their settings, listed with digests,
+locked while they are written.
 
     with Store(out, {"model": model.digest(), "metric": fingerprint(metric)}) as store:
         values = store.load_or("values.npy", make, write, read)
 
-A process that is killed, loses power, fills the disk or is started twice leaves the old file or the new one; later
-damage is named in one sentence, with its remedy.
+A process that is killed, loses power, fills the disk or is started twice leaves the old file or the
+new one; later damage is named in one sentence, with its remedy.
 """
 
 from __future__ import annotations

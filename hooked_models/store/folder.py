@@ -26,7 +26,8 @@ Value = TypeVar("Value")
 class Index:
     """The content of a folder's `index.json`: settings, facts, and the digest of every file.
 
-    A file that is being replaced has two digests, its old one and its new one, until it is in its place.
+    A file that is being replaced has two digests, its old one and its new one, until it is in its
+    place.
 
     Example:
         >>> import tempfile
@@ -64,7 +65,9 @@ class Index:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError):
-            raise OSError(f"{path} is damaged, or is not an index of this version: {remedy}.") from None
+            raise OSError(
+                f"{path} is damaged, or is not an index of this version: {remedy}."
+            ) from None
         if found != _digest_of(body):
             raise OSError(f"{path} is damaged: {remedy}.")
         return cls(folder, body["settings"], body["facts"], body["files"], remedy)
@@ -78,7 +81,9 @@ class Index:
         """
         path = self.folder / name
         if name not in self.files:
-            raise FileNotFoundError(f"{path} is not among the files that {self.folder / INDEX} lists: {self.remedy}.")
+            raise FileNotFoundError(
+                f"{path} is not among the files that {self.folder / INDEX} lists: {self.remedy}."
+            )
         if name not in self.checked:
             wrong = [_wrong_file(path, entry) for entry in self.files[name]]
             if None not in wrong:
@@ -88,17 +93,23 @@ class Index:
 
     def _damage(self, path: Path) -> OSError:
         if not path.exists():
-            return FileNotFoundError(f"{path} is missing: restore it, or {self.remedy.removeprefix('delete it and ')}.")
+            return FileNotFoundError(
+                f"{path} is missing: restore it, or {self.remedy.removeprefix('delete it and ')}."
+            )
         size = path.stat().st_size
-        return OSError(f"{path} is damaged: its {size:,} bytes are not those that were written; {self.remedy}.")
+        return OSError(
+            f"{path} is damaged: its {size:,} bytes are not those that were written; {self.remedy}."
+        )
 
 
 class Store(Index):
-    """A folder that one process writes to: whole files, listed with their digests, all made from the same settings.
+    """A folder that one process writes to: whole files, listed with their digests, all made from
+    the same settings.
 
     Args:
         folder: made if need be. A file in it that the index does not list counts as not there.
-        settings: values that decide the results, as JSON; see `fingerprint` for values that JSON has no form of.
+        settings: values that decide the results, as JSON; see `fingerprint` for values that JSON
+            has no form of.
         facts: values that go with them and are not compared.
         may_change: names of settings that may differ from those before, and are then replaced.
         wait: wait for another process that writes to the folder, instead of raising.
@@ -136,7 +147,8 @@ class Store(Index):
                 self._lock.acquire()
             except Timeout:
                 raise ValueError(
-                    f"Another run is writing to {folder}: wait until it has ended, or choose another folder."
+                    f"Another run is writing to {folder}: wait until it has ended, or choose "
+                    "another folder."
                 ) from None
         try:
             found = Index.read(folder, remedy)
@@ -144,7 +156,9 @@ class Store(Index):
                 refuse_other_settings(folder, found.settings, wanted, may_change)
             remove_parts(folder)
             kept = {} if found is None else found.files
-            super().__init__(folder, wanted, dict(facts or {}) if found is None else found.facts, kept, remedy)
+            super().__init__(
+                folder, wanted, dict(facts or {}) if found is None else found.facts, kept, remedy
+            )
             if found is None or found.settings != wanted:
                 self._write_index(kept)
         except BaseException:
@@ -157,7 +171,12 @@ class Store(Index):
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -174,7 +193,9 @@ class Store(Index):
         self._write_index(self.files)
 
     def _write_index(self, files: Mapping[str, list[Entry]]) -> None:
-        body = json.loads(json.dumps({"settings": self.settings, "facts": self.facts, "files": files}))
+        body = json.loads(
+            json.dumps({"settings": self.settings, "facts": self.facts, "files": files})
+        )
         write_json(self.folder / INDEX, {"digest": _digest_of(body), "content": body})
 
     def put(self, name: str, write: Callable[[Path], object]) -> None:
@@ -188,12 +209,16 @@ class Store(Index):
         self._settle(name)
 
     def put_folder(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a folder, or replace one, and list its files; a kill leaves the old one or the new one."""
+        """Write a folder, or replace one, and list its files; a kill leaves the old one or the new
+        one.
+        """
 
         def listed(part: Path) -> None:
             write(part)
             files = [path for path in sorted(part.rglob("*")) if path.is_file()]
-            self._expect(name, {path.relative_to(part).as_posix(): digest_file(path) for path in files})
+            self._expect(
+                name, {path.relative_to(part).as_posix(): digest_file(path) for path in files}
+            )
 
         replace_folder(self.folder / name, listed)
         self._settle(name)
@@ -230,7 +255,12 @@ class Store(Index):
         Example:
             >>> import tempfile
             >>> with Store(tempfile.mkdtemp(), {}) as store:
-            ...     store.load_or("n.txt", lambda: "7", lambda value, path: path.write_text(value), Path.read_text)
+            ...     store.load_or(
+            ...         "n.txt",
+            ...         lambda: "7",
+            ...         lambda value, path: path.write_text(value),
+            ...         Path.read_text,
+            ...     )
             '7'
         """
         if name in self:
@@ -240,16 +270,25 @@ class Store(Index):
         return value
 
     def array(self, name: str, make: Callable[[], Any]) -> Any:
-        """The NumPy array in a file, such as "00000000.npy"; if the file is not there, a new one, as in `load_or`."""
+        """The NumPy array in a file, such as "00000000.npy"; if the file is not there, a new one,
+        as in `load_or`.
+        """
         import numpy as np
 
-        return self.load_or(name, make, lambda values, path: np.save(path, values), partial(np.load, allow_pickle=False))
+        return self.load_or(
+            name,
+            make,
+            lambda values, path: np.save(path, values),
+            partial(np.load, allow_pickle=False),
+        )
 
     def _expect(self, name: str, entry: Entry) -> None:
         """List a file that is about to be put in a place, beside the one that stands there."""
         self._coming = entry
         if before := self.files.get(name):
-            self._write_index({**self.files, name: [*(old for old in before if old != entry), entry]})
+            self._write_index(
+                {**self.files, name: [*(old for old in before if old != entry), entry]}
+            )
 
     def _settle(self, name: str) -> None:
         """List the file that was put in a place alone."""
@@ -270,17 +309,35 @@ def refuse_other_settings(
     """
     missing = object()
     different = [
-        name for name in {**before, **now} if name not in may_change and before.get(name, missing) != now.get(name, missing)
+        name
+        for name in {**before, **now}
+        if name not in may_change and before.get(name, missing) != now.get(name, missing)
     ]
     if different:
-        listing = ", ".join(_difference(name, before.get(name), now.get(name)) for name in different)
-        raise ValueError(f"{folder} holds results that were made with other {listing}: choose another folder, or delete it.")
+        listing = ", ".join(
+            _difference(name, before.get(name), now.get(name)) for name in different
+        )
+        raise ValueError(
+            f"{folder} holds results that were made with other {listing}: choose another folder, "
+            "or delete it."
+        )
 
 
 def _wrong_file(path: Path, entry: Entry) -> Path | None:
     """The first file that is not as listed."""
-    listed = {path: entry} if isinstance(entry, str) else {path / name: known for name, known in entry.items()}
-    return next((file for file, known in listed.items() if not file.is_file() or digest_file(file) != known), None)
+    listed = (
+        {path: entry}
+        if isinstance(entry, str)
+        else {path / name: known for name, known in entry.items()}
+    )
+    return next(
+        (
+            file
+            for file, known in listed.items()
+            if not file.is_file() or digest_file(file) != known
+        ),
+        None,
+    )
 
 
 def digest_file(path: Path) -> str:
@@ -292,13 +349,17 @@ def digest_file(path: Path) -> str:
 def _difference(name: str, before: Any, now: Any) -> str:
     """A setting with its two values, unless these are digests or long."""
     shown = [f"{value!r}" for value in (before, now)]
-    if any(len(value) > 40 or _is_digest(raw) for value, raw in zip(shown, (before, now), strict=True)):
+    if any(
+        len(value) > 40 or _is_digest(raw) for value, raw in zip(shown, (before, now), strict=True)
+    ):
         return name
     return f"{name} ({shown[0]}, now {shown[1]})"
 
 
 def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 16 and all(c in "0123456789abcdef" for c in value)
+    return (
+        isinstance(value, str) and len(value) == 16 and all(c in "0123456789abcdef" for c in value)
+    )
 
 
 def _digest_of(body: Mapping[str, Any]) -> str:

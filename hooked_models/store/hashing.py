@@ -1,8 +1,9 @@
 """Hashes of content: equal in every process, under every hash seed and Python version.
 
-Tensors and arrays count by their bytes; functions by their syntax tree, with the globals, defaults and closure that they read;
-objects by their class and state. A pickle would not do: that of a tensor holds an address, that of a set the order of the
-process's hash seed, and that of a function the bytecode of one Python version (`joblib.hash` and cloudpickle are pickles).
+Tensors and arrays count by their bytes; functions by their syntax tree, with the globals, defaults
+and closure that they read; objects by their class and state. A pickle would not do: that of a
+tensor holds an address, that of a set the order of the process's hash seed, and that of a function
+the bytecode of one Python version (`joblib.hash` and cloudpickle are pickles).
 
 This module needs the standard library alone.
 """
@@ -30,7 +31,8 @@ SKIPPED_FIELDS = ("ctx", "kind", "type_comment")
 
 
 def digest(*parts: Any) -> str:
-    """Hash text, bytes, tensors and arrays: 16 hexadecimal digits, equal for equal values, types, shapes and borders.
+    """Hash text, bytes, tensors and arrays: 16 hexadecimal digits, equal for equal values, types,
+    shapes and borders.
 
     Args:
         parts: any number of `str`, `bytes`, torch tensors and NumPy arrays.
@@ -53,12 +55,14 @@ def digest(*parts: Any) -> str:
 def fingerprint(value: Any) -> str:
     """Hash a value of any kind by its content: 16 hexadecimal digits.
 
-    A function counts by its code (docstrings and comments do not), its defaults, its closure, and the names it reads of its
-    module: data, and functions of the same module or of the user's own code, which count in the same way. Functions and classes
-    of installed libraries count by name. An object with a method `__fingerprint__` counts by its result.
+    A function counts by its code (docstrings and comments do not), its defaults, its closure, and
+    the names it reads of its module: data, and functions of the same module or of the user's own
+    code, which count in the same way. Functions and classes of installed libraries count by name.
+    An object with a method `__fingerprint__` counts by its result.
 
     Raises:
-        TypeError: the value holds something without comparable content, such as a lock or an open file.
+        TypeError: the value holds something without comparable content, such as a lock or an open
+            file.
 
     Example:
         >>> fingerprint({"b", "a"}) == fingerprint({"a", "b"})
@@ -70,9 +74,13 @@ def fingerprint(value: Any) -> str:
 
 
 class _Reader:
-    """Walks over a value; functions and classes that were met before count by the order in which they were."""
+    """Walks over a value; functions and classes that were met before count by the order in which
+    they were.
+    """
 
-    def __init__(self, met: Mapping[int, tuple[int, Any]] | None = None, above: Sequence[int] = ()) -> None:
+    def __init__(
+        self, met: Mapping[int, tuple[int, Any]] | None = None, above: Sequence[int] = ()
+    ) -> None:
         self.met = dict(met or {})
         self.above = list(above)
 
@@ -113,10 +121,21 @@ class _Reader:
         yield Enum, lambda e: digest("enum", type(e).__qualname__, e.name)
         yield PurePath, lambda path: digest("path", path.as_posix())
         yield (slice, range), lambda s: digest(type(s).__name__, *self.all(s.start, s.stop, s.step))
-        yield Mapping, lambda m: digest("mapping", *self.all(*(part for item in m.items() for part in item)))
+        yield (
+            Mapping,
+            lambda m: digest("mapping", *self.all(*(part for item in m.items() for part in item))),
+        )
         yield (list, tuple), lambda s: digest("sequence", *self.all(*s))
-        yield (set, frozenset), lambda s: digest("set", *sorted(_Reader(self.met, self.above).hash(one) for one in s))
-        yield partial, lambda p: digest("partial", *self.all(p.func, p.args, dict(sorted(p.keywords.items()))))
+        yield (
+            (set, frozenset),
+            lambda s: digest("set", *sorted(_Reader(self.met, self.above).hash(one) for one in s)),
+        )
+        yield (
+            partial,
+            lambda p: digest(
+                "partial", *self.all(p.func, p.args, dict(sorted(p.keywords.items())))
+            ),
+        )
         yield MethodType, lambda m: digest("method", *self.all(m.__self__, m.__func__))
         yield FunctionType, self._function
         yield BuiltinFunctionType, self._builtin
@@ -129,17 +148,27 @@ class _Reader:
 
     def _function(self, function: FunctionType) -> str:
         code, home = function.__code__, function.__globals__.get("__name__", "")
-        cells = {name: _content(cell) for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)}
+        cells = {
+            name: _content(cell)
+            for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
+        }
         if _is_library(home) and home.partition(".")[0] not in OWN_PACKAGES:
             if "__wrapped__" in vars(function):  # a decorator's, such as torch.no_grad's
                 return self.hash(vars(function)["__wrapped__"])
             return digest("library", home, code.co_qualname, self.hash(cells))
         tree = source_tree(code, home)
         own = self.hash(code) if tree is None else digest("source", tree_text(tree))
-        return digest("function", own, *self.all(function.__defaults__, function.__kwdefaults__, cells), *self._read_of(function))
+        return digest(
+            "function",
+            own,
+            *self.all(function.__defaults__, function.__kwdefaults__, cells),
+            *self._read_of(function),
+        )
 
     def _read_of(self, function: FunctionType) -> list[str]:
-        """Hashes of the names that a function reads of its module; things without comparable content count by type."""
+        """Hashes of the names that a function reads of its module; things without comparable
+        content count by type.
+        """
         found = []
         for name, value in globals_read(function).items():
             if isinstance(value, (FunctionType, type)) and not _followed(value, function):
@@ -154,12 +183,25 @@ class _Reader:
 
     def _builtin(self, function: BuiltinFunctionType) -> str:
         owner = function.__self__
-        return digest("builtin", function.__qualname__, "" if isinstance(owner, ModuleType) else self.hash(owner))
+        return digest(
+            "builtin",
+            function.__qualname__,
+            "" if isinstance(owner, ModuleType) else self.hash(owner),
+        )
 
     def _bytecode(self, code: CodeType) -> str:
-        """Code whose source is not there (typed in, or changed since): equal under one Python version only."""
+        """Code whose source is not there (typed in, or changed since): equal under one Python
+        version only.
+        """
         version = "{}.{}".format(*sys.version_info)
-        return digest("code", version, code.co_code, *code.co_names, *code.co_varnames, *self.all(*code.co_consts))
+        return digest(
+            "code",
+            version,
+            code.co_code,
+            *code.co_names,
+            *code.co_varnames,
+            *self.all(*code.co_consts),
+        )
 
     def _class(self, cls: type) -> str:
         if _is_library(cls.__module__):
@@ -169,7 +211,10 @@ class _Reader:
             for name, value in vars(cls).items()
             if (isinstance(value, FunctionType) and _is_written(value))
             or isinstance(value, (staticmethod, classmethod, property, cached_property))
-            or (isinstance(value, (*ATOMS, list, tuple, set, frozenset, dict)) and not name.startswith("__"))
+            or (
+                isinstance(value, (*ATOMS, list, tuple, set, frozenset, dict))
+                and not name.startswith("__")
+            )
         }
         return digest("class", cls.__qualname__, *self.all(*cls.__bases__, own))
 
@@ -177,27 +222,41 @@ class _Reader:
         """A torch module: classes and plain settings of its parts, parameters and buffers."""
         parts = []
         for name, part in module.named_modules():
-            plain = {k: v for k, v in vars(part).items() if k[0] != "_" and isinstance(v, (*ATOMS, list, tuple))}
+            plain = {
+                k: v
+                for k, v in vars(part).items()
+                if k[0] != "_" and isinstance(v, (*ATOMS, list, tuple))
+            }
             parts += [name, *self.all(type(part), plain)]
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         return digest("torch module", *parts, *(part for item in tensors.items() for part in item))
 
     def _object(self, value: Any) -> str:
-        """An object as pickle would take it apart, without the values that `cached_property` keeps in it."""
+        """An object as pickle would take it apart, without the values that `cached_property` keeps
+        in it.
+        """
         try:
             reduced = value.__reduce_ex__(4)
         except Exception:  # of a lock, a file, a generator, …
             raise TypeError(
-                f"A {type(value).__qualname__} has no content that could be compared between processes: use numbers, text, "
-                "tensors, and functions or objects made of these."
+                f"A {type(value).__qualname__} has no content that could be compared between "
+                "processes: use numbers, text, tensors, and functions or objects made of these."
             ) from None
         if isinstance(reduced, str):
             return digest("global", type(value).__module__, reduced)
         make, arguments, state, *items = (*reduced, None, None, None)[:5]
         if isinstance(state, dict):
-            cached = {name for name in state if isinstance(getattr(type(value), name, None), cached_property)}
+            cached = {
+                name
+                for name in state
+                if isinstance(getattr(type(value), name, None), cached_property)
+            }
             state = {name: part for name, part in sorted(state.items()) if name not in cached}
-        return digest("object", *self.all(make, arguments, state), *(self.hash(list(part or ())) for part in items))
+        return digest(
+            "object",
+            *self.all(make, arguments, state),
+            *(self.hash(list(part or ())) for part in items),
+        )
 
 
 # Arrays
@@ -207,7 +266,11 @@ def _is_array(value: Any) -> bool:
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and isinstance(value, torch.Tensor):
         return True
-    return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc"
+    return (
+        numpy is not None
+        and isinstance(value, (numpy.ndarray, numpy.generic))
+        and value.dtype.kind in "biufc"
+    )
 
 
 def _array(value: Any) -> Iterator[Any]:
@@ -215,7 +278,10 @@ def _array(value: Any) -> Iterator[Any]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         if value.is_meta:
-            raise TypeError("A tensor on the meta device has no values to compare: load the model with its weights.")
+            raise TypeError(
+                "A tensor on the meta device has no values to compare: load the model with its "
+                "weights."
+            )
         yield f"{value.dtype}{tuple(value.shape)}".encode()
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     elif _is_array(value):
@@ -223,7 +289,8 @@ def _array(value: Any) -> Iterator[Any]:
         yield value.astype(value.dtype.newbyteorder("<")).tobytes()
     else:
         raise TypeError(
-            f"digest takes text, bytes, tensors and arrays of numbers, not a {type(value).__name__}: see fingerprint."
+            "digest takes text, bytes, tensors and arrays of numbers, not a "
+            f"{type(value).__name__}: see fingerprint."
         )
 
 
@@ -231,7 +298,8 @@ def _array(value: Any) -> Iterator[Any]:
 
 
 def globals_read(function: FunctionType) -> dict[str, Any]:
-    """Globals that a function, or one defined inside of it, reads by name, and attributes of the user's modules.
+    """Globals that a function, or one defined inside of it, reads by name, and attributes of the
+    user's modules.
 
     Example:
         >>> globals_read(lambda name: name in OWN_PACKAGES)
@@ -248,9 +316,17 @@ def globals_read(function: FunctionType) -> dict[str, Any]:
                 value = function.__globals__.get(step.argval, ...)
                 if value is not ...:
                     found[step.argval] = value
-                module = value if isinstance(value, ModuleType) and not _is_library(value.__name__) else None
+                module = (
+                    value
+                    if isinstance(value, ModuleType) and not _is_library(value.__name__)
+                    else None
+                )
                 continue
-            if module is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD") and hasattr(module, step.argval):
+            if (
+                module is not None
+                and step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+                and hasattr(module, step.argval)
+            ):
                 found[f"{module.__name__}.{step.argval}"] = getattr(module, step.argval)
             module = None
     return dict(sorted(found.items()))
@@ -274,7 +350,11 @@ def _is_written(method: Any) -> bool:
     """True for a method that was written, and not made by `dataclass`."""
     method = unwrap(method)
     home = getattr(method, "__globals__", {}).get("__name__", "")
-    return isinstance(method, FunctionType) and method.__code__.co_filename != "<string>" and not _is_library(home)
+    return (
+        isinstance(method, FunctionType)
+        and method.__code__.co_filename != "<string>"
+        and not _is_library(home)
+    )
 
 
 def _content(cell: Any) -> Any:
@@ -285,15 +365,25 @@ def _content(cell: Any) -> Any:
 
 
 def source_tree(code: CodeType, module: str) -> ast.AST | None:
-    """The syntax tree of a function's code, or None if its file is not there or no longer says the same."""
+    """The syntax tree of a function's code, or None if its file is not there or no longer says the
+    same.
+    """
     trees, codes = _parsed("".join(linecache.getlines(code.co_filename)), code.co_filename)
-    near = [tree for tree in trees if _first_line(tree) == code.co_firstlineno and _name(tree) == code.co_name]
+    near = [
+        tree
+        for tree in trees
+        if _first_line(tree) == code.co_firstlineno and _name(tree) == code.co_name
+    ]
     if not near or not (code in codes or _compiled_by_hook(module)):
         return None
     if len(near) == 1:
         return near[0]
     column = _first_column(code)
-    return max((tree for tree in near if tree.col_offset <= column), key=lambda tree: tree.col_offset, default=None)
+    return max(
+        (tree for tree in near if tree.col_offset <= column),
+        key=lambda tree: tree.col_offset,
+        default=None,
+    )
 
 
 def _compiled_by_hook(module: str) -> bool:
@@ -325,7 +415,9 @@ def _parsed(text: str, filename: str) -> tuple[list[Any], list[CodeType]]:
 
 
 def _first_line(tree: Any) -> int:
-    return min([tree.lineno, *(decorator.lineno for decorator in getattr(tree, "decorator_list", ()))])
+    return min(
+        [tree.lineno, *(decorator.lineno for decorator in getattr(tree, "decorator_list", ()))]
+    )
 
 
 def _name(tree: Any) -> str:
@@ -333,7 +425,8 @@ def _name(tree: Any) -> str:
 
 
 def tree_text(tree: Any) -> str:
-    """A syntax tree as text, without positions and docstrings, the same under every Python version (`ast.dump` is not).
+    """A syntax tree as text, without positions and docstrings, the same under every Python version
+    (`ast.dump` is not).
 
     Example:
         >>> tree_text(ast.parse("f(x)  # comment", mode="eval").body)
@@ -343,13 +436,23 @@ def tree_text(tree: Any) -> str:
         return f"[{', '.join(map(tree_text, tree))}]"
     if not isinstance(tree, ast.AST):
         return ascii(tree)
-    fields = {name: getattr(tree, name, None) for name in tree._fields if name not in SKIPPED_FIELDS}
+    fields = {
+        name: getattr(tree, name, None) for name in tree._fields if name not in SKIPPED_FIELDS
+    }
     if (
         isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
         and ast.get_docstring(tree, clean=False) is not None
     ):
         fields["body"] = tree.body[1:]
     if isinstance(tree, ast.JoinedStr):  # Python 3.12 ends some with an empty constant
-        fields["values"] = [part for part in tree.values if not (isinstance(part, ast.Constant) and part.value == "")]
-    shown = [f"{name}={tree_text(value)}" for name, value in fields.items() if value is not None and value != []]
+        fields["values"] = [
+            part
+            for part in tree.values
+            if not (isinstance(part, ast.Constant) and part.value == "")
+        ]
+    shown = [
+        f"{name}={tree_text(value)}"
+        for name, value in fields.items()
+        if value is not None and value != []
+    ]
     return f"{type(tree).__name__}({', '.join(shown)})"

@@ -65,7 +65,8 @@ def write_json(path: str | Path, content: Any) -> None:
 def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
     """Write a folder such that a kill at any moment leaves the old one or the new one.
 
-    Where the system cannot exchange two folders in one step (Linux can), a kill between two renames leaves neither in its place.
+    Where the system cannot exchange two folders in one step (Linux can), a kill between two renames
+    leaves neither in its place.
 
     Args:
         folder: the folder; its old content is gone afterwards.
@@ -91,12 +92,15 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
                 sync(path)
             _put(part, folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)  # the old content of the place, or half of the new
+            # the old content of the place, or half of the new
+            shutil.rmtree(part, ignore_errors=True)
         sync(folder.parent)
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove leftovers of a killed `write_whole` or `replace_folder` in a folder that nobody else writes to."""
+    """Remove leftovers of a killed `write_whole` or `replace_folder` in a folder that nobody else
+    writes to.
+    """
     for part in folder.glob(".*.part*"):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
@@ -115,7 +119,8 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the disk, in Python or in a library that writes for it, into a sentence with the path.
+    """Turn errors of the disk, in Python or in a library that writes for it, into a sentence with
+    the path.
 
     Raises:
         OSError: of the same kind and number.
@@ -134,7 +139,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         reason = os.strerror(number)
         advice = "make room" if number in FULL else "choose another folder"
-        said = type(OSError(number, ""))(f"{path} could not be written ({reason}): {advice}, and run again.")
+        said = type(OSError(number, ""))(
+            f"{path} could not be written ({reason}): {advice}, and run again."
+        )
         said.errno = number
         raise said from error
 
@@ -144,7 +151,14 @@ def _number(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     text = str(error)
-    return next((number for number in (*FULL, errno.EACCES, errno.EROFS, errno.EIO) if f"(os error {number})" in text), None)
+    return next(
+        (
+            number
+            for number in (*FULL, errno.EACCES, errno.EROFS, errno.EIO)
+            if f"(os error {number})" in text
+        ),
+        None,
+    )
 
 
 def _beside(path: Path) -> Path:
@@ -165,4 +179,7 @@ def _put(part: Path, folder: Path) -> None:
 def _exchanged(a: Path, b: Path) -> bool:
     """True if the system has exchanged two paths in one step."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    return renameat2 is not None and renameat2(-100, os.fsencode(a), -100, os.fsencode(b), EXCHANGE) == 0
+    return (
+        renameat2 is not None
+        and renameat2(-100, os.fsencode(a), -100, os.fsencode(b), EXCHANGE) == 0
+    )

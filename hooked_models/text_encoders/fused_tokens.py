@@ -1,7 +1,8 @@
-"""Minimal contextual text encoder: adds the vectors of some words to the last word and removes them from their place.
+"""Minimal contextual text encoder: adds the vectors of some words to the last word and removes them
+from their place.
 
-A model of T5 in the reading of Wang, Fan, Pan (arXiv 2601.06338, section 5): the relation leaves its own token and is found in
-the second object's contextual embedding.
+A model of T5 in the reading of Wang, Fan, Pan (arXiv 2601.06338, section 5): the relation leaves
+its own token and is found in the second object's contextual embedding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .random_tokens import PAD_ID, SPECIAL_TOKENS, RandomTokenEncoder, RandomTok
 
 
 class FusedTokenEncoderConfig(RandomTokenEncoderConfig):
-    """Configuration of a `FusedTokenEncoder`; further arguments are those of `RandomTokenEncoderConfig`.
+    """Configuration of a `FusedTokenEncoder`; further arguments are those of
+    `RandomTokenEncoderConfig`.
 
     Args:
         moved: words whose vectors move to the last word.
@@ -34,7 +36,13 @@ class FusedTokenEncoderConfig(RandomTokenEncoderConfig):
 
     model_type = "fused_token_encoder"
 
-    def __init__(self, words: Sequence[str] = (), moved: Sequence[str] = (), share: float = 1.0, **kwargs: object) -> None:
+    def __init__(
+        self,
+        words: Sequence[str] = (),
+        moved: Sequence[str] = (),
+        share: float = 1.0,
+        **kwargs: object,
+    ) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"share={share}: the moved share of a word's vector lies in [0, 1].")
         self.moved = list(moved)
@@ -43,12 +51,16 @@ class FusedTokenEncoderConfig(RandomTokenEncoderConfig):
 
 
 class FusedTokenEncoder(PreTrainedModel):
-    """A `RandomTokenEncoder` in which a share of the vectors of `config.moved` words leaves their place for the last word's.
+    """A `RandomTokenEncoder` in which a share of the vectors of `config.moved` words leaves their
+    place for the last word's.
 
-    With `config.share` 1 a moved word keeps only its position code; with 0 this is the `RandomTokenEncoder` itself.
+    With `config.share` 1 a moved word keeps only its position code; with 0 this is the
+    `RandomTokenEncoder` itself.
 
     Example:
-        >>> config = FusedTokenEncoderConfig(["circle", "above", "square"], moved=["above"], share=0.5, d_model=8)
+        >>> config = FusedTokenEncoderConfig(
+        ...     ["circle", "above", "square"], moved=["above"], share=0.5, d_model=8
+        ... )
         >>> encoder, plain = FusedTokenEncoder(config), RandomTokenEncoder(config)
         >>> ids = torch.tensor([[3, 4, 5, 1]])
         >>> change = encoder(ids).last_hidden_state - plain(ids).last_hidden_state
@@ -77,21 +89,27 @@ class FusedTokenEncoder(PreTrainedModel):
         return_dict: bool | None = True,
         **_: object,
     ) -> BaseModelOutput | tuple[Tensor]:
-        """Embed tokens: [batch text_pos d_model]. The mask has no effect: pads are known by their id.
+        """Embed tokens: [batch text_pos d_model].
+
+        The mask has no effect: pads are known by their id.
 
         Raises:
             ValueError: a token is unknown, or outside the table.
         """
-        moved_ids = [len(SPECIAL_TOKENS) + self.config.words.index(word) for word in self.config.moved]
+        moved_ids = [
+            len(SPECIAL_TOKENS) + self.config.words.index(word) for word in self.config.moved
+        ]
         hidden = self.table(input_ids, return_dict=False)[0]
         moved = torch.isin(input_ids, torch.tensor(moved_ids, device=input_ids.device))
         words = self.config.share * self.table.embed_tokens(input_ids) * moved[..., None]
-        last = ((input_ids != PAD_ID).sum(dim=1) - 2).clamp(min=0)  # EOS is the last token that is no pad
+        # EOS is the last token that is no pad
+        last = ((input_ids != PAD_ID).sum(dim=1) - 2).clamp(min=0)
         receives = torch.arange(input_ids.shape[1], device=input_ids.device) == last[:, None]
         hidden = hidden - words + receives[..., None] * words.sum(dim=1, keepdim=True)
         return BaseModelOutput(last_hidden_state=hidden) if return_dict else (hidden,)
 
 
-# Checkpoints name these classes by package (model_index.json), so the file may move without breaking them.
+# Checkpoints name these classes by package (model_index.json), so the file may move without
+# breaking them.
 FusedTokenEncoder.__module__ = "hooked_models"
 FusedTokenEncoderConfig.__module__ = "hooked_models"

@@ -1,7 +1,8 @@
 """RTE, random token embeddings: a text encoder of words and positions, without context.
 
-Source: Wang, Fan, Pan (arXiv 2601.06338), the paper's "RTE" condition: a frozen random vector for each word, plus (or, in
-"RTE without positions", not plus) a sinusoidal position code of the same norm. The DiT itself has to combine the words.
+Source: Wang, Fan, Pan (arXiv 2601.06338), the paper's "RTE" condition: a frozen random vector for
+each word, plus (or, in "RTE without positions", not plus) a sinusoidal position code of the same
+norm. The DiT itself has to combine the words.
 """
 
 from __future__ import annotations
@@ -69,10 +70,11 @@ class RandomTokenEncoderConfig(PreTrainedConfig):
 
 
 class RandomTokenEncoder(PreTrainedModel):
-    """Embed tokens by a frozen random table, plus a position code of the same norm if `config.positions`.
+    """Embed tokens by a frozen random table, plus a position code of the same norm if
+    `config.positions`.
 
-    The table is a function of (`seed`, `words`, `d_model`) and is saved with the model. Sequences may have any length: the
-    position code is computed, not stored.
+    The table is a function of (`seed`, `words`, `d_model`) and is saved with the model. Sequences
+    may have any length: the position code is computed, not stored.
 
     Example:
         >>> encoder = RandomTokenEncoder(RandomTokenEncoderConfig(["red", "circle"], d_model=16))
@@ -96,16 +98,21 @@ class RandomTokenEncoder(PreTrainedModel):
             generator = torch.Generator().manual_seed(self.config.seed)
             rows = torch.randn(self.embed_tokens.weight.shape, generator=generator)
             with torch.no_grad():
-                self.embed_tokens.weight.copy_(self.config.norm * rows / rows.norm(dim=1, keepdim=True))
+                self.embed_tokens.weight.copy_(
+                    self.config.norm * rows / rows.norm(dim=1, keepdim=True)
+                )
 
     def position_code(self, length: int) -> Float[Tensor, "text_pos d"]:
-        """Compute sine and cosine (base 10,000) of each position, interleaved and scaled to the words' norm; or zeros."""
+        """Compute sine and cosine (base 10,000) of each position, interleaved and scaled to the
+        words' norm; or zeros.
+        """
         d = self.config.d_model
         if not self.config.positions:
             return torch.zeros(length, d)
         frequencies = 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
         angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-        code = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)  # norm √(d/2) at every position
+        # norm √(d/2) at every position
+        code = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
         return (code * (self.config.norm / (d / 2) ** 0.5)).float()
 
     def forward(
@@ -127,19 +134,27 @@ class RandomTokenEncoder(PreTrainedModel):
 
     def check_known(self, input_ids: Int[Tensor, "batch text_pos"]) -> None:
         """Raise a ValueError that lists the vocabulary if a token is not in it."""
-        if bool(((input_ids == UNKNOWN_ID) | (input_ids < 0) | (input_ids >= self.embed_tokens.num_embeddings)).any()):
+        if bool(
+            (
+                (input_ids == UNKNOWN_ID)
+                | (input_ids < 0)
+                | (input_ids >= self.embed_tokens.num_embeddings)
+            ).any()
+        ):
             raise ValueError(self.no_vector_for([]))
 
     def no_vector_for(self, words: Sequence[str]) -> str:
         """The message for words outside of the vocabulary, which it lists."""
         return (
-            f"This random-token encoder has no vector for {', '.join(map(repr, words)) or 'a word of the prompt'}. "
+            "This random-token encoder has no vector for "
+            f"{', '.join(map(repr, words)) or 'a word of the prompt'}. "
             f"It knows: {', '.join(self.config.words)}."
         )
 
 
 class HookedTokenEncoder(HookedModule):
-    """A `RandomTokenEncoder` with a HookPoint on each of its tensors; arguments and output are the wrapped module's.
+    """A `RandomTokenEncoder` with a HookPoint on each of its tensors; arguments and output are the
+    wrapped module's.
 
     Example:
         >>> encoder = RandomTokenEncoder(RandomTokenEncoderConfig(["red", "circle"], d_model=16))
@@ -212,6 +227,7 @@ class HookedTokenEncoder(HookedModule):
         return BaseModelOutput(last_hidden_state=hidden) if return_dict else (hidden,)
 
 
-# Checkpoints name these classes by package (model_index.json), so the file may move without breaking them.
+# Checkpoints name these classes by package (model_index.json), so the file may move without
+# breaking them.
 RandomTokenEncoder.__module__ = "hooked_models"
 RandomTokenEncoderConfig.__module__ = "hooked_models"

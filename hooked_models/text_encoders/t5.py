@@ -1,8 +1,10 @@
-"""T5 encoder with a HookPoint on every tensor: ``HookedT5Encoder`` around the live transformers module.
+"""T5 encoder with a HookPoint on every tensor: ``HookedT5Encoder`` around the live transformers
+module.
 
-Source: ``T5EncoderModel`` in transformers/models/t5/modeling_t5.py (5.23); Raffel et al. (arXiv 1910.10683); T5 v1.1, which
-PixArt reads, has the gated MLP of Shazeer (arXiv 2002.05202). Three traps: attention is not divided by √d_head, all layers
-share the position bias of the first, and the norms take their variance in float32 whatever the model's precision.
+Source: ``T5EncoderModel`` in transformers/models/t5/modeling_t5.py (5.23); Raffel et al. (arXiv
+1910.10683); T5 v1.1, which PixArt reads, has the gated MLP of Shazeer (arXiv 2002.05202). Three
+traps: attention is not divided by √d_head, all layers share the position bias of the first, and the
+norms take their variance in float32 whatever the model's precision.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from ..pixart.config import HookedConfig
 
 @dataclass(kw_only=True)
 class T5EncoderConfig(HookedConfig):
-    """TransformerLens' names for a T5 config. ``n_ctx`` is the length of T5's training; any length can be read."""
+    """TransformerLens' names for a T5 config.
+
+    ``n_ctx`` is the length of T5's training; any length can be read.
+    """
 
     relative_attention_num_buckets: int
     relative_attention_max_distance: int
@@ -63,9 +68,11 @@ class T5EncoderConfig(HookedConfig):
 
 
 class RMSNorm(LayerNorm):
-    """``weight · x / √(mean(x²) + eps)``; ``hook_normalized`` is before the weight, as in TransformerLens.
+    """``weight · x / √(mean(x²) + eps)``; ``hook_normalized`` is before the weight, as in
+    TransformerLens.
 
-    The inverse of the root is taken in float32, as in transformers: a float64 model is as exact as that, and no more.
+    The inverse of the root is taken in float32, as in transformers: a float64 model is as exact as
+    that, and no more.
     """
 
     def __init__(self, norm: Any) -> None:
@@ -79,7 +86,9 @@ class RMSNorm(LayerNorm):
         return self.weight * (x * self._inverse(x)).to(self.weight.dtype)
 
     def _explicit(self, x: Tensor) -> Tensor:
-        scale = self.hook_scale(1 / self._inverse(x).to(torch.promote_types(x.dtype, torch.float32)))
+        scale = self.hook_scale(
+            1 / self._inverse(x).to(torch.promote_types(x.dtype, torch.float32))
+        )
         return self.weight * self.hook_normalized((x / scale).to(self.weight.dtype))
 
 
@@ -101,7 +110,9 @@ class MLP(nn.Module):
         if self.proj_gate is None:
             post = self.act(self.hook_pre(self.proj_in(x)))
         else:
-            post = self.act(self.hook_pre(self.proj_gate(x))) * self.hook_pre_linear(self.proj_in(x))
+            post = self.act(self.hook_pre(self.proj_gate(x))) * self.hook_pre_linear(
+                self.proj_in(x)
+            )
         post = self.hook_post(post)
         # transformers keeps this Linear in float32 where it loads the others in float16.
         dtype: Any = self.proj_out.weight.dtype
@@ -129,7 +140,9 @@ class Block(nn.Module):
         self.cfg = cfg
         (attention, feed_forward), linears = block.layer, block.layer[0].SelfAttention
         self.ln1 = RMSNorm(attention.layer_norm)
-        in_diffusers_names = SimpleNamespace(to_q=linears.q, to_k=linears.k, to_v=linears.v, to_out=[linears.o])
+        in_diffusers_names = SimpleNamespace(
+            to_q=linears.q, to_k=linears.k, to_v=linears.v, to_out=[linears.o]
+        )
         self.attn = Attention(in_diffusers_names, cfg, scale=1.0)
         self.ln2 = RMSNorm(feed_forward.layer_norm)
         self.mlp = MLP(feed_forward.DenseReluDense, cfg.gated_mlp)
@@ -164,11 +177,13 @@ def finite(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.where(x.isinf().any(), x.clamp(-limit, limit), x)
 
 
-def position_buckets(length: int, n_buckets: int, max_distance: int, device: torch.device) -> Int[Tensor, "query_pos key_pos"]:
+def position_buckets(
+    length: int, n_buckets: int, max_distance: int, device: torch.device
+) -> Int[Tensor, "query_pos key_pos"]:
     """Bucket of each key's distance from each query.
 
-    Half of the buckets are for later keys. Near distances have a bucket each, farther ones share buckets on a logarithmic
-    scale, and all from ``max_distance`` on share the last.
+    Half of the buckets are for later keys. Near distances have a bucket each, farther ones share
+    buckets on a logarithmic scale, and all from ``max_distance`` on share the last.
 
     Source: ``T5Attention._relative_position_bucket``, in its order of operations.
 
@@ -190,23 +205,32 @@ def position_buckets(length: int, n_buckets: int, max_distance: int, device: tor
 class HookedT5Encoder(HookedModule):
     """A ``T5EncoderModel`` with a HookPoint on every tensor, in TransformerLens' vocabulary.
 
-    The leaves (Linear, Embedding, norm weights) are the wrapped module's own: weights are shared, never copied. The forward
-    between them is written here, with the wrapped module's arguments and output, so it can stand in its place inside a
-    pipeline. Its cache is TransformerLens' own, whose decompositions are exact here: there is no bias anywhere, and
-    ``hook_attn_out`` and ``hook_mlp_out`` are exactly the tensors added. (In float16 alone transformers then clips infinities.)
+    The leaves (Linear, Embedding, norm weights) are the wrapped module's own: weights are shared,
+    never copied. The forward between them is written here, with the wrapped module's arguments and
+    output, so it can stand in its place inside a pipeline. Its cache is TransformerLens' own, whose
+    decompositions are exact here: there is no bias anywhere, and ``hook_attn_out`` and
+    ``hook_mlp_out`` are exactly the tensors added. (In float16 alone transformers then clips
+    infinities.)
 
     Args:
-        encoder: a live ``T5EncoderModel``, in evaluation mode when it is run: the forward has no dropout.
+        encoder: a live ``T5EncoderModel``, in evaluation mode when it is run: the forward has no
+            dropout.
 
     Raises:
-        TypeError: for another encoder, such as UMT5, in which every layer has a position bias of its own.
+        TypeError: for another encoder, such as UMT5, in which every layer has a position bias of
+            its own.
 
     Example:
         >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("t5-micro")
         >>> tokens = model.to_tokens("red circle above blue square")
         >>> _, cache = model.text_encoder.run_with_cache(tokens)
-        >>> cache["pattern", 0].shape == (1, model.text_encoder.cfg.n_heads, tokens.shape[1], tokens.shape[1])
+        >>> cache["pattern", 0].shape == (
+        ...     1,
+        ...     model.text_encoder.cfg.n_heads,
+        ...     tokens.shape[1],
+        ...     tokens.shape[1],
+        ... )
         True
     """
 
@@ -219,30 +243,39 @@ class HookedT5Encoder(HookedModule):
     """The transformers module; not registered as a child, because its leaves are, once each."""
 
     wrapping: Wrapped
-    """Refuses, at each call, a wrapped module that was changed in a way that this one would ignore."""
+    """Refuses, at each call, a wrapped module that was changed in a way that this one would
+    ignore.
+    """
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         if not isinstance(encoder, T5EncoderModel):
-            raise TypeError(f"HookedT5Encoder needs a transformers T5EncoderModel, not {type(encoder).__name__}")
+            raise TypeError(
+                f"HookedT5Encoder needs a transformers T5EncoderModel, not {type(encoder).__name__}"
+            )
         live: Any = encoder
         self.__dict__["wrapped"] = live
         self._cfg = cfg = T5EncoderConfig.from_encoder(encoder)
 
-        self.embed_tokens: nn.Embedding = live.encoder.embed_tokens  # not `shared`: that one is tied to it, but never called
-        self.relative_attention_bias: nn.Embedding = live.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        # not `shared`: that one is tied to it, but never called
+        self.embed_tokens: nn.Embedding = live.encoder.embed_tokens
+        self.relative_attention_bias: nn.Embedding = (
+            live.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        )
         self.blocks = nn.ModuleList(Block(block, cfg) for block in live.encoder.block)
         self.ln_final = RMSNorm(live.encoder.final_layer_norm)
 
         self.hook_embed = HookPoint()  # [batch pos d_model]
-        self.hook_rel_pos_bias = HookPoint()  # [batch head query_pos key_pos], the same in all layers; the mask comes after it
+        # [batch head query_pos key_pos], the same in all layers; the mask comes after it
+        self.hook_rel_pos_bias = HookPoint()
         self.hook_out = HookPoint()  # [batch pos d_model], after the final norm
 
         self.setup()
         self.train(encoder.training)
         self.__dict__["wrapping"] = Wrapped(encoder, self)
 
-    # Attributes that pipelines and TransformerLens read; taken from the live weights, which may move.
+    # Attributes that pipelines and TransformerLens read; taken from the live weights, which may
+    # move.
 
     @property
     def cfg(self) -> T5EncoderConfig:
@@ -280,24 +313,38 @@ class HookedT5Encoder(HookedModule):
             return_dict: False for a tuple; by default as in the wrapped module's config.
 
         Raises:
-            ValueError: for a part of the wrapped module that was replaced since, in training mode, for both inputs or
-                none, for a mask of another shape, and for ``output_attentions`` or ``output_hidden_states``: use the cache.
+            ValueError: for a part of the wrapped module that was replaced since, in training mode,
+                for both inputs or none, for a mask of another shape, and for ``output_attentions``
+                or ``output_hidden_states``: use the cache.
         """
         self.wrapping.check()
         if self.training and self.config.dropout_rate > 0:
-            raise ValueError("HookedT5Encoder has no dropout: call .eval() on it (gradients flow in evaluation mode too)")
+            raise ValueError(
+                "HookedT5Encoder has no dropout: call .eval() on it (gradients flow in evaluation "
+                "mode too)"
+            )
         if wanted := [name for name, value in unsupported.items() if value]:
-            raise ValueError(f"HookedT5Encoder has no {', '.join(wanted)}: states and patterns are in run_with_cache")
+            raise ValueError(
+                f"HookedT5Encoder has no {', '.join(wanted)}: states and patterns are in "
+                "run_with_cache"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds, one of the two")
         # (cloned, because a hook may write in place)
-        x = self.hook_embed(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.clone())
+        x = self.hook_embed(
+            self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.clone()
+        )
         if attention_mask is not None and attention_mask.shape != x.shape[:2]:
-            raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}, the text {tuple(x.shape[:2])}")
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}, the text "
+                f"{tuple(x.shape[:2])}"
+            )
 
         bias = self._position_bias(*x.shape[:2])
         if attention_mask is not None:
-            bias = torch.where(attention_mask[:, None, None] != 0, bias, torch.finfo(bias.dtype).min)
+            bias = torch.where(
+                attention_mask[:, None, None] != 0, bias, torch.finfo(bias.dtype).min
+            )
         for block in self.blocks:
             x = block(x, bias)
         x = self.hook_out(self.ln_final(x))
@@ -305,10 +352,17 @@ class HookedT5Encoder(HookedModule):
         return BaseModelOutput(last_hidden_state=x) if return_dict else (x,)
 
     def _position_bias(self, batch: int, length: int) -> Tensor:
-        """[batch head query_pos key_pos]; one row for the whole batch unless the point has a hook."""
-        n_buckets, max_distance = self._cfg.relative_attention_num_buckets, self._cfg.relative_attention_max_distance
+        """[batch head query_pos key_pos]; one row for the whole batch unless the point has a
+        hook.
+        """
+        n_buckets, max_distance = (
+            self._cfg.relative_attention_num_buckets,
+            self._cfg.relative_attention_max_distance,
+        )
         buckets = position_buckets(length, n_buckets, max_distance, self.device)
-        bias = rearrange(self.relative_attention_bias(buckets), "query key head -> 1 head query key").contiguous()
+        bias = rearrange(
+            self.relative_attention_bias(buckets), "query key head -> 1 head query key"
+        ).contiguous()
         if has_hooks(self.hook_rel_pos_bias):
             bias = self.hook_rel_pos_bias(bias.repeat(batch, 1, 1, 1))
         return bias
@@ -321,17 +375,23 @@ class HookedT5Encoder(HookedModule):
 
     @property
     def QK(self) -> FactoredMatrix:
-        """``W_Q W_Kᵀ`` of every head, [layer head d_model d_model]; a copy, without the weight of ``ln1``."""
+        """``W_Q W_Kᵀ`` of every head, [layer head d_model d_model]; a copy, without the weight of
+        ``ln1``.
+        """
         return FactoredMatrix(self._stack("W_Q"), self._stack("W_K").transpose(-1, -2))
 
     @property
     def OV(self) -> FactoredMatrix:
-        """``W_V W_O`` of every head, [layer head d_model d_model]; a copy, without the weight of ``ln1``."""
+        """``W_V W_O`` of every head, [layer head d_model d_model]; a copy, without the weight of
+        ``ln1``.
+        """
         return FactoredMatrix(self._stack("W_V"), self._stack("W_O"))
 
     def _stack(self, weight: str) -> Float[Tensor, "layer head rows columns"]:
         return torch.stack([getattr(block.attn, weight) for block in self.blocks])
 
-    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
         """Sum of the biases written so far: zero. Read by ``get_full_resid_decomposition``."""
         return self.W_E.new_zeros(self._cfg.d_model)

@@ -1,8 +1,9 @@
 """Words of a text, and the tokens that spell them, found by the tokenizer's character offsets.
 
-A word is a run of letters, digits and combining marks; it ends at white space and at punctuation ("red-colored" and
-"triangle's" are two words each). Characters of scripts without spaces (Chinese, Japanese) and emoji are words of one
-character. Words are compared without case and in Unicode's compatibility form (NFKC).
+A word is a run of letters, digits and combining marks; it ends at white space and at punctuation
+("red-colored" and "triangle's" are two words each). Characters of scripts without spaces (Chinese,
+Japanese) and emoji are words of one character. Words are compared without case and in Unicode's
+compatibility form (NFKC).
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def split_words(text: str) -> list[TextWord]:
 
 def _stands_alone(character: str) -> bool:
     category = unicodedata.category(character)
-    return category == "So" or (category[0] in "LN" and unicodedata.east_asian_width(character) == "W")
+    return category == "So" or (
+        category[0] in "LN" and unicodedata.east_asian_width(character) == "W"
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,12 @@ class EncodedText:
 
     @classmethod
     def read(
-        cls, tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[Sequence[int]], mask: Sequence[int]
+        cls,
+        tokenizer: Any,
+        text: str,
+        ids: Sequence[int],
+        spans: Sequence[Sequence[int]],
+        mask: Sequence[int],
     ) -> EncodedText:
         """From what a tokenizer returned for one text: ids, offsets and attention mask."""
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -92,8 +100,14 @@ class EncodedText:
             return "eos" if token == eos else "text"
 
         kinds = [kind(token, attended) for token, attended in zip(ids, mask, strict=True)]
-        unknown = [token == tokenizer.unk_token_id and kind == "text" for token, kind in zip(ids, kinds, strict=True)]
-        special = [token in tokenizer.all_special_ids and not odd for token, odd in zip(ids, unknown, strict=True)]
+        unknown = [
+            token == tokenizer.unk_token_id and kind == "text"
+            for token, kind in zip(ids, kinds, strict=True)
+        ]
+        special = [
+            token in tokenizer.all_special_ids and not odd
+            for token, odd in zip(ids, unknown, strict=True)
+        ]
         return cls(text, ids, [(start, end) for start, end in spans], kinds, special, unknown)
 
     @cached_property
@@ -128,7 +142,8 @@ class EncodedText:
         return found
 
     def phrases(self, phrase: str) -> list[tuple[int, int]]:
-        """The characters (start, end) of each place where the words of `phrase` stand in order; places do not overlap.
+        """The characters (start, end) of each place where the words of `phrase` stand in order;
+        places do not overlap.
 
         Example:
             >>> from hooked_models import HookedTextToImage
@@ -151,11 +166,14 @@ class EncodedText:
 
     @property
     def unknown_words(self) -> list[str]:
-        """The words that unknown tokens spell a part of, or the signs that they stand for; in order and once.
+        """The words that unknown tokens spell a part of, or the signs that they stand for; in order
+        and once.
 
         Example:
             >>> from hooked_models import word_tokenizer
-            >>> encode_text(word_tokenizer(["red", "circle"]), "red-hot circle, really").unknown_words
+            >>> encode_text(
+            ...     word_tokenizer(["red", "circle"]), "red-hot circle, really"
+            ... ).unknown_words
             ['-hot', ',', 'really']
         """
         spans = [span for span, unknown in zip(self.spans, self.unknown, strict=True) if unknown]
@@ -195,8 +213,15 @@ def encode_text(tokenizer: Any, text: str, length: int | None = None) -> Encoded
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
-            f"{type(tokenizer).__name__} keeps no character offsets, by which words are found: load its fast version."
+            f"{type(tokenizer).__name__} keeps no character offsets, by which words are found: "
+            "load its fast version."
         )
-    padding = {"padding": "longest"} if length is None else {"padding": "max_length", "max_length": length}
+    padding = (
+        {"padding": "longest"}
+        if length is None
+        else {"padding": "max_length", "max_length": length}
+    )
     encoded = tokenizer(text, return_offsets_mapping=True, return_attention_mask=True, **padding)
-    return EncodedText.read(tokenizer, text, encoded.input_ids, encoded.offset_mapping, encoded.attention_mask)
+    return EncodedText.read(
+        tokenizer, text, encoded.input_ids, encoded.offset_mapping, encoded.attention_mask
+    )
