@@ -27,7 +27,8 @@ html_theme_options = {"source_directory": "docs/"}
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are executed by `make notebooks`, and their output is committed
+# notebooks are executed by `make notebooks`, and their output is committed
+nb_execution_mode = "off"
 
 autodoc_typehints = "none"  # shapes stand in the signatures
 autodoc_member_order = "bysource"
@@ -41,7 +42,8 @@ default_role = "literal"  # single backticks are code
 suppress_warnings = [
     "ref.python",  # a parameter and an attribute of the same name
     "misc.highlighting_failure",
-    "myst.xref_missing",  # links from docstrings and from pages that also stand in the repository, checked by a test
+    # links from docstrings and from pages that also stand in the repository, checked by a test
+    "myst.xref_missing",
 ]
 
 
@@ -55,8 +57,12 @@ def _copy_notebooks() -> None:
 _copy_notebooks()
 
 
-def _plain_docstring(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Read indented paragraphs of a module's docstring as code, and bars around a word as absolute values."""
+def _plain_docstring(
+    app: object, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Read indented paragraphs of a module's docstring as code, and bars around a word as absolute
+    values.
+    """
     text = re.sub(r"\|(\w+)\|", r"\\|\1\\|", "\n".join(lines))
     if what == "module":
         text = re.sub(r"(?<=\n)\n((?: {4}.*\n?)+)", r"\n::\n\n\1", text)

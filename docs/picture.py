@@ -1,4 +1,5 @@
-"""Draws the picture of the front page: one noise, one prompt, and four heads that read another word.
+"""Draws the picture of the front page: one noise, one prompt, and four heads that read another
+word.
 
     python docs/picture.py
 
@@ -32,21 +33,32 @@ STEPS = 14
 def generation(
     model: HookedTextToImage, swap: Interchange, heads: tuple[str, ...], seed: int
 ) -> tuple[Float[Tensor, "frame 3 height width"], Float[np.ndarray, "step head y x"]]:
-    """The decoded latent before each step and the final image; and what each of `HEADS` attends to at the relation word."""
+    """The decoded latent before each step and the final image; and what each of `HEADS` attends to
+    at the relation word.
+    """
     word = model.to_str_tokens(swap.texts[0]).index("▁above")
     with model.hooks(fwd_hooks=swap.hooks(heads)):
         images, cache = model.run_with_cache(
-            swap.texts, seed=seed, names_filter=lambda name: name.endswith(("cross_attn.hook_pattern", "hook_latent"))
+            swap.texts,
+            seed=seed,
+            names_filter=lambda name: name.endswith(("cross_attn.hook_pattern", "hook_latent")),
         )
     latents = torch.cat([cache[f"steps.{step}.hook_latent"] for step in range(STEPS)])
     frames = torch.cat([model.decode(latents).clamp(0, 1), images])
     places = [(int(head[1]), int(head[3])) for head in HEADS]
-    maps = [[cache["pattern", layer, "cross_attn", step][0, head, :, word] for layer, head in places] for step in range(STEPS)]
+    maps = [
+        [cache["pattern", layer, "cross_attn", step][0, head, :, word] for layer, head in places]
+        for step in range(STEPS)
+    ]
     side = model.cfg.sample_size // model.cfg.patch_size
     return frames, np.array(maps).reshape(STEPS, len(HEADS), side, side)
 
 
-def draw(frames: list[Float[Tensor, "3 height width"]], maps: list[Float[np.ndarray, "head y x"]], step: int) -> Image.Image:
+def draw(
+    frames: list[Float[Tensor, "3 height width"]],
+    maps: list[Float[np.ndarray, "head y x"]],
+    step: int,
+) -> Image.Image:
     """One frame of the picture."""
     figure, grid = plt.subplots(2, 1 + len(HEADS), figsize=(7.6, 3.5), layout="constrained")
     for row, (title, word) in enumerate((("as it is", "above"), ("heads exchanged", "below"))):
@@ -56,7 +68,9 @@ def draw(frames: list[Float[Tensor, "3 height width"]], maps: list[Float[np.ndar
         for ax, head, values in zip(rest, HEADS, maps[row], strict=True):
             ax.imshow(values, cmap=viz.style.SEQUENTIAL, vmin=0, vmax=1)
             ax.set_title(f"{head} → “{word}”", fontsize=10, color=viz.style.head_color(head))
-    figure.suptitle(f"“red circle is above blue square”, denoising step {step + 1} of {STEPS}", fontsize=11)
+    figure.suptitle(
+        f"“red circle is above blue square”, denoising step {step + 1} of {STEPS}", fontsize=11
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100, facecolor="white")
     plt.close(figure)
@@ -72,12 +86,22 @@ def main(seed: int = 1) -> None:
     with viz.style.applied():
         # the last frame shows the images, beside the maps of the last step
         pictures = [
-            draw([frames[at] for frames, _ in runs], [maps[min(at, STEPS - 1)] for _, maps in runs], min(at, STEPS - 1))
+            draw(
+                [frames[at] for frames, _ in runs],
+                [maps[min(at, STEPS - 1)] for _, maps in runs],
+                min(at, STEPS - 1),
+            )
             for at in range(STEPS + 1)
         ]
     OUT.parent.mkdir(exist_ok=True)
     pictures[0].save(
-        OUT, save_all=True, append_images=pictures[1:], duration=[260] * STEPS + [2600], loop=0, quality=70, method=6
+        OUT,
+        save_all=True,
+        append_images=pictures[1:],
+        duration=[260] * STEPS + [2600],
+        loop=0,
+        quality=70,
+        method=6,
     )
 
 

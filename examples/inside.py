@@ -1,8 +1,10 @@
-"""A task of one's own: one shape inside of another, or bigger than another, in four colors at 64 pixels.
+"""A task of one's own: one shape inside of another, or bigger than another, in four colors at 64
+pixels.
 
     python -m examples.inside --out runs/inside
 
-See docs/extending/task.md. Nothing of the package is edited: `Inside` has the members of `dit_lens.task.Task`.
+See docs/extending/task.md. Nothing of the package is edited: `Inside` has the members of
+`dit_lens.task.Task`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from torch import Tensor
 from dit_lens.training import TrainConfig, train
 
 SHAPES = ("disc", "box", "diamond")
-COLORS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 0.7, 0.0), "blue": (0.0, 0.0, 1.0), "yellow": (1.0, 0.9, 0.0)}
+COLORS = {
+    "red": (1.0, 0.0, 0.0),
+    "green": (0.0, 0.7, 0.0),
+    "blue": (0.0, 0.0, 1.0),
+    "yellow": (1.0, 0.9, 0.0),
+}
 RELATIONS = {"inside": "inside", "bigger": "bigger than"}
 SIDE, BACKGROUND = 64, 0.5
 SMALL, LARGE = range(5, 8), range(13, 17)
@@ -32,7 +39,9 @@ SMALL, LARGE = range(5, 8), range(13, 17)
 
 @dataclass(frozen=True)
 class Pair:
-    """Object 1, which the prompt names first, and object 2: (shape, color) and (x, y, half the width)."""
+    """Object 1, which the prompt names first, and object 2: (shape, color) and (x, y, half the
+    width).
+    """
 
     first: tuple[str, str]
     second: tuple[str, str]
@@ -47,7 +56,9 @@ KINDS = [
     if first[1] != second[1]
 ]
 HELD_OUT = frozenset(KINDS[::11])
-"""Combinations that are never trained; 11 divides into no period of the list, so each part occurs elsewhere."""
+"""Combinations that are never trained; 11 divides into no period of the list, so each part occurs
+elsewhere.
+"""
 
 
 class Inside:
@@ -59,9 +70,13 @@ class Inside:
     metrics = ("color", "shape", "relation")
     contrasts: dict[str, tuple[str, str]] = {}  # noqa: RUF012  (no two phrases of equal length are opposites)
 
-    def sample(self, n: int, seed: int, *, start: int = 0, split: str = "train", step: int | None = None) -> list[Pair]:
+    def sample(
+        self, n: int, seed: int, *, start: int = 0, split: str = "train", step: int | None = None
+    ) -> list[Pair]:
         """Pair i of a seed depends on (seed, i) alone."""
-        kinds = [kind for kind in KINDS if split == "all" or (kind in HELD_OUT) == (split == "held_out")]
+        kinds = [
+            kind for kind in KINDS if split == "all" or (kind in HELD_OUT) == (split == "held_out")
+        ]
         found = []
         for index in range(start, start + n):
             rng = np.random.default_rng((seed, index))
@@ -83,15 +98,29 @@ class Inside:
         """Object 2 first: object 1 may lie inside of it."""
         images = torch.full((len(scenes), 3, SIDE, SIDE), BACKGROUND)
         for image, scene in zip(images, scenes, strict=True):
-            for (shape, color), place in ((scene.second, scene.places[1]), (scene.first, scene.places[0])):
-                image[:, torch.from_numpy(_mask(shape, *place))] = torch.tensor(COLORS[color])[:, None]
+            for (shape, color), place in (
+                (scene.second, scene.places[1]),
+                (scene.first, scene.places[0]),
+            ):
+                image[:, torch.from_numpy(_mask(shape, *place))] = torch.tensor(COLORS[color])[
+                    :, None
+                ]
         return images
 
-    def judge(self, images: Float[Tensor, "image 3 height width"], scenes: Sequence[Pair]) -> xr.Dataset:
-        """Each object is what has its color; its shape is the one that fills its bounding box to the same share."""
-        rows = [_verdict(image, scene) for image, scene in zip(images.float().cpu(), scenes, strict=True)]
+    def judge(
+        self, images: Float[Tensor, "image 3 height width"], scenes: Sequence[Pair]
+    ) -> xr.Dataset:
+        """Each object is what has its color; its shape is the one that fills its bounding box to
+        the same share.
+        """
+        rows = [
+            _verdict(image, scene)
+            for image, scene in zip(images.float().cpu(), scenes, strict=True)
+        ]
         values = np.array(rows, dtype=bool).reshape(-1, len(self.metrics))
-        return xr.Dataset({name: ("image", column) for name, column in zip(self.metrics, values.T, strict=True)})
+        return xr.Dataset(
+            {name: ("image", column) for name, column in zip(self.metrics, values.T, strict=True)}
+        )
 
     def roles(self, scene: Pair) -> dict[str, str]:
         """The objects, as they are named, and the phrase."""
@@ -103,7 +132,9 @@ class Inside:
         }
 
 
-def _places(rng: np.random.Generator, relation: str) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def _places(
+    rng: np.random.Generator, relation: str
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     small, large = int(rng.choice(SMALL)), int(rng.choice(LARGE))
     y = rng.integers(large + 1, SIDE - large - 1, size=2)
     if relation == "inside":
@@ -140,7 +171,10 @@ def _verdict(image: Float[Tensor, "3 height width"], scene: Pair) -> tuple[bool,
     inside = top2 < top1 and bottom1 < bottom2 and left2 < left1 and right1 < right2
     # an object that covers the middle of another hides a part of its shape
     whole = [drawn[0], drawn[0] | drawn[1] if inside else drawn[1]]
-    shapes = all(_shape(mask) == shape for mask, (shape, _) in zip(whole, (scene.first, scene.second), strict=True))
+    shapes = all(
+        _shape(mask) == shape
+        for mask, (shape, _) in zip(whole, (scene.first, scene.second), strict=True)
+    )
     apart = right1 < left2 or right2 < left1 or bottom1 < top2 or bottom2 < top1
     bigger = apart and right1 - left1 > 1.3 * (right2 - left2)
     return True, shapes, inside if scene.relation == "inside" else bigger

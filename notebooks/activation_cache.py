@@ -10,7 +10,8 @@
 # %% [markdown]
 # # Look inside a generation
 #
-# `model.run_with_cache` on a whole image generation: every denoising step, both guidance branches, by TransformerLens' names.
+# `model.run_with_cache` on a whole image generation: every denoising step, both guidance branches,
+# by TransformerLens' names.
 
 # %%
 import os
@@ -22,22 +23,32 @@ from hooked_models import HookedTextToImage
 
 STEPS = 3 if os.environ.get("DIT_LENS_SMALL") else 14  # the test suite runs small settings
 
-model = HookedTextToImage.from_pretrained("rte-micro")  # bundled; a pipeline folder or a hub id does as well
+# bundled; a pipeline folder or a hub id does as well
+model = HookedTextToImage.from_pretrained("rte-micro")
 prompt = "red circle is above blue square"
 with torch.no_grad():
     images, cache = model.run_with_cache(prompt, seed=0, num_steps=STEPS)
 cache
 
 # %% [markdown]
-# Names within one denoiser call are TransformerLens' own, `cross_attn` beside `attn`; over a generation they begin with the step
-# and the branch. There is a shorthand, and there are stacks.
+# Names within one denoiser call are TransformerLens' own, `cross_attn` beside `attn`; over a
+# generation they begin with the step and the branch. There is a shorthand, and there are stacks.
 
 # %%
 names = list(model.hook_dict)
 print(len(names), "names, such as", *names[:: len(names) // 6], sep="\n  ")
-print(cache["steps.0.cond.blocks.2.cross_attn.hook_pattern"].shape, "[batch head image_pos text_pos]")
-print(torch.equal(cache["pattern", 2, "cross_attn", 0], cache["steps.0.cond.blocks.2.cross_attn.hook_pattern"]))
-print(cache.stack("pattern", layer=2, sublayer="cross_attn").shape, "[step batch head image_pos text_pos]")
+print(
+    cache["steps.0.cond.blocks.2.cross_attn.hook_pattern"].shape, "[batch head image_pos text_pos]"
+)
+print(
+    torch.equal(
+        cache["pattern", 2, "cross_attn", 0], cache["steps.0.cond.blocks.2.cross_attn.hook_pattern"]
+    )
+)
+print(
+    cache.stack("pattern", layer=2, sublayer="cross_attn").shape,
+    "[step batch head image_pos text_pos]",
+)
 
 # %% [markdown]
 # ## What the model believes at each step
@@ -57,8 +68,9 @@ plt.show()
 # %% [markdown]
 # ## Which word each head reads, and where
 #
-# Attention of layer 2's three heads at the first step, one map a word. Head 2 reads "above" in the upper half of an image that is
-# still pure noise: it is a relation head. Head 1 reads it in the lower half.
+# Attention of layer 2's three heads at the first step, one map a word. Head 2 reads "above" in the
+# upper half of an image that is still pure noise: it is a relation head. Head 1 reads it in the
+# lower half.
 
 # %%
 tokens = model.to_str_tokens(prompt)
@@ -67,14 +79,19 @@ figure, axes = plt.subplots(3, len(tokens), figsize=(1.0 * len(tokens), 3.3), la
 for head, row in enumerate(axes):
     for position, ax in enumerate(row):
         ax.imshow(pattern[head, :, :, position], vmin=0, vmax=1, cmap="magma")
-        ax.set(xticks=[], yticks=[], title=tokens[position] if head == 0 else "", ylabel=f"L2H{head}" if position == 0 else "")
+        ax.set(
+            xticks=[],
+            yticks=[],
+            title=tokens[position] if head == 0 else "",
+            ylabel=f"L2H{head}" if position == 0 else "",
+        )
 plt.show()
 
 # %% [markdown]
 # ## The residual stream is a sum
 #
-# What attention, cross-attention and MLPs write is cached behind its gate, so the parts add up to the stream exactly.
-# `cache.at(step)` is a TransformerLens `ActivationCache`, and its tools work.
+# What attention, cross-attention and MLPs write is cached behind its gate, so the parts add up to
+# the stream exactly. `cache.at(step)` is a TransformerLens `ActivationCache`, and its tools work.
 
 # %%
 of_step = cache.at(step=0)
@@ -89,17 +106,22 @@ plt.show()
 # %% [markdown]
 # ## Change something
 #
-# A hook may return a new value, or write in place. A fork of a trajectory at any step is exactly a full rerun.
+# A hook may return a new value, or write in place. A fork of a trajectory at any step is exactly a
+# full rerun.
 
 
 # %%
-def silence(z, hook):  # [batch image_pos head d_head]; hook.step, hook.branch, hook.layer() say where
+# [batch image_pos head d_head]; hook.step, hook.branch, hook.layer() say where
+def silence(z, hook):
     z[:, :, 1] = 0
 
 
 with torch.no_grad():
     changed = model.run_with_hooks(
-        prompt, seed=0, num_steps=STEPS, fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z", silence)]
+        prompt,
+        seed=0,
+        num_steps=STEPS,
+        fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z", silence)],
     )
     run = model.trajectory(prompt, seed=0, num_steps=STEPS)
     forked = run.fork(STEPS // 2, []).images

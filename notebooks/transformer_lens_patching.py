@@ -10,8 +10,9 @@
 # %% [markdown]
 # # TransformerLens' patching on a diffusion transformer
 #
-# `transformer_lens.patching` takes a model and tokens. `model.at(step)` is such a model: one step of one generation, hooks under
-# canonical names, and "tokens" that are row numbers. Everything below is TransformerLens' own code, unmodified.
+# `transformer_lens.patching` takes a model and tokens. `model.at(step)` is such a model: one step
+# of one generation, hooks under canonical names, and "tokens" that are row numbers. Everything
+# below is TransformerLens' own code, unmodified.
 
 # %%
 import os
@@ -32,20 +33,29 @@ layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
 up = torch.linspace(1, -1, 128)[:, None]
 
 
-def height(x0):  # [batch channel row column] -> [batch]: red's height above blue's, in the picture that the latents say
+# [batch channel row column] -> [batch]: red's height above blue's, in the picture that the latents
+# say
+def height(x0):
     picture = model.decode(x0)
     return ((picture[:, 0] - picture[:, 2]) * up).mean(dim=(1, 2))
 
 
 # %% [markdown]
-# The view returns the step's clean-image prediction (`returns="images"` would run every generation to its end).
+# The view returns the step's clean-image prediction (`returns="images"` would run every generation
+# to its end).
 
 # %%
 with torch.no_grad():
     view, tokens = model.at(step=0, prompts=[clean, corrupted], seed=0, returns="x0")
     x0, _ = view.run_with_cache(tokens)
     above, below = height(x0)
-print("tokens:", tokens[:, :4].tolist(), "…; x0:", tuple(x0.shape), f"; height {above:+.3f} (above), {below:+.3f} (below)")
+print(
+    "tokens:",
+    tokens[:, :4].tolist(),
+    "…; x0:",
+    tuple(x0.shape),
+    f"; height {above:+.3f} (above), {below:+.3f} (below)",
+)
 
 # %% [markdown]
 # ## Denoising the corrupted prompt, head by head
@@ -68,7 +78,9 @@ with torch.no_grad():
 share = (torch.as_tensor(patched) - below) / (above - below)  # 0: still below, 1: above
 figure, ax = plt.subplots(figsize=(2.6, 3), layout="constrained")
 drawn = ax.imshow(share, cmap="RdBu_r", vmin=-1, vmax=1)
-ax.set(xlabel="head", ylabel="layer", xticks=heads, yticks=layers, title="share of the effect restored")
+ax.set(
+    xlabel="head", ylabel="layer", xticks=heads, yticks=layers, title="share of the effect restored"
+)
 figure.colorbar(drawn)
 plt.show()
 
@@ -79,7 +91,9 @@ plt.show()
 
 # %%
 with torch.no_grad():
-    by_position = patching.get_act_patch_resid_pre(view, tokens[1:], clean_cache, lambda x0: height(x0).mean())
+    by_position = patching.get_act_patch_resid_pre(
+        view, tokens[1:], clean_cache, lambda x0: height(x0).mean()
+    )
 restored = (torch.as_tensor(by_position) - below) / (above - below)
 figure, axes = plt.subplots(1, len(layers), figsize=(1.4 * len(layers), 1.7), layout="constrained")
 reach = restored.abs().max().item()
@@ -96,11 +110,20 @@ plt.show()
 # %%
 with torch.no_grad():
     _, whole = model.run_with_cache(
-        clean, seed=0, steps=[0], names_filter=lambda name: name.endswith("cross_attn.hook_z"), num_steps=14
+        clean,
+        seed=0,
+        steps=[0],
+        names_filter=lambda name: name.endswith("cross_attn.hook_z"),
+        num_steps=14,
     )
 cells = sweep.grid(
-    Intervention("blocks.*.cross_attn.hook_z", steps=0, branch="cond", action=Replace(whole)), layers=layers, heads=heads
+    Intervention("blocks.*.cross_attn.hook_z", steps=0, branch="cond", action=Replace(whole)),
+    layers=layers,
+    heads=heads,
 )
 found = sweep.run(model, corrupted, 0, cells, {"height": sweep.Metric(height, on="x0")})
 planned = found["height"].isel(prompt=0, seed=0).values.reshape(len(layers), len(heads))
-print("largest difference from TransformerLens' loop:", abs(planned - torch.as_tensor(patched).numpy()).max())
+print(
+    "largest difference from TransformerLens' loop:",
+    abs(planned - torch.as_tensor(patched).numpy()).max(),
+)

@@ -4,7 +4,8 @@
     python tools/house.py --rev v0.1.0    of a commit, beside those of the working tree
     python tools/house.py --list prose    every place behind one figure
 
-Only the standard library and git are needed. Figures count `hooked_models` and `dit_lens` alone, except where named.
+Only the standard library and git are needed. Figures count `hooked_models` and `dit_lens` alone,
+except where named.
 """
 
 from __future__ import annotations
@@ -20,8 +21,18 @@ from pathlib import PurePosixPath
 
 PACKAGES = ("hooked_models", "dit_lens")
 CALLERS = (*PACKAGES, "recipes", "benchmarks")
-DRAWING = {"forward", "run_with_cache", "run_with_hooks", "at", "trajectory", "__call__", "estimate"}
-"""Public calls that draw (or estimate that), and so may take many arguments; the command line may, too."""
+DRAWING = {
+    "forward",
+    "run_with_cache",
+    "run_with_hooks",
+    "at",
+    "trajectory",
+    "__call__",
+    "estimate",
+}
+"""Public calls that draw (or estimate that), and so may take many arguments; the command line may,
+too.
+"""
 FOREIGN = {
     "hooked_models/pipelines/pipeline_model.py from_pretrained",  # diffusers'
     "hooked_models/families/taps.py run",  # torch's scaled_dot_product_attention
@@ -35,7 +46,9 @@ class Tree:
 
     def __init__(self, rev: str | None) -> None:
         listing = ["git", "ls-tree", "-r", "--name-only", rev] if rev else ["git", "ls-files"]
-        names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split("\n")
+        names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
         self.names = [name for name in names if name]
         self.source: dict[str, str] = {}
         for name in self.names:
@@ -55,7 +68,9 @@ def _show(rev: str | None, name: str) -> str:
     if rev is None:
         with open(name, encoding="utf-8") as file:
             return file.read()
-    return subprocess.run(["git", "show", f"{rev}:{name}"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", "show", f"{rev}:{name}"], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def _module(name: str) -> str:
@@ -71,7 +86,9 @@ def imports(tree: Tree, name: str) -> set[str]:
     found: set[str] = set()
     for node in _runtime_nodes(tree.parsed[name]):
         if isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             source = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 full = f"{source}.{alias.name}"
@@ -90,7 +107,9 @@ def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def circles(tree: Tree) -> list[str]:
-    """Groups of files that import each other, imports inside functions included (Tarjan's components)."""
+    """Groups of files that import each other, imports inside functions included (Tarjan's
+    components).
+    """
     graph = {name: imports(tree, name) for name, _ in tree.of(*PACKAGES)}
     order: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -134,20 +153,30 @@ def private_uses(tree: Tree) -> list[str]:
         for node in ast.walk(parsed):
             if isinstance(node, ast.FunctionDef) and _private(node.name):
                 owned[name.split("/")[0]].add(node.name)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _private(node.attr):
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and _private(node.attr)
+            ):
                 owned[name.split("/")[0]].add(node.attr)
     found = []
     for name, parsed in tree.of(*CALLERS):
         package = name.split("/")[0]
-        own = {f.name for f in ast.walk(parsed) if isinstance(f, ast.FunctionDef)} | owned.get(package, set())
-        foreign = {attr for other, attrs in owned.items() if other != package for attr in attrs} - own
+        own = {f.name for f in ast.walk(parsed) if isinstance(f, ast.FunctionDef)} | owned.get(
+            package, set()
+        )
+        foreign = {
+            attr for other, attrs in owned.items() if other != package for attr in attrs
+        } - own
         for node in ast.walk(parsed):
             if isinstance(node, ast.Attribute) and node.attr in foreign:
                 found.append(f"{name}:{node.lineno} {ast.unparse(node)[:60]}")
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 source = (node.module or "").split(".")[0]
                 if source in PACKAGES and source != package:
-                    found += [f"{name}:{node.lineno} {a.name}" for a in node.names if _private(a.name)]
+                    found += [
+                        f"{name}:{node.lineno} {a.name}" for a in node.names if _private(a.name)
+                    ]
     return found
 
 
@@ -164,8 +193,18 @@ def functions(tree: Tree) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunc
 
 
 def complexity(function: ast.AST) -> int:
-    """McCabe's number of paths: one, and one for each branch, loop, handler and comprehension, nested functions included."""
-    kinds = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.Assert)
+    """McCabe's number of paths: one, and one for each branch, loop, handler and comprehension,
+    nested functions included.
+    """
+    kinds = (
+        ast.If,
+        ast.IfExp,
+        ast.For,
+        ast.While,
+        ast.ExceptHandler,
+        ast.comprehension,
+        ast.Assert,
+    )
     count = 1
     for node in ast.walk(function):
         count += isinstance(node, kinds)
@@ -182,7 +221,9 @@ def complex_functions(tree: Tree, least: int) -> list[str]:
 
 
 def long_signatures(tree: Tree, least: int) -> list[str]:
-    """Functions with at least `least` parameters, but for the command line and the public calls that draw."""
+    """Functions with at least `least` parameters, but for the command line and the public calls
+    that draw.
+    """
     found = []
     for name, f in functions(tree):
         count = len([*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs])
@@ -197,7 +238,9 @@ def prose(tree: Tree) -> list[tuple[str, str]]:
     found = []
     for name, parsed in tree.of(*PACKAGES):
         for node in ast.walk(parsed):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+                text := ast.get_docstring(node)
+            ):
                 found.append((f"{name}:{getattr(node, 'lineno', 1)}", text))
         for token in tokenize.generate_tokens(io.StringIO(tree.source[name]).readline):
             if token.type == tokenize.COMMENT:
@@ -208,8 +251,9 @@ def prose(tree: Tree) -> list[tuple[str, str]]:
 def public(tree: Tree) -> Iterator[tuple[str, str, ast.AST]]:
     """(file, name, definition) of public functions and classes.
 
-    They are the names in `__all__` of a public package or module, wherever they are defined, and those without an
-    underscore in a public module that has no `__all__`. Public modules are the lower-case names in `__all__` of the two packages.
+    They are the names in `__all__` of a public package or module, wherever they are defined, and
+    those without an underscore in a public module that has no `__all__`. Public modules are the
+    lower-case names in `__all__` of the two packages.
     """
     seen: set[tuple[str, str]] = set()
     for package in PACKAGES:
@@ -226,11 +270,17 @@ def exported(tree: Tree, file: str) -> list[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
     kinds = (ast.FunctionDef, ast.ClassDef)
-    return [node.name for node in tree.parsed[file].body if isinstance(node, kinds) and not _private(node.name)]
+    return [
+        node.name
+        for node in tree.parsed[file].body
+        if isinstance(node, kinds) and not _private(node.name)
+    ]
 
 
 def resolved(tree: Tree, file: str, name: str) -> Iterator[tuple[str, str, ast.AST]]:
-    """Definitions behind a name of a file: its own, an imported one, or all that an imported module exports."""
+    """Definitions behind a name of a file: its own, an imported one, or all that an imported module
+    exports.
+    """
     package = _module(file) if file.endswith("__init__.py") else _module(file).rpartition(".")[0]
     for node in ast.walk(tree.parsed[file]):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
@@ -240,7 +290,11 @@ def resolved(tree: Tree, file: str, name: str) -> Iterator[tuple[str, str, ast.A
             for alias in node.names:
                 if (alias.asname or alias.name) != name:
                     continue
-                base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                base = (
+                    package.split(".")[: len(package.split(".")) - node.level + 1]
+                    if node.level
+                    else []
+                )
                 source = ".".join([*base, *([node.module] if node.module else [])])
                 if module := tree.modules.get(f"{source}.{alias.name}"):
                     for inner in exported(tree, module):
@@ -261,7 +315,9 @@ def without_example(tree: Tree) -> list[str]:
 
 
 def untested(tree: Tree) -> list[str]:
-    """Modules without a test file of their name in the mirrored folder, or of their folder's name."""
+    """Modules without a test file of their name in the mirrored folder, or of their folder's
+    name.
+    """
     found = []
     for name, _ in tree.of(*PACKAGES):
         path = PurePosixPath(name)
@@ -280,7 +336,9 @@ def figures(tree: Tree) -> dict[str, tuple[float, list[str]]]:
     """Every figure with the places behind it."""
     texts = prose(tree)
     words = sum(len(text.split()) for _, text in texts) or 1
-    whats = [f"{place} {text[:80]!r}" for place, text in texts if re.search(r"\bwhat\b", text, re.I)]
+    whats = [
+        f"{place} {text[:80]!r}" for place, text in texts if re.search(r"\bwhat\b", text, re.I)
+    ]
     count = sum(len(re.findall(r"\bwhat\b", text, re.I)) for _, text in texts)
     riddles = [f"{place} {text[:80]!r}" for place, text in texts if RIDDLE.match(text)]
     sizes = [(len(tree.source[name].splitlines()), name) for name, _ in tree.of(*PACKAGES)]
@@ -295,9 +353,21 @@ def figures(tree: Tree) -> dict[str, tuple[float, list[str]]]:
     add("private names used across packages", private_uses(tree))
     add("functions of complexity 15 or more", complex_functions(tree, 15))
     add("functions of 9 or more arguments", long_signatures(tree, 9))
-    add("files over 400 lines", [f"{n} {name}" for n, name in sorted(sizes, reverse=True) if n > 400])
-    add("lines", [f"{n} {name}" for n, name in sorted(sizes, reverse=True)], sum(n for n, _ in sizes))
-    long = [f"{n}:{i}" for n, _ in tree.of(*PACKAGES) for i, x in enumerate(tree.source[n].splitlines(), 1) if len(x) > 100]
+    add(
+        "files over 400 lines",
+        [f"{n} {name}" for n, name in sorted(sizes, reverse=True) if n > 400],
+    )
+    add(
+        "lines",
+        [f"{n} {name}" for n, name in sorted(sizes, reverse=True)],
+        sum(n for n, _ in sizes),
+    )
+    long = [
+        f"{n}:{i}"
+        for n, _ in tree.of(*PACKAGES)
+        for i, x in enumerate(tree.source[n].splitlines(), 1)
+        if len(x) > 100
+    ]
     add("lines over 100 columns", long)
     add('"what" in 10,000 words', whats, round(1e4 * count / words, 1))
     add("prose that begins with What, Who, Whether, Of, That", riddles)
@@ -308,7 +378,9 @@ def figures(tree: Tree) -> dict[str, tuple[float, list[str]]]:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rev", help="a commit to compare with")
     parser.add_argument("--list", help="a part of a figure's name: print the places behind it")
     options = parser.parse_args()
