@@ -396,11 +396,7 @@ def estimate_sites(
         dtype = activation_dtype(site, dtypes[id(module)])
         if heads is not None and (axis := head_axis(site)) is not None and site.layer is not None:
             shape[axis] = len(heads[site.layer])
-        if (
-            recorder.patterns != "whole"
-            and site.part == "dit"
-            and site.inner.endswith("hook_pattern")
-        ):
+        if _is_summary(recorder, site):
             del shape[2 if recorder.patterns == "received" else 3]
             dtype = torch.float32
         sizes[site.name] = torch.Size(shape).numel() * dtype.itemsize
