@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -120,6 +120,7 @@ class Work:
         return pd.DataFrame({**columns, "error": errors})
 
 
+@runtime_checkable
 class Workers(Protocol):
     """Whoever samples the runs of a plan: this process, or those of a cluster."""
 

@@ -6,7 +6,7 @@ Each objective matches the scheduler that is saved with it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from diffusers import DDPMScheduler
@@ -17,6 +17,7 @@ Latents = Float[Tensor, "batch channel rows columns"]
 Predict = Callable[[Latents, Float[Tensor, " batch"]], Latents]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """`loss(predict, clean, generator)`: noise the clean latents, let `predict(noisy, timestep)`
     answer, and score it.

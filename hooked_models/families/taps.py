@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class SilentHookError(RuntimeError):
     """A hook point that is watched did not fire in a call that should have reached it."""
 
 
+@runtime_checkable
 class Tap(Protocol):
     """Something that a call passes through."""
 
