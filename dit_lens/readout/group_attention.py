@@ -127,7 +127,7 @@ def _placed(
     sublayer: str,
     branch: Branch,
     queries: Float[Tensor, "batch pos group"],
-    keys: Float[Tensor, "batch key_pos key_group"],
+    keys: Float[Tensor, "batch own_pos key_group"],
 ) -> tuple[Float[Tensor, "batch query_pos group"], Float[Tensor, "batch key_pos key_group"]]:
     """Weights of a branch's rows at the positions of its attention: of image or text, or of both,
     the image first.

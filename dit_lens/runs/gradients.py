@@ -19,11 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models import HookedDiT, Trajectory
-from hooked_models.generation.loops import Call
+from hooked_models import Trajectory
+from hooked_models.generation.loops import Call, Text
 from hooked_models.generation.names import FINAL
 from hooked_models.generation.trajectory import Record
-from hooked_models.pixart.text_state import TextState
 from hooked_models.pixart.views import DenoiserView
 
 Metric = Callable[[Tensor], Tensor]
@@ -55,7 +54,7 @@ class CallChain:
         return self.view.dit
 
     @property
-    def text(self) -> TextState:
+    def text(self) -> Text:
         return self.view.text
 
     def replay(self, step: int = 0, fwd_hooks: Hooks = ()) -> CallChain:
@@ -131,7 +130,7 @@ class RunChain:
         return self.run.model
 
     @property
-    def text(self) -> TextState:
+    def text(self) -> Text:
         return self.run.inputs.text
 
     @property
@@ -430,6 +429,6 @@ def modulates(name: str) -> bool:
     return ".adaln." in name or name in ("hook_t_emb", "hook_t_mod", "hook_pos_embed")
 
 
-def dit_of(one: Chain) -> HookedDiT:
+def dit_of(one: Chain) -> Any:
     """The denoiser that a chain runs."""
     return one.view.dit if isinstance(one, CallChain) else one.run.model.dit

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_models import HookedDiT, Trajectory
+from hooked_models import Trajectory
 from hooked_models.generation.names import FINAL, Branch
 from hooked_models.pixart.views import DenoiserView
 
@@ -44,7 +44,7 @@ class Pair:
         torch.Size([1, 7, 256])
     """
 
-    dit: HookedDiT = field(repr=False)
+    dit: Any = field(repr=False)
     original: Any = field(repr=False)
     """A `Chain`, as is the source."""
     source: Any = field(repr=False)

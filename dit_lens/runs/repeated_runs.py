@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models import HookedDiT, Trajectory
+from hooked_models import Trajectory
 from hooked_models.generation.names import BRANCHES, FINAL, Branch
 from hooked_models.hooks.module import HookFunction
 from hooked_models.pixart.text_state import TextState
@@ -43,7 +43,7 @@ class Call:
         return len(self.view.latents)
 
     @property
-    def dit(self) -> HookedDiT:
+    def dit(self) -> Any:
         return self.view.dit
 
     @property
@@ -99,7 +99,7 @@ class Generation:
         return len(self.trajectory.inputs)
 
     @property
-    def dit(self) -> HookedDiT:
+    def dit(self) -> Any:
         return self.trajectory.model.dit
 
     @property

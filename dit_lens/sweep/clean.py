@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.generation.names import Branch
 from hooked_models.generation.sampling import Solver
-from hooked_models.generation.trajectory import Inputs, Record
+from hooked_models.generation.trajectory import Record
 from hooked_models.hooks.module import HookFunction
 
 from .metrics import Read
@@ -49,7 +49,7 @@ class Clean:
 
     model: Any
     """As in a plan."""
-    inputs: Inputs
+    inputs: Any
     """Text states of the prompts, one row each."""
     seeds: Sequence[int]
     rows: Rows
@@ -100,7 +100,7 @@ class Clean:
     def sample(
         cls,
         model: HookedTextToImage,
-        inputs: Inputs,
+        inputs: Any,
         seeds: Sequence[int],
         rows: Rows,
         reads: Collection[Read],
@@ -216,7 +216,7 @@ class Clean:
         return kept
 
 
-def inputs_of(model: HookedTextToImage, inputs: Inputs, seeds: Sequence[int], rows: Rows) -> Inputs:
+def inputs_of(model: HookedTextToImage, inputs: Any, seeds: Sequence[int], rows: Rows) -> Any:
     """The inputs of rows, each with the noise of its seed, from those of the prompts."""
     n = len(inputs)
     return model.reseeded(

@@ -23,10 +23,8 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.fast.enter_at_layers import denoise_from
-from hooked_models.generation.loops import Call, rows_of
+from hooked_models.generation.loops import Call, Text, rows_of
 from hooked_models.generation.names import BRANCHES, FINAL, Branch, Site
-from hooked_models.generation.trajectory import Inputs
-from hooked_models.pixart.text_state import TextState
 
 from ..intervene.edits import Add, Edit, Replace, RowEdits
 from .clean import Clean, Fork, as_index, capturing, metric_input
@@ -161,7 +159,7 @@ class Batch:
             ]
         )
 
-    def _inputs(self, inputs: Inputs) -> Inputs:
+    def _inputs(self, inputs: Any) -> Any:
         """Those of all rows, with the text as interventions on its encoder leave it."""
         model = self.model
         touched = [i for i, fork in enumerate(self.forks) if self.treatments[fork.condition].before]
@@ -235,7 +233,7 @@ class Batch:
         rows: Any,
         x: Tensor,
         timestep: Tensor,
-        text: TextState,
+        text: Text,
     ) -> Tensor:
         """The denoiser on the active rows of each branch, every one from where it leaves the clean
         run.

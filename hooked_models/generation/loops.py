@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..pixart.text_state import TextState
 from .names import Branch
 
 
@@ -42,6 +41,11 @@ class Call:
         return slice(start, start + self.rows)
 
 
+Text = Any
+"""Text of a denoiser call: PixArt's `TextState`, or the arguments of another pipeline's transformer
+(`pipeline_loop.Bound`)."""
+
+
 @runtime_checkable
 class Visitor(Protocol):
     """Everything that can happen at a step of a loop; each function returns the tensor to go on
@@ -52,7 +56,7 @@ class Visitor(Protocol):
         """The latents before a step."""
 
     def denoise(
-        self, call: Call, x: Tensor, timestep: Shaped[Tensor, " row"], text: TextState
+        self, call: Call, x: Tensor, timestep: Shaped[Tensor, " row"], text: Text
     ) -> Tensor:
         """The denoiser's prediction for the latents `x` of the call's batch."""
 

@@ -12,9 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..hooks.module import has_hooks
-from ..pixart.text_state import TextState
 from .hooks import Attached, Buckets, attach
-from .loops import Call, rows_of
+from .loops import Call, Text, rows_of
 from .names import Branch
 from .trajectory import Record
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 Rows = Int[Tensor, " row"] | None
 """Ascending indices of rows; None for all."""
-Denoise = Callable[[Call, Rows, Tensor, Tensor, TextState], Tensor]
+Denoise = Callable[[Call, Rows, Tensor, Tensor, Text], Tensor]
 """(call of these rows alone, their numbers in the run, latents, timestep, text) → prediction; hooks
 are in place.
 """
@@ -86,7 +85,7 @@ class Pass:
         self.latents.append(found.clone())  # a scheduler may write in place
         return found
 
-    def denoise(self, call: Call, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
+    def denoise(self, call: Call, x: Tensor, timestep: Tensor, text: Text) -> Tensor:
         """As `hook_out_uncond` and `hook_out_cond` leave it."""
         rows, key = self._rows(call.step, x), (call.step, call.branches)
         old = None if self.old is None else self.old.predictions.get(key)
@@ -109,7 +108,7 @@ class Pass:
             )
         return self._merged(whole, new, old)
 
-    def call(self, call: Call, rows: Rows, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
+    def call(self, call: Call, rows: Rows, x: Tensor, timestep: Tensor, text: Text) -> Tensor:
         """The denoiser's prediction for some of the run's rows, with the hooks inside it in
         place.
         """
@@ -196,7 +195,7 @@ def _some(tensor: Tensor, rows: Rows) -> Tensor:
 
 
 def _plain(model: HookedTextToImage) -> Denoise:
-    def denoise(call: Call, rows: Rows, x: Tensor, timestep: Tensor, text: TextState) -> Tensor:
+    def denoise(call: Call, rows: Rows, x: Tensor, timestep: Tensor, text: Text) -> Tensor:
         return model.denoise(x, timestep, text)
 
     return denoise

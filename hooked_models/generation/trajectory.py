@@ -201,7 +201,8 @@ class Run:
     """
 
     model: HookedTextToImage
-    inputs: Inputs
+    inputs: Any
+    """`Inputs`, or the `PipelineInputs` of another pipeline."""
     record: Record
     latent: Float[Tensor, "batch channel rows columns"]
     """After the last recorded step."""
