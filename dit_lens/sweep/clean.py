@@ -54,7 +54,7 @@ class Clean:
     seeds: Sequence[int]
     rows: Rows
     record: Record
-    latent: Float[Tensor, "row channel rows columns"]
+    latent: Float[Tensor, "row ..."]
     """After the last step."""
     found: dict[Read, Tensor]
     layers: dict[tuple[int, Branch], list[int]] = field(default_factory=dict)

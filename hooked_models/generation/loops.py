@@ -52,7 +52,7 @@ class Visitor(Protocol):
     with.
     """
 
-    def latent(self, step: int, latent: Float[Tensor, "batch channel rows columns"]) -> Tensor:
+    def latent(self, step: int, latent: Float[Tensor, "batch ..."]) -> Tensor:
         """The latents before a step."""
 
     def denoise(

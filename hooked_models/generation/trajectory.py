@@ -128,9 +128,7 @@ class Inputs:
         return generators
 
 
-Calls = Mapping[
-    tuple[int, tuple[Branch, ...]], Float[Tensor, "branch_batch out_channel rows columns"]
-]
+Calls = Mapping[tuple[int, tuple[Branch, ...]], Float[Tensor, "branch_batch ..."]]
 """(step, branches of the call's batch) → the denoiser's prediction."""
 
 
@@ -140,20 +138,18 @@ class Record:
     step so far.
     """
 
-    latents: tuple[Float[Tensor, "batch channel rows columns"], ...] = ()
+    latents: tuple[Float[Tensor, "batch ..."], ...] = ()
     """As `hook_latent` left them."""
     predictions: Calls = field(default_factory=dict)
     """Call by call, before any hook between calls."""
-    outs: tuple[Float[Tensor, "batch channel rows columns"], ...] = ()
+    outs: tuple[Float[Tensor, "batch ..."], ...] = ()
     """As `hook_out` and `hook_x0` left them."""
 
     def __len__(self) -> int:
         """Steps."""
         return len(self.outs)
 
-    def prediction(
-        self, step: int, branch: Branch
-    ) -> Float[Tensor, "batch out_channel rows columns"]:
+    def prediction(self, step: int, branch: Branch) -> Float[Tensor, "batch ..."]:
         """The denoiser's prediction for a branch."""
         for (at, branches), prediction in self.predictions.items():
             if at == step and branch in branches:
@@ -204,7 +200,7 @@ class Run:
     inputs: Any
     """`Inputs`, or the `PipelineInputs` of another pipeline."""
     record: Record
-    latent: Float[Tensor, "batch channel rows columns"]
+    latent: Float[Tensor, "batch ..."]
     """After the last recorded step."""
     hooks: tuple[Attached, ...] = ()
     """Those on `hook_image` that it was made with."""
@@ -220,7 +216,7 @@ class Run:
         return len(self.inputs.solver)
 
     @property
-    def latents(self) -> tuple[Float[Tensor, "batch channel rows columns"], ...]:
+    def latents(self) -> tuple[Float[Tensor, "batch ..."], ...]:
         """Before every step that was made, and after the last."""
         return (*self.record.latents, self.latent)
 
