@@ -232,7 +232,9 @@ def dependence_figure(
             widths=0.6,
             showfliers=False,
         )
-        ax.set_xticks(range(1, 4), [f"{name}\nadded" for name in order], fontsize=10)
+        ax.set_xticks(
+            range(1, 4), ["\n".join(f"{name} added".split()) for name in order], fontsize=10
+        )
         ax.set_title(label, fontsize=11)
     for ax, found, label in (
         (axes[2], paths, "share of the layout's turn, by path"),
