@@ -45,6 +45,7 @@ from dit_lens import (
 )
 from dit_lens.intervene.edits import Add, Replace, Scale
 from hooked_models import HookedTextToImage
+from hooked_models.generation.model import DEFAULT_GUIDANCE
 
 from .hooked_models.pipelines import PROMPTS, tiny_pipeline
 
@@ -212,6 +213,11 @@ def number(low: float = -math.inf) -> Callable[[Any], Any]:
         return float(value) if math.isfinite(value) and value >= low else REFUSED
 
     return means
+
+
+def or_default(means: Callable[[Any], Any], default: Any) -> Callable[[Any], Any]:
+    """None stands for the model's own value."""
+    return lambda value: default if value is None else means(value)
 
 
 def sequence_of(
@@ -594,7 +600,9 @@ TABLE: dict[str, Row] = {
     "model(num_steps)": Row(
         lambda v: draw(num_steps=v), integer(1, 999), "num_steps", (1500, 5_000_000, 0)
     ),
-    "model(guidance)": Row(lambda v: draw(guidance=v), number(), "guidance"),
+    "model(guidance)": Row(
+        lambda v: draw(guidance=v), or_default(number(), DEFAULT_GUIDANCE), "guidance"
+    ),
     "model(latents)": Row(
         lambda v: draw(latents=v),
         lambda v: None if v is None else latents_of(v),
@@ -718,7 +726,9 @@ TABLE: dict[str, Row] = {
     "sweep(metrics)": Row(
         lambda v: swept(metrics=v), never, "metric", ({"m": mean_text}, {"m": whole_images}), 16
     ),
-    "sweep(guidance)": Row(lambda v: swept(guidance=v), number(), "guidance", examples=12),
+    "sweep(guidance)": Row(
+        lambda v: swept(guidance=v), or_default(number(), DEFAULT_GUIDANCE), "guidance", examples=12
+    ),
     "synopsis(batch_size)": Row(
         lambda v: shown(batch_size=v), integer(1), "batch_size", examples=16
     ),
