@@ -19,9 +19,10 @@ demo: $(READY)
 test: lint
 	$(PYTEST)
 
-# the rest, but for tests that need a GPU or the internet
+# the rest, but for tests that need a GPU or the internet; SHARD=2/6 for the second of six parts
+SHARD ?= 1/1
 test-slow: $(READY)
-	$(PYTEST) -m 'slow and not gpu and not network'
+	$(PYTEST) -m 'slow and not gpu and not network' --shard $(SHARD)
 
 test-all: test test-slow
 

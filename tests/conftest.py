@@ -28,6 +28,21 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--shard k/n`: every n-th test, from the k-th."""
+    parser.addoption("--shard", default="1/1", help="k/n: every n-th test, from the k-th")
+
+
+@pytest.hookimpl(trylast=True)  # after deselection by markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of the shard."""
+    part, of = map(int, config.getoption("--shard").split("/"))
+    if not 1 <= part <= of:
+        raise pytest.UsageError(f"--shard {part}/{of}: the parts are 1 to {of}.")
+    config.hook.pytest_deselected(items=[one for i, one in enumerate(items) if i % of != part - 1])
+    items[:] = items[part - 1 :: of]
+
+
 @pytest.fixture(scope="session")
 def tiny_dit() -> HookedDiT:
     """A random PixArt denoiser in which every parameter matters."""
