@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import xarray as xr
 
 from dit_lens import viz
@@ -59,7 +59,7 @@ def test_model_versions_and_settings(tmp_path: Path) -> None:
     assert rows["model"] == "rte-nano"
     assert rows["model hash"] == model.digest()
     assert (rows["seed"], rows["interval"]) == ("3", "95 %")
-    assert rows["torch"] == torch.__version__
+    assert rows["torch"] == version("torch")
     assert table_of(tmp_path / "a.html")["effect"].tolist() == [0, 1]
 
 
