@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import traceback
 from collections.abc import Callable
 
 import torch
 
 
 def killed(work: Callable[[], object], owner: object, name: str, call: int) -> None:
-    """Does `work` in a process of its own, forked from this one, that kills itself at its `call`-th
-    call of `owner.name`.
-    """
+    """Run `work` in a forked process that kills itself at the `call`-th call of `owner.name`."""
     if child := os.fork():
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, (
-            f"{name} was not called {call} times"
+            f"{name} was not called {call} times; the traceback is on standard error"
         )
         return
     try:
@@ -30,5 +29,7 @@ def killed(work: Callable[[], object], owner: object, name: str, call: int) -> N
 
         setattr(owner, name, fatal)
         work()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(1)
