@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from scipy.stats import beta
 from scipy.stats import t as student
-from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from hooked_models import HookedDiT, HookedTextToImage
 
+from ..stats import holm
 from ..task import DIRECTIONS
 from ..task.scene import Relation
 
@@ -197,9 +197,10 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
         c = contrast.double().cpu()
         unit = F.normalize(ramp(DIRECTIONS[ENDS[axis][0]], side), dim=0)
         # gain = slope · c
-        slope = torch.einsum("p,pd,lhde,lhce->lhc", unit, position, queries, keys)
+        slope = torch.einsum("d,lhde,lhce->lhc", unit @ position, queries, keys)
         gain = slope @ c
-        maps = torch.einsum("pd,lhde,lhce,c->lhp", position, queries, keys, c)
+        read = torch.einsum("lhce,c->lhe", keys, c)
+        maps = torch.einsum("pd,lhde,lhe->lhp", position, queries, read)
         cosine = (gain / maps.norm(dim=-1).clamp(min=1e-12)).clamp(-1, 1)
         angle = (gain / (slope.norm(dim=-1) * c.norm()).clamp(min=1e-12)).square().clamp(max=1)
         p_words = beta.sf(angle.numpy(), 0.5, (len(c) - 1) / 2)
@@ -216,7 +217,7 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
                 "share": (gain.square() / gain.square().sum().clamp(min=1e-30)).numpy().ravel(),
                 "cosine": cosine.numpy().ravel(),
                 "p": p,
-                "p_family": multipletests(p, method="holm")[1],
+                "p_family": holm(p),
             }
         )
         tables.append(table.sort_values("share", ascending=False))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, multinomial, spearmanr
 from scipy.stats import t as student
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from dit_lens import stats
@@ -192,3 +193,10 @@ def values_of_clusters(values: np.ndarray) -> tuple[float, ...]:
         * (1.959964 / student.ppf(0.975, n - 1)) ** 2
     )
     return (mean, *proportion_confint(mean * size, size, method="wilson"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 40])
+def test_holm_is_that_of_statsmodels(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for p in (rng.uniform(size=n), np.repeat(0.01, n), rng.uniform(size=n) ** 4):
+        np.testing.assert_allclose(stats.holm(p), multipletests(p, method="holm")[1])
