@@ -66,20 +66,30 @@ class Clean:
 
     @property
     def steps(self) -> int:
-        """Inputs of a run of these rows."""
+        """Number of steps of each run."""
         return len(self.record)
 
-    def on(self, model: Any) -> Clean:
-        """The same with another model, which has to be an equal one; None, to send it elsewhere
-        without.
+    def on(self, model: Any, inputs: Any) -> Clean:
+        """The same with another model, which has to be an equal one, and its inputs; None for
+        both, to send it elsewhere without.
         """
-        return replace(self, model=model)
+        return replace(self, model=model, inputs=inputs)
+
+    def left_by(self, forks: Sequence[Fork]) -> Clean:
+        """The runs that some forks leave, without the model and the inputs."""
+        rows = np.unique(np.concatenate([fork.rows for fork in forks]))
+        at = torch.from_numpy(np.searchsorted(self.rows, rows)).to(self.latent.device)
+        return replace(
+            self.on(None, None),
+            rows=rows,
+            record=self.record.take(at),
+            latent=self.latent[at],
+            found={read: tensor[at] for read, tensor in self.found.items()},
+        )
 
     @staticmethod
     def join(parts: Sequence[Clean]) -> Clean:
-        """Join samples of rows that follow each other; the model and the prompts' inputs are the
-        first part's.
-        """
+        """Join samples of rows that follow each other; all else is the first part's."""
         return replace(
             parts[0],
             rows=np.concatenate([part.rows for part in parts]),

@@ -5,12 +5,10 @@ Scheduling, transport and replacing lost workers are Ray's.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
@@ -45,8 +43,11 @@ class Worker:
         device: str,
         dtype: torch.dtype,
         flags: Flags,
+        fetch: Callable[[Any], Any],
     ) -> None:
-        """`model`: where to load it from, or the modules that `parts_of` gives."""
+        """`model`: where to load it from, or the modules that `parts_of` gives; `fetch`: gives the
+        object of a key in the object store.
+        """
         if isinstance(model, Source):
             name = model.folder if model.commit is None else model.name
             loaded = HookedTextToImage.from_pretrained(
@@ -59,7 +60,8 @@ class Worker:
             for flag, on in switched.items():
                 if getattr(module.cfg, flag) != on:
                     getattr(module, f"set_{flag}")(on)
-        self.plan = replace(plan, model=self.model)
+        self.plan, self.fetch = replace(plan, model=self.model), fetch
+        self.inputs = self.plan.inputs()
         self.held: tuple[Any, Work] | None = None
 
     def digest(self) -> str:
@@ -68,8 +70,9 @@ class Worker:
 
     @torch.no_grad()
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
-        """Sample rows without intervention; sent back without the model."""
-        return Clean.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch).on(None)
+        """Sample rows without intervention; sent back without the model and the inputs."""
+        clean = Clean.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch)
+        return clean.on(None, None)
 
     def scores(
         self, question: Question, seed: int, prompts: Rows
@@ -80,24 +83,19 @@ class Worker:
         with torch.no_grad():
             return scores_of_group(self.plan, self.inputs, question, seed, prompts)
 
-    @cached_property
-    def inputs(self) -> Any:
-        """Inputs of a run of the prompts, one row each."""
-        return self.plan.inputs()
-
     @torch.no_grad()
-    def rows(self, shared: Sequence[Any], forks: Sequence[Fork]) -> pd.DataFrame:
+    def rows(self, shared: Sequence[Any], clean: Clean, forks: Sequence[Fork]) -> pd.DataFrame:
         """As `Work.rows`.
 
         Args:
-            shared: the `Work`, or the key of it in the object store; in a list, so that it is
-                fetched once by each process.
+            shared: the key of the `Work`, without model and runs; in a list, so that it is fetched
+                once by each process.
+            clean: the runs that the forks leave.
         """
         (key,) = shared
         if self.held is None or self.held[0] != key:
-            work = key if hasattr(key, "rows") else importlib.import_module("ray").get(key)
-            self.held = key, work.on(self.model)
-        return self.held[1].rows(forks)
+            self.held = key, self.fetch(key)
+        return self.held[1].on(self.model, clean.on(self.model, self.inputs)).rows(forks)
 
 
 Flags = list[dict[str, bool]]
@@ -105,10 +103,11 @@ Flags = list[dict[str, bool]]
 
 class Cluster:
     """The Ray cluster that is connected, else the one that RAY_ADDRESS names, else a new one on
-    this machine.
+    this machine; its workers serve a plan and every selection of the plan's conditions, and end
+    with the `with` block.
     """
 
-    def __init__(self, workers: int | None = None) -> None:
+    def __init__(self, plan: Plan, workers: int | None = None) -> None:
         """Raises ImportError if Ray is not installed."""
         try:
             import ray
@@ -118,78 +117,84 @@ class Cluster:
             ) from None
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: at least one has to do the work.")
-        self.ray, self.workers = ray, workers
+        self.ray, self.plan, self.workers = ray, plan, workers
+        self.actors: list[Any] = []
+        self.arguments: tuple[Any, ...] = ()
+        """Of `Worker`; kept, for a worker that is lost is made of them again."""
 
-    def count(self, model: Any) -> int:
-        """Number of workers that hold a model of its kind of device."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Raises RuntimeError if a worker was lost more often than `RESTARTS` times."""
+        from ray.exceptions import RayActorError
+
+        for actor in self.actors:
+            self.ray.kill(actor)
+        if isinstance(error, RayActorError):
+            raise RuntimeError(
+                f"A worker was lost {RESTARTS + 1} times ({error}). Finished cells are kept if "
+                "out= names a folder: run again, with a smaller batch= if memory was short."
+            ) from error
+
+    @cached_property
+    def count(self) -> int:
+        """Number of workers that can hold a model of its kind of device."""
         if self.workers is not None:
             return self.workers
         if not self.ray.is_initialized():
             self.ray.init()
-        return int(
-            self.ray.cluster_resources().get("GPU" if model.device.type == "cuda" else "CPU", 1)
-        )
+        kind = "GPU" if self.plan.model.device.type == "cuda" else "CPU"
+        return int(self.ray.cluster_resources().get(kind, 1))
 
     def batch(self, rows: int, most: int) -> int:
         """Rows that run together, so that there is something to do for everybody."""
         return min(most, max(1, rows // (BATCHES * (self.workers or BATCHES))))
 
-    @contextmanager
-    def start(self, plan: Plan, jobs: int) -> Iterator[Team]:
-        """Start as many workers as there is work for.
+    def team(self, jobs: int) -> Team:
+        """As many workers as there is work for; those that are missing are started.
 
         Raises:
             ValueError: workers load another model than the one given.
-            RuntimeError: a worker was lost more often than `RESTARTS` times.
         """
-        from ray.exceptions import RayActorError
+        missing = min(self.count, jobs) - len(self.actors)
+        if missing > 0:
+            self._start(missing)
+        return Team(self.ray, self.actors)
 
-        model = plan.model
+    def _start(self, count: int) -> None:
+        model = self.plan.model
         if not model.enters_at_layers:
             raise ValueError(
                 "Workers of a cluster open PixArt models only: choose executor='local' for this "
                 "pipeline."
             )
-        count, on_gpu = self.count(model), model.device.type == "cuda"
         if not self.ray.is_initialized():
             self.ray.init()
-        remote = self.ray.remote(
-            num_cpus=1, num_gpus=int(on_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS
-        )(Worker)
         found = model.source  # the workers' working directory may be another
-        weights = (
+        self.arguments = self.arguments or (
+            self.ray.put(replace(self.plan, model=None)),
             replace(found, folder=found.folder.resolve())
             if found
-            else self.ray.put(parts_of(model))
-        )
-        arguments = (
-            self.ray.put(replace(plan, model=None)),
-            weights,
+            else self.ray.put(parts_of(model)),
             model.device.type,
             model.dit.dtype,
             flags_of(model),
+            self.ray.get,
         )
-        actors: list[Any] = [remote.remote(*arguments) for _ in range(min(count, jobs))]
-        try:
-            digest = model.digest()
-            if any(
-                other != digest
-                for other in self.ray.get([actor.digest.remote() for actor in actors])
-            ):
-                raise ValueError(
-                    f"The model is not the one in {found and found.name} any more: save it and "
-                    "load it again (save_pretrained, from_pretrained), or set model.source = "
-                    "None, so that it is sent to the workers."
-                )
-            yield Team(self.ray, actors, model)
-        except RayActorError as error:
-            raise RuntimeError(
-                f"A worker was lost {RESTARTS + 1} times ({error}). Finished cells are kept if "
-                "out= names a folder: run again, with a smaller batch= if memory was short."
-            ) from error
-        finally:
-            for actor in actors:
-                self.ray.kill(actor)
+        gpus = int(model.device.type == "cuda")
+        remote = self.ray.remote(
+            num_cpus=1, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS
+        )(Worker)
+        new = [remote.remote(*self.arguments) for _ in range(count)]
+        self.actors += new
+        digests = self.ray.get([actor.digest.remote() for actor in new])
+        if set(digests) != {model.digest()}:
+            raise ValueError(
+                f"The model is not the one in {found and found.name} any more: save it and "
+                "load it again (save_pretrained, from_pretrained), or set model.source = "
+                "None, so that it is sent to the workers."
+            )
 
 
 @dataclass
@@ -198,7 +203,6 @@ class Team:
 
     ray: Any
     actors: list[Any]
-    model: Any
 
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
         """Sample the runs without intervention, each worker its share; a lost worker's share is
@@ -210,7 +214,7 @@ class Team:
         sampled = ActorPool(self.actors).map(
             lambda actor, some: actor.sample.remote(some, reads, batch), parts
         )
-        return Clean.join(list(sampled)).on(self.model)
+        return Clean.join(list(sampled))
 
     def scores(
         self, question: Question, seed: int, groups: Sequence[Rows]
@@ -226,9 +230,10 @@ class Team:
         """The rows of every job's cells, in the order in which they are ready."""
         from ray.util import ActorPool
 
-        shared = [self.ray.put(work.on(None))]
+        shared = [self.ray.put(work.on(None, None))]
         yield from ActorPool(self.actors).map_unordered(
-            lambda actor, forks: actor.rows.remote(shared, forks), list(jobs)
+            lambda actor, forks: actor.rows.remote(shared, work.clean.left_by(forks), forks),
+            list(jobs),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -48,11 +47,11 @@ class Work:
     """(metric, step that it is taken at) → its values, [prompt · seed]."""
     batch: int
 
-    def on(self, model: Any) -> Work:
-        """The same with another model, which has to be an equal one; None, to send it elsewhere
-        without.
+    def on(self, model: Any, clean: Any) -> Work:
+        """The same with another model, which has to be an equal one, and its runs; None for both,
+        to send it elsewhere without.
         """
-        return replace(self, plan=replace(self.plan, model=model), clean=self.clean.on(model))
+        return replace(self, plan=replace(self.plan, model=model), clean=clean)
 
     def rows(
         self, forks: Sequence[Fork], worked: Callable[[int], None] = lambda rows: None
@@ -140,15 +139,12 @@ class Workers(Protocol):
 
 
 @dataclass
-class Here(AbstractContextManager["Here"]):
+class Here:
     """This process."""
 
     plan: Plan
     worked: Callable[[int], None]
     """Told the rows of each denoising step."""
-
-    def __exit__(self, *error: Any) -> None:
-        """Leave nothing behind."""
 
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
         """As in `Workers`."""
@@ -201,14 +197,14 @@ class Execution:
             steps[plan.cells_of(fork)] = fork.until - fork.first
         work = len(self.rows) * plan.steps + int(steps.sum())
         away = cluster is not None and bool(jobs)
-        with (
-            progress_bar(
-                int((~self.done).sum()), work, disable=len(jobs) < PROGRESS_FROM
-            ) as advance,
-            cluster.start(plan, len(jobs))
-            if cluster is not None and jobs
-            else Here(plan, advance.rows) as workers,
-        ):
+        with progress_bar(
+            int((~self.done).sum()), work, disable=len(jobs) < PROGRESS_FROM
+        ) as advance:
+            workers: Workers = (
+                cluster.team(len(jobs))
+                if cluster is not None and jobs
+                else Here(plan, advance.rows)
+            )
             clean = workers.sample(self.rows, self.steps_read, self.batch)
             clean.expect(self.pending)
             shared = Work(plan, clean, self.baselines(clean), self.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,7 +182,11 @@ class Plan:
         self, out: str | Path | None = None, executor: str = "local", workers: int | None = None
     ) -> xr.Dataset:
         """As `sweep.run`."""
-        cluster = cluster_of(executor, workers)
+        with cluster_of(self, executor, workers) as cluster:
+            return self.run_by(cluster, out)
+
+    def run_by(self, cluster: Cluster | None, out: str | Path | None) -> xr.Dataset:
+        """As `run`, on the workers of a cluster of this plan, or of one that this is part of."""
         folder = None if out is None else Path(out)
         results = Results(folder, {} if folder is None else self.settings)
         try:
@@ -196,14 +201,16 @@ class Plan:
         return dataset(results.table, self.treatments, self.prompts, self.seeds, own, attrs)
 
 
-def cluster_of(executor: str = "local", workers: int | None = None) -> Cluster | None:
+def cluster_of(
+    plan: Plan, executor: str = "local", workers: int | None = None
+) -> AbstractContextManager[Cluster | None]:
     """The cluster of an executor; None for "local".
 
     Raises:
         ValueError: there is no such executor, or "local" is given a number of workers.
     """
     if executor == "ray":
-        return Cluster(workers)
+        return Cluster(plan, workers)
     if executor != "local":
         raise ValueError(
             f"executor={executor!r} does not exist: choose 'local' (this process) or 'ray' (a Ray "
@@ -214,4 +221,4 @@ def cluster_of(executor: str = "local", workers: int | None = None) -> Cluster |
             f"workers={workers} are those of a Ray cluster: choose executor='ray', or leave "
             "workers out."
         )
-    return None
+    return nullcontext()

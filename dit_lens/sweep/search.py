@@ -202,19 +202,21 @@ def two_stage(
     way = score or ("attribution" if plan.reads[name].step == FIRST_TOUCHED else "step")
     slope = plan.metrics[name] if by is None else Metric(by)
     question = Question(name, slope, metric.removeprefix(name).removeprefix("_"), way)
-    scores = _scores(plan, question, folder, cluster_of(**running))
-    scored = np.flatnonzero(~np.isnan(scores))
-    order = scored[np.argsort(-np.abs(scores[scored]), kind="stable")]
-    drawn = np.full(len(scores), "unscored", dtype=object)
-    drawn[scored] = ""
-    in_sample = np.zeros(len(scores), dtype=bool)
-    in_sample[np.random.default_rng(rng).permutation(scored)[:sample]] = True
-    drawn[in_sample] = "sample"
-    drawn[order[:k]] = "top"
+    with cluster_of(plan, **running) as cluster:
+        scores = _scores(plan, question, folder, cluster)
+        scored = np.flatnonzero(~np.isnan(scores))
+        order = scored[np.argsort(-np.abs(scores[scored]), kind="stable")]
+        drawn = np.full(len(scores), "unscored", dtype=object)
+        drawn[scored] = ""
+        in_sample = np.zeros(len(scores), dtype=bool)
+        in_sample[np.random.default_rng(rng).permutation(scored)[:sample]] = True
+        drawn[in_sample] = "sample"
+        drawn[order[:k]] = "top"
 
-    run = np.flatnonzero(drawn != "")
-    exact = replace(plan, treatments=[plan.treatments[i] for i in run.tolist()])
-    found = exact.run(folder and folder / f"top {k}, sample {sample}, seed {rng}", **running)
+        run = np.flatnonzero(drawn != "")
+        exact = replace(plan, treatments=[plan.treatments[i] for i in run.tolist()])
+        where = folder and folder / f"top {k}, sample {sample}, seed {rng}"
+        found = exact.run_by(cluster, where)
     effects = np.full((len(scores), 3), np.nan)
     effects[run] = found[f"{metric}_effect"].values
     pairs = scores[in_sample], effects[in_sample, 0]
@@ -244,15 +246,14 @@ def _scores(
     name = question.name
     asked = [question.metric, plan.reads[name], question.column, question.by]
     settings = {} if folder is None else {**plan.settings, "scores": fingerprint(asked)}
-    workers = 1 if cluster is None else cluster.count(plan.model)
-    groups = groups_of_prompts(plan, workers)
     with (
         progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as advance,
         nullcontext() if folder is None else Store(folder, settings) as store,
-        Here(plan, advance.rows) if cluster is None else cluster.start(plan, len(groups)) as team,
     ):
 
         def make(seed: int) -> Float[np.ndarray, "condition prompt"]:
+            groups = groups_of_prompts(plan, 1 if cluster is None else cluster.count)
+            team = Here(plan, advance.rows) if cluster is None else cluster.team(len(groups))
             parts = []
             for prompts, part in zip(groups, team.scores(question, seed, groups), strict=True):
                 parts.append(part)

@@ -9,7 +9,6 @@ import pickle
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,28 +43,28 @@ class InThisProcess:
     after the other.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.sizes, self.samples = count, [], 0
+    def __init__(self, plan: Any, count: int) -> None:
+        self.plan, self.count, self.sent, self.samples = plan, count, [], 0
 
     batch = cluster.Cluster.batch
     workers = 2
 
-    @contextmanager
-    def start(self, plan: Any, jobs: int) -> Iterator[Any]:
-        self.model = plan.model
+    def team(self, jobs: int) -> Any:
+        model = self.plan.model
         sent = (
-            cluster.parts_of(self.model),
-            self.model.device.type,
-            self.model.dit.dtype,
-            cluster.flags_of(self.model),
+            cluster.parts_of(model),
+            model.device.type,
+            model.dit.dtype,
+            cluster.flags_of(model),
+            pickle.loads,
         )
-        shared = cloudpickle.dumps(replace(plan, model=None))
+        shared = cloudpickle.dumps(replace(self.plan, model=None))
         self.actors = [
             cluster.Worker(pickle.loads(shared), *pickle.loads(pickle.dumps(sent)))
             for _ in range(self.count)
         ]
         assert len({worker.digest() for worker in self.actors}) == 1
-        yield self
+        return self
 
     def sample(self, rows: Any, reads: Any, batch: int) -> Any:
         parts = cluster.shares(rows, self.count, batch)
@@ -74,16 +73,16 @@ class InThisProcess:
             cloudpickle.dumps(worker.sample(part, reads, batch))
             for worker, part in zip(self.actors, parts, strict=True)
         ]
-        return Clean.join([pickle.loads(part) for part in sent]).on(self.model)
+        return Clean.join([pickle.loads(part) for part in sent])
 
     def tables(self, work: Any, jobs: Any) -> Iterator[pd.DataFrame]:
-        shared = cloudpickle.dumps(work.on(None))
-        works = [[pickle.loads(shared)] for _ in self.actors]
-        self.sizes.append(len(shared))
-        numbers = reversed(range(len(jobs)))
-        yield from (
-            self.actors[i % self.count].rows(works[i % self.count], jobs[i]) for i in numbers
-        )
+        shared = cloudpickle.dumps(work.on(None, None))
+        self.sent.append((len(cloudpickle.dumps(work.clean)), work.clean.inputs))
+        for i in reversed(range(len(jobs))):
+            sent = cloudpickle.dumps(work.clean.left_by(jobs[i]))
+            runs = pickle.loads(sent)
+            self.sent.append((len(sent), runs.inputs))
+            yield self.actors[i % self.count].rows([shared], runs, jobs[i])
 
 
 def test_a_worker_has_all_it_needs_and_works_as_this_process_does(model):
@@ -95,7 +94,7 @@ def test_a_worker_has_all_it_needs_and_works_as_this_process_does(model):
     try:
         plan = sweep.plan(model, PROMPTS, SEEDS, cells, METRICS, num_steps=STEPS)
         local = plan.run()
-        results, here = Results(None, {}), InThisProcess(2)
+        results, here = Results(None, {}), InThisProcess(plan, 2)
         with torch.no_grad():
             Execution(plan, results, np.zeros(plan.cells, dtype=bool)).run(here)  # type: ignore[arg-type]
     finally:
@@ -104,12 +103,16 @@ def test_a_worker_has_all_it_needs_and_works_as_this_process_does(model):
     assert table["cell"].tolist() == list(range(plan.cells))
     values = local["latent_mean"].transpose("intervention", "seed", "prompt").values.flatten()
     np.testing.assert_allclose(table["latent_mean"], values, rtol=0, atol=1e-12)
-    assert here.sizes[0] < 2_000_000
+    sizes = [size for size, _ in here.sent]
+    assert max(sizes) < 2_000_000
+    assert min(sizes[1:]) < sizes[0] / 2, "a batch has the records of its own rows alone"
+    assert {inputs for _, inputs in here.sent} == {None}
     assert here.samples == 2
 
 
-def test_everybody_has_something_to_do():
-    two = cluster.Cluster(workers=2)
+def test_everybody_has_something_to_do(model):
+    plan = sweep.plan(model, PROMPTS, SEEDS, durable(), METRICS, num_steps=STEPS)
+    two = cluster.Cluster(plan, workers=2)
     assert two.batch(rows=160, most=64) == 20
     assert two.batch(rows=3, most=64) == 1
     assert two.batch(rows=10_000, most=64) == 64
@@ -210,7 +213,7 @@ def lethal_worker(folder: Path) -> type[cluster.Worker]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["step", "attribution"])
-def test_a_search_by_two_workers_is_the_local_one(two_workers, model, score):
+def test_a_search_by_two_workers_is_the_local_one(two_workers, model, score, tmp_path, monkeypatch):
     cells = sweep.grid(
         Intervention("blocks.*.cross_attn.hook_z"), layers=range(2), heads=range(2), steps=range(2)
     )
@@ -223,8 +226,17 @@ def test_a_search_by_two_workers_is_the_local_one(two_workers, model, score):
         num_steps=STEPS,
     )
     here = sweep.two_stage(plan, "mean", k=2, sample=3, score=score)
-    there = sweep.two_stage(plan, "mean", k=2, sample=3, score=score, executor="ray", workers=2)
-    pd.testing.assert_frame_equal(here.table, there.table, rtol=1e-4, atol=1e-9)
+    started: list[int] = []
+    start = cluster.Cluster._start
+    monkeypatch.setattr(
+        cluster.Cluster, "_start", lambda self, n: (started.append(n), start(self, n))
+    )
+    for _ in range(2):  # the second time, everything is in the folder
+        there = sweep.two_stage(
+            plan, "mean", k=2, sample=3, score=score, out=tmp_path, executor="ray", workers=2
+        )
+        pd.testing.assert_frame_equal(here.table, there.table, rtol=1e-4, atol=1e-9)
+        assert started == [2]
 
 
 @pytest.mark.slow
