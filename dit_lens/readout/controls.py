@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hooked_models import HookedTextToImage
 from hooked_models.generation.hooks import Hooks
 from hooked_models.generation.trajectory import Run
+from hooked_models.hooks.module import HookFunction
 
 
 def shifts(run: Run, conditions: Iterable[Hooks]) -> Float[np.ndarray, "condition prompt"]:
@@ -33,6 +34,47 @@ def shifts(run: Run, conditions: Iterable[Hooks]) -> Float[np.ndarray, "conditio
         for hooks in conditions
     ]
     return torch.stack(changed).cpu().numpy()
+
+
+def without_largest(
+    run: Run,
+    names: Mapping[str, tuple[int, int]],
+    sizes: Float[Tensor, "prompt layer #step place"],
+    without: Callable[[Int[Tensor, "prompt k"]], HookFunction],
+    k: int,
+    draws: int,
+    seed: int,
+) -> tuple[Float[Tensor, "prompt layer #step k"], Int[Tensor, "prompt layer #step k"], dict]:
+    """The k largest places of each layer and step, and the change of a run without them.
+
+    Args:
+        names: hook → (number of layer and step), as of `names_of`.
+        without: makes the hook that takes places away.
+        draws: runs without k random other places of size > 0.
+        seed: of these.
+
+    Returns:
+        Sizes, places, and `shift` [prompt] and `control_shift` [draw prompt] of `shifts`, as
+        variables of a dataset.
+    """
+    largest, places = sizes.topk(k, dim=-1)
+    rng, n_steps = np.random.default_rng(seed), sizes.shape[2]
+    chosen = [places, *(random_others(places, sizes > 0, rng) for _ in range(draws))]
+    changed = shifts(
+        run,
+        [
+            [
+                (name, without(one[:, layer, step % n_steps]))
+                for name, (layer, step) in names.items()
+            ]
+            for one in chosen
+        ],
+    )
+    variables = {
+        "shift": ("prompt", changed[0]),
+        "control_shift": (("draw", "prompt"), changed[1:]),
+    }
+    return largest, places, variables
 
 
 def random_others(

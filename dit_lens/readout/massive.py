@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
@@ -20,7 +19,7 @@ from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.sampling import Seeds
 from hooked_models.hooks.module import HookFunction
 
-from .controls import names_of, random_others, shifts
+from .controls import names_of, without_largest
 
 
 @torch.no_grad()
@@ -85,25 +84,15 @@ def massive_activations(
         for one in range(n_layers)
     ]
     size = torch.stack(by_layer, dim=1)  # [prompt layer step channel]
-    mean = size.mean(2)
-    largest, channels = mean.topk(k, dim=-1)
-    rng = np.random.default_rng(control_seed)
-    there = torch.ones_like(mean, dtype=torch.bool)
-    chosen = [channels, *(random_others(channels, there, rng) for _ in range(draws))]
-    changed = shifts(
-        run,
-        [[(name, without(one[:, layer])) for name, (layer, _) in names.items()] for one in chosen],
-    )
+    mean = size.mean(2, keepdim=True)
+    largest, channels, changes = without_largest(run, names, mean, without, k, draws, control_seed)
+    ratio = largest / mean.median(-1, keepdim=True).values
     return xr.Dataset(
         {
             "size": (("prompt", "layer", "step", "channel"), size.cpu().numpy()),
-            "channel_index": (("prompt", "layer", "rank"), channels.cpu().numpy()),
-            "ratio": (
-                ("prompt", "layer", "rank"),
-                (largest / mean.median(-1, keepdim=True).values).cpu().numpy(),
-            ),
-            "shift": ("prompt", changed[0]),
-            "control_shift": (("draw", "prompt"), changed[1:]),
+            "channel_index": (("prompt", "layer", "rank"), channels[:, :, 0].cpu().numpy()),
+            "ratio": (("prompt", "layer", "rank"), ratio[:, :, 0].cpu().numpy()),
+            **changes,
         },
         coords={"prompt": texts, "layer": sorted({int(name.split(".")[4]) for name in names})},
     )

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
@@ -24,7 +23,7 @@ from hooked_models.generation.sampling import Seeds
 from hooked_models.hooks.module import HookFunction
 
 from ..intervene.portable_ops import MASKED
-from .controls import names_of, random_others, shifts
+from .controls import names_of, without_largest
 from .group_attention import cond_rows, run_reading
 
 
@@ -95,24 +94,14 @@ def attention_sinks(
         for step in range(len(run))
     ]
     received = torch.stack(by_step, dim=2)  # [prompt layer step key_pos]
-    share, sinks = received.topk(k, dim=-1)
-    rng = np.random.default_rng(control_seed)
-    chosen = [sinks, *(random_others(sinks, received > 0, rng) for _ in range(draws))]
-    changed = shifts(
-        run,
-        [
-            [(name, masking(one[:, layer, step])) for name, (layer, step) in names.items()]
-            for one in chosen
-        ],
-    )
+    share, sinks, changes = without_largest(run, names, received, masking, k, draws, control_seed)
     dims = ("prompt", "layer", "step")
     return xr.Dataset(
         {
             "received": ((*dims, "key_pos"), received.cpu().numpy()),
             "sink": ((*dims, "rank"), sinks.cpu().numpy()),
             "share": (dims, share.sum(-1).cpu().numpy()),
-            "shift": ("prompt", changed[0]),
-            "control_shift": (("draw", "prompt"), changed[1:]),
+            **changes,
         },
         coords={"prompt": texts, "layer": layers},
     )
