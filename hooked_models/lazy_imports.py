@@ -13,6 +13,7 @@ import importlib.machinery
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -40,11 +41,41 @@ def attach(
         found = importlib.import_module(
             f"{package}.{module}" if not module.startswith("/") else module[1:]
         )
-        value = getattr(found, attribute) if attribute else found
-        setattr(sys.modules[package], name, value)
+        value = attrgetter(attribute)(found) if attribute else found
         return value
 
     return get, lambda: sorted(names)
+
+
+def renamed(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
+    """Module-level `__getattr__` that finds names which moved, with a DeprecationWarning that gives
+    the new place.
+
+    Args:
+        module: the module's `__name__`.
+        moved: old name → "module:name", absolute.
+
+    Example:
+        >>> import warnings
+        >>> old = renamed("shapes", {"Ratio": "fractions:Fraction"})
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     old("Ratio")(1, 2)
+        Fraction(1, 2)
+        >>> str(caught[-1].message)
+        'shapes.Ratio is now fractions.Fraction; the old name goes in version 0.3.'
+    """
+    get, _ = attach(module, {old: f"/{new}" for old, new in moved.items()})
+
+    def find(name: str) -> Any:
+        value = get(name)
+        message = f"{module}.{name} is now {moved[name].replace(':', '.')}"
+        warnings.warn(
+            f"{message}; the old name goes in version 0.3.", DeprecationWarning, stacklevel=2
+        )
+        return value
+
+    return find
 
 
 def redirect(package: str, moved: Mapping[str, str]) -> None:

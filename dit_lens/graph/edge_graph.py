@@ -14,8 +14,18 @@ from typing import Any
 
 from hooked_models import HookedDiT
 from hooked_models.hooks.scopes import scope
+from hooked_models.lazy_imports import renamed
 
 from .nodes import Node
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "read_at": "dit_lens.graph.edge_graph:input_hook",
+        "written_at": "dit_lens.graph.edge_graph:output_hook",
+        "share": "dit_lens.graph.edge_graph:index_of",
+    },
+)
 
 
 def all_senders(dit: HookedDiT, words: int) -> list[Node]:

@@ -18,9 +18,18 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.patching import PatchingResult
 
+from hooked_models.lazy_imports import renamed
+
 from ..runs.gradients import Metric, evaluate
 from ..runs.pairs import Context, Pair
 from ..stats import Interval, rank_correlation
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Edit": "dit_lens.graph.verification:Patch",
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
-from hooked_models.fast.enter_at_layers import denoise_from
 from hooked_models.generation.loops import Call, Text, rows_of
 from hooked_models.generation.names import BRANCHES, FINAL, Branch, Site
+from hooked_models.pixart.fast.enter_at_layers import denoise_from
 
 from ..intervene.edits import Add, Edit, Replace, RowEdits
 from .clean import Clean, Fork, as_index, capturing, metric_input

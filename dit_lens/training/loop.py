@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from hooked_models import FusedTokenEncoder, HookedTextToImage, RandomTokenEncoder
+from hooked_models.lazy_imports import renamed
 from hooked_models.text_encoders.random_tokens import UNKNOWN_ID
 
 from ..store import Store
@@ -41,6 +42,14 @@ from .history import CHECKPOINT, History, open_run
 from .objectives import OBJECTIVES
 from .pipelines import PRESETS, build_pipeline, load_pipeline
 from .precision import muon, resolve_precision
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "all_captions": "dit_lens.task.sentences:all_captions",
+        "all_trio_captions": "dit_lens.task.sentences:all_trio_captions",
+    },
+)
 
 LOG_EVERY = 25
 MAY_CHANGE = (

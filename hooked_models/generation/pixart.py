@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from ..arguments import RENAMED, initial_latents, integer, is_several, number, shown, token_ids
-from ..fast import empty_prompts
 from ..hooks.layout import Layout, ordered
 from ..hooks.module import HookedModule
 from ..hooks.wrapping import stamp
 from ..pipelines.resolution import nearest_resolution
 from ..pixart.config import DiTConfig
 from ..pixart.dit import HookedDiT
+from ..pixart.fast import empty_prompts
 from ..pixart.text_state import TextState
 from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from ..text_encoders.t5 import HookedT5Encoder

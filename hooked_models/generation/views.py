@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.module import HookFunction
+from ..lazy_imports import renamed
 from ..pixart.views import HookList, Tokens, View, with_gradient
 from .loops import Call
 from .names import Branch
@@ -17,6 +18,14 @@ from .trajectory import Run
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "DenoiserView": "hooked_models.pixart.views:DenoiserView",
+        "Positions": "hooked_models.pixart.views:Positions",
+    },
+)
 
 
 class StepView(View):

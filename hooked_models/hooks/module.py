@@ -19,9 +19,17 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from ..arguments import is_several, shown
+from ..lazy_imports import renamed
 from .points import ScopedHookPoint
 from .scopes import scope, scopes
 from .table import POSITIONS, Axes, HookPart, axis_of, hook_row
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "watched": "hooked_models.hooks.module:has_hooks",
+    },
+)
 
 HookFunction = Callable[..., Tensor | None]
 """``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on

@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..lazy_imports import renamed
 from .attention import weight_of
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "FoldedDiT": "hooked_models.pixart.dit:FoldedDiT",
+        "fold_timestep": "hooked_models.pixart.dit:HookedDiT.fold_timestep",
+    },
+)
 
 
 class Unembed(nn.Module):

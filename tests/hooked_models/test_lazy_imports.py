@@ -5,9 +5,11 @@ names.
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +43,30 @@ def test_old_paths_are_the_new_modules(old):
             sys.modules.pop(name, None)
             assert importlib.import_module(name) is importlib.import_module(new)
         assert any(f"{name} is now {new}" in str(one.message) for one in caught)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_names_of_the_first_edition_are_still_there():
+    """Functions and classes, at their place of then; those that moved, with a warning."""
+    names = json.loads((Path(__file__).parents[1] / "data/public_names.json").read_text())
+    missing = [
+        f"{module}.{name}"
+        for module, listed in names.items()
+        for name in listed.split()
+        if not hasattr(importlib.import_module(module), name)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "now"),
+    [
+        ("hooked_models.generation.views", "DenoiserView", "hooked_models.pixart.views"),
+        ("hooked_models.pixart.folding", "FoldedDiT", "hooked_models.pixart.dit"),
+        ("dit_lens.training.loop", "all_captions", "dit_lens.task.sentences"),
+    ],
+)
+def test_names_that_moved_say_where_to(module, name, now):
+    with pytest.warns(DeprecationWarning, match=f"{module}.{name} is now {now}.{name}; the old"):
+        old = getattr(importlib.import_module(module), name)
+    assert old is getattr(importlib.import_module(now), name)

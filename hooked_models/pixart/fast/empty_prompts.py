@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pixart.block import Block, BlockText
-from ..pixart.dit import HookedDiT
+from ..block import Block, BlockText
+from ..dit import HookedDiT
 
 MIN_GEMM_ROWS = 4
 """A product of fewer rows with a matrix takes another kernel on CPUs, which rounds differently."""

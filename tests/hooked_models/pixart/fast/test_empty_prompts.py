@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hooked_models import HookedDiT, HookedTextToImage
-from hooked_models.fast import empty_prompts
+from hooked_models.pixart.fast import empty_prompts
 
-from ..pipelines import PROMPTS, tiny_pipeline
-from ..tiny import look, tiny_inputs, tiny_transformer
+from ...pipelines import PROMPTS, tiny_pipeline
+from ...tiny import look, tiny_inputs, tiny_transformer
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..pixart.block import BlockText
-from ..pixart.dit import HookedDiT
-from ..pixart.text_state import TextState
+from ..block import BlockText
+from ..dit import HookedDiT
+from ..text_state import TextState
 
 
 def denoise_from(

@@ -1,4 +1,4 @@
-"""Speed apart from the maths: wrappers around `hooked_models.pixart`, each removable, with the same
+"""Speed apart from the maths: wrappers around the model, each removable, with the same
 numbers.
 
 Keys and values of a prompt are computed once for all steps by the model itself:

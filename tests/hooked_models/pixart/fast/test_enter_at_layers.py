@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from hooked_models import HookedDiT
-from hooked_models.fast import enter_at_layers
+from hooked_models.pixart.fast import enter_at_layers
 
-from ..tiny import tiny_inputs, tiny_transformer
+from ...tiny import tiny_inputs, tiny_transformer
 
 
 def test_rows_enter_where_they_are_told():
