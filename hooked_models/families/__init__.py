@@ -87,7 +87,16 @@ UNSUPPORTED: dict[str, str] = {
 }
 """Looked at and left out, with the reason."""
 
-__all__ = ["NATIVE", "SUPPORTED", "UNSUPPORTED", "Family", "FamilyModel", "HookedClassDiT", "hook"]
+__all__ = [
+    "NATIVE",
+    "SUPPORTED",
+    "UNSUPPORTED",
+    "Family",
+    "FamilyModel",
+    "HookedClassDiT",
+    "check_known",
+    "hook",
+]
 
 
 def hook(transformer: nn.Module, check: bool = True) -> Any:
@@ -108,6 +117,24 @@ def hook(transformer: nn.Module, check: bool = True) -> Any:
             "place, pipe.transformer.compile(): calls without hooks stay compiled, calls with "
             "hooks run as they are written."
         )
+    check_known(kind)
+    model: Any = (
+        NATIVE[kind](transformer) if kind in NATIVE else FamilyModel(transformer, SUPPORTED[kind])
+    )
+    if check:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            refuse(kind, [f"its {failure}" for failure in _failures(model)])
+    return model
+
+
+def check_known(kind: str) -> None:
+    """Raise ValueError for a class of transformers whose family is not supported.
+
+    Example:
+        >>> check_known("UNet2DModel")
+        Traceback (most recent call last):
+        ValueError: UNet2DModel is of no known family. Known are PixArtTransformer2DModel, ...
+    """
     if kind not in NATIVE and kind not in SUPPORTED:
         reason = (
             f"{kind} is not supported: {UNSUPPORTED[kind]}."
@@ -118,13 +145,6 @@ def hook(transformer: nn.Module, check: bool = True) -> Any:
         raise ValueError(
             f"{reason} Known are {known}; a new family is a small file in hooked_models/families."
         )
-    model: Any = (
-        NATIVE[kind](transformer) if kind in NATIVE else FamilyModel(transformer, SUPPORTED[kind])
-    )
-    if check:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            refuse(kind, [f"its {failure}" for failure in _failures(model)])
-    return model
 
 
 def _failures(model: Any) -> list[str]:

@@ -9,7 +9,7 @@ import inspect
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -37,33 +37,48 @@ TRANSFORMERS = ("PixArtTransformer2DModel", "Transformer2DModel")
 """Of PixArt. The second is what checkpoints of 2024 name; diffusers opens them as the first."""
 
 
+class Contents(NamedTuple):
+    """Contents of a pipeline's folder; returned by `inspect_folder`."""
+
+    index: dict[str, Any]
+    """`model_index.json`."""
+    pipeline: Any
+    """Its class."""
+    classes: dict[str, Any]
+    """Class of each component that is there."""
+
+
 def inspect_folder(
     source: Source, variant: str | None = None, given: Collection[str] = (), weights: bool = True
-) -> dict[str, Any]:
+) -> Contents:
     """Read the folder's `model_index.json`, and look for everything that it names.
 
     Args:
         variant: "fp16" for files such as `model.fp16.safetensors`, where there are any.
         given: components that the caller has.
 
-    Returns:
-        The classes by component, and the pipeline's as "_class_name".
-
     Raises:
-        ValueError: the folder holds no pipeline that diffusers knows, one without a transformer, or
-            a damaged JSON file.
+        ValueError: the folder holds no pipeline that diffusers knows, one without a transformer or
+            with one of no known family, or a damaged JSON file.
         FileNotFoundError: a component or its weights are missing.
         OSError: a weight file is truncated or damaged.
+        TypeError: the pipeline has no component of a name in `given`.
 
     Example:
         >>> from hooked_models.pipelines.hub import fetch
-        >>> inspect_folder(fetch("rte-nano"))["text_encoder"].__name__
+        >>> inspect_folder(fetch("rte-nano")).classes["text_encoder"].__name__
         'RandomTokenEncoder'
     """
     index = read_index(source)
     pipeline = pipeline_class(source, index.get("_class_name"))
-    classes: dict[str, Any] = {"_class_name": pipeline}
-    for name in components_of(pipeline):
+    known = components_of(pipeline)
+    if unknown := [name for name in given if name not in known]:
+        raise TypeError(
+            f"from_pretrained has no argument {unknown[0]!r}: choose dtype, device_map, or a "
+            f"component ({', '.join(known)})."
+        )
+    classes: dict[str, Any] = {}
+    for name in known:
         library, cls = index[name] if _is_pair(index.get(name)) else (None, None)
         absent = library is None and cls is None and name not in needed_of(pipeline)
         if name in given or absent:
@@ -73,17 +88,24 @@ def inspect_folder(
                 f"{source.name} has no {name}: pass one (from_pretrained(…, {name}=…)), or open a "
                 "complete pipeline."
             )
-        if (
-            name == "transformer"
-            and pipeline.__name__ in PIXART
-            and (library != "diffusers" or cls not in TRANSFORMERS)
-        ):
-            raise ValueError(
-                f"{source.name} has a {cls} for its transformer; a PixArt has a {TRANSFORMERS[0]}."
-            )
+        if name == "transformer":
+            cls = _checked_transformer(source, pipeline.__name__, library, cls)
         classes[name] = component_class(source, name, library, cls)
         _check_files(source, name, classes[name], variant, weights)
-    return classes
+    return Contents(index, pipeline, classes)
+
+
+def _checked_transformer(source: Source, pipeline: str, library: str, cls: str) -> str:
+    if pipeline not in PIXART:
+        from ..families import check_known  # which few models need
+
+        check_known(cls)
+        return cls
+    if library != "diffusers" or cls not in TRANSFORMERS:
+        raise ValueError(
+            f"{source.name} has a {cls} for its transformer; a PixArt has a {TRANSFORMERS[0]}."
+        )
+    return TRANSFORMERS[0]
 
 
 def _check_files(source: Source, name: str, cls: Any, variant: str | None, weights: bool) -> None:

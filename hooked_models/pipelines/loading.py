@@ -13,20 +13,22 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import PixArtTransformer2DModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .folder import (
-    components_of,
-    has_weights,
-    inspect_folder,
-    pipeline_class,
-    read_index,
-    weight_files,
-)
+from ..lazy_imports import renamed
+from .folder import has_weights, inspect_folder, weight_files
 from .hub import Source
 from .quiet import quiet_loading
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "check_libraries": "hooked_models.pipelines.folder:check_libraries",
+        "component_class": "hooked_models.pipelines.folder:component_class",
+        "read_index": "hooked_models.pipelines.folder:read_index",
+    },
+)
 
 
 def open_pipeline(
@@ -41,22 +43,16 @@ def open_pipeline(
 
     Args:
         variant: "fp16" for files such as `model.fp16.safetensors`, where there are any.
-        device_map: as in diffusers: a device, or "balanced" for whole components on several GPUs.
+        device_map: as in diffusers: a device, or "balanced" for whole components on several GPUs,
+            for which files are read twice: diffusers does not say which weights it missed.
         components: used in place of the folder's; `transformer` may also be a folder or hub id that
             has one.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: see `inspect_folder` and `load_component`.
-        TypeError: there is no such component.
+        FileNotFoundError, ValueError, OSError, TypeError: see `inspect_folder` and `load_whole`.
     """
-    cls = pipeline_class(source, read_index(source).get("_class_name"))
-    known = components_of(cls)
-    if unknown := [name for name in components if name not in known]:
-        raise TypeError(
-            f"from_pretrained has no argument {unknown[0]!r}: choose dtype, device_map, or a "
-            f"component ({', '.join(known)})."
-        )
-    classes = inspect_folder(source, variant, components)
+    _, cls, classes = inspect_folder(source, variant, components)
+    balanced = device_map == "balanced"
     with quiet_loading():
         if isinstance(components.get("transformer"), (str, Path)):
             place = components["transformer"]
@@ -65,15 +61,17 @@ def open_pipeline(
                 kind, place, f"{place}'s transformer", subfolder="transformer", dtype=dtype
             )
         types = _types(classes, dtype)
-        for name, kind in classes.items() if device_map is None else ():
-            if name in known and has_weights(kind):
+        for name, kind in classes.items():
+            if has_weights(kind):
                 one = types.get(name, dtype) if isinstance(types, dict) else dtype
-                components[name] = load_component(source, name, kind, variant, one)
+                module = load_component(source, name, kind, variant, one)
+                if not balanced:
+                    components[name] = module.to(device_map or "cpu")
         pipe = cls.from_pretrained(
             source.folder,
             variant=variant,
             dtype=types,
-            device_map=device_map,
+            device_map=device_map if balanced else None,
             use_safetensors=True,
             **components,
         )
@@ -96,8 +94,6 @@ def load_component(
     """Load one module of a pipeline's folder; see `load_whole`."""
     file = next(weight_files(source, name, cls, variant))
     variant = variant if variant and f".{variant}." in file.name else None
-    if cls.__name__ == "Transformer2DModel":
-        cls = PixArtTransformer2DModel
     return load_whole(cls, file.parent, f"{source.name}'s {name}", variant=variant, dtype=dtype)
 
 
@@ -132,8 +128,7 @@ def empty_pipeline(source: Source, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         FileNotFoundError, ValueError: see `inspect_folder`.
     """
-    classes = inspect_folder(source, weights=False)
-    cls = classes.pop("_class_name")
+    index, cls, classes = inspect_folder(source, weights=False)
     parts: dict[str, Any] = {}
     for name, kind in classes.items():
         folder = source.folder / name
@@ -144,10 +139,8 @@ def empty_pipeline(source: Source, dtype: torch.dtype = torch.float32) -> Any:
             if issubclass(kind, PreTrainedModel):
                 parts[name] = kind(kind.config_class.from_pretrained(folder))
             else:
-                kind = PixArtTransformer2DModel if kind.__name__ == "Transformer2DModel" else kind
                 parts[name] = kind.from_config(kind.load_config(folder))
         nn.Module.to(parts[name], dtype)  # diffusers' own warns of an empty list of modules
-    index = read_index(source)
     for name, parameter in inspect.signature(cls).parameters.items():
         if name not in parts and (parameter.default is parameter.empty or name in index):
             value = index.get(name)

@@ -329,6 +329,17 @@ def test_a_pipeline_of_another_kind(copy: Path, changes: dict[str, Any], message
         HookedTextToImage.from_pretrained(copy)
 
 
+def test_an_unsupported_transformer_is_refused_before_its_weights_are_read(copy: Path) -> None:
+    edit_json(
+        copy / "model_index.json",
+        _class_name="QwenImagePipeline",
+        transformer=["diffusers", "QwenImage21Transformer2DModel"],
+    )
+    next((copy / "transformer").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="QwenImage21Transformer2DModel is not supported: its att"):
+        HookedTextToImage.from_pretrained(copy)
+
+
 @pytest.mark.parametrize("how", ["not named", "not there"])
 def test_a_missing_component_can_be_passed(copy: Path, folder: Path, how: str) -> None:
     if how == "not named":

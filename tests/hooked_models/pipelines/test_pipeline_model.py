@@ -102,8 +102,9 @@ def test_a_damaged_json_file_is_named(folder, part, content):
         file.write_bytes(whole)
 
 
+@pytest.mark.parametrize("device_map", [None, "cpu", "balanced"])
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
-def test_a_weight_that_is_missing_is_no_random_number(folder, part):
+def test_a_weight_that_is_missing_is_no_random_number(folder, part, device_map):
     file = next((folder / part).glob("*.safetensors"))
     tensors = load_file(file)
     name = sorted(tensors)[0]
@@ -112,7 +113,7 @@ def test_a_weight_that_is_missing_is_no_random_number(folder, part):
     with pytest.raises(
         OSError, match=rf"{part} lacks 1 of its weights \({name}\), which would be drawn at random"
     ):
-        HookedTextToImage.from_pretrained(folder)
+        HookedTextToImage.from_pretrained(folder, device_map=device_map)
 
 
 @pytest.mark.parametrize(
