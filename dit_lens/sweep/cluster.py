@@ -186,7 +186,7 @@ class Cluster:
         remote = self.ray.remote(
             num_cpus=1, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS
         )(Worker)
-        new = [remote.remote(*self.arguments) for _ in range(count)]
+        new: list[Any] = [remote.remote(*self.arguments) for _ in range(count)]
         self.actors += new
         digests = self.ray.get([actor.digest.remote() for actor in new])
         if set(digests) != {model.digest()}:

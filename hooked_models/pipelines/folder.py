@@ -40,7 +40,7 @@ TRANSFORMERS = ("PixArtTransformer2DModel", "Transformer2DModel")
 class Contents(NamedTuple):
     """Contents of a pipeline's folder; returned by `inspect_folder`."""
 
-    index: dict[str, Any]
+    model_index: dict[str, Any]
     """`model_index.json`."""
     pipeline: Any
     """Its class."""
