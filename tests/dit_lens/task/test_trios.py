@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -66,6 +67,19 @@ def test_every_trio_obeys_both_relations_and_shares_object_1():
         for scene in (first, second):
             assert relation_between(scene.x1, scene.y1, scene.x2, scene.y2) == scene.relation
             assert scene.phrase in TRIO_PHRASES[scene.relation]
+
+
+def test_one_pixel_of_background_lies_between_two_boxes_at_least_and_at_times_no_more():
+    sizes = {shape: shape_mask(shape).shape for shape in scenes.SHAPES}
+    gaps = [
+        max(
+            abs(x1 - x2) - sizes[one][1] // 2 - sizes[other][1] // 2,
+            abs(y1 - y2) - sizes[one][0] // 2 - sizes[other][0] // 2,
+        )
+        for trio in TRIOS
+        for (one, _, x1, y1), (other, _, x2, y2) in itertools.combinations(trio.objects, 2)
+    ]
+    assert min(gaps) - 1 == 1
 
 
 def test_all_relations_colours_and_captions_occur():
