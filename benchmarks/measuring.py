@@ -20,10 +20,14 @@ import torch
 Times = dict[Any, list[float]]
 
 
-def seconds(run: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
-    """What a call takes, and what it returns: on a CPU the processor's seconds, which other
-    programs disturb least.
+def seconds(run: Callable[[], Any], device: str = "cpu", wall: bool = False) -> tuple[float, Any]:
+    """Seconds of a call, and its value: on a CPU the processor's, which other programs disturb
+    least, or with `wall` those of the clock.
     """
+    if wall and device == "cpu":
+        start = time.perf_counter()
+        value = run()
+        return time.perf_counter() - start, value
     if device == "cpu":
         start = time.process_time()
         value = run()
@@ -36,7 +40,7 @@ def seconds(run: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
 
 
 def turns(
-    sides: Mapping[Any, Callable[[], Any]], repeats: int, device: str = "cpu"
+    sides: Mapping[Any, Callable[[], Any]], repeats: int, device: str = "cpu", wall: bool = False
 ) -> tuple[Times, dict[Any, Any]]:
     """Seconds of every side in each of `repeats` turns, after one that warms up, and what each
     returned.
@@ -45,7 +49,7 @@ def turns(
     values = {}
     for turn in range(repeats + 1):
         for side, run in sides.items():
-            spent, values[side] = seconds(run, device)
+            spent, values[side] = seconds(run, device, wall)
             if turn:
                 times[side].append(spent)
     return times, values

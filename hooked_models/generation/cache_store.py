@@ -1,5 +1,5 @@
-"""A generation's cache on disk: a safetensors file for each step, written as the step ends, read
-when a tensor is asked for.
+"""A generation's cache on disk: a safetensors file for each step, written while the next step runs,
+read when a tensor is asked for.
 
 `index.json` has the run's arguments and the names kept. While the run lasts, `state.safetensors`
 holds the record of the steps so far, so that a run which was killed goes on there and ends with the
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,16 +157,31 @@ def record_to_folder(
             len(inputs.solver),
             Console(stderr=True),
         )
-        with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
+        with (
+            Progress(transient=True, console=console, disable=not console.is_terminal) as progress,
+            ThreadPoolExecutor(1) as writer,  # writes a step while the next one runs
+        ):
             task = progress.add_task("caching", total=total, completed=len(record))
+            writing: list[Future[None]] = []
+
+            def keep(
+                step: int, tensors: Mapping[str, Tensor], same: dict[str, str], so_far: Record
+            ) -> None:
+                folder.write(f"step-{step:03d}", tensors, same)
+                folder.save_state(so_far)
+                progress.advance(task)
 
             def after(step: int, so_far: Record, latent: Tensor) -> None:
                 if step >= len(record):
-                    folder.write(f"step-{step:03d}", recorder.take(), recorder.same)
-                    folder.save_state(so_far)
-                    progress.advance(task)
+                    if writing:  # one step at most waits in memory
+                        writing.pop().result()
+                    now = replace(so_far, predictions=dict(so_far.predictions))
+                    taken = recorder.take(), dict(recorder.same), now
+                    writing.append(writer.submit(keep, step, *taken))
 
             images = model.run(inputs, record, len(record), after=after).images
+            for last in writing:
+                last.result()
         folder.write("final", recorder.take())
         folder.finish(images)
     return images

@@ -328,12 +328,15 @@ def test_a_killed_run_goes_on_where_it_was(
 
     monkeypatch.setattr(model, "denoise", counted)
     resumed, cache = model.run_with_cache(PROMPTS, out=tmp_path / "run", **settings)
-    assert ran == model.solver(total).scheduler.timesteps[3:].tolist()
+    timesteps = model.solver(total).scheduler.timesteps.tolist()
+    # the last step before the end may not have been written yet
+    assert ran in (timesteps[killed_at:], timesteps[killed_at - 1 :])
+    before = len(ran)
     assert torch.equal(resumed, images)
     assert set(cache) == set(whole)
     assert all(torch.equal(cache[name], whole[name]) for name in whole)
     again, _ = model.run_with_cache(PROMPTS, out=tmp_path / "run", **settings)
-    assert len(ran) == 2  # what has ended is not run again
+    assert len(ran) == before  # what has ended is not run again
     assert torch.equal(again, images)
 
 

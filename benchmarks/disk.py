@@ -1,0 +1,98 @@
+"""A generation's cache on disk: what writing costs beside plain sampling, and reading one tensor.
+
+`python -m benchmarks.disk` keeps z and the patterns of every attention at every step, of the
+conditional branch, in memory and in a folder, and compares both. A thread writes a step while the
+next one runs, so a second core hides most of the writing; seconds are those of the clock, so run it
+on an idle machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor
+
+from hooked_models import GenerationCache, HookedTextToImage
+
+from .measuring import agree, ratio, record, turns
+
+PROMPT = "red circle is above blue square"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the benchmark."""
+
+    model: str = "rte-micro"
+    steps: int = 14
+    batch: int = 8
+    repeats: int = 5
+    reads: int = 50
+    threads: int = 1
+    device: str = "cpu"
+    folder: Path | None = None
+    """Where caches are written; by default, a temporary folder."""
+    out: Path | None = None
+
+
+@torch.no_grad()
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    model = HookedTextToImage.from_pretrained(config.model).to(config.device)
+    prompts, options = [PROMPT] * config.batch, {"seed": 0, "num_steps": config.steps}
+    with tempfile.TemporaryDirectory(dir=config.folder) as temporary:
+        at = Path(temporary) / "cache"
+
+        def keep(name: str) -> bool:
+            return name.endswith(("hook_z", "hook_pattern"))
+
+        def on_disk() -> Tensor:
+            shutil.rmtree(at, ignore_errors=True)
+            return model.run_with_cache(prompts, names_filter=keep, out=at, **options)[0]
+
+        sides = {
+            "plain sampling": lambda: model(prompts, **options),
+            "in memory": lambda: model.run_with_cache(prompts, names_filter=keep, **options)[0],
+            "on disk": on_disk,
+        }
+        times, values = turns(sides, config.repeats, config.device, wall=True)
+        rows = [
+            {
+                "side": side,
+                "seconds": statistics.median(spent),
+                "ratio to plain": ratio(times, side, "plain sampling"),
+                "difference": agree(side, values[side], values["plain sampling"]),
+            }
+            for side, spent in times.items()
+        ]
+        size = sum(path.stat().st_size for path in at.iterdir())
+        rows[-1] |= {"GB": size / 1e9, "ms a read": 1e3 * read_time(model, at, config.reads)}
+    record("disk", config, pd.DataFrame(rows), config.out)
+
+
+def read_time(model: HookedTextToImage, folder: Path, reads: int) -> float:
+    """Median seconds of reading one tensor of a cache that is open, the first of each file left
+    out: its bytes are compared with the digest.
+    """
+    cache = GenerationCache.load(folder, model)
+    names = [name for name in cache if name.endswith("hook_pattern")]
+    for name in names:
+        cache[name]
+    spent = []
+    for name in (names * (reads // len(names) + 1))[:reads]:
+        start = time.perf_counter()
+        cache[name].sum()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
