@@ -237,7 +237,11 @@ class FamilyModel(NoLanguageModel, HookedModule):
         return self.family.layout(self.wrapped, self._given(args, kwargs))
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return dict(inspect.signature(self.wrapped.forward).bind(*args, **kwargs).arguments)
+        # of the class: an instance's own forward may be a wrapper of any signature
+        forward = inspect.signature(type(self.wrapped).forward)
+        given = dict(forward.bind(self.wrapped, *args, **kwargs).arguments)
+        del given["self"]
+        return given
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module's own forward, with hooks.

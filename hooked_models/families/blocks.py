@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .taps import Axes
+from ..hooks.streams import Axes
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..hooks.layout import IMAGE, OTHER, TEXT, Layout, LayoutError, ordered, permute, ragged
+from ..hooks.layout import IMAGE, OTHER, TEXT, Layout, LayoutError, ordered, ragged
 
-__all__ = ["IMAGE", "OTHER", "TEXT", "Layout", "LayoutError", "ordered", "permute", "ragged"]
+__all__ = ["IMAGE", "OTHER", "TEXT", "Layout", "LayoutError", "ordered", "ragged"]
 
 Grid = tuple[int, int, int]
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,10 @@ from transformer_lens.hook_points import HookPoint
 
 from ..hooks.layout import Layout
 from ..hooks.module import has_hooks
+from ..hooks.streams import Axes, batch_first, joined, parted
 from ..pixart.attention import AttentionCore
 from .weights import Weights
 
-Axes = Literal["batch pos d", "pos batch d", "batch d row column"]
-"""Axes of a tensor of one stream."""
 HEAD_POINTS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z")
 
 
@@ -341,8 +340,8 @@ class StreamTap:
     def _inputs(
         self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.parameters = self.parameters or tuple(
-            inspect.signature(self.module.forward).parameters
+        self.parameters = (
+            self.parameters or tuple(inspect.signature(type(self.module).forward).parameters)[1:]
         )
         names = {name: index for index, name in enumerate(self.parameters)}
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -366,39 +365,19 @@ class StreamTap:
 
     def _through(self, layout: Layout, tensors: list[Tensor | None]) -> list[Tensor | None]:
         self.fired = True
-        # image before text
-        there = sorted(
-            (s, i) for i, s in enumerate(self.streams[: len(tensors)]) if tensors[i] is not None
-        )
-        streams = tuple(stream for stream, _ in there)
-        given: list[Any] = [tensors[i] for _, i in there]
-        parts = [batch_first(x, self.axes) for x in given]
-        for stream, part in zip(streams, parts, strict=True):
-            layout.check(str(self.point.name), part.shape[1], (stream,))
-        batch = max(map(len, parts))  # one text may serve all rows
-        joined = layout.image_first(
-            torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1), streams
-        )
-        joined = layout.as_model(same_shape(self.point, joined), streams)
+        present = [i for i, x in enumerate(tensors) if x is not None]
+        places = sorted(present, key=lambda i: self.streams[i])  # image before text
+        streams = tuple(self.streams[i] for i in places)
+        given: list[Any] = [tensors[i] for i in places]
+        for stream, x in zip(streams, given, strict=True):
+            found = batch_first(x, self.axes).shape[1]
+            layout.check(str(self.point.name), found, (stream,))
+        there, back = layout.order(streams)
+        whole = same_shape(self.point, joined(given, self.axes, there))
         new = list(tensors)
-        for (_, i), x, part in zip(
-            there, given, joined.split([p.shape[1] for p in parts], dim=1), strict=True
-        ):
-            new[i] = batch_first(part, self.axes, like=x).contiguous()
+        for i, part in zip(places, parted(whole, given, self.axes, back), strict=True):
+            new[i] = part
         return new
-
-
-def batch_first(x: Tensor, axes: Axes, like: Tensor | None = None) -> Float[Tensor, "..."]:
-    """A tensor with these axes as [batch pos d]; with `like`, the inverse, in the shape of
-    `like`.
-    """
-    if axes == "pos batch d":
-        return x.transpose(0, 1)
-    if axes == "batch d row column":
-        return (
-            x.flatten(2).transpose(1, 2) if like is None else x.transpose(1, 2).reshape(like.shape)
-        )
-    return x
 
 
 def same_shape(point: HookPoint, x: Tensor) -> Tensor:

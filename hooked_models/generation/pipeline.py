@@ -68,6 +68,12 @@ class HookedPipeline(HookedTextToImage):
     """
 
     def __init__(self, pipe: Any) -> None:
+        for needed in ("transformer", "scheduler", "prepare_latents", "encode_prompt"):
+            if getattr(pipe, needed, None) is None:
+                raise TypeError(
+                    f"{type(pipe).__name__} has no {needed}: HookedTextToImage takes PixArt and "
+                    "others that draw by one."
+                )
         super().__init__()
         self.__dict__["pipe"] = pipe
         live = has_weights_on(pipe.transformer)
@@ -92,12 +98,6 @@ class HookedPipeline(HookedTextToImage):
             ValueError: its transformer is of no known family; the message names those that are.
             TypeError: it has no transformer, or no loop of denoiser calls that can be followed.
         """
-        for needed in ("transformer", "scheduler", "prepare_latents", "encode_prompt"):
-            if getattr(pipe, needed, None) is None:
-                raise TypeError(
-                    f"{type(pipe).__name__} has no {needed}: HookedTextToImage takes PixArt and "
-                    "others that draw by one."
-                )
         return cls(pipe)
 
     def __getattr__(self, name: str) -> Any:

@@ -17,7 +17,7 @@ from ..hooks.layout import Layout
 from ..hooks.wrapping import Stamp
 from ..store import digest
 from .hooks import Extent
-from .loops import rows_of
+from .loops import Call, rows_of
 from .names import Branch
 
 
@@ -98,6 +98,8 @@ class PipelineInputs:
     """Results of `encode_prompt`, call by call."""
     solver: Any = field(default=None, repr=False)
     """A `Solver`; None before the draft."""
+    calls: tuple[Call, ...] = ()
+    """Denoiser calls of the run, in order."""
     branches: tuple[Branch, ...] = ("cond",)
     """In the order of the first step's rows or calls."""
     uncond: frozenset[int] = frozenset()
@@ -176,6 +178,7 @@ class PipelineInputs:
             seeds=tuple(self.seeds[row] for row in some),
             latents=None if self.latents is None else self.latents[rows.to(self.latents.device)],
             encoded=encoded,
+            calls=tuple(replace(call, rows=len(some)) for call in self.calls),
             layouts={branch: layout.take(rows) for branch, layout in self.layouts.items()},
             shapes={name: (len(some), *shape[1:]) for name, shape in self.shapes.items()},
         )

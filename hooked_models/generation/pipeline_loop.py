@@ -287,6 +287,7 @@ class PipelineLoop:
             inputs,
             encoded=tuple(running.encoded),
             solver=running.solver,
+            calls=tuple(call for call, *_ in running.calls_made),
             branches=tuple(first),
             uncond=frozenset(uncond),
             layouts=layouts,

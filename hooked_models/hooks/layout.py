@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from .streams import permute
+
 IMAGE, TEXT, OTHER = 0, 1, 2
 """Labels of positions, in the order in which hooks see them.
 
@@ -106,23 +108,6 @@ class Layout:
                 f"{name} has {found} positions where its family declares {declared} "
                 f"({' + '.join(streams)})."
             )
-
-
-def permute(tensor: Tensor, order: Int[Tensor, "#batch pos"] | None, dim: int) -> Tensor:
-    """Reorder one axis, by one order or by one for each row (axis 0)."""
-    if order is None:
-        return tensor
-    if len(order) == 1:
-        return tensor.index_select(dim, order[0])
-    rows = tensor.expand(len(order), *tensor.shape[1:])  # a mask may be shared by the rows
-    dim %= rows.ndim
-    index = order.reshape(len(order), *(-1 if axis == dim else 1 for axis in range(1, rows.ndim)))
-    return rows.gather(
-        dim,
-        index.expand(
-            *(order.shape[1] if axis == dim else size for axis, size in enumerate(rows.shape))
-        ),
-    )
 
 
 def ordered(

@@ -57,6 +57,7 @@ def _returning_zeros(encoder: Any) -> nn.Module:
 
     found = copy.copy(encoder)
     found.__class__ = _on_cpu(kind, forward=forward)
+    vars(found).pop("forward", None)  # of a library that wraps it on the instance
     return found
 
 
