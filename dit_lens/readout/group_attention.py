@@ -55,7 +55,9 @@ def attention_between(
     model, cfg = run.model, run.model.cfg
     dtype = torch.promote_types(model.dit.dtype, torch.float32)
     places = {
-        branch: _placed(run, sublayer, branch, queries.to(dtype), keys[branch].to(dtype))
+        branch: placed(
+            model, run.inputs, sublayer, branch, queries.to(dtype), keys[branch].to(dtype)
+        )
         for branch in keys
     }
     shape = (
@@ -122,8 +124,9 @@ def attentions_of(dit: Any, sublayer: str) -> dict[int, Any]:
     raise AssertionError(sublayer)
 
 
-def _placed(
-    run: Trajectory,
+def placed(
+    model: Any,
+    inputs: Any,
     sublayer: str,
     branch: Branch,
     queries: Float[Tensor, "batch pos group"],
@@ -131,9 +134,19 @@ def _placed(
 ) -> tuple[Float[Tensor, "batch query_pos group"], Float[Tensor, "batch key_pos key_group"]]:
     """Weights of a branch's rows at the positions of its attention: of image or text, or of both,
     the image first.
+
+    Args:
+        inputs: of a run of `model`, or a draft.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> draft = model.draft("red circle is above blue square", num_steps=2)
+        >>> image, text = torch.ones(1, 64, 1), torch.ones(1, 20, 1)
+        >>> [tuple(side.shape) for side in placed(model, draft, "cross_attn", "cond", image, text)]
+        [(1, 64, 1), (1, 7, 1)]
     """
-    model: Any = run.model
-    layout, layer = model.layout(run.inputs, branch), next(iter(attentions_of(model.dit, sublayer)))
+    layout, layer = model.layout(inputs, branch), next(iter(attentions_of(model.dit, sublayer)))
     name = (
         "cross_attn"
         if f"blocks.{layer}.cross_attn.hook_q" in model.dit.mod_dict and sublayer == "cross_attn"

@@ -6,7 +6,17 @@ from __future__ import annotations
 
 from .caches import RENAME, open_cache
 from .model import RemoteTextToImage
+from .pipeline import RemotePipeline
+from .pixart import RemotePixArt
 from .plan import CLEAN
 from .server import ServerError
 
-__all__ = ["CLEAN", "RENAME", "RemoteTextToImage", "ServerError", "open_cache"]
+__all__ = [
+    "CLEAN",
+    "RENAME",
+    "RemotePipeline",
+    "RemotePixArt",
+    "RemoteTextToImage",
+    "ServerError",
+    "open_cache",
+]

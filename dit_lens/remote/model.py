@@ -1,15 +1,16 @@
 """A text-to-image model behind nnsight, on this machine or another, under the names of
 `HookedTextToImage`.
 
-    model = RemoteTextToImage("PixArt-alpha/PixArt-Sigma-XL-2-512-MS", remote="http://gpu-box:8001")
-    pattern = "blocks.2.cross_attn.hook_pattern"
-    hide = Intervention(pattern, heads="L2H2", tokens="relation", action="knockout")
-    images, cache = model.run_with_cache(prompts, seed=0, names_filter=pattern, steps=0)
-    images = model.run_with_hooks(prompts, seed=0, fwd_hooks=hide.hooks(model, prompts))
+    model = RemoteTextToImage("black-forest-labs/FLUX.1-schnell", remote="http://gpu-box:8001")
+    pattern = "blocks.2.attn.hook_pattern"
+    hide = Intervention(pattern, heads="L2H2", tokens=prompts.word("cat"), action="knockout")
+    images, cache = model.run_with_cache(texts, seed=0, names_filter=pattern, steps=0)
+    images = model.run_with_hooks(texts, seed=0, fwd_hooks=hide.hooks(model, texts))
 
 The weights stay where the server is; here the modules are empty, and serve for names, shapes and
 configuration. Every call is one request, which runs all denoising steps: docs/remote.md says how to
-host a server, and how it was tested.
+host a server, and how it was tested. The two kinds of models answer what `RemoteTextToImage` leaves
+open: `pixart.RemotePixArt` and, for any other pipeline, `pipeline.RemotePipeline`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models import GenerationCache
-from hooked_models.generation.cache import estimate_recorded, refuse_if_too_large
+from hooked_models import GenerationCache, HookedTextToImage
+from hooked_models.generation.cache import KEEPS_BATCH, estimate_sites, refuse_if_too_large
 from hooked_models.generation.capture import Heads, Patterns, Recorder
-from hooked_models.generation.hooks import Attached, Extent
-from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS, Prompts
+from hooked_models.generation.hooks import Attached
+from hooked_models.generation.model import DEFAULT_STEPS, Prompts
 from hooked_models.generation.names import Branch, Site
-from hooked_models.generation.pixart import HookedPixArt, refuse_options
 from hooked_models.generation.sampling import Seeds
 from hooked_models.hooks.module import NameFilter
 from hooked_models.pipelines.folder import check_libraries
@@ -38,8 +38,8 @@ from hooked_models.pipelines.hub import resolve
 from hooked_models.store import digest
 
 from ..intervene.interventions import Intervention
-from . import kernel, plan
-from .caches import RENAME
+from ..readout.group_attention import attentions_of, placed
+from . import plan
 from .server import Server, import_nnsight
 
 NO_RESUMING = (
@@ -54,15 +54,15 @@ NO_GRADIENTS = (
 )
 
 
-class RemoteTextToImage(HookedPixArt):
-    """A PixArt pipeline opened by nnsight's `DiffusionModel`, for everything that a
+class RemoteTextToImage(HookedTextToImage):
+    """A diffusers pipeline opened by nnsight's `DiffusionModel`, for everything that a
     `HookedTextToImage` does in one run.
 
     That is: calls, `run_with_cache`, `run_with_hooks`, `hooks`, every `Intervention`,
-    `synopsis.attention_synopsis`, `ablation.ablation_effects`, and `patch`. Hook functions are sent
-    along as source, with everything they refer to, and run where the model is: they get rows and
-    `hook` as ever, but cannot write to variables here. Tensors between two steps and a few others
-    have limits, which an error explains.
+    `synopsis.attention_synopsis`, `heatmap`, `ablation.ablation_effects`, and `patch`. Hook
+    functions are sent along as source, with everything they refer to, and run where the model is:
+    they get rows and `hook` as ever, but cannot write to variables here. A few tensors have limits,
+    which an error explains.
 
     Args:
         repo_or_path: a hub id, a pipeline folder or a bundled name. A server opens it under the
@@ -76,20 +76,38 @@ class RemoteTextToImage(HookedPixArt):
         timeout: seconds to wait for one request.
 
     Attributes:
-        nnsight: the `DiffusionModel`, with modules renamed as here
+        nnsight: the `DiffusionModel`; PixArt's modules are renamed as here
             (`model.nnsight.dit.blocks[0].cross_attn.output`).
 
     Raises:
         ImportError: nnsight is not installed.
         FileNotFoundError: there is no such model.
-        TypeError: it is no PixArt pipeline.
-        ValueError: it names a library that opening a model must not import.
+        TypeError: its loop cannot be followed; it has no transformer, for example.
+        ValueError: it names a library that opening a model must not import, or its transformer is
+            of no known family.
 
     Example:
         >>> model = RemoteTextToImage("rte-nano")  # in this process
         >>> model("red circle is above blue square", seed=0, num_steps=2).shape
         torch.Size([1, 3, 128, 128])
     """
+
+    renames: ClassVar[Mapping[str, str]] = {"transformer": "dit"}
+    """Modules of diffusers → what nnsight calls them."""
+    kernel: ClassVar[Callable[..., Any]]
+    """Function that is sent, and follows the plan there."""
+    nnsight: Any
+    server: Any
+
+    def __new__(
+        cls, repo_or_path: str | Path, *args: Any, revision: str | None = None, **named: Any
+    ) -> RemoteTextToImage:
+        """A model of the kind that opens this pipeline."""
+        if cls is not RemoteTextToImage:
+            return super().__new__(cls)
+        kind = str(_index(resolve(repo_or_path), revision).get("_class_name"))
+        chosen: Any = next(one for one in cls.__subclasses__() if one.opens(kind))
+        return super().__new__(chosen)
 
     def __init__(
         self,
@@ -102,36 +120,53 @@ class RemoteTextToImage(HookedPixArt):
         timeout: float = 600.0,
     ) -> None:
         nnsight = import_nnsight()
-        # the server has no dit_lens: the parts it needs travel as source
+        # the server has neither: the parts it needs travel as source
         nnsight.register("dit_lens")
+        nnsight.register("hooked_models")
         source = resolve(repo_or_path)
         # A class of another library exists only as a whole, loaded: nnsight cannot build it empty.
         index = _index(source, revision)
         check_libraries(str(repo_or_path), index)
         own = any(isinstance(spec, list) and spec[0] == "hooked_models" for spec in index.values())
         opened = nnsight.DiffusionModel(
-            source, rename=RENAME, dispatch=own or not remote, revision=revision, dtype=dtype
+            source,
+            rename=dict(self.renames),
+            dispatch=own or not remote,
+            revision=revision,
+            dtype=dtype,
         )
-        pipe: Any = opened.pipeline
-        pipe.set_progress_bar_config(disable=True)
-        if not type(pipe).__name__.startswith("PixArt"):
-            raise TypeError(
-                "RemoteTextToImage needs a PixArtAlphaPipeline or PixArtSigmaPipeline, not "
-                f"{type(pipe).__name__}."
-            )
-        super().__init__(
-            pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae, pipe.scheduler
+        opened.pipeline.set_progress_bar_config(disable=True)
+        host = remote if isinstance(remote, str) else None
+        # before the parts, which have a scheduler
+        self.__dict__.update(
+            nnsight=opened, server=Server(host, api_key, timeout) if remote else None
         )
+        self.open_parts(opened.pipeline)
         self.eval()
-        self.nnsight = opened
-        self.server = (
-            Server(remote if isinstance(remote, str) else None, api_key, timeout)
-            if remote
-            else None
-        )
         key = json.dumps({"repo_id": source, "revision": revision})
         self.model_key = f"nnsight.modeling.diffusion.DiffusionModel:{key}"
         """Which model a server is asked for."""
+
+    # Left to the kinds of models
+
+    @classmethod
+    def opens(cls, pipeline_class: str) -> bool:
+        """True if this kind of model opens pipelines of a class."""
+        raise NotImplementedError
+
+    def open_parts(self, pipe: Any) -> None:
+        """Initialise the hooked model of a pipeline's parts."""
+        raise NotImplementedError
+
+    def call_of(self, prompts: Prompts, draft: Any) -> dict[str, Any]:
+        """Arguments of the pipeline's own call for a run."""
+        raise NotImplementedError
+
+    def plan_of(self, draft: Any, wanted: plan.Wanted) -> dict[str, Any]:
+        """The plan that the kernel follows in a run."""
+        raise NotImplementedError
+
+    # The model
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> RemoteTextToImage:
@@ -163,25 +198,21 @@ class RemoteTextToImage(HookedPixArt):
 
         Another one can be set where the pipeline is in this process; a server keeps its own.
         """
-        return self._scheduler
+        return self.nnsight.pipeline.scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        if getattr(self, "server", None) is not None:
+        if scheduler is self.scheduler:
+            return
+        if self.server is not None:
             raise ValueError(
                 "A server draws with the scheduler of the folder that it opened: save one with "
                 "another there."
             )
-        self._scheduler = scheduler
-        if (opened := getattr(self, "nnsight", None)) is not None:
-            opened.pipeline.register_modules(scheduler=scheduler)
+        self.nnsight.pipeline.register_modules(scheduler=scheduler)
 
     def check_wrapped(self) -> None:
         """Nothing: the model that runs is the pipeline itself, with whatever was changed in it."""
-
-    def draw(self, inputs: Any) -> Float[Tensor, "batch 3 height width"]:
-        """As in HookedTextToImage, through nnsight."""
-        return self(inputs.tokens, list(inputs.seeds), inputs.num_steps, inputs.guidance)
 
     # Unsupported
 
@@ -213,7 +244,7 @@ class RemoteTextToImage(HookedPixArt):
         seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float | None = None,
-        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        latents: Float[Tensor, "batch ..."] | None = None,
         **options: Any,
     ) -> Float[Tensor, "batch 3 height width"]:
         """As `HookedTextToImage.forward`, without gradients.
@@ -222,10 +253,8 @@ class RemoteTextToImage(HookedPixArt):
             ServerError: the server cannot be asked, or the run failed there.
             ValueError: a hook is attached where no trace reaches, or backwards.
         """
-        refuse_options(options)
-        return self._run_once(
-            prompts, seed, num_steps, DEFAULT_GUIDANCE if guidance is None else guidance, latents
-        )["images"]
+        draft = self.draft(prompts, seed, num_steps, guidance, latents, **options)
+        return self.ask(prompts, draft)["images"]
 
     def run_with_cache(
         self,
@@ -233,7 +262,7 @@ class RemoteTextToImage(HookedPixArt):
         seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
         guidance: float | None = None,
-        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        latents: Float[Tensor, "batch ..."] | None = None,
         *,
         names_filter: NameFilter = None,
         steps: int | Sequence[int] | slice | None = None,
@@ -254,32 +283,26 @@ class RemoteTextToImage(HookedPixArt):
             ValueError: heads, patterns or out are given: a run behind nnsight keeps whole tensors,
                 and in memory.
         """
-        refuse_options(options)
-        guidance = DEFAULT_GUIDANCE if guidance is None else guidance
         if heads is not None or patterns != "whole" or out is not None:
             raise ValueError(
                 "A run behind nnsight keeps whole tensors, in memory: leave heads=, patterns= and "
                 "out= away, and narrow names_filter=, steps= and branch= instead."
             )
         if remove_batch_dim:
-            raise TypeError(
-                "A whole generation's cache keeps its batch axis: use "
-                "cache.at(step=s).remove_batch_dim()."
-            )
-        tokens = prompts if isinstance(prompts, Tensor) else self.to_tokens(prompts)
-        solver = self.solver(num_steps)
-        sites = self.names.select(
-            names_filter, steps, branch, len(solver), guidance > 1, solver.forms_x0
+            raise TypeError(KEEPS_BATCH)
+        draft = self.draft(prompts, seed, num_steps, guidance, latents, **options)
+        solver, extent = draft.solver, draft.extent
+        known = self.names.select(
+            names_filter, steps, branch, len(solver), extent.guided, solver.forms_x0
         )
-        recorder = Recorder(self, sites, device=device)
-        size = estimate_recorded(
-            recorder, len(tokens), tokens.shape[1], None if latents is None else latents.shape[-2:]
+        sites = [site for site in known if extent.fires(site)]
+        size = estimate_sites(
+            Recorder(self, sites, device=device), lambda site: self.shape(draft, site)
         )
-        refuse_if_too_large(
-            size, max_bytes, self.device if device is None else torch.device(device)
-        )
-        found = self._run_once(prompts, seed, num_steps, guidance, latents, keep=sites)
-        kept = {site.name: found["kept"][site.name].to(device or self.device) for site in sites}
+        there = self.device if device is None else torch.device(device)
+        refuse_if_too_large(size, max_bytes, there)
+        found = self.ask(prompts, draft, keep=sites)
+        kept = {site.name: found["kept"][site.name].to(there) for site in sites}
         return found["images"], GenerationCache(kept, self, solver.noise_levels)
 
     def patch(
@@ -289,8 +312,8 @@ class RemoteTextToImage(HookedPixArt):
         conditions: Mapping[str, Sequence[Intervention]],
         seed: Seeds = 0,
         num_steps: int = DEFAULT_STEPS,
-        guidance: float = DEFAULT_GUIDANCE,
-        latents: Float[Tensor, "batch channel rows columns"] | None = None,
+        guidance: float | None = None,
+        latents: Float[Tensor, "batch ..."] | None = None,
     ) -> dict[str, Float[Tensor, "batch 3 height width"]]:
         """Activation patching as one request: the clean run, the corrupt run, and the corrupt run
         under each condition.
@@ -320,60 +343,66 @@ class RemoteTextToImage(HookedPixArt):
                 f"A condition cannot be called {reserved.pop()!r}: that is what a run without any "
                 "is called."
             )
-        texts, length = self._texts(clean)
-        others, length_2 = self._texts(corrupt)
-        if (len(texts), length) != (len(others), length_2):
-            raise ValueError(
-                f"clean is {len(texts)} prompts of {length} tokens, corrupt {len(others)} of "
-                f"{length_2}: make them equally many, "
-                "and equally long, so that equal positions correspond."
-            )
+        source, target = (
+            self.draft(texts, seed, num_steps, guidance, latents) for texts in (clean, corrupt)
+        )
+        self._check_pairs(source, target)
+        from_clean, from_corrupt = self.call_of(clean, source), self.call_of(corrupt, target)
         edits = {
             name: [
                 edit
                 for each in condition
-                for edit in each.resolve(self, others, num_steps=num_steps)
+                for edit in each.resolve(self, from_corrupt["prompt"], num_steps=num_steps)
             ]
             for name, condition in conditions.items()
         }
-        wanted: dict[str, Site] = {
+        wanted = {
             e.site.name: e.site
             for every in edits.values()
             for e in every
             if e.values is plan.UNKNOWN
         }
-        call, shape = self._call(len(texts), length, seed, num_steps, guidance, latents)
-        attached = self._checked_hooks(num_steps, guidance)
-        first = plan.make(self, attached, shape, keep=list(wanted.values()), home=False)
-        plans = {"corrupt": plan.make(self, attached, shape)}
+        attached = self.checked_hooks(source)
+        keep = list(wanted.values())
+        first = self.plan_of(source, plan.Wanted(attached, keep, home=False))
+        plans = {"corrupt": self.plan_of(target, plan.Wanted(attached))}
         for name, every in edits.items():
-            hooks = [(edit.site.name, edit) for edit in every]
-            with self.hooks(hooks):
-                attached = self._checked_hooks(num_steps, guidance)
-            plans[name] = plan.make(self, attached, shape, patching=True)
+            with self.hooks([(edit.site.name, edit) for edit in every]):
+                attached = self.checked_hooks(target)
+            plans[name] = self.plan_of(target, plan.Wanted(attached, patching=True))
 
-        model, run, nnsight, backend = self.nnsight, kernel.run, import_nnsight(), self._backend()
+        model, run, nnsight, backend = self.nnsight, self.kernel, import_nnsight(), self._backend()
 
         def ask() -> Any:
             found = None  # on a server, where it has a value later
             with model.session(backend=backend):
                 found = nnsight.save({})
-                with model.generate(texts, **call) as tracer:
+                with model.generate(**from_clean) as tracer:
                     source = run(model, tracer, first)
                 found["clean"] = source["images"]
                 for name in plans:
-                    with model.generate(others, **call) as tracer:
+                    with model.generate(**from_corrupt) as tracer:
                         result = run(model, tracer, plans[name], source["kept"])
                     found[name] = result["images"]
             return found
 
         return self._answer(ask, backend)
 
+    def _check_pairs(self, clean: Any, corrupt: Any) -> None:
+        """Raise ValueError unless prompts and positions of two drafts correspond by number."""
+        counts = [(len(each), self.layout(each).text_mask.shape[1]) for each in (clean, corrupt)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"clean is {counts[0][0]} prompts of {counts[0][1]} tokens, corrupt "
+                f"{counts[1][0]} of {counts[1][1]}: make them equally many, and equally long, so "
+                "that equal positions correspond."
+            )
+
     def attention_between(
         self,
         prompts: Prompts,
         seed: Seeds,
-        sublayer: Literal["attn", "cross_attn"],
+        sublayer: Literal["attn", "cross_attn", "image_attn"],
         groups: plan.Groups,
         *,
         num_steps: int,
@@ -383,112 +412,70 @@ class RemoteTextToImage(HookedPixArt):
         only these sums travel.
         """
         dtype = torch.promote_types(self.dit.dtype, torch.float32)
-        # beyond are pads, which get no attention
-        length = self._texts(prompts)[1] if sublayer == "cross_attn" else None
-        queries = groups.queries.to(dtype)
-        keys = {branch: weights[:, :length].to(dtype) for branch, weights in groups.keys.items()}
-        layers, steps = range(self.cfg.n_layers), range(self.count_steps(num_steps))
-        sums = [
-            plan.Sum(layer, step, branch, sublayer, queries, weights, groups.reduce)
-            for layer in layers
-            for step in steps
-            for branch, weights in keys.items()
-        ]
-        found = self._run_once(prompts, seed, num_steps, guidance, None, sums=sums)["added"]
-        stacked = [
-            [[found[layer, step, branch] for branch in keys] for step in steps] for layer in layers
-        ]
-        by_layer = [
-            torch.stack([torch.stack(of_step, dim=2) for of_step in of_layer], dim=2)
-            for of_layer in stacked
-        ]
-        return torch.stack(by_layer, dim=1)
+        draft = self.draft(prompts, seed, num_steps, guidance)
+        attentions = attentions_of(self.dit, sublayer)
+        sums = []
+        for branch, weights in groups.keys.items():
+            queries, keys = placed(
+                self, draft, sublayer, branch, groups.queries.to(dtype), weights.to(dtype)
+            )
+            sums += [
+                plan.Sum(
+                    str(one.hook_q.name).removesuffix(".hook_q"),
+                    *(step, branch, queries, keys, groups.reduce),
+                    key=(layer, step, branch),
+                )
+                for layer, one in attentions.items()
+                for step in range(len(draft.solver))
+                if branch == "cond" or step in draft.extent.uncond
+            ]
+        found = self.ask(prompts, draft, sums=sums)["added"]
+        like = next(iter(found.values()))
+        nothing = torch.full_like(like, torch.nan)
+        by_branch = []
+        for branch in groups.keys:
+            by_layer = [
+                torch.stack(
+                    [found.get((layer, s, branch), nothing) for s in range(len(draft.solver))], 2
+                )
+                for layer in range(self.cfg.n_layers)
+            ]
+            by_branch.append(torch.stack(by_layer, dim=1))
+        return torch.stack(by_branch, dim=4)
 
-    def _run_once(
+    def ask(
         self,
         prompts: Prompts,
-        seed: Seeds,
-        num_steps: int,
-        guidance: float,
-        latents: Tensor | None,
-        *,
+        draft: Any,
         keep: Sequence[Site] = (),
         sums: Sequence[plan.Sum] = (),
     ) -> dict[str, Any]:
-        texts, length = self._texts(prompts)
-        call, shape = self._call(len(texts), length, seed, num_steps, guidance, latents)
-        todo = plan.make(
-            self, self._checked_hooks(num_steps, guidance), shape, keep=keep, sums=sums
-        )
-        model, run, nnsight, backend = self.nnsight, kernel.run, import_nnsight(), self._backend()
+        """Run once, with the attached hooks: "images", the tensors that are kept, by name, as
+        "kept", and sums of attention, by key, as "added".
+        """
+        todo = self.plan_of(draft, plan.Wanted(self.checked_hooks(draft), keep, sums))
+        call = self.call_of(prompts, draft)
+        model, run, nnsight, backend = self.nnsight, self.kernel, import_nnsight(), self._backend()
 
         def ask() -> Any:
             found = None  # on a server, where it has a value later
-            with model.generate(texts, backend=backend, **call) as tracer:
+            with model.generate(backend=backend, **call) as tracer:
                 found = nnsight.save(run(model, tracer, todo))
             return found
 
         return self._answer(ask, backend)
 
-    def _call(
-        self,
-        batch: int,
-        length: int,
-        seed: Seeds,
-        num_steps: int,
-        guidance: float,
-        latents: Tensor | None,
-    ) -> tuple[dict[str, Any], plan.RunShape]:
-        """Arguments of the pipeline, and the size of the run."""
-        if self.solver(num_steps).draws:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} draws noise at every step, from generators that "
-                "do not travel through nnsight: "
-                "take a deterministic scheduler, such as DPMSolverMultistepScheduler."
-            )
-        noise = self.noise(seed, batch) if latents is None else latents.to(self.device)
-        height, width = self.image_size(noise.shape[-2:])
-        call = {
-            **{
-                "num_inference_steps": num_steps,
-                "guidance_scale": guidance,
-                "latents": noise.to(self.dit.dtype),
-            },
-            **{
-                "height": height,
-                "width": width,
-                "max_sequence_length": length,
-                "output_type": "pt",
-                "return_dict": False,
-            },
-            **{"clean_caption": False, "use_resolution_binning": False},
-        }
-        grid = (noise.shape[-2], noise.shape[-1])
-        return call, plan.RunShape(batch, length, num_steps, guidance, grid)
+    def checked_hooks(self, draft: Any) -> list[Attached]:
+        """The attached hooks, at every site of a run.
 
-    def _texts(self, prompts: Prompts) -> tuple[list[str], int]:
-        """Prompts as the pipeline takes them, and the number of text positions.
-
-        Raises ValueError for tokens of no text.
+        Raises:
+            ValueError: the run does not compute a tensor.
+            NotImplementedError: a hook acts backwards.
         """
-        if not isinstance(prompts, Tensor):
-            return [prompts] if isinstance(prompts, str) else list(prompts), self.to_tokens(
-                prompts
-            ).shape[1]
-        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        if not torch.equal(self.to_tokens(texts, length=prompts.shape[1]), prompts.to(self.device)):
-            raise ValueError(
-                "These tokens are not those of a text, and nnsight's pipeline takes text: give "
-                "prompts."
-            )
-        return texts, prompts.shape[1]
-
-    def _checked_hooks(self, num_steps: int, guidance: float) -> list[Attached]:
-        extent = Extent.of(self.solver(num_steps), guidance > 1)
-        self.check_hooks(extent)
+        self.check_hooks(draft.extent)
         if any(attached.direction == "bwd" for attached in self.attached):
             raise NotImplementedError(NO_GRADIENTS)
-        return self.firing_in_run(extent)
+        return self.firing_in_run(draft.extent)
 
     # The server
 

@@ -1,0 +1,58 @@
+"""Every other pipeline behind nnsight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_models.generation.model import Prompts
+from hooked_models.generation.pipeline import HookedPipeline
+from hooked_models.pipelines.folder import PIXART
+
+from . import pipeline_kernel, pipeline_plan, plan
+from .model import RemoteTextToImage
+
+
+class RemotePipeline(RemoteTextToImage, HookedPipeline):
+    """A diffusers pipeline whose denoiser is of a known family, behind nnsight; made by
+    `RemoteTextToImage`.
+
+    Example:
+        >>> RemotePipeline.opens("FluxPipeline"), RemotePipeline.opens("PixArtSigmaPipeline")
+        (True, False)
+    """
+
+    kernel = staticmethod(pipeline_kernel.run)
+
+    @classmethod
+    def opens(cls, pipeline_class: str) -> bool:
+        """True for all but PixArt's."""
+        return pipeline_class not in PIXART
+
+    def open_parts(self, pipe: Any) -> None:
+        """As in RemoteTextToImage."""
+        HookedPipeline.__init__(self, pipe)
+
+    def draw(self, inputs: Any) -> Float[Tensor, "batch 3 height width"]:
+        """As in HookedTextToImage, through nnsight."""
+        return self.ask(inputs.prompts, inputs)["images"]
+
+    def plan_of(self, draft: Any, wanted: plan.Wanted) -> dict[str, Any]:
+        """As in RemoteTextToImage."""
+        return pipeline_plan.make(self, draft, wanted)
+
+    def call_of(self, prompts: Prompts, draft: Any) -> dict[str, Any]:
+        """As in RemoteTextToImage: noise is drawn there, by generators that travel."""
+        given = {} if draft.latents is None else {"latents": draft.latents}
+        if not any(name.startswith("prompt_embeds") for name in draft.options):
+            given["prompt"] = list(draft.prompts)
+        return {
+            **draft.options,
+            **given,
+            "generator": [torch.Generator().manual_seed(seed) for seed in draft.seeds],
+            "output_type": "pt",
+            "return_dict": False,
+        }

@@ -1,0 +1,277 @@
+"""The plan of one generation of a diffusers pipeline, which `pipeline_kernel.run` follows inside a
+trace.
+
+Where a tensor is, its family's file says: the taps of the hooked denoiser are read here, and
+written nowhere again. The order in which a call reaches modules is seen in one call of the
+denoiser, which without weights computes nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hooked_models.families.taps import HEAD_POINTS, KernelTap, StreamTap
+from hooked_models.generation.loops import Call
+from hooked_models.generation.names import FINAL, Site
+from hooked_models.generation.pipeline_inputs import PipelineInputs
+from hooked_models.generation.pipeline_loop import Running, Trial
+
+from .plan import Wanted, touch, unreachable, x0_coefficients
+
+BETWEEN = ("hook_latent", "hook_out", "hook_x0")
+KERNELS = {"dispatch_attention_fn": True, "F.scaled_dot_product_attention": False}
+"""Function that an attention processor calls → True if its tensors are [batch pos head d_head]."""
+Orders = tuple[Tensor | None, Tensor | None]
+
+
+class Events(NamedTuple):
+    """How often, and when first, one denoiser call enters and leaves modules, by their paths."""
+
+    first: dict[tuple[str, str], int]
+    times: dict[str, int]
+
+
+def make(model: Any, draft: PipelineInputs, wanted: Wanted) -> dict[str, Any]:
+    """The plan of a run.
+
+    Args:
+        model: a hooked pipeline, with weights or without.
+        draft: inputs of the run.
+
+    Raises:
+        ValueError: a tensor that no trace reaches, or an edit made for other prompts.
+    """
+    touches: dict[tuple[str, int], dict[str, list[Any]]] = {}
+    for site, action in wanted.actions:
+        sent = touch(model, draft, site, action, wanted.patching)
+        place = _place(draft, site)
+        touches.setdefault(place, {}).setdefault(site.inner, []).append(sent)
+    if between := [site for site, _ in wanted.actions if site.inner in BETWEEN]:
+        _check_between(type(model.pipe), between[0])
+    sums: dict[int, dict[str, list[Any]]] = {}
+    for each in wanted.sums:
+        number = _number(draft, each.step, each.branch)
+        there = sums.setdefault(number, {})
+        there.setdefault(each.attention, []).append(each.sent)
+    return {
+        "events": _events(model, draft, touches, sums),
+        "between": bool(between),
+        "images": touches.get(("images", 0), {}),
+        "home": wanted.home,
+    }
+
+
+def _place(draft: PipelineInputs, site: Site) -> tuple[str, int]:
+    """Kind and number of the event in which a trace gets at a site's tensor."""
+    step = site.step or 0
+    if site.inner == FINAL:
+        return "images", 0
+    if site.part == "dit":
+        return "call", _number(draft, step, site.branch)
+    if site.inner in ("hook_out_cond", "hook_out_uncond"):
+        return "call", _number(draft, step, site.inner.removeprefix("hook_out_"))
+    if site.inner == "hook_latent":
+        return ("prepared", 0) if step == 0 else ("after", step - 1)
+    return "step", step
+
+
+def _number(draft: PipelineInputs, step: int, branch: Any) -> int:
+    """Number of the denoiser call that computes a branch of a step."""
+    return next(
+        number
+        for number, call in enumerate(draft.calls)
+        if call.step == step and branch in call.branches
+    )
+
+
+def _events(
+    model: Any,
+    draft: PipelineInputs,
+    touches: dict[tuple[str, int], dict[str, list[Any]]],
+    sums: dict[int, dict[str, list[Any]]],
+) -> list[dict[str, Any]]:
+    """Events of the run in which something is wanted, in order."""
+    places = {*touches, *(("call", number) for number in sums)} - {("images", 0)}
+    inside = any(kind == "call" for kind, _ in places)
+    seen = order_of(model, draft) if inside else Events({}, {})
+
+    def when(place: tuple[str, int]) -> tuple[int, int]:
+        kind, number = place
+        if kind == "call":
+            return draft.calls[number].step, 1 + number
+        return (-1, 0) if kind == "prepared" else (number, len(draft.calls) + 1 + (kind == "after"))
+
+    events = []
+    for kind, number in sorted(places, key=when):
+        here = touches.get((kind, number), {})
+        event: dict[str, Any] = {"kind": kind, "number": number, "touches": here, "rows": {}}
+        if kind == "call":
+            call = draft.calls[number]
+            names = {*here, *(f"{name}.hook_q" for name in sums.get(number, {}))}
+            event |= {
+                "sums": sums.get(number, {}),
+                "rows": {branch: call.part(branch) for branch in call.branches},
+                "branches": call.branches,
+                "items": _items(model, draft, call, names, seen),
+            }
+        elif kind == "step":
+            x0 = "hook_x0" in here
+            event["x0"] = x0_coefficients(draft.solver, number) if x0 else (0.0, 1.0)
+        events.append(event)
+    return events
+
+
+def _items(
+    model: Any, draft: PipelineInputs, call: Call, names: set[str], seen: Events
+) -> list[dict[str, Any]]:
+    """The taps that lead to these names, in the order in which a call reaches them."""
+    transformer = model.dit.wrapped
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    items = []
+    for block in model.dit.blocks:
+        for tap in block.taps:
+            points = (
+                [getattr(tap.heads, leaf) for leaf in HEAD_POINTS]
+                if isinstance(tap, KernelTap)
+                else [tap.point]
+            )
+            if not names & {str(point.name) for point in points}:
+                continue
+            path = paths[id(tap.module)]
+            if seen.times.get(path, 0) != 1:
+                raise ValueError(
+                    f"{points[0].name} is not within nnsight's reach: its module, {path}, runs "
+                    f"{seen.times.get(path, 0)} times in a call."
+                )
+            entered = isinstance(tap, KernelTap) or bool(tap.arguments)
+            describe = _kernel_item if isinstance(tap, KernelTap) else _stream_item
+            item = describe(tap, lambda *streams: _order_in(draft, call, streams))
+            when = seen.first["in" if entered else "out", path]
+            items.append((when, isinstance(tap, KernelTap), {"path": path.split("."), **item}))
+    return [item for *_, item in sorted(items, key=lambda each: each[:2])]
+
+
+def _stream_item(tap: StreamTap, orders: Callable[..., tuple[Orders, int]]) -> dict[str, Any]:
+    present = [i for i, s in enumerate(tap.streams) if tap.keeps_text or s != "text"]
+    places = sorted(present, key=lambda i: tap.streams[i])  # image before text
+    order, positions = orders(*(tap.streams[i] for i in places))
+    parameters = list(inspect.signature(type(tap.module).forward).parameters)[1:]
+    return {
+        "kind": "input" if tap.arguments else "output",
+        "name": str(tap.point.name),
+        "places": places,
+        "axes": tap.axes,
+        "orders": order,
+        "positions": positions,
+        "arguments": [(name, parameters.index(name)) for name in tap.arguments],
+    }
+
+
+def _kernel_item(tap: KernelTap, orders: Callable[..., tuple[Orders, int]]) -> dict[str, Any]:
+    within, pos_first = kernel_of(tap.module, tap.heads.place)
+    queries, keys = orders(tap.heads.queries), orders(tap.heads.keys)
+    return {
+        "kind": "kernel",
+        "name": tap.heads.place,
+        "within": within,
+        "pos_first": pos_first,
+        "orders": (queries[0], keys[0]),
+        "positions": (queries[1], keys[1]),
+    }
+
+
+def kernel_of(attention: nn.Module, place: str) -> tuple[tuple[str, str], bool]:
+    """Nnsight's names of an attention's call of its processor and of the processor's of its
+    kernel, and whether tensors are [batch pos head d_head] there.
+
+    Raises:
+        ValueError: the processor calls no kernel that is known.
+
+    Example:
+        >>> from diffusers.models.attention_processor import Attention
+        >>> kernel_of(Attention(8), "blocks.0.attn")
+        (('self_processor_0', 'F_scaled_dot_product_attention_0'), False)
+    """
+    processor: Any = getattr(attention, "processor", None)
+    source = "" if processor is None else inspect.getsource(type(processor).__call__)
+    for name, pos_first in KERNELS.items():
+        if (calls := source.count(f"{name}(")) > 0:
+            # the last one: those before it, where there are any, are about reference images
+            return ("self_processor_0", f"{name.replace('.', '_')}_{calls - 1}"), pos_first
+    raise ValueError(
+        f"{place}.hook_q is not within nnsight's reach: {type(processor).__name__} calls no "
+        "attention kernel of torch or diffusers."
+    )
+
+
+def _order_in(draft: PipelineInputs, call: Call, streams: Sequence[str]) -> tuple[Orders, int]:
+    """Indices from the model's order of these streams to that of hooks and back, over all rows of
+    a call, and the number of positions.
+    """
+    layouts = [draft.layouts[branch] for branch in call.branches]
+    each = [layout.order(tuple(streams)) for layout in layouts]
+    positions = layouts[0].length(*streams)
+    if all(there is None for there, _ in each):
+        return (None, None), positions
+    rows = []
+    for there, back in each:
+        plain = torch.arange(positions)[None]
+        rows.append([plain if order is None else order for order in (there, back)])
+    if all(len(order) == 1 and torch.equal(order, rows[0][0]) for order, _ in rows):
+        return (rows[0][0], rows[0][1]), positions
+    there, back = (
+        torch.cat([pair[side].expand(call.rows, -1) for pair in rows]) for side in (0, 1)
+    )
+    return (there, back), positions
+
+
+def _check_between(pipeline: Any, site: Site) -> None:
+    """Raise ValueError where nnsight cannot tell a pipeline's calls between steps."""
+    source = inspect.getsource(pipeline.__call__)
+    for call in ("self.scheduler.step(", "self.prepare_latents("):
+        if (found := source.count(call)) != 1:
+            raise unreachable(
+                site, f"{pipeline.__name__} calls {call[:-1]} in {found} places of its loop."
+            )
+
+
+@torch.no_grad()
+def order_of(model: Any, draft: PipelineInputs) -> Events:
+    """The order in which one denoiser call enters and leaves the modules that are hooked.
+
+    Example:
+        >>> from dit_lens.remote.pipeline_plan import Events
+        >>> Events({("in", "blocks.0"): 0}, {"blocks.0": 1}).times["blocks.0"]
+        1
+    """
+    transformer = model.dit.wrapped
+    hooked = {id(tap.module) for block in model.dit.blocks for tap in block.taps}
+    first: dict[tuple[str, str], int] = {}
+    count: dict[str, int] = {}
+
+    def entering(path: str) -> Callable[..., None]:
+        def log(*args: Any) -> None:
+            first.setdefault(("in", path), len(first))
+            count[path] = count.get(path, 0) + 1
+
+        return log
+
+    def leaving(path: str) -> Callable[..., None]:
+        def log(*args: Any) -> None:
+            first.setdefault(("out", path), len(first))
+
+        return log
+
+    with ExitStack() as stack:
+        for path, module in transformer.named_modules():
+            if id(module) in hooked:
+                stack.callback(module.register_forward_pre_hook(entering(path)).remove)
+                stack.callback(module.register_forward_hook(leaving(path)).remove)
+        Running(draft, Trial(transformer), 1).quiet().run(output_type="latent")
+    return Events(first, count)
