@@ -66,8 +66,9 @@ def knockout_role(
     steps: Steps = None,
     branch: Branches = "cond",
     missing: Literal["error", "ignore"] = "error",
+    sublayer: Literal["attn", "cross_attn"] = "cross_attn",
 ) -> list[Intervention]:
-    """Hide tokens from cross-attention, whose patterns renormalise over the others.
+    """Hide tokens from an attention, whose patterns renormalise over the others.
 
     By default in all heads of all layers: the words are dropped from the prompt, as by its mask, at
     the given steps (`slice(5)`: before the fifth).
@@ -78,6 +79,7 @@ def knockout_role(
         heads: "L2H8", or several.
         layers: one or several, in place of heads.
         missing: "ignore" leaves prompts alone that have no such token.
+        sublayer: "attn" of models that join image and text in one attention.
 
     Raises:
         ValueError: heads and layers are both given, or a head or role is misspelt.
@@ -88,7 +90,7 @@ def knockout_role(
     """
     if heads is not None and layers is not None:
         raise ValueError("Give heads or layers: a head's name says its layer.")
-    site = "blocks.{}.cross_attn.hook_pattern"
+    site = f"blocks.{{}}.{sublayer}.hook_pattern"
     if heads is not None:
         return [
             Intervention(site.format(layer), numbers, role, steps, branch, "knockout", missing)

@@ -264,12 +264,10 @@ class _RunBackward:
         """Add a vector-Jacobian product to the cotangents of all leaves and kept tensors that `of`
         is made from.
         """
-        several = [
+        targets = [
             *(leaf for calls in self.calls.values() for *_, leaf in calls),
             *self.kept.values(),
         ]
-        # one tensor may pass two hooks
-        targets = list({id(tensor): tensor for tensor in several}.values())
         if not targets:
             return
         found = torch.autograd.grad(of, targets, cotangent, retain_graph=True, allow_unused=True)
@@ -339,7 +337,10 @@ def _copy(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -
 
 
 def _keep(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -> Tensor:
-    kept[name] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    # a view: without guidance a prediction is hook_out itself, and each has its own gradient
+    kept[name] = (
+        tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+    )
     return kept[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hooked_models.pixart.dit import FoldedDiT
 
 from ..hooked_models.pipelines import tiny_pipeline
 from ..hooked_models.tiny import tiny_transformer
+from .family_cases import FIRST, OTHERS, Case, case_of
 from .oracles import TESTS, TIMESTEP, Bound, bind
 
 
@@ -61,3 +63,10 @@ def folded(folded_dit: FoldedDiT) -> Bound:
 @pytest.fixture(scope="session")
 def generation() -> HookedTextToImage:
     return HookedTextToImage.from_pipeline(tiny_pipeline(dtype=torch.float64))
+
+
+@pytest.fixture(params=[*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def case(request: Any) -> Iterator[Case]:
+    """The tiny pipelines, one after the other; all but a few are slow."""
+    with torch.no_grad():
+        yield case_of(request.param)

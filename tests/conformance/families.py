@@ -1,7 +1,7 @@
 """Write docs/families.md, families × tools, from the tests of every family: `python -m
 tests.conformance.families`.
 
-A column is a test of `test_every_family`, a row one of the tiny pipelines that it runs on, and a
+A column is a test of `test_every_family` or `test_every_family_experiments`, a row one of the tiny pipelines that it runs on, and a
 number the reason why a family cannot have a tool, which the test expects to be raised or to hold.
 """
 
@@ -12,7 +12,9 @@ from pathlib import Path
 from hooked_models import families
 
 from ..hooked_models.tiny_pipelines import PIPELINES
+from . import family_cases as cases
 from . import test_every_family as tests
+from . import test_every_family_experiments as experiments
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TOOLS = {
@@ -27,6 +29,9 @@ TOOLS = {
     "every action": tests.test_every_action,
     "words": tests.test_a_word_knocked_out,
     "sweeps": tests.test_a_sweeps_cell_is_a_run_of_its_own,
+    "search": experiments.test_a_searchs_scores_and_effects,
+    "ablation": experiments.test_ablations_by_hand,
+    "ablation_effects": experiments.test_ablation_effects_are_those_of_runs_with_hooks,
     "estimates": tests.test_an_estimate_is_the_size_of_the_cache,
     "heads=, patterns=": tests.test_chosen_heads_and_summaries_are_those_of_the_whole_cache,
     "out=": tests.test_a_cache_on_disk_is_the_one_in_memory,
@@ -40,14 +45,16 @@ TOOLS = {
 INTRODUCTION = """# Every family and every tool
 
 `HookedTextToImage.from_pipeline(pipe)` and `from_pretrained(folder or hub id)` open any of these pipelines; the same tools run on
-all of them. The table is written from `tests/conformance/test_every_family.py` (`python -m tests.conformance.families`): a ✓ is a
+all of them. The table is written from `tests/conformance/test_every_family*.py` (`python -m tests.conformance.families`): a ✓ is a
 test that passes on a tiny random pipeline of the family, on a CPU in float32. No real weights were run.
 
 - *images, inert hooks*: bitwise the plain pipeline's. *forks*: bitwise a full run with the same hooks.
 - *residual streams*, *heads*: an `Intervention` equals the same edit made by a torch hook in diffusers' own module.
 - *branches*: out = uncond + s · (cond − uncond); *one branch alone*: an edit of one leaves the other's prediction bitwise.
 - *every action*, *words*: against functions and sums written out; *identity edits* change nothing.
-- *sweeps*: a cell equals its own `run_with_hooks`. *estimates*: bytes before a run equal those of its cache.
+- *sweeps*: a cell equals its own `run_with_hooks`. *search*: scores of `two_stage` equal a change times autograd's slope, by hand.
+- *ablation*: heads at a mean and hidden words equal hooks by hand. *ablation_effects*: each image is that of a run with hooks.
+- *estimates*: bytes before a run equal those of its cache.
 - *at(step)*: TransformerLens' patching on one step. *gradients*: autograd through all later steps against finite differences.
 - *attribution*, *path patching*, *synopsis*: against gradients, patches and sums of patterns by hand.
 """
@@ -73,7 +80,7 @@ def page() -> str:
     rows += [
         [name, *(cell(name, tool) for tool in TOOLS)]
         for name in PIPELINES
-        if name not in tests.LEFT_OUT
+        if name not in cases.LEFT_OUT
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines += [

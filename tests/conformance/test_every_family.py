@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,20 +27,12 @@ from dit_lens import (
     sweep,
     synopsis,
 )
-from hooked_models import GenerationCache, HookedTextToImage, UnknownHookError
+from hooked_models import GenerationCache, UnknownHookError
 from hooked_models.families.adapter import submodule
 from hooked_models.generation.cache import CacheTooLargeError, estimate
 
 from ..hooked_models.pipelines import PROMPTS
-from ..hooked_models.tiny_pipelines import PIPELINES, tiny_pipeline
-
-STEPS, SEEDS = 3, [3, 4]
-LAST = STEPS - 1
-FIRST = ("FLUX.1", "FLUX.1 true CFG", "SD3", "SANA DPM++", "Qwen-Image")
-LEFT_OUT = ("SANA",)
-"""Pipelines of a family that another one stands for."""
-OTHERS = tuple(name for name in PIPELINES if name not in (*FIRST, *LEFT_OUT))
-
+from .family_cases import LAST, SEEDS, STEPS, Case, case_of, close
 
 ONE_BRANCH = (
     "it is distilled with guidance, and every step is one call: there is no unconditional branch"
@@ -101,95 +91,9 @@ NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
 """Tool → why no other family than PixArt has it, and a call that says so."""
 
 
-@dataclass
-class Case:
-    """One tiny pipeline, and how it is called."""
-
-    name: str
-    pipe: Any
-    model: Any
-    guidance: float | None
-    call: dict[str, Any]
-
-    def plain(self, **more: Any) -> Tensor:
-        """Images of the pipeline itself."""
-        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        found = self.pipe(prompt=list(PROMPTS), generator=generators, **{**self.call, **more})
-        return found.images if hasattr(found, "images") else found.frames
-
-    def images(self, hooks: Any = ()) -> Tensor:
-        return self.model.run_with_hooks(
-            PROMPTS, SEEDS, STEPS, self.guidance, fwd_hooks=list(hooks)
-        )
-
-    @property
-    def run(self) -> Any:
-        return self.model.trajectory(PROMPTS, SEEDS, STEPS, self.guidance)
-
-    def cached(self, names: Any, **how: Any) -> Any:
-        return self.model.run_with_cache(
-            PROMPTS, SEEDS, STEPS, self.guidance, names_filter=names, **how
-        )[1]
-
-    def act(self, site: str, **how: Any) -> list[Any]:
-        return Intervention(site, **how).hooks(self.model, list(PROMPTS), num_steps=STEPS)
-
-    @property
-    def attention(self) -> str:
-        """Sublayer that reads the text in block 0."""
-        return "cross_attn" if "blocks.0.cross_attn.hook_z" in self.model.dit.hook_dict else "attn"
-
-    @property
-    def together(self) -> bool:
-        """True if both branches are one call."""
-        return len(self.run.record.predictions) == STEPS and len(self.branches) == 2
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        return (
-            ("cond", "uncond")
-            if self.model.draft(PROMPTS, SEEDS, STEPS, self.guidance).guided
-            else ("cond",)
-        )
-
-
-@cache
-def case_of(name: str) -> Case:
-    """Each is built once; its model has no hooks but in blocks."""
-    pipe, call = tiny_pipeline(name)
-    model: Any = HookedTextToImage.from_pipeline(pipe)
-    call = {**call, "num_inference_steps": STEPS}
-    options = {
-        key: value
-        for key, value in call.items()
-        if key not in ("num_inference_steps", "output_type")
-    }
-    guide = next(
-        (
-            key
-            for key in ("true_cfg_scale", "guidance_scale")
-            if key in options and (key == model.guide)
-        ),
-        None,
-    )
-    guidance = options.pop(guide) if guide else None
-    model.options = options
-    return Case(name, pipe, model, guidance, call)
-
-
 @pytest.fixture(autouse=True)
 def _float64() -> None:
     """In place of the folder's own fixture: these tests run in float32, as users do."""
-
-
-@pytest.fixture(params=[*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-def case(request: Any) -> Iterator[Case]:
-    with torch.no_grad():
-        yield case_of(request.param)
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> bool:
-    return bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
 
 
 # Whole generations
@@ -766,8 +670,9 @@ def test_a_tool_that_no_family_has_says_so(tool: str) -> None:
 def test_the_page_is_up_to_date() -> None:
     from . import families  # which reads this module
 
-    written = [name for name in globals() if name.startswith("test_") and name not in PAGE_TESTS]
-    assert {test.__name__ for test in families.TOOLS.values()} == set(written)
+    modules = (globals(), vars(families.experiments))
+    written = {name for module in modules for name in module if name.startswith("test_")}
+    assert {test.__name__ for test in families.TOOLS.values()} == written - set(PAGE_TESTS)
     assert {tool for _, tool in UNABLE} <= set(families.TOOLS)
     assert families.PAGE.read_text() == families.page(), (
         "run `python -m tests.conformance.families`"

@@ -1,0 +1,103 @@
+"""The tiny pipelines that every tool is tested on, and how each is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_lens import Intervention
+from hooked_models import HookedTextToImage
+
+from ..hooked_models.pipelines import PROMPTS
+from ..hooked_models.tiny_pipelines import PIPELINES, tiny_pipeline
+
+STEPS, SEEDS = 3, [3, 4]
+LAST = STEPS - 1
+FIRST = ("FLUX.1", "FLUX.1 true CFG", "SD3", "SANA DPM++", "Qwen-Image")
+LEFT_OUT = ("SANA",)
+"""Pipelines of a family that another one stands for."""
+OTHERS = tuple(name for name in PIPELINES if name not in (*FIRST, *LEFT_OUT))
+
+
+@dataclass
+class Case:
+    """One tiny pipeline, and how it is called."""
+
+    name: str
+    pipe: Any
+    model: Any
+    guidance: float | None
+    call: dict[str, Any]
+
+    def plain(self, **more: Any) -> Tensor:
+        """Images of the pipeline itself."""
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        found = self.pipe(prompt=list(PROMPTS), generator=generators, **{**self.call, **more})
+        return found.images if hasattr(found, "images") else found.frames
+
+    def images(self, hooks: Any = ()) -> Tensor:
+        return self.model.run_with_hooks(
+            PROMPTS, SEEDS, STEPS, self.guidance, fwd_hooks=list(hooks)
+        )
+
+    @property
+    def run(self) -> Any:
+        return self.model.trajectory(PROMPTS, SEEDS, STEPS, self.guidance)
+
+    def cached(self, names: Any, **how: Any) -> Any:
+        return self.model.run_with_cache(
+            PROMPTS, SEEDS, STEPS, self.guidance, names_filter=names, **how
+        )[1]
+
+    def act(self, site: str, **how: Any) -> list[Any]:
+        return Intervention(site, **how).hooks(self.model, list(PROMPTS), num_steps=STEPS)
+
+    @property
+    def attention(self) -> str:
+        """Sublayer that reads the text in block 0."""
+        return "cross_attn" if "blocks.0.cross_attn.hook_z" in self.model.dit.hook_dict else "attn"
+
+    @property
+    def together(self) -> bool:
+        """True if both branches are one call."""
+        return len(self.run.record.predictions) == STEPS and len(self.branches) == 2
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return (
+            ("cond", "uncond")
+            if self.model.draft(PROMPTS, SEEDS, STEPS, self.guidance).guided
+            else ("cond",)
+        )
+
+
+@cache
+def case_of(name: str) -> Case:
+    """Each is built once; its model has no hooks but in blocks."""
+    pipe, call = tiny_pipeline(name)
+    model: Any = HookedTextToImage.from_pipeline(pipe)
+    call = {**call, "num_inference_steps": STEPS}
+    options = {
+        key: value
+        for key, value in call.items()
+        if key not in ("num_inference_steps", "output_type")
+    }
+    guide = next(
+        (
+            key
+            for key in ("true_cfg_scale", "guidance_scale")
+            if key in options and (key == model.guide)
+        ),
+        None,
+    )
+    guidance = options.pop(guide) if guide else None
+    model.options = options
+    return Case(name, pipe, model, guidance, call)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> bool:
+    return bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))

@@ -1,0 +1,156 @@
+"""Sweeps that search, ablations and steering on every family: the same assertions on tiny random
+pipelines of each kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor
+
+from dit_lens import Intervention, Scale, ablation, prompts, scenes, sweep
+
+from ..hooked_models.pipelines import PROMPTS
+from .family_cases import LAST, SEEDS, STEPS, Case, close
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> None:
+    """In place of the folder's own fixture: these tests run in float32, as users do."""
+
+
+def mean_of(images: Tensor) -> Tensor:
+    return images.flatten(1).mean(1)
+
+
+def plan_of(case: Case, cells: dict[str, Any], metrics: dict[str, Any]) -> sweep.Plan:
+    how = {"num_steps": STEPS, "guidance": case.guidance, "batch": 5}
+    return sweep.plan(case.model, PROMPTS, SEEDS, cells, metrics, **how)
+
+
+@pytest.mark.parametrize("way", ["step", "attribution"])
+def test_a_searchs_scores_and_effects(case: Case, way: Any) -> None:
+    """Scores against a change of the guided output (or of the tensor itself) times autograd's
+    slope there; effects of the chosen against runs of their own.
+    """
+    site = f"blocks.0.{case.attention}.hook_z"
+    cells = {f"head {head}": Intervention(site, heads=[head], steps=1) for head in (0, 1)}
+    cells["stream"] = Intervention("blocks.1.hook_resid_pre", steps=1, action=Scale(0.9))
+    found = sweep.two_stage(plan_of(case, cells, {"m": mean_of}), "m", k=1, sample=1, score=way)
+    table = found.table.set_index("intervention")
+    assert set(found.found.intervention.values) == set(table.index[table["drawn"] != ""])
+    draws = case.model.run_with_hooks
+    for label in cells:
+        by_hand, exact = [], []
+        for seed in SEEDS:
+            run = case.model.trajectory(PROMPTS, seed, STEPS, case.guidance)
+            hooks = cells[label].hooks(case.model, list(PROMPTS), num_steps=STEPS)
+            by_hand.append(first_order(run, hooks, "steps.1.hook_out" if way == "step" else None))
+            edited = draws(PROMPTS, seed, STEPS, case.guidance, fwd_hooks=hooks)
+            exact.append(float((mean_of(edited) - mean_of(run.images)).mean()))
+        size = max(abs(mean_of(run.images)))
+        assert abs(table.score[label] - np.mean(by_hand)) < 1e-5 * size + 1e-3 * abs(
+            np.mean(by_hand)
+        )
+        if label in found.found.intervention:
+            assert abs(table.exact[label] - np.mean(exact)) < 2e-5 * size
+
+
+def first_order(run: Any, hooks: list[Any], name: str | None) -> float:
+    """Change of one tensor by hooks · slope of the images' mean there; `name` None: the tensor
+    that is hooked.
+    """
+    ((site, _),) = hooks
+    name = name or site
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor, hook: Any) -> None:
+        kept.append(tensor.detach().clone())
+
+    def open_(tensor: Tensor, hook: Any) -> Tensor:
+        kept.append(tensor.detach().clone().requires_grad_())
+        return kept[-1]
+
+    run.fork(1, [*hooks, (name, keep)], until=2)
+    with torch.enable_grad():
+        total = mean_of(run.fork(1, [(name, open_)]).images).mean()
+        (slope,) = torch.autograd.grad(total, kept[1])
+    return float(((kept[0] - kept[1].detach()) * slope).sum())
+
+
+def test_ablations_by_hand(case: Case) -> None:
+    """Heads at the batch's mean, and words that no query sees, against hooks written here; random
+    controls spare the heads and words that are ablated.
+    """
+    name, texts = case.attention, list(PROMPTS)
+    lengths = set(case.model.layout(PROMPTS).text_mask.sum(1).tolist())
+    joint = "joint_pos" in case.model.dit.axes(f"blocks.0.{name}.hook_z")
+    means = ablation.ablate_heads("L0H1", "mean", name, steps=LAST)
+    if not joint or len(lengths) == 1:
+        full = f"steps.{LAST}.cond.blocks.0.{name}.hook_z"
+
+        def to_mean(z: Tensor, hook: Any) -> Tensor:
+            z = z.clone()
+            z[:, :, 1] = (z[0, :, 1] + z[1, :, 1]) / 2
+            return z
+
+        (one,) = means
+        ours = case.images(one.hooks(case.model, texts, num_steps=STEPS))
+        assert close(ours, case.images([(full, to_mean)]))
+        assert not torch.equal(ours, case.images())
+    control = ablation.random_heads(case.model, means, np.random.default_rng(0))
+    assert ("blocks.0." not in control[0].site) or control[0].heads != (1,)
+    hide = ablation.knockout_role(prompts.word("circle"), layers=0, steps=LAST, sublayer=name)
+    scores = f"steps.{LAST}.cond.blocks.0.{name}.hook_attn_scores"
+    words = prompts.token_mask(case.model, texts, prompts.word("circle"))
+    n_image = 0 if name == "cross_attn" else case.model.layout(PROMPTS).n_image
+
+    def unseen(found: Tensor, hook: Any) -> Tensor:
+        keys = torch.zeros(len(found), found.shape[-1], dtype=torch.bool)
+        n = min(words.shape[1], found.shape[-1] - n_image)
+        keys[:, n_image : n_image + n] = words[:, :n]
+        return found.masked_fill(keys[:, None, None], -1e4)
+
+    ours = case.images(hide[0].hooks(case.model, texts, num_steps=STEPS))
+    assert close(ours, case.images([(scores, unseen)]))
+    assert not torch.equal(ours, case.images())
+    others = ablation.random_tokens(case.model, texts, hide, np.random.default_rng(0))
+    (drawn, _), (chosen, _) = (one.token_masks(case.model, texts) for one in (others[0], hide[0]))
+    assert not (drawn & chosen).any()
+    assert drawn.sum(1).tolist() == chosen.sum(1).tolist()
+
+
+def test_ablation_effects_are_those_of_runs_with_hooks(case: Case, monkeypatch: Any) -> None:
+    """Condition minus none, image by image, against runs of their own. Images' means stand in for
+    verdicts, which random images do not have.
+    """
+
+    def evaluate(images: Tensor, drawn: Any) -> xr.Dataset:
+        found = mean_of(images).double().numpy()
+        return xr.Dataset(dict.fromkeys(ablation.VERDICTS, ("image", found)))
+
+    monkeypatch.setattr(scenes, "evaluate", evaluate)
+    drawn = [scene for scene in scenes.sample(40, seed=0) if scene.relation == "above"][:2]
+    texts = [scenes.caption(scene) for scene in drawn]
+    heads = ablation.ablate_heads("L0H0", "zero", case.attention)
+    how = {"num_steps": STEPS, "guidance": case.guidance, "controls": 1}
+    found = ablation.ablation_effects(case.model, drawn, {"head": heads}, SEEDS, **how)
+    assert found["condition"].values.tolist() == ["none", "head", "head | random heads 1"]
+    changes = []
+    for number, seed in enumerate(SEEDS):
+        hooks = [h for one in heads for h in one.hooks(case.model, texts, num_steps=STEPS)]
+        edited, plain = (
+            mean_of(case.model.run_with_hooks(texts, seed, STEPS, case.guidance, fwd_hooks=some))
+            for some in (hooks, [])
+        )
+        ours = found["color"].isel(seed=number)
+        assert close(torch.from_numpy(ours.sel(condition="none").values), plain.double())
+        assert close(torch.from_numpy(ours.sel(condition="head").values), edited.double())
+        changes.append(float((edited - plain).mean()))
+    effect = float(found["color_effect"].sel(condition="head")[0])
+    assert effect == pytest.approx(np.mean(changes), abs=2e-5)
+    assert abs(effect) > 1e-6
