@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 import hooked_models
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/api/examples.md"
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -46,6 +49,28 @@ def load(name: str, **options: object) -> hooked_models.HookedTextToImage:
 from_pretrained = hooked_models.HookedTextToImage.from_pretrained
 
 
+@cache
+def beginning() -> dict[str, ast.stmt]:
+    """Name → the statement on the page of examples that makes it."""
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)[0]
+    return {
+        node.id if isinstance(node, ast.Name) else node.asname or node.name: statement
+        for statement in ast.parse(code).body
+        for part in (statement.targets if isinstance(statement, ast.Assign) else [statement])
+        for node in ast.walk(part)
+        if isinstance(node, ast.Name | ast.alias)
+    }
+
+
+def begin(code: str, names: dict[str, Any]) -> None:
+    """Run the beginnings that code reads, and those that they read."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name) and (made := beginning().get(node.id)):
+            if isinstance(made, ast.Assign):
+                begin(ast.unparse(made.value), names)
+            exec(ast.unparse(made), names)
+
+
 @pytest.mark.parametrize(
     ("file", "line", "text"),
     [pytest.param(*each, id=f"{each[0]}:{each[1]}") for each in examples()],
@@ -60,7 +85,9 @@ def test_examples_run(
     module = importlib.import_module(
         file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     )
-    test = doctest.DocTestParser().get_doctest(text, dict(vars(module)), file, file, line)
+    names = dict(vars(module))
+    begin("".join(each.source for each in doctest.DocTestParser().get_examples(text)), names)
+    test = doctest.DocTestParser().get_doctest(text, names, file, file, line)
     report: list[str] = []
     result = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
     assert result.attempted

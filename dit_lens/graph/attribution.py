@@ -96,11 +96,6 @@ class NodeAttribution(Attribution):
     pos or text_pos).
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> texts = "red circle is below blue square", "red circle is above blue square"
-        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> found = nodes(pair(below, above, steps=0), red, ["cross_attn", "mlp"])
         >>> found.table().columns.tolist()  # one row a node, the largest score first
         ['step', 'branch', 'layer', 'head', 'score', 'node']
@@ -210,11 +205,6 @@ def nodes(
         UnknownHookError: a kind is neither of `NODES` nor a hook.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> texts = "red circle is below blue square", "red circle is above blue square"
-        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> found = nodes(pair(below, above), red, ["cross_attn"])
         >>> dict(found.scores["cross_attn"].sizes)
         {'step': 2, 'branch': 1, 'prompt': 1, 'layer': 3, 'head': 3}
@@ -331,11 +321,6 @@ class EdgeAttribution(Attribution):
     to its score as a node.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> texts = "red circle is below blue square", "red circle is above blue square"
-        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> found = edges(pair(below, above, steps=0), red)
         >>> (
         ...     "text[3]" in found.scores["sender"],
@@ -376,11 +361,6 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
             and v inputs.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> texts = "red circle is below blue square", "red circle is above blue square"
-        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> edges(pair(below, above, steps=0), red).table().columns.tolist()
         ['step', 'branch', 'sender', 'receiver', 'score']
     """

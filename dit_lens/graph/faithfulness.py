@@ -58,12 +58,6 @@ def candidate_edges(
         scores: of `attribution.edges` on trajectories, conditional branch.
 
     Example:
-        >>> from dit_lens import attribution
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> texts = "red circle is below blue square", "red circle is above blue square"
-        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> found = attribution.edges(attribution.pair(below, above), red)
         >>> listed = candidate_edges(model, [texts[0]], found.scores)
         >>> listed.columns.tolist()
@@ -126,12 +120,6 @@ def run_circuits(
         ValueError: a prompt and its counterpart have different numbers of tokens.
 
     Example:
-        >>> from dit_lens import attribution
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> texts = "red circle is below blue square", "red circle is above blue square"
-        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> found = attribution.edges(attribution.pair(below, above), red)
         >>> listed = candidate_edges(model, [texts[0]], found.scores)
         >>> kept = np.stack([np.arange(len(listed)) < size for size in (0, 50)])  # two circuits
@@ -175,7 +163,6 @@ def cut_edges(
     """1 for every edge that a circuit lacks; senders are those to the residual stream, then roles.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> edges = pd.DataFrame(
         ...     {"step": [0, 0], "sender": ["embed"] * 2, "receiver": ["attn.L0H0.q", "mlp.L0"]}
         ... )

@@ -37,12 +37,6 @@ class Verification:
     """Exact patches, one cell at a time, beside the scores that predicted them.
 
     Example:
-        >>> from dit_lens import attribution
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> texts = "red circle is below blue square", "red circle is above blue square"
-        >>> below, above = (model.trajectory(text, seed=0, num_steps=2) for text in texts)
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> found = attribution.nodes(attribution.pair(below, above, steps=0), red, ["cross_attn"])
         >>> found.verify(k=2, sample=3).table["drawn"].tolist()
         ['top', 'top', 'sample', 'sample', 'sample']
@@ -180,6 +174,12 @@ def labelled(
 
 
 def ranked(scores: xr.DataArray) -> pd.DataFrame:
+    """Mean scores over prompts in one table, the largest magnitude first.
+
+    Example:
+        >>> ranked(xr.DataArray([[1.0, -3.0]], dims=("prompt", "head")))["score"].tolist()
+        [-3.0, 1.0]
+    """
     table = (
         scores.mean("prompt").rename("score").to_dataframe().reset_index().dropna(subset="score")
     )

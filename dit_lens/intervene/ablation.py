@@ -158,7 +158,6 @@ def random_heads(
         ValueError: the model has too few other heads.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> control = random_heads(model, ablate_heads("L1H0"), np.random.default_rng(0))
         >>> control[0].site, control[0].heads != (0,)
         ('blocks.1.cross_attn.hook_z', True)
@@ -249,7 +248,6 @@ def random_tokens(
         ValueError: a prompt has too few other tokens.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> hide, rng = knockout_role("relation"), np.random.default_rng(0)
         >>> control = random_tokens(model, ["red circle is above blue square"], hide, rng)
         >>> [sum(row) for row in control[0].tokens]
@@ -343,7 +341,6 @@ def ablation_effects(
             one.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> drawn, conditions = scenes.sample(2, seed=0), {"hide": knockout_role("relation")}
         >>> found = ablation_effects(model, drawn, conditions, [0], controls=1, num_steps=1)
         >>> found["condition"].values.tolist()

@@ -69,7 +69,6 @@ def places(
         ValueError: the model has no such layer, or a step counts from the end.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> sorted(places(model, None, 0, "cond")("hook_resid_pre").layers)
         [0, 1, 2]
     """
@@ -104,7 +103,6 @@ def remove_blocks(
         steps: from 0; by default all.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> model.run_with_hooks("red circle", num_steps=1, fwd_hooks=remove_blocks(model, 1)).shape
         torch.Size([1, 3, 128, 128])
     """
@@ -141,7 +139,6 @@ def scale_text(
         ValueError: a block's keys pass a norm, so that a scaled text has no effect on them.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> hooks = scale_text(model, [0, 1], 0.0)
         >>> model.run_with_hooks("red circle", num_steps=1, fwd_hooks=hooks).shape
         torch.Size([1, 3, 128, 128])
@@ -222,7 +219,6 @@ def toward_identity(
         ValueError: the model has no such attention, or no such head.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> hooks = toward_identity(model, ["L1H0", "L1H2"], 0.5)
         >>> model.run_with_hooks("red circle", num_steps=1, fwd_hooks=hooks).shape
         torch.Size([1, 3, 128, 128])

@@ -36,7 +36,6 @@ class Replace:
             cache.items()}`, make it mean ablation with a reference.
 
     Example:
-        >>> from dit_lens import Intervention
         >>> Intervention("blocks.1.hook_mlp_out", action=Replace(torch.zeros(192))).action
         Replace()
     """
@@ -58,7 +57,6 @@ class Scale:
     """Multiply the selected entries by a number.
 
     Example:
-        >>> from dit_lens import Intervention
         >>> Intervention("blocks.1.cross_attn.hook_z", heads=[0], action=Scale(0.5)).action
         Scale(factor=0.5)
     """
@@ -74,7 +72,6 @@ class Add:
     """Add a tensor to the selected entries, shaped as in `Replace`.
 
     Example:
-        >>> from dit_lens import Intervention
         >>> Intervention("hook_caption", tokens="relation", action=Add(torch.ones(192))).action
         Add()
     """

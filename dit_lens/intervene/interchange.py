@@ -39,8 +39,6 @@ class Interchange:
     """Prompts, and the cross-attention keys and values of as many source prompts.
 
     Example:
-        >>> from dit_lens import scenes
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> wanted = scenes.sample(2, seed=0, color_words="both")
         >>> swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
         >>> len(swap.of(["L0H1"])), len(swap.of(None))
@@ -160,7 +158,6 @@ def matched_sets(
         ValueError: the rest of the model has too few heads.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> drawn = list(matched_sets(model, ["L0H1", "L2H0"], 3, np.random.default_rng(0)))
         >>> [[head[:2] for head in one] for one in drawn]
         [['L0', 'L2'], ['L0', 'L2'], ['L0', 'L2']]

@@ -182,7 +182,6 @@ class Intervention:
                 is selected in a prompt.
 
         Example:
-            >>> from hooked_models import HookedTextToImage
             >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
             >>> hide = Intervention("blocks.1.cross_attn.hook_z", heads=[2], steps=0)
             >>> [name for name, _ in hide.hooks(model, "red circle is above blue square")]

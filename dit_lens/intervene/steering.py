@@ -95,7 +95,6 @@ def steer(
         ValueError: a prompt has no such token, or vector and tokens do not go together.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> prompt, vector = "red circle is above blue square", torch.ones(256)
         >>> steer(model, prompt, vector, "relation", k=0.5, num_steps=2).shape
         torch.Size([1, 3, 128, 128])
@@ -176,7 +175,6 @@ def swap_relation(
             message has the alternative).
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> prompt = "red circle is left of blue square"
         >>> swap_relation(model, prompt, "left", "right", num_steps=2).shape
         torch.Size([1, 3, 128, 128])
@@ -238,7 +236,6 @@ def dose_response(
         ValueError: as in `swap_vectors`; or a scene already has the target relation.
 
     Example:
-        >>> from dit_lens import scenes
         >>> model, drawn = HookedTextToImage.from_pretrained("rte-nano"), scenes.sample(2, seed=0)
         >>> found = dose_response(model, drawn, ks=(0, 1), draws=1, num_steps=1)
         >>> found["condition"].values.tolist(), found["k"].values.tolist()
@@ -369,7 +366,6 @@ def summarise(doses: xr.Dataset) -> pd.DataFrame:
     same noise, control averaged over its draws. Intervals treat scenes as clusters.
 
     Example:
-        >>> from dit_lens import scenes
         >>> model, drawn = HookedTextToImage.from_pretrained("rte-nano"), scenes.sample(2, seed=0)
         >>> table = summarise(dose_response(model, drawn, ks=(0, 1), draws=1, num_steps=1))
         >>> table["kind"].unique().tolist()[:3]

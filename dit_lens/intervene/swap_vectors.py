@@ -58,7 +58,6 @@ def swap_vectors(
         ValueError: there is no such phrase, or nothing to change.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> vectors = swap_vectors(model, ["red circle is left of blue square"], ["right"])
         >>> vectors.shape, vectors[0].norm(dim=-1).bool().int().tolist()
         (torch.Size([1, 8, 256]), [0, 0, 0, 1, 0, 0, 0, 0])

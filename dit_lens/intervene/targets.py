@@ -64,6 +64,12 @@ class Layout(NamedTuple):
 
 
 def layout_of(model: HookedTextToImage, site: Site) -> Layout:
+    """Axes of a tensor that interventions select by.
+
+    Example:
+        >>> layout_of(model, model.hook_dict.site("steps.0.cond.blocks.0.cross_attn.hook_k"))
+        Layout(ndim=4, head=2, token=1, kind='text')
+    """
     axes = model.axes(site)
     positions = [axis for axis in axes if axis in (*POSITIONS["image"], *POSITIONS["text"])]
     if not positions:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -153,13 +154,13 @@ def install_heads(
     d_head = attention.inner_dim // attention.heads
     for h, (head, (mix_qk, mix_ov)) in enumerate(zip(heads, gauges, strict=True)):
         rows = slice(h * d_head, (h + 1) * d_head)
-        attention.to_q.weight.data[rows] = (mix_qk @ padded(head.q, d_head)).float()
+        attention.to_q.weight.data[rows] = (mix_qk @ _tall(head.q, d_head)).float()
         attention.to_k.weight.data[rows] = (
-            torch.linalg.inv(mix_qk).T @ padded(head.k, d_head)
+            torch.linalg.inv(mix_qk).T @ _tall(head.k, d_head)
         ).float()
-        attention.to_v.weight.data[rows] = (mix_ov @ padded(head.v, d_head)).float()
+        attention.to_v.weight.data[rows] = (mix_ov @ _tall(head.v, d_head)).float()
         attention.to_out[0].weight.data[:, rows] = (
-            padded(head.o, d_head).T @ torch.linalg.inv(mix_ov)
+            _tall(head.o, d_head).T @ torch.linalg.inv(mix_ov)
         ).float()
     for linear in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
         linear.bias.data.zero_()
@@ -179,8 +180,8 @@ def install_units(
     write.bias.data.zero_()
 
 
-def padded(rows: Float[Tensor, "rank d"], d_head: int) -> Float[Tensor, "d_head d"]:
-    return torch.cat([rows, rows.new_zeros(d_head - len(rows), rows.shape[1])])
+def _tall(rows: Float[Tensor, "rank d"], d_head: int) -> Float[Tensor, "d_head d"]:
+    return F.pad(rows, (0, 0, 0, d_head - len(rows)))
 
 
 def well_conditioned(d: int, generator: torch.Generator) -> Float[Tensor, "d d"]:

@@ -83,6 +83,12 @@ def on_lattice(axis: str, sign: int = 1) -> dict[str, float]:
 
 
 def plus(*terms: Terms) -> dict[str, float]:
+    """Sum of linear combinations.
+
+    Example:
+        >>> plus({"one": 1.0, "x": 2.0}, {"one": 0.5})
+        {'one': 1.5, 'x': 2.0}
+    """
     total: dict[str, float] = {}
     for part in terms:
         for name, k in part.items():

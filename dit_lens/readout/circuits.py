@@ -169,7 +169,6 @@ def logit_terms(cache: ActivationCache, head: Head, expand_heads: bool = False) 
         KeyError: the output of an earlier layer is not in the cache.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> _, cache = model.run_with_cache("red circle is above blue square", num_steps=1)
         >>> terms = logit_terms(cache.at(step=0), "L1H0")
         >>> dict(terms.sizes)
@@ -229,7 +228,6 @@ def two_head_maps(
         ValueError: no such head, or a sender does not come before the receiver.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> maps = two_head_maps(model, "red circle is above blue square", "L1H0", "L2H1")
         >>> dict(maps["composed"].sizes)
         {'text_pos': 7, 'y': 8, 'x': 8}

@@ -58,7 +58,6 @@ def concept_attention(
             prompt lacks a word, or there are fewer than two concepts.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> concept_attention(model, "red circle", ["circle", "square"])
         Traceback (most recent call last):
             ...

@@ -23,7 +23,6 @@ def shifts(run: Run, conditions: Iterable[Hooks]) -> Float[np.ndarray, "conditio
         conditions: for each, `fwd_hooks` with which the run is repeated.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> run = model.trajectory("red circle", num_steps=1)
         >>> shifts(run, [[("steps.0.hook_out", lambda out, hook: 0 * out)], []]).round(1).tolist()
         [[1.0], [0.0]]
@@ -107,7 +106,6 @@ def names_of(
     """Full names of a hook of the blocks, conditional branch → (number of layer and step, from 0).
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> list(names_of(model, "attn.hook_z", [0]))[2]
         'steps.0.cond.blocks.2.attn.hook_z'
     """

@@ -54,7 +54,6 @@ def dictionary(
         >>> found = dictionary(
         ...     "blocks.1.hook_resid_post", lambda x: x @ basis, lambda f: f @ basis.T
         ... )
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> dict(found.activations(model, "red circle", num_steps=2).sizes)
         {'prompt': 1, 'step': 2, 'feature': 192}
         >>> image, same = (
@@ -112,7 +111,6 @@ class Dictionary:
             UnknownHookError: the model has no such hook; the nearest one is suggested.
 
         Example:
-            >>> model = HookedTextToImage.from_pretrained("rte-nano")
             >>> same = dictionary("blocks.1.hook_mlp_out", lambda x: x, lambda f: f)
             >>> found = same.activations(model, "red circle", num_steps=1, reduce="none")
             >>> dict(found.sizes), float(found["error"].max())

@@ -45,8 +45,6 @@ def attention_between(
         On the CPU, at least in float32. Branches as in `keys`.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> run = model.trajectory("red circle is above blue square", num_steps=2)
         >>> image, text = torch.ones(1, 64, 1), torch.ones(1, 7, 1)
         >>> attention_between(run, "cross_attn", image, {"cond": text}, "sum").shape
@@ -107,7 +105,6 @@ def attentions_of(dit: Any, sublayer: str) -> dict[int, Any]:
         UnknownHookError: the denoiser has none, with the reason where it is known.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> list(attentions_of(HookedTextToImage.from_pretrained("rte-nano").dit, "cross_attn"))
         [0, 1, 2]
     """
@@ -237,8 +234,6 @@ def run_reading(model: Any, inputs: Any, readers: Callable[[Call], Mapping[Any, 
         readers: the readers of one call, by attention; empty for a call that does not count.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> begun = model.trajectory("red circle", num_steps=2, until=0)
         >>> len(run_reading(model, begun.inputs, lambda call: {}).record)
         2

@@ -34,7 +34,7 @@ By = Literal["layer", "head", "step"]
 def heatmap(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
-    words: str | Word | Sequence[str | Word | Sequence[int]],
+    words: str | Word | Sequence[str | Word],
     seed: Seeds = 0,
     num_steps: int = DEFAULT_STEPS,
     *,
@@ -50,8 +50,8 @@ def heatmap(
     text. Source: Tang et al. 2022, arXiv 2210.04885 (DAAM), without its upsampling.
 
     Args:
-        words: a word or phrase, `prompts.word("cat", nth=2)`, or several of them or of lists of
-            text positions; tokens of all text encoders that spell a word count.
+        words: a word or phrase, `prompts.word("cat", nth=2)`, or several; tokens of all text
+            encoders that spell one count.
         by: dims to keep; the map is the mean over the others.
         steps: denoising steps that count, by default all.
         options: further arguments of the model's call (`guidance`, `height`, `max_sequence_length`,
@@ -65,7 +65,6 @@ def heatmap(
         ValueError: a prompt lacks a word (the message lists its words), or there is no such step.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> found = heatmap(
         ...     model,
         ...     "red circle is above blue square",
@@ -109,7 +108,7 @@ def kept_dims(by: Any, known: Sequence[str]) -> list[Any]:
 def _word_masks(
     model: HookedTextToImage,
     texts: Sequence[str],
-    words: Sequence[str | Word | Sequence[int]],
+    words: Sequence[str | Word],
     options: Mapping[str, Any],
 ) -> Bool[Tensor, "prompt text_pos word"]:
     of_call: dict[str, Any] = {}
@@ -219,7 +218,6 @@ def grid_of(dit: Any, latent: Float[Tensor, "batch ..."]) -> tuple[int, int, int
     """Rows, columns and frames of the image positions of a denoiser's last call.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> grid_of(model.dit, model.noise())
         (8, 8, 1)
     """

@@ -58,7 +58,6 @@ def massive_activations(
         ValueError: no block has the hook, or it has fewer than 2 k channels.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> found = massive_activations(
         ...     model, "red circle is above blue square", num_steps=2, draws=1
         ... )

@@ -44,8 +44,6 @@ def rank_heads(
 
     Example:
         >>> from dit_lens.readout.synopsis import attention_synopsis
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> texts = ["red circle is above blue square", "blue circle is below red square"]
         >>> found = attention_synopsis(model, texts, num_steps=1)
         >>> rank_heads(found, "image", "relation", shuffles=99).shape

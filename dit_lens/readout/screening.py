@@ -67,7 +67,6 @@ def word_vector(
         ValueError: the sentence has no {}, or the encoder does not know the word.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> word_vector(model, "above").shape
         torch.Size([256])
     """
@@ -122,7 +121,6 @@ def phrase_contrasts(
             different positions.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> pair = {"horizontal": ("to the right of", "to the left of")}
         >>> phrase_contrasts(model, pair)["horizontal"].shape
         torch.Size([192])
@@ -334,7 +332,6 @@ def screen_heads(
         ValueError: a word has no direction, or there is no word.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> vectors = {word: word_vector(model, word) for word in ("above", "below", "left")}
         >>> table = screen_heads(model.dit, vectors, null_draws=99)
         >>> list(table.columns)[:5], len(table) == model.cfg.n_layers * model.cfg.n_heads

@@ -66,7 +66,6 @@ def attention_sinks(
         ValueError: there are fewer than 2 k keys.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> found = attention_sinks(
         ...     model, "red circle is above blue square", num_steps=2, k=2, draws=1
         ... )

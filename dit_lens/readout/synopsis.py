@@ -135,7 +135,6 @@ def attention_synopsis(
             a synopsis of another model, other prompts or other settings, which the message names.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> found = attention_synopsis(model, "red circle is above blue square", num_steps=2)
         >>> found.sizes["step"], found["text_group"].values.tolist()
         (2, ['color1', 'shape1', 'relation', 'color2', 'shape2', 'filler', 'eos', 'pad'])
@@ -231,7 +230,6 @@ def trajectory_synopsis(
             not run again.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> run = model.trajectory("red circle is above blue square", num_steps=2)
         >>> trajectory_synopsis(run, reduce="mass").sizes["branch"]
         2

@@ -32,8 +32,6 @@ class Pair:
     """An original run and a source run, and the denoiser calls that a question is about.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> below, above = (
         ...     model.trajectory(f"red circle is {word} blue square", num_steps=2)
         ...     for word in ("below", "above")
@@ -99,8 +97,6 @@ def pair(
         ValueError: the runs do not fit together, or have no such step, branch or prediction.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> below, above = (
         ...     model.trajectory(f"red circle is {word} blue square", num_steps=2)
         ...     for word in ("below", "above")

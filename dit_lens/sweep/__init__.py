@@ -30,7 +30,6 @@ from hooked_models.arguments import integer, integers, mapping, number
 from hooked_models.generation.model import DEFAULT_STEPS
 
 from ..runs.drawing import Planning
-from .halves import Stability, stability
 from .metrics import (
     FIRST_TOUCHED,
     Metric,
@@ -50,14 +49,12 @@ __all__ = [
     "Plan",
     "Search",
     "ShareOf",
-    "Stability",
     "displacement",
     "grid",
     "plan",
     "relation_metric",
     "run",
     "scene_metric",
-    "stability",
     "two_stage",
 ]
 
@@ -114,13 +111,6 @@ def plan(
             or hooks are attached.
 
     Example:
-        >>> from dit_lens import Intervention, sweep
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(
-        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
-        ... )
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> plan = sweep.plan(
         ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
         ... )
@@ -197,9 +187,7 @@ def run(
         A Dataset over (intervention, prompt, seed): every metric; `{metric}_baseline`, of the same
         run without intervention (prompt, seed), or with the dims of the metric where that depends
         on the step; `{metric}_effect` (intervention, interval), the mean of their paired difference
-        with its 95 % interval over prompts (over seeds, if there is one prompt), of several
-        prompts with the split-half stability of the ten largest in its attrs,
-        `split_half_agreement` and so on (see `stability`: few prompts rank noise); `error`, empty
+        with its 95 % interval over prompts (over seeds, if there is one prompt); `error`, empty
         where all went well: a metric that fails in one cell is NaN there, and the rest goes on.
         Coordinates of intervention: `layer`, `head`, `step`, −1 where it has none or several.
 
@@ -210,13 +198,6 @@ def run(
         RuntimeError: workers are lost again and again.
 
     Example:
-        >>> from dit_lens import Intervention, sweep
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(
-        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
-        ... )
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> found = sweep.run(
         ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
         ... )

@@ -63,7 +63,6 @@ class Metric:
             [batch].
 
     Example:
-        >>> import torch
         >>> moved = Metric(
         ...     lambda x0, baseline: (x0 - baseline).flatten(1).norm(dim=1),
         ...     on="x0",

@@ -32,13 +32,6 @@ class Plan:
     """A sweep that is ready to run; made by `sweep.plan`.
 
     Example:
-        >>> from dit_lens import Intervention, sweep
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(
-        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
-        ... )
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> plan = sweep.plan(
         ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
         ... )

@@ -55,7 +55,6 @@ def score(
     pairs, and a mean over scenes is also a mean over noises.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> verdict = score(model, scenes.sample(4, seed=0), num_steps=2)
         >>> dict(verdict.sizes), verdict["unique_binding"].dtype
         ({'scene': 4}, dtype('bool'))
@@ -135,7 +134,6 @@ def evaluate_model(
             record.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> rows = evaluate_model(model, n=1, templates=[])
         >>> len(rows), rows["split"].tolist()
         (2, ['held_out', 'train'])
@@ -268,7 +266,6 @@ def to_markdown(rows: pd.DataFrame) -> str:
     """Tables of a model card: accuracy by split, relation, phrase and template.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> text = to_markdown(evaluate_model(model, n=1, templates=[]))
         >>> text.splitlines()[0]
         'By split: combinations that were trained, and those that never were'

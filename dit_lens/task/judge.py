@@ -95,7 +95,6 @@ def evaluate(
         ValueError: the images are not `len(scenes)` RGB images of 128 × 128 pixels.
 
     Example:
-        >>> from dit_lens import scenes
         >>> drawn = scenes.sample(4, seed=0)
         >>> verdict = evaluate(scenes.render(drawn), drawn)
         >>> verdict["unique_binding"].values.tolist(), verdict["n_objects"].values.tolist()

@@ -61,7 +61,6 @@ def layout(images: Float[Tensor, "image 3 height width"], scenes: Sequence[Scene
         has its `LAYOUT_DESCRIPTIONS` entry. Coordinates: `relation`, `axis` (`axis_of`).
 
     Example:
-        >>> from dit_lens import scenes
         >>> drawn = scenes.sample(4, seed=0)
         >>> bool(layout(scenes.render(drawn), drawn)["layout"].all())
         True

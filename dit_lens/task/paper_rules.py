@@ -49,7 +49,6 @@ def paper_verdicts(
         `VERDICTS` (bool) and `PLACES` (pixels; NaN without unique binding) over dim `image`.
 
     Example:
-        >>> from dit_lens import scenes
         >>> drawn = scenes.sample(4, seed=0)
         >>> bool(paper_verdicts(scenes.render(drawn), drawn)["unique_binding"].all())
         True

@@ -56,7 +56,6 @@ def render(scenes: Sequence[Scene | Trio]) -> Float[Tensor, "image 3 height widt
     If objects overlap (natural distribution only), the later covers the earlier.
 
     Example:
-        >>> from dit_lens import scenes
         >>> render(scenes.sample(2, seed=0)).shape
         torch.Size([2, 3, 128, 128])
     """

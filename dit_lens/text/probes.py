@@ -90,8 +90,6 @@ def word_vectors(
             layers).
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> encoder, captions = model.text_encoder, probe_captions()
         >>> found = word_vectors(encoder, model.tokenizer, captions, "shape2", layers=False)
         >>> {layer: vectors.shape for layer, vectors in found.items()}

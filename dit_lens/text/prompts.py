@@ -89,7 +89,6 @@ def word(text: str, nth: SupportsIndex | None = None) -> Word:
         ValueError: the text contains no word, or `nth` is no positive integer.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
         >>> token_mask(
         ...     model, ["red circle is left of red square"], word("Red", nth=2)
@@ -225,7 +224,6 @@ def token_mask(
             outside of the text, or a mask has another shape.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
         >>> token_mask(
         ...     model,
@@ -287,8 +285,6 @@ def token_counts(
     """Number of tokens of each role or word of `choice`, for each prompt.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> token_counts(model, ["red circle above square"], as_choice(["shape1", "filler"]), 5)
         [(1, 0)]
     """
@@ -330,7 +326,6 @@ def check_found(
         fix: end of the message: another remedy.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model, texts = HookedTextToImage.from_pretrained("rte-nano"), ["circle"]
         >>> check_found(model, texts, as_choice("relation"), torch.zeros(1, 2, dtype=torch.bool))
         Traceback (most recent call last):
@@ -369,8 +364,6 @@ def role_mask(
     """Tokens of `model.to_tokens(prompts)` with a role; a prompt may have none.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> role_mask(model, "red circle is above blue square", "relation").int().tolist()
         [[0, 0, 0, 1, 0, 0, 0]]
     """
@@ -387,8 +380,6 @@ def phrase_mask(
         ValueError: a prompt does not contain it.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> phrase_mask(model, "red circle is left of square", "left of").int().tolist()
         [[0, 0, 0, 1, 1, 0, 0]]
     """
@@ -409,8 +400,6 @@ def role_groups(
         ValueError: prompts differ in their roles, or a prompt does not contain its words.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> role_groups(model, ["red circle is above square"], [{"relation": "above"}])[
         ...     "relation"
         ... ].int().tolist()

@@ -47,7 +47,6 @@ def token_roles(model: HookedTextToImage, prompt: str, length: int | None = None
     them; a color belongs to the next shape.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("t5-micro", weights=False)
         >>> token_roles(model, "red circle, above a square")
         ['color1', 'shape1', 'filler', 'relation', 'filler', 'shape2', 'eos']
@@ -59,7 +58,6 @@ def roles_of(texts: Sequence[EncodedText]) -> list[list[Role]]:
     """Roles of the tokens of encoded texts.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("t5-micro", weights=False)
         >>> roles_of(model.encoded_texts("red circle"))
         [['color1', 'shape1', 'eos']]
@@ -68,6 +66,13 @@ def roles_of(texts: Sequence[EncodedText]) -> list[list[Role]]:
 
 
 def roles_of_text(encoded: EncodedText) -> list[Role]:
+    """Role of each token.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("t5-micro", weights=False)
+        >>> roles_of_text(model.encoded_texts("red circle")[0])
+        ['color1', 'shape1', 'eos']
+    """
     of_words = roles_of_words(encoded.words)
     return [
         kind if kind != "text" else "filler" if number is None else of_words[number]
@@ -76,6 +81,13 @@ def roles_of_text(encoded: EncodedText) -> list[Role]:
 
 
 def roles_of_words(words: Sequence[TextWord]) -> list[Role]:
+    """Role of each word.
+
+    Example:
+        >>> from hooked_models.text_encoders.words import split_words
+        >>> roles_of_words(split_words("a red circle above a square"))
+        ['filler', 'color1', 'shape1', 'relation', 'filler', 'shape2']
+    """
     roles: list[Role] = []
     shapes_seen = 0
     for found in words:

@@ -71,7 +71,6 @@ def word_vectors(
         ValueError: a prompt has no such token.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> vectors, factors = word_vectors(model, "red circle is above blue square", "relation")
         >>> vectors.shape, factors["phrase"][0], int(factors["position"][0])
         (torch.Size([1, 256]), 'above', 3)
@@ -104,7 +103,6 @@ def encode(
         ValueError: a space other than "text" and "caption".
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> encode(model, model.to_tokens(["red circle is above blue square"]), "caption").shape
         torch.Size([1, 7, 192])
     """
@@ -127,7 +125,6 @@ def phrase_span(model: HookedTextToImage, prompt: str) -> slice:
         ValueError: the prompt does not name two objects.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> phrase_span(model, "red circle is to the left of blue square")
         slice(3, 7, None)
     """
@@ -141,7 +138,6 @@ def factors_of(model: HookedTextToImage, prompt: str) -> dict[str, str]:
         ValueError: the prompt does not name two objects.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> found = factors_of(model, "red circle is left of square")
         >>> found["color1"], found["color2"], found["relation"], found["phrase"]
         ('red', '', 'left', 'left of')

@@ -81,7 +81,6 @@ def attention_page(
             other dims.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model, prompts = (
         ...     HookedTextToImage.from_pretrained("rte-nano"),
         ...     ["red circle is above square"],
@@ -130,7 +129,6 @@ def show(
     Arguments and errors as there; `height` in pixels.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model, prompts = (
         ...     HookedTextToImage.from_pretrained("rte-nano"),
         ...     ["red circle is above square"],

@@ -102,7 +102,6 @@ def word_maps(
         ValueError: maps and tokens differ in number.
 
     Example:
-        >>> import torch
         >>> figure = word_maps(np.ones((2, 16)), ["▁red", "▁circle"], torch.zeros(3, 32, 32))
         >>> [ax.get_title() for ax in figure.axes[:3]]
         ['image', 'red', 'circle']

@@ -34,7 +34,6 @@ def relation_head_figure(
         weight_maps: word → (y, x) score map; each is centred and drawn on one symmetric scale.
 
     Example:
-        >>> import torch
         >>> grid = xr.DataArray([[[[0.1, 0.2], [0.3, 0.4]]]], dims=("prompt", "step", "y", "x"))
         >>> grid, images = grid.assign_coords(step=[0]), torch.zeros(1, 3, 8, 8)
         >>> weights = {"above": grid[0, 0]}

@@ -42,8 +42,6 @@ class GenerationCache(ActivationCache):
     clean-image prediction of step 3.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> images, cache = model.run_with_cache(
         ...     "red circle above blue square", num_steps=2, names_filter="hook_text"
         ... )
@@ -229,8 +227,6 @@ class CacheTooLargeError(MemoryError):
     """The cache would not fit into `max_bytes`; the message says how to narrow it.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> model.run_with_cache("red circle above blue square", max_bytes=1000)
         Traceback (most recent call last):
         hooked_models.generation.cache.CacheTooLargeError: This cache would take ...
@@ -443,6 +439,12 @@ def refuse_if_does_not_fit(estimate: CacheEstimate, out: str | Path) -> None:
 
 
 def human(size: int | float) -> str:
+    """Bytes for a message.
+
+    Example:
+        >>> human(1536)
+        '1.5 KiB'
+    """
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

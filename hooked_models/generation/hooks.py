@@ -435,7 +435,6 @@ class HookedGeneration(HookedRootModule):
         solvers of higher order.
 
         Example:
-            >>> from hooked_models import HookedTextToImage
             >>> HookedTextToImage.from_pretrained("rte-nano").count_steps(14)
             14
         """

@@ -55,7 +55,6 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
     The batch axis of every tensor is the prompts. Weights are those of the modules passed in.
 
     Example:
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> images, cache = model.run_with_cache("red circle above blue square", num_steps=2)
         >>> cache[
         ...     "pattern", 2, "cross_attn", 0

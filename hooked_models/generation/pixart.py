@@ -73,7 +73,6 @@ class HookedPixArt(HookedTextToImage):
     of another length are given.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> type(HookedTextToImage.from_pretrained("rte-nano")).__name__
         'HookedPixArt'
     """
@@ -254,7 +253,6 @@ class HookedPixArt(HookedTextToImage):
         rows [uncond; cond].
 
         Example:
-            >>> model = HookedTextToImage.from_pretrained("rte-nano")
             >>> model.encode(
             ...     model.to_tokens("red circle above blue square"), guidance=1.0
             ... ).text.shape[0]

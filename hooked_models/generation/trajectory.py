@@ -189,8 +189,6 @@ class Run:
     """A generation, or its beginning, that can be run again from any step on.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
         >>> run = model.trajectory("red circle is above blue square", seed=0, num_steps=4)
         >>> run.fork(2, [("steps.2.cond.blocks.0.attn.hook_z", lambda z, hook: 0 * z)]).images.shape
         torch.Size([1, 3, 128, 128])

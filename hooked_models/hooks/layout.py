@@ -32,7 +32,6 @@ class Layout:
     """Positions of one denoiser call.
 
     Example:
-        >>> import torch
         >>> layout = ordered((2, 3, 1), torch.ones(1, 2, dtype=torch.bool), first="text")
         >>> layout.n_image, layout.n_text
         (6, [2])

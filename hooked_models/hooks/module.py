@@ -44,7 +44,6 @@ class UnknownHookError(KeyError):
     """No hook has this name; the message suggests the nearest one.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> HookedTextToImage.from_pretrained("rte-nano").dit.add_hook("blocks.0.atn.hook_z", print)
         Traceback (most recent call last):
         ...
@@ -59,7 +58,6 @@ class NotFoldedError(ValueError):
     """The request is exact only on a model whose timestep is folded into its weights.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> HookedTextToImage.from_pretrained("rte-nano").dit.W_U
         Traceback (most recent call last):
         ...
@@ -383,7 +381,6 @@ class HookedModule(HookedRootModule):
             KeyError: the table has no row for it.
 
         Example:
-            >>> from hooked_models import HookedTextToImage
             >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
             >>> model.dit.axes("blocks.0.cross_attn.hook_k")
             ('batch', 'text_pos', 'head', 'd_head')

@@ -233,7 +233,6 @@ def axis_sizes(
         image: height and width in pixels.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
         >>> axis_sizes(model.cfg, batch=2, text_pos=9, grid=(32, 32))["pos"]
         256

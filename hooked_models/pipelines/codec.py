@@ -27,7 +27,6 @@ class PatchCodec(ModelMixin, ConfigMixin):
     squared error in pixels, and decoding costs one small matrix product.
 
     Example:
-        >>> from dit_lens import scenes
         >>> images = scenes.render(scenes.sample(100, seed=0)) * 2 - 1
         >>> codec = PatchCodec.fit(images, latent_channels=24)
         >>> codec.encode(images).latent_dist.mode().shape

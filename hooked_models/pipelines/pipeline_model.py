@@ -225,7 +225,6 @@ class PipelineModel(nn.Module):
         model was loaded from.
 
         Example:
-            >>> from hooked_models import HookedTextToImage
             >>> len(HookedTextToImage.from_pretrained("rte-nano").digest())
             16
         """

@@ -180,7 +180,6 @@ class Block(nn.Module):
     post-gate.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> block = HookedTextToImage.from_pretrained("rte-nano").dit.blocks[0]
         >>> block.cross_attn.W_Q.shape
         torch.Size([3, 192, 64])

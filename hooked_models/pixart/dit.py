@@ -55,7 +55,6 @@ class HookedDiT(PatchModel):
             gated attention).
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit
         >>> latents, text = torch.randn(1, 24, 16, 16), torch.randn(1, 5, dit.cfg.d_text)
         >>> _, cache = dit.run_with_cache(latents, text, torch.tensor([900.0]))

@@ -221,7 +221,6 @@ class HookedT5Encoder(HookedModule):
             its own.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("t5-micro")
         >>> tokens = model.to_tokens("red circle above blue square")
         >>> _, cache = model.text_encoder.run_with_cache(tokens)

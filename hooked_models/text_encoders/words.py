@@ -146,7 +146,6 @@ class EncodedText:
         places do not overlap.
 
         Example:
-            >>> from hooked_models import HookedTextToImage
             >>> tokenizer = HookedTextToImage.from_pretrained("t5-micro", weights=False).tokenizer
             >>> encode_text(tokenizer, "red circle, left of blue square").phrases("Left of")
             [(12, 19)]

@@ -27,7 +27,6 @@ def skip(dit: HookedDiT) -> None:
     needs them.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> model = HookedTextToImage.from_pretrained("rte-nano")  # whose dit skips them
         >>> with compute_all(model.dit):
         ...     images = model("red circle above blue square", seed=0, num_steps=2)

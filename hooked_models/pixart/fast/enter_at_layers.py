@@ -34,7 +34,6 @@ def denoise_from(
         timestep, added_cond_kwargs, text_state: of all rows.
 
     Example:
-        >>> from hooked_models import HookedTextToImage
         >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit.requires_grad_(False)
         >>> latents, t = torch.randn(1, 24, 16, 16), torch.tensor([900.0])
         >>> state = dit.encode_text(torch.randn(1, 5, dit.cfg.d_text))
