@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest, multinomial, spearmanr
+from scipy.stats import binom, binomtest, multinomial, norm, spearmanr
 from scipy.stats import t as student
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -200,3 +200,41 @@ def test_holm_is_that_of_statsmodels(n: int) -> None:
     rng = np.random.default_rng(n)
     for p in (rng.uniform(size=n), np.repeat(0.01, n), rng.uniform(size=n) ** 4):
         np.testing.assert_allclose(stats.holm(p), multipletests(p, method="holm")[1])
+
+
+def test_clustered_mean_agrees_with_the_binomial_interval_for_independent_images():
+    values = (np.random.default_rng(0).random((400, 1)) < 0.3).astype(float)
+    ours = stats.clustered_mean(values)
+    exact = binomtest(int(values.sum()), 400).proportion_ci(method="wilson")
+    assert ours.mean == values.mean()
+    assert ours.low == pytest.approx(exact.low, abs=0.015)
+    assert ours.high == pytest.approx(exact.high, abs=0.015)
+
+
+def test_clusters_widen_the_interval_and_nan_is_left_out():
+    rng = np.random.default_rng(1)
+    cluster = (rng.random((60, 1)) < 0.5).astype(float)
+    repeated = np.repeat(cluster, 20, axis=1)  # 1,200 numbers, 60 facts
+    ours = stats.clustered_mean(repeated)
+    half = norm.ppf(0.975) * np.sqrt(repeated.mean() * (1 - repeated.mean()) / 60)
+    assert (ours.high - ours.low) / 2 == pytest.approx(half, rel=0.2)
+    with_gaps = repeated.copy()
+    with_gaps[:, 10:] = np.nan
+    assert stats.clustered_mean(with_gaps).mean == ours.mean
+    assert np.isnan(stats.clustered_mean(np.full((3, 2), np.nan)).mean)
+    assert np.isnan(stats.clustered_mean(np.empty((0, 1)))).all()
+    sparse = np.full((96, 1), np.nan)
+    sparse[:3, 0] = -5, -7, -6
+    assert pytest.approx(stats.clustered_mean(sparse)[1:]) == stats.clustered_mean(sparse[:3])[1:]
+
+
+def test_a_paired_difference_is_sharper_than_two_means():
+    rng = np.random.default_rng(2)
+    before = (rng.random((200, 1)) < 0.5).astype(float)
+    after = before.copy()
+    after[:10] = 0
+    paired = stats.paired_difference(before, after)
+    assert paired.mean == (after - before).mean()
+    assert paired.high < 0
+    apart = stats.clustered_mean(before)
+    assert paired.high - paired.low < (apart.high - apart.low) / 2

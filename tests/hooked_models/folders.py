@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
@@ -18,7 +17,7 @@ from transformers import T5Config, T5EncoderModel
 from hooked_models import word_tokenizer
 
 from .pipelines import WORDS, randomise
-from .tiny import tiny_transformer
+from .tiny import tiny_transformer, tiny_vae
 
 # transformer/config.json of PixArt-Sigma-XL-2-512-MS, class name included, without
 # num_attention_heads and num_layers
@@ -83,17 +82,7 @@ def write_folder(
     }
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).eval()
     randomise(encoder, 0.3)
-    channels = (4,) * vae_levels
-    vae = AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * vae_levels,
-        up_block_types=("UpDecoderBlock2D",) * vae_levels,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=16,
-        scaling_factor=5.0,
-    ).eval()
+    vae = tiny_vae(vae_levels, sample_size=16, scaling_factor=5.0)
     with torch.no_grad():
         vae.decoder.conv_out.weight.mul_(0.15)  # so that images saturate nowhere
     settings = {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
+
+from hooked_models.pixart.dit import HookedDiT
 
 
 def tiny_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
@@ -32,6 +35,17 @@ def tiny_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
             is_weight = parameter.ndim > 1 and not name.endswith("scale_shift_table")
             parameter.copy_(noise / parameter[0].numel() ** 0.5 if is_weight else noise / 2)
     return transformer
+
+
+def tiny_vae(levels: int = 2, **config: Any) -> AutoencoderKL:
+    """A random autoencoder, 2 ** (levels - 1) pixels to a latent."""
+    sizes = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2, **config}
+    return AutoencoderKL(
+        block_out_channels=(4,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **sizes,
+    ).eval()
 
 
 def tiny_inputs(
@@ -79,3 +93,91 @@ def tiny_inputs(
 
 def look(tensor: torch.Tensor, hook: Any) -> None:
     """A hook that changes nothing, but makes its HookPoint watched."""
+
+
+def set_flags(
+    dit: HookedDiT,
+    result: bool = False,
+    split: bool = False,
+    attn_in: bool = False,
+    mlp_in: bool = False,
+) -> None:
+    """Every flag at once; the two forks exclude each other, so both go off first."""
+    dit.set_use_split_qkv_input(False)
+    dit.set_use_attn_in(False)
+    dit.set_use_attn_result(result)
+    dit.set_use_split_qkv_input(split)
+    dit.set_use_attn_in(attn_in)
+    dit.set_use_hook_mlp_in(mlp_in)
+
+
+def with_state(dit: HookedDiT, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the text replaced by its state."""
+    rest = {key: value for key, value in inputs.items() if not key.startswith("encoder_")}
+    return {
+        **rest,
+        "text_state": dit.encode_text(
+            inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
+        ),
+    }
+
+
+def shapes(n_layers: int, b: int, pos: int, text: int) -> dict[str, tuple[int, ...]]:
+    """Every name of design.md's section "Names" within one denoiser call, with its shape, for the
+    tiny transformer.
+    """
+    heads, d_head, d, d_text = 3, 8, 24, 10
+    named: dict[str, tuple[int, ...]] = {
+        "hook_embed": (b, pos, d),
+        "hook_pos_embed": (b, pos, d),
+        "hook_t_emb": (b, d),
+        "hook_t_mod": (b, 6 * d),
+        "hook_text": (b, text, d_text),
+        "hook_caption": (b, text, d),
+        "ln_final.hook_scale": (b, pos, 1),
+        "ln_final.hook_normalized": (b, pos, d),
+    }
+    residual = (
+        "resid_pre resid_mid resid_mid_cross resid_post attn_out cross_attn_out mlp_out "
+        "attn_out_pre_gate mlp_out_pre_gate"
+    )
+    for layer in range(n_layers):
+        block: dict[str, tuple[int, ...]] = {
+            f"hook_{name}": (b, pos, d) for name in [*residual.split(), "mlp_in"]
+        }
+        block["hook_attn_in"] = block["hook_cross_attn_in"] = (b, pos, heads, d)
+        for name in ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp"):
+            block[f"adaln.hook_{name}"] = (b, 1, d)
+        for ln in ("ln1", "ln2"):
+            block[f"{ln}.hook_scale"] = (b, pos, 1)
+            block[f"{ln}.hook_normalized"] = (b, pos, d)
+        for attn, keys in (("attn", pos), ("cross_attn", text)):
+            for name, length in (("q", pos), ("k", keys), ("v", keys)):
+                block[f"{attn}.hook_{name}"] = (b, length, heads, d_head)
+                block[f"{attn}.hook_{name}_input"] = (b, length, heads, d)
+            block[f"{attn}.hook_z"] = (b, pos, heads, d_head)
+            block[f"{attn}.hook_result"] = (b, pos, heads, d)
+            block[f"{attn}.hook_attn_scores"] = block[f"{attn}.hook_pattern"] = (
+                b,
+                heads,
+                pos,
+                keys,
+            )
+        block["mlp.hook_pre"] = block["mlp.hook_post"] = (b, pos, 4 * d)
+        named |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+    return named
+
+
+NAMES = sorted(shapes(2, 2, 16, 5))
+
+
+GATED = [name for name in NAMES if name.endswith(("_result", "_input", "_in"))]
+
+
+ways = pytest.mark.parametrize(
+    "how",
+    [
+        *("hooks", "bwd_hooks", "run_with_hooks", "add_hook", "add_perma_hook"),
+        *("add_caching_hooks", "run_with_cache", "tuple", "list", "set"),
+    ],
+)

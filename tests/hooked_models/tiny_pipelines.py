@@ -19,6 +19,7 @@ import transformers as T
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from .pipelines import WORDS, randomise
+from .tiny import tiny_vae
 
 PIECES = (
     "<|im_start|>",
@@ -118,11 +119,8 @@ def qwen_vl() -> Any:
 
 
 def vae(channels: int, blocks: int = 2, **more: Any) -> Any:
-    return D.AutoencoderKL(
-        block_out_channels=(4,) * blocks,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        layers_per_block=1,
+    return tiny_vae(
+        blocks,
         latent_channels=channels,
         norm_num_groups=1,
         shift_factor=0.06,

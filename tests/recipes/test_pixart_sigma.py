@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
 from PIL import Image
 from transformers import (
     CLIPTokenizer,
@@ -28,7 +28,7 @@ from dit_lens import detection
 from dit_lens.store import Store
 from recipes import pixart_sigma
 from recipes.pixart_sigma import NONE, OBJECTS, Config, asked, located
-from tests.hooked_models.tiny import tiny_transformer
+from tests.hooked_models.tiny import tiny_transformer, tiny_vae
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +63,10 @@ def folder(tmp_path_factory) -> Path:
         "num_heads": 3,
         "feed_forward_proj": "gated-gelu",
     }
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-    }
     PixArtSigmaPipeline(
         tokenizer,
         T5EncoderModel(T5Config(vocab_size=len(pieces), **sizes)).eval(),
-        AutoencoderKL(
-            block_out_channels=(4,) * 4,
-            layers_per_block=1,
-            norm_num_groups=2,
-            sample_size=64,
-            **blocks,
-        ),
+        tiny_vae(4, sample_size=64),
         tiny_transformer(caption_channels=12, num_layers=3),
         DPMSolverMultistepScheduler(),
     ).save_pretrained(path)

@@ -12,52 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_lens.intervene.edits import another_prompt
 from dit_lens.intervene.interventions import Add, Intervention, Replace, Scale
 from dit_lens.text.prompts import role_mask, word
-from hooked_models import HookedTextToImage, Trajectory, UnknownHookError
 
-from ...hooked_models.pipelines import tiny_pipeline
+from .by_hand import PROMPTS, RUN, read, words
 
 # the first two have equally many tokens of every role, but in other places
-PROMPTS = [
-    "red circle is above blue square",
-    "blue square is above circle red",
-    "circle is left of red square",
-]
-RUN = {"seed": [3, 4, 5], "num_steps": 2}
-GENERATOR = torch.Generator().manual_seed(9)
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline("t5").to(torch.float64))
-
-
-@pytest.fixture(scope="module")
-def run(model) -> Trajectory:
-    with torch.no_grad():
-        return model.trajectory(PROMPTS, **RUN)
 
 
 @pytest.fixture(scope="module")
 def one_step(model) -> Tensor:
     with torch.no_grad():
         return model(PROMPTS, seed=0, num_steps=1)
-
-
-def read(run: Trajectory, hooks, names: list[str]) -> dict[str, Tensor]:
-    """The tensors called `names` as they go on, and the images, of the run's last step with
-    hooks.
-    """
-    kept = {}
-
-    def keep(tensor: Tensor, hook) -> None:
-        kept[hook.name] = tensor.clone()
-
-    with torch.no_grad():
-        images = run.fork(1, [*hooks, *((name, keep) for name in names)]).images
-    return {**kept, "images": images}
 
 
 def by_hand(change: Callable[[Tensor], None]) -> Callable[[Tensor, object], Tensor]:
@@ -67,10 +33,6 @@ def by_hand(change: Callable[[Tensor], None]) -> Callable[[Tensor, object], Tens
         return edited
 
     return function
-
-
-def words(model: HookedTextToImage, role: str) -> list[list[int]]:
-    return [row.nonzero().flatten().tolist() for row in role_mask(model, PROMPTS, role)]
 
 
 # What each action makes of a selected part [row …]: written out, one prompt at a time.
@@ -87,6 +49,7 @@ ACTIONS = {
         lambda parts: [torch.full_like(part, 0.2) for part in parts],
     ),
 }
+
 
 # Site → its heads and tokens, and where they are in one row of the tensor.
 SITES = {
@@ -229,42 +192,6 @@ def test_actions_on_the_words_of_a_role(model, one_step, site, kind):
     assert (ours - one_step[: len(prompts)]).abs().max() > 1e-9
 
 
-def test_resample_takes_another_prompts_image_side(model, run):
-    """The same row at every site, of another prompt; rows of one prompt never serve each other."""
-    names = ["steps.1.cond.blocks.1.attn.hook_z", "steps.1.uncond.blocks.1.attn.hook_z"]
-    intervention = Intervention(
-        "blocks.1.attn.hook_z", heads="L1H1", steps=1, branch="both", action="resample"
-    )
-    ours, plain = (
-        read(run, intervention.hooks(model, PROMPTS, num_steps=2, seed=4), names),
-        read(run, [], names),
-    )
-    source = intervention.resolve(model, PROMPTS, num_steps=2, seed=4)[0].sources
-    assert sorted(source) == [0, 1, 2]
-    assert not (source == torch.arange(3)).any()
-    for name in names:
-        assert torch.equal(ours[name][:, :, 1], plain[name][source][:, :, 1])
-        assert torch.equal(ours[name][:, :, 0], plain[name][:, :, 0])
-
-
-@pytest.mark.parametrize(
-    "prompt", [[0, 1], [0, 0, 1, 1, 2], [2, 0, 1, 0, 3, 1, 2, 3], [0, 1, 1, 2]]
-)
-def test_another_prompt(prompt):
-    prompt = np.array(prompt)
-    drawn = {tuple(another_prompt(prompt, np.random.default_rng(seed))) for seed in range(20)}
-    assert all(
-        sorted(source) == list(range(len(prompt))) and (prompt[list(source)] != prompt).all()
-        for source in drawn
-    )
-    assert len(drawn) > 1 or len(prompt) == 2
-    with pytest.raises(ValueError, match="larger batch"):
-        another_prompt(np.array([0, 0, 1]), np.random.default_rng(0))
-
-
-# Knock-out
-
-
 @pytest.mark.parametrize("branch", ["cond", "uncond", "both"])
 @pytest.mark.parametrize("site", ["cross_attn", "attn"])
 def test_knocked_out_keys_leave_their_attention_to_the_others(model, run, site, branch):
@@ -317,57 +244,6 @@ def test_knocking_a_role_out_everywhere_is_the_models_own_text_mask(model):
         assert (ours - model(PROMPTS, **RUN)).abs().max() > 1e-6
 
 
-def test_every_token_of_a_role_is_selected(model):
-    """Not the first only, and where the tokenizer put it; a prompt without the role is an error, or
-    stays as it is.
-    """
-    prompts = ["red circle is above left of blue square", "circle is red square"]
-    strict = Intervention(
-        "blocks.1.cross_attn.hook_pattern", "L1H0", "relation", steps=0, action="knockout"
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"'circle is red square' has no relation token.*square \(shape2\).*missing='ignore'",
-    ):
-        strict.resolve(model, prompts)
-    (edit,) = dataclasses.replace(strict, missing="ignore").resolve(model, prompts)
-    tokens = model.to_str_tokens(model.to_tokens(prompts)[0])
-    assert [token for token, there in zip(tokens, edit.where[0, 0, 0], strict=True) if there] == [
-        "▁above",
-        "▁left",
-    ]
-    assert edit.where[0, 0].any()
-    assert not edit.where[0, 1].any()
-    assert not edit.where[1].any()
-
-
-def test_a_role_in_the_unconditional_branch_is_that_of_the_empty_prompt(model):
-    """There is no relation in it, so "both" is "cond"; the encoder's unconditional side is that of
-    the null prompt.
-    """
-    both = Intervention(
-        "blocks.0.cross_attn.hook_v", tokens="relation", steps=0, branch="both"
-    ).hooks(model, PROMPTS)
-    assert [name for name, _ in both] == ["steps.0.cond.blocks.0.cross_attn.hook_v"]
-    (edit,) = Intervention(
-        "text_encoder.hook_out", tokens="eos", branch="uncond", action="zero"
-    ).resolve(model, PROMPTS)
-    assert edit.site.name == "null_text_encoder.hook_out"
-    assert edit.where[:, 0].all()
-    assert edit.where.sum() == len(PROMPTS)
-    for missing, message in (
-        ("error", "'' has no relation token. Its words are none"),
-        ("ignore", "selects nothing"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Intervention("hook_text", tokens="relation", branch="uncond", missing=missing).hooks(
-                model, PROMPTS
-            )
-
-
-# Values from elsewhere, and ways to run
-
-
 def test_replace_by_a_cache_is_activation_patching(model):
     """At all steps and both branches: each site gets its own tensor of the other run, rows in
     order.
@@ -407,34 +283,6 @@ def test_replace_by_a_cache_is_activation_patching(model):
         )
 
 
-@pytest.mark.parametrize("kind", ["zero", "mean", "resample", "knockout", "add", "replace"])
-def test_an_edit_acts_on_some_rows_of_a_larger_batch(model, kind):
-    """Two copies of the prompts, rows shuffled: one copy is edited as in a batch of its own, the
-    other not at all.
-    """
-    rows = torch.tensor([4, 0, 2])  # of a batch of 6, in which prompt i is row rows[i]
-    per_prompt = torch.randn(3, 2, 4, 7, dtype=torch.float64, generator=GENERATOR)
-    action = {"add": Add(per_prompt), "replace": Replace(per_prompt)}.get(kind, kind)
-    prompts = [*PROMPTS[:2], "square red is above blue circle"]
-    (edit,) = Intervention(
-        "blocks.0.cross_attn.hook_pattern", [1], "shape1", steps=0, action=action
-    ).resolve(model, prompts)
-    batch = torch.rand(6, 2, 4, 7, dtype=torch.float64, generator=GENERATOR)
-    alone = edit(batch[rows])
-    together = edit.on(rows)(batch)
-    assert torch.equal(together[rows], alone)
-    assert not torch.equal(alone, batch[rows])
-    others = [1, 3, 5]
-    assert torch.equal(together[others], batch[others])
-
-    # and rows of an edit are those of an intervention on these prompts alone
-    taken = torch.tensor([2, 1])
-    part = {"add": Add(per_prompt[taken]), "replace": Replace(per_prompt[taken])}.get(kind, kind)
-    fewer = Intervention("blocks.0.cross_attn.hook_pattern", [1], "shape1", steps=0, action=part)
-    (expected,) = fewer.resolve(model, [prompts[i] for i in taken])
-    assert torch.equal(edit.take(taken)(batch[taken]), expected(batch[taken]))
-
-
 def test_a_view_of_one_step(model):
     intervention = Intervention(
         "blocks.*.cross_attn.hook_pattern",
@@ -471,19 +319,6 @@ def test_it_is_data():
     assert one != dataclasses.replace(one, heads=(7,))
 
 
-@pytest.mark.parametrize("action", [Add, Replace])
-def test_values_that_are_no_real_numbers_are_refused(action):
-    for wrong in (
-        torch.zeros(2, dtype=torch.complex64),
-        torch.tensor(torch.nan),
-        torch.ones(2, dtype=torch.bool),
-    ):
-        with pytest.raises(ValueError, match="real, finite numbers"):
-            action(wrong)
-    with pytest.raises(ValueError, match="factor=nan: give a finite number"):
-        Scale(float("nan"))
-
-
 def test_numpys_numbers_and_steps_from_the_end_are_numbers(model):
     ours = Intervention(
         "blocks.0.attn.hook_z", heads=np.arange(2), steps=np.int64(-1), tokens=np.array([0, 2])
@@ -496,31 +331,6 @@ def test_numpys_numbers_and_steps_from_the_end_are_numbers(model):
         assert Intervention("blocks.0.attn.hook_z", tokens=mask).tokens == (
             (True, False, True, False),
         )
-
-
-def test_words_are_selected_in_each_prompt(model):
-    """By the tokens of the word, in the branch that reads the prompt; the k-th of one prompt stands
-    for another's k-th.
-    """
-    prompts = ["red circle is left of red square", "blue circle is above red square"]
-    (edit,) = Intervention("blocks.0.cross_attn.hook_v", tokens=word("Red"), steps=0).resolve(
-        model, prompts
-    )
-    assert [row.nonzero().flatten().tolist() for row in edit.where[:, :, 0, 0]] == [[0, 5], [4]]
-    last = Intervention(
-        "blocks.0.cross_attn.hook_v", tokens=[word("red", nth=2), "shape1"], steps=0, branch="both"
-    )
-    (edit,) = last.resolve(model, prompts)
-    assert [row.nonzero().flatten().tolist() for row in edit.where[:, :, 0, 0]] == [[1, 5], [1]]
-    mean = Intervention(
-        "blocks.0.cross_attn.hook_v", tokens=word("circle"), steps=0, action="mean"
-    ).resolve(model, prompts)[0]
-    values = torch.randn(2, edit.where.shape[1], 2, 8, dtype=torch.float64)
-    assert torch.allclose(mean(values)[:, 1], values[:, 1].mean(dim=0).expand(2, -1, -1))
-    assert torch.equal(mean(values)[:, 2:], values[:, 2:])
-
-
-# What has no meaning
 
 
 @pytest.mark.parametrize(
@@ -586,19 +396,6 @@ def test_words_are_selected_in_each_prompt(model):
 def test_what_has_no_meaning_says_what_has(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         Intervention(**arguments).hooks(model, ["blue square is above", *PROMPTS[:2]])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "right"),
-    [
-        ("blocks.1.cross_attn.hook_patern", "blocks.1.cross_attn.hook_pattern"),
-        ("text_encoder.blocks.0.atn.hook_z", "text_encoder.blocks.0.attn.hook_z"),
-        ("hook_latnt", "hook_latent"),
-    ],
-)
-def test_a_misspelt_site_suggests_the_nearest_one(model, wrong, right):
-    with pytest.raises(UnknownHookError, match=right):
-        Intervention(wrong).hooks(model, PROMPTS)
 
 
 def test_hooks_of_other_prompts_are_refused(model):

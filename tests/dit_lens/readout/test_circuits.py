@@ -179,3 +179,53 @@ def test_a_head_that_is_not_there_is_refused(head: object) -> None:
     with pytest.raises(ValueError, match=r"no head|names no head|give an integer"):
         map_of(dit, head, torch.zeros(16))
     assert circuits.position_word_map(dit, (1, 1), torch.zeros(16)).shape == (2, 2)
+
+
+@pytest.fixture(scope="module")
+def fine() -> HookedTextToImage:
+    return HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
+
+
+def test_a_position_word_map_is_an_exact_term_of_the_attention_score(fine):
+    """Add E_pos to the residual stream: the scores change by exactly the map (its query part, over
+    √d_head).
+    """
+    dit = fine.dit
+    vector = fine.text_encoder.W_E[3]
+    maps = circuits.position_word_maps(dit, vector[None])
+    for layer, block in enumerate(dit.blocks):
+        attn = block.cross_attn
+        residual = torch.randn(
+            1, len(dit.W_pos), dit.cfg.d_model, generator=torch.Generator().manual_seed(layer)
+        )
+        caption = dit.project_caption(vector[None, None])
+
+        def scores(x, attn=attn, caption=caption):
+            both = torch.einsum(
+                "bqhe,bkhe->hqk",
+                attn.queries(x),
+                attn.keys(torch.cat([caption, 0 * caption], dim=1)),
+            )
+            # against a key of nothing but the bias: what a pattern can depend on
+            return both[..., 0] - both[..., 1]
+
+        difference = scores(residual + dit.W_pos) - scores(residual)
+        # the map has the query bias, the difference has not
+        bias = scores(torch.zeros_like(residual))
+        assert torch.allclose(difference + bias, maps[layer, :, 0], atol=1e-4)
+        assert difference.std() > 0.01
+
+
+def test_map_of_one_head_is_a_picture(fine):
+    vector = fine.text_encoder.W_E[4]
+    picture = circuits.position_word_map(fine.dit, "L1H0", vector)
+    assert picture.dims == ("y", "x")
+    assert np.allclose(
+        picture.values.ravel(),
+        circuits.position_word_maps(fine.dit, vector[None])[1, 0, 0].detach(),
+    )
+    with pytest.raises(ValueError, match="2 layers of 2 heads"):
+        circuits.position_word_map(fine.dit, "L2H0", vector)
+    with pytest.raises(ValueError, match="such as 'L2H8'"):
+        circuits.parse_head("head 3")
+    assert circuits.parse_head("L2H8") == circuits.parse_head((2, 8)) == (2, 8)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_lens.readout import attention_sinks, massive_activations
-from dit_lens.readout.controls import random_others
+from dit_lens.readout import attention_sinks
 
 from ...hooked_models.pipelines import PROMPTS
 from .test_heat_maps import SEEDS, opened
@@ -69,72 +68,3 @@ def test_a_planted_sink_is_found_and_matters_more_than_random_keys() -> None:
         found = attention_sinks(model, PROMPTS, SEEDS, n_steps, draws=4, **options)
     assert (found["sink"] == 5).all()
     assert (found["shift"] > found["control_shift"].max("draw")).all()
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_massive_channels_are_the_largest_and_are_set_to_zero(name: str) -> None:
-    model, n_steps, options = opened(name)
-    found = massive_activations(model, PROMPTS, SEEDS, n_steps, k=2, draws=2, **options)
-    _, cache = model.run_with_cache(
-        PROMPTS,
-        SEEDS,
-        n_steps,
-        names_filter=lambda n: n.startswith("steps.") and n.endswith("hook_resid_post"),
-        **options,
-    )
-    sizes: dict[int, list[Tensor]] = {}
-    for full, x in cache.items():
-        sizes.setdefault(int(full.split(".")[4]), []).append(x.abs().mean(1))
-    for layer, steps in sizes.items():
-        mean = torch.stack(steps).mean(0)
-        top = mean.topk(2)
-        assert torch.equal(
-            torch.from_numpy(found["channel_index"].sel(layer=layer).values), top.indices
-        )
-        ratio = top.values / mean.median(-1, keepdim=True).values
-        assert np.allclose(found["ratio"].sel(layer=layer), ratio, rtol=1e-3)
-
-    def zeroed(x: Tensor, hook: Any) -> Tensor:
-        x = x.clone()
-        for row, channels in enumerate(found["channel_index"].sel(layer=hook.layer()).values):
-            x[row][:, channels] = 0
-        return x
-
-    sites = lambda full: ".cond." in full and full.endswith("hook_resid_post")  # noqa: E731
-    before, after = (
-        last_latents(model, n_steps, options, hooks) for hooks in ([], [(sites, zeroed)])
-    )
-    assert np.allclose(found["shift"], (after - before).norm(dim=1) / before.norm(dim=1), rtol=1e-3)
-
-
-def test_a_planted_channel_is_found() -> None:
-    model, n_steps, options = opened("SD3")
-
-    def larger(x: Tensor, hook: Any) -> Tensor:
-        x = x.clone()
-        x[..., 7] += 50
-        return x
-
-    with model.hooks(
-        [(f"steps.{step}.cond.blocks.0.hook_resid_post", larger) for step in range(n_steps)]
-    ):
-        found = massive_activations(model, PROMPTS, SEEDS, n_steps, k=1, draws=1, **options)
-    assert (found["channel_index"] == 7).all()
-    assert (found["ratio"] > 5).all()
-
-
-def test_controls_are_other_places_that_are_there() -> None:
-    rng = np.random.default_rng(0)
-    taken, there = (
-        torch.tensor([[0, 3], [1, 2]]),
-        torch.tensor([[True] * 6, [False, True, True, True, True, False]]),
-    )
-    for _ in range(50):
-        others = random_others(taken, there, rng)
-        assert not set(others[0].tolist()) & {0, 3}
-        assert set(others[1].tolist()) == {3, 4}
-        assert len(set(others[0].tolist())) == 2
-    drawn = torch.stack([random_others(taken, there, rng)[0] for _ in range(400)])
-    assert min(drawn.flatten().bincount(minlength=6)[[1, 2, 4, 5]].tolist()) > 150
-    with pytest.raises(ValueError, match="take a smaller k"):
-        random_others(taken, there[:, :4], rng)

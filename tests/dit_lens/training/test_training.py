@@ -26,7 +26,7 @@ from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, lo
 from dit_lens.training.history import open_run
 from dit_lens.training.loop import encode_captions
 from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
-from dit_lens.training.pipelines import Size, build_text_encoder, load_pipeline
+from dit_lens.training.pipelines import Size, load_pipeline
 
 from ...killing import killed
 
@@ -71,7 +71,7 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tmp_path):
     train(config)
 
     broken = replace(config, out=tmp_path / "killed")
-    # at the checkpoints of steps 4 and 6; tests/store kills it at any file operation
+    # at the checkpoints of steps 4 and 6; tests/hooked_models/store kills it at any file operation
     for _ in range(2):
         killed(lambda: train(broken), loop, "save_checkpoint", 2)
     train(broken)
@@ -191,24 +191,6 @@ def test_a_model_of_another_kind_is_no_start(tmp_path, settings, says):
         train(config)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_fused_encoder_moves_a_share_of_the_relation_words_into_the_second_shape(share):
-    captions = ["red circle is to the left of square", "circle is above blue square"]
-    moved, plain = (
-        encode_captions(build_pipeline(PRESETS["nano"], encoder, moved_share=share), captions)[0]
-        for encoder in ("fused", "rte")
-    )
-    change = moved - plain
-    bare = build_text_encoder("rte")[0]
-    ids = build_text_encoder("rte")[1](captions, padding=True, return_tensors="pt").input_ids
-    for row, (relation, last) in enumerate(((slice(3, 7), 7), (slice(2, 3), 4))):
-        words = bare.embed_tokens(ids[row, relation])
-        expected = torch.zeros_like(change[row])
-        expected[relation] = -share * words
-        expected[last] = share * words.sum(0)
-        torch.testing.assert_close(change[row], expected, rtol=0, atol=1e-4)
-
-
 def test_the_fused_encoder_trains_resumes_and_goes_on(tmp_path):
     config = TrainConfig(out=tmp_path / "a", steps=1, encoder="fused", moved_share=0.5, **TINY)
     train(config)
@@ -322,10 +304,6 @@ def test_all_captions_are_924_and_cover_what_is_sampled():
     captions = all_captions()
     assert len(captions) == len(set(captions)) == 924
     assert {scenes.caption(s) for s in scenes.sample(3000, seed=0, split="all")} <= set(captions)
-
-
-# Objectives: with the right answer the loss vanishes, and the stock scheduler that is saved beside
-# it walks to the image.
 
 
 @pytest.mark.parametrize(

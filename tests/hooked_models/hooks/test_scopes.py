@@ -15,25 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from hooked_models import HookedTextToImage
-
-from ..pipelines import PROMPTS, tiny_pipeline
-
-STEPS = 2
-Z = "steps.0.cond.blocks.0.cross_attn.hook_z"
-PATTERN = "steps.1.cond.blocks.1.attn.hook_pattern"
-
-
-@pytest.fixture
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline("t5"))
-
-
-def zero(tensor: Tensor, hook: Any) -> Tensor:
-    return torch.zeros_like(tensor)
-
-
-# Graphs
+from ..pipelines import PROMPTS
+from .zeroed import PATTERN, STEPS, Z, zero
 
 
 def test_a_plain_call_keeps_nothing_for_a_backward_pass(model):
@@ -124,19 +107,6 @@ def test_backward_hooks_fire_in_frozen_models(model, name):
     assert torch.allclose(seen[0], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_views_give_gradients_of_frozen_models(model):
-    view, tokens = model.at(1, PROMPTS, num_steps=STEPS, returns="out")
-    _, cache = view.run_with_cache(tokens[:1], names_filter="blocks.0.attn.hook_z")
-    assert not cache["z", 0].requires_grad
-    found: list[Tensor] = []
-    with view.hooks([("blocks.0.attn.hook_z", lambda z, hook: found.append(z))]):
-        (gradient,) = torch.autograd.grad(view(tokens).sum(), found)
-    assert gradient.abs().max() > 0
-
-
-# Threads and runs in hooks
-
-
 def test_threads_have_their_own_hooks(model):
     with torch.no_grad():
         plain = model(PROMPTS, num_steps=STEPS)
@@ -216,133 +186,6 @@ def test_a_run_in_a_hook_is_a_run_of_its_own(model):
         assert torch.equal(model(PROMPTS, num_steps=STEPS), zeroed)
         assert torch.equal(inner[0], plain)
         model.reset_hooks()
-
-
-def test_an_added_hook_acts_in_all_threads_and_in_open_blocks(model):
-    with torch.no_grad():
-        plain = model(PROMPTS, num_steps=STEPS)
-        with model.hooks([(PATTERN, lambda tensor, hook: None)]):
-            model.add_hook(Z, zero)
-            assert not torch.allclose(model(PROMPTS, num_steps=STEPS), plain)
-        changed = model(PROMPTS, num_steps=STEPS)
-        with ThreadPoolExecutor(1) as pool:
-            assert torch.equal(
-                pool.submit(lambda: model(PROMPTS, num_steps=STEPS).detach()).result(), changed
-            )
-        assert not torch.allclose(changed, plain)
-        model.reset_hooks()
-        assert torch.equal(model(PROMPTS, num_steps=STEPS), plain)
-
-
-# Contexts and levels
-
-
-def test_hooks_of_a_name_share_a_context(model):
-    seen = []
-    hooks = {
-        "fwd_hooks": [(Z, lambda tensor, hook: hook.ctx.update(mean=tensor.mean().item()))],
-        "bwd_hooks": [(Z, lambda gradient, hook: seen.append(hook.ctx["mean"]))],
-    }
-    with model.hooks(**hooks):
-        model(PROMPTS, num_steps=STEPS).sum().backward()
-    assert len(seen) == 1
-    later = []
-    model.run_with_hooks(
-        PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, lambda tensor, hook: later.append(dict(hook.ctx)))]
-    )
-    assert later == [{"mean": seen[0]}]
-    model.reset_hooks()  # clears contexts, as in TransformerLens
-    model.run_with_hooks(
-        PROMPTS, num_steps=STEPS, fwd_hooks=[(Z, lambda tensor, hook: later.append(dict(hook.ctx)))]
-    )
-    assert later[1] == {}
-
-
-def test_levels_are_those_of_transformer_lens(model):
-    calls = []
-
-    def named(name: str) -> Any:
-        return lambda tensor, hook: calls.append(name)
-
-    for owner, where in ((model, Z), (model.dit, Z.split(".", 3)[3])):
-        calls.clear()
-        owner.add_hook(where, named("zero"), level=0)
-        owner.add_hook(where, named("one"), level=1)
-        owner.add_hook(where, named("none"))
-        owner.reset_hooks(level=0)
-        model(PROMPTS, num_steps=1, guidance=1.0)
-        assert calls == ["one", "none"]
-        owner.reset_hooks()
-        with owner.hooks([(where, named("block"))]):
-            owner.reset_hooks(level=1)
-            model(PROMPTS, num_steps=1, guidance=1.0)
-        assert calls == ["one", "none"]
-
-
-# Changes of the model
-
-
-def test_weights_edited_after_a_view_are_followed_or_refused(model):
-    latents, text = model.noise(0, 2), model.encode(model.to_tokens(PROMPTS), 1.0).text
-    bound, tokens = model.dit.bind(latents, 500.0, text)
-    view, rows = model.at(1, PROMPTS, num_steps=STEPS)
-    run = model.trajectory(PROMPTS, num_steps=STEPS)
-    with torch.no_grad():
-        before = bound(tokens)
-        model.dit.blocks[0].cross_attn.W_V[:] = 0
-        fresh, again = model.dit.bind(latents, 500.0, text)
-        assert torch.equal(bound(tokens), fresh(again))
-        assert not torch.allclose(bound(tokens), before)
-        for stale in (lambda: view(rows), lambda: run.fork(1)):
-            with pytest.raises(ValueError, match="weights have changed"):
-                stale()
-
-
-@pytest.mark.parametrize(
-    "part", ["transformer_blocks.0.attn2.to_v", "transformer_blocks.1.ff.net.2", "proj_out"]
-)
-def test_a_replaced_leaf_is_an_error_that_names_it(model, part):
-    wrapped = model.dit.wrapped
-    parent, _, name = part.rpartition(".")
-    old = wrapped.get_submodule(part)
-    run = model.trajectory(PROMPTS, num_steps=STEPS)
-    latents, text = model.noise(0, 2), model.encode(model.to_tokens(PROMPTS), 1.0).text
-    bound, tokens = model.dit.bind(latents, 500.0, text)
-    setattr(wrapped.get_submodule(parent), name, nn.Linear(old.in_features, old.out_features))
-    calls = (
-        lambda: model(PROMPTS, num_steps=1),
-        lambda: run.fork(1),
-        lambda: model.dit(latents, timestep=torch.tensor([500, 500]), encoder_hidden_states=text),
-        lambda: bound(tokens),
-    )
-    for call in calls:
-        with pytest.raises(
-            ValueError,
-            match=part.replace(".", r"\.")
-            + " of the wrapped PixArtTransformer2DModel was replaced",
-        ):
-            call()
-
-
-def test_torch_hooks_and_processors_that_would_be_ignored_are_refused():
-    class Other:
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError
-
-    pipe = tiny_pipeline("t5")
-    model = HookedTextToImage.from_pipeline(pipe)
-    handle = pipe.transformer.transformer_blocks[0].attn2.register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn2 .* torch hook"):
-        model(PROMPTS, num_steps=1)
-    handle.remove()
-    model(PROMPTS, num_steps=1)
-    pipe.transformer.transformer_blocks[1].attn1.set_processor(Other())
-    for call in (
-        lambda: model(PROMPTS, num_steps=1),
-        lambda: HookedTextToImage.from_pipeline(pipe),
-    ):
-        with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn1 .* processor Other"):
-            call()
 
 
 def test_generation_hooks_are_refused_around_a_pipelines_own_call(model):

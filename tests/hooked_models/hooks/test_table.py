@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +11,17 @@ from diffusers import DPMSolverMultistepScheduler
 
 from hooked_models import HookedTextToImage, families
 from hooked_models.generation.cache import activation_shape
-from hooked_models.hooks.page import page
 from hooked_models.hooks.table import HOOKS, axis_sizes, hook_row
 
 from ..families.test_families import KINDS, small
 from ..pipelines import PROMPTS, tiny_pipeline
 
 SCHEDULER = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
+
+
 FORKS = ("use_split_qkv_input", "use_attn_in")
+
+
 TEXT_LENGTH = 9  # unlike every width and the number of image positions
 
 
@@ -116,8 +118,3 @@ def test_layers_of_sites() -> None:
         assert model.names.site(name).layer is None
     with pytest.raises(KeyError, match="stands in no row"):
         hook_row("blocks.0.hook_nothing")
-
-
-def test_the_page_is_the_tables() -> None:
-    written = Path(__file__).parents[3] / "docs" / "hooks.md"
-    assert written.read_text() == page(), "run: python -m hooked_models.hooks.page > docs/hooks.md"

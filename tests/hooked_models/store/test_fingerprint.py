@@ -21,7 +21,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.store import digest, fingerprint
 from hooked_models.store.hashing import globals_read, source_tree, tree_text
 
-from ..hooked_models.pipelines import PROMPTS, tiny_pipeline
+from ..pipelines import PROMPTS, tiny_pipeline
 from . import hashed
 
 FILE = Path(sys.modules["hooked_models.store.hashing"].__file__)

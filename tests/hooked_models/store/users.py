@@ -21,7 +21,7 @@ from dit_lens.training.pipelines import Size
 from hooked_models import GenerationCache, HookedTextToImage
 from recipes.claims import stage
 
-from ..hooked_models.pipelines import PROMPTS, tiny_pipeline
+from ..pipelines import PROMPTS, tiny_pipeline
 from .harness import User, same_tensors
 
 STEPS = 2

@@ -16,8 +16,8 @@ from dit_lens.readout import heatmap
 from hooked_models import HookedTextToImage, families
 from hooked_models.pixart.attention import weight_of
 
-from .pipelines import PROMPTS
-from .tiny_pipelines import tiny_pipeline
+from ..pipelines import PROMPTS
+from ..tiny_pipelines import tiny_pipeline
 
 SEEDS, STEPS = [3, 4], 3
 Z = "steps.1.cond.blocks.1.attn.hook_z"

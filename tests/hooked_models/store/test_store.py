@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from hooked_models.store import Index, Store, replace_folder, write_json, write_whole, writing
 
-from ..killing import killed
+from ...killing import killed
 
 SETTINGS = {"model": "0123456789abcdef", "num_steps": 2, "names": ["a"]}
 

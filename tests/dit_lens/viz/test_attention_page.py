@@ -24,8 +24,8 @@ from PIL import Image
 from dit_lens import viz
 from hooked_models import HookedTextToImage
 
-from ..hooked_models import tiny_pipelines
-from ..hooked_models.pipelines import PROMPTS, tiny_pipeline
+from ...hooked_models import tiny_pipelines
+from ...hooked_models.pipelines import PROMPTS, tiny_pipeline
 
 EVIL = (
     "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"

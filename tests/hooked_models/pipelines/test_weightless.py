@@ -15,10 +15,10 @@ from dit_lens import prompts
 from hooked_models import HookedTextToImage
 from hooked_models.generation.cache import estimate
 
-from .pipelines import PROMPTS
-from .tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline, tokenizer
+from ..tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline, tokenizer
+from . import PROMPTS
 
-CONFIGS = json.loads((Path(__file__).parents[1] / "data" / "large_models.json").read_text())
+CONFIGS = json.loads((Path(__file__).parents[2] / "data" / "large_models.json").read_text())
 """Model → its pipeline class and the public configuration of each component, without tokenizers."""
 PROMPT = "red circle is above blue square"
 SECONDS = 10

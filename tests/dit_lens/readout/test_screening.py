@@ -1,135 +1,21 @@
-"""Token roles, position-by-word maps, head screening and intervals, each against something
-independent.
-"""
+"""Screening of heads against maps written out, planted heads and heads without a relation."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, norm
-from transformers import T5Tokenizer
+from scipy.stats import binomtest
 
-from dit_lens import circuits, prompts, scenes, screening, stats
+from dit_lens import circuits, scenes, screening
 from hooked_models import HookedDiT, HookedTextToImage
 
-from ..hooked_models.pipelines import tiny_pipeline
+from ...hooked_models.pipelines import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def model() -> HookedTextToImage:
     return HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
-
-
-# Prompts
-
-
-def test_roles_of_every_caption_agree_with_the_scene(monkeypatch):
-    from dit_lens.training import PRESETS, build_pipeline, pipelines
-
-    monkeypatch.setattr(pipelines, "CODEC_SCENES", 50)
-    model = HookedTextToImage.from_pipeline(build_pipeline(PRESETS["nano"]))
-    for scene in scenes.sample(200, seed=0, split="all"):
-        caption = scenes.caption(scene)
-        found = prompts.token_roles(model, caption, length=20)
-        words = caption.split()
-        assert len(found) == 20
-        assert found[len(words)] == "eos"
-        assert set(found[len(words) + 1 :]) == {"pad"}
-        by_role = {
-            role: [w for w, r in zip(words, found, strict=False) if r == role] for role in found
-        }
-        assert by_role["shape1"] == [scene.shape1]
-        assert by_role["shape2"] == [scene.shape2]
-        assert by_role.get("color1", []) == ([scene.color1] if scene.names_color1 else [])
-        assert by_role.get("color2", []) == ([scene.color2] if scene.names_color2 else [])
-        axes = {
-            "above": "y",
-            "upper": "y",
-            "up": "y",
-            "higher": "y",
-            "below": "y",
-            "lower": "y",
-            "down": "y",
-            "left": "x",
-            "right": "x",
-        }
-        assert [axes[w] for w in by_role["relation"]] == ["y"] * (
-            scene.relation not in ("left", "right")
-        ) + ["x"] * (scene.relation not in ("above", "below"))
-
-
-def test_a_word_of_several_tokens_gives_each_its_role(model, monkeypatch):
-    pieces = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        *((p, -1.0) for p in ("▁tri", "angle", "▁is", "▁ab", "ove", "▁circle")),
-    ]
-    monkeypatch.setattr(model, "tokenizer", T5Tokenizer(vocab=pieces, extra_ids=0))
-    found = prompts.token_roles(model, "triangle is above circle")
-    assert found == ["shape1", "shape1", "filler", "relation", "relation", "shape2", "eos"]
-
-
-def test_role_masks_are_padded_like_the_tokens(model):
-    texts = ["red circle is above blue square", "circle is left of square"]
-    mask = prompts.role_mask(model, texts, "relation")
-    assert mask.shape == model.to_tokens(texts).shape
-    assert [
-        [model.to_str_tokens(t)[i] for i in row.nonzero().flatten()]
-        for t, row in zip(texts, mask, strict=True)
-    ] == [
-        ["▁above"],
-        ["▁left"],
-    ]
-
-
-# Circuits and screening
-
-
-def test_a_position_word_map_is_an_exact_term_of_the_attention_score(model):
-    """Add E_pos to the residual stream: the scores change by exactly the map (its query part, over
-    √d_head).
-    """
-    dit = model.dit
-    vector = model.text_encoder.W_E[3]
-    maps = circuits.position_word_maps(dit, vector[None])
-    for layer, block in enumerate(dit.blocks):
-        attn = block.cross_attn
-        residual = torch.randn(
-            1, len(dit.W_pos), dit.cfg.d_model, generator=torch.Generator().manual_seed(layer)
-        )
-        caption = dit.project_caption(vector[None, None])
-
-        def scores(x, attn=attn, caption=caption):
-            both = torch.einsum(
-                "bqhe,bkhe->hqk",
-                attn.queries(x),
-                attn.keys(torch.cat([caption, 0 * caption], dim=1)),
-            )
-            # against a key of nothing but the bias: what a pattern can depend on
-            return both[..., 0] - both[..., 1]
-
-        difference = scores(residual + dit.W_pos) - scores(residual)
-        # the map has the query bias, the difference has not
-        bias = scores(torch.zeros_like(residual))
-        assert torch.allclose(difference + bias, maps[layer, :, 0], atol=1e-4)
-        assert difference.std() > 0.01
-
-
-def test_map_of_one_head_is_a_picture(model):
-    vector = model.text_encoder.W_E[4]
-    picture = circuits.position_word_map(model.dit, "L1H0", vector)
-    assert picture.dims == ("y", "x")
-    assert np.allclose(
-        picture.values.ravel(),
-        circuits.position_word_maps(model.dit, vector[None])[1, 0, 0].detach(),
-    )
-    with pytest.raises(ValueError, match="2 layers of 2 heads"):
-        circuits.position_word_map(model.dit, "L2H0", vector)
-    with pytest.raises(ValueError, match="such as 'L2H8'"):
-        circuits.parse_head("head 3")
-    assert circuits.parse_head("L2H8") == circuits.parse_head((2, 8)) == (2, 8)
 
 
 def test_a_words_vector_is_its_row_plus_its_place(model):
@@ -276,9 +162,6 @@ def test_p_values_are_uniform_or_larger_without_a_relation_head(at):
     assert np.median(found) > 0.3
 
 
-# Screening by axis
-
-
 def test_gains_are_slopes_of_the_written_out_maps(model, relation_vectors):
     caption = dict(
         zip(
@@ -360,44 +243,3 @@ def test_phrases_are_compared_token_by_token():
     torch.testing.assert_close(longer, (last[0] - last[1]) / 2, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="number of tokens"):
         screening.phrase_contrasts(model, {"vertical": ("below", "directly above")})
-
-
-# Intervals
-
-
-def test_clustered_mean_agrees_with_the_binomial_interval_for_independent_images():
-    values = (np.random.default_rng(0).random((400, 1)) < 0.3).astype(float)
-    ours = stats.clustered_mean(values)
-    exact = binomtest(int(values.sum()), 400).proportion_ci(method="wilson")
-    assert ours.mean == values.mean()
-    assert ours.low == pytest.approx(exact.low, abs=0.015)
-    assert ours.high == pytest.approx(exact.high, abs=0.015)
-
-
-def test_clusters_widen_the_interval_and_nan_is_left_out():
-    rng = np.random.default_rng(1)
-    cluster = (rng.random((60, 1)) < 0.5).astype(float)
-    repeated = np.repeat(cluster, 20, axis=1)  # 1,200 numbers, 60 facts
-    ours = stats.clustered_mean(repeated)
-    half = norm.ppf(0.975) * np.sqrt(repeated.mean() * (1 - repeated.mean()) / 60)
-    assert (ours.high - ours.low) / 2 == pytest.approx(half, rel=0.2)
-    with_gaps = repeated.copy()
-    with_gaps[:, 10:] = np.nan
-    assert stats.clustered_mean(with_gaps).mean == ours.mean
-    assert np.isnan(stats.clustered_mean(np.full((3, 2), np.nan)).mean)
-    assert np.isnan(stats.clustered_mean(np.empty((0, 1)))).all()
-    sparse = np.full((96, 1), np.nan)
-    sparse[:3, 0] = -5, -7, -6
-    assert pytest.approx(stats.clustered_mean(sparse)[1:]) == stats.clustered_mean(sparse[:3])[1:]
-
-
-def test_a_paired_difference_is_sharper_than_two_means():
-    rng = np.random.default_rng(2)
-    before = (rng.random((200, 1)) < 0.5).astype(float)
-    after = before.copy()
-    after[:10] = 0
-    paired = stats.paired_difference(before, after)
-    assert paired.mean == (after - before).mean()
-    assert paired.high < 0
-    apart = stats.clustered_mean(before)
-    assert paired.high - paired.low < (apart.high - apart.low) / 2

@@ -24,7 +24,7 @@ from dit_lens.intervene.interventions import Intervention
 from hooked_models import HookedTextToImage
 from hooked_models.pipelines.hub import ZOO
 
-from ..hooked_models.pipelines import PROMPTS, tiny_pipeline
+from ...hooked_models.pipelines import PROMPTS, tiny_pipeline
 
 
 def dit_lens(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -257,7 +257,7 @@ def test_every_option_has_a_help_text(command, monkeypatch, capsys):
 
 
 def test_the_page_has_every_command_and_its_examples_parse(monkeypatch):
-    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/cli.md").read_text()
     examples = re.findall(r"^\| `([\w-]+)` \| `dit-lens (.*?)` \|$", page, flags=re.M)
     assert [name for name, _ in examples] == [*dict.fromkeys(name for name, _ in examples)]
     assert {name for name, _ in examples} == set(cli.COMMANDS)
