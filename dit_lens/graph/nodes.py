@@ -11,6 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from hooked_models.arguments import is_several, shown
 from hooked_models.generation.names import Branch
+from hooked_models.lazy_imports import renamed
+
+__getattr__ = renamed(__name__, {"obstacle": "dit_lens.graph.nodes:why_no_path"})
 
 FORMS = (
     "'cross_attn.L2H1' or 'attn.L2H1' (a head; as a receiver also with '.q', '.k' or '.v'), "
