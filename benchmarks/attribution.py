@@ -1,5 +1,5 @@
-"""What attribution of a whole generation costs, and how true it is, against exact patching and a
-plain autograd loop, in one run.
+"""Cost and accuracy of attribution over a whole generation, against exact patching and a plain
+autograd loop, in one run.
 
 `python -m benchmarks.attribution` prints, for 3, 7 and 14 steps: seconds in plain generations (two
 are the runs compared), the memory that a call adds, and the rank correlation with exact patching of

@@ -1,8 +1,8 @@
-"""What reading costs: z, or the pattern, of every attention at every step, against raw PyTorch
-hooks and an nnsight trace.
+"""Cost of reading z, or the pattern, of every attention at every step, against raw PyTorch hooks
+and an nnsight trace.
 
 `python -m benchmarks.caching` prints seconds of a generation that keeps these tensors of the
-conditional branch, by all three, and compares what they kept. The raw side runs
+conditional branch, by all three, and compares the kept tensors. The raw side runs
 `PixArtSigmaPipeline` with forward pre-hooks on every `to_out` (z), or with an attention processor
 that forms the pattern as diffusers' own explicit one does; nnsight loops over `tracer.iter` in
 `generate`.

@@ -1,4 +1,5 @@
-"""A generation's cache on disk: what writing costs beside plain sampling, and reading one tensor.
+"""A generation's cache on disk: cost of writing beside plain sampling, and of reading
+one tensor.
 
 `python -m benchmarks.disk` keeps z and the patterns of every attention at every step, of the
 conditional branch, in memory and in a folder, and compares both. A thread writes a step while the

@@ -1,4 +1,4 @@
-"""Measure what is bitwise equal and what is not: the figures of docs/exactness.md.
+"""Measure which results are bitwise equal: the figures of docs/exactness.md.
 
 python -m benchmarks.exactness [model]
 """

@@ -1,4 +1,4 @@
-"""What inert hooks cost: one denoiser call of `HookedDiT` against the diffusers model that it
+"""Cost of inert hooks: one denoiser call of `HookedDiT` against the diffusers model that it
 wraps, in one run.
 
 `python -m benchmarks.forward` prints milliseconds and ratios at the bundled models' width and at
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
 
 
 def first(model: torch.nn.Module, latents: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
-    """What a model predicts."""
+    """Prediction of a model."""
     return model(latents, **call)[0]
 
 

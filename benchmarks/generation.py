@@ -1,4 +1,4 @@
-"""What hooks cost: a generation with all hook points in place, against stock diffusers, in one run.
+"""Cost of hooks: a generation with all hook points in place, against stock diffusers, in one run.
 
 `python -m benchmarks.generation` prints seconds a generation, and ratios to
 `PixArtSigmaPipeline.__call__`, for a bundled model and for blocks as wide as PixArt-Σ-XL's that
@@ -109,7 +109,7 @@ def conditions(
     steps: int,
     length: int,
 ) -> dict[str, Callable[[], object]]:
-    """What is compared; each call draws the same images from the same noise."""
+    """The sides compared; each call draws the same images from the same noise."""
     call = {
         "use_resolution_binning": False,
         "max_sequence_length": length,

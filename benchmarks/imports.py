@@ -1,8 +1,8 @@
 """Processor time until a name can be used: `import hooked_models`, its main class, and `dit-lens`,
 each in a process of its own.
 
-`python -m benchmarks.imports` prints processor seconds beside those of importing what the packages
-stand on, taking turns.
+`python -m benchmarks.imports` prints processor seconds beside those of importing the packages'
+dependencies, taking turns.
 """
 
 from __future__ import annotations

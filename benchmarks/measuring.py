@@ -1,5 +1,5 @@
-"""What all benchmarks share: sides that take turns, ratios within a turn, and a record that says on
-which machine.
+"""Parts of all benchmarks: sides that take turns, ratios within a turn, and a record that names the
+machine.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def turns(
 
 
 def ratio(times: Times, side: Any, other: Any) -> float:
-    """The median, over turns, of what a side took over what the other did."""
+    """The median, over turns, of one side's seconds over the other's."""
     return statistics.median(a / b for a, b in zip(times[side], times[other], strict=True))
 
 

@@ -1,9 +1,9 @@
-"""What looking costs in memory at the token count of 1024 px: synopses and filtered caches against
+"""Memory of reading attention at the token count of 1024 px: synopses and filtered caches against
 plain sampling.
 
 `python benchmarks/memory.py` draws one image of 4,096 tokens with PixArt-XL's heads (16 × 72) in a
 few random layers. Each condition runs in a process of its own; memory is its peak resident size.
-"added" leaves out what the process held before the call (libraries, weights): the harder
+"added" leaves out the memory that the process held before the call (libraries, weights): the harder
 comparison.
 """
 
@@ -75,7 +75,7 @@ def build(config: Config) -> HookedTextToImage:
 
 
 def conditions(model: HookedTextToImage, steps: int) -> dict[str, Callable[[], object]]:
-    """What is compared; each call draws the same image."""
+    """The sides compared; each call draws the same image."""
     last = model.cfg.n_layers - 1
     two = {"num_steps": steps, "heads": [f"L{last}H0", f"L{last}H1"]}
 

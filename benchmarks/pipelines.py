@@ -43,8 +43,8 @@ def transformer(width: int, layers: int, side: int, text_width: int) -> PixArtTr
 def xl_blocks(
     layers: int, side: int, text_tokens: int, width: int = 1152
 ) -> tuple[PixArtSigmaPipeline, str]:
-    """A pipeline with blocks as wide as PixArt-Σ-XL's and text of T5-XXL's width; and a prompt that
-    is so many tokens long.
+    """A pipeline with blocks as wide as PixArt-Σ-XL's and text of T5-XXL's width; and a prompt of
+    `text_tokens` tokens.
     """
     tokenizer = word_tokenizer(WORDS, max_length=text_tokens)
     encoder = RandomTokenEncoder(
@@ -65,8 +65,8 @@ def xl_blocks(
 def flux_blocks(
     double: int, single: int, text_tokens: int, heads: int = 24
 ) -> tuple[FluxPipeline, str]:
-    """A FLUX.1 pipeline with blocks as wide as FLUX.1-dev's at 24 heads; and a prompt that is so
-    many tokens long.
+    """A FLUX.1 pipeline with blocks as wide as FLUX.1-dev's at 24 heads; and a prompt of
+    `text_tokens` tokens.
 
     Args:
         double, single: numbers of blocks of either kind.

@@ -21,7 +21,7 @@ from dit_lens.planted import Kind, planted_circuit, recovery
 
 @dataclass(frozen=True)
 class Config:
-    """What to run."""
+    """Settings of a run."""
 
     seeds: int = 5
     kinds: tuple[Kind, ...] = get_args(Kind)

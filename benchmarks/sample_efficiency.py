@@ -1,5 +1,5 @@
-"""What each part of the training recipe is worth: short runs that leave one out, by what they can
-do after equally many samples.
+"""Worth of each part of the training recipe: short runs that leave one out, compared after equally
+many samples.
 
 `python -m benchmarks.sample_efficiency --out results/sample_efficiency` prints a table; a run that
 was stopped goes on. The early indicator is the layout dipole (`dit_lens.training.dynamics.dipole`):
@@ -132,9 +132,7 @@ def main(config: Config) -> None:
 
 
 def ends(run: Path) -> dict[str, object]:
-    """What a run could do at its end, and the samples it had seen when its dipole was first found
-    to be at least one half.
-    """
+    """Scores of a run at its end, and the samples seen when its dipole first reached one half."""
     table = pd.read_parquet(run / "dynamics.parquet")
     last = table[(table["step"] == table["step"].max()) & table["layer"].isna()].set_index(
         "quantity"

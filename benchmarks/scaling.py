@@ -1,8 +1,8 @@
 """How sweeps scale: with rows in a batch, and with workers of one thread each.
 
 `python -m benchmarks.scaling` prints milliseconds a row of one denoising step for batches of 1 to
-512 rows, and cells a second of a Ray cluster of one and of two workers on this machine. What a
-cluster takes to start (loading the model in every worker) is measured with a sweep of one head at
+512 rows, and cells a second of a Ray cluster of one and of two workers on this machine. The time
+that a cluster takes to start (loading the model in every worker) is measured with a sweep of one head at
 the last step, and taken off. Clusters are timed by the clock, not by processor seconds.
 """
 
@@ -67,7 +67,7 @@ def planned(model: HookedTextToImage, steps: range) -> sweep.Plan:
 
 
 def on_cluster(model: HookedTextToImage, config: Config, workers: int) -> dict[str, float]:
-    """A sweep by so many workers of one thread."""
+    """A sweep by `workers` workers of one thread."""
     import ray
 
     spent = []

@@ -1,5 +1,5 @@
-"""What perfect images score, by our judge and by the original's, and how many images either judges
-in a second.
+"""Scores of perfect images by our judge and by the original's, and images that either judges in a
+second.
 
 `python -m benchmarks.scene_evaluation` prints the tables of `docs/scenes.md` (a few minutes on one
 core). The original's rules are `dit_lens.task.paper_rules`; its geometry (Wang, Fan, Pan, arXiv
@@ -90,7 +90,7 @@ def extent_ours(shape: Shape) -> tuple[int, int, int]:
 
 
 def apart(scene: Scene, extent: Callable[[Shape], tuple[int, int, int]]) -> bool:
-    """Whether the bounding boxes have no pixel in common."""
+    """True if the bounding boxes have no pixel in common."""
     (side1, up1, down1), (side2, up2, down2) = extent(scene.shape1), extent(scene.shape2)
     level = scene.y1 - up1 <= scene.y2 + down2 and scene.y2 - up2 <= scene.y1 + down1
     return abs(scene.x1 - scene.x2) > side1 + side2 or not level

@@ -7,13 +7,13 @@ trace with an invoke a cell; and `PixArtSigmaPipeline` with an attention process
 head out. All sides zero the same heads on the same prompts and noise, and their numbers are
 compared.
 
-The bound is arithmetic: what sharing prefixes can save (row-layers of the peer over ours), times
-what batching can: a row's time in the peer's batch over that in a full batch, measured here on the
+The bound is arithmetic: the saving by shared prefixes (row-layers of the peer over ours), times
+that by batching: a row's time in the peer's batch over that in a full batch, measured here on the
 denoiser alone.
 
 A second table compares searches (scores first, then the top and a random sample exactly) with the
-exhaustive sweep: by which head and step the relation of several scenes is moved most, and what
-changes an image most.
+exhaustive sweep: by which head and step the relation of several scenes is moved most, and by which
+the image is changed most.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def one_step_peer(model: HookedTextToImage, config: Config) -> Tensor:
 
 
 def _call(model: HookedTextToImage, config: Config, copies: int) -> dict[str, Any]:
-    """Of a diffusers pipeline, for the noise and the text of our runs."""
+    """Arguments of a diffusers pipeline's call, for the noise and the text of our runs."""
     return {
         "latents": model.noise(config.seed, copies * len(PROMPTS)).to(model.device),
         "num_inference_steps": 14,

@@ -1,11 +1,11 @@
-"""What a synopsis costs: time and peak memory, against plain sampling and against keeping all
+"""Cost of a synopsis: time and peak memory, against plain sampling and against keeping all
 patterns, in one run.
 
 `python -m benchmarks.synopsis --model rte-micro` prints seconds a generation, the memory that it
-adds, and ratios. Memory is the peak resident size of a process of its own, less what it held before
-the measured call. Keeping explicit maps is what the paper's scripts do; attention-map-diffusers
+adds, and ratios. Memory is the peak resident size of a process of its own, less its size before
+the measured call. The paper's scripts keep explicit maps; attention-map-diffusers
 (1.0.0) has no PixArt or other DiT with cross-attention among its pipelines, so there is nothing of
-it to run here. The synopsis is compared with what the kept patterns add up to.
+it to run here. The synopsis is compared with sums of the kept patterns.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Config:
 def conditions(
     model: HookedTextToImage, n: int, steps: int = 14
 ) -> dict[str, Callable[[], object]]:
-    """What is compared; each call draws the same images."""
+    """The sides compared; each call draws the same images."""
     wanted = scenes.sample(n, seed=0, color_words="both")
     prompts = [scenes.caption(scene) for scene in wanted]
     groups = synopsis.image_groups_from_scenes(wanted, threshold=0.3)
@@ -125,7 +125,7 @@ def main(config: Config) -> None:
 
 
 def checked(values: dict[str, Any], model: HookedTextToImage) -> float:
-    """What relation words get from the whole image, in the synopsis and in the kept patterns."""
+    """Attention of the whole image to relation words, in the synopsis and in the kept patterns."""
     seen = (
         values[SUMMED]
         .sel(branch="cond", text_group="relation")

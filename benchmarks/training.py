@@ -4,7 +4,7 @@ objective and batch, in one run.
 `python -m benchmarks.training --size micro` prints samples a second of each side, their ratio, and
 which fraction of the machine's measured rate of matrix products each reaches; JSON with --out.
 
-The plain loop is what diffusers' own example scripts do: accelerate, AdamW, EMA, images and
+The plain loop is that of diffusers' own example scripts: accelerate, AdamW, EMA, images and
 captions encoded in every step, no compilation; once in float32 and, where the machine multiplies in
 bfloat16, once under bfloat16 autocast. Ours is the command's own `train()` at its own choice of
 precision, timed by its own log.

@@ -1,4 +1,4 @@
-"""What a sweep of PixArt-Σ-XL costs on paper: counted operations, and GPU hours under stated
+"""Cost of a sweep of PixArt-Σ-XL on paper: counted operations, and GPU hours under stated
 assumptions.
 
 `python -m benchmarks.xl_cost` prints the table of docs/scaling.md, `--write` puts it there. Work is
@@ -62,7 +62,7 @@ class Work:
 
 
 def count(layers: int, heads: int, steps: int) -> Work:
-    """Of a sweep of all heads of one kind of attention, at every step."""
+    """Counts of a sweep of all heads of one kind of attention, at every step."""
     # the run itself, and once more in one branch for what forks begin with
     clean = 2 * layers * steps + layers * steps
     forked = steps * heads * sum(layers - layer for layer in range(layers))

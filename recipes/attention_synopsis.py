@@ -65,7 +65,7 @@ class Config:
 
 
 class Question(NamedTuple):
-    """What region reads what, and when."""
+    """A region, the words that it reads, and the steps."""
 
     regions: tuple[str, ...]
     """Any of these; several as one after "+" is their mean."""
@@ -114,7 +114,7 @@ def main(config: Config) -> None:
 
 @torch.no_grad()
 def reading(model: HookedTextToImage, n: int, seed: int) -> pd.DataFrame:
-    """What a token of each object's region pays to one token of each role: a row a scene, head,
+    """Attention of a token of each object's region to one token of each role: a row a scene, head,
     step, region and role.
 
     Scenes of all combinations, each with noise of its own. Regions are those of the finished image,

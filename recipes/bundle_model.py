@@ -52,7 +52,7 @@ TRIO_METRICS = (
 
 @dataclass(frozen=True)
 class Config:
-    """What to bundle."""
+    """Settings of a bundle."""
 
     run: Path
     """Folder of a finished training run."""
@@ -144,8 +144,8 @@ def training_facts(config: Config) -> dict[str, object]:
 
 
 def earlier_runs(config: Config) -> list[dict[str, object]]:
-    """What training_facts() said of the runs before one that went on from the bundled model it
-    replaces, the first run first.
+    """Training facts of the runs before one that went on from the bundled model it replaces, the
+    first run first.
     """
     kept = config.run / "before.json"
     if not kept.exists():  # a second call must not find the facts that the first has written

@@ -41,7 +41,7 @@ WORDS: tuple[Word, ...] = get_args(Word)
 
 @dataclass(frozen=True)
 class Config:
-    """What to bundle."""
+    """Settings of a bundle."""
 
     run: Path
     """Folder of a finished pre-training run."""

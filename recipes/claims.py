@@ -1,5 +1,5 @@
-"""What a recipe reports: claims of the paper with a prediction stated beforehand, what was measured
-here, and a verdict.
+"""The report of a recipe: claims of the paper with a prediction stated beforehand, the value
+measured here, and a verdict.
 
 claims = [Claim("…", paper=".67 → .33", here=Interval(…), predicted=(-1.0, -0.1), control="…")]
 report("Relation heads", claims, out)  # prints the table, writes claims.json and claims.parquet

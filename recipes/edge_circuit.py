@@ -320,9 +320,7 @@ def smallest_size(table: pd.DataFrame, otherwise: int | None = None) -> int:
 
 
 def by_size(table: pd.DataFrame) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Of a table of circuits: their numbers of edges, and their faithfulness on some of its
-    prompts.
-    """
+    """Numbers of edges of a table's circuits, and their faithfulness on some of its prompts."""
     wide = table.pivot_table(index="edges", columns="prompt", values="value")
     values, (clean, corrupt) = (
         wide.to_numpy(),
@@ -367,7 +365,7 @@ def circuits(
     return found
 
 
-# What is claimed
+# Claims
 
 
 @dataclass(frozen=True)

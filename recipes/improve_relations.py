@@ -79,7 +79,7 @@ DOSES: dict[Method, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be improved."""
+    """The relations to be improved."""
 
     model: str
     template: str
@@ -187,7 +187,7 @@ def effects_of(
     return paired(pd.concat(parts, ignore_index=True))
 
 
-# What is strengthened
+# Strengthened heads
 
 
 def heads_and_others(model: HookedTextToImage, carrier: Role, seed: int) -> pd.DataFrame:
@@ -372,7 +372,7 @@ def drawn(split: Split, n: int, seed: int) -> tuple[list[Scene], list[int]]:
     ).tolist()
 
 
-# What came of it
+# Results
 
 
 def paired(rows: pd.DataFrame) -> pd.DataFrame:
@@ -429,10 +429,10 @@ def change(effects: pd.DataFrame, method: str, kind: str, verdict: str) -> Inter
 
 
 def relation_claims(name: str, told: pd.DataFrame, chosen: Mapping[Method, float]) -> list[Claim]:
-    """What each method at its chosen dose does to relations, and what it costs.
+    """Effect of each method at its chosen dose on relations, and its cost.
 
-    A relation is only judged right where both objects are bound, so what the circuit could still
-    win is what is bound and wrong.
+    A relation is only judged right where both objects are bound, so the circuit can only
+    win those that are bound and wrong.
     """
     right, bound = (
         told[(told["method"] == "none") & (told["verdict"] == verdict)]["accuracy"].item()

@@ -74,7 +74,7 @@ def knocked_out(
 
 
 def layout_metric(model: HookedTextToImage, wanted: Sequence[scenes.Scene]) -> sweep.Metric:
-    """Of a sweep over the scenes' captions: the layout's cosine that is predicted at the first step
+    """Metric of a sweep over the scenes' captions: the layout's cosine predicted at the first step
     touched (`layout`).
     """
 
@@ -95,8 +95,8 @@ def accuracy(rows: pd.DataFrame, condition: str, verdict: str) -> float:
 
 
 def change(rows: pd.DataFrame, condition: str, verdict: str, against: str = "none") -> Interval:
-    """Of a verdict from one condition to another, paired by scene and noise; NaN if either was not
-    run.
+    """Change of a verdict from one condition to another, paired by scene and noise; NaN if either was
+    not run.
     """
     by_scene = rows.set_index(["condition", "seed", "scene"])[verdict]
     if not {condition, against} <= set(rows["condition"]):

@@ -153,7 +153,7 @@ def object_heads(seen: Float[xr.DataArray, "..."]) -> list[str]:
     return [f"L{layer}H{head}" for layer, head in strongest["at"].values]
 
 
-# What it looks for
+# Selectivity
 
 
 def selectivity(
@@ -213,7 +213,7 @@ def others_before(
     return [free[pick] for pick in rng.permutation(len(free))[: len(used)]]
 
 
-# What depends on it
+# Effects
 
 
 def conditions_of(objects: Sequence[str]) -> Conditions:
@@ -238,11 +238,11 @@ def shape_knockouts(
 def path_effects(
     model: HookedTextToImage, senders: Sequence[str], objects: Sequence[str], n: int, seed: int
 ) -> pd.DataFrame:
-    """What the opposite relation does to the layout by way of relation heads and object heads, at
+    """Effect of the opposite relation on the layout by way of relation heads and object heads, at
     all steps.
 
-    A row a path and scene; moved: cosine of the layout lost (2 if it turns round); total: what the
-    whole opposite prompt does.
+    A row a path and scene; moved: cosine of the layout lost (2 if it turns round); total: the
+    effect of the whole opposite prompt.
     """
     wanted, _ = scenes_of(n, seed)
     paths = matched_paths(model, senders, objects, seed)
@@ -259,8 +259,8 @@ def path_effects(
 def swap_effects(
     model: HookedTextToImage, senders: Sequence[str], objects: Sequence[str], n: int, seed: int
 ) -> pd.DataFrame:
-    """Whether the shapes change places, colours staying where they are, when object heads see the
-    opposite relation's tags.
+    """Exchange of the shapes, colours staying where they are, when object heads see the opposite
+    relation's tags.
 
     A row a path and scene: 1 where each colour has the other's shape, in the runs original, source
     and patched.

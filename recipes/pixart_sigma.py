@@ -283,7 +283,7 @@ def screened(model: HookedTextToImage, pairs: int) -> pd.DataFrame:
 
 
 def exchange_shares(model: HookedTextToImage, heads: Sequence[str], config: Config) -> pd.DataFrame:
-    """Of what "right" for "left" does to x0 at step 0, the share of the heads together, and of as
+    """Shares of the effect of "right" for "left" on x0 at step 0: of the heads together, and of as
     many random ones.
 
     Columns condition, prompt, share.

@@ -444,7 +444,7 @@ def abstraction_claims(name: str, bits: pd.DataFrame, aligned: pd.DataFrame) -> 
 
 
 def path_claims(name: str, paths: pd.DataFrame) -> list[Claim]:
-    """What has to change behind the set for the layout at step 0 to turn."""
+    """Parts behind the set that have to change for the layout at step 0 to turn."""
     predicted = {"self-attention": (0.3, 1.2), "cross-attention queries": (-0.3, 0.3)}
     claims = []
     for kind, part in paths.groupby("frozen", sort=False):

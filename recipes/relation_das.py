@@ -1,4 +1,4 @@
-"""What lies between the relation heads and the layout: paths behind them, and a subspace of the
+"""Between the relation heads and the layout: paths behind the heads, and a subspace of the
 residual stream (step 0).
 
 `frozen_paths`: the set of heads reads the opposite prompt while some part of the network behind it

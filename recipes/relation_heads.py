@@ -203,7 +203,7 @@ def named_by(values: Float[xr.DataArray, "at prompt"], threshold: float) -> pd.D
 
 
 def first_look(model: HookedTextToImage, found: Sequence[str], n: int, seed: int) -> pd.DataFrame:
-    """What relation words masked at step 0 take from the layout's cosine predicted there: a row a
+    """Loss of the layout's cosine predicted at step 0 when relation words are masked there: a row a
     condition and scene.
 
     Conditions: every head alone ("single"); the first k heads found ("found"), and as many random
@@ -315,8 +315,8 @@ def phrase_maps(model: HookedTextToImage, role: Role) -> xr.DataArray:
 
 
 def degrees_off(maps: Float[xr.DataArray, "phrase y x"]) -> np.ndarray:
-    """Of each phrase the angle between the axis of its relation and the slope of its map (up or
-    down it: 0 to 90), [phrase].
+    """Angle between the axis of each phrase's relation and the slope of its map (up or down it:
+    0 to 90), [phrase].
     """
     side = maps.sizes["x"]
     flat = maps.transpose("phrase", "y", "x").values.reshape(-1, side * side)
@@ -334,7 +334,7 @@ def degrees_off(maps: Float[xr.DataArray, "phrase y x"]) -> np.ndarray:
 
 
 def agreement_claims(ways: dict[str, pd.DataFrame]) -> list[Claim]:
-    """Of each pair of ways: does the one's ranking put first what the other names?"""
+    """Agreement of each pair of ways: does the one's ranking put first the heads that the other names?"""
     claims = []
     for judge, way in (
         ("screening", "synopsis"),

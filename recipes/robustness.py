@@ -328,7 +328,7 @@ def wide(rows: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 def axis_claims(name: str, looks: pd.DataFrame, drawn: pd.DataFrame) -> list[Claim]:
-    """What "the" costs vertical scenes, more than horizontal ones: at step 0, and in images."""
+    """Cost of "the" to vertical scenes, more than to horizontal ones: at step 0, and in images."""
     claims = []
     for rows, value, what in (
         (looks, "cosine", "cosine of the layout at step 0"),
@@ -356,7 +356,7 @@ def axis_claims(name: str, looks: pd.DataFrame, drawn: pd.DataFrame) -> list[Cla
 
 
 def side_claims(name: str, looks: pd.DataFrame) -> list[Claim]:
-    """What "the" costs "left" and "right" apart: not predicted."""
+    """Cost of "the" to "left" and "right" apart: not predicted."""
     claims = []
     for side in ("left", "right"):
         part = looks[(looks["axis"] == "horizontal") & (looks["left"] == (side == "left"))]

@@ -200,7 +200,7 @@ Python {platform.python_version()}, {versions}.
 
 
 def question(name: str) -> str:
-    """What a recipe asks: the first sentence of its docstring, without its command."""
+    """Question of a recipe: the first sentence of its docstring, without its command."""
     return (importlib.import_module(f"recipes.{name}").__doc__ or "").split("`python")[0].strip()
 
 

@@ -251,7 +251,7 @@ def layer_claims(name: str, rows: pd.DataFrame, is_t5: bool) -> list[Claim]:
 def conditions_of(
     axis: str, model: HookedTextToImage, texts: Sequence[str]
 ) -> dict[str, list[ablation.Intervention]]:
-    """What is hidden from all heads: every word of `NAMES`, the axis' own by step too, and a random
+    """Words hidden from all heads: every word of `NAMES`, the axis' own by step too, and a random
     other word.
     """
     conditions: dict[str, list[ablation.Intervention]] = {

@@ -111,7 +111,7 @@ def main(config: Config) -> None:
 
 
 def finished(run: Path) -> bool:
-    """Whether a training run has done all its steps; a pipeline is there before that, too."""
+    """True if a training run has done all its steps; a pipeline is there before that, too."""
     if not (run / "pipeline").exists():
         return False
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -261,7 +261,7 @@ def image_claims(images: pd.DataFrame) -> list[Claim]:
 
 
 def predicted_word(part: pd.DataFrame, by: str = "r2") -> str:
-    """Of one model and axis, the word that the encoder predicts to carry the axis; `by="r2_all"` is
+    """Word that the encoder predicts to carry an axis in one model; `by="r2_all"` is
     the second rule.
     """
     by_word = part.drop_duplicates("word").set_index("word")
@@ -270,7 +270,7 @@ def predicted_word(part: pd.DataFrame, by: str = "r2") -> str:
 
 
 def found_word(part: pd.DataFrame) -> str:
-    """Of one model and axis, the word whose exchange turns the layout most; "none" where it changes
+    """Word whose exchange turns the layout of one model and axis most; "none" where it changes
     too little.
     """
     change = (part["moved"] - part["base"]).groupby(part["word"]).mean()

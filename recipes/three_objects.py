@@ -166,7 +166,7 @@ def clause_masks(
 def knockouts(
     model: HookedTextToImage, heads: list[str], n: int, controls: int, seed: int
 ) -> pd.DataFrame:
-    """What hiding each relation's words does to each relation: columns hidden, where, control,
+    """Effect of hiding each relation's words on each relation: columns hidden, where, control,
     relation, mean, low, high.
     """
     wanted = scenes.sample_trios(n, seed=seed + 1, split="all")
@@ -214,8 +214,8 @@ def exchanged(trio: Trio) -> dict[str, Trio]:
 
 
 def shares(model: HookedTextToImage, n: int, seed: int) -> pd.DataFrame:
-    """Of what an exchange does to the clean-image prediction at step 0, the share that each head
-    alone brings about.
+    """Share of an exchange's effect on the clean-image prediction at step 0 that each head alone
+    brings about.
 
     The head's z comes from the exchanged prompt; the share is the resulting change of x0, projected
     on the whole change and in units of it. Heads also act through one another, so shares need not

@@ -200,7 +200,7 @@ def learning(folder: Path, figure: str) -> str:
 
 
 def about_the_course(facts: dict[str, Any]) -> str:
-    """What is measured while a model is trained; of its first run, if there were several."""
+    """Measurements during a model's training; of its first run, if there were several."""
     noises = "scene i from noise i"
     if not facts.get("earlier", [facts])[0].get("noises"):
         noises = """all from the same noise at every
@@ -310,7 +310,7 @@ def other_seeds(folder: Path) -> list[str]:
 
 
 def limits(facts: dict[str, Any]) -> str:
-    """What the model cannot tell you."""
+    """Limits of the model."""
     words = f"It knows {len(scenes.WORDS)} words and one kind of sentence, and nothing else."
     if facts["encoder"] == "t5-scenes":
         words = (

@@ -5,7 +5,7 @@
     python tools/house.py --list prose    every place behind one figure
 
 Only the standard library and git are needed. Figures count `hooked_models` and `dit_lens` alone,
-except where named.
+those of prose also `recipes` and `benchmarks`.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def long_signatures(tree: Tree, least: int) -> list[str]:
 def prose(tree: Tree) -> list[tuple[str, str]]:
     """(place, text) of every docstring and comment."""
     found = []
-    for name, parsed in tree.of(*PACKAGES):
+    for name, parsed in tree.of(*CALLERS):
         for node in ast.walk(parsed):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
                 text := ast.get_docstring(node)
