@@ -4,7 +4,9 @@ matplotlib Figure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..stats import Interval
 from .style import DIVERGING, INK, SEQUENTIAL, WIDEST, head_color, styled
 
 
@@ -28,6 +31,51 @@ def bare(ax: Axes) -> Axes:
     ax.set_xticks([])
     ax.set_yticks([])
     return ax
+
+
+def intervals(
+    ax: Axes,
+    found: Iterable[Interval],
+    at: Iterable[float] | None = None,
+    *,
+    upright: bool = False,
+    **look: Any,
+) -> None:
+    """Draw means with their intervals, a row each, or upright, a column each.
+
+    Args:
+        at: places of the rows; 0, 1, … by default.
+        look: options of `Axes.errorbar`.
+
+    Example:
+        >>> ax = plt.figure().subplots()
+        >>> intervals(ax, [Interval(0.5, 0.4, 0.7)], label="shape")
+        >>> ax.get_legend_handles_labels()[1]
+        ['shape']
+    """
+    mean, low, high = np.array(list(found), dtype=float).reshape(-1, 3).T
+    places, error = np.arange(len(mean)) if at is None else list(at), [mean - low, high - mean]
+    options: dict[str, Any] = {"fmt": "o", "markersize": 4, "elinewidth": 1} | look
+    if upright:
+        ax.errorbar(places, mean, yerr=error, **options)
+    else:
+        ax.errorbar(mean, places, xerr=error, **options)
+
+
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Name the rows 0, 1, … of axes, from above; names of heads in the heads' colors.
+
+    Example:
+        >>> ax = plt.figure().subplots()
+        >>> name_rows(ax, ["L2H1", "all heads"])
+        >>> ax.get_yticklabels()[0].get_color() == head_color("L2H1")
+        True
+    """
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    for label in ax.get_yticklabels():
+        if head := re.fullmatch(r"(?:cross_attn\.)?(L\d+H\d+)(?:\.[qkv])?", label.get_text()):
+            label.set_color(head_color(head[1]))
 
 
 @styled
@@ -75,9 +123,7 @@ def head_step_map(values: xr.DataArray, label: str = "", top: int | None = None)
         vmax=reach,
     )
     ax.set_xticks(range(len(steps)), steps)
-    ax.set_yticks(
-        range(table.sizes["name"]), [f"L{layer}H{head}" for layer, head in table["name"].values]
-    )
+    name_rows(ax, [f"L{layer}H{head}" for layer, head in table["name"].values])
     ax.set_xlabel("denoising step")
     figure.colorbar(drawn, ax=ax, label=label)
     return figure
@@ -218,7 +264,7 @@ def variance_bars(
                 (place, np.nan_to_num(value)),
                 ha="center",
                 va="bottom",
-                fontsize=8,
+                fontsize=9,
                 rotation=90 if len(tables) > 1 else 0,
                 xytext=(0, 2),
                 textcoords="offset points",
@@ -273,7 +319,9 @@ def dose_response_curves(
 
 
 @styled
-def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
+def learning_curves(
+    table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int, int]]], title: str = ""
+) -> Figure:
     """Curves of a run's `dynamics.parquet`, by samples seen: accuracies and the layout dipole
     above, screening of heads below.
 
@@ -331,4 +379,5 @@ def learning_curves(table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int,
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1].set_xscale("log")
     axes[-1].set_xlabel("samples seen")
+    figure.suptitle(title)
     return figure

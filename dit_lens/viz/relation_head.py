@@ -54,7 +54,7 @@ def relation_head_figure(
     top = float(attention.max())
     for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         bare(grid[row, 0]).imshow(image.permute(1, 2, 0).float().cpu().numpy())
-        grid[row, 0].set_title(textwrap.fill(prompt, 20), fontsize=8)
+        grid[row, 0].set_title(textwrap.fill(prompt, 17), fontsize=9)
         for column, step in enumerate(attention["step"].values):
             ax = bare(grid[row, 1 + column])
             drawn = ax.imshow(

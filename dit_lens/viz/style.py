@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 DIVERGING, SEQUENTIAL = "RdBu_r", "magma"
 INK = "#737b85"
 """Lines and letters: at least 4 : 1 against white and against black."""
-SMALLEST = 8.0
+SMALLEST = 9.0
 """Smallest size of letters, in points at the width at which a figure is shown."""
 WIDEST = 10.0
 """Inches: no figure is wider, since pages would shrink it and its letters."""
@@ -34,6 +34,7 @@ PARAMETERS: dict[Any, Any] = {
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
     "figure.titlesize": 11,
+    "figure.labelsize": 10,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -45,6 +46,9 @@ PARAMETERS: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
+    "boxplot.boxprops.color": INK,
+    "boxplot.whiskerprops.color": INK,
+    "boxplot.capprops.color": INK,
     "svg.fonttype": "none",  # letters stay letters: small files, and text that can be searched
     "pdf.fonttype": 42,
 }
@@ -114,6 +118,18 @@ def luminance(color: Any) -> float:
     return round(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2], 6)
 
 
+def upon(color: Any) -> dict[str, Any]:
+    """Options of a centred text on a patch of a color: the patch, and black or white letters.
+
+    Example:
+        >>> upon("white")["color"], upon("black")["color"]
+        ('black', 'white')
+    """
+    patch = {"boxstyle": "round,pad=0.15", "facecolor": color, "edgecolor": "none"}
+    ink = "white" if luminance(color) < 0.18 else "black"
+    return {"color": ink, "bbox": patch, "ha": "center", "va": "center"}
+
+
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Decorate a function that draws a figure: it draws in this look.
 
@@ -181,12 +197,14 @@ def _overlap(box: Any, other: Any) -> bool:
 
 
 def _labels_out_of_view(figure: Figure) -> Iterator[mpl.text.Text]:
-    """Labels of ticks beyond the limits of their axis, which matplotlib keeps and does not draw."""
+    """Labels of ticks beyond the limits of their axis, or of axes not drawn, which matplotlib keeps
+    and does not draw.
+    """
     for ax in figure.findobj(mpl.axes.Axes):
         for axis in (ax.xaxis, ax.yaxis):
             low, high = sorted(axis.get_view_interval())
             for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-                if not low <= tick.get_loc() <= high:
+                if not ax.axison or not low <= tick.get_loc() <= high:
                     yield from (tick.label1, tick.label2)
 
 
