@@ -24,7 +24,7 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
-from dit_lens import evaluation
+from dit_lens import evaluation, viz
 from dit_lens.stats import Interval
 from dit_lens.task.captions import TRAINED
 from hooked_models import list_models
@@ -84,7 +84,7 @@ def main(config: Config) -> None:
         config.out,
         "held-out combinations, a noise each, 1 run",
     )
-    figure(tables).savefig(config.out / "accuracies.png", dpi=150)
+    viz.style.save(figure(tables), config.out / "accuracies.png")
 
 
 def claim(model: str, metric: str, tables: Mapping[str, pd.DataFrame]) -> Claim:
@@ -132,33 +132,26 @@ def contrast(
     return independent(here, Interval(*tables[WITH_POSITIONS].loc[metric, ["mean", "low", "high"]]))
 
 
+@viz.style.styled
 def figure(tables: dict[str, pd.DataFrame]) -> Figure:
     """Each model's four accuracies with intervals; the paper's as crosses."""
-    drawn, ax = plt.subplots(figsize=(9.2, 3.2), layout="constrained")
+    drawn, ax = plt.subplots(figsize=(9.2, 3.4), layout="constrained")
     for number, (metric, label) in enumerate(METRICS.items()):
         x = np.arange(len(tables)) + 0.18 * (number - 1.5)
-        found = np.array(
-            [
-                table.loc[metric, ["mean", "low", "high"]].to_numpy(float)
-                for table in tables.values()
-            ]
-        )
-        error = [found[:, 0] - found[:, 1], found[:, 2] - found[:, 0]]
-        bars = ax.bar(x, found[:, 0], 0.17, yerr=error, label=label, error_kw={"linewidth": 0.8})
+        found = [Interval(*table.loc[metric, ["mean", "low", "high"]]) for table in tables.values()]
+        viz.intervals(ax, found, x, upright=True, label=label, color=f"C{number}")
         paper = [PAPER.get(model, (np.nan,) * 4)[number] for model in tables]
-        ax.scatter(
-            x,
-            paper,
-            marker="x",
-            color="black",
-            zorder=3,
-            label="the paper's" if bars and number == 3 else None,
-        )
+        ax.scatter(x, paper, marker="x", color=f"C{number}")
+    ax.scatter([], [], marker="x", color=viz.style.INK, label="the paper's")
     ax.set_xticks(range(len(tables)), list(tables))
     ax.set_ylim(0, 1.05)
     ax.set_ylabel("share of images")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=10, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1))
+    related = [table["mean"].astype(float)["relation_loose"] for table in tables.values()]
+    drawn.suptitle(
+        "Combinations never trained: relation as prompted in "
+        f"{min(related):.2f} to {max(related):.2f} of the images"
+    )
+    drawn.legend(loc="outside lower center", ncols=5)
     return drawn
 
 

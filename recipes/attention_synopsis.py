@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 
 from dit_lens import scenes, synopsis
 from dit_lens.stats import Interval, clustered_mean
-from dit_lens.viz.figures import SEQUENTIAL
+from dit_lens.viz import name_rows, style
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, report, stage
@@ -105,8 +105,8 @@ def main(config: Config) -> None:
     pd.concat(table, names=["model"]).reset_index("model").to_parquet(
         config.out / "heads.parquet", index=False
     )
-    heads_figure(seen).savefig(config.out / "heads.png", dpi=150)
-    steps_figure(seen).savefig(config.out / "steps.png", dpi=150)
+    style.save(heads_figure(seen), config.out / "heads.png")
+    style.save(steps_figure(seen), config.out / "steps.png")
 
 
 # Measuring
@@ -397,18 +397,16 @@ COLUMNS = {
 """Label → region, words."""
 
 
+@style.styled
 def heads_figure(seen: Mapping[str, Float[xr.DataArray, "..."]]) -> Figure:
     """Heads × what objects read, beyond the label shuffle, at step 0 and over steps 4–8: a row of
     panels a model.
     """
     drawn, axes = plt.subplots(
-        len(seen), 2, figsize=(13, 0.6 + 4.2 * len(seen)), layout="constrained", squeeze=False
+        len(seen), 2, figsize=(10, 0.6 + 4.6 * len(seen)), layout="constrained", squeeze=False
     )
     for row, (name, found) in zip(axes, seen.items(), strict=True):
         beyond = excess(found).mean("prompt")
-        names = [
-            f"L{layer}H{head}" for layer in found["layer"].values for head in found["head"].values
-        ]
         for ax, (title, window) in zip(row, (("step 0", FIRST), ("steps 4–8", LATER)), strict=True):
             values = np.stack(
                 [
@@ -417,27 +415,24 @@ def heads_figure(seen: Mapping[str, Float[xr.DataArray, "..."]]) -> Figure:
                 ],
                 axis=1,
             )
-            image = ax.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-0.8, vmax=0.8)
+            image = ax.imshow(values, aspect="auto", cmap=style.DIVERGING, vmin=-0.8, vmax=0.8)
             for (y, x), value in np.ndenumerate(values):
                 if value >= THERE[0]:
-                    ax.text(
-                        x,
-                        y,
-                        f"{value:.2f}",
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if value > 0.5 else "black",
-                    )
-            ax.set_xticks(range(len(COLUMNS)), list(COLUMNS), fontsize=8)
-            ax.set_yticks(range(len(names)), names, fontsize=8)
-            ax.set_title(f"{name}, {title}", fontsize=10)
+                    told = f"{value:.2f}".removeprefix("0")
+                    ax.text(x, y, told, fontsize=9, **style.upon(image.to_rgba(value)))
+            ax.set_xticks(range(len(COLUMNS)), list(COLUMNS), rotation=90)
+            name_rows(ax, names_of(found))
+            words = values[:, : list(COLUMNS).index("fillers")]
+            y, x = np.unravel_index(words.argmax(), words.shape)
+            most = f"{names_of(found)[y]}, {list(COLUMNS)[x]}".replace("\n", " ")
+            ax.set_title(f"{name}, {title}; most to a word:\n{most}")
         drawn.colorbar(
             image, ax=row, label="attention to a token, minus labels shuffled", shrink=0.8
         )
     return drawn
 
 
+@style.styled
 def steps_figure(seen: Mapping[str, Float[xr.DataArray, "..."]]) -> Figure:
     """Attention over the steps, heads × steps, a panel for each thing that objects read, a row a
     model.
@@ -446,14 +441,11 @@ def steps_figure(seen: Mapping[str, Float[xr.DataArray, "..."]]) -> Figure:
     drawn, axes = plt.subplots(
         len(seen),
         len(shown),
-        figsize=(16, 0.6 + 3.4 * len(seen)),
+        figsize=(10, 0.8 + 4 * len(seen)),
         layout="constrained",
         squeeze=False,
     )
     for row, (name, found) in zip(axes, seen.items(), strict=True):
-        names = [
-            f"L{layer}H{head}" for layer in found["layer"].values for head in found["head"].values
-        ]
         mean = found.mean("prompt")
         for ax, (label, (region, words)) in zip(row, shown, strict=True):
             course = (
@@ -462,21 +454,24 @@ def steps_figure(seen: Mapping[str, Float[xr.DataArray, "..."]]) -> Figure:
                 .transpose("layer", "head", "step")
             )
             image = ax.imshow(
-                course.values.reshape(len(names), -1),
+                course.values.reshape(len(names_of(found)), -1),
                 aspect="auto",
-                cmap=SEQUENTIAL,
+                cmap=style.SEQUENTIAL,
                 vmin=0,
                 vmax=0.9,
             )
-            ax.set_title(label.replace("\n", " "), fontsize=9)
-            ax.set_xticks(range(0, course.sizes["step"], 2))
-            ax.set_yticks(
-                range(len(names)), names if ax is row[0] else [""] * len(names), fontsize=8
-            )
-            ax.set_xlabel("denoising step", fontsize=8)
+            ax.set_title(label)
+            ax.set_xticks(range(0, course.sizes["step"], 4))
+            name_rows(ax, [name if ax is row[0] else "" for name in names_of(found)])
         row[0].set_ylabel(name)
         drawn.colorbar(image, ax=row, label="attention to a token")
+    drawn.supxlabel("denoising step")
     return drawn
+
+
+def names_of(found: Float[xr.DataArray, "..."]) -> list[str]:
+    """Every head ("L2H1"), as the dims layer and head name them."""
+    return [f"L{layer}H{head}" for layer in found["layer"].values for head in found["head"].values]
 
 
 if __name__ == "__main__":

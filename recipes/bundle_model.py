@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
+from torch import Tensor
 from transformers import T5EncoderModel
 
 from dit_lens import evaluation, scenes
@@ -34,9 +38,11 @@ from dit_lens.store import write_json
 from dit_lens.task import Scene, Trio
 from dit_lens.training import dynamics, load_pipeline
 from dit_lens.training.history import COURSE, History, checkpoint_of
-from dit_lens.viz import bare, learning_curves
+from dit_lens.viz import bare, learning_curves, style
 from hooked_models import HookedTextToImage
 from hooked_models.pipelines.hub import ZOO
+
+from .run_all import shrink
 
 MAX_SHARD = "15MB"
 TRIO_METRICS = (
@@ -105,9 +111,8 @@ def main(config: Config) -> None:
     if table is not None and "earlier" not in facts:
         table.to_parquet(folder / COURSE, index=False)
         heads = {source: dynamics.strongest_heads(table, source) for source in dynamics.SOURCES}
-        learning_curves(table, {source: found for source, found in heads.items() if found}).savefig(
-            folder / "learning.png", dpi=80
-        )
+        figure = learning_curves(table, {what: found for what, found in heads.items() if found})
+        at_page_width(figure, folder / "learning.png")
     shown: list[Scene | Trio] = [*scenes.sample(16, seed=7, split="held_out", color_words="both")]
     if facts.get("trios"):
         shown = [*shown[:8], *scenes.sample_trios(8, seed=7, split="held_out")]
@@ -191,13 +196,25 @@ def draw_samples(model: HookedTextToImage, path: Path, wanted: Sequence[Scene | 
     """Images of captions, one seed each, in a grid."""
     captions = [scenes.caption(scene) for scene in wanted]
     images = model(captions, seed=list(range(len(captions))))
-    figure, axes = plt.subplots(
-        2, len(captions) // 2, figsize=(len(captions), 4.4), layout="constrained"
-    )
-    for ax, caption, image in zip(axes.ravel(), captions, images, strict=True):
+    at_page_width(sample_grid(captions, images), path)
+
+
+def at_page_width(figure: Figure, path: Path) -> None:
+    """Write a figure as large as a card shows it."""
+    shrink(style.save(figure, path), path)
+
+
+@style.styled
+def sample_grid(captions: Sequence[str], images: Float[Tensor, "image 3 height width"]) -> Figure:
+    """Images below their captions, eight a row."""
+    titles = [textwrap.fill(caption, 16) for caption in captions]
+    rows, lines = -(-len(titles) // 8), 1 + max(title.count("\n") for title in titles)
+    size = (10, rows * (1.4 + 0.17 * lines))
+    figure, axes = plt.subplots(rows, 8, figsize=size, layout="constrained", squeeze=False)
+    for ax, title, image in zip(axes.ravel(), titles, images, strict=False):
         bare(ax).imshow(image.permute(1, 2, 0).cpu().numpy())
-        ax.set_title(caption.replace(" is ", " is\n").replace(" and to", "\nand to"), fontsize=6.5)
-    figure.savefig(path, dpi=80, pil_kwargs={"quality": 90})
+        ax.set_title(title, fontsize=9)
+    return figure
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dit_lens import viz
+from dit_lens.stats import Interval
+
 COLORS = {"relation_loose": "C3", "unique_binding": "C0", "color": "C2", "shape": "C1"}
 
 
+@viz.style.styled
 def dose_figure(
     table: pd.DataFrame, templates: Mapping[str, str], neutral: Mapping[str, float]
 ) -> Figure:
@@ -25,11 +29,10 @@ def dose_figure(
         neutral: the dose that changes nothing, by method; the columns.
     """
     names = list(templates)
-    size = (11, 2.7 * len(names) + 0.6)
     figure, axes = plt.subplots(
         len(names),
         len(neutral),
-        figsize=size,
+        figsize=(9.6, 2.7 * len(names) + 0.9),
         sharex="col",
         sharey="row",
         squeeze=False,
@@ -44,9 +47,8 @@ def dose_figure(
                 rows[rows["phase"] == "reporting"],
                 0.03 * (rows["dose"].max() - neutral[method]),
             )
-            ax.axhline(0, color="grey", linewidth=0.6)
-            ax.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(f"{name}\n“{templates[name]}”: change (paired)")
+            ax.axhline(0, color=viz.style.INK, linewidth=0.6)
+        row[0].set_ylabel(f"{name}\n“{templates[name]}”:\nchange (paired)")
     for ax, method in zip(axes[0], neutral, strict=True):
         ax.set_title(method)
     for ax, label in zip(
@@ -55,9 +57,17 @@ def dose_figure(
         strict=True,
     ):
         ax.set_xlabel(label)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.suptitle(best_dose(table))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def best_dose(table: pd.DataFrame) -> str:
+    """The largest change of the relation on held-out prompts, in words."""
+    told = table[(table["phase"] == "reporting") & (table["verdict"] == "relation_loose")]
+    best = told[told["kind"] == "circuit"].sort_values("mean").iloc[-1]
+    found = Interval(best["mean"], best["low"], best["high"])
+    return f"Relation on held-out prompts, at best: {best['method']} in {best['model']}, {found}"
 
 
 def draw_curves(ax: Axes, rows: pd.DataFrame, neutral: float) -> None:
@@ -91,15 +101,14 @@ def draw_reported(ax: Axes, rows: pd.DataFrame, apart: float) -> None:
     )
     for verdict, kind, places in (*shown, ("unique_binding", "control", 1.5)):
         found = rows[(rows["verdict"] == verdict) & (rows["kind"] == kind)].iloc[0]
-        ax.errorbar(
-            found["dose"] + places * apart,
-            found["mean"],
-            yerr=[[found["mean"] - found["low"]], [found["high"] - found["mean"]]],
+        viz.intervals(
+            ax,
+            [Interval(found["mean"], found["low"], found["high"])],
+            [found["dose"] + places * apart],
+            upright=True,
             fmt="D" if kind == "circuit" else "o",
             color=COLORS[verdict],
-            markerfacecolor=COLORS[verdict] if kind == "circuit" else "white",
-            markersize=5,
-            linewidth=1,
+            markerfacecolor=COLORS[verdict] if kind == "circuit" else "none",
             zorder=5,
             label=f"{verdict.replace('_loose', '').replace('_', ' ')}, {kind}, held-out prompts",
         )

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,6 +51,7 @@ from dit_lens.task import DIRECTIONS, RELATIONS, Scene
 from dit_lens.task.scene import RADIUS
 from dit_lens.text.prompts import RELATION_WORDS
 from dit_lens.training import dynamics
+from dit_lens.viz import name_rows, style
 from hooked_models import HookedT5Encoder, HookedTextToImage
 
 from .claims import Claim, report, stage
@@ -149,8 +151,8 @@ def main(config: Config) -> None:
         **sizes_of,
         full=config.full,
     )
-    curves_figure(results).savefig(out / "faithfulness.png", dpi=150)
-    content_figure(edges, circuit).savefig(out / "circuit.png", dpi=150)
+    style.save(curves_figure(results), out / "faithfulness.png")
+    style.save(content_figure(edges, circuit), out / "circuit.png")
 
 
 @dataclass(frozen=True)
@@ -497,89 +499,82 @@ def content_claims(
 # Figures
 
 
+@style.styled
 def curves_figure(results: Mapping[str, tuple[pd.DataFrame, int, int]]) -> Figure:
     """Faithfulness over the share of edges, a panel a graph, by kind of circuit, with intervals
     over prompts.
     """
     figure, axes = plt.subplots(
-        1, len(results), figsize=(4.6 * len(results), 3.8), sharey=True, layout="constrained"
+        1, len(results), figsize=(9.6, 4.4), sharey=True, layout="constrained", squeeze=False
     )
-    colors = dict(zip(KINDS, ("C0", "C3", "0.35", "0.65", "none"), strict=True))
-    for ax, (graph, (values, total, smallest)) in zip(
-        np.atleast_1d(axes), results.items(), strict=True
-    ):
+    looks = (("C0", "-"), ("C3", "-"), (style.INK, "-"), (style.INK, ":"))
+    looks_of = dict(zip(KINDS, looks, strict=False))
+    for ax, (graph, (values, total, smallest)) in zip(axes[0], results.items(), strict=True):
+        everyone = np.arange(values["prompt"].nunique())
         for kind in values["kind"].unique():
             curve = Curve.of(values, kind, total)
             if len(curve.sizes) == 1:
                 continue
-            found = np.array(
-                [resampled(curve.at(size), values["prompt"].nunique()) for size in curve.sizes]
-            )
-            mean, low, high = found.T
-            ax.plot(
-                100 * curve.sizes / total,
-                mean,
-                "o-",
-                color=colors[kind],
-                markersize=4,
-                label=KINDS[kind],
-            )
-            ax.fill_between(
-                100 * curve.sizes / total, low, high, color=colors[kind], alpha=0.15, linewidth=0
-            )
+            found = np.array([resampled(curve.at(size), len(everyone)) for size in curve.sizes])
+            (mean, low, high), x = found.T, 100 * curve.sizes / total
+            color, line = looks_of[kind]
+            ax.plot(x, mean, line, marker="o", color=color, markersize=4, label=KINDS[kind])
+            ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        kept = Curve.of(values, "circuit", total).at(smallest)(everyone)
         ax.axvline(100 * smallest / total, color="C0", linewidth=0.8, linestyle=":")
         for level in (0, KEEPS, 1):
-            ax.axhline(
-                level, color="grey", linewidth=0.6, linestyle="--" if level == KEEPS else "-"
-            )
+            dashed = "--" if level == KEEPS else "-"
+            ax.axhline(level, color=style.INK, linewidth=0.6, linestyle=dashed)
         ax.set(
             xscale="log",
-            title=f"{total} {GRAPHS[graph]}",
+            title=f"{smallest:,} of {total:,} {GRAPHS[graph]} keep {kept:.2f} of the relation",
             xlabel="edges kept, or left out, % (dotted: smallest circuit)",
         )
         ax.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
         ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("relation kept (faithfulness)")
-    axes[0].legend(
-        *axes[-1].get_legend_handles_labels(), loc="lower left", frameon=False, fontsize=10
-    )
+    axes[0][0].set_ylabel("relation kept (faithfulness)")
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
+@style.styled
 def content_figure(edges: pd.DataFrame, circuit: pd.DataFrame) -> Figure:
     """By step: the share of |score| that each component sends, and the words' edges with the
     circuit's framed.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.2), layout="constrained")
-    sent = edges.assign(score=edges["score"].abs()).pivot_table(
-        index="sender", columns="step", values="score", aggfunc="sum"
+    words = by_step(of_graph(edges, "words"), "receiver", "mean")
+    sent = by_step(edges.assign(score=edges["score"].abs()), "sender", "sum")
+    tall = 1.2 + 0.16 * max(len(sent), len(words))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, tall), layout="constrained")
+    mesh = left.imshow(
+        100 * sent / np.nansum(sent), aspect="auto", cmap=style.SEQUENTIAL, norm="log"
     )
-    sent = sent.loc[sorted(sent.index, key=_order)]
-    mesh = left.imshow(100 * sent / np.nansum(sent), aspect="auto", cmap="magma_r", norm="log")
-    left.set_yticks(range(len(sent)), sent.index, fontsize=7)
+    name_rows(left, list(sent.index))
     left.set(xlabel="denoising step", title="all edges, by sender")
     figure.colorbar(mesh, ax=left, label="% of |score|")
-    words = of_graph(edges, "words").pivot_table(index="receiver", columns="step", values="score")
-    words = words.loc[sorted(words.index, key=_order)]
     reach = float(np.nanmax(np.abs(words)))
-    mesh = right.imshow(
-        words, aspect="auto", cmap="RdBu", norm=SymLogNorm(reach / 1000, vmin=-reach, vmax=reach)
-    )
-    right.set_yticks(range(len(words)), words.index.str.removeprefix("cross_attn."), fontsize=7)
+    norm = SymLogNorm(reach / 1000, vmin=-reach, vmax=reach)
+    mesh = right.imshow(words, aspect="auto", cmap=style.DIVERGING, norm=norm)
+    name_rows(right, list(words.index.str.removeprefix("cross_attn.")))
     right.set(
         xlabel="denoising step",
-        title=f"edges from words, by reader; dots: the {len(circuit)} of the circuit",
+        title=f"edges from words, by reader;\ndots: the {len(circuit)} of the circuit",
     )
     row, column = (
         words.index.get_indexer(pd.Index(circuit["receiver"])),
         words.columns.get_indexer(pd.Index(circuit["step"])),
     )
-    right.plot(column, row, "o", color="black", markersize=3)
-    figure.colorbar(
-        mesh, ax=right, label="score: px gained where this edge carries the opposite word"
-    )
+    right.plot(column, row, "o", color="black", markeredgecolor="white", markersize=4)
+    ticks = [0, *(sign * reach * part for sign in (1, -1) for part in (1, 0.1, 0.01))]
+    label = "score: px gained with the opposite word"
+    figure.colorbar(mesh, ax=right, label=label, ticks=ticks, format="{x:.1g}")
     return figure
+
+
+def by_step(edges: pd.DataFrame, end: str, aggregate: Literal["mean", "sum"]) -> pd.DataFrame:
+    """Scores by one end of the edges and step, in the model's order."""
+    table = edges.pivot_table(index=end, columns="step", values="score", aggfunc=aggregate)
+    return table.loc[sorted(table.index, key=_order)]
 
 
 def _order(name: str) -> tuple[int, str]:

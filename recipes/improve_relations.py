@@ -53,6 +53,7 @@ from dit_lens.task import Scene, Split, word
 from dit_lens.task.captions import TRAINED
 from dit_lens.text.prompts import Role
 from dit_lens.training.dynamics import layout, relation_vectors
+from dit_lens.viz import style
 from hooked_models import HookedTextToImage
 from hooked_models.hooks.module import HookFunction
 
@@ -157,7 +158,7 @@ def main(config: Config) -> None:
     )
     table.to_parquet(config.out / "effects.parquet", index=False)
     templates = {name: TASKS[name].template for name in names}
-    dose_figure(table, templates, NEUTRAL).savefig(config.out / "dose_response.png", dpi=150)
+    style.save(dose_figure(table, templates, NEUTRAL), config.out / "dose_response.png")
 
 
 def effects_of(

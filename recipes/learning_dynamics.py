@@ -26,7 +26,7 @@ import tyro
 
 from dit_lens.stats import Interval
 from dit_lens.training import dynamics
-from dit_lens.viz import learning_curves
+from dit_lens.viz import learning_curves, style
 from hooked_models.pipelines.hub import ZOO
 
 from .claims import Claim, report
@@ -103,10 +103,14 @@ def main(config: Config) -> None:
                 )
             )
         heads = {source: dynamics.strongest_heads(table, source) for source in dynamics.SOURCES}
+        told = times(came, "color", "shape", "unique_binding", "relation_loose")
+        told = told.replace("unique_", "").replace("_loose", "")
         figure = learning_curves(
-            table, {source: chosen for source, chosen in heads.items() if chosen}
+            table,
+            {source: chosen for source, chosen in heads.items() if chosen},
+            f"{run}: samples until {config.level:g} of the images have it\n{told}",
         )
-        figure.savefig(config.out / f"{run.replace('/', '_')}.png", dpi=150)
+        style.save(figure, config.out / f"{run.replace('/', '_')}.png")
     report(
         "Learning dynamics",
         claims,

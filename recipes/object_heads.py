@@ -39,6 +39,7 @@ from dit_lens.stats import Interval, clustered_mean
 from dit_lens.task import DIRECTIONS
 from dit_lens.text.prompts import token_roles
 from dit_lens.training.dynamics import layout
+from dit_lens.viz import style
 from hooked_models import HookedTextToImage
 
 from . import attention_synopsis as synopses
@@ -131,13 +132,13 @@ def main(config: Config) -> None:
         "unique_binding": "binding",
         "relation_given_both": "relation, both drawn",
     }
-    effects_figure(drawn, list(conditions_of(objects)), verdicts).savefig(
-        out / "knockouts.png", dpi=150
-    )
-    maps_figure(model, relation_heads, objects[0], config.seed).savefig(out / "maps.png", dpi=150)
-    dependence_figure(maps, shares_of_paths(paths), swapped(swaps)).savefig(
-        out / "dependence.png", dpi=150
-    )
+    figures = {
+        "knockouts": effects_figure(drawn, list(conditions_of(objects)), verdicts),
+        "maps": maps_figure(model, relation_heads, objects[0], config.seed),
+        "dependence": dependence_figure(maps, shares_of_paths(paths), swapped(swaps)),
+    }
+    for what, figure in figures.items():
+        style.save(figure, out / f"{what}.png")
 
 
 def object_heads(seen: Float[xr.DataArray, "..."]) -> list[str]:

@@ -43,6 +43,7 @@ from dit_lens import Intervention, ablation, detection, prompts, screening, swee
 from dit_lens.intervene.edits import Replace
 from dit_lens.stats import Interval, clustered_mean, paired_difference
 from dit_lens.store import Store, digest, fingerprint
+from dit_lens.viz import style
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, kept_table, report, stage
@@ -183,7 +184,7 @@ def main(config: Config) -> None:
         heads=heads,
         smoke=config.smoke,
     )
-    screening_figure(ranking, heads).savefig(config.out / "screening.png", dpi=150)
+    style.save(screening_figure(ranking, heads), config.out / "screening.png")
 
 
 def asked(pairs: int) -> list[Prompt]:
@@ -538,22 +539,20 @@ def causal_claims(carried: pd.DataFrame, found: pd.DataFrame, heads: Sequence[st
     return claims
 
 
+@style.styled
 def screening_figure(ranking: pd.DataFrame, heads: Sequence[str]) -> Figure:
-    """Cosine and energy of every head's maps."""
-    drawn, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    ax.scatter(ranking["cosine"], ranking["energy"], s=12, c=ranking["layer"], cmap="viridis")
-    for row in ranking.itertuples():
-        if f"L{row.layer}H{row.head}" in heads:
-            ax.annotate(
-                f"L{row.layer}H{row.head}",
-                (row.cosine, row.energy),
-                fontsize=8,
-                xytext=(3, 3),
-                textcoords="offset points",
-            )
+    """Cosine and energy of every head's maps; the heads chosen in their colours."""
+    drawn, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    ax.scatter(ranking["cosine"], ranking["energy"], s=12, color=style.INK, alpha=0.5)
+    named = ranking.set_index(
+        "L" + ranking["layer"].astype(str) + "H" + ranking["head"].astype(str)
+    )
+    for head in heads:
+        row = named.loc[head]
+        ax.plot(row["cosine"], row["energy"], "o", color=style.head_color(head), label=head)
     ax.set(xlabel="mean cosine of map and ramp", ylabel="energy", xlim=(-1.05, 1.05))
-    ax.spines[["top", "right"]].set_visible(False)
-    drawn.colorbar(ax.collections[0], label="layer")
+    ax.set_title(f"Maps of {len(ranking)} heads; in colour, the {len(heads)} chosen")
+    drawn.legend(loc="outside right upper")
     return drawn
 
 

@@ -23,6 +23,7 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
+from dit_lens import viz
 from dit_lens.stats import Interval, proportion
 from dit_lens.task import DIRECTIONS
 from dit_lens.task.captions import TRAINED
@@ -74,7 +75,7 @@ def main(config: Config) -> None:
         config.out,
         f"{n} images, those that bind where it says so, a noise each, 1 run",
     )
-    figure(answers).savefig(config.out / "positions_needed.png", dpi=150)
+    viz.style.save(figure(answers), config.out / "positions_needed.png")
 
 
 def answer(rows: pd.DataFrame) -> dict[str, Interval]:
@@ -92,32 +93,21 @@ def answer(rows: pd.DataFrame) -> dict[str, Interval]:
     }
 
 
+@viz.style.styled
 def figure(answers: dict[str, dict[str, Interval]]) -> Figure:
     """Answers of both models, and the bounds of a bag of words."""
-    drawn, ax = plt.subplots(figsize=(9.2, 2.8), layout="constrained")
+    drawn, ax = plt.subplots(figsize=(9.2, 3.2), layout="constrained")
     for number, (model, found) in enumerate(answers.items()):
-        values = np.array(list(found.values()))
-        error = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
-        ax.errorbar(
-            values[:, 0],
-            np.arange(len(found)) + 0.2 * number - 0.1,
-            xerr=error,
-            fmt="o",
-            label=model,
-        )
+        viz.intervals(ax, found.values(), np.arange(len(found)) + 0.2 * number - 0.1, label=model)
     for row, bound in enumerate((0.5, 0.25, 0.5)):
-        ax.plot(
-            [bound] * 2,
-            [row - 0.35, row + 0.35],
-            color="black",
-            label="bag of words at best" if row == 0 else None,
-        )
-    ax.set_yticks(range(len(QUESTIONS)), list(QUESTIONS))
-    ax.invert_yaxis()
+        label = "a bag of words at best" if row == 0 else None
+        ax.plot([bound] * 2, [row - 0.35, row + 0.35], color=viz.style.INK, label=label)
+    viz.name_rows(ax, list(QUESTIONS))
     ax.set_xlim(-0.02, 1.02)
     ax.set_xlabel("share of images")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=10)
+    told = ", ".join(f"{model} {found['relates'].mean:.2f}" for model, found in answers.items())
+    drawn.suptitle(f"Share of images with the relation as prompted: {told}")
+    drawn.legend(loc="outside lower center", ncols=3)
     return drawn
 
 

@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     for what, parts in {"screening": screened, "turned": turned}.items():
         table = pd.concat(parts, names=["model"]).reset_index("model")
         table.to_parquet(config.out / f"{what}.parquet", index=False)
-    figure(screened, turned).savefig(config.out / "recurrence.png", dpi=150)
+    viz.style.save(figure(screened, turned), config.out / "recurrence.png")
 
 
 def carrier(model: HookedTextToImage, axis: str) -> Role:
@@ -230,61 +230,46 @@ def null_claims(nothing: pd.DataFrame, some: pd.DataFrame) -> list[Claim]:
 # Figure
 
 
+@viz.style.styled
 def figure(screened: dict[str, pd.DataFrame], turned: dict[str, pd.DataFrame]) -> Figure:
     """Shares of gain² by head, a panel an axis; below, change of the layout by the heads found and
     by random sets.
     """
-    drawn, axes = plt.subplots(2, 2, figsize=(9.2, 6.6), sharex=True, layout="constrained")
-    names = list(screened)
+    drawn, axes = plt.subplots(2, 2, figsize=(9.2, 6.8), sharex=True, layout="constrained")
+    names, sizes, moved = list(screened), [], []
     for (above, below), axis in zip(axes.T, screening.AXES, strict=True):
         for x, name in enumerate(names):
             heads = found(screened[name], axis)
             bottom = 0.0
             for label, share in zip(heads["name"], heads["share"], strict=True):
-                above.bar(
-                    x,
-                    share,
-                    0.8,
-                    bottom=bottom,
-                    color=viz.style.head_color(label),
-                    edgecolor="white",
-                )
+                color = viz.style.head_color(label)
+                above.bar(x, share, 0.8, bottom=bottom, color=color)
                 if share > 0.08 and len(heads) < 8:
-                    above.text(
-                        x,
-                        bottom + share / 2,
-                        label,
-                        ha="center",
-                        va="center",
-                        fontsize=9,
-                        color="white",
-                    )
+                    above.text(x, bottom + share / 2, label, fontsize=9, **viz.style.upon(color))
                 bottom += share
             if name in turned:
+                sizes.append(len(heads))
                 part = turned[name][turned[name]["axis"] == axis]
                 wide = part.pivot(index="scene", columns="heads", values="cosine")
                 changes = wide.sub(wide["none"], axis=0).drop(columns="none")
-                point(below, x, clustered_mean(changes[["found"]].to_numpy()), "tab:red")
+                sets = {"tab:red": changes[["found"]]}
                 if len(random := changes.filter(like="random").mean()):
-                    point(below, x + 0.25, clustered_mean(random.to_numpy()[:, None]), "0.5")
+                    sets[viz.style.INK] = random.to_frame()
+                for shift, (color, values) in zip((0, 0.25), sets.items(), strict=False):
+                    seen = clustered_mean(values.to_numpy())
+                    moved += [seen.mean] if color == "tab:red" else []
+                    viz.intervals(below, [seen], [x + shift], upright=True, color=color)
         above.set(title=f"{axis} axis", ylim=(0, 1))
         below.set(ylim=(-2.1, 0.4))
-        below.axhline(0, color="black", linewidth=0.6)
-        below.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=10)
-        for ax in (above, below):
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.tick_params(labelsize=10)
-    axes[0][0].set_ylabel("share of gain², heads\nthat hold .9 of it", fontsize=10)
-    axes[1][0].set_ylabel(
-        "change of the layout's cosine\n(red: these heads, grey: random sets)", fontsize=10
+        below.axhline(0, color=viz.style.INK, linewidth=0.6)
+        below.set_xticks(range(len(names)), names, rotation=90)
+    axes[0][0].set_ylabel("share of gain², heads\nthat hold .9 of it")
+    axes[1][0].set_ylabel("change of the layout's cosine\n(red: these heads, grey: random sets)")
+    drawn.suptitle(
+        f"{min(sizes)} to {max(sizes)} heads hold .9 of an axis' gain²; reading the opposite word, "
+        f"they change the cosine by {max(moved):.2f} to {min(moved):.2f}"
     )
     return drawn
-
-
-def point(ax: plt.Axes, place: float, found: Interval, color: str) -> None:
-    """A mean with its interval."""
-    error = [[found.mean - found.low], [found.high - found.mean]]
-    ax.errorbar(place, found.mean, yerr=error, fmt="o", color=color, markersize=5, capsize=2)
 
 
 if __name__ == "__main__":

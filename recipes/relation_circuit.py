@@ -34,6 +34,7 @@ from dit_lens.stats import Interval, clustered_mean, finite, paired_difference, 
 from dit_lens.task import DIRECTIONS, PHRASES, Scene
 from dit_lens.task.scene import Relation
 from dit_lens.training.dynamics import axis_contrasts, color_moment
+from dit_lens.viz import style
 from hooked_models import HookedTextToImage
 from hooked_models.hooks.module import HookFunction
 
@@ -101,7 +102,7 @@ def main(config: Config) -> None:
             config.out / "images.parquet", index=False
         )
         report("Relation circuits by axis", claims, config.out, training_runs="one a model")
-    circuit_figure(parts).savefig(config.out / "circuit.png", dpi=150, facecolor="white")
+    style.save(circuit_figure(parts), config.out / "circuit.png")
 
 
 def union(sets: dict[str, list[str]]) -> list[str]:

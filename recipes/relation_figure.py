@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dit_lens import viz
+from dit_lens.viz import style
 
 WORDS = {"vertical": "above\nbelow\nupper …", "horizontal": "left\nright"}
 PLACES = {"vertical": "higher\nlower", "horizontal": "left\nright"}
@@ -25,18 +25,19 @@ SEEN = 0.02
 SHORT = {"self-attention": "self-attention", "cross-attention queries": "queries", "MLPs": "MLPs"}
 
 
+@style.styled
 def circuit_figure(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]) -> Figure:
     """A panel a model. `parts`: model → (sets, images, paths) of `relation_circuit`."""
     rows = (len(parts) + 1) // 2
-    with viz.style.applied():
-        whole, axes = plt.subplots(
-            rows, 2, figsize=(9.2, 3.9 * rows), layout="constrained", squeeze=False
-        )
-        for ax in axes.ravel():
-            ax.set_axis_off()
-        for ax, (name, (sets, images, paths)) in zip(axes.ravel(), parts.items(), strict=False):
-            draw_circuit(ax, sets, images, paths)
-            ax.set_title(name, loc="left", fontsize=11)
+    size, look = (9.2, 4.1 * rows), {"frame_on": False, "xticks": (), "yticks": ()}
+    whole, axes = plt.subplots(
+        rows, 2, figsize=size, layout="constrained", squeeze=False, subplot_kw=look
+    )
+    for ax, (name, (sets, images, paths)) in zip(axes.ravel(), parts.items(), strict=False):
+        draw_circuit(ax, sets, images, paths)
+        bound = images[(images["condition"] == "set") & (images["binding"] == 1)]["opposite"]
+        told = f"{sets['head'].nunique()} heads redraw {bound.sum():.0f} of {len(bound)} images"
+        ax.set_title(f"{name}: {told}", loc="left")
     return whole
 
 
@@ -59,7 +60,7 @@ def draw_circuit(ax: Axes, sets: pd.DataFrame, images: pd.DataFrame, paths: pd.D
         box(ax, 0, level, WORDS[axis])
         box(ax, 2.1, level, PLACES[axis])
         ax.annotate(
-            "", (2.72, 0.5), (2.36, level), arrowprops={"arrowstyle": "-|>", "color": viz.style.INK}
+            "", (2.72, 0.5), (2.36, level), arrowprops={"arrowstyle": "-|>", "color": style.INK}
         )
         own = sets[sets["axis"] == axis]
         for head, share in zip(map(str, own["head"]), own["share"].to_numpy(float), strict=True):
@@ -69,23 +70,8 @@ def draw_circuit(ax: Axes, sets: pd.DataFrame, images: pd.DataFrame, paths: pd.D
             if lost > SEEN:
                 line(ax, (1.28, 1.83), (at, level), head, lost)
     for head, at in levels.items():
-        shape = {
-            "boxstyle": "round,pad=0.25",
-            "facecolor": viz.style.head_color(head),
-            "edgecolor": "none",
-        }
-        ax.text(
-            1.05,
-            at,
-            head,
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white",
-            weight="bold",
-            bbox=shape,
-            zorder=3,
-        )
+        look = style.upon(style.head_color(head))
+        ax.text(1.05, at, head, fontsize=9, weight="bold", zorder=3, **look)
     box(ax, 3.03, 0.5, "objects")
     through = paths.groupby("frozen", sort=False)["lost"].mean()
     told = ", ".join(f"{SHORT[str(kind)]} {value:.2f}" for kind, value in through.items())
@@ -93,18 +79,18 @@ def draw_circuit(ax: Axes, sets: pd.DataFrame, images: pd.DataFrame, paths: pd.D
         -0.25, -0.23, f"turn lost with one part behind frozen:\n{told}", va="bottom", fontsize=9
     )
     for x, what in ((0, "words"), (1.05, "heads"), (2.1, "layout")):
-        ax.text(x, 1.16, what, ha="center", fontsize=10, weight="bold")
+        ax.text(x, 1.16, what, ha="center", weight="bold")
     ax.text(0.54, 1.06, "share of gain²", ha="center", fontsize=9, style="italic")
     ax.text(1.56, 1.06, "lost without it", ha="center", fontsize=9, style="italic")
 
 
 def line(ax: Axes, x: tuple[float, float], y: tuple[float, float], head: str, size: float) -> None:
     """Line of a head's colour, as wide as what it stands for."""
-    color = viz.style.head_color(head)
+    color = style.head_color(head)
     ax.plot(x, y, color=color, linewidth=0.4 + WIDEST * size, solid_capstyle="butt", zorder=1)
 
 
 def box(ax: Axes, x: float, y: float, text: str) -> None:
     """Labelled node."""
-    shape = {"boxstyle": "round", "facecolor": "white", "edgecolor": viz.style.INK}
-    ax.text(x, y, text, ha="center", va="center", fontsize=10, color="black", bbox=shape, zorder=3)
+    shape = {"boxstyle": "round", "facecolor": "none", "edgecolor": style.INK}
+    ax.text(x, y, text, ha="center", va="center", bbox=shape, zorder=3)

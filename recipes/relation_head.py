@@ -12,6 +12,7 @@ of the four can be told from the weights alone: they hold nearly all gain² of a
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
     figure = redrawn_figure(images, wanted, heads, results)
 
     config.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.out / "redrawn.png", dpi=150)
+    viz.style.save(figure, config.out / "redrawn.png")
     results.to_csv(config.out / "redrawn.csv", index=False)
     facts = {
         "model": config.model,
@@ -156,6 +157,7 @@ def judged(
     return pd.DataFrame(rows)
 
 
+@viz.style.styled
 def redrawn_figure(
     images: Mapping[str, Float[Tensor, "image 3 height width"]],
     wanted: Sequence[scenes.Scene],
@@ -173,33 +175,31 @@ def redrawn_figure(
     first = {wanted[i].relation: i for i in reversed(binding)}
     chosen = [*sorted(first.values()), *(i for i in binding if i not in first.values())][:SHOWN]
     opposite = results[results["relation drawn"] == "opposite"].set_index("heads")
-    with viz.style.applied():
-        figure, grid = plt.subplots(
-            len(images),
-            len(chosen),
-            figsize=(1.45 * len(chosen) + 1.3, 5.6),
-            layout="constrained",
-            squeeze=False,
-        )
-        labels = (
-            "as prompted",
-            f"{' '.join(heads[:2])}\n{' '.join(heads[2:])}\nread the opposite",
-            "random heads\nread the opposite",
-        )
-        for row, label, some in zip(grid, labels, images.values(), strict=True):
-            for ax, i in zip(row, chosen, strict=True):
-                viz.bare(ax).imshow(some[i].permute(1, 2, 0).float().cpu().numpy())
-            row[0].text(
-                -0.08, 0.5, label, ha="right", va="center", fontsize=10, transform=row[0].transAxes
-            )
-        for ax, i in zip(grid[0], chosen, strict=True):
-            scene = wanted[i]
-            title = f"{scene.color1} {scene.shape1}\n{scene.phrase}\n{scene.color2} {scene.shape2}"
-            ax.set_title(title, fontsize=9)
-        told = "; ".join(
-            f"{name} {share}" for name, share in opposite["share"].items() if name != CONDITIONS[0]
-        )
-        figure.suptitle(f"Opposite relation drawn, of the images that bind: {told}")
+    figure, grid = plt.subplots(
+        len(images),
+        len(chosen),
+        figsize=(min(1.45 * len(chosen) + 1.3, viz.style.WIDEST), 5.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    labels = (
+        "as prompted",
+        f"{' '.join(heads[:2])}\n{' '.join(heads[2:])}\nread the opposite",
+        "random heads\nread the opposite",
+    )
+    for row, label, some in zip(grid, labels, images.values(), strict=True):
+        for ax, i in zip(row, chosen, strict=True):
+            viz.bare(ax).imshow(some[i].permute(1, 2, 0).float().cpu().numpy())
+        row[0].text(-0.08, 0.5, label, ha="right", va="center", transform=row[0].transAxes)
+    for ax, i in zip(grid[0], chosen, strict=True):
+        scene = wanted[i]
+        phrase = textwrap.fill(scene.phrase, 15)
+        title = f"{scene.color1} {scene.shape1}\n{phrase}\n{scene.color2} {scene.shape2}"
+        ax.set_title(title, fontsize=9)
+    told = "; ".join(
+        f"{name} {share}" for name, share in opposite["share"].items() if name != CONDITIONS[0]
+    )
+    figure.suptitle(f"Opposite relation drawn, of the images that bind:\n{told}")
     return figure
 
 

@@ -35,6 +35,7 @@ from dit_lens import ablation, circuits, scenes, screening, sweep, variance
 from dit_lens.stats import Interval, clustered_mean, clustered_means
 from dit_lens.task import DIRECTIONS, PHRASES
 from dit_lens.text.prompts import Role, token_roles
+from dit_lens.viz import style
 from hooked_models import HookedTextToImage
 
 from . import attention_synopsis as synopses
@@ -127,13 +128,15 @@ def main(config: Config) -> None:
     drawn = pd.concat([singles.assign(kind="single"), groups.assign(kind="group")])
     drawn.to_parquet(out / "knockouts.parquet", index=False)
     cumulative(looks).to_parquet(out / "cumulative.parquet", index=False)
-    ways_figure(ways, singles).savefig(out / "three_ways.png", dpi=150)
+    figures = {"three_ways": ways_figure(ways, singles)}
     if found:
-        effects_figure(groups, list(conditions_of(found)), VERDICTS).savefig(
-            out / "knockouts.png", dpi=150
-        )
-        ramps_figure(maps, found[:6]).savefig(out / "ramps.png", dpi=150)
-        steps_figure(seen, cumulative(looks), found[:6]).savefig(out / "steps.png", dpi=150)
+        figures |= {
+            "knockouts": effects_figure(groups, list(conditions_of(found)), VERDICTS),
+            "ramps": ramps_figure(maps, found[:6]),
+            "steps": steps_figure(seen, cumulative(looks), found[:6]),
+        }
+    for what, figure in figures.items():
+        style.save(figure, out / f"{what}.png")
 
 
 def measured(

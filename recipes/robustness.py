@@ -32,7 +32,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dit_lens import scenes, steering, variance
+from dit_lens import scenes, steering, variance, viz
 from dit_lens.intervene.ablation import knockout_role
 from dit_lens.intervene.edits import Add
 from dit_lens.intervene.interventions import Intervention
@@ -106,7 +106,7 @@ def main(config: Config) -> None:
     report(f"Robustness: {config.rte} and {config.t5}", claims, config.out)
     looks.to_parquet(config.out / "looks.parquet", index=False)
     drawn.to_parquet(config.out / "images.parquet", index=False)
-    figure(rows, looks).savefig(config.out / "robustness.png", dpi=150)
+    viz.style.save(figure(rows, looks), config.out / "robustness.png")
 
 
 # Templates
@@ -432,60 +432,38 @@ def repair_claims(name: str, looks: pd.DataFrame, drawn: pd.DataFrame) -> list[C
 # Figure
 
 
+@viz.style.styled
 def figure(rows: dict[str, pd.DataFrame], looks: pd.DataFrame) -> Figure:
     """Change of relation accuracy and of binding by template, a panel a model; layout at step 0 by
     repair and axis.
     """
-    drawn, axes = plt.subplots(1, 3, figsize=(9.2, 3.9), layout="constrained")
-    templates = list(PAPER_T5)
+    drawn, axes = plt.subplots(1, 3, figsize=(9.6, 4.4), layout="constrained")
+    templates, the = list(PAPER_T5), []
     for ax, (model, table) in zip(axes, rows.items(), strict=False):
-        for number, (metric, label) in enumerate(
-            (("relation_loose", "relation"), ("unique_binding", "binding"))
-        ):
+        metrics = {"relation": "relation_loose", "binding": "unique_binding"}
+        for shift, (label, metric) in zip((-0.1, 0.1), metrics.items(), strict=True):
             found = [change(table, template, metric) for template in templates]
-            x = [f.mean for f in found]
-            error = [[f.mean - f.low for f in found], [f.high - f.mean for f in found]]
-            ax.errorbar(
-                x,
-                np.arange(len(templates)) + 0.2 * number - 0.1,
-                xerr=error,
-                fmt="o",
-                markersize=4,
-                label=label,
-            )
-        ax.axvline(0, color="grey", linewidth=0.6)
-        ax.set_title(model, fontsize=11)
-        ax.set_xlabel("change (paired)", fontsize=10)
-        ax.set_xlim(-1.05, 0.25)
-        ax.set_yticks(range(len(templates)), templates if ax is axes[0] else [])
-        ax.set_ylim(len(templates) - 0.5, -0.5)
-    axes[0].legend(frameon=False, fontsize=10, loc="lower left")
+            places = np.arange(len(templates)) + shift
+            viz.intervals(ax, found, places, label=label)
+        ax.axvline(0, color=viz.style.INK, linewidth=0.6)
+        ax.set(title=model, xlabel="change (paired)", xlim=(-1.05, 0.25))
+        viz.name_rows(ax, templates if ax is axes[0] else [""] * len(templates))
+        the.append(f"{model} {change(table, 'the both', 'relation_loose').mean:+.2f}")
+    axes[0].legend(loc="lower left")
     names = {"plain": "plain", "the": "“the”", **{repair: f"at {repair}" for repair in REPAIRS}}
     names |= {
         CARRIERS: "at both carriers",
         EVERYWHERE: "at all words but “the”",
         HIDDEN: "“the” hidden",
     }
-    for number, (axis, color) in enumerate(
-        (("vertical", "tab:orange"), ("horizontal", "tab:blue"))
-    ):
-        for place, condition in enumerate(names):
-            part = looks[(looks["axis"] == axis) & (looks["condition"] == condition)]
-            seen = clustered_mean(part[["cosine"]].to_numpy())
-            error = [[seen.mean - seen.low], [seen.high - seen.mean]]
-            told = axis if place == 0 else None
-            at = place + 0.24 * number - 0.12
-            axes[2].errorbar(
-                seen.mean, at, xerr=error, fmt="o", markersize=4, color=color, label=told
-            )
-    axes[2].set_yticks(range(len(names)), list(names.values()))
-    axes[2].set_ylim(len(names) - 0.5, -0.5)
-    axes[2].set_title("“the” and its repair", fontsize=11)
-    axes[2].set_xlabel("cosine of the layout, step 0", fontsize=10)
-    axes[2].legend(frameon=False, fontsize=10)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=10)
+    for axis, shift, color in (("vertical", -0.12, "tab:orange"), ("horizontal", 0.12, "tab:blue")):
+        wide = looks[looks["axis"] == axis].groupby("condition")["cosine"]
+        seen = [clustered_mean(wide.get_group(name).to_numpy()[:, None]) for name in names]
+        viz.intervals(axes[2], seen, np.arange(len(names)) + shift, color=color, label=axis)
+    viz.name_rows(axes[2], list(names.values()))
+    axes[2].set(title="“the” and its repair", xlabel="cosine of the layout, step 0")
+    axes[2].legend()
+    drawn.suptitle(f"“the” before both objects, change of the relation: {', '.join(the)}")
     return drawn
 
 

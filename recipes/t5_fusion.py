@@ -32,7 +32,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dit_lens import ablation, scenes, steering, variance
+from dit_lens import ablation, scenes, steering, variance, viz
 from dit_lens.readout.screening import ENDS
 from dit_lens.stats import clustered_mean, finite, paired_difference, proportion
 from dit_lens.task import DIRECTIONS, Scene
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     tables = {"shares": shares, "masks": masked, "arithmetic": moved}
     for what, table in {**tables, "layers": pd.concat(layers, names=["model"])}.items():
         table.to_parquet(config.out / f"{what}.parquet")
-    figure(masked, layers[config.t5]).savefig(config.out / "variance.png", dpi=150)
+    viz.style.save(figure(masked, layers[config.t5]), config.out / "variance.png")
 
 
 def scenes_along(axis: str, n: int, seed: int) -> list[Scene]:
@@ -421,31 +421,25 @@ def arithmetic_claims(name: str, rows: pd.DataFrame) -> list[Claim]:
 # Figure
 
 
+@viz.style.styled
 def figure(masked: pd.DataFrame, layers: pd.DataFrame) -> Figure:
     """Layouts as asked by hidden word and axis; cosine lost at step 0 by layer, of each axis' own
     word.
     """
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained")
     shown = {
         **{str(word): label for word, label in NAMES.items()},
         "own, early": "own word, steps 0–3",
         "own, late": "own word, steps 4–13",
         "none": "nothing",
     }
+    told = []
     for number, (axis, color) in enumerate(zip(CARRIER, ("tab:orange", "tab:blue"), strict=True)):
-        for place, condition in enumerate(shown):
-            rows = masked[(masked["axis"] == axis) & (masked["condition"] == condition)]
-            found = proportion(rows["asked"].to_numpy(float))
-            error = [[found.mean - found.low], [found.high - found.mean]]
-            label = f"{axis} scenes" if place == 0 else None
-            left.errorbar(
-                found.mean,
-                place + 0.24 * number - 0.12,
-                xerr=error,
-                fmt="o",
-                color=color,
-                label=label,
-            )
+        asked = masked[masked["axis"] == axis].groupby("condition")["asked"]
+        found = {name: proportion(asked.get_group(name).to_numpy(float)) for name in shown}
+        at = np.arange(len(shown)) + 0.24 * number - 0.12
+        viz.intervals(left, found.values(), at, color=color)
+        told.append(f"{axis} {found['none'].mean:.2f} → {found[CARRIER[axis]].mean:.2f}")
         own = layers[
             (layers["axis"] == axis) & (layers["word"] == CARRIER[axis]) & (layers["layer"] >= 0)
         ]
@@ -453,38 +447,20 @@ def figure(masked: pd.DataFrame, layers: pd.DataFrame) -> Figure:
             clustered_mean((part["base"] - part["masked"]).to_numpy()[:, None])
             for _, part in own.groupby("layer")
         ]
-        mean, low, high = np.array(lost).T
-        x = np.arange(len(mean)) + 0.16 * number - 0.08
-        right.errorbar(
-            x,
-            mean,
-            yerr=[mean - low, high - mean],
-            fmt="o",
-            color=color,
-            label=f"{axis}: {NAMES[CARRIER[axis]]}",
-        )
-    left.axvline(0.5, color="0.6", linestyle="--", linewidth=0.8)
-    left.set_yticks(range(len(shown)), list(shown.values()))
+        at = np.arange(len(lost)) + 0.16 * number - 0.08
+        label = f"{axis} scenes; own word: {NAMES[CARRIER[axis]]}"
+        viz.intervals(right, lost, at, upright=True, color=color, label=label)
+    left.axvline(0.5, color=viz.style.INK, linestyle="--", linewidth=0.8)
+    viz.name_rows(left, list(shown.values()))
     left.set(
         xlim=(-0.03, 1.03),
-        ylim=(len(shown) - 0.5, -0.5),
         xlabel="layout as asked (dashed: chance)",
         title="word hidden from all heads",
     )
-    right.set(xlabel="layer", ylabel="cosine lost", title="word hidden from one layer at step 0")
+    right.set(xlabel="layer", ylabel="cosine lost", title="own word hidden from one layer, step 0")
     right.set_xticks(range(int(layers["layer"].max()) + 1))
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=10)
-        ax.title.set_size(11)
-    right.legend(frameon=False, fontsize=10)
-    drawn.legend(
-        *left.get_legend_handles_labels(),
-        frameon=False,
-        fontsize=10,
-        loc="outside lower left",
-        ncols=2,
-    )
+    drawn.suptitle(f"Layouts as asked, plain → own word hidden: {'; '.join(told)}")
+    drawn.legend(loc="outside lower center", ncols=2)
     return drawn
 
 

@@ -36,7 +36,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dit_lens import scenes, variance
+from dit_lens import scenes, variance, viz
 from dit_lens.intervene.interchange import Interchange
 from dit_lens.readout.screening import AXES, ENDS
 from dit_lens.stats import Interval, clustered_mean, finite, paired_difference, proportion
@@ -107,7 +107,7 @@ def main(config: Config) -> None:
     )
     images.to_parquet(config.out / "images.parquet", index=False)
     table.to_parquet(config.out / "text_carrier.parquet", index=False)
-    figure(table).savefig(config.out / "text_carrier.png", dpi=150)
+    viz.style.save(figure(table), config.out / "text_carrier.png")
 
 
 def finished(run: Path) -> bool:
@@ -364,47 +364,39 @@ def control_claims(axis: str, wide: pd.DataFrame, base: pd.Series[float]) -> lis
     ]
 
 
+@viz.style.styled
 def figure(table: pd.DataFrame) -> Figure:
     """A panel an axis: models by words, coloured by the change of the layout, with R² written in
     and the prediction framed.
     """
     names = list(dict.fromkeys(table["model"]))
     whole, axes = plt.subplots(
-        1, len(AXES), figsize=(9.2, 0.62 * len(names) + 2.1), layout="constrained"
+        1, len(AXES), figsize=(9.2, 0.62 * len(names) + 2.3), layout="constrained"
     )
+    right = 0
     for ax, axis in zip(axes, AXES, strict=True):
-        part = table[table["axis"] == axis]
-        change = (
-            (part["moved"] - part["base"])
-            .groupby([part["model"], part["word"]])
-            .mean()
-            .unstack()
-            .loc[names, list(WORDS)]
-        )
-        r2 = part.groupby(["model", "word"])["r2"].first().unstack().loc[names, list(WORDS)]
-        shown = ax.imshow(change, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
-        for (i, j), value in np.ndenumerate(r2.to_numpy(float)):
-            dark = abs(float(change.to_numpy(float)[i, j])) > 1.2
-            ax.text(
-                j,
-                i,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=10,
-                color="white" if dark else "black",
-            )
+        part = table[table["axis"] == axis].assign(change=table["moved"] - table["base"])
+        cells = part.groupby(["model", "word"])[["change", "r2"]].mean().unstack().loc[names]
+        change, r2 = (cells[value][list(WORDS)].to_numpy(float) for value in ("change", "r2"))
+        shown = ax.imshow(change, cmap=viz.style.DIVERGING, vmin=-2, vmax=2, aspect="auto")
+        looks = {at: viz.style.upon(shown.to_rgba(value)) for at, value in np.ndenumerate(change)}
+        for (i, j), value in np.ndenumerate(r2):
+            ax.text(j, i, f"{value:.2f}", **looks[i, j])
         for i, name in enumerate(names):
-            j = WORDS.index(predicted_word(part[part["model"] == name]))
-            ax.add_patch(plt.Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, linewidth=2))
+            cell = part[part["model"] == name]
+            j = WORDS.index(predicted_word(cell))
+            right += predicted_word(cell) == found_word(cell)
+            frame = {"edgecolor": looks[i, j]["color"], "fill": False, "linewidth": 2}
+            ax.add_patch(plt.Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, **frame))
         words = ["colour\n1", "shape\n1", "rela-\ntion", "colour\n2", "shape\n2", "EOS"]
-        ax.set_xticks(range(len(WORDS)), words, fontsize=10)
-        ax.set_yticks(range(len(names)), names if ax is axes[0] else [], fontsize=10)
-        ax.set_title(f"{axis} relations", fontsize=11)
-    bar = whole.colorbar(shown, ax=axes, shrink=0.9)
-    bar.set_label("change of the layout's cosine\nby exchanging the word (−2: turned)", fontsize=10)
+        ax.set_xticks(range(len(WORDS)), words)
+        viz.name_rows(ax, names if ax is axes[0] else [""] * len(names))
+        ax.set_title(f"{axis} relations")
+    label = "change of the layout's cosine\nby exchanging the word (−2: turned)"
+    whole.colorbar(shown, ax=axes, shrink=0.9, label=label)
     whole.suptitle(
-        "Numbers: R² of the axis in the text encoder. Frame: predicted carrier.", fontsize=11
+        f"Carrier as predicted (framed) in {right} of {2 * len(names)}. "
+        "Numbers: R² of the axis in the text encoder."
     )
     return whole
 

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dit_lens import Intervention, ablation, prompts, scenes, screening, sweep
+from dit_lens import Intervention, ablation, prompts, scenes, screening, sweep, viz
 from dit_lens.intervene.edits import Replace
 from dit_lens.intervene.interchange import Interchange
 from dit_lens.stats import Interval, clustered_mean, paired_difference, proportion
@@ -92,7 +92,7 @@ def main(config: Config) -> None:
             config.seed,
         )
         claims += knockout_claims(lost, heads)
-        knockout_figure(lost).savefig(config.out / "knockout.png", dpi=150)
+        viz.style.save(knockout_figure(lost), config.out / "knockout.png")
     carried = stage(config.out, "shares", model, shares, config.shares * scale, config.seed)
     claims += share_claims(carried)
     claims += served_claims(
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
         heads=heads,
         full=config.full,
     )
-    share_figure(carried, heads["relation1"]).savefig(config.out / "shares.png", dpi=150)
+    viz.style.save(share_figure(carried, heads["relation1"]), config.out / "shares.png")
 
 
 def accuracies(model: HookedTextToImage, n: int) -> pd.DataFrame:
@@ -439,81 +439,63 @@ def share_claims(carried: pd.DataFrame) -> list[Claim]:
     ]
 
 
+@viz.style.styled
 def knockout_figure(lost: pd.DataFrame) -> Figure:
     """Change of each relation, a panel a relation whose words are hidden."""
-    figure, axes = plt.subplots(
-        1, 2, figsize=(9, 3.2), sharex=True, sharey=True, layout="constrained"
-    )
-    conditions = [
-        ("found heads", "condition", "relation heads"),
-        ("found heads", "random heads", "random heads"),
-        ("found heads", "random tokens", "random words,\nrelation heads"),
-        ("all heads", "condition", "all heads"),
-        ("all heads", "random tokens", "random words,\nall heads"),
-    ]
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), sharex=True, layout="constrained")
+    conditions = {
+        ("found heads", "condition"): "relation heads",
+        ("found heads", "random heads"): "random heads",
+        ("found heads", "random tokens"): "random words,\nrelation heads",
+        ("all heads", "condition"): "all heads",
+        ("all heads", "random tokens"): "random words,\nall heads",
+    }
     for ax, hidden in zip(axes, CLAUSES, strict=True):
-        for shift, relation in enumerate(CLAUSES):
+        for shift, relation in zip((-0.1, 0.1), CLAUSES, strict=True):
             of = changes(lost, hidden, relation)
-            drawn = [of[where, kind] for where, kind, _ in conditions]
-            x = [found.mean for found in drawn]
-            error = [
-                [found.mean - found.low for found in drawn],
-                [found.high - found.mean for found in drawn],
-            ]
-            ax.errorbar(
-                x,
-                np.arange(len(conditions)) + 0.2 * shift - 0.1,
-                xerr=error,
-                fmt="o",
-                label=relation,
-            )
-        ax.axvline(0, color="grey", linewidth=0.6)
+            at = np.arange(len(conditions)) + shift
+            label = f"accuracy of {relation}" if ax is axes[0] else None
+            viz.intervals(ax, [of[condition] for condition in conditions], at, label=label)
+        ax.axvline(0, color=viz.style.INK, linewidth=0.6)
         ax.set(title=f"words of {hidden} hidden from …", xlabel="change of accuracy (paired)")
-        ax.set_yticks(range(len(conditions)), [label for *_, label in conditions])
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    axes[1].legend(
-        frameon=False, fontsize=8, title="accuracy of", loc="upper left", bbox_to_anchor=(1, 1)
+        viz.name_rows(ax, list(conditions.values()) if ax is axes[0] else [""] * len(conditions))
+    own = [changes(lost, hidden, hidden)["found heads", "condition"].mean for hidden in CLAUSES]
+    figure.suptitle(
+        "Hidden from the relation heads, a relation's words cost it "
+        + " and ".join(f"{change:+.2f}" for change in own)
     )
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
+@viz.style.styled
 def share_figure(carried: pd.DataFrame, found_heads: list[str]) -> Figure:
     """Every head's share of the first relation against that of the second, and of the control."""
     figure, axes = plt.subplots(
-        1, 2, figsize=(7.5, 3.6), sharex=True, sharey=True, layout="constrained"
+        1, 2, figsize=(9.2, 4.2), sharex=True, sharey=True, layout="constrained"
     )
     means = {
         key: clustered_mean(part.to_numpy()[:, None])
         for key, part in carried.groupby(["exchange", "head"])["share"]
     }
+    of = profiles(carried)
     for ax, other in zip(axes, ("relation2", "color3"), strict=True):
-        for head in carried["head"].unique():
+        for head in map(str, carried["head"].unique()):
             x, y = means["relation1", head], means[other, head]
-            xerr, yerr = ([[found.mean - found.low], [found.high - found.mean]] for found in (x, y))
-            color = "C3" if head in found_heads else "C0"
-            ax.errorbar(
-                x.mean,
-                y.mean,
-                xerr=xerr,
-                yerr=yerr,
-                fmt="o",
-                color=color,
-                markersize=4,
-                linewidth=0.8,
-            )
-            if max(abs(x.mean), abs(y.mean)) > 0.05:
-                ax.annotate(
-                    str(head),
-                    (x.mean, y.mean),
-                    fontsize=7,
-                    xytext=(4, 3),
-                    textcoords="offset points",
-                )
-        ax.axline((0, 0), slope=1, color="grey", linewidth=0.6)
+            color = viz.style.head_color(head)
+            fill = color if head in found_heads else "none"
+            seen = max(abs(means[exchange, head].mean) for exchange in of) > 0.05
+            label = head if seen and ax is axes[0] else None
+            viz.intervals(ax, [x], [y.mean], color=color, markerfacecolor=fill, label=label)
+            viz.intervals(ax, [y], [x.mean], upright=True, color=color, markerfacecolor=fill)
+        ax.axline((0, 0), slope=1, color=viz.style.INK, linewidth=0.6)
         ax.set(xlabel="share of relation1's exchange", ylabel=f"share of {other}'s exchange")
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("What each head brings about at step 0 (red: found by screening)", fontsize=10)
+    alike = agreement(of["relation1"], of["relation2"]).mean
+    figure.suptitle(
+        f"Layout's change at step 0 by head (filled: found by screening); cosine of both relations "
+        f"{alike:.2f}"
+    )
+    figure.legend(loc="outside right upper")
     return figure
 
 
