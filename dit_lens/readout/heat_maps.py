@@ -19,11 +19,14 @@ from hooked_models import HookedTextToImage
 from hooked_models.arguments import chosen_steps, one_of
 from hooked_models.generation.loops import Call
 from hooked_models.generation.model import DEFAULT_STEPS
+from hooked_models.generation.names import Site
 from hooked_models.generation.sampling import Seeds
 from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 
 from ..intervene.interventions import Steps
 from ..intervene.portable_ops import sums_of_attention
+from ..remote.model import RemoteTextToImage
+from ..remote.plan import Sum
 from ..text.prompts import Word, token_mask, word
 from .group_attention import cond_rows, run_reading
 
@@ -78,26 +81,29 @@ def heatmap(
     by = kept_dims(by, get_args(By))
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     several = [words] if isinstance(words, (str, Word)) else list(words)
-    run = model.trajectory(texts, seed, num_steps, until=0, **options)
     masks = _word_masks(model, texts, several, options)
-    at_steps = list(chosen_steps(steps, len(run)))
-    maps = _Maps(
-        model,
-        masks,
-        [at_steps.index(s) if s in at_steps else None for s in range(len(run))],
-        len(at_steps),
-        by,
+    remote = isinstance(model, RemoteTextToImage)
+    inputs = (
+        model.draft(texts, seed, num_steps, **options)
+        if remote
+        else model.trajectory(texts, seed, num_steps, until=0, **options).inputs
     )
+    n_steps = len(inputs.solver)
+    at_steps = list(chosen_steps(steps, n_steps))
+    places = [at_steps.index(s) if s in at_steps else None for s in range(n_steps)]
+    maps = _Maps(model, masks, places, len(at_steps), by)
 
     def readers(call: Call) -> dict[Any, _Reader]:
         return (
             {each.attention: each for each in maps.readers(call)} if call.step in at_steps else {}
         )
 
-    run_reading(model, run.inputs, readers)
-    return maps.labelled(
-        texts, [one if isinstance(one, str) else str(one) for one in several], at_steps, run.latent
-    )
+    if isinstance(model, RemoteTextToImage):
+        maps.ask(model, texts, inputs)
+    else:
+        run_reading(model, inputs, readers)
+    names = [one if isinstance(one, str) else str(one) for one in several]
+    return maps.labelled(texts, names, at_steps, model.layout(inputs).grid)
 
 
 def kept_dims(by: Any, known: Sequence[str]) -> list[Any]:
@@ -185,8 +191,37 @@ class _Maps:
             :, :, number if "layer" in self.by else 0, :, at_step if "step" in self.by else 0
         ] += maps
 
+    def ask(self, model: RemoteTextToImage, prompts: Sequence[str], draft: Any) -> None:
+        """Add the maps of a run behind nnsight, which are summed where the model is."""
+        layout, sums = model.layout(draft), []
+        for number, (layer, name) in enumerate(self.attentions.items()):
+            pattern = Site("dit", f"blocks.{layer}.{name}.hook_pattern", 0, "cond")
+            n_keys = model.shape(draft, pattern)[-1]
+            start = layout.n_image if model.dit.axes(pattern.inner)[-1] in JOINT_POSITIONS else 0
+            masks = self.masks[:, : n_keys - start].float()
+            keys = torch.nn.functional.pad(masks, (0, 0, start, n_keys - start - masks.shape[1]))
+            sums += [
+                Sum(
+                    f"blocks.{layer}.{name}",
+                    *(step, "cond", None, keys, "sum"),
+                    key=(number if "layer" in self.by else 0, place if "step" in self.by else 0),
+                    over_heads="head" not in self.by,
+                )
+                for step, place in enumerate(self.place)
+                if place is not None
+            ]
+        added = model.ask(prompts, draft, sums=sums)["added"]
+        maps = {key: one[:, :, : layout.n_image].permute(0, 3, 1, 2) for key, one in added.items()}
+        layers, steps = (sorted({key[axis] for key in maps}) for axis in (0, 1))
+        by_layer = [torch.stack([maps[layer, step] for step in steps], dim=3) for layer in layers]
+        self.sums = torch.stack(by_layer, dim=2)
+
     def labelled(
-        self, prompts: Sequence[str], words: Sequence[str], steps: Sequence[int], latent: Tensor
+        self,
+        prompts: Sequence[str],
+        words: Sequence[str],
+        steps: Sequence[int],
+        grid: tuple[int, int, int],
     ) -> xr.DataArray:
         assert self.sums is not None
         dit: Any = self.model.dit
@@ -199,7 +234,7 @@ class _Maps:
         values = self.sums.div(divisor).squeeze(
             [i for i, dim in enumerate(coords, start=2) if dim not in self.by]
         )
-        rows, columns, frames = grid_of(dit, latent)
+        rows, columns, frames = grid
         place: dict[str, int] = (
             {"frame": frames, "y": rows, "x": columns} if frames > 1 else {"y": rows, "x": columns}
         )

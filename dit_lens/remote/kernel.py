@@ -126,3 +126,12 @@ class Walk:
             found = found.detach().to(torch.promote_types(found.dtype, torch.float32)).cpu()
             found = found.sum(1, keepdim=True) if over_heads else found
             self.added[key] = self.added[key] + found if key in self.added else found
+
+
+@no_type_check
+def arguments(call: dict) -> dict:
+    """Arguments of one run of a pipeline: with its own copies of the generators, which a run
+    advances.
+    """
+    own = [each.clone_state() for each in call["generator"]]
+    return {**call, "generator": own or None}

@@ -40,6 +40,7 @@ from hooked_models.store import digest
 from ..intervene.interventions import Intervention
 from ..readout.group_attention import attentions_of, placed
 from . import plan
+from .kernel import arguments
 from .server import Server, import_nnsight
 
 NO_RESUMING = (
@@ -159,7 +160,7 @@ class RemoteTextToImage(HookedTextToImage):
         raise NotImplementedError
 
     def call_of(self, prompts: Prompts, draft: Any) -> dict[str, Any]:
-        """Arguments of the pipeline's own call for a run."""
+        """Arguments of the pipeline's own call for a run, "prompt" and "generator" among them."""
         raise NotImplementedError
 
     def plan_of(self, draft: Any, wanted: plan.Wanted) -> dict[str, Any]:
@@ -377,11 +378,11 @@ class RemoteTextToImage(HookedTextToImage):
             found = None  # on a server, where it has a value later
             with model.session(backend=backend):
                 found = nnsight.save({})
-                with model.generate(**from_clean) as tracer:
+                with model.generate(**arguments(from_clean)) as tracer:
                     source = run(model, tracer, first)
                 found["clean"] = source["images"]
                 for name in plans:
-                    with model.generate(**from_corrupt) as tracer:
+                    with model.generate(**arguments(from_corrupt)) as tracer:
                         result = run(model, tracer, plans[name], source["kept"])
                     found[name] = result["images"]
             return found
@@ -459,7 +460,7 @@ class RemoteTextToImage(HookedTextToImage):
 
         def ask() -> Any:
             found = None  # on a server, where it has a value later
-            with model.generate(backend=backend, **call) as tracer:
+            with model.generate(backend=backend, **arguments(call)) as tracer:
                 found = nnsight.save(run(model, tracer, todo))
             return found
 

@@ -25,7 +25,7 @@ KERNEL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale
 class CallWalk(Walk):
     """The hooks of one denoiser call of a pipeline."""
 
-    def call(self, transformer: Any, items: list, branches: tuple) -> None:
+    def call(self, transformer: Any, tracer: Any, items: list, branches: tuple) -> None:
         """Go through the call: `items` in the order in which it reaches them."""
         # counts calls from the run's beginning, as what is inside an attention does not
         _ = transformer.inputs
@@ -39,8 +39,11 @@ class CallWalk(Walk):
                 self.kernel(envoy, item)
             elif item["kind"] == "input":
                 self.stream_in(envoy, item)
-            else:
+            elif item["visit"] is None:
                 self.stream_out(envoy, item)
+            else:
+                for _ in tracer.iter[[item["visit"]]]:
+                    self.stream_out(envoy, item)
         if self.hooks(*(f"hook_out_{branch}" for branch in branches)):
             self.prediction(transformer, branches)
 
@@ -255,7 +258,7 @@ def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
         )
         for _ in tracer.iter[[event["number"]]]:
             if event["kind"] == "call":
-                here.call(model.transformer, event["items"], event["branches"])
+                here.call(model.transformer, tracer, event["items"], event["branches"])
             elif event["kind"] == "prepared":
                 here.latents(own.self_prepare_latents_0)
             elif event["kind"] == "step":

@@ -31,9 +31,10 @@ Orders = tuple[Tensor | None, Tensor | None]
 
 
 class Events(NamedTuple):
-    """How often, and when first, one denoiser call enters and leaves modules, by their paths."""
+    """How often, and when, one denoiser call enters and leaves modules, by their paths."""
 
-    first: dict[tuple[str, str], int]
+    when: dict[tuple[str, str, int], int]
+    """("in" or "out", path, which time) → its place in the order of all."""
     times: dict[str, int]
 
 
@@ -144,17 +145,21 @@ def _items(
             if not names & {str(point.name) for point in points}:
                 continue
             path = paths[id(tap.module)]
-            if seen.times.get(path, 0) != 1:
+            times, nth = seen.times.get(path, 0), getattr(tap, "call", 0)
+            once = isinstance(tap, KernelTap) or bool(tap.arguments)
+            if times <= nth or (once and times > 1):
                 raise ValueError(
                     f"{points[0].name} is not within nnsight's reach: its module, {path}, runs "
-                    f"{seen.times.get(path, 0)} times in a call."
+                    f"{times} times in a call."
                 )
-            entered = isinstance(tap, KernelTap) or bool(tap.arguments)
             describe = _kernel_item if isinstance(tap, KernelTap) else _stream_item
             item = describe(tap, lambda *streams: _order_in(draft, call, streams))
-            when = seen.first["in" if entered else "out", path]
-            items.append((when, isinstance(tap, KernelTap), {"path": path.split("."), **item}))
-    return [item for *_, item in sorted(items, key=lambda each: each[:2])]
+            item["path"] = path.split(".")
+            if not once:
+                number = draft.calls.index(call)
+                item["visit"] = None if times == 1 else times * number + nth
+            items.append((seen.when["in" if once else "out", path, nth], item))
+    return [item for _, item in sorted(items, key=lambda each: each[0])]
 
 
 def _stream_item(tap: StreamTap, orders: Callable[..., tuple[Orders, int]]) -> dict[str, Any]:
@@ -247,31 +252,25 @@ def order_of(model: Any, draft: PipelineInputs) -> Events:
 
     Example:
         >>> from dit_lens.remote.pipeline_plan import Events
-        >>> Events({("in", "blocks.0"): 0}, {"blocks.0": 1}).times["blocks.0"]
+        >>> Events({("in", "blocks.0", 0): 0}, {"blocks.0": 1}).times["blocks.0"]
         1
     """
     transformer = model.dit.wrapped
     hooked = {id(tap.module) for block in model.dit.blocks for tap in block.taps}
-    first: dict[tuple[str, str], int] = {}
-    count: dict[str, int] = {}
+    when: dict[tuple[str, str, int], int] = {}
+    times: dict[tuple[str, str], int] = {}
 
-    def entering(path: str) -> Callable[..., None]:
+    def logging(kind: str, path: str) -> Callable[..., None]:
         def log(*args: Any) -> None:
-            first.setdefault(("in", path), len(first))
-            count[path] = count.get(path, 0) + 1
-
-        return log
-
-    def leaving(path: str) -> Callable[..., None]:
-        def log(*args: Any) -> None:
-            first.setdefault(("out", path), len(first))
+            nth = times.get((kind, path), 0)
+            when[kind, path, nth], times[kind, path] = len(when), nth + 1
 
         return log
 
     with ExitStack() as stack:
         for path, module in transformer.named_modules():
             if id(module) in hooked:
-                stack.callback(module.register_forward_pre_hook(entering(path)).remove)
-                stack.callback(module.register_forward_hook(leaving(path)).remove)
+                stack.callback(module.register_forward_pre_hook(logging("in", path)).remove)
+                stack.callback(module.register_forward_hook(logging("out", path)).remove)
         Running(draft, Trial(transformer), 1).quiet().run(output_type="latent")
-    return Events(first, count)
+    return Events(when, {path: n for (kind, path), n in times.items() if kind == "in"})

@@ -50,20 +50,15 @@ class RemotePixArt(RemoteTextToImage, HookedPixArt):
         """As in RemoteTextToImage.
 
         Raises:
-            ValueError: the tokens are those of no text, or the scheduler draws noise.
+            ValueError: the tokens are those of no text.
         """
-        if draft.solver.draws:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} draws noise at every step, from generators that "
-                "do not travel through nnsight: take a deterministic scheduler, such as "
-                "DPMSolverMultistepScheduler."
-            )
         height, width = self.image_size(draft.latents.shape[-2:])
         return {
             "prompt": self._texts(prompts, draft.tokens),
             "num_inference_steps": draft.num_steps,
             "guidance_scale": draft.guidance,
             "latents": draft.latents.to(self.dit.dtype),
+            "generator": draft.generators(),
             "height": height,
             "width": width,
             "max_sequence_length": draft.tokens.shape[1],

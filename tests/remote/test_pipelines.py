@@ -11,10 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_lens.remote import RemotePipeline, RemoteTextToImage
+from dit_lens import Add, Intervention, Replace, Scale, prompts, readout, synopsis
+from dit_lens.readout.heat_maps import text_attentions
+from dit_lens.remote import CLEAN, RemotePipeline, RemoteTextToImage, pipeline_plan
+from dit_lens.remote.plan import Wanted
 from hooked_models import HookedTextToImage
+from hooked_models.families.taps import KernelTap
+from hooked_models.generation.names import Site
 
-from ..hooked_models.tiny_pipelines import PIPELINES, tiny_pipeline
+from ..hooked_models.tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline
 from .served import Served
 
 PROMPTS = ["red circle is above blue square", "blue square is left of red circle"]
@@ -110,3 +115,267 @@ def test_every_name_is_read(served: Pair, server: Served) -> None:
     close(ours, images)
     for name, tensor in cache.items():
         close(found[name], tensor)
+
+
+# Written
+
+
+def nudge(tensor: Tensor, hook: Any) -> Tensor:
+    return 1.01 * tensor + 0.02
+
+
+def nudge_in_place(tensor: Tensor, hook: Any) -> None:
+    tensor[:, 0] *= 0.9
+
+
+def firing(model: HookedTextToImage, *steps: int) -> list[str]:
+    """Names that a run fires at some steps, and the image."""
+    extent = model.draft(PROMPTS, **RUN).extent
+    sites = [site for site in model.names.sites(steps=steps) if extent.fires(site)]
+    return [site.name for site in sites]
+
+
+@pytest.mark.parametrize("function", [nudge, nudge_in_place])
+def test_all_names_are_written_at_once(exact: Pair, function: Any) -> None:
+    hooks = [(name, function) for name in firing(exact.oracle, 0, 1)]
+    expected = exact.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks)
+    assert (expected - exact.oracle(PROMPTS, **RUN)).abs().max() > 1e-3
+    close(exact.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks), expected, 1e-9)
+
+
+def test_names_are_written_one_by_one(exact: Pair) -> None:
+    """Every kind of name in the conditional branch; an effect of each, the same as locally."""
+    without_effect = []
+    names = [name for name in firing(exact.oracle, 1) if ".uncond." not in name]
+    plain = exact.oracle(PROMPTS, **RUN)
+    for name in names:
+        expected = exact.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=[(name, nudge)])
+        close(exact.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=[(name, nudge)]), expected, 1e-9)
+        without_effect += [name] if torch.equal(expected, plain) else []
+    # the text that leaves a last block is read by nothing
+    assert all("text" in name or name.endswith("resid_post") for name in without_effect)
+
+
+def test_a_hook_function_is_sent(served: Pair) -> None:
+    factor = torch.tensor(0.5)
+
+    def halve(tensor: Tensor, hook: Any) -> Tensor | None:
+        return factor * tensor if hook.step == 1 and hook.branch == "cond" else None
+
+    sublayer = "cross_attn" if "SANA" in str(served.oracle.dit.family.name) else "attn"
+    hooks = [
+        (f"steps.{step}.cond.blocks.{layer}.{sublayer}.hook_z", halve)
+        for step in range(3)
+        for layer in range(2)
+    ]
+    expected = served.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks)
+    assert (expected - served.oracle(PROMPTS, **RUN)).abs().max() > 1e-4
+    close(served.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks), expected)
+
+
+def actions(model: Any) -> list[Intervention]:
+    """Every kind of action, at every kind of tensor."""
+    attention = f"blocks.1.{next(iter(text_attentions(model.dit).values()))}"
+    square, d_model = prompts.word("square"), model.cfg.d_model
+    joint = model.dit.axes("blocks.0.hook_resid_post")[1] == "joint_pos"
+    some = square if joint else [1, 3]
+    value = torch.full(
+        model.shape(model.draft(PROMPTS, **RUN), Site("sampler", "hook_x0", 0))[1:], 0.3
+    )
+    return [
+        Intervention(f"{attention}.hook_pattern", heads=[1], tokens=square, action="knockout"),
+        Intervention(f"{attention}.hook_z", heads="L1H0", steps=[0, 2], branch="both"),
+        Intervention(f"{attention}.hook_v", tokens=square, action=Scale(-2.0)),
+        Intervention("blocks.0.hook_resid_post", tokens=some, steps=1, action="mean"),
+        Intervention(
+            "blocks.1.hook_resid_pre", steps=slice(1, 3), action=Add(torch.linspace(-1, 1, d_model))
+        ),
+        Intervention(f"{attention}.hook_k", tokens=square, action="resample"),
+        Intervention("hook_out", steps=1, action=Scale(0.5)),
+        Intervention("hook_out_cond", steps=0, action=Scale(0.9)),
+        Intervention("hook_latent", steps=2, action=Scale(0.5)),
+        Intervention("hook_x0", steps=1, action=Replace(value)),
+    ]
+
+
+def test_interventions(served: Pair) -> None:
+    """All at once on the server; each by itself acts."""
+    plain = served.oracle(PROMPTS, **RUN)
+    for each in actions(served.oracle):
+        hooks = each.hooks(served.oracle, PROMPTS, num_steps=3)
+        images = served.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks)
+        assert not torch.equal(images, plain), each
+    hooks = [
+        [hook for each in actions(one) for hook in each.hooks(one, PROMPTS, num_steps=3, seed=2)]
+        for one in served
+    ]
+    close(
+        served.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks[0]),
+        served.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks[1]),
+    )
+
+
+def test_interventions_one_by_one(exact: Pair) -> None:
+    for each in actions(exact.oracle):
+        ours, oracle = (
+            one.run_with_hooks(PROMPTS, **RUN, fwd_hooks=each.hooks(one, PROMPTS, num_steps=3))
+            for one in exact
+        )
+        close(ours, oracle, 1e-9)
+
+
+def test_patching_is_one_request(served: Pair, server: Served) -> None:
+    clean, corrupt = "red circle is above blue square", "blue circle is above red square"
+    attention = f"blocks.1.{next(iter(text_attentions(served.oracle.dit).values()))}"
+
+    def head(action: Any) -> list[Intervention]:
+        return [Intervention(f"{attention}.hook_z", heads=[1], steps=[0, 1], action=action)]
+
+    before = len(server.log())
+    found = served.ours.patch(clean, corrupt, {"head": head(Replace(CLEAN))}, seed=1, num_steps=3)
+    (passed,) = server.log()[before:]
+    assert passed["out"] < 60_000  # images alone
+    images, cache = served.oracle.run_with_cache(clean, seed=1, num_steps=3)
+    close(found["clean"], images)
+    close(found["corrupt"], served.oracle(corrupt, seed=1, num_steps=3))
+    (edit,) = head(Replace(cache))
+    hooks = edit.hooks(served.oracle, corrupt, num_steps=3)
+    expected = served.oracle.run_with_hooks(corrupt, seed=1, num_steps=3, fwd_hooks=hooks)
+    assert (expected - found["corrupt"]).abs().max() > 1e-5
+    close(found["head"], expected)
+
+
+# Summed there
+
+
+@pytest.mark.parametrize("reduce", ["mass", "max"])
+def test_a_synopsis_is_summed_there(served: Pair, server: Served, reduce: Any) -> None:
+    circle = {"circle": prompts.word("circle"), "square": prompts.word("square")}
+    how: dict[str, Any] = {"seed": [3, 4], "reduce": reduce, "text_groups": circle, "num_steps": 2}
+    if reduce == "max":  # with an edited pattern, which is read instead of q and k
+        how["interventions"] = [actions(served.oracle)[0]]
+    before = len(server.log())
+    ours, oracle = (synopsis.attention_synopsis(model, PROMPTS, **how) for model in served)
+    (passed,) = server.log()[before:]
+    assert passed["out"] < 60_000  # the images, and a number for each pair of groups
+    assert ours.dims == oracle.dims
+    assert all(ours[dim].equals(oracle[dim]) for dim in ours.dims)
+    assert bool(oracle.notnull().any())
+    torch.testing.assert_close(
+        torch.tensor(ours.values), torch.tensor(oracle.values), rtol=0, atol=1e-6, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("by", [(), ("layer", "head", "step")])
+def test_a_heat_map_is_summed_there(served: Pair, by: Any) -> None:
+    how: dict[str, Any] = {**RUN, "by": by, "steps": [0, 2]}
+    ours, oracle = (
+        readout.heatmap(model, PROMPTS, ["circle", "square"], **how) for model in served
+    )
+    assert ours.dims == oracle.dims
+    assert all(ours[dim].equals(oracle[dim]) for dim in ours.coords)
+    torch.testing.assert_close(
+        torch.tensor(ours.values), torch.tensor(oracle.values), rtol=0, atol=1e-6
+    )
+
+
+# Every other family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in PIPELINES if n not in (*NO_FOLDER, *SERVED)])
+def test_every_family(name: str, folders, tmp_path_factory) -> None:
+    """In this process, in float64: the image, every name read, and all names written at once."""
+    folder = folder_of(name, folders, tmp_path_factory)
+    ours = RemoteTextToImage(folder, dtype=torch.float64)
+    both = pair(ours, folder, name, torch.float64)
+    close(both.ours(PROMPTS, **RUN), both.oracle(PROMPTS, **RUN))
+    names = [name for name in firing(both.oracle, 0, 2) if readable(both.ours, name)]
+    _, cache = both.oracle.run_with_cache(PROMPTS, **RUN, branch="both", names_filter=names)
+    _, found = both.ours.run_with_cache(PROMPTS, **RUN, branch="both", names_filter=names)
+    for key, tensor in cache.items():
+        close(found[key], tensor)
+    hooks = [(name, nudge) for name in names]
+    expected = both.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks)
+    assert (expected - both.oracle(PROMPTS, **RUN)).abs().max() > 1e-3
+    close(both.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks), expected)
+
+
+def readable(model: RemoteTextToImage, name: str) -> bool:
+    """True unless CogVideoX's loop, which calls its scheduler in two places, hides the name."""
+    return not (
+        type(model.pipe).__name__ == "CogVideoXPipeline"
+        and name.endswith(("hook_latent", "hook_out", "hook_x0"))
+    )
+
+
+# What cannot be
+
+
+def test_what_no_trace_reaches_is_said_before_anything_is_sent(
+    served: Pair, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, before = served.ours, len(server.log())
+    for resume in (ours.trajectory, ours.at, ours.denoise):
+        with pytest.raises(NotImplementedError, match="always runs whole"):
+            resume(PROMPTS)
+    name = "steps.1.cond.blocks.1.hook_resid_post"
+    with pytest.raises(NotImplementedError, match="No gradients"):
+        ours.run_with_hooks(PROMPTS, bwd_hooks=[(name, nudge)])
+    with pytest.raises(ValueError, match="keeps whole tensors, in memory"):
+        ours.run_with_cache(PROMPTS, names_filter=name, heads="L1H0")
+    with pytest.raises(ValueError, match=r"steps.7.*goes over steps 0 to 2"):
+        ours.run_with_hooks(PROMPTS, num_steps=3, fwd_hooks=[(name.replace("1", "7", 1), nudge)])
+    with pytest.raises(ValueError, match="equally many"):
+        ours.patch(PROMPTS, PROMPTS[0], {})
+    attention = f"blocks.1.{next(iter(text_attentions(ours.dit).values()))}"
+
+    (tap,) = (
+        tap
+        for tap in ours.dit.blocks[1].taps
+        if isinstance(tap, KernelTap) and tap.heads.place == attention
+    )
+    processor: Any = tap.module.processor
+
+    class Own(type(processor)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return processor(*args, **kwargs)
+
+    monkeypatch.setattr(tap.module, "processor", Own())
+    with pytest.raises(ValueError, match="Own calls no attention kernel"):
+        ours.run_with_cache(PROMPTS, names_filter=f"{attention}.hook_q", steps=0)
+    monkeypatch.undo()
+    draft = served.oracle.draft(PROMPTS)
+    monkeypatch.setattr(type(ours.pipe), "__call__", lambda self: None)
+    with pytest.raises(ValueError, match=r"calls self.scheduler.step in 0 places of its loop"):
+        pipeline_plan.make(ours, draft, Wanted(keep=[Site("sampler", "hook_out", 1)]))
+    assert len(server.log()) == before
+
+
+# The scheduler
+
+
+def shifted(model: HookedTextToImage) -> Any:
+    """The model's scheduler with other settings."""
+    return type(model.scheduler).from_config(model.scheduler.config, shift=5.0)
+
+
+def test_a_server_keeps_its_scheduler(served: Pair) -> None:
+    kept = served.ours.scheduler
+    with pytest.raises(ValueError, match="scheduler of the folder that it opened: save one"):
+        served.ours.scheduler = shifted(served.ours)
+    assert served.ours.scheduler is kept
+    served.ours.scheduler = kept  # no other
+
+
+def test_another_scheduler_is_set_in_this_process(exact: Pair) -> None:
+    plain, kept = exact.ours(PROMPTS, **RUN), exact.ours.scheduler
+    try:
+        exact.ours.scheduler = exact.oracle.pipe.scheduler = shifted(exact.oracle)
+        assert exact.ours.nnsight.pipeline.scheduler is exact.ours.scheduler
+        expected = exact.oracle(PROMPTS, **RUN)
+        assert (expected - plain).abs().max() > 1e-4
+        close(exact.ours(PROMPTS, **RUN), expected, 1e-9)
+    finally:
+        exact.ours.scheduler = exact.oracle.pipe.scheduler = kept
+    close(exact.ours(PROMPTS, **RUN), plain, 1e-9)

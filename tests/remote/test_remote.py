@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import xarray as xr
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from dit_lens import Add, Intervention, Replace, Scale, synopsis
+from dit_lens import Add, Intervention, Replace, Scale, readout, synopsis
 from dit_lens.remote import CLEAN, RemoteTextToImage
 from hooked_models import HookedTextToImage, UnknownHookError, list_models
 
@@ -300,6 +302,17 @@ def test_patching_is_one_request(remote, hooked, server: Served) -> None:
             close(found[name], expected)
 
 
+@pytest.mark.parametrize("by", [(), ("layer", "head", "step")])
+def test_a_heat_map_is_summed_there(remote, hooked, server: Served, by: Any) -> None:
+    before, words = len(server.log()), ["circle", "square"]
+    ours, oracle = (
+        readout.heatmap(model, PROMPTS, words, by=by, steps=[0, 2], **RUN)
+        for model in (remote, hooked)
+    )
+    assert len(server.log()) == before + 1
+    xr.testing.assert_allclose(ours, oracle, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("reduce", ["mass", "max"])
 @pytest.mark.parametrize("sublayer", ["cross_attn", "attn"])
 def test_synopsis_is_reduced_there(remote, hooked, server: Served, sublayer, reduce) -> None:
@@ -378,6 +391,30 @@ def test_what_no_trace_reaches_is_said_before_anything_is_sent(
     with pytest.raises(ValueError, match="equally long"):
         remote.patch("red circle", PROMPTS[0], {})
     assert len(server.log()) == before
+
+
+# The scheduler
+
+
+def test_a_server_keeps_its_scheduler(remote) -> None:
+    kept = remote.scheduler
+    with pytest.raises(ValueError, match="scheduler of the folder that it opened: save one"):
+        remote.scheduler = DDPMScheduler()
+    assert remote.scheduler is kept
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DDPMScheduler])
+def test_another_scheduler_is_set_in_this_process(folder, kind: Any) -> None:
+    """One that draws nothing, and one that draws noise at every step."""
+    ours, oracle = RemoteTextToImage(folder), HookedTextToImage.from_pretrained(folder)
+    plain = ours(PROMPTS, **RUN)
+    for model in (ours, oracle):
+        model.scheduler = kind.from_config(model.scheduler.config)
+    assert ours.nnsight.pipeline.scheduler is ours.scheduler
+    with torch.no_grad():
+        expected = oracle(PROMPTS, **RUN)
+    assert (expected - plain).abs().max() > 1e-3
+    close(ours(PROMPTS, **RUN), expected)
 
 
 @pytest.mark.slow
