@@ -15,6 +15,8 @@ from hooked_models.lazy_imports import renamed
 
 __getattr__ = renamed(__name__, {"obstacle": "dit_lens.graph.nodes:why_no_path"})
 
+from ..text.prompts import as_choice
+
 FORMS = (
     "'cross_attn.L2H1' or 'attn.L2H1' (a head; as a receiver also with '.q', '.k' or '.v'), "
     "'cross_attn.L2' (its layer's heads), "
@@ -41,7 +43,7 @@ class Node:
     ``cross_attn.L2H1[.…]`` ``cross_attn.hook_z``          Q: the raw residual;
                             of the head                    K, V: the caption
     ``mlp.L3``              ``hook_mlp_out``               the residual before ln2
-    ``text[…]``             rows of ``hook_text``          –
+    ``text[…]``             positions of ``hook_text``     –
     ``embed``               ``hook_embed``                 the same
     ``output``              the final residual             the same
     ``image``               –                              the final latents
@@ -61,10 +63,17 @@ class Node:
     head: int | None = None
     """None: every head of the layer."""
     part: Literal["q", "k", "v"] | None = None
-    tokens: tuple[int, ...] | str | None = None
-    """Positions, or a role of `dit_lens.prompts`; None: the whole text."""
+    tokens: Any = None
+    """Positions, a role, `prompts.word("cat")`, several of these or a mask, as `tokens` of an
+    `Intervention`; None: the whole text.
+    """
 
     def __post_init__(self) -> None:
+        if self.tokens is not None and not isinstance(self.tokens, str):
+            choice = as_choice(self.tokens)
+            object.__setattr__(self, "tokens", choice)
+            if self.kind == "text" and not isinstance(choice[0], int):
+                return  # words and masks have no form as text
         if _FORM.fullmatch(str(self)) is None:
             raise ValueError(f"{str(self)!r} is no node: write {FORMS}.")
 
@@ -118,8 +127,15 @@ class Node:
         if not sends and self.kind == "text":
             raise ValueError("text can only send: nothing in the denoiser writes to it.")
 
+    def output_hooks(self, dit: Any) -> list[str]:
+        """The names in the denoiser of all tensors by which this node sends: an MLP of a model
+        with a stream for the text, two.
+        """
+        own, text = self.output_hook(dit.cfg), f"blocks.{self.layer}.hook_text_mlp_out_pre_gate"
+        return [own, text] if self.kind == "mlp" and text in dit.mod_dict else [own]
+
     def output_hook(self, cfg: Any) -> str:
-        """The name in the denoiser of the tensor by which this node sends."""
+        """The name in the denoiser of the tensor by which this node sends (to the image)."""
         names = {
             "mlp": f"blocks.{self.layer}.hook_mlp_out",
             "text": "hook_text",
@@ -136,16 +152,10 @@ class Node:
             return [self.output_hook(cfg)]
         return [f"blocks.{self.layer}.{self.kind}.hook_{part}" for part in self.part or "qkv"]
 
-    def frozen_hooks(self, dit: Any, frozen: Collection[str]) -> list[str]:
+    def frozen_hooks(self, dit: Any) -> list[str]:
         """The names in a denoiser of the tensors that hold a layer's sublayer, the node, at the
-        values of another run.
-
-        Args:
-            frozen: kinds that are held together.
-
-        Raises:
-            ValueError: attention and MLP leave this layer as one tensor, and only one of them is
-                frozen.
+        values of another run; none for an MLP that leaves as one tensor with the attention
+        (`path_patching` holds it there).
         """
         block = f"blocks.{self.layer}."
         if self.kind != "mlp":
@@ -157,14 +167,6 @@ class Node:
             return (
                 found or [name for name in _outputs(block, self.kind) if name in dit.mod_dict][:1]
             )
-        if f"{block}hook_attn_mlp_out_pre_gate" in dit.mod_dict:
-            if "attn" not in frozen:
-                raise ValueError(
-                    f"In layer {self.layer} of {dit.family.name} attention and MLP leave as one "
-                    "tensor, so that the MLP cannot "
-                    "be frozen alone: freeze attn too, or take variant='exact'."
-                )
-            return [f"{block}hook_attn_mlp_out_pre_gate"]
         text = [f"{block}hook_text_mlp_out_pre_gate"]
         found = [name for name in _outputs(block, "mlp") if name in dit.mod_dict][:1]
         return found + [name for name in text if name in dit.mod_dict]
@@ -234,9 +236,10 @@ class Place(NamedTuple):
 
 
 def why_no_path(
-    from_: tuple[Node, Place], to: tuple[Node, Place], frozen: Collection[str], cfg: Any
+    from_: tuple[Node, Place], to: tuple[Node, Place], frozen: Collection[str], dit: Any
 ) -> str | None:
     """Why no path leads from a sender to a receiver; None where one does."""
+    cfg = dit.cfg
     (sender, sent), (receiver, received) = from_, to
     if receiver.kind == "cross_attn" and receiver.part != "q":
         if sender.kind == "text" and sent == received:
@@ -247,7 +250,7 @@ def why_no_path(
                 "branch reaches it."
             )
     depth = sender.depth(cfg)
-    if sender.kind == "text":
+    if sender.kind == "text" and "blocks.0.cross_attn.hook_k" in dit.mod_dict:
         if "cross_attn" in frozen:
             return (
                 f"No path leads from {sender} to {receiver}: the text acts through "

@@ -43,7 +43,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,10 +54,10 @@ from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
 from hooked_models.generation.names import BRANCHES, FINAL, Branch
+from hooked_models.hooks.module import HookFunction
 from hooked_models.pixart.views import DenoiserView
 
 from ..runs.repeated_runs import Call, Generation
-from ..text.prompts import Role
 from .nodes import Index, Node, Nodes, Place, why_no_path
 
 __all__ = ["VARIANTS", "Node", "Nodes", "head_matrix", "path_patch", "path_patch_matrix"]
@@ -157,8 +157,8 @@ class _Experiment:
         for node in nodes.nodes:
             node.check(self.original.dit.cfg, sends)
             if sends:
-                # raises where there is none
-                self.original.name(Place(0, "cond"), node.output_hook(self.original.dit.cfg))
+                for hook in node.output_hooks(self.original.dit):
+                    self.original.name(Place(0, "cond"), hook)  # raises where there is none
             if node.kind == "image" and self.metric_on != FINAL:
                 raise ValueError(
                     "image receives after the last step, but the metric is taken on "
@@ -194,12 +194,12 @@ class _Experiment:
         """Why some sender reaches no receiver, or some receiver is not reached; None if all is
         joined.
         """
-        cfg = self.original.dit.cfg
+        dit = self.original.dit
         sent = list(product(senders.nodes, self.places(senders, sends=True)))
         received = list(product(receivers.nodes, self.places(receivers, sends=False)))
 
         def first_reason(senders: Any, receivers: Any) -> str | None:
-            reasons = (why_no_path(s, r, self.frozen, cfg) for s, r in product(senders, receivers))
+            reasons = (why_no_path(s, r, self.frozen, dit) for s, r in product(senders, receivers))
             first = next(reasons)
             return None if first is None or None in reasons else first
 
@@ -236,7 +236,7 @@ class _Experiment:
             max(self.last_step(nodes) for nodes in receivers.values()),
         )
         transfer = partial(_copy_rows, copies=copies)
-        hooks = [
+        hooks: list[tuple[str, HookFunction]] = [
             (name, partial(transfer, source=a, target=b))
             for name, a, b in self.freeze(range(first, last + 1))
         ]
@@ -245,6 +245,7 @@ class _Experiment:
                 (name, partial(_set_rows, copies=copies, index=index, value=value, target=b))
                 for b in range(SENT, self.n_shared_copies)
             ]
+        hooks += self.hold_parallel_mlps(range(first, last + 1), copies)
         for copy, nodes in receivers.items():
             targets = (
                 (copy, *range(CARRIED, self.n_shared_copies)) if copy == REFERENCE else (copy,)
@@ -276,7 +277,7 @@ class _Experiment:
             for kind, layer, branch in product(
                 self.frozen - {"steps"}, range(cfg.n_layers), run.branches
             ):
-                for inner in Node.parse(f"{kind}.L{layer}").frozen_hooks(run.dit, self.frozen):
+                for inner in Node.parse(f"{kind}.L{layer}").frozen_hooks(run.dit):
                     name = run.name(Place(step, branch), inner)
                     yield from (
                         (name, REFERENCE, copy) for copy in range(SENT, self.n_shared_copies)
@@ -285,13 +286,41 @@ class _Experiment:
                 yield f"steps.{step}.hook_latent", REFERENCE, CARRIED
                 yield f"steps.{step}.hook_out", CARRIED, SENT
 
+    def hold_parallel_mlps(
+        self, steps: Iterable[int], copies: int
+    ) -> Iterator[tuple[str, HookFunction]]:
+        """Hooks that hold an MLP which is projected together with its block's attention: the
+        projection is linear, so it changes by the change of z alone.
+        """
+        run, dit = self.original, self.original.dit
+        joined = "blocks.{}.hook_attn_mlp_out_pre_gate"
+        layers = [n for n in range(dit.cfg.n_layers) if joined.format(n) in dit.mod_dict]
+        if "mlp" not in self.frozen:
+            return
+        for step, layer, branch in product(steps, layers, run.branches):
+            z = run.name(Place(step, branch), f"blocks.{layer}.attn.hook_z")
+            out = run.name(Place(step, branch), joined.format(layer))
+            seen: dict[str, Tensor] = {}
+            yield z, partial(_keep_rows, copies=copies, seen=seen)
+            yield (
+                out,
+                partial(
+                    _project_change,
+                    copies=copies,
+                    targets=range(SENT, self.n_shared_copies),
+                    seen=seen,
+                    weight=dit.blocks[layer].attn.W_O,
+                ),
+            )
+
     def send(self, senders: Nodes, places: Sequence[Place]) -> Iterator[tuple[str, Index, Tensor]]:
         """(hook, part of its tensor, value in the source run)."""
-        cfg = self.original.dit.cfg
+        dit = self.original.dit
         sites = [
-            (self.source.name(place, node.output_hook(cfg)), node, place)
+            (self.source.name(place, hook), node, place)
             for place in places
             for node in senders.nodes
+            for hook in node.output_hooks(dit)
         ]
         values = self.source.run({name for name, *_ in sites})
         for name, node, place in sites:
@@ -318,28 +347,8 @@ class _Experiment:
                 "model.to_tokens(prompts, length=…)."
             )
         chosen = torch.ones_like(ours, dtype=torch.bool)
-        if isinstance(node.tokens, str):
-            if node.tokens not in get_args(Role):
-                raise ValueError(
-                    f"{node.tokens!r} is no role: choose from {', '.join(get_args(Role))}, or give "
-                    "positions."
-                )
-            chosen = torch.tensor(
-                [[role == node.tokens for role in row] for row in self.original.roles()],
-                device=ours.device,
-            )
-            if not chosen.any(dim=1).all():
-                raise ValueError(
-                    f"Row {chosen.any(dim=1).int().argmin()} has no token with the role "
-                    f"{node.tokens!r}."
-                )
-        elif node.tokens is not None:
-            if max(node.tokens) >= ours.shape[1]:
-                raise ValueError(
-                    f"There is no {node}: the text has {ours.shape[1]} tokens, counted from 0."
-                )
-            chosen = torch.zeros_like(chosen)
-            chosen[:, list(node.tokens)] = True
+        if node.tokens is not None:
+            chosen = self.original.tokens(node.tokens, ours.shape[1]).to(ours.device)
         if (wrong := chosen & (ours != theirs)).any():
             row, position = wrong.nonzero()[0].tolist()
             raise ValueError(
@@ -377,6 +386,25 @@ def _set_rows(
     rows: Tensor, hook: HookPoint, *, copies: int, target: int, index: Index, value: Tensor
 ) -> None:
     rows.unflatten(0, (copies, -1))[target][index] = value
+
+
+def _keep_rows(rows: Tensor, hook: HookPoint, *, copies: int, seen: dict[str, Tensor]) -> None:
+    seen["z"] = rows.unflatten(0, (copies, -1))
+
+
+def _project_change(
+    rows: Tensor,
+    hook: HookPoint,
+    *,
+    copies: int,
+    targets: Iterable[int],
+    seen: Mapping[str, Tensor],
+    weight: Float[Tensor, "head d_head d_model"],
+) -> None:
+    rows, z = rows.unflatten(0, (copies, -1)), seen["z"]
+    for target in targets:
+        change = (z[target] - z[REFERENCE]).flatten(-2) @ weight.flatten(0, 1)
+        rows[target] = rows[REFERENCE] + change
 
 
 def _nodes(like: NodesLike) -> Nodes:

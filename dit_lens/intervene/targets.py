@@ -61,6 +61,8 @@ class Layout(NamedTuple):
     token: int | None
     kind: Literal["image", "text", "joint"] | None
     """Row numbers of its positions."""
+    registers: bool = True
+    """False where positions are those of the prompt's own tokens alone."""
 
 
 def layout_of(model: HookedTextToImage, site: Site) -> Layout:
@@ -78,7 +80,8 @@ def layout_of(model: HookedTextToImage, site: Site) -> Layout:
     kind: Any = (
         "text" if token in TEXT_POSITIONS else "joint" if token in JOINT_POSITIONS else "image"
     )
-    return Layout(len(axes), axis_of(axes, ("head",)), axes.index(token), kind)
+    own = site.inner == "hook_text"
+    return Layout(len(axes), axis_of(axes, ("head",)), axes.index(token), kind, not own)
 
 
 def positions_there(
@@ -91,5 +94,5 @@ def positions_there(
     """
     image = words.new_ones(len(words), positions.n_image)
     there = {"text": words, "image": image}.get(layout.kind or "", torch.cat([image, words], dim=1))
-    more = positions.length(layout.kind or "joint") - there.shape[1]
+    more = positions.length(layout.kind or "joint") - there.shape[1] if layout.registers else 0
     return torch.nn.functional.pad(there, (0, more))

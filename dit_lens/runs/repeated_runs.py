@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -22,10 +22,14 @@ from hooked_models.pixart.text_state import TextState
 from hooked_models.pixart.views import DenoiserView
 
 from ..graph.nodes import Place
-from ..text.prompts import Role, roles_of, token_roles
+from ..text.prompts import Role, Tokens, as_choice, position_mask, roles_of, token_mask
 
 Hooks = Sequence[tuple[str, HookFunction]]
 
+STEPS = "num_inference_steps"
+NO_WORDS = "A denoiser call does not know its words: give token positions, such as 'text[4,5]'."
+MASKED = -10000.0
+"""Bias of a text position that is not attended to."""
 OUTPUT = "output"
 """Key of a denoiser call's output; no hook's name."""
 
@@ -69,11 +73,20 @@ class Call:
         """Bias of the scores: 0 where the text may be attended to."""
         return _bias(self.view.text)
 
+    def tokens(self, chosen: Tokens, length: int) -> Bool[Tensor, "batch text_pos"]:
+        """Mask of the text positions that are chosen.
+
+        Raises:
+            ValueError: words or roles are named, which a denoiser call does not know.
+        """
+        mask = position_mask(as_choice(chosen), len(self), length, "the text")
+        if mask is None:
+            raise ValueError(NO_WORDS)
+        return mask
+
     def roles(self) -> list[list[Role]]:
         """The role of every token of every row."""
-        raise ValueError(
-            "A denoiser call does not know its words: give token positions, such as 'text[4,5]'."
-        )
+        raise ValueError(NO_WORDS)
 
     def run(
         self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None
@@ -138,7 +151,10 @@ class Generation:
         return f"steps.{place.step}.{place.branch}.{inner}"
 
     def text_bias(self, branch: Branch) -> Float[Tensor, "batch text_pos"]:
-        return _bias(self.trajectory.inputs.text)[self.trajectory.inputs.rows(branch)]
+        inputs: Any = self.trajectory.inputs
+        if hasattr(inputs, "layouts"):
+            return inputs.layouts[branch].text_mask.logical_not().float() * MASKED
+        return _bias(inputs.text)[inputs.rows(branch)]
 
     @property
     def texts(self) -> list[str]:
@@ -148,19 +164,37 @@ class Generation:
             return list(inputs.prompts)
         return self.trajectory.model.tokenizer.batch_decode(inputs.tokens, skip_special_tokens=True)
 
+    def tokens(self, chosen: Tokens, length: int) -> Bool[Tensor, "batch text_pos"]:
+        """As in `Call`, words and roles included.
+
+        Raises:
+            ValueError: a prompt has none of the tokens, or token ids are not those of their text.
+        """
+        mask = position_mask(as_choice(chosen), len(self), length, "the text")
+        if mask is not None:
+            return mask
+        self._check_tokens()
+        given = getattr(self.trajectory.inputs, "options", {})
+        options = {name: value for name, value in given.items() if name != STEPS}
+        return token_mask(self.trajectory.model, self.texts, chosen, length=length, **options)
+
     def roles(self) -> list[list[Role]]:
-        model, found = self.trajectory.model, []
-        if not hasattr(self.trajectory.inputs, "tokens"):
-            return roles_of(model.encoded_texts(self.texts))
-        for tokens in self.trajectory.inputs.tokens:
-            text = model.tokenizer.decode(tokens, skip_special_tokens=True)
-            if not torch.equal(model.to_tokens(text, length=len(tokens))[0], tokens):
+        """The role of every token of every row."""
+        self._check_tokens()
+        model: Any = self.trajectory.model
+        length = getattr(self.trajectory.inputs, "tokens", torch.empty(0, 0)).shape[1]
+        return roles_of(model.encoded_texts(self.texts, length or None))
+
+    def _check_tokens(self) -> None:
+        """Raise ValueError if token ids that the run was given are not those of their text."""
+        model = self.trajectory.model
+        for row in getattr(self.trajectory.inputs, "tokens", ()):
+            text = model.tokenizer.decode(row, skip_special_tokens=True)
+            if not torch.equal(model.to_tokens(text, length=len(row))[0], row):
                 raise ValueError(
                     f"The tokens of {text!r} are not those of its text: give token positions, such "
                     "as 'text[4,5]'."
                 )
-            found.append(token_roles(model, text, len(tokens)))
-        return found
 
     def run(
         self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None

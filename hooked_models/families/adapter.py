@@ -26,6 +26,7 @@ from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
 from .blocks import Blocks
 from .taps import FamilyHeads, KernelTap, SilentHookError, StreamTap, Tap
+from .text import TextTap
 from .weights import Weights
 
 
@@ -160,6 +161,9 @@ class FamilyModel(NoLanguageModel, HookedModule):
             FamilyBlock(block, layer, where, sizes) for layer, (block, where) in enumerate(listed)
         )
         self._taps: list[Tap] = [tap for block in self.blocks for tap in block.taps]
+        if not family.packed_joint:
+            self.hook_text = HookPoint()  # [batch text_pos d_text]
+            self._taps.insert(0, TextTap(transformer, self.hook_text, family.text, family.image))
         self.cfg = HookedConfig(
             d_model=d_model,
             d_head=d_head,
@@ -211,6 +215,11 @@ class FamilyModel(NoLanguageModel, HookedModule):
 
     def canonical_name(self, name: str) -> str:
         """As in HookedModule; says why an attention without a pattern has no hooks."""
+        if name == "hook_text" and self.family.packed_joint:
+            raise UnknownHookError(
+                f"{self.family.name} has no 'hook_text': latents and text enter as one sequence, "
+                "each as long as both; read 'blocks.0.hook_resid_pre'."
+            )
         for sublayer, reason in self.family.no_pattern.items():
             if f".{sublayer}.hook_" in name and name not in self.mod_dict:
                 raise UnknownHookError(f"{self.family.name} has no {name!r}: {reason}")

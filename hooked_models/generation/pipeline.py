@@ -328,6 +328,8 @@ class HookedPipeline(HookedTextToImage):
         """As in HookedTextToImage."""
         if site.part == "sampler":
             return inputs.shapes[site.inner if site.inner in inputs.shapes else "hook_latent"]
+        if site.inner == "hook_text":
+            return inputs.shapes[f"{site.branch}.hook_text"]
         layout, cfg = inputs.layouts[site.branch or "cond"], self.dit.cfg
         sizes = {
             "batch": len(inputs),

@@ -109,7 +109,7 @@ class PipelineInputs:
     layouts: Mapping[Branch, Layout] = field(default_factory=dict, repr=False)
     """Positions of each branch's rows."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
-    """Of the tensors between calls, by hook."""
+    """Of the tensors between calls, by hook; "cond.hook_text" of a branch's text."""
     weights: Stamp = ()
 
     def __len__(self) -> int:

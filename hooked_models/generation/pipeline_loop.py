@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..families.text import joined_text
 from ..hooks.layout import Layout
 from ..pipelines.weightless import has_weights_on, moved
 from .loops import Call, Visitor
@@ -271,6 +272,8 @@ class PipelineLoop:
             running.run(output_type="latent")
         layouts: dict[Branch, Layout] = {}
         uncond: set[int] = set()
+        texts: dict[str, tuple[int, ...]] = {}
+        family = inputs.dit.family
         for call, text, x in running.calls_made:
             uncond |= {call.step} if "uncond" in call.branches else set()
             if not set(call.branches) <= set(layouts):
@@ -278,6 +281,9 @@ class PipelineLoop:
                 for branch in call.branches:
                     part = call.part(branch)
                     layouts[branch] = whole.take(torch.arange(part.start, part.stop))
+                    if not family.packed_joint:
+                        joined = joined_text(text.arguments, family.text, len(x))
+                        texts[f"{branch}.hook_text"] = (len(inputs), *joined.shape[1:])
         first = [
             branch for call, *_ in running.calls_made if call.step == 0 for branch in call.branches
         ]
@@ -291,7 +297,7 @@ class PipelineLoop:
             branches=tuple(first),
             uncond=frozenset(uncond),
             layouts=layouts,
-            shapes=shapes | {FINAL: image_shape(inputs)},
+            shapes=shapes | texts | {FINAL: image_shape(inputs)},
         )
 
     def decode(

@@ -1,7 +1,7 @@
 """Write docs/families.md, families × tools, from the tests of every family: `python -m
 tests.conformance.families`.
 
-A column is a test of `test_every_family` or `test_every_family_experiments`, a row one of the tiny pipelines that it runs on, and a
+A column is a test of `test_every_family*`, a row one of the tiny pipelines that it runs on, and a
 number the reason why a family cannot have a tool, which the test expects to be raised or to hold.
 """
 
@@ -15,6 +15,7 @@ from ..hooked_models.tiny_pipelines import PIPELINES
 from . import family_cases as cases
 from . import test_every_family as tests
 from . import test_every_family_experiments as experiments
+from . import test_every_family_paths as paths
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TOOLS = {
@@ -39,6 +40,10 @@ TOOLS = {
     "gradients": tests.test_gradients_are_autograds,
     "attribution": tests.test_attribution_is_first_order_patching,
     "path patching": tests.test_a_path_patch_is_the_patch_by_hand,
+    "direct paths": paths.test_a_direct_path_is_that_of_torchs_hooks,
+    "sums of paths": paths.test_direct_effects_add_up,
+    "hook_text": paths.test_the_text_that_enters,
+    "paths from text": paths.test_paths_from_the_text,
     "synopsis": tests.test_a_synopsis_is_the_patterns_sums,
 }
 """Column → the test that establishes it."""
@@ -56,7 +61,10 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *ablation*: heads at a mean and hidden words equal hooks by hand. *ablation_effects*: each image is that of a run with hooks.
 - *estimates*: bytes before a run equal those of its cache.
 - *at(step)*: TransformerLens' patching on one step. *gradients*: autograd through all later steps against finite differences.
-- *attribution*, *path patching*, *synopsis*: against gradients, patches and sums of patterns by hand.
+- *attribution*, *path patching*, *paths from text*, *synopsis*: against gradients, patches and sums of patterns by hand.
+- *direct paths*: one head with all else held, against torch's own hooks. *sums of paths*: direct effects add up to that of all at
+  once, and to the whole difference of two runs where gates are equal.
+- *hook_text*: the text as it enters the denoiser, read and changed, against a hook on the transformer's arguments.
 """
 PIXART = (
     "PixArt-α and PixArt-Σ have all of these and more (text encoders, edges, weights): "

@@ -20,6 +20,20 @@ LAST = STEPS - 1
 FIRST = ("FLUX.1", "FLUX.1 true CFG", "SD3", "SANA DPM++", "Qwen-Image")
 LEFT_OUT = ("SANA",)
 """Pipelines of a family that another one stands for."""
+KNOWN_MODULES = (
+    "FLUX.1",
+    "FLUX.1 true CFG",
+    "SD3",
+    "Qwen-Image",
+    "Chroma",
+    "Z-Image",
+    "Lumina 2",
+)
+"""Pipelines whose modules the oracle of direct paths knows."""
+ADD_NOT_UP = ("AuraFlow", "HunyuanDiT", "Krea 2")
+"""A norm over stream and attention together, skips that pass a norm, and gates inside attention
+that follow the stream: contributions do not add up there.
+"""
 OTHERS = tuple(name for name in PIPELINES if name not in (*FIRST, *LEFT_OUT))
 
 

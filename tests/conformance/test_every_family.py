@@ -32,10 +32,26 @@ from hooked_models.families.adapter import submodule
 from hooked_models.generation.cache import CacheTooLargeError, estimate
 
 from ..hooked_models.pipelines import PROMPTS
-from .family_cases import LAST, SEEDS, STEPS, Case, case_of, close
+from ..hooked_models.tiny_pipelines import PIPELINES
+from .family_cases import (
+    ADD_NOT_UP,
+    KNOWN_MODULES,
+    LAST,
+    LEFT_OUT,
+    SEEDS,
+    STEPS,
+    Case,
+    case_of,
+    close,
+)
 
 ONE_BRANCH = (
     "it is distilled with guidance, and every step is one call: there is no unconditional branch"
+)
+NO_ORACLE = "direct paths run, and add up; the hand-made check does not know its modules"
+NOT_ADDED = (
+    "its stream passes a norm or a long skip, or gates inside its attention follow the stream also "
+    "where z is held, so that contributions do not add up"
 )
 ONE_PROMPT = (
     "its loop guides one prompt at a time: batches run without guidance, with no unconditional "
@@ -48,6 +64,12 @@ UNABLE: dict[tuple[str, str], str] = {
         for tool in ("branches", "one branch alone")
     },
     **{("PRX", tool): ONE_PROMPT for tool in ("branches", "one branch alone")},
+    **{
+        (name, "direct paths"): NO_ORACLE
+        for name in PIPELINES
+        if name not in (*KNOWN_MODULES, *LEFT_OUT)
+    },
+    **{(name, "sums of paths"): NOT_ADDED for name in ADD_NOT_UP},
     (
         "AuraFlow",
         "path patching",
@@ -62,19 +84,13 @@ NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
             lambda images: images.flatten(1).mean(1),
         ),
     ),
-    "hooks and interventions in text encoders, steering in text space": (
+    "hooks and interventions in text encoders": (
         "text encoders are transformers' own modules, of many kinds, and run without hooks",
         lambda case: case.act("text_encoder.blocks.0.hook_resid_post"),
     ),
     "token ids in place of prompts": (
         "a pipeline may have several text encoders, each with its own tokens",
         lambda case: case.model.to_tokens(PROMPTS),
-    ),
-    "text as a node of path patching": (
-        "text is a stream of its own there, or enters through modules that differ between families",
-        lambda case: patching.path_patch(
-            case.run, case.run, "text", "image", lambda images: images.flatten(1).mean(1)
-        ),
     ),
     "sweeps on a Ray cluster": (
         "workers open PixArt models only",
@@ -625,8 +641,6 @@ def test_a_path_patch_is_the_patch_by_hand(case: Case) -> None:
         float(x.squeeze()) for x in (direct["patched"] - direct["original"], direct["original"])
     )
     assert (abs(change) <= 2e-6 * abs(size)) == ((case.name, "path patching") in UNABLE)
-    with pytest.raises(ValueError, match="has no hook_text to patch"):
-        patching.path_patch(original, source, "text", "image", metric)
 
 
 def test_a_synopsis_is_the_patterns_sums(case: Case) -> None:
@@ -670,7 +684,7 @@ def test_a_tool_that_no_family_has_says_so(tool: str) -> None:
 def test_the_page_is_up_to_date() -> None:
     from . import families  # which reads this module
 
-    modules = (globals(), vars(families.experiments))
+    modules = (globals(), vars(families.experiments), vars(families.paths))
     written = {name for module in modules for name in module if name.startswith("test_")}
     assert {test.__name__ for test in families.TOOLS.values()} == written - set(PAGE_TESTS)
     assert {tool for _, tool in UNABLE} <= set(families.TOOLS)
