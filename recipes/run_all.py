@@ -48,12 +48,16 @@ FIGURES = {
     "relation_circuit": "circuit.png",
     "edge_circuit": "faithfulness.png",
     "text_carrier": "text_carrier.png",
+    "held_out_diagonal": "diagonals.png",
+    "sparsity": "effective_heads.png",
     "improve_relations": "dose_response.png",
     "three_objects": "shares.png",
 }
 """Every recipe that states claims, in the order of the page → the figure of its that is shown
 there.
 """
+STUDIES = ("text_carrier", "held_out_diagonal", "sparsity")
+"""Recipes that read study models, which are not bundled (docs/training.md)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Config:
     run: bool = True
     """Off: only write the page."""
     results: Path = Path("results")
+    runs: Path = Path("runs")
+    """Folder with the study models' runs; without it, the recipes that read them do not run."""
 
 
 def main(config: Config) -> None:
@@ -77,6 +83,11 @@ def main(config: Config) -> None:
         console.rule(name)
         start = time.perf_counter()
         command = [sys.executable, "-m", f"recipes.{name}", "--out", str(config.results / name)]
+        if name in STUDIES:
+            if not config.runs.exists():
+                console.print(f"Not run: there are no study models in {config.runs} (--runs).")
+                continue
+            command += ["--runs", str(config.runs)]
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
         else:

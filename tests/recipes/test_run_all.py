@@ -83,7 +83,7 @@ def test_a_recipe_leaves_the_page_with_the_weights_it_was_run_on():
     asked = {name: run_all.models_of(name) for name in run_all.FIGURES}
     assert asked["three_objects"] == {"rte-trios-micro"}
     assert asked["recurrence"] == set(list_models())
-    assert all(asked.values())
+    assert {name for name, models in asked.items() if not models} < set(run_all.STUDIES)
     text = (run_all.HERE / "README.md").read_text()
     hashes = dict(re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|$", text, flags=re.M))
     for name in list_models():

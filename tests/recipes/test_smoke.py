@@ -13,13 +13,16 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot
 
+from dit_lens import screening
 from hooked_models import HookedTextToImage
-from recipes import edge_circuit, relation_head, run_all
+from hooked_models.pipelines.hub import ZOO
+from recipes import edge_circuit, held_out_diagonal, relation_head, run_all
 
 SMOKE: dict[str, dict[str, Any]] = {
     "accuracy_table": {"models": ("rte-micro", "rte-trios-micro")},
     "attention_synopsis": {"model": "rte-nano", "scenes": 6, "comparison": ""},
     "edge_circuit": {"model": "rte-nano", "ig_steps": 1},
+    "held_out_diagonal": {"images": 2},
     "improve_relations": {"tasks": ("rte-nano",), "choosing": 2, "reporting": 2},
     "learning_dynamics": {"runs": ("rte-nano", "rte-nopos-micro", "not there")},
     "object_heads": {"model": "rte-nano", "scenes": 6, "patched": 1},
@@ -28,6 +31,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     "relation_circuit": {"models": ("rte-nano",), "looks": 16, "images": 6},
     "relation_heads": {"looked": 4, "singles": 1, "pairs": 2},
     "robustness": {"looks": 3, "images": 1},
+    "sparsity": {},
     "t5_fusion": {"rte": "rte-nano", "looks": 2, "images": 1},
     "text_carrier": {"bundled": ("rte-nano",), "scenes": 3, "images": 2},
     "three_objects": {"model": "rte-micro", "scenes": 2, "knockouts": 2, "shares": 2, "served": 2},
@@ -35,8 +39,6 @@ SMOKE: dict[str, dict[str, Any]] = {
 """Recipe → its smallest settings."""
 DRAWS_AGAIN = ("edge_circuit", "object_heads")
 """Recipes that run the model for a figure, after all that they measure."""
-FOLDERS = {"text_carrier": ("runs",)}
-"""Folders of other recipes that a recipe reads and fills."""
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,25 @@ def _small(monkeypatch: pytest.MonkeyPatch):
     pyplot.close("all")
 
 
+def study_models(folder: Path) -> Path:
+    """A folder of finished runs, each of them rte-nano; gains of heads are made up."""
+    for name in (*held_out_diagonal.RUNS, "heads-3-decay-0", "heads-3-decay-0.5"):
+        run = folder / name
+        run.mkdir(parents=True)
+        (run / "pipeline").symlink_to(ZOO / "rte-nano")
+        (run / "metrics.jsonl").write_text('{"step": 2}\n')
+        (run / "settings.json").write_text('{"steps": 2}')
+        gains = [
+            {"samples": samples, "quantity": f"gain_{axis}", "source": "words", "layer": 0}
+            | {"head": head, "value": 1.0 + head * samples}
+            for axis in screening.AXES
+            for samples in (8, 16)
+            for head in range(3)
+        ]
+        pd.DataFrame(gains).to_parquet(run / "dynamics.parquet")
+    return folder
+
+
 def test_every_recipe_has_smoke_settings() -> None:
     assert set(SMOKE) == set(run_all.FIGURES)
 
@@ -58,9 +79,8 @@ def test_a_recipe_runs_and_goes_on_where_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = importlib.import_module(f"recipes.{name}"), tmp_path / "out"
-    config = recipe.Config(
-        **SMOKE[name], **{folder: tmp_path / folder for folder in FOLDERS.get(name, ())}, out=out
-    )
+    runs = {"runs": study_models(tmp_path / "runs")} if name in run_all.STUDIES else {}
+    config = recipe.Config(**SMOKE[name], **runs, out=out)
     recipe.main(config)
     printed, written = capsys.readouterr().out, json.loads((out / "claims.json").read_text())
     assert len(written["claims"]) == len(pd.read_parquet(out / "claims.parquet")) >= 3
