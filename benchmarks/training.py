@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_lens import scenes
 from dit_lens.training import PRESETS, TrainConfig, build_pipeline, train
-from dit_lens.training.loop import StepData
+from dit_lens.training.data import StepData
 from dit_lens.training.objectives import OBJECTIVES
 from dit_lens.training.precision import resolve_precision
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from . import commands
+from . import commands, sweep
 from .lab import lab
 from .output import first_line, say
 
@@ -24,7 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": commands.evaluate,
     "screen": commands.screen,
     "synopsis": commands.synopsis_command,
-    "sweep": commands.sweep_command,
+    "sweep": sweep.sweep_command,
     "lab": lab,
     "models": commands.models,
 }

@@ -6,7 +6,7 @@ Every random choice of a step is a function of (seed, step, process), so resumin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
@@ -22,14 +21,13 @@ from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from hooked_models import FusedTokenEncoder, HookedTextToImage, RandomTokenEncoder
 from hooked_models.lazy_imports import renamed
-from hooked_models.text_encoders.random_tokens import UNKNOWN_ID
 
 from ..store import Store
 from ..task.evaluation import score, summarise
@@ -38,6 +36,7 @@ from . import dynamics
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .curriculum import Curriculum
+from .data import StepData
 from .history import CHECKPOINT, History, open_run
 from .objectives import OBJECTIVES
 from .pipelines import PRESETS, build_pipeline, load_pipeline
@@ -46,6 +45,7 @@ from .precision import muon, resolve_precision
 __getattr__ = renamed(
     __name__,
     {
+        "encode_captions": "dit_lens.training.data:encode_captions",
         "all_captions": "dit_lens.task.sentences:all_captions",
         "all_trio_captions": "dit_lens.task.sentences:all_trio_captions",
     },
@@ -353,80 +353,6 @@ def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
             f"{' '.join(f'--{name} {getattr(config, name)}' for name in wrong)} says: say what it "
             "is."
         )
-
-
-class StepData:
-    """Clean latents, captions and the random generator of one step, for this process: a function of
-    the step alone.
-    """
-
-    def __init__(
-        self,
-        pipe: PixArtSigmaPipeline,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        task: Task | None = None,
-    ) -> None:
-        self.codec = pipe.vae
-        self.config = config
-        self.task = task or Curriculum(config)
-        self.device = accelerator.device
-        self.process, self.processes = accelerator.process_index, accelerator.num_processes
-        captions = ["", *self.task.prompts()]
-        self.row = {text: i for i, text in enumerate(captions)}
-        self.text, self.mask = encode_captions(pipe, captions)
-
-    @torch.no_grad()
-    def __call__(
-        self, step: int
-    ) -> tuple[
-        Float[Tensor, "batch channel rows columns"],
-        Float[Tensor, "batch text_pos d_text"],
-        Int[Tensor, "batch text_pos"],
-        torch.Generator,
-    ]:
-        """Draw the step's scenes; captions are dropped here, into the empty prompt's own encoding
-        and mask.
-        """
-        config = self.config
-        size = config.batch_size
-        batch = self.task.sample(
-            size, config.seed, start=(step * self.processes + self.process) * size, step=step
-        )
-        state = np.random.SeedSequence((config.seed, step, self.process)).generate_state(
-            1, np.uint64
-        )[0]
-        generator = torch.Generator(self.device).manual_seed(int(state >> np.uint64(1)))
-        images = self.task.render(batch).to(self.device)
-        clean = (
-            self.codec.encode(images * 2 - 1).latent_dist.mode() * self.codec.config.scaling_factor
-        )
-        dropped = torch.rand(size, generator=generator, device=self.device) < config.caption_dropout
-        rows = torch.tensor(
-            [self.row[self.task.prompt(scene)] for scene in batch], device=self.device
-        ).masked_fill(dropped, 0)
-        return clean, self.text[rows], self.mask[rows], generator
-
-
-@torch.no_grad()
-def encode_captions(
-    pipe: PixArtSigmaPipeline, captions: Sequence[str], batch_size: int = 128
-) -> tuple[Float[Tensor, "caption text_pos d_text"], Int[Tensor, "caption text_pos"]]:
-    """Text features and masks, cut to the longest caption (pads carry exactly no attention, so
-    nothing is lost).
-    """
-    tokens = pipe.tokenizer(list(captions), padding="longest", return_tensors="pt").to(pipe.device)
-    unknown = (tokens.input_ids == getattr(pipe.tokenizer, "unk_token_id", UNKNOWN_ID)).any(dim=1)
-    if unknown.any():
-        raise ValueError(
-            "The text encoder does not know every word of "
-            f"{captions[int(unknown.nonzero()[0, 0])]!r}."
-        )
-    ids, masks = tokens.input_ids.split(batch_size), tokens.attention_mask.split(batch_size)
-    features = [
-        pipe.text_encoder(i, attention_mask=m)[0].float() for i, m in zip(ids, masks, strict=True)
-    ]
-    return torch.cat(features), tokens.attention_mask
 
 
 def build_optimizers(

@@ -14,8 +14,9 @@ import torch
 
 from dit_lens import scenes
 from dit_lens.task import Task, Trios, TwoObjects
-from dit_lens.training import TrainConfig, build_pipeline, loop, train
+from dit_lens.training import TrainConfig, build_pipeline, train
 from dit_lens.training.curriculum import Curriculum
+from dit_lens.training.data import encode_captions
 from dit_lens.training.pipelines import PRESETS
 from examples.inside import HELD_OUT, KINDS, Inside
 from hooked_models import HookedTextToImage
@@ -119,9 +120,9 @@ def test_a_pipeline_for_other_images_and_words() -> None:
     decoded = (pipe.vae.decode(latents).sample + 1) / 2
     assert (decoded - drawn).abs().mean() < 0.03
     assert task.judge(decoded, task.sample(16, seed=1))["relation"].all()
-    loop.encode_captions(pipe, task.prompts())
+    encode_captions(pipe, task.prompts())
     with pytest.raises(ValueError, match="does not know every word of 'red circle"):
-        loop.encode_captions(pipe, ["", "red circle"])
+        encode_captions(pipe, ["", "red circle"])
     with pytest.raises(ValueError, match="the two-object task only"):
         build_pipeline(PRESETS["nano"], "fused", task=task)
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from dit_lens import scenes
 from dit_lens.task.sentences import all_captions
 from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, loop, train
+from dit_lens.training.data import encode_captions
 from dit_lens.training.history import open_run
-from dit_lens.training.loop import encode_captions
 from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
 from dit_lens.training.pipelines import Size, load_pipeline
 

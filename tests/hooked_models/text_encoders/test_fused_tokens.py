@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_lens.training import PRESETS, build_pipeline
-from dit_lens.training.loop import encode_captions
+from dit_lens.training.data import encode_captions
 from dit_lens.training.pipelines import Size, build_text_encoder
 
 

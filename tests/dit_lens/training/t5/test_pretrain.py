@@ -28,7 +28,7 @@ from dit_lens.text.probes import (
     word_vectors,
 )
 from dit_lens.training import PRESETS, TrainConfig, train
-from dit_lens.training.loop import encode_captions
+from dit_lens.training.data import encode_captions
 from dit_lens.training.pipelines import Size, build_pipeline, build_text_encoder
 from dit_lens.training.t5.pretrain import (
     ARCHITECTURE,

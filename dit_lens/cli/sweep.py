@@ -1,0 +1,177 @@
+"""The command `dit-lens sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from .commands import Name, On, Prompts, folder_or_file, scenes_of
+from .output import say, show
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..intervene.interventions import Intervention
+
+
+def sweep_command(
+    model: Name,
+    machine: On,
+    prompts: Prompts = (),
+    site: str = "blocks.*.cross_attn.hook_z",
+    each: tuple[Literal["layer", "head", "step"], ...] = ("layer", "head"),
+    layers: tuple[int, ...] | None = None,
+    heads: tuple[int, ...] | None = None,
+    steps: tuple[int, ...] | None = None,
+    tokens: str | None = None,
+    action: Literal["zero", "mean", "resample", "knockout"] = "zero",
+    branch: Literal["cond", "uncond", "both"] = "cond",
+    metric: Literal["displacement", "relation", "scene"] = "displacement",
+    on: str = "image",
+    seeds: tuple[int, ...] = (0,),
+    num_scenes: int = 8,
+    scene_seed: int = 100,
+    num_steps: int = 14,
+    guidance: float = 4.5,
+    top: int | None = None,
+    sample: int = 40,
+    score: Literal["step", "attribution"] | None = None,
+    show_rows: Annotated[int, tyro.conf.arg(name="show")] = 20,
+    explain: bool = False,
+    executor: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Effects of switching off heads, layers or words, one condition at a time, the strongest
+    first, with 95 % intervals.
+
+    Args:
+        model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
+            id.
+        prompts: prompts that are drawn; by default `num_scenes` scenes.
+        site: hook that is edited; * stands for the layer.
+        each: axes along which there is one condition for each value; values of the others are
+            edited together.
+        layers: layers that are covered; all by default.
+        heads: heads that are covered; all by default.
+        steps: denoising steps that are covered; all by default.
+        tokens: role of the tokens that are edited, such as "relation"; all tokens by default.
+        action: edit made there.
+        branch: guidance branch that is edited.
+        metric: displacement from the run without, offset along the scene's relation, or the judge's
+            verdicts on scenes.
+        on: tensor whose displacement is measured: image, latent, x0, out or eps.
+        seeds: seeds of the noise; every prompt is drawn with each.
+        num_scenes: scenes drawn where no prompts are given.
+        scene_seed: seed of the scenes.
+        num_steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        top: score all conditions, and run only this number of the largest and a random `sample`
+            exactly.
+        sample: conditions drawn at random beside the `top`.
+        score: score by "attribution", or by "step", exact at each condition's own step, which is
+            dearer and better.
+        show_rows: rows that are printed.
+        explain: print the cost and run nothing.
+        executor: this process, or the workers of a Ray cluster.
+        workers: number of Ray workers.
+        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped sweep
+            continues.
+    """
+    from .. import sweep
+    from ..intervene.interventions import Intervention
+
+    wanted, texts = scenes_of(prompts, num_scenes, scene_seed)
+    if prompts and metric != "displacement":
+        raise ValueError(
+            f"--metric {metric} judges scenes: leave --prompts out, or measure the displacement."
+        )
+    hooked = machine.load(model)
+    measures: dict[str, sweep.Metric] = {
+        "displacement": sweep.Metric(sweep.displacement, on=on, given=("baseline",)),
+        "relation": sweep.relation_metric(wanted),
+        "scene": sweep.scene_metric(wanted),
+    }
+    whole = Intervention(site, heads, tokens, steps, branch, action)
+    axes = {
+        "layer": layers or range(hooked.cfg.n_layers),
+        "head": heads or range(hooked.cfg.n_heads),
+        "step": steps or range(num_steps),
+    }
+    cells = _cells(whole, {axis: axes[axis] for axis in each if axis != "layer" or "*" in site})
+    plan = sweep.plan(
+        hooked,
+        texts,
+        seeds,
+        cells,
+        {metric: measures[metric]},
+        num_steps=num_steps,
+        guidance=guidance,
+    )
+    if explain:
+        say(plan.explain())
+        return
+    folder, file = folder_or_file(out)
+    column = "scene_relation_loose" if metric == "scene" else metric
+    title = (
+        f"{model}, {len(texts)} prompts × {len(seeds)} seeds: effect on {metric}, after − before"
+    )
+    if top is not None:
+        search = sweep.two_stage(
+            plan, column, top, sample, out=folder, executor=executor, workers=workers, score=score
+        )
+        show(search.table[search.table["drawn"] != ""], file, title, show_rows)
+        say(
+            f"scores against exact effects: rank correlation {search.spearman}, of sizes "
+            f"{search.of_sizes}"
+        )
+        say(str(search.missed()))
+        return
+    found = plan.run(folder, executor, workers)
+    show(_effects(found, column), file, title, show_rows)
+    if failed := int((found["error"] != "").sum()):
+        say(
+            f"{failed} cells failed; the first: "
+            f"{next(filter(None, found['error'].values.flatten().tolist()))}"
+        )
+
+
+def _cells(whole: Intervention, axes: Mapping[str, Sequence[int]]) -> dict[str, Intervention]:
+    """One intervention for each combination of values; an axis that is not there stays whole."""
+    from .. import sweep
+
+    heads, steps = (
+        (None if "head" in axes else whole.heads),
+        (None if "step" in axes else whole.steps),
+    )
+    one = replace(whole, heads=heads, steps=steps)
+    return sweep.grid(one, **{f"{axis}s": values for axis, values in axes.items()})
+
+
+def _effects(found: Any, column: str) -> pd.DataFrame:
+    """The effects of a sweep, the largest on `column` first: intervention, metric, mean, low,
+    high.
+    """
+    import pandas as pd
+
+    parts = []
+    for name in (str(name) for name in found if str(name).endswith("_effect")):
+        table = (
+            found[name]
+            .reset_coords(drop=True)
+            .to_series()
+            .unstack("interval")[["mean", "low", "high"]]
+        )
+        parts.append(table.assign(metric=name.removesuffix("_effect")).reset_index())
+    table = pd.concat(parts)[["intervention", "metric", "mean", "low", "high"]]
+    size = table[table["metric"] == column].set_index("intervention")["mean"].abs()
+    order = table["intervention"].map(size)
+    return (
+        table.assign(order=order)
+        .sort_values("order", ascending=False, kind="stable")
+        .drop(columns="order")
+    )
