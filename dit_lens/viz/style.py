@@ -8,6 +8,7 @@ it, as vectors where the format has them.
 from __future__ import annotations
 
 import colorsys
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -149,7 +150,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def problems(figure: Figure) -> list[str]:
     """Faults of a figure in plain words: small letters, texts that overlap or leave the figure, a
-    background, faint letters.
+    background, faint letters, lines and bars of a head in another color than the head's.
 
     Example:
         >>> import matplotlib.pyplot as plt
@@ -164,6 +165,7 @@ def problems(figure: Figure) -> list[str]:
     found = [] if figure.get_figwidth() <= WIDEST else [f"{figure.get_figwidth():.1f} inches wide"]
     if mpl.colors.to_rgba(figure.get_facecolor())[3]:
         found.append("a background")
+    found += [f"{head!r} has another color than elsewhere" for head in _miscolored(figure)]
     undrawn = set(_labels_out_of_view(figure))
     texts = [
         text
@@ -177,6 +179,17 @@ def problems(figure: Figure) -> list[str]:
         if _overlap(box, second):
             found.append(f"{one.get_text()!r} overlaps {other.get_text()!r}")
     return found
+
+
+def _miscolored(figure: Figure) -> Iterator[str]:
+    """Names of heads in legends whose lines or bars have not the head's color."""
+    for ax in figure.findobj(mpl.axes.Axes):
+        for drawn, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            if re.fullmatch(r"L\d+H\d+", label):
+                part: Any = drawn[0] if isinstance(drawn, tuple) else drawn
+                color = part.get_color() if hasattr(part, "get_color") else part.get_facecolor()
+                if mpl.colors.to_hex(color) != head_color(label):
+                    yield label
 
 
 def _faults(text: mpl.text.Text, box: Any, bounds: Any) -> Iterator[str]:

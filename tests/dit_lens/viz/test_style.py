@@ -167,8 +167,17 @@ def test_faults_are_found() -> None:
         figure.text(0.1, 0.1, "small", fontsize=6)
         figure.text(-0.2, 0.1, "outside")
         figure.text(0.8, 0.8, "faint", color="#eeeeee")
+        ax = figure.add_axes((0.2, 0.2, 0.2, 0.2))
+        ax.plot([0, 1], label="L2H1", color="red")
+        ax.bar([0], [1], label="L2H2", color="red")
+        ax.errorbar([0], [1], label="L3H0", color="red")
+        ax.plot([0, 1], label="L1H0", color=style.head_color("L1H0"))
+        ax.bar([0], [1], label="L1H1", color=style.head_color("L1H1"))
+        ax.errorbar([0], [1], label="L1H2", color=style.head_color("L1H2"))
+        viz.bare(ax)
     assert style.problems(figure) == [
         "11.0 inches wide",
+        *[f"{head!r} has another color than elsewhere" for head in ("L2H1", "L2H2", "L3H0")],
         "'small' has 6.0 points",
         "'outside' leaves the figure",
         "'faint' is faint on white or on black",
