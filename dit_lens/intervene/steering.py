@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer, number
-from hooked_models.generation.model import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.sampling import Seeds, seed_of_each
 
 from ..runs.drawing import Drawing
@@ -82,8 +82,8 @@ def steer(
     """Images in [0, 1] of prompts with k · vector added to their words.
 
     Args:
-        vector: one for the chosen tokens of all prompts, or one for every token of
-            `model.to_tokens(prompts)`.
+        vector: one for the chosen tokens of all prompts, or one for every text position (token of
+            `model.to_tokens(prompts)`).
         tokens: roles, words (`prompts.word`), positions or a mask that the vector is added to; None
             only if every token has its own vector.
         at: the space of the vector: before or after the caption projection.
@@ -130,10 +130,11 @@ def _generate(
     drawing: Drawing,
 ) -> Float[Tensor, "prompt 3 height width"]:
     """Images of one batch. `added` may extend beyond the longest of these prompts, with zeros."""
-    length, num_steps = model.to_tokens(texts).shape[1], drawing.get("num_steps", DEFAULT_STEPS)
+    length = model.layout(list(texts)).text_mask.shape[1]
+    num_steps = drawing.get("num_steps", DEFAULT_STEPS)
     change = Intervention(SITES[at], action=Add(added[:, :length]))
     hooks = change.hooks(model, texts, num_steps=num_steps)
-    guidance = drawing.get("guidance", DEFAULT_GUIDANCE)
+    guidance = drawing.get("guidance", model.default_guidance)
     return model.run_with_hooks(
         texts, seed=seeds, num_steps=num_steps, guidance=guidance, fwd_hooks=hooks
     )

@@ -43,6 +43,13 @@ class Call:
     result = OUTPUT
     """Tensor that a metric is taken on by default."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.view, DenoiserView):
+            raise TypeError(
+                f"A {type(self.view).__name__} cannot be run in copies: take trajectories of the "
+                "whole pipeline, HookedTextToImage.from_pipeline(pipe).trajectory(…)."
+            )
+
     def __len__(self) -> int:
         return len(self.view.latents)
 

@@ -13,9 +13,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -24,10 +25,15 @@ from ..hooks.module import HookedModule, NoLanguageModel, UnknownHookError
 from ..hooks.table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
+from ..pixart.views import number_of_positions
 from .blocks import Blocks
 from .taps import FamilyHeads, KernelTap, SilentHookError, StreamTap, Tap
 from .text import TextTap
+from .views import FamilyView
 from .weights import Weights
+
+TIMES = ("timestep", "timesteps", "t")
+"""Names of the argument that holds the timestep."""
 
 
 def default_sizes(live: Any) -> tuple[int, int, int]:
@@ -240,6 +246,51 @@ class FamilyModel(NoLanguageModel, HookedModule):
             return bare if streams == {"image"} else f"joint_{bare}"
 
         return tuple(map(axis, usual_axes))
+
+    def bind(
+        self,
+        latents: Any,
+        timestep: float | Shaped[Tensor, "*row"],
+        text: Any,
+        *,
+        pos: Literal["image", "text", "joint"] = "image",
+        **arguments: Any,
+    ) -> tuple[FamilyView, Int[Tensor, "row pos"]]:
+        """Bind the inputs of one denoiser call: ``(view, tokens)`` for TransformerLens' tools as
+        ``model`` and ``tokens``.
+
+        Args:
+            latents: [row …] in the transformer's own layout, or a list of rows.
+            timestep: one number for all rows, or one each.
+            text: [row text_pos d_text] of the (first) text encoder, or a list of rows.
+            pos: positions that a sweep "by position" goes over: the image's, the text's where it
+                has no place in the streams, or all of both ("joint", the image's first).
+            arguments: all others of the transformer's forward, by its own names (masks, position
+                ids, pooled text, guidance).
+
+        Raises:
+            ValueError: streams of this family have no such positions.
+            TypeError: an argument is missing or unknown.
+
+        Example:
+            >>> from hooked_models import families
+            >>> family = families.SUPPORTED["SD3Transformer2DModel"]
+            >>> model = families.hook(family.small().eval())
+            >>> given = family.inputs(model.wrapped)
+            >>> names = ("hidden_states", "timestep", "encoder_hidden_states")
+            >>> parts = [given.pop(name) for name in names]
+            >>> view, tokens = model.bind(*parts, pos="joint", **given)
+            >>> tokens.shape, view(tokens).shape
+            (torch.Size([2, 11]), torch.Size([2, 4, 4, 6]))
+        """
+        known = inspect.signature(self.wrapped.forward).parameters
+        when = next(name for name in TIMES if name in known)
+        times = torch.as_tensor(timestep, device=self.wrapped.device).expand(len(latents))
+        given = {self.family.image: latents, when: times, self.family.text: text, **arguments}
+        inspect.signature(self.wrapped.forward).bind(**given)
+        positions = number_of_positions(self, self.layout_of(**given), pos)
+        view = FamilyView(self, given, pos, positions)
+        return view, view.to_tokens()
 
     def layout_of(self, *args: Any, **kwargs: Any) -> Layout:
         """Positions of a call with these arguments: grid of image tokens, text mask of each row."""

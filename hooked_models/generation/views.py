@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..hooks.module import HookFunction
 from ..lazy_imports import renamed
-from ..pixart.views import HookList, Tokens, View, with_gradient
+from ..pixart.views import HookList, Tokens, View, number_of_positions, with_gradient
 from .loops import Call
 from .names import Branch
 from .trajectory import Run
@@ -43,16 +43,7 @@ class StepView(View):
         returns: Literal["images", "x0", "out"],
     ) -> None:
         dit, layout = run.model.dit, run.model.layout(run.inputs, branch)
-        joint = "joint_pos" in dit.axes("blocks.0.hook_resid_post")
-        if pos != "image" and joint != (pos == "joint"):
-            why = (
-                "are those of the image, then those of the text: take pos='joint'"
-                if joint
-                else "are of the image or of the text"
-            )
-            raise ValueError(f"pos={pos!r}: positions in this model's streams {why}.")
-        number = {"image": layout.n_image, "text": layout.text_mask.shape[1]}
-        positions = number[pos] if pos in number else layout.length("joint")
+        positions = number_of_positions(dit, layout, pos)
         super().__init__(dit, len(run.inputs), positions, "text" if pos == "text" else "image")
         self.run, self.step, self.branch, self.returns = run, step, branch, returns
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
+from ..hooks.layout import Layout
 from ..hooks.module import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
 from ..hooks.wrapping import stamp
 from .cache import DiTCache
@@ -33,6 +34,30 @@ FOLD_FIRST = "use model.fold_timestep(t), which moves them into the weights"
 Positions = Literal["image", "text"]
 Tokens = Int[Tensor, "batch pos"]
 HookList = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
+
+
+def number_of_positions(dit: Any, layout: Layout, pos: Literal["image", "text", "joint"]) -> int:
+    """Positions that a sweep "by position" goes over.
+
+    Raises:
+        ValueError: streams of the denoiser have no such positions.
+
+    Example:
+        >>> from hooked_models import HookedTextToImage
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> number_of_positions(model.dit, model.layout(["red circle"]), "text")
+        3
+    """
+    joint = "joint_pos" in dit.axes("blocks.0.hook_resid_post")
+    if pos != "image" and joint != (pos == "joint"):
+        why = (
+            "are those of the image, then those of the text: take pos='joint'"
+            if joint
+            else "are of the image or of the text"
+        )
+        raise ValueError(f"pos={pos!r}: positions in this model's streams {why}.")
+    number = {"image": layout.n_image, "text": layout.text_mask.shape[1]}
+    return number[pos] if pos in number else layout.length("joint")
 
 
 class View(NoLanguageModel):

@@ -37,6 +37,7 @@ TOOLS = {
     "heads=, patterns=": tests.test_chosen_heads_and_summaries_are_those_of_the_whole_cache,
     "out=": tests.test_a_cache_on_disk_is_the_one_in_memory,
     "at(step)": tests.test_transformer_lens_patches_a_view_of_one_step,
+    "bind": paths.test_transformer_lens_patches_one_call,
     "gradients": tests.test_gradients_are_autograds,
     "attribution": tests.test_attribution_is_first_order_patching,
     "path patching": tests.test_a_path_patch_is_the_patch_by_hand,
@@ -44,6 +45,7 @@ TOOLS = {
     "sums of paths": paths.test_direct_effects_add_up,
     "hook_text": paths.test_the_text_that_enters,
     "paths from text": paths.test_paths_from_the_text,
+    "steering": paths.test_steering_in_text_space,
     "synopsis": tests.test_a_synopsis_is_the_patterns_sums,
 }
 """Column → the test that establishes it."""
@@ -60,7 +62,8 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *sweeps*: a cell equals its own `run_with_hooks`. *search*: scores of `two_stage` equal a change times autograd's slope, by hand.
 - *ablation*: heads at a mean and hidden words equal hooks by hand. *ablation_effects*: each image is that of a run with hooks.
 - *estimates*: bytes before a run equal those of its cache.
-- *at(step)*: TransformerLens' patching on one step. *gradients*: autograd through all later steps against finite differences.
+- *at(step)*, *bind*: TransformerLens' patching on one step, and on one denoiser call. *steering*: vectors added to a word's text.
+- *gradients*: autograd through all later steps against finite differences.
 - *attribution*, *path patching*, *paths from text*, *synopsis*: against gradients, patches and sums of patterns by hand.
 - *direct paths*: one head with all else held, against torch's own hooks. *sums of paths*: direct effects add up to that of all at
   once, and to the whole difference of two runs where gates are equal.

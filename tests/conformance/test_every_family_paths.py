@@ -9,19 +9,22 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
+from transformer_lens import patching as tl_patching
 
-from dit_lens import Add, patching, prompts
+from dit_lens import Add, patching, prompts, steering
 from hooked_models.families.adapter import submodule
 from hooked_models.families.text import text_parts
 
 from ..hooked_models.pipelines import PROMPTS
-from .family_cases import ADD_NOT_UP, KNOWN_MODULES, LAST, STEPS, Case, close
+from .family_cases import ADD_NOT_UP, KNOWN_MODULES, LAST, SEEDS, STEPS, Case, close
 
 HELD = ("attn2", "ff", "ff_context", "feed_forward", "img_mlp", "txt_mlp", "act_mlp")
 """Modules of blocks that write to the stream, besides `attn`."""
+TEXT = "steps.0.cond.hook_text"
 TEXTS = ("blue circle is above red square", "red circle is above blue square")
 
 
@@ -34,6 +37,21 @@ def flat_mean(tensor: Tensor) -> Tensor:
     return tensor.double().flatten(1).mean(1)
 
 
+def arguments_of(case: Case, run: Any) -> dict[str, Any]:
+    """The transformer's arguments in the conditional call of the last step."""
+    kept: list[dict[str, Any]] = []
+
+    def keep(call: Any, rows: Any, x: Tensor, timestep: Any, text: Any) -> Tensor:
+        if "cond" in call.branches:
+            part = call.part("cond")
+            rows = torch.arange(part.start, part.stop)
+            kept.append(text.expanded().take(rows).given(x[rows]))
+        return case.model.denoise(x, timestep, text)
+
+    run.fork(LAST, denoise=keep)
+    return kept[-1]
+
+
 class ByHand:
     """One call of the last step, run again with torch's own hooks: outputs of attention kernels'
     projections and of MLPs are recorded, held, or changed in one head.
@@ -41,7 +59,7 @@ class ByHand:
 
     def __init__(self, case: Case, run: Any) -> None:
         self.case, self.model = case, case.pipe.transformer
-        self.arguments = self._arguments(run)
+        self.arguments = arguments_of(case, run)
         self.heads: list[list[Any]] = []
         self.held: list[Any] = []
         for where in case.model.dit.family.blocks:
@@ -53,19 +71,6 @@ class ByHand:
                 self.heads.append(own or [block.proj_out])
                 others = (getattr(block, name, None) for name in HELD)
                 self.held += [module for module in others if module is not None]
-
-    def _arguments(self, run: Any) -> dict[str, Any]:
-        kept: list[dict[str, Any]] = []
-
-        def keep(call: Any, rows: Any, x: Tensor, timestep: Any, text: Any) -> Tensor:
-            if "cond" in call.branches:
-                part = call.part("cond")
-                rows = torch.arange(part.start, part.stop)
-                kept.append(text.expanded().take(rows).given(x[rows]))
-            return self.case.model.denoise(x, timestep, text)
-
-        run.fork(LAST, denoise=keep)
-        return kept[-1]
 
     def clean(self) -> dict[Any, Tensor]:
         """Input of each projection of heads, output of each MLP."""
@@ -248,3 +253,62 @@ def test_paths_from_the_text(case: Case) -> None:
     again = patching.Nodes(places, steps=0)
     same = patching.path_patch(original, source, again, "image", flat_mean, "exact")
     assert np.array_equal(same["patched"].values, exact["patched"].values)
+
+
+def test_steering_in_text_space(case: Case) -> None:
+    """`steer` against a run whose text is changed by a hook written here, dose by dose."""
+    vector = torch.linspace(-1, 1, case.cached("hook_text", steps=0)[TEXT].shape[-1])
+    mask = prompts.token_mask(case.model, list(PROMPTS), prompts.word("circle"))
+    drawn: list[Tensor] = []
+    for k in (0.0, 0.5, 2.0):
+
+        def add(text: Tensor, hook: Any, k: float = k) -> Tensor:
+            return text + k * mask[..., None] * vector
+
+        hooks = [(f"steps.{step}.cond.hook_text", add) for step in range(STEPS)]
+        how = {"num_steps": STEPS}
+        how |= {} if case.guidance is None else {"guidance": case.guidance}
+        word = prompts.word("circle")
+        drawn.append(steering.steer(case.model, PROMPTS, vector, word, k=k, seed=SEEDS, **how))
+        assert close(drawn[-1], case.images(hooks), 1e-4)
+    assert torch.equal(drawn[0], case.images())
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+def test_transformer_lens_patches_one_call(case: Case) -> None:
+    """A view of one denoiser call: its activation patching against the transformer with one
+    position of a stream replaced by a torch hook's own record.
+    """
+    dit = case.model.dit
+    given = arguments_of(case, case.model.trajectory(TEXTS, SEEDS, STEPS, case.guidance))
+    family, rest = dit.family, dict(given)
+    when = next(name for name in ("timestep", "timesteps", "t") if name in rest)
+    parts = [rest.pop(name) for name in (family.image, when, family.text)]
+    name, place = "blocks.1.hook_resid_pre", 3
+    pos: Any = "joint" if "joint_pos" in dit.axes(name) else "image"
+    view, tokens = dit.bind(*parts, pos=pos, **rest)
+    whole = rows_of_output(case.pipe.transformer(**given, return_dict=False)[0])
+    assert close(view(tokens), whole)
+    _, cache = view.run_with_cache(tokens[:1], names_filter=[name])
+    assert tokens.shape == (2, cache[name].shape[1])
+    metric = lambda out: out.double().mean()  # noqa: E731
+    found = tl_patching.generic_activation_patch(
+        view,
+        tokens[1:],
+        cache,
+        metric,
+        patch_setter=tl_patching.layer_pos_patch_setter,
+        activation_name="resid_pre",
+        index_axis_names=None,
+        index_df=pd.DataFrame({"layer": [1], "pos": [place]}),
+    )
+
+    def patch(tensor: Tensor, hook: Any) -> Tensor:
+        tensor = tensor.clone()
+        tensor[1, place] = cache[name][0, place]
+        return tensor
+
+    by_hand = rows_of_output(
+        dit.run_with_hooks(**given, return_dict=False, fwd_hooks=[(name, patch)])[0]
+    )
+    assert float(found[0]) == pytest.approx(float(metric(by_hand[1])), rel=1e-4, abs=1e-6)
