@@ -38,8 +38,8 @@ def sweep_command(
     num_steps: int = 14,
     guidance: float = 4.5,
     top: int | None = None,
-    sample: int = 40,
-    score: Literal["step", "attribution"] | None = None,
+    sample: int = 20,
+    score: Literal["step", "attribution", "none"] = "attribution",
     show_rows: Annotated[int, tyro.conf.arg(name="show")] = 20,
     explain: bool = False,
     executor: Literal["local", "ray"] = "local",
@@ -70,11 +70,11 @@ def sweep_command(
         scene_seed: seed of the scenes.
         num_steps: denoising steps.
         guidance: scale of classifier-free guidance.
-        top: score all conditions, and run only this number of the largest and a random `sample`
-            exactly.
-        sample: conditions drawn at random beside the `top`.
-        score: score by "attribution", or by "step", exact at each condition's own step, which is
-            dearer and better.
+        top: search for this number of the largest effects at the cost of 8 scenes; give many
+            `num_scenes` to draw from.
+        sample: conditions at most that are drawn at random, to bound how many were missed.
+        score: conditions enter a search by "attribution", or by "step", exact at each condition's
+            own step, which is dearer; or all of them ("none").
         show_rows: rows that are printed.
         explain: print the cost and run nothing.
         executor: this process, or the workers of a Ray cluster.
@@ -121,15 +121,22 @@ def sweep_command(
         f"{model}, {len(texts)} prompts × {len(seeds)} seeds: effect on {metric}, after − before"
     )
     if top is not None:
-        search = sweep.two_stage(
-            plan, column, top, sample, out=folder, executor=executor, workers=workers, score=score
+        search = sweep.search(
+            plan,
+            column,
+            top,
+            folder,
+            sample=sample,
+            executor=executor,
+            workers=workers,
+            score=score,
         )
         show(search.table[search.table["drawn"] != ""], file, title, show_rows)
         say(
             f"scores against exact effects: rank correlation {search.spearman}, of sizes "
             f"{search.of_sizes}"
         )
-        say(str(search.missed()))
+        say(str(search))
         return
     found = plan.run(folder, executor, workers)
     show(_effects(found, column), file, title, show_rows)

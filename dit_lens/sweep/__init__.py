@@ -30,6 +30,7 @@ from hooked_models.arguments import integer, integers, mapping, number
 from hooked_models.generation.model import DEFAULT_STEPS
 
 from ..runs.drawing import Planning
+from .halves import Stability, stability
 from .metrics import (
     FIRST_TOUCHED,
     Metric,
@@ -40,7 +41,7 @@ from .metrics import (
     scene_metric,
 )
 from .plan import Plan
-from .search import Missed, Search, two_stage
+from .search import Missed, Search, Searching, search, two_stage
 from .treatments import Interventions, grid, resolve
 
 __all__ = [
@@ -48,13 +49,17 @@ __all__ = [
     "Missed",
     "Plan",
     "Search",
+    "Searching",
     "ShareOf",
+    "Stability",
     "displacement",
     "grid",
     "plan",
     "relation_metric",
     "run",
     "scene_metric",
+    "search",
+    "stability",
     "two_stage",
 ]
 
@@ -187,7 +192,9 @@ def run(
         A Dataset over (intervention, prompt, seed): every metric; `{metric}_baseline`, of the same
         run without intervention (prompt, seed), or with the dims of the metric where that depends
         on the step; `{metric}_effect` (intervention, interval), the mean of their paired difference
-        with its 95 % interval over prompts (over seeds, if there is one prompt); `error`, empty
+        with its 95 % interval over prompts (over seeds, if there is one prompt), of several
+        prompts with the split-half stability of the ten largest in its attrs,
+        `split_half_agreement` and so on (see `stability`: few prompts rank noise); `error`, empty
         where all went well: a metric that fails in one cell is NaN there, and the rest goes on.
         Coordinates of intervention: `layer`, `head`, `step`, −1 where it has none or several.
 

@@ -74,14 +74,12 @@ class Worker:
         clean = Clean.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch)
         return clean.on(None, None)
 
-    def scores(
-        self, question: Question, seed: int, prompts: Rows
-    ) -> Float[np.ndarray, "condition prompt"]:
-        """As `scores.scores_of_group`."""
-        from .scores import scores_of_group
+    def scores(self, question: Question, rows: Rows) -> Float[np.ndarray, "condition row"]:
+        """As `scores.scores_of_rows`."""
+        from .scores import scores_of_rows
 
         with torch.no_grad():
-            return scores_of_group(self.plan, self.inputs, question, seed, prompts)
+            return scores_of_rows(self.plan, self.inputs, question, rows)
 
     @torch.no_grad()
     def rows(self, shared: Sequence[Any], clean: Clean, forks: Sequence[Fork]) -> pd.DataFrame:
@@ -217,13 +215,13 @@ class Team:
         return Clean.join(list(sampled))
 
     def scores(
-        self, question: Question, seed: int, groups: Sequence[Rows]
-    ) -> Iterator[Float[np.ndarray, "condition prompt"]]:
-        """The scores of each group of prompts, in order."""
+        self, question: Question, groups: Sequence[Rows]
+    ) -> Iterator[Float[np.ndarray, "condition row"]]:
+        """The scores of each group of rows, in order."""
         from ray.util import ActorPool
 
         yield from ActorPool(self.actors).map(
-            lambda actor, prompts: actor.scores.remote(question, seed, prompts), list(groups)
+            lambda actor, rows: actor.scores.remote(question, rows), list(groups)
         )
 
     def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:

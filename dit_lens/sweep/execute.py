@@ -18,7 +18,7 @@ from .forks import Batch
 from .metrics import FIRST_TOUCHED, Metric, Read
 from .progress import progress_bar
 from .results import Results
-from .scores import Question, scores_of_group
+from .scores import Question, scores_of_rows
 
 if TYPE_CHECKING:
     from .cluster import Cluster
@@ -128,9 +128,9 @@ class Workers(Protocol):
         ...
 
     def scores(
-        self, question: Question, seed: int, groups: Sequence[Rows]
-    ) -> Iterable[Float[np.ndarray, "condition prompt"]]:
-        """The scores of each group of prompts (`scores.scores_of_group`), in order."""
+        self, question: Question, groups: Sequence[Rows]
+    ) -> Iterable[Float[np.ndarray, "condition row"]]:
+        """The scores of each group of rows (`scores.scores_of_rows`), in order."""
         ...
 
     def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
@@ -153,11 +153,11 @@ class Here:
         )
 
     def scores(
-        self, question: Question, seed: int, groups: Sequence[Rows]
-    ) -> Iterator[Float[np.ndarray, "condition prompt"]]:
+        self, question: Question, groups: Sequence[Rows]
+    ) -> Iterator[Float[np.ndarray, "condition row"]]:
         """As in `Workers`."""
         inputs = self.plan.inputs()
-        return (scores_of_group(self.plan, inputs, question, seed, prompts) for prompts in groups)
+        return (scores_of_rows(self.plan, inputs, question, rows) for rows in groups)
 
     def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
         """As in `Workers`."""

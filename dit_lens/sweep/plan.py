@@ -80,7 +80,7 @@ class Plan:
         """
         found: list[Fork] = []
         for condition, treatment in enumerate(self.treatments):
-            if (until := self._until(treatment)) is not None:
+            if (until := self.until(treatment)) is not None:
                 found += self.forks_of(condition, treatment.first, until, range(len(self.seeds)))
 
         def place(fork: Fork) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ class Plan:
             for group in groups:
                 yield Fork(condition, seed * n + group, first, until, branches)
 
-    def _until(self, treatment: Treatment) -> int | None:
+    def until(self, treatment: Treatment) -> int | None:
         """The step before which nobody looks any more; None where nobody would see a difference."""
         seen = []
         for read in self.reads.values():

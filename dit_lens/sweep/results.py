@@ -22,8 +22,11 @@ from jaxtyping import Float, Int
 
 from ..stats import clustered_means
 from ..store import Store
+from .halves import split_half
 from .treatments import Treatment
 
+LARGEST = 10
+"""Effects whose split-half stability a result carries."""
 FLUSH_SECONDS = 10.0
 """How often a shard is written: what is lost at most when a run is killed."""
 
@@ -159,8 +162,15 @@ def dataset(
     for name in names:
         after, before = laid_out(name, np.nan), laid_out(f"{name}_baseline", np.nan)
         found[name] = (dims, after)
-        found[f"{name}_baseline"] = (dims, before) if own[name] else (dims[1:], before[0])
+        found[f"{name}_baseline"] = (
+            (dims, before) if own[name] else (dims[1:], np.fmax.reduce(before))
+        )
         found[f"{name}_effect"] = (("intervention", "interval"), effects(before, after))
+        if len(treatments) > 1 and len(prompts) > 1:
+            halves = split_half(after - before, LARGEST)
+            found[f"{name}_effect"].attrs |= {
+                f"split_half_{key}": value for key, value in halves._asdict().items()
+            }
     found["error"] = (dims, laid_out("error", "").astype(str))
     return found
 

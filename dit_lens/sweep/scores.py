@@ -1,4 +1,4 @@
-"""Estimated effects of all conditions of a plan at once: the scores by which `two_stage` chooses.
+"""Estimated effects of all conditions of a plan at once: the scores by which `search` chooses.
 
 Both methods take the metric's gradients at the runs without intervention, and multiply them with a
 condition's changes:
@@ -30,7 +30,7 @@ from hooked_models.generation.sampling import Solver
 
 from ..intervene.edits import Edit
 from ..runs.gradients import LATENT, chain, gradients, modulates
-from .clean import Clean, as_index, metric_input
+from .clean import Clean, Rows, as_index, metric_input
 from .forks import Batch
 from .metrics import FIRST_TOUCHED, Metric, Read
 from .treatments import Treatment
@@ -38,13 +38,13 @@ from .treatments import Treatment
 if TYPE_CHECKING:
     from .plan import Plan
 
-Method = Literal["step", "attribution"]
+Method = Literal["step", "attribution", "none"]
 OUT = Read("hook_out", FIRST_TOUCHED)
 
 
 @dataclass(frozen=True)
 class Question:
-    """Effect that a search scores: the same for all prompts and seeds."""
+    """Effect that a search scores."""
 
     name: str
     """Metric of the plan, whose tensor `metric` is given."""
@@ -52,50 +52,46 @@ class Question:
     column: str
     """Of a metric with several values, one of them."""
     by: Method
+    conditions: tuple[int, ...] = ()
+    """Places of those that are scored."""
 
 
-def groups_of_prompts(plan: Plan, workers: int = 1) -> list[Int[np.ndarray, " prompt"]]:
-    """Prompts that are scored together: as many as fit into a batch, and few enough that each
-    worker has some.
-    """
-    prompts = np.arange(len(plan.prompts))
-    if any(one.joint for one in plan.treatments):  # "mean" and "resample" look at all prompts
-        return [prompts]
-    return np.array_split(prompts, max(-(-len(prompts) // plan.batch), min(workers, len(prompts))))
-
-
-def scores_of_group(
-    plan: Plan, inputs: Any, question: Question, seed: int, prompts: Int[np.ndarray, " prompt"]
-) -> Float[np.ndarray, "condition prompt"]:
-    """Score all conditions on some prompts with one seed; NaN for conditions that have no score.
+def scores_of_rows(
+    plan: Plan, inputs: Any, question: Question, rows: Rows
+) -> Float[np.ndarray, "condition row"]:
+    """Score the question's conditions on some rows; NaN for conditions that have no score.
 
     Args:
         inputs: of the plan's prompts, `plan.inputs()`.
-        seed: its place among the plan's.
+        rows: ascending; of conditions that mix prompts, all of each seed.
     """
     read = plan.reads[question.name]
-    ways = [_way(treatment, read, question.by) for treatment in plan.treatments]
-    found = np.where(
-        np.array([way is None for way in ways])[:, None],
-        np.nan,
-        np.zeros((len(ways), len(prompts))),
-    )
+    places = np.array(question.conditions, dtype=np.int64)
+    ways = [_way(plan.treatments[place], read, question.by) for place in places]
+    scored = np.array([way is not None for way in ways])
+    found = np.where(scored[:, None], np.zeros((len(ways), len(rows))), np.nan)
     reads = {OUT.at(step) for step in range(plan.steps)} if "step" in ways else set()
-    clean = Clean.sample(
-        plan.model, inputs, plan.seeds, seed * len(plan.prompts) + prompts, reads, plan.batch
-    )
-    for first, some in _questions(plan, read, np.flatnonzero([way is not None for way in ways])):
-        chosen = [ways[i] for i in some.tolist()]
-        found[some] = _Part(
-            plan, read, question.metric, question.column, clean, first, some, chosen
+    clean = Clean.sample(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
+    for first, some in _questions(plan, read, places[scored]):
+        here = np.flatnonzero(np.isin(places, some))
+        chosen = [ways[place] for place in here.tolist()]
+        found[here] = _Part(
+            plan, read, question.metric, question.column, clean, first, places[here], chosen
         ).scores()
     return found
+
+
+def has_score(treatment: Treatment, read: Read, by: Method) -> bool:
+    """True if a condition can be scored on what a metric reads."""
+    return _way(treatment, read, by) is not None
 
 
 def _way(treatment: Treatment, read: Read, by: Method) -> Method | None:
     """Scoring method, or None if the touched tensors do not lie between the inputs and the
     result.
     """
+    if by == "none":
+        return None
     sites = [edit.site for edit in treatment.edits]
     own = read.at(treatment.first).step
     # these lie before the guided output
@@ -253,7 +249,7 @@ class _Part:
         for edit in edits:
             edit = (
                 edit
-                if len(prompts) == len(self.plan.prompts)
+                if np.array_equal(prompts, np.arange(len(self.plan.prompts)))
                 else edit.take(torch.from_numpy(prompts))
             )
             if edit.action == "knockout":

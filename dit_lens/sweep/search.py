@@ -1,226 +1,425 @@
-"""Two stages: every condition is scored by an estimate, and the promising ones, with a random
-sample, are run exactly.
+"""Search of a plan for the conditions with the largest mean effects over the population that its
+prompts and seeds are drawn from.
 
-    found = sweep.two_stage(plan, "height", k=20, sample=40)
-    found.table  # one row a condition: score, exact effect if it was run, and the reason for that
-    found.spearman  # how far the scores are true, over the random sample
-    found.missed()  # how many conditions may have been passed over, at 95 % confidence
+    plan = sweep.plan(model, prompts, seeds, cells, {"height": height})  # of many prompts
+    found = sweep.search(plan, "height", k=10, budget=8)
+    found.table      # one row a condition: effect, joint interval, and how far it came
+    found.missed()   # how many others may have a larger effect over the population
+    print(found)     # the guarantee, in words
 
-How scores are made: `dit_lens.sweep.scores`.
+A sweep of few prompts ranks noise. At the cost of such a sweep, a search scores all conditions,
+runs the promising ones, and gives what is left of the money to fewer and fewer, on new scenes
+(pairs of a prompt and a seed): see `dit_lens.sweep.race`. Scores: `dit_lens.sweep.scores`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..stats import Interval, count_bound, rank_correlation
-from ..store import Store, fingerprint
+from ..stats import Interval, rank_correlation
+from ..store import Store, digest, fingerprint
 from .cluster import Cluster
-from .execute import Here, metric_of
-from .metrics import FIRST_TOUCHED, Metric
+from .execute import Execution, Here, depends_on_condition, metric_of
+from .metrics import Metric
 from .plan import Plan, cluster_of
-from .progress import progress_bar
-from .scores import Method, Question, groups_of_prompts
+from .race import Cells, Prices, Race, Rules, run_race
+from .results import Results, dataset
+from .scores import Method, Question, has_score
+
+CHAIN = 5.0
+"""A gradient through a run, in runs without intervention: each call again, with a graph, and back
+(`benchmarks.search_race`).
+"""
+BUDGET = 8.0
 
 
 class Missed(NamedTuple):
-    """Bounds on the effects of conditions that were not run, from the random sample (each at the
-    given level).
+    """Conditions outside of the top that may have a larger effect over the population.
 
     Example:
-        >>> from dit_lens import Intervention, sweep
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(
-        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
-        ... )
-        >>> red = lambda images: images[:, 0].mean((1, 2))
-        >>> plan = sweep.plan(
-        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
-        ... )
-        >>> sweep.two_stage(plan, "red", k=1, sample=3).missed().most  # all three were run
-        0
+        >>> Missed(beyond=0.5, run=2, sampled=1, most=9).most
+        9
     """
 
     beyond: float
-    """An effect's size."""
+    """Size of an effect: the estimate of one of the top."""
+    run: int
+    """Conditions that were run, outside of the top, whose joint interval reaches beyond it."""
     sampled: int
-    """Conditions outside of the top with a larger effect, that the sample came upon."""
+    """Those of them in the random sample."""
     most: int
-    """Upper bound on the number of conditions that were not run and have a larger effect."""
-    largest: float
-    """The largest effect in the sample outside of the top …"""
-    most_larger: int
-    """… and at most so many of those that were not run lie above it."""
+    """Upper bound on all, run or not."""
 
 
-class Running(TypedDict, total=False):
-    """Keyword arguments of the exact runs of `two_stage`, as in `sweep.run`.
+class Searching(TypedDict, total=False):
+    """Keyword arguments of `search`.
 
     Attributes:
-        executor: "local" by default.
+        budget: cost at most, in exhaustive sweeps of one scene; 8, or all scenes, by default.
+        sample: conditions beyond the promising ones that are run, at most; drawn at random, for
+            the bound of `missed`; 20 by default.
+        tolerance: end before the budget is spent, once no finalist can be larger than the weakest
+            of the top by more.
+        level: confidence of the guarantee, 0.95 by default.
+        rng: seed of the order of scenes and of the sample.
+        score: "attribution", first order throughout, whose cost does not grow with the number of
+            conditions, the default; "step", each touched step exactly and first order from there;
+            or "none": all conditions are run in the first round.
+        by: a differentiable stand-in for the metric: a function of the same tensor
+            [batch …] → [batch]. For metrics without a slope: counts, verdicts, and distances
+            from the run without intervention, which are smallest there.
+        executor: "local" (default) or "ray", as in `sweep.run`.
         workers: of "ray".
     """
 
+    budget: float
+    sample: int
+    tolerance: float
+    level: float
+    rng: int
+    score: Method
+    by: Callable[[Tensor], Tensor]
     executor: str
     workers: int | None
 
 
 @dataclass(frozen=True)
 class Search:
-    """Scores of all conditions and exact effects of some; returned by `two_stage`.
+    """Result of `search`.
 
     Example:
-        >>> from dit_lens import Intervention, sweep
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(
-        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
-        ... )
-        >>> red = lambda images: images[:, 0].mean((1, 2))
         >>> plan = sweep.plan(
-        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
+        ...     model, "red circle is above blue square", [0, 1], cells, {"red": red}, num_steps=2
         ... )
-        >>> sweep.two_stage(plan, "red", k=1, sample=2).table["drawn"].tolist()[0]
+        >>> sweep.search(plan, "red", k=1).table["drawn"].tolist()[0]
         'top'
     """
 
     found: xr.Dataset
-    """Results of the conditions that were run, as `sweep.run` gives them."""
+    """Results of the conditions that were run, as `sweep.run` gives them; NaN on scenes on which
+    they were not.
+    """
     table: pd.DataFrame
-    """One row a condition, the largest score first: `intervention`, `layer`, `head`, `step`;
-    `score`; `drawn`: "top", "sample" or "unscored" for those that were run, "" for others; and
-    `exact`, `low`, `high`, their effect with its interval.
+    """One row a condition, the top first: `intervention`, `layer`, `head`, `step`; `score`, the
+    mean; `drawn`: "top", "entrant" or "sample" for those that were run, "" for others; `exact`,
+    the estimated effect over the population, with `low` and `high`, intervals that hold together
+    at the level of the search; `scenes` and `rounds` that it was run on; and `close`, True if it
+    left for the budget's sake while its interval still reached into the top.
     """
-    spearman: Interval
-    """Rank correlation of scores and exact effects over the random sample of all scored
-    conditions.
-    """
-    p: float
-    of_sizes: Interval
-    """The same of magnitudes, by which the top is chosen: an effect's size can be foreseen where
-    its sign cannot.
-    """
-    in_sample: Sequence[bool]
-    """Row by row of the table: those in the top can be in the sample too."""
+    race: Race
 
-    def missed(self, rank: int | None = None, level: float = 0.95) -> Missed:
-        """How many conditions that were not run may have a larger effect than the `rank`-th largest
-        of the top (its last).
+    @property
+    def spearman(self) -> Interval:
+        """Rank correlation of scores and effects over the random sample."""
+        return rank_correlation(*self._pairs())[0]
 
-        The sample is drawn before any effect is known, so the numbers of hits are hypergeometric
-        and the bounds exact.
+    @property
+    def of_sizes(self) -> Interval:
+        """The same of magnitudes."""
+        return rank_correlation(*map(np.abs, self._pairs()))[0]
+
+    @property
+    def spent(self) -> float:
+        """Cost, in exhaustive sweeps of one scene."""
+        return self.race.spent / self.race.prices.exhaustive
+
+    @property
+    def gap(self) -> float:
+        """Bound on how much larger than the weakest of the top another condition of the last round
+        may be over the population.
+        """
+        return self.race.gap
+
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        sampled = self.table[self.table["drawn"] == "sample"]
+        return sampled["score"].to_numpy(), sampled["exact"].to_numpy()
+
+    def missed(self, rank: int | None = None) -> Missed:
+        """Bound the number of conditions outside of the top whose effect over the population is
+        larger than the estimate of the `rank`-th of the top (its smallest, by default).
+
+        Holds at the level of the search: half of the error is that of the joint intervals, half
+        that of the hypergeometric count of a random sample of the conditions that did not enter.
 
         Raises:
             ValueError: the top has no such rank.
         """
-        top, sampled = self.table["drawn"] == "top", np.asarray(self.in_sample)
-        sizes = np.sort(self.table.loc[top, "exact"].abs().to_numpy())[::-1]
-        rank = len(sizes) if rank is None else rank
-        if not 1 <= rank <= len(sizes):
-            raise ValueError(f"rank={rank}: the top has ranks 1 to {len(sizes)}.")
-        rest = self.table["drawn"].isin(["sample", ""]).to_numpy()
-        drawn = self.table["exact"].abs().to_numpy()[rest & sampled]
-        hits, largest = int((drawn > sizes[rank - 1]).sum()), float(drawn.max(initial=0.0))
-        most, larger = (
-            count_bound(seen, len(drawn), int(rest.sum()), level) - seen for seen in (hits, 0)
+        top = np.sort(np.abs(self.race.estimates.mean[self.race.top]))[::-1]
+        rank = len(top) if rank is None else rank
+        if not 1 <= rank <= len(top):
+            raise ValueError(f"rank={rank}: the top has ranks 1 to {len(top)}.")
+        return Missed(float(top[rank - 1]), *self.race.missed(float(top[rank - 1])))
+
+    def __str__(self) -> str:
+        """The guarantee, in words."""
+        race, missed = self.race, self.missed()
+        ends = "reached" if self.gap <= race.rules.tolerance else "not reached: the budget is spent"
+        gap = (
+            f"no other finalist is larger than the weakest of these by more than {self.gap:.3g} "
+            f"(tolerance {race.rules.tolerance:g} {ends})"
+            if np.isfinite(self.gap)
+            else "nothing can be said about other finalists (too few scenes)"
         )
-        return Missed(float(sizes[rank - 1]), hits, most, largest, larger)
+        return (
+            f"{len(race.top)} of {len(self.table)} conditions, {race.drawn} scenes, at the cost of "
+            f"{self.spent:.2g} exhaustive ones. Over the population, at {race.rules.level:.0%} "
+            f"confidence, {gap}, and at most {missed.most} other conditions have an effect beyond "
+            f"{missed.beyond:.3g}."
+        )
 
 
 @torch.no_grad()
+def search(
+    plan: Plan, metric: str, k: int = 10, out: str | Path | None = None, **how: Unpack[Searching]
+) -> Search:
+    """Find the k conditions with the largest mean effects over the population of scenes.
+
+    Args:
+        plan: of as many prompts and seeds as can be drawn from the population; a search uses those
+            that its budget pays for.
+        metric: whose effect is looked for; of a metric with several values, one of them
+            ("scene_relation_loose").
+        k: size of the top.
+        out: a folder, in which a search that was stopped goes on.
+        **how: see `Searching`.
+
+    Conditions that have no score (on the text encoder or the image; by attribution, on the
+    timestep's modulation and on the latent that an ε is taken of) all enter the first round.
+
+    Raises:
+        TypeError: the metric cannot be differentiated.
+        ValueError: there is no such metric, it has no slope where it is taken, or a number is out
+            of range.
+
+    Example:
+        >>> plan = sweep.plan(
+        ...     model, "red circle is above blue square", [0, 1], cells, {"red": red}, num_steps=2
+        ... )
+        >>> found = sweep.search(plan, "red", k=1)
+        >>> len(found.table), found.missed().most
+        (3, 2)
+    """
+    name = metric_of(plan, metric)
+    if name is None:
+        raise ValueError(f"The plan has no metric {metric!r}: it has {', '.join(plan.metrics)}.")
+    rules = _rules(plan, k, how)
+    by = how.get("by")
+    slope = plan.metrics[name] if by is None else Metric(by)
+    column = metric.removeprefix(name).removeprefix("_")
+    question = Question(name, slope, column, how.get("score", "attribution"))
+    with cluster_of(plan, how.get("executor", "local"), how.get("workers")) as cluster:
+        numbers = Numbers(
+            plan, metric, question, rules, cluster, None if out is None else Path(out)
+        )
+        try:
+            race = run_race(numbers, prices(plan, question), rules, numbers.unscored)
+            found = numbers.found()
+        finally:
+            numbers.close()
+    return Search(found, _table(plan, race), race)
+
+
 def two_stage(
     plan: Plan,
     metric: str,
     k: int = 20,
     sample: int = 40,
-    by: Callable[[Tensor], Tensor] | None = None,
     out: str | Path | None = None,
-    rng: int = 0,
-    score: Method | None = None,
-    **running: Unpack[Running],
+    **how: Any,
 ) -> Search:
-    """Score all conditions of a plan by an estimate, and run the `k` largest and a random `sample`
-    of all, exactly.
-
-    Args:
-        metric: whose effect is looked for; of a metric with several values, one of them
-            ("scene_relation_loose").
-        by: a differentiable stand-in: a function of the same tensor [batch …] → [batch]. For
-            metrics that have no slope: counts, verdicts, and distances from the run without
-            intervention, which are smallest there.
-        out: a folder, in which a search that was stopped goes on.
-        rng: seed of the sample.
-        score: "step", each touched step exactly and first order from there on, which finds effects
-            that attention's saturation hides from gradients; or "attribution", first order
-            throughout, whose cost does not grow with the number of conditions. Unless given,
-            "step", but for a metric that is taken at the touched step itself, where it would save
-            nothing.
-
-    Conditions that have no score (on the text encoder or the image; by attribution, on the
-    timestep's modulation, which depends on no prompt, and on the latent that an ε is taken of) are
-    run exactly too. Those on tensors between denoiser calls are scored by attribution.
-
-    Raises:
-        TypeError: the metric cannot be differentiated.
-        ValueError: there is no such metric, it has no slope where it is taken, or k or sample is
-            not positive.
+    """Former name of `search`, on all scenes of the plan; `sample` is one of its options.
 
     Example:
-        >>> from dit_lens import Intervention, sweep
-        >>> from hooked_models import HookedTextToImage
-        >>> model = HookedTextToImage.from_pretrained("rte-nano")
-        >>> cells = sweep.grid(
-        ...     Intervention("blocks.*.cross_attn.hook_z"), layers=range(3), steps=[0]
-        ... )
-        >>> red = lambda images: images[:, 0].mean((1, 2))
-        >>> plan = sweep.plan(
-        ...     model, "red circle is above blue square", 0, cells, {"red": red}, num_steps=2
-        ... )
-        >>> found = sweep.two_stage(plan, "red", k=1, sample=2)
-        >>> len(found.table), "red_effect" in found.found
-        (3, True)
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     try:
+        ...         two_stage(None, "red")
+        ...     except AttributeError:
+        ...         print(caught[0].category.__name__)
+        DeprecationWarning
     """
-    name = metric_of(plan, metric)
-    if name is None:
-        raise ValueError(f"The plan has no metric {metric!r}: it has {', '.join(plan.metrics)}.")
+    warnings.warn(
+        "two_stage is sweep.search now, which ranks by the population of scenes: "
+        "sweep.search(plan, metric, k, budget=…).",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return search(plan, metric, k, out, sample=sample, **{"budget": float(plan.runs), **how})
+
+
+def _rules(plan: Plan, k: int, how: Searching) -> Rules:
+    sample, level = how.get("sample", 20), how.get("level", 0.95)
+    budget, tolerance = how.get("budget", min(BUDGET, plan.runs)), how.get("tolerance", 0.0)
     if k < 1 or sample < 1:
         raise ValueError(f"k={k}, sample={sample}: both have to be at least 1.")
-    folder = None if out is None else Path(out)
-    way = score or ("attribution" if plan.reads[name].step == FIRST_TOUCHED else "step")
-    slope = plan.metrics[name] if by is None else Metric(by)
-    question = Question(name, slope, metric.removeprefix(name).removeprefix("_"), way)
-    with cluster_of(plan, **running) as cluster:
-        scores = _scores(plan, question, folder, cluster)
-        scored = np.flatnonzero(~np.isnan(scores))
-        order = scored[np.argsort(-np.abs(scores[scored]), kind="stable")]
-        drawn = np.full(len(scores), "unscored", dtype=object)
-        drawn[scored] = ""
-        in_sample = np.zeros(len(scores), dtype=bool)
-        in_sample[np.random.default_rng(rng).permutation(scored)[:sample]] = True
-        drawn[in_sample] = "sample"
-        drawn[order[:k]] = "top"
+    if not budget > 0 or not 0 < level < 1 or tolerance < 0:
+        raise ValueError(
+            f"budget={budget}, level={level}, tolerance={tolerance}: the budget has to be above "
+            "0, the level between 0 and 1, and the tolerance not below 0."
+        )
+    return Rules(k, plan.runs, budget, sample, tolerance, level, how.get("rng", 0))
 
-        run = np.flatnonzero(drawn != "")
-        exact = replace(plan, treatments=[plan.treatments[i] for i in run.tolist()])
-        where = folder and folder / f"top {k}, sample {sample}, seed {rng}"
-        found = exact.run_by(cluster, where)
-    effects = np.full((len(scores), 3), np.nan)
-    effects[run] = found[f"{metric}_effect"].values
-    pairs = scores[in_sample], effects[in_sample, 0]
-    rho, (of_sizes, _) = rank_correlation(*pairs), rank_correlation(*map(np.abs, pairs))
+
+def prices(plan: Plan, question: Question) -> Prices:
+    """Cost of a search's parts in row-layers (`dit_lens.sweep.cost`), as they are counted before it
+    runs.
+    """
+    layers, branches = plan.model.cfg.n_layers, 1 + plan.extent.guided
+    clean = float(plan.steps * branches * layers)
+    exact, score = np.zeros(len(plan.treatments)), np.zeros(len(plan.treatments))
+    for place, treatment in enumerate(plan.treatments):
+        until = plan.until(treatment)
+        if until is not None and until > treatment.first:
+            begun = sum(layers - layer for layer in _starts(plan, place, treatment.first))
+            exact[place] = begun + (until - treatment.first - 1) * branches * layers
+        if question.by == "step":
+            score[place] = sum(
+                layers - layer for step in treatment.at for layer in _starts(plan, place, step)
+            )
+    return Prices(exact, score, 0.0 if question.by == "none" else CHAIN * clean, clean)
+
+
+def _starts(plan: Plan, place: int, step: int) -> list[int]:
+    """Layers that a condition begins at in a step, branch by branch."""
+    treatment, layers = plan.treatments[place], plan.model.cfg.n_layers
+    found = treatment.starts(layers, step)
+    return [layer if plan.model.enters_at_layers else 0 for layer in found.values()]
+
+
+def order_of_scenes(prompts: int, seeds: int, rng: int) -> Int[np.ndarray, " row"]:
+    """Rows of a plan in the order in which a search draws them: all prompts at random, with
+    different seeds, before any comes again.
+
+    Example:
+        >>> order_of_scenes(3, 2, rng=0).tolist()
+        [2, 3, 1, 5, 0, 4]
+    """
+    drawn = np.random.default_rng(rng).permutation(prompts)
+    turns, places = np.divmod(np.arange(prompts * seeds), prompts)
+    return (turns + places) % seeds * prompts + drawn[places]
+
+
+class Numbers:
+    """A plan as the race's oracle: scenes are its rows in a random order. Scores and results are on
+    disk if there is a folder, and are not computed again.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        metric: str,
+        question: Question,
+        rules: Rules,
+        cluster: Cluster | None,
+        folder: Path | None,
+    ) -> None:
+        self.plan, self.metric, self.question, self.cluster = plan, metric, question, cluster
+        self.rows = order_of_scenes(len(plan.prompts), len(plan.seeds), rules.rng)
+        read = plan.reads[question.name]
+        self.unscored = [
+            place
+            for place, treatment in enumerate(plan.treatments)
+            if not has_score(treatment, read, question.by)
+        ]
+        self.here = Here(plan, lambda rows: None)
+        self.store: Store | None = None
+        if folder is not None:
+            asked = [question.metric, read, question.column, question.by]
+            self.store = Store(folder / "scores", {**plan.settings, "scores": fingerprint(asked)})
+        try:
+            self.results = Results(
+                folder and folder / "cells", {} if folder is None else plan.settings
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Write what is not on disk yet."""
+        if self.store is not None:
+            self.store.close()
+        if hasattr(self, "results"):
+            self.results.close()
+
+    def scores(self, cells: Cells, scenes: range) -> Float[np.ndarray, "cell scene"]:
+        """As in `race.Oracle`."""
+        plan, rows = self.plan, np.sort(self.rows[scenes.start : scenes.stop])
+        question = replace(self.question, conditions=tuple(cells.tolist()))
+        if any(plan.treatments[place].joint for place in cells.tolist()):
+            n = len(plan.prompts)  # a condition that mixes prompts has all of them in its run
+            groups = [seed * n + np.arange(n) for seed in np.unique(rows // n)]
+        else:
+            workers = 1 if self.cluster is None else self.cluster.count
+            most = min(plan.batch, -(-len(rows) // workers))
+            groups = np.array_split(rows, -(-len(rows) // most))
+        names = [f"{digest(str(group.tolist()), str(cells.tolist()))}.npy" for group in groups]
+        parts = {name: self._kept(name) for name in names}
+        new = [place for place, name in enumerate(names) if parts[name] is None]
+        if new:
+            team = self.here if self.cluster is None else self.cluster.team(len(new))
+            made = team.scores(question, [groups[place] for place in new])
+            for place, part in zip(new, made, strict=True):
+                parts[names[place]] = part
+                if self.store is not None:
+                    self.store.array(names[place], partial(np.asarray, part))
+        values = np.concatenate([parts[name] for name in names], axis=1)
+        known = np.concatenate(groups)
+        if not np.any(values):
+            raise ValueError(
+                f"{self.question.name} has no slope at the runs without intervention: all scores "
+                "are 0. Distances from these runs are such; give by=, a function of the same "
+                "tensor that goes up or down with what you look for, or score='none'."
+            )
+        return values[:, np.searchsorted(known, self.rows[scenes.start : scenes.stop])]
+
+    def _kept(self, name: str) -> np.ndarray | None:
+        if self.store is None or name not in self.store:
+            return None
+        return self.store.array(name, lambda: None)
+
+    def exact(self, cells: Cells, scenes: range) -> Float[np.ndarray, "cell scene"]:
+        """As in `race.Oracle`."""
+        plan, rows = self.plan, self.rows[scenes.start : scenes.stop]
+        wanted = cells[:, None] * plan.runs + rows
+        done = np.ones(plan.cells, dtype=bool)
+        done[wanted.ravel()] = False
+        done[self.results.done] = True
+        if not done.all():
+            Execution(plan, self.results, done).run(self.cluster)
+            self.results.flush()
+        table = self.results.table.drop_duplicates("cell").set_index("cell")
+        effects = table[self.metric] - table[f"{self.metric}_baseline"]
+        return effects.loc[wanted.ravel()].to_numpy(dtype=float).reshape(wanted.shape)
+
+    def found(self) -> xr.Dataset:
+        """Results of the conditions that were run."""
+        plan, table = self.plan, self.results.table.drop_duplicates("cell")
+        own = {column: depends_on_condition(plan, column) for column in table.columns}
+        attrs = {"num_steps": plan.num_steps, "guidance": plan.guidance}
+        whole = dataset(table, plan.treatments, plan.prompts, plan.seeds, own, attrs)
+        return whole.isel(intervention=np.unique(table["cell"].to_numpy() // plan.runs))
+
+
+def _table(plan: Plan, race: Race) -> pd.DataFrame:
+    estimates, joint = race.estimates, race.joint
+    drawn = np.where(race.lasted > 0, np.where(race.sampled, "sample", "entrant"), "")
+    drawn[race.top] = "top"
+    counts = np.maximum((~np.isnan(race.scores)).sum(axis=1), 1)
+    scores = np.where(np.isnan(race.scores).all(axis=1), np.nan, np.nansum(race.scores, 1) / counts)
+    ran = race.lasted > 0
     table = pd.DataFrame(
         {
             "intervention": [one.label for one in plan.treatments],
@@ -230,47 +429,19 @@ def two_stage(
             },
             "score": scores,
             "drawn": drawn,
-            **dict(zip(("exact", "low", "high"), effects.T, strict=True)),
+            "exact": estimates.mean,
+            "low": np.where(ran, joint[:, 0], np.nan),
+            "high": np.where(ran, joint[:, 1], np.nan),
+            "scenes": estimates.scenes,
+            "rounds": race.lasted,
+            "close": race.close,
         }
     )
-    order = np.concatenate([order, np.flatnonzero(np.isnan(scores))])
-    return Search(
-        found, table.iloc[order].reset_index(drop=True), *rho, of_sizes, in_sample[order].tolist()
+    others = np.setdiff1d(np.arange(len(table)), race.top)
+    key = (
+        race.lasted[others],
+        estimates.expected_sizes()[others],
+        np.abs(np.nan_to_num(scores))[others],
     )
-
-
-def _scores(
-    plan: Plan, question: Question, folder: Path | None, cluster: Cluster | None
-) -> Float[np.ndarray, " condition"]:
-    """Means over prompts and seeds; NaN where there is none."""
-    name = question.name
-    asked = [question.metric, plan.reads[name], question.column, question.by]
-    settings = {} if folder is None else {**plan.settings, "scores": fingerprint(asked)}
-    with (
-        progress_bar(plan.cells, plan.runs, disable=plan.runs <= plan.batch) as advance,
-        nullcontext() if folder is None else Store(folder, settings) as store,
-    ):
-
-        def make(seed: int) -> Float[np.ndarray, "condition prompt"]:
-            groups = groups_of_prompts(plan, 1 if cluster is None else cluster.count)
-            team = Here(plan, advance.rows) if cluster is None else cluster.team(len(groups))
-            parts = []
-            for prompts, part in zip(groups, team.scores(question, seed, groups), strict=True):
-                parts.append(part)
-                advance.rows(len(prompts))
-            return np.concatenate(parts, axis=1)
-
-        seeds = range(len(plan.seeds))
-        of_seeds = [
-            make(seed) if store is None else store.array(f"{seed:08d}.npy", partial(make, seed))
-            for seed in seeds
-        ]
-    values = np.stack(of_seeds)  # [seed condition prompt]
-    scored = ~np.isnan(values).any(axis=(0, 2))
-    if scored.any() and not np.any(values[:, scored]):
-        raise ValueError(
-            f"{name} has no slope at the runs without intervention: all scores are 0. Distances "
-            "from these runs are such; give "
-            "by=, a function of the same tensor that goes up or down with what you look for."
-        )
-    return np.where(scored, values.mean(axis=(0, 2)), np.nan)
+    order = others[np.lexsort(tuple(-part for part in reversed(key)))]
+    return table.iloc[np.concatenate([race.top, order])].reset_index(drop=True)

@@ -40,7 +40,8 @@ def test_a_searchs_scores_and_effects(case: Case, way: Any) -> None:
     site = f"blocks.0.{case.attention}.hook_z"
     cells = {f"head {head}": Intervention(site, heads=[head], steps=1) for head in (0, 1)}
     cells["stream"] = Intervention("blocks.1.hook_resid_pre", steps=1, action=Scale(0.9))
-    found = sweep.two_stage(plan_of(case, cells, {"m": mean_of}), "m", k=1, sample=1, score=way)
+    plan = plan_of(case, cells, {"m": mean_of})
+    found = sweep.search(plan, "m", k=1, sample=1, score=way, budget=100.0)  # all scenes
     table = found.table.set_index("intervention")
     assert set(found.found.intervention.values) == set(table.index[table["drawn"] != ""])
     draws = case.model.run_with_hooks

@@ -225,14 +225,14 @@ def test_a_search_by_two_workers_is_the_local_one(two_workers, model, score, tmp
         {"mean": sweep.Metric(lambda x: x.flatten(1).mean(1))},
         num_steps=STEPS,
     )
-    here = sweep.two_stage(plan, "mean", k=2, sample=3, score=score)
+    here = sweep.search(plan, "mean", k=2, sample=3, score=score)
     started: list[int] = []
     start = cluster.Cluster._start
     monkeypatch.setattr(
         cluster.Cluster, "_start", lambda self, n: (started.append(n), start(self, n))
     )
     for _ in range(2):  # the second time, everything is in the folder
-        there = sweep.two_stage(
+        there = sweep.search(
             plan, "mean", k=2, sample=3, score=score, out=tmp_path, executor="ray", workers=2
         )
         pd.testing.assert_frame_equal(here.table, there.table, rtol=1e-4, atol=1e-9)

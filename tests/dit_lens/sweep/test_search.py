@@ -1,10 +1,13 @@
-"""Scores against exact effects of small interventions; the search against the exhaustive sweep; the
-bound against all cases.
+"""Scores against exact effects of small interventions; the search against the exhaustive sweep; its
+guarantee against known means; the bound against all cases.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -13,10 +16,12 @@ from torch import Tensor
 
 from dit_lens import sweep
 from dit_lens.intervene.interventions import Intervention, Replace, Scale
-from dit_lens.stats import count_bound, rank_correlation
+from dit_lens.stats import count_bound
+from dit_lens.sweep.execute import Execution
+from dit_lens.sweep.scores import Method, Question, scores_of_rows
 from hooked_models import HookedTextToImage
 
-from ..sweeps import PROMPTS, SEEDS, STEPS, tiny
+from ..sweeps import PROMPTS, SEEDS, STEPS, shards, tiny
 
 SMALL = 1e-4
 
@@ -24,6 +29,18 @@ SMALL = 1e-4
 @pytest.fixture(scope="module")
 def model() -> HookedTextToImage:
     return tiny()
+
+
+def scored(plan: sweep.Plan, score: Method, by: Any = None) -> pd.DataFrame:
+    """Mean score and exact effect of every condition on the metric `m`."""
+    metric = plan.metrics["m"] if by is None else sweep.Metric(by)
+    question = Question("m", metric, "", score, tuple(range(len(plan.treatments))))
+    with torch.no_grad():
+        values = scores_of_rows(plan, plan.inputs(), question, np.arange(plan.runs))
+    exact = plan.run()["m_effect"].sel(interval="mean").values
+    return pd.DataFrame(
+        {"score": values.mean(axis=1), "exact": exact}, [one.label for one in plan.treatments]
+    )
 
 
 def energy(tensor: Tensor) -> Tensor:
@@ -58,11 +75,10 @@ def test_a_score_is_the_effect_of_a_small_change(model, on, score):
     plan = sweep.plan(
         model, PROMPTS, SEEDS, sites, {"m": sweep.Metric(energy, on=on)}, num_steps=STEPS, batch=3
     )
-    found = sweep.two_stage(plan, "m", k=len(sites), sample=1, score=score).table
-    assert found.loc[found["drawn"] == "unscored", "intervention"].tolist() == (
-        ["latent"] if on == "eps" else []
-    )
-    found = found[found["drawn"] == "top"]
+    found = scored(plan, score)
+    unscored = found.index[found["score"].isna()].tolist()
+    assert unscored == (["latent"] if on == "eps" else [])
+    found = found.drop(unscored)
     np.testing.assert_allclose(found["score"], found["exact"], rtol=2e-3, atol=1e-9)
     assert (found["score"].abs() > 1e-7).all()
 
@@ -88,9 +104,7 @@ def test_a_step_is_taken_exactly(model):
     plan = sweep.plan(model, PROMPTS, SEEDS, cells, {"m": linear}, num_steps=STEPS, batch=4)
     errors = {}
     for score in ("step", "attribution"):
-        table = sweep.two_stage(plan, "m", k=len(cells), sample=1, score=score).table.set_index(
-            "intervention"
-        )
+        table = scored(plan, score)
         assert (table["exact"].abs() > 1e-4).all()
         errors[score] = ((table["score"] - table["exact"]) / table["exact"]).abs()
     assert errors["step"].max() < 1e-5
@@ -114,7 +128,7 @@ def test_several_edits_of_one_tensor_are_scored_in_their_order(model):
         {"m": sweep.Metric(energy, on="steps.1.hook_x0")},
         num_steps=STEPS,
     )
-    found = sweep.two_stage(plan, "m", k=3, sample=1).table.set_index("intervention")
+    found = scored(plan, "step")
     np.testing.assert_allclose(found["score"], found["exact"], rtol=2e-3, atol=1e-12)
     assert found.loc["late", "score"] == 0
     assert found.loc["both", "score"] == pytest.approx(-2 * found.loc["one", "score"], rel=1e-3)
@@ -133,7 +147,7 @@ def test_a_masked_key_is_scored_by_the_pattern_that_comes_of_it(model):
     plan = sweep.plan(
         model, PROMPTS, 0, cells, {"m": sweep.Metric(energy, on="x0")}, num_steps=STEPS
     )
-    found = sweep.two_stage(plan, "m", k=2, sample=1, score="attribution").table
+    found = scored(plan, "attribution")
     assert found["score"].iloc[0] == pytest.approx(found["score"].iloc[1], rel=1e-9)
     assert abs(found["score"].iloc[0]) > 1e-6
 
@@ -144,70 +158,115 @@ def heads(steps: range) -> dict[str, Intervention]:
     )
 
 
-def test_the_search_runs_what_it_says_and_no_more(model, tmp_path):
+def test_a_search_with_money_for_everything_is_the_exhaustive_sweep(model, tmp_path):
+    """And repeated, it computes nothing."""
     metrics = {"m": sweep.Metric(lambda tensor: {"energy": energy(tensor)}, on="latent")}
     cells = {
         **heads(range(STEPS)),
         "encoder": Intervention("text_encoder.hook_out", tokens="shape1", action="mean"),
     }
     plan = sweep.plan(model, PROMPTS, SEEDS, cells, metrics, num_steps=STEPS)
-    found = sweep.two_stage(plan, "m_energy", k=3, sample=5, out=tmp_path)
-    whole, table = plan.run(), found.table
-    assert set(table["intervention"]) == set(cells)
-    assert table["drawn"].value_counts()["top"] == 3
-    assert table.loc[table["drawn"] == "unscored", "intervention"].tolist() == ["encoder"]
-    assert (table["score"].abs().to_numpy()[:-2] >= table["score"].abs().to_numpy()[1:-1]).all()
-    ran = table[table["drawn"] != ""]
-    assert set(ran["intervention"]) == set(found.found["intervention"].values)
-    expected = whole["m_energy_effect"].sel(intervention=ran["intervention"].tolist())
-    np.testing.assert_allclose(ran[["exact", "low", "high"]], expected, rtol=0, atol=1e-12)
-    assert table.loc[table["drawn"] == "", "exact"].isna().all()
-    sample = table[found.in_sample]
-    assert len(sample) == 5
-    assert (
-        found.spearman
-        == rank_correlation(sample["score"].to_numpy(), sample["exact"].to_numpy())[0]
-    )
-    assert (
-        found.of_sizes
-        == rank_correlation(sample["score"].abs().to_numpy(), sample["exact"].abs().to_numpy())[0]
-    )
+    found = sweep.search(plan, "m_energy", k=8, budget=40.0, out=tmp_path)
+    whole, table = plan.run(), found.table.set_index("intervention")
+    assert set(table.index) == set(cells)
+    assert np.isnan(table.loc["encoder", "score"])
+    assert table.loc["encoder", "drawn"] != ""
+    assert (table["drawn"] == "top").sum() == 8
+    assert (table["drawn"].iloc[:8] == "top").all()
+    ran = found.found["intervention"].values
+    assert set(ran) == set(table.index[table["drawn"] != ""])
+    here, there = found.found["m_energy"], whole["m_energy"].sel(intervention=ran)
+    known = ~np.isnan(here.values)
+    np.testing.assert_allclose(here.values[known], there.values[known], rtol=0, atol=1e-12)
+    assert (known.sum(axis=(1, 2)) == table.loc[ran, "scenes"]).all()
+    last = table[table["scenes"] == plan.runs]  # on all scenes the estimate is the plain mean
+    exact = whole["m_energy_effect"].sel(intervention=last.index.tolist(), interval="mean")
+    assert len(last) >= 8
+    np.testing.assert_allclose(last["exact"], exact, rtol=0, atol=1e-12)
 
-    scored = []
-    handle = model.dit.register_forward_pre_hook(lambda *args: scored.append(1))
-    again = sweep.two_stage(plan, "m_energy", k=3, sample=5, out=tmp_path)
+    called = []
+    handle = model.dit.register_forward_pre_hook(lambda *args: called.append(1))
+    again = sweep.search(plan, "m_energy", k=8, budget=40.0, out=tmp_path)
     handle.remove()
-    assert not scored  # scores and effects are on disk
+    assert not called  # scores and effects are on disk
     xr.testing.assert_identical(again.found, found.found)
+    pd.testing.assert_frame_equal(again.table, found.table)
     with pytest.raises(ValueError, match="other scores"):
-        sweep.two_stage(plan, "m_energy", k=3, sample=5, by=energy, out=tmp_path)
+        sweep.search(plan, "m_energy", k=8, by=energy, out=tmp_path)
 
 
-def test_the_bound_is_what_the_sample_allows(model):
-    plan = sweep.plan(
-        model,
-        PROMPTS,
-        SEEDS[:1],
-        heads(range(STEPS)),
-        {"m": sweep.Metric(energy, on="latent")},
-        num_steps=STEPS,
+def test_a_search_that_was_killed_goes_on(model, tmp_path, monkeypatch):
+    """After its second exact round was lost in the middle."""
+    metrics = {"m": sweep.Metric(energy, on="latent")}
+    plan = sweep.plan(model, PROMPTS, SEEDS, heads(range(STEPS)), metrics, num_steps=STEPS)
+    how: Any = {"k": 2, "budget": 5.0, "sample": 2}
+    whole = sweep.search(plan, "m", **how)
+    assert whole.table["rounds"].max() > 1
+
+    class Killed(BaseException):
+        pass
+
+    done, run = [], Execution.run
+
+    def dying(self: Execution, cluster: Any = None) -> None:
+        done.append(int((~self.done).sum()))
+        if len(done) == 2:
+            raise Killed
+        run(self, cluster)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Execution, "run", dying)
+        with pytest.raises(Killed):
+            sweep.search(plan, "m", **how, out=tmp_path)
+    first = done[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(Execution, "run", lambda self, c=None: (done.append(0), run(self, c)))
+        found = sweep.search(plan, "m", **how, out=tmp_path)
+    assert len(shards(tmp_path / "cells")) >= first  # the first round is not run again
+    assert len(done) == 2 + (whole.table["rounds"].max() - 1)
+    pd.testing.assert_frame_equal(found.table, whole.table, rtol=1e-9, atol=1e-12)
+
+
+def test_a_search_runs_few_conditions_on_many_scenes(model):
+    """Within its budget; what it left out is what its table says."""
+    metrics = {"m": sweep.Metric(energy, on="latent")}
+    cells = sweep.grid(
+        Intervention("blocks.*.attn.hook_z"), layers=range(2), heads=range(2), steps=range(STEPS)
     )
-    found = sweep.two_stage(plan, "m", k=4, sample=6)
+    cells = {**{f"self {name}": one for name, one in cells.items()}, **heads(range(STEPS))}
+    plan = sweep.plan(model, PROMPTS, [3, 4, 5, 6], cells, metrics, num_steps=STEPS)
+    found = sweep.search(plan, "m", k=1, budget=4.0, sample=2)
+    table, missed = found.table, found.missed()
+    assert found.spent <= 4.3
+    assert table["scenes"].iloc[0] == table["scenes"].max() > table["scenes"].min() == 0
+    assert missed.beyond == pytest.approx(abs(table["exact"].iloc[0]))
     whole = abs(plan.run()["m_effect"].sel(interval="mean")).to_series()
-    table, missed = found.table, found.missed(rank=2)
-    top = table.loc[table["drawn"] == "top", "intervention"]
-    assert missed.beyond == pytest.approx(whole[top].sort_values().iloc[-2])
-    rest = whole.drop(top)
-    sampled = table.loc[table["drawn"] == "sample", "intervention"]
-    assert missed.sampled == (rest[sampled] > missed.beyond).sum()
-    assert missed.most >= (rest.drop(sampled) > missed.beyond).sum()
-    assert missed.most_larger >= (rest.drop(sampled) > missed.largest).sum()
-    assert found.missed().beyond <= missed.beyond
-    with pytest.raises(ValueError, match="ranks 1 to 4"):
-        found.missed(rank=5)
-    # nothing is left that could have been missed
-    every = sweep.two_stage(plan, "m", k=len(whole), sample=1).missed()
-    assert (every.sampled, every.most, every.most_larger) == (0, 0, 0)
+    top = table["intervention"][table["drawn"] == "top"]
+    assert (whole.drop(top) > missed.beyond).sum() <= missed.most
+    assert "at most" in str(found)
+    with pytest.raises(ValueError, match="ranks 1 to 1"):
+        found.missed(rank=2)
+
+
+def test_a_search_without_scores_runs_everything_first(model):
+    """Of a distance from the run without intervention, which has no slope there."""
+    moved = sweep.Metric(sweep.displacement, on="latent", given=["baseline"])
+    plan = sweep.plan(model, PROMPTS, SEEDS, heads(range(STEPS)), {"m": moved}, num_steps=STEPS)
+    with pytest.raises(ValueError, match="no slope"):
+        sweep.search(plan, "m", k=2)
+    found = sweep.search(plan, "m", k=2, score="none").table
+    assert found["score"].isna().all()
+    assert (found["rounds"] > 0).all()
+    whole = plan.run()["m_effect"].sel(interval="mean").to_series().sort_values()
+    assert set(found["intervention"][:2]) == set(whole.index[-2:])
+
+
+def test_the_former_name_warns(model):
+    metrics = {"m": sweep.Metric(energy, on="latent")}
+    plan = sweep.plan(model, PROMPTS, 0, heads(range(1)), metrics, num_steps=STEPS)
+    with pytest.warns(DeprecationWarning, match=r"sweep\.search"):
+        found = sweep.two_stage(plan, "m", k=2, sample=1)
+    assert (found.table["drawn"] == "top").sum() == 2
 
 
 @pytest.mark.parametrize(("total", "drawn"), [(12, 4), (40, 15), (7, 7), (9, 0)])
@@ -236,6 +295,7 @@ def test_a_count_is_bounded_in_at_least_95_of_100_samples(total, drawn):
             "cannot be differentiated",
         ),
         ({"k": 0}, ValueError, "at least 1"),
+        ({"budget": 0}, ValueError, "above 0"),
     ],
 )
 def test_what_has_no_score_is_refused(model, arguments, error, message):
@@ -249,7 +309,7 @@ def test_what_has_no_score_is_refused(model, arguments, error, message):
     }
     plan = sweep.plan(model, PROMPTS, 0, heads(range(1)), metrics, num_steps=STEPS)
     with pytest.raises(error, match=message):
-        sweep.two_stage(plan, **{"metric": "m", **arguments})
+        sweep.search(plan, **{"metric": "m", **arguments})
 
 
 @pytest.mark.slow
@@ -283,9 +343,8 @@ def test_the_planted_circuit_stands_at_the_top(planted_model):
     )
     assert set(whole.index[: len(needed)]) == {f"L{head.layer}H{head.head}" for head in needed}
     for score in ("step", "attribution"):
-        found = sweep.two_stage(plan, "height", k=4, sample=2, score=score)
-        missed, left = found.missed(), found.table.loc[found.table["drawn"] == "", "intervention"]
-        assert (whole[left] > missed.beyond).sum() <= missed.most
-        assert (whole[left] > missed.largest).sum() <= missed.most_larger
+        found = sweep.search(plan, "height", k=4, score=score, budget=1.0)
+        top, missed = found.table["intervention"][:4], found.missed()
+        assert (whole.drop(top) > missed.beyond).sum() <= missed.most
         if score == "step":
-            assert set(whole.index[: len(needed)]) <= set(found.table["intervention"][:4])
+            assert set(whole.index[: len(needed)]) <= set(top)
