@@ -29,7 +29,7 @@ from dit_lens import scenes
 from dit_lens.readout import screening
 from dit_lens.stats import Interval, finite, proportion
 from dit_lens.task.scene import Relation
-from dit_lens.viz import style
+from dit_lens.viz import intervals, style
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, independent, report, stage
@@ -156,24 +156,23 @@ def claims_of(run: str, heads: pd.DataFrame, images: pd.DataFrame) -> list[Claim
 @style.styled
 def figure(tables: dict[str, pd.DataFrame]) -> Figure:
     """Share of right relations by diagonal, of images with both objects; the unread one filled."""
-    drawn, ax = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
+    drawn, ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    told = []
     for number, table in enumerate(tables.values()):
-        for place, relation in enumerate((UNREAD, *READ)):
-            part = table[(table["relation"] == relation) & (table["bound"] == 1)]
-            share = proportion(part["right"].to_numpy())
-            ax.errorbar(
-                place + 0.16 * (number - (len(tables) - 1) / 2),
-                share.mean,
-                yerr=[[share.mean - share.low], [share.high - share.mean]],
-                fmt="os"[number],
-                color=f"C{number}",
-                markerfacecolor=f"C{number}" if relation == UNREAD else "none",
-                label=f"training run {number}" if relation == UNREAD else None,
-            )
+        right = table[table["bound"] == 1].set_index("relation")["right"]
+        found = [proportion(right[right.index == name].to_numpy()) for name in (UNREAD, *READ)]
+        at = np.arange(4) + 0.16 * (number - (len(tables) - 1) / 2)
+        color, label = f"C{number}", f"training run {number}"
+        intervals(ax, found[:1], at[:1], upright=True, color=color, label=label)
+        intervals(ax, found[1:], at[1:], upright=True, color=color, markerfacecolor="none")
+        told.append(f"{found[0].mean:.2f}")
     names = [name.replace("_", " ") for name in (UNREAD, *READ)]
     ax.set_xticks(range(4), [f"{names[0]}\n(never read)", *names[1:]])
-    ax.set(ylim=(-0.02, 1.02), ylabel="relation as prompted")
+    ax.set(ylim=(-0.05, 1.05), ylabel="relation as prompted")
     if tables:
+        ax.set_title(
+            f"A diagonal never read is drawn as prompted in {' and '.join(told)} of the images"
+        )
         ax.legend(loc="lower right")
     return drawn
 
