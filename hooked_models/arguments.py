@@ -1,6 +1,4 @@
-"""Checks of arguments: one value in its right type, or a ValueError that names the argument and the
-fix.
-"""
+"""Checks of arguments: the value in its right type, or a ValueError that names it and the fix."""
 
 from __future__ import annotations
 

@@ -63,9 +63,7 @@ def main() -> None:
 
 
 def _is_meant(error: Exception) -> bool:
-    """True for an error whose message is for the user: bad input, a file, memory, or one raised by
-    this project.
-    """
+    """True for an error whose message is for the user: bad input, a file, memory, or our own."""
     if isinstance(error, (OSError, ValueError, ImportError, MemoryError)):
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -296,9 +296,7 @@ def _regions(
 
 
 def _words(model: HookedTextToImage, texts: list[str], keys: str) -> Any:
-    """Text groups for a word of the prompts and the other tokens; None for a role, which has its
-    own groups.
-    """
+    """Text groups for a word and the other tokens; None for a role, which has its own groups."""
     from typing import get_args
 
     from ..text import prompts
@@ -310,9 +308,7 @@ def _words(model: HookedTextToImage, texts: list[str], keys: str) -> Any:
 
 
 def models() -> None:
-    """List the bundled models: size, text encoder, and the relation's accuracy on held-out
-    scenes.
-    """
+    """List the bundled models: size, text encoder, relation accuracy on held-out scenes."""
     from hooked_models.pipelines.hub import ZOO, list_models
 
     table = Table(box=None)

@@ -160,9 +160,7 @@ def _cells(whole: Intervention, axes: Mapping[str, Sequence[int]]) -> dict[str, 
 
 
 def _effects(found: Any, column: str) -> pd.DataFrame:
-    """The effects of a sweep, the largest on `column` first: intervention, metric, mean, low,
-    high.
-    """
+    """Effects of a sweep, the largest first: intervention, metric, mean, low, high."""
     import pandas as pd
 
     parts = []

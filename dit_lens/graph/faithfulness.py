@@ -186,9 +186,7 @@ def cut_edges(
 
 @dataclass
 class _Run:
-    """Copies of a batch going through the model: the corrupt prompts, then the clean ones once a
-    circuit.
-    """
+    """Copies of a batch going through the model: corrupt prompts, then clean ones per circuit."""
 
     model: HookedTextToImage
     roles: Bool[Tensor, "role prompt text_pos"]

@@ -1,6 +1,4 @@
-"""The vocabulary of path patching: the components that send, those that receive, and the pairs that
-a path joins.
-"""
+"""Nodes of path patching: components that send, that receive, and pairs that a path joins."""
 
 from __future__ import annotations
 
@@ -109,9 +107,7 @@ class Node:
         )
 
     def check(self, cfg: Any, sends: bool) -> None:
-        """Raise ValueError unless the model has this node and the node can send, or else
-        receive.
-        """
+        """Raise ValueError unless the model has this node and it can send, or else receive."""
         layers, heads = cfg.n_layers, cfg.n_heads
         if (self.layer or 0) >= layers or (self.head or 0) >= heads:
             raise ValueError(

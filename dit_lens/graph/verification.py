@@ -1,6 +1,4 @@
-"""Scores of the parts of a model, and how far they are true: exact patches of the largest and of a
-random sample.
-"""
+"""Scores of a model's parts, and their accuracy: exact patches of the largest and of a sample."""
 
 from __future__ import annotations
 
@@ -54,9 +52,7 @@ class Verification:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a cell: where it is, its `score` and its `exact` effect, both means over
-        prompts.
-        """
+        """One row a cell: its place, `score` and `exact` effect, both means over prompts."""
         return self.result.index_df.assign(exact=self.result.effect().mean(-1).cpu().numpy())
 
 

@@ -105,9 +105,7 @@ class Edit:
     site: Site
     action: Action
     where: Bool[Tensor, "row ..."]
-    """Mask of the entries that change; as many axes as the tensor, 1 along those that are selected
-    whole.
-    """
+    """Mask of the entries that change; 1 along axes that are selected whole."""
     prompt: Int[Tensor, " row"]
     """Group ids: equal for equal prompts."""
     exchange_group: Int[Tensor, " row"]
@@ -116,9 +114,7 @@ class Edit:
     """The token axis, if selected tokens correspond in order and not by position; else None."""
     seed: int = 0
     values: Tensor | None = None
-    """Values of `Replace` and `Add`: one row each if it has all axes and as many rows, else the
-    same for all.
-    """
+    """Values of `Replace` and `Add`: one for each row if it has all axes, else one for all."""
     num_steps: int | None = None
     """Number of steps of the run, if the intervention's steps depend on it; else None."""
 
@@ -175,9 +171,7 @@ class Edit:
         )
 
     def on(self, rows: Int[Tensor, " row"]) -> HookFunction:
-        """Hook that applies this edit to the given rows of a larger batch, and leaves the others as
-        they are.
-        """
+        """Hook that applies this edit to the given rows of a larger batch alone."""
         return RowEdits(((self, rows),))
 
     def check(self) -> None:
@@ -260,9 +254,7 @@ class Edit:
 
 @dataclass(frozen=True, repr=False)
 class RowEdits:
-    """Edits of one site, each in its own rows of a larger batch and in the order given, as one hook
-    function.
-    """
+    """Edits of one site, each in its own rows of a larger batch, in order, as one hook."""
 
     parts: Sequence[tuple[Edit, Int[Tensor, " _"]]]
 

@@ -515,6 +515,4 @@ MEANINGLESS: tuple[tuple[Callable[[Intervention, Hook], bool], str], ...] = (
         "{site!r} belongs to neither branch: leave branch out.",
     ),
 )
-"""Combinations of an intervention and a hook's row in the table that mean nothing, and their
-message.
-"""
+"""Combinations of an intervention and a hook without meaning, and their message."""

@@ -134,9 +134,7 @@ def _substituted(phrase: str, other: str) -> str | None:
 def _word_difference(
     model: HookedTextToImage, phrase: str, target: str, at: Space
 ) -> Float[Tensor, "phrase_pos d"]:
-    """Mean change of the phrase's own tokens, over the pairs of objects, if `target` replaces
-    `phrase`.
-    """
+    """Mean change of the phrase's tokens over pairs of objects if `target` replaces it."""
     means = []
     for wording in (phrase, target):
         sentences = factorial_prompts([wording])

@@ -1,6 +1,4 @@
-"""Where an intervention acts: the hooks that a site names, the steps of a run, and the axes of a
-tensor.
-"""
+"""Places of an intervention: the hooks of a site, the steps of a run, the axes of a tensor."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ def counts_from_the_end(steps: Any) -> bool:
 
 
 def find_hooks(model: HookedTextToImage, site: str) -> tuple[HookPart, list[str]]:
-    """The part of a generation that a site lies in, and its canonical names there: one, or one for
-    every layer.
-    """
+    """Part of a generation that a site lies in, and its canonical names there."""
     names = model.names
     if site.startswith(("steps.", "null_text_encoder.")):
         raise ValueError(

@@ -78,9 +78,7 @@ class Lab:
         return {**original, "edited": edited, "snippet": state.snippet(self.name)}
 
     def _original(self, state: State) -> dict[str, Any]:
-        """Without an edit; the last ones are kept, since clicks change the edit more often than the
-        prompt.
-        """
+        """Without an edit; kept, since clicks change the edit more often than the prompt."""
         key = state.prompt, state.seed, state.num_steps
         if key not in self._originals:
             if len(self._originals) > 30:
@@ -107,9 +105,7 @@ class Lab:
         return self._originals[key]
 
     def _cosines(self) -> dict[str, float]:
-        """Screening of each head with direction words; empty for a model that does not know
-        them.
-        """
+        """Screening of each head with direction words; empty if the model does not know them."""
         try:
             vectors = {word: screening.word_vector(self.model, word) for word in DIRECTION_WORDS}
             table = screening.screen_heads(self.model.dit, vectors)
@@ -166,9 +162,7 @@ def serve(
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers requests for the page and for images; a subclass for each server has the
-    attributes.
-    """
+    """Answers requests for the page and for images; subclassed for each server."""
 
     lab: Lab
     token: str

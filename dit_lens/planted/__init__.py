@@ -1,6 +1,4 @@
-"""Models with a circuit that is known by construction: a ground truth for methods that find
-circuits.
-"""
+"""Models with a circuit known by construction: a ground truth for circuit-finding methods."""
 
 from __future__ import annotations
 

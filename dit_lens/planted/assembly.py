@@ -19,9 +19,7 @@ Sublayer = Literal["attn", "cross_attn"]
 When = Literal["early", "late", "always"]
 """The steps at which the layout is made, at which objects are drawn into it, or both."""
 SHARPNESS = 14.0
-"""A unit's pre-activation per unit of its argument: GELU is 0 or linear, to 1e-3, from an argument
-of ±0.25 on.
-"""
+"""A unit's pre-activation per unit of its argument: GELU is 0 or linear, to 1e-3, from ±0.25."""
 HALF_STEP = 3.5
 COPIES = 6
 """Hidden units a logical unit is spread over: weight noise averages out."""
@@ -29,9 +27,7 @@ COPIES = 6
 
 @dataclass
 class Head:
-    """One head: rows r of queries and keys (the score is Σ_r (q_r·x)(k_r·text)), rows of values and
-    their outputs.
-    """
+    """Head with score Σ_r (q_r·x)(k_r·text), rows of values and their outputs."""
 
     q: Float[Tensor, "rank d_in"]
     k: Float[Tensor, "rank d_kv"]

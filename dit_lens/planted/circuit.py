@@ -107,9 +107,7 @@ def plant(build: Assembly) -> None:
 
 
 def read_latents(build: Assembly) -> None:
-    """Layer 0: the peak of the noise shifts the layout. MLP 1: later, marks in the latents become
-    tags.
-    """
+    """Layer 0: the noise's peak shifts the layout. MLP 1: marks in the latents become tags."""
     build.head(
         "attn",
         0,
@@ -128,9 +126,7 @@ def read_latents(build: Assembly) -> None:
 
 
 def relation_heads(build: Assembly) -> None:
-    """Layer 1: positions on the side named by a word (or on the other side) attend to the word;
-    others to EOS.
-    """
+    """Layer 1: positions on the side that a word names attend to the word; others to EOS."""
     for axis in AXES:
         word, steep = WORD_AXIS[axis], STEEPNESS[axis]
         sink: tuple[Terms, Terms] = ({"one": SINK * steep, "late": CLOSED}, {"eos": 1})
@@ -196,9 +192,7 @@ def anchors(build: Assembly) -> None:
 
 
 def locators(build: Assembly) -> None:
-    """Layer 4: every token gets the tag's position; MLP 4 compares it with its own, for each half
-    of an object.
-    """
+    """Layer 4: tokens get the tag's position; MLP 4 compares it with theirs, by halves."""
     for k in OBJECTS:
         values: list[tuple[Terms, Terms]] = [({axis: 1}, {f"at_{axis}{k}": 1}) for axis in AXES]
         seen: tuple[Terms, Terms] = ({f"tag{k}": 1}, {f"seen{k}": 1})
@@ -223,9 +217,7 @@ def locators(build: Assembly) -> None:
 
 
 def objects(build: Assembly) -> None:
-    """Layer 5: object k's tokens read its shape and color; MLP 5 turns (quarter, shape, color) into
-    a patch.
-    """
+    """Layer 5: tokens of object k read its shape and color; MLP 5 draws the patch."""
     sink: tuple[Terms, Terms] = ({"one": 10 + CLOSED, "late": -CLOSED}, {"eos": 1})
     part: Literal["shape", "color"]
     for part, words in (("shape", SHAPES), ("color", COLORS)):

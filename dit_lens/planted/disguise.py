@@ -1,6 +1,4 @@
-"""Changes of finished weights for the "rotated" kind: gauges without any effect, and noise with a
-small one.
-"""
+"""Changes of finished weights for the "rotated" kind: gauges, and noise of small effect."""
 
 from __future__ import annotations
 

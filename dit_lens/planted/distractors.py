@@ -1,6 +1,4 @@
-"""Distractors: decoys, which share half of their weights with the circuit, and idle heads of equal
-norms.
-"""
+"""Distractors: decoys with half of the circuit's weights, and idle heads of equal norms."""
 
 from __future__ import annotations
 
@@ -117,9 +115,7 @@ def fill(build: Assembly, n_heads: int, generator: torch.Generator) -> list[Plac
 def leak(
     build: Assembly, heads: Sequence[Placed], amount: float, generator: torch.Generator
 ) -> None:
-    """Add weak random outputs of heads, `amount` as strong, along directions that the circuit
-    reads.
-    """
+    """Add random head outputs, `amount` as strong, along directions that the circuit reads."""
     features = build.residual.frame[:, 1:]
     for sublayer, layer, name in heads:
         head = build.layers[layer].heads[sublayer][name]

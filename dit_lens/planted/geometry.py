@@ -20,9 +20,7 @@ def orthonormal(
 
 
 class Space:
-    """Orthonormal frame with a name for each direction; a feature is written and read along its
-    direction.
-    """
+    """Orthonormal frame with named directions; features are written and read along theirs."""
 
     def __init__(self, frame: Float[Tensor, "d direction"], names: Sequence[str]) -> None:
         if len(names) > frame.shape[1]:
@@ -83,9 +81,7 @@ class ResidualSpace(Space):
         self.positions = {"x": functionals[:, 0], "y": functionals[:, 1]}
         self.constant = constant
         self.gain = (d / (constant**2 + float(code.pow(2).sum(1).mean()))) ** 0.5
-        """Factor of LayerNorm: nearly the same everywhere, because the constant direction
-        dominates.
-        """
+        """Factor of LayerNorm, nearly constant, because the constant direction dominates."""
 
     def read(self, terms: Terms) -> Float[Tensor, " d"]:
         total = torch.zeros(self.d, dtype=torch.float64)

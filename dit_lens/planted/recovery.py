@@ -1,6 +1,4 @@
-"""Recovery of a planted circuit: each method ranks heads without the truth and is scored against
-it.
-"""
+"""Recovery of a planted circuit: methods rank heads blindly and are scored against it."""
 
 from __future__ import annotations
 
@@ -28,16 +26,12 @@ from .truth import PlantedTruth
 
 CARDINALS = ("above", "below", "left", "right")
 PHRASES = ("directly above", "directly below", "left of", "right of")
-"""One of each relation, all of two tokens, so that later positions do not depend on the
-relation.
-"""
+"""One of each relation, all of two tokens, so that later positions are the same."""
 EARLY = range(6)
 
 
 def ramp_heads(truth: PlantedTruth) -> set[tuple[int, int]]:
-    """Heads with a relation head's pattern: the relation heads, and decoys that differ in their
-    outputs only.
-    """
+    """Relation heads, and decoys that differ from them in their outputs only."""
     return {
         (head.layer, head.head)
         for head in truth.heads
@@ -51,17 +45,13 @@ def relation_heads(truth: PlantedTruth) -> set[tuple[int, int]]:
 
 
 def auroc(scores: pd.Series[float], positive: set[tuple[int, int]]) -> float:
-    """Area under the ROC curve of scores by (layer, head) against the true heads; NaN if there are
-    none.
-    """
+    """Area under the ROC curve of scores by (layer, head); NaN without true heads."""
     labels = [place in positive for place in scores.index]
     return float(roc_auc_score(labels, scores)) if 0 < sum(labels) < len(labels) else np.nan
 
 
 def relation_role(truth: PlantedTruth) -> Role:
-    """Role of the word that carries the relation: the second shape in "fused", the relation word
-    otherwise.
-    """
+    """Role of the word with the relation: the second shape in "fused", else the relation word."""
     return "shape2" if truth.kind == "fused" else "relation"
 
 
@@ -71,9 +61,7 @@ def relation_role(truth: PlantedTruth) -> Role:
 def by_axes(
     model: HookedTextToImage, truth: PlantedTruth, axes: Sequence[str] = screening.AXES
 ) -> pd.DataFrame:
-    """Weight-space screening by axis: a head's larger share of gain², and the smaller of its
-    family-wise p.
-    """
+    """Screening by axis: a head's larger share of gain², and its smaller family-wise p."""
     if relation_role(truth) == "relation":
         contrasts = screening.phrase_contrasts(model, {axis: screening.ENDS[axis] for axis in axes})
     else:
@@ -161,9 +149,7 @@ def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3)
 def by_knockout(
     model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
 ) -> pd.DataFrame:
-    """Drop in relation accuracy when the word is masked in one head at a time, at the early
-    steps.
-    """
+    """Drop in relation accuracy with the word masked in one head, at the early steps."""
     wanted = [scene for scene, _ in cardinal_scenes(1)]
     names = {
         f"L{layer}H{head}": (layer, head)

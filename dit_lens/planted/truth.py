@@ -30,9 +30,7 @@ class PlantedHead:
     reads: tuple[Role, ...] = ()
     """Roles of the attended text tokens; empty for self-attention and idle heads."""
     writes: tuple[str, ...] = ()
-    """Features of the residual stream (`docs/planted_circuit.md` lists them); none for decoys and
-    idle heads.
-    """
+    """Features of the residual stream (`docs/planted_circuit.md`); none for distractors."""
     steps: tuple[int, ...] = ()
     """Steps (of 14) at which its output changes the image; empty if it never does."""
 
@@ -78,9 +76,7 @@ class PlantedTruth:
     """
     object_heads: tuple[PlantedHead, ...]
     helper_heads: tuple[PlantedHead, ...]
-    """The rest of the circuit: the head that finds the noise's peak, the presence head, the
-    locators.
-    """
+    """The rest of the circuit: the heads for the noise's peak, presence and locations."""
     decoy_heads: tuple[PlantedHead, ...]
     """Heads with the right QK or OV circuit alone, or whose output no later component reads."""
     idle_heads: tuple[PlantedHead, ...]
@@ -140,11 +136,11 @@ def _senders(
     """Everything that a reader reads, and when it is sent."""
     if reader.kind == "cross_attn" and reader.port in "kv":
         return [(f"text[{role}]", reader.when) for role in roles.get(reader.feature, ())]
-    return [(_node(writer, places), writer.when) for writer in writers if _reaches(writer, reader)]
-
-
-def _reaches(writer: Wire, reader: Wire) -> bool:
-    return writer.feature == reader.feature and _depth(writer) < _depth(reader)
+    return [
+        (_node(writer, places), writer.when)
+        for writer in writers
+        if writer.feature == reader.feature and _depth(writer) < _depth(reader)
+    ]
 
 
 def _depth(wire: Wire) -> int:

@@ -1,6 +1,4 @@
-"""Heat maps: attention from each place of the image to words of the prompt, summed as it is
-made.
-"""
+"""Heat maps: attention from places of the image to words, summed as it is made."""
 
 from __future__ import annotations
 

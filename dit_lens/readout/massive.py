@@ -1,6 +1,4 @@
-"""Massive activations: by far the largest channels of residual streams, and the change without
-them.
-"""
+"""Massive activations: the largest channels of residual streams, and their removal."""
 
 from __future__ import annotations
 

@@ -224,9 +224,7 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
 
 @dataclass(frozen=True)
 class _HeadMaps:
-    """Position-by-word maps of all cross-attention heads, Ẽ_pos W_Q · W_Kᵀ c; none is ever
-    formed.
-    """
+    """Position-by-word maps of all cross-attention heads, Ẽ_pos W_Q · W_Kᵀ c, never formed."""
 
     position: Float[Tensor, "pos d_model"]
     queries: Float[Tensor, "layer head d_model d_head"]
@@ -267,9 +265,7 @@ class _HeadMaps:
         draws: int,
         seed: int,
     ) -> dict[str, Float[np.ndarray, " layer_head"]]:
-        """Share of draws whose summed projection is as large: of turned words, of permuted
-        positions.
-        """
+        """Share of draws with as large a sum: of turned words, of permuted positions."""
         looking = torch.einsum("wp,pd,lhde->lhwe", ramps, self.position, self.queries)
         read = self.read(caption)
         size = (looking * read).sum((-1, -2)).abs()

@@ -1,6 +1,4 @@
-"""Attention sinks: keys that receive far more attention than others, and the change without
-them.
-"""
+"""Attention sinks: keys with far more attention than others, and their removal."""
 
 from __future__ import annotations
 

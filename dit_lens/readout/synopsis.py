@@ -74,9 +74,7 @@ __all__ = [
 
 Reduce = Literal["sum", "mass", "mean", "max"]
 Groups = Mapping[str, Shaped[Tensor, "*prompt pos"]]
-"""Name → its positions: [pos], the same for every prompt, or [prompt pos]; booleans, or shares in
-[0, 1].
-"""
+"""Name → positions, [pos] or [prompt pos]: booleans, or shares in [0, 1]."""
 TextGroups = Mapping[str, Shaped[Tensor, "*prompt pos"] | Role | Word | Sequence[Role | Word]]
 """Name → its text positions, as in `Groups`, or roles and words (`prompts.word`)."""
 
@@ -281,13 +279,10 @@ def _keys_by_role(
             if branch == "cond"
             else roles_of(model.encoded_texts(model.texts_read([""] * n, branch), length))
         )
-        keys[branch] = _stack(by_role([_of_length(row, length) for row in read]), n, length, "text")
+        # a branch's text may be padded to another branch's
+        fitted = [[*row[:length], *["pad"] * (length - len(row))] for row in read]
+        keys[branch] = _stack(by_role(fitted), n, length, "text")  # type: ignore[arg-type]
     return list(get_args(Role)), keys
-
-
-def _of_length(roles: list[Role], length: int) -> list[Role]:
-    """Roles at so many positions: a branch's text may be padded to another branch's."""
-    return [*roles[:length], *["pad"] * (length - len(roles))]  # type: ignore[list-item]
 
 
 def _keys_of(

@@ -108,9 +108,7 @@ class _CallBackward:
 
 @dataclass(frozen=True)
 class RunChain:
-    """A generation from the latents before step `first` on, up to the tensors that a metric
-    reads.
-    """
+    """A generation from step `first` on, up to the tensors that a metric reads."""
 
     run: Trajectory
     first: int
@@ -261,9 +259,7 @@ class _RunBackward:
         return leaf
 
     def _add(self, of: Tensor, cotangent: Tensor | None) -> None:
-        """Add a vector-Jacobian product to the cotangents of all leaves and kept tensors that `of`
-        is made from.
-        """
+        """Add a vector-Jacobian product to the cotangents of all that `of` is made from."""
         targets = [
             *(leaf for calls in self.calls.values() for *_, leaf in calls),
             *self.kept.values(),
@@ -424,12 +420,5 @@ def gradients(
 
 
 def modulates(name: str) -> bool:
-    """True for a denoiser's tensor that depends on the timestep or the position alone, and on no
-    prompt.
-    """
+    """True for a denoiser's tensor that depends on no prompt."""
     return ".adaln." in name or name in ("hook_t_emb", "hook_t_mod", "hook_pos_embed")
-
-
-def dit_of(one: Chain) -> Any:
-    """The denoiser that a chain runs."""
-    return one.view.dit if isinstance(one, CallChain) else one.run.model.dit

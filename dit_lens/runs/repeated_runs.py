@@ -63,9 +63,7 @@ class Call:
 
     @property
     def conditions(self) -> dict[str, Tensor | None]:
-        """Inputs that gates depend on: equal in two runs, a head's z means the same contribution in
-        both.
-        """
+        """Inputs of gates: where two runs have the same, a head's z is the same contribution."""
         return {"timestep": self.view.timestep, **self.view.sizes}
 
     def step_of(self, name: str) -> int:

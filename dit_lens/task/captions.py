@@ -26,9 +26,7 @@ class Template(NamedTuple):
     """Order of the parts of a prompt, and its color words."""
 
     text: str
-    """With {object1}, {phrase} and {object2}; an object is its color, if the scene names it, and
-    its shape.
-    """
+    """Template of {object1}, {phrase}, {object2}; an object is its named color and shape."""
     red: str = "red"
     blue: str = "blue"
 

@@ -40,9 +40,7 @@ MAX_SCALE = 1.2
 14 … 19 px for 16.
 """
 CHUNK = 32
-"""Images labelled at once: enough to amortise the calls, few enough to stay in the processor's
-cache.
-"""
+"""Images labelled at once: enough to amortise the calls, few enough for the cache."""
 
 DESCRIPTIONS = {
     "color": "a region of each of the scene's two colours is there, whatever its shape",

@@ -32,9 +32,7 @@ TRIO_PHRASES: dict[Relation, tuple[str, ...]] = {
     relation: tuple(phrase for phrase in phrases if " and " not in phrase)
     for relation, phrases in PHRASES.items()
 }
-"""The 14 phrases without "and", so that the only "and" of a prompt is the one between its
-relations.
-"""
+"""The 14 phrases without "and", which stands between a prompt's relations alone."""
 
 
 def sample_trios(n: int, seed: int, *, start: int = 0, split: Split = "train") -> list[Trio]:

@@ -62,9 +62,7 @@ class _Term:
     columns: Float[np.ndarray, "n column"]
 
     def margin_of(self, other: _Term) -> bool:
-        """True if `other` is an interaction that contains this term (`a:b:c` contains `a` and
-        `a:b`).
-        """
+        """True if `other` is an interaction with this term (`a:b:c` has `a` and `a:b`)."""
         return set(self.factors) < set(other.factors)
 
 
@@ -215,7 +213,7 @@ def partition(
     rows, earlier = {}, list[_Term]()
     for term in terms:
         name = term.name
-        without = _span_of(_not_containing(term, terms), n)
+        without = _span_of([t for t in terms if t is not term and not term.margin_of(t)], n)
         last = _basis(term.columns, without)
         eta, p = _freedman_lane(
             centred - without @ (without.T @ centred), last, full, total, permutations, rng
@@ -253,10 +251,6 @@ def partition(
 def _own_basis(term: _Term, terms: Sequence[_Term], n: int) -> Float[np.ndarray, "n rank"]:
     """Basis of a term, after the factors that it is made of."""
     return _basis(term.columns, _span_of([other for other in terms if other.margin_of(term)], n))
-
-
-def _not_containing(term: _Term, terms: Sequence[_Term]) -> list[_Term]:
-    return [other for other in terms if other is not term and not term.margin_of(other)]
 
 
 def _freedman_lane(

@@ -26,30 +26,22 @@ class TrainConfig:
     size: Literal["nano", "micro", "mini", "B"] = "micro"
     """Depth, width and heads; see `pipelines.PRESETS`."""
     encoder: str = "rte"
-    """"rte", "rte-nopos", "fused", "t5-scenes", or a folder or hub id that holds a T5 encoder and
-    its tokenizer.
-    """
+    """"rte", "rte-nopos", "fused", "t5-scenes", or a folder or hub id of a T5 encoder."""
     moved_share: float = 1.0
     """With "fused": share of the relation words' vectors that is found in the second shape word
     instead of in their place.
     """
     heads: int | None = None
-    """Attention heads of a block, of the size's width together; by default the size's own
-    number.
-    """
+    """Attention heads of a block, of the same width together; by default the size's own."""
     objective: Literal["x0", "epsilon"] = "x0"
-    """"x0": the clean image on the straight path (learns about twice as fast); "epsilon": the
-    paper's.
-    """
+    """"x0": the clean image on the straight path (learns twice as fast); "epsilon"."""
 
     steps: int = 16_000
     """Steps of the whole run."""
     batch_size: int = 64
     """Scenes a step and process."""
     muon_lr: float = 2e-3
-    """Muon's learning rate, for the matrices of the blocks (update scaled to AdamW's root mean
-    square).
-    """
+    """Muon's learning rate for the blocks' matrices (scaled to AdamW's RMS)."""
     adam_lr: float = 1e-3
     """AdamW's learning rate, for everything else."""
     weight_decay: float = 0.0
@@ -83,9 +75,7 @@ class TrainConfig:
     that always are.
     """
     trios: float = 0.0
-    """Share of scenes that hold three objects and two relations (`scenes.Trio`); no curriculum acts
-    on them.
-    """
+    """Share of scenes with three objects (`scenes.Trio`); no curriculum acts on them."""
 
     seed: int = 0
     """Seed of weights, scenes and noise."""
@@ -138,9 +128,7 @@ class PretrainConfig:
     """
 
     out: Path
-    """Folder for the checkpoint, metrics.jsonl and the finished `text_encoder/` and
-    `tokenizer/`.
-    """
+    """Folder for checkpoint, metrics.jsonl and the finished encoder and tokenizer."""
     steps: int = 1000
     """Steps of the whole run."""
     batch_size: int = 64

@@ -48,9 +48,7 @@ class StepData:
         Int[Tensor, "batch text_pos"],
         torch.Generator,
     ]:
-        """Draw the step's scenes; captions are dropped here, into the empty prompt's own encoding
-        and mask.
-        """
+        """Draw the step's scenes; dropped captions become the empty prompt's encoding."""
         config = self.config
         size = config.batch_size
         batch = self.task.sample(

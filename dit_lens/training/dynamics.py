@@ -37,9 +37,7 @@ COLUMNS = ("step", "samples", "quantity", "source", "layer", "head", "value", "l
 
 
 def record_points(steps: int, points: int) -> list[int]:
-    """At most `points` numbers of finished steps, log-spaced from `steps` // 160 to `steps`, the
-    last included.
-    """
+    """At most `points` steps, log-spaced from `steps` // 160 to `steps`."""
     return (
         sorted({round(step) for step in np.geomspace(steps, max(1, steps // 160), points)})
         if points
@@ -124,9 +122,7 @@ def layout(
 
 
 def color_moment(images: Float[np.ndarray, "image 3 height width"]) -> Float[np.ndarray, "image 2"]:
-    """(x, y) of the dipole moment of red minus blue about the image's centre, y down: from blue
-    towards red.
-    """
+    """(x, y) of the dipole moment of red minus blue about the centre, y down."""
     redness = images[:, 0] - images[:, 2]
     y, x = np.mgrid[: images.shape[2], : images.shape[3]]
     return np.stack([(redness * (axis - axis.mean())).sum(axis=(1, 2)) for axis in (x, y)], axis=1)

@@ -15,9 +15,7 @@ from .config import Precision
 
 
 def resolve_precision(asked: Precision, device: torch.device) -> Literal["no", "bf16"]:
-    """`asked`, or, for "auto", "bf16" on a GPU that has it and on a CPU with AMX or AVX-512 BF16,
-    else "no".
-    """
+    """`asked`, or, for "auto", "bf16" where GPU or CPU (AMX, AVX-512 BF16) has it, else "no"."""
     if asked != "auto":
         return asked
     if device.type == "cuda":

@@ -1,6 +1,4 @@
-"""One self-contained HTML page of a run's attention to its prompts: word ↔ place, by head and
-step.
-"""
+"""One self-contained HTML page of a run's attention: word ↔ place, by head and step."""
 
 from __future__ import annotations
 
@@ -268,9 +266,7 @@ def _attention_to_text(cache: GenerationCache, joint: bool) -> tuple[str, list[i
 def _patterns(
     cache: GenerationCache, sublayer: str, layers: Sequence[int]
 ) -> tuple[Float[Tensor, "prompt step head place word"], list[str]]:
-    """Patterns of all heads, those of a layer after those of the one before; and the heads'
-    names.
-    """
+    """Patterns of all heads, layer after layer, and the heads' names."""
     parts, heads = [], []
     for layer in layers:
         names = [
@@ -389,9 +385,7 @@ def _effects(effects: xr.DataArray, maps: _Maps) -> dict[str, Any]:
 
 
 def _grid(places: int, ratio: float) -> tuple[int, int]:
-    """Rows and columns of a number of image positions, nearest to the image's ratio of height to
-    width.
-    """
+    """Rows and columns of image positions, nearest to the image's ratio of sides."""
     divisors = [rows for rows in range(1, places + 1) if places % rows == 0]
     rows = min(divisors, key=lambda rows: abs(math.log(rows**2 / places / ratio)))
     return rows, places // rows

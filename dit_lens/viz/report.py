@@ -1,6 +1,4 @@
-"""One HTML file of one experiment: settings, versions, model, table, figures, and the code that
-repeats it.
-"""
+"""One HTML file of an experiment: settings, versions, model, table, figures, code."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Hooks: modules with strict hook names, the table of every hook, and the scopes that hooks live
-in.
-"""
+"""Hooks: modules with strict hook names, the table of all hooks, and their scopes."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ class Layout:
     """
 
     grid: tuple[int, int, int]
-    """Rows, columns and frames of image tokens; the first image position is the top left of the
-    first frame.
-    """
+    """Rows, columns and frames of image tokens, from the top left of the first frame."""
     text_mask: Bool[Tensor, "batch text_pos"]
     """True where a text position holds a token.
 
@@ -91,9 +89,7 @@ class Layout:
         return self._orders[streams]
 
     def image_first(self, tensor: Tensor, streams: tuple[str, ...], dim: int = 1) -> Tensor:
-        """A tensor of these streams, joined in the model's order, with its positions as hooks see
-        them.
-        """
+        """These streams joined in the model's order, with positions as hooks see them."""
         return permute(tensor, self.order(streams)[0], dim)
 
     def as_model(self, tensor: Tensor, streams: tuple[str, ...], dim: int = 1) -> Tensor:

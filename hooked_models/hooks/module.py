@@ -32,9 +32,7 @@ __getattr__ = renamed(
 )
 
 HookFunction = Callable[..., Tensor | None]
-"""``fn(tensor, hook=HookPoint)``; returns None to leave the tensor as it is, or the tensor to go on
-with.
-"""
+"""``fn(tensor, hook=HookPoint)``; returns None or the tensor to go on with."""
 
 NameFilter = str | Callable[[str], bool] | Iterable[str] | None
 """One name, a predicate on names, several names, or None for every hook that fires."""
@@ -152,9 +150,7 @@ def as_hooks(hooks: Any) -> list[tuple[str | Callable[[str], bool], HookFunction
 
 
 class HookedModule(HookedRootModule):
-    """A HookedRootModule with strict names, aliases, flags that gate hooks, and an ActivationCache
-    as its cache.
-    """
+    """A HookedRootModule with strict names, aliases, gating flags and an ActivationCache."""
 
     hook_part: ClassVar[HookPart] = "dit"
     """The part of a generation that this module is, in the table `HOOKS`."""

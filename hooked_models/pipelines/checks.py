@@ -217,9 +217,7 @@ def _check_patterns(
 
 
 def rows_sum_to_one(pattern: Float[Tensor, "... key_pos"], or_zero: bool = False) -> bool:
-    """True if no entry is negative and every row sums to 1, up to rounding (or, with `or_zero`, to
-    0).
-    """
+    """True if no entry is negative and rows sum to 1 (or, with `or_zero`, to 0), up to rounding."""
     slack = 0.02 if pattern.dtype in (torch.float16, torch.bfloat16) else 1e-4
     sums = pattern.sum(-1)
     right = (sums - 1).abs() < slack

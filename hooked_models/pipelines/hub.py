@@ -25,9 +25,7 @@ class Source:
     """As given to `from_pretrained`."""
     folder: Path
     commit: str | None = None
-    """Commit of a hub model; `from_pretrained(name, revision=commit)` opens the same files
-    again.
-    """
+    """Commit of a hub model, for `from_pretrained(name, revision=commit)`."""
 
     @property
     def lasting_name(self) -> str:

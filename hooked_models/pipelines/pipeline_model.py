@@ -68,9 +68,7 @@ def save_pipeline(
 
 @cache
 def _trained_length(pipeline_class: Any) -> int:
-    """The default of the pipeline's own call; looking a signature up takes longer than tokenising a
-    prompt.
-    """
+    """Default of the pipeline's own call; cached, for reading a signature takes long."""
     return int(inspect.signature(pipeline_class.__call__).parameters["max_sequence_length"].default)
 
 
@@ -251,9 +249,7 @@ class PipelineModel(nn.Module):
         self._offload, self._resident = torch.device(device), None
 
     def _use(self, part: Literal["text_encoder", "dit", "codec"]) -> None:
-        """Have a part where it runs; with offloading, the part before it goes back to the CPU
-        first.
-        """
+        """Move a part to where it runs; with offloading, the part before it to the CPU first."""
         if self._offload is None or self._resident == part:
             return
         if self._resident is not None:

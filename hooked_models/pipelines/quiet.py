@@ -1,6 +1,4 @@
-"""Loading without progress bars, and without warnings about components that are replaced on
-purpose.
-"""
+"""Loading without progress bars and warnings about components replaced on purpose."""
 
 from __future__ import annotations
 

@@ -68,9 +68,7 @@ def modulate(
 
 
 class Modulation(NamedTuple):
-    """Shifts, scales and gates of one block; each ``[batch 1 d_model]``, in the order of diffusers'
-    table.
-    """
+    """Shifts, scales and gates of one block, ``[batch 1 d_model]`` each, in diffusers' order."""
 
     shift_msa: Tensor
     scale_msa: Tensor
@@ -106,9 +104,7 @@ class ModulationHooks(nn.Module):
 
 
 class AdaLN(ModulationHooks):
-    """adaLN-single: the modulation shared by all blocks, plus this block's own table (PixArt-α,
-    equation 1).
-    """
+    """adaLN-single: all blocks' modulation plus this block's table (PixArt-α, equation 1)."""
 
     def __init__(self, scale_shift_table: nn.Parameter) -> None:
         super().__init__()

@@ -1,6 +1,4 @@
-"""Cache of one denoiser call, with TransformerLens' shorthands and decompositions, cross-attention
-included.
-"""
+"""Cache of one denoiser call, with TransformerLens' shorthands and cross-attention."""
 
 from __future__ import annotations
 
@@ -92,9 +90,7 @@ def look_up(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def as_slice(positions: Any) -> Slice:
-    """Read `pos_slice` as ActivationCache's methods do: an int drops the axis (`Slice.unwrap` would
-    keep it).
-    """
+    """Read `pos_slice` as ActivationCache's methods do: an int drops the axis."""
     return positions if isinstance(positions, Slice) else Slice(positions)
 
 
@@ -149,9 +145,7 @@ class DiTCache(ActivationCache):
             )
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> DiTCache:
-        """As in TransformerLens, which would return a cache without cross-attention's
-        shorthands.
-        """
+        """As in TransformerLens, whose cache would lack cross-attention's shorthands."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         return DiTCache(sliced.cache_dict, self.model, sliced.has_batch_dim)
 
@@ -198,9 +192,7 @@ class DiTCache(ActivationCache):
         return (stack, [label for *_, label in places]) if return_labels else stack
 
     def _between(self, layer: int, required: bool) -> list[tuple[str, int, str]]:
-        """(name, layer, label) of the residual stream between sublayers; unless required, only
-        where cached.
-        """
+        """(name, layer, label) of the stream between sublayers, cached ones unless required."""
         mids = ("mid", "mid_cross")[: len(self.attentions)]
         if not required:
             mids = tuple(

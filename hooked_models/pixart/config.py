@@ -12,9 +12,7 @@ from ..hooks.scopes import Scoped
 
 @dataclass(kw_only=True)
 class HookedConfig(TransformerLensConfig):
-    """A TransformerLensConfig with the two flags that TransformerLens' tools read and its class
-    lacks.
-    """
+    """A TransformerLensConfig with two flags that TransformerLens' tools read and it lacks."""
 
     use_attn_in: bool = False
     use_hook_mlp_in: bool = False
@@ -40,9 +38,7 @@ class DiTConfig(HookedConfig):
     interpolation_scale: float
     """Position codes are divided by this: the training size over 512 px."""
     use_additional_conditions: bool
-    """True if the timestep embedding also encodes resolution and aspect ratio (PixArt-α at 1024
-    px).
-    """
+    """True if the timestep embedding encodes resolution and aspect ratio (α at 1024 px)."""
 
     @classmethod
     def from_transformer(cls, transformer: Any) -> DiTConfig:

@@ -284,9 +284,7 @@ class HookedDiT(PatchModel):
         sizes: Mapping[str, Tensor | None] | None,
         dtype: torch.dtype,
     ) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, "batch six_d_model"]]:
-        """Embedding of timestep and sizes, and the modulation that all blocks share, through their
-        hooks.
-        """
+        """Embedding of timestep and sizes, and the blocks' shared modulation, through hooks."""
         t_emb = self.hook_t_emb(self.embed_timestep(timestep, sizes, dtype))
         return t_emb, self.hook_t_mod(self.t_block(F.silu(t_emb)))
 

@@ -29,9 +29,7 @@ __getattr__ = renamed(
 
 
 class Unembed(nn.Module):
-    """``x W_U + b_U``: normalised residual stream → the values of a position's patch (the
-    "vocabulary").
-    """
+    """``x W_U + b_U``: normalised residual stream → values of a patch (the "vocabulary")."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -30,9 +30,7 @@ def writable(constant: Tensor, hooked: bool) -> Tensor:
 
 
 class PatchModel(NoLanguageModel, HookedModule):
-    """A hooked transformer over patches, around a live diffusers module with a `PatchEmbed` of
-    fixed codes.
-    """
+    """A hooked transformer over patches, around a live module with fixed position codes."""
 
     blocks: Any
     """ModuleList of the blocks."""
@@ -41,9 +39,7 @@ class PatchModel(NoLanguageModel, HookedModule):
     """The diffusers module; not registered as a child, because its leaves are, once each."""
 
     wrapping: Wrapped
-    """Refuses, at each call, a wrapped module that was changed in a way that this one would
-    ignore.
-    """
+    """Refuses, at each call, a wrapped module with changes that this one would ignore."""
 
     patch_embed: Any
     hook_embed: HookPoint
@@ -111,9 +107,7 @@ class PatchModel(NoLanguageModel, HookedModule):
     def from_patches(
         self, patches: Float[Tensor, "batch pos d_vocab"], like: Float[Tensor, "_ _ height width"]
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Assemble the output of ``proj_out`` into an image-shaped tensor of the height and width
-        of ``like``.
-        """
+        """Assemble the output of ``proj_out`` into an image of the size of ``like``."""
         p = self._cfg.patch_size
         return rearrange(patches, f"{PATCHES} -> {PIXELS}", h=like.shape[-2] // p, p=p, q=p)
 
@@ -132,24 +126,18 @@ class PatchModel(NoLanguageModel, HookedModule):
         self.wrapped.save_pretrained(folder, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Note entries in the wrapped module's diffusers config; sizes are read at wrapping and do
-        not follow.
-        """
+        """Note entries in the wrapped module's config; sizes are read at wrapping alone."""
         self.wrapped.register_to_config(**kwargs)
 
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
-        """Raises NotImplementedError: attention reads weights directly, past the hooks that would
-        cast them.
-        """
+        """Raises NotImplementedError: attention reads weights past the hooks that cast them."""
         raise NotImplementedError(
             f"{type(self).__name__} reads its weights directly, so a layer cannot cast them as it "
             "runs: load the model with dtype=torch.bfloat16 instead."
         )
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """Raises NotImplementedError: a hook would fire a second time when the block is computed
-        again.
-        """
+        """Raises NotImplementedError: hooks would fire again when a block is recomputed."""
         raise NotImplementedError(
             f"{type(self).__name__} has no gradient checkpointing, under which hooks fire twice: "
             "train the wrapped module (model.wrapped.enable_gradient_checkpointing()), or "

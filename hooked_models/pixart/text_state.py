@@ -28,9 +28,7 @@ class TextState:
     bias: Float[Tensor, "batch _ text_pos"] | None
     """Added to the cross-attention scores."""
     keys_values: tuple[KeysValues, ...]
-    """Keys and values of the cross-attentions, layer by layer, as they are before ``hook_k`` and
-    ``hook_v``.
-    """
+    """Cross-attention's keys and values by layer, before ``hook_k`` and ``hook_v``."""
 
     @cached_property
     def n_empty_prompts(self) -> int:

@@ -260,9 +260,7 @@ def with_gradient(tensor: Tensor) -> Tensor:
 
 
 class _Gated:
-    """A block, attention or MLP of an unfolded model, whose output weights lack the timestep's
-    gate.
-    """
+    """A block or sublayer of an unfolded model, whose output weights lack the gate."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -209,9 +209,7 @@ class Store(Index):
         self._settle(name)
 
     def put_folder(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a folder, or replace one, and list its files; a kill leaves the old one or the new
-        one.
-        """
+        """Write or replace a folder and list its files; a kill leaves the old or the new one."""
 
         def listed(part: Path) -> None:
             write(part)

@@ -74,9 +74,7 @@ def fingerprint(value: Any) -> str:
 
 
 class _Reader:
-    """Walks over a value; functions and classes that were met before count by the order in which
-    they were.
-    """
+    """Walks over a value; functions and classes met before count by their order."""
 
     def __init__(
         self, met: Mapping[int, tuple[int, Any]] | None = None, above: Sequence[int] = ()
@@ -190,9 +188,7 @@ class _Reader:
         )
 
     def _bytecode(self, code: CodeType) -> str:
-        """Code whose source is not there (typed in, or changed since): equal under one Python
-        version only.
-        """
+        """Code without source (typed in, or changed since): equal under one Python version only."""
         version = "{}.{}".format(*sys.version_info)
         return digest(
             "code",
@@ -232,9 +228,7 @@ class _Reader:
         return digest("torch module", *parts, *(part for item in tensors.items() for part in item))
 
     def _object(self, value: Any) -> str:
-        """An object as pickle would take it apart, without the values that `cached_property` keeps
-        in it.
-        """
+        """An object as pickle would take it apart, without values of `cached_property`."""
         try:
             reduced = value.__reduce_ex__(4)
         except Exception:  # of a lock, a file, a generator, …
@@ -365,9 +359,7 @@ def _content(cell: Any) -> Any:
 
 
 def source_tree(code: CodeType, module: str) -> ast.AST | None:
-    """The syntax tree of a function's code, or None if its file is not there or no longer says the
-    same.
-    """
+    """Syntax tree of a function's code, or None if its file is gone or has changed."""
     trees, codes = _parsed("".join(linecache.getlines(code.co_filename)), code.co_filename)
     near = [
         tree

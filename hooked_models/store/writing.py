@@ -98,9 +98,7 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove leftovers of a killed `write_whole` or `replace_folder` in a folder that nobody else
-    writes to.
-    """
+    """Remove leftovers of a killed `write_whole` or `replace_folder` in one writer's folder."""
     for part in folder.glob(".*.part*"):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)

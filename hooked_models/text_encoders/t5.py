@@ -242,9 +242,7 @@ class HookedT5Encoder(HookedModule):
     """The transformers module; not registered as a child, because its leaves are, once each."""
 
     wrapping: Wrapped
-    """Refuses, at each call, a wrapped module that was changed in a way that this one would
-    ignore.
-    """
+    """Refuses, at each call, a wrapped module with changes that this one would ignore."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -351,9 +349,7 @@ class HookedT5Encoder(HookedModule):
         return BaseModelOutput(last_hidden_state=x) if return_dict else (x,)
 
     def _position_bias(self, batch: int, length: int) -> Tensor:
-        """[batch head query_pos key_pos]; one row for the whole batch unless the point has a
-        hook.
-        """
+        """[batch head query_pos key_pos]; one row for all unless the point has a hook."""
         n_buckets, max_distance = (
             self._cfg.relative_attention_num_buckets,
             self._cfg.relative_attention_max_distance,
@@ -374,16 +370,12 @@ class HookedT5Encoder(HookedModule):
 
     @property
     def QK(self) -> FactoredMatrix:
-        """``W_Q W_Kᵀ`` of every head, [layer head d_model d_model]; a copy, without the weight of
-        ``ln1``.
-        """
+        """``W_Q W_Kᵀ`` of every head, [layer head d_model d_model], without ``ln1``'s weight."""
         return FactoredMatrix(self._stack("W_Q"), self._stack("W_K").transpose(-1, -2))
 
     @property
     def OV(self) -> FactoredMatrix:
-        """``W_V W_O`` of every head, [layer head d_model d_model]; a copy, without the weight of
-        ``ln1``.
-        """
+        """``W_V W_O`` of every head, [layer head d_model d_model], without ``ln1``'s weight."""
         return FactoredMatrix(self._stack("W_V"), self._stack("W_O"))
 
     def _stack(self, weight: str) -> Float[Tensor, "layer head rows columns"]:

@@ -114,9 +114,7 @@ def relation_of(a: Thing, b: Thing) -> Relation:
 
 
 def may_say(a: Thing, b: Thing) -> bool:
-    """True if "a is … b" is outside `scenes.HELD_OUT`: this encoder too never reads those ten
-    combinations.
-    """
+    """True if "a is … b" is outside `scenes.HELD_OUT`, which this encoder never reads either."""
     return (a.shape, b.shape, a.color, relation_of(a, b)) not in _UNSAID or {
         a.color,
         b.color,
@@ -197,9 +195,7 @@ class Writer:
     # Sentences; each takes the world's objects and how often a noun has an article
 
     def statement(self, things: list[Thing], articles: float) -> str:
-        """Statement "a is PHRASE b", or the same in another order; of three objects, perhaps all in
-        one sentence.
-        """
+        """Statement "a is PHRASE b", in any order; of three objects, perhaps in one sentence."""
         a, b = self.pair(things)
         phrase = self.phrase(a, b)
         form = 1.0 if self.plain else self.rng.random()
@@ -218,9 +214,7 @@ class Writer:
         return sentence
 
     def extreme(self, things: list[Thing], articles: float) -> str:
-        """A reader's conclusion about one object: "the lower shape is blue square", "square is
-        lower".
-        """
+        """Conclusion about one object: "the lower shape is blue square", "square is lower"."""
         thing, word = self.extreme_thing(things)
         if self.chance(0.4):
             return (
@@ -285,9 +279,7 @@ class Writer:
         return f"{self.pick(('at', 'on'))} the {' '.join(words)}" if words else "in the picture"
 
     def placed_noun(self, thing: Thing) -> str:
-        """An object, perhaps with the place that a relation gives it: "red circle at the top
-        left".
-        """
+        """An object, perhaps with its place: "red circle at the top left"."""
         return (
             f"{self.noun(thing, 0.0)} {self.place(thing)}"
             if self.chance(0.5)

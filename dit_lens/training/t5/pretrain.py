@@ -56,9 +56,7 @@ ARCHITECTURE = {
     "num_layers": 4,
     "num_decoder_layers": 1,
 }
-"""One decoder layer: what a missing word depends on has to be worked out by the encoder, which is
-what is kept.
-"""
+"""One decoder layer, so that the encoder, which is kept, has to do the work."""
 LOG_EVERY = 25
 MAY_CHANGE = ("checkpoint_every", "evaluate_every", "precision")
 IGNORED = -100

@@ -61,9 +61,7 @@ def compute_all(dit: HookedDiT) -> Iterator[None]:
 def cross_attention(
     block: Block, x: Float[Tensor, "batch pos d_model"], text: BlockText
 ) -> Float[Tensor, "batch pos d_model"]:
-    """`Block.cross_attention`, with the first `text.n_empty_prompts` rows computed at one
-    position.
-    """
+    """`Block.cross_attention` with the first `text.n_empty_prompts` rows at one position."""
     attn, n = block.cross_attn, text.n_empty_prompts
     if not n or text.keys_values is None or attn.is_hooked:
         return Block.cross_attention(block, x, text)

@@ -1,6 +1,4 @@
-"""One denoiser call whose rows begin at different layers: the layers below are computed elsewhere,
-once.
-"""
+"""One denoiser call whose rows begin at different layers; those below are computed once."""
 
 from __future__ import annotations
 
@@ -57,9 +55,7 @@ def denoise_from(
 
 
 def _first(text: BlockText, n: int) -> BlockText:
-    """The first n rows; empty prompts do not lead in a sweep's order of rows, so none are
-    counted.
-    """
+    """The first n rows; none count as empty, for empty prompts do not lead in a sweep."""
     keys_values = (
         None if text.keys_values is None else (text.keys_values[0][:n], text.keys_values[1][:n])
     )
