@@ -171,7 +171,7 @@ def figure(tables: dict[str, pd.DataFrame]) -> Figure:
     ax.set(ylim=(-0.05, 1.05), ylabel="relation as prompted")
     if tables:
         ax.set_title(
-            f"A diagonal never read is drawn as prompted in {' and '.join(told)} of the images"
+            f"A diagonal never read: right in {' and '.join(told)} of images with both objects"
         )
         ax.legend(loc="lower right")
     return drawn
