@@ -132,34 +132,45 @@ def _items(
     model: Any, draft: PipelineInputs, call: Call, names: set[str], seen: Events
 ) -> list[dict[str, Any]]:
     """The taps that lead to these names, in the order in which a call reaches them."""
-    transformer = model.dit.wrapped
-    paths = {id(module): path for path, module in transformer.named_modules()}
+    paths = {id(module): path for path, module in model.dit.wrapped.named_modules()}
     items = []
     for block in model.dit.blocks:
         for tap in block.taps:
-            points = (
-                [getattr(tap.heads, leaf) for leaf in HEAD_POINTS]
-                if isinstance(tap, KernelTap)
-                else [tap.point]
-            )
-            if not names & {str(point.name) for point in points}:
-                continue
-            path = paths[id(tap.module)]
-            times, nth = seen.times.get(path, 0), getattr(tap, "call", 0)
-            once = isinstance(tap, KernelTap) or bool(tap.arguments)
-            if times <= nth or (once and times > 1):
-                raise ValueError(
-                    f"{points[0].name} is not within nnsight's reach: its module, {path}, runs "
-                    f"{times} times in a call."
-                )
-            describe = _kernel_item if isinstance(tap, KernelTap) else _stream_item
-            item = describe(tap, lambda *streams: _order_in(draft, call, streams))
-            item["path"] = path.split(".")
-            if not once:
-                number = draft.calls.index(call)
-                item["visit"] = None if times == 1 else times * number + nth
-            items.append((seen.when["in" if once else "out", path, nth], item))
+            reached = _reached(tap)
+            if names & set(reached):
+                path = paths[id(tap.module)]
+                when, item = _item(tap, path, reached[0], draft, call, seen)
+                items.append((when, {"path": path.split("."), **item}))
     return [item for _, item in sorted(items, key=lambda each: each[0])]
+
+
+def _reached(tap: Any) -> list[str]:
+    """Names of the tensors that a tap leads to."""
+    if isinstance(tap, KernelTap):
+        return [f"{tap.heads.place}.{leaf}" for leaf in HEAD_POINTS]
+    return [str(tap.point.name)]
+
+
+def _item(
+    tap: Any, path: str, name: str, draft: PipelineInputs, call: Call, seen: Events
+) -> tuple[int, dict[str, Any]]:
+    """A tap's place in the order of a call, and what the kernel needs to know of it.
+
+    Raises:
+        ValueError: its module runs never, or too often.
+    """
+    times, nth = seen.times.get(path, 0), getattr(tap, "call", 0)
+    enters = isinstance(tap, KernelTap) or bool(tap.arguments)
+    if times <= nth or (enters and times > 1):
+        raise ValueError(
+            f"{name} is not within nnsight's reach: its module, {path}, runs {times} times in a "
+            "call."
+        )
+    describe: Any = _kernel_item if isinstance(tap, KernelTap) else _stream_item
+    item = describe(tap, lambda *streams: _order_in(draft, call, streams))
+    number = draft.calls.index(call)
+    item["visit"] = None if times == 1 else times * number + nth
+    return seen.when["in" if enters else "out", path, nth], item
 
 
 def _stream_item(tap: StreamTap, orders: Callable[..., tuple[Orders, int]]) -> dict[str, Any]:

@@ -285,8 +285,17 @@ FLOAT32_LATENTS = ("CogView4", "Wan", "HunyuanVideo")
 """Their latents begin in float32 in a model of any dtype, and the oracle keeps them so."""
 
 
+OTHERS = [name for name in PIPELINES if name not in (*NO_FOLDER, *SERVED)]
+
+
+def test_the_page_names_them() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "remote.md").read_text()
+    assert f"| loopback server: {', '.join(SERVED)} |" in page
+    assert f"| this process: {', '.join(OTHERS)} |" in page
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in PIPELINES if n not in (*NO_FOLDER, *SERVED)])
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_family(name: str, folders, tmp_path_factory) -> None:
     """In this process: the image, every name read, and all names written at once."""
     folder = folder_of(name, folders, tmp_path_factory)
