@@ -136,6 +136,7 @@ def scale_text(
         factor: 0 removes the text's content, 2 doubles it.
 
     Raises:
+        NotImplementedError: the model joins its streams, and is behind nnsight.
         ValueError: a block's keys pass a norm, so that a scaled text has no effect on them.
 
     Example:
@@ -151,6 +152,11 @@ def scale_text(
         if dit.axes(f"blocks.{layer}.hook_resid_pre")[1] in JOINT_POSITIONS
     ]
     crossing = [layer for layer in chosen if layer not in joint]
+    if joint and model.behind_nnsight:
+        raise NotImplementedError(
+            "The text's positions in a joint stream are those of a call, which happens behind "
+            "nnsight: scale them by an Intervention on hook_resid_pre, with tokens=…."
+        )
 
     def scaled_stream(x: Tensor, hook: HookPoint) -> Tensor:
         layout: Any = dit.layout

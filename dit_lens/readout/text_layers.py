@@ -43,6 +43,7 @@ def diffusion_lens(
         Dims (layer, prompt, color, y, x), in [0, 1].
 
     Raises:
+        NotImplementedError: the model is a pipeline behind nnsight.
         ValueError: there is no such encoder or layer, or the encoder has no layers.
 
     Example:
@@ -53,6 +54,11 @@ def diffusion_lens(
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     native = model.text_encoder is not None
+    if model.behind_nnsight and not native:
+        raise NotImplementedError(
+            "The text encoders of this pipeline have no names, by which nnsight would reach their "
+            "layers: use HookedTextToImage.from_pretrained where the weights are at hand."
+        )
     blocks = [] if native else blocks_of(text_encoder(model, encoder))
     n = _count_layers(model) if native else len(blocks)
     if n == 0:

@@ -93,6 +93,7 @@ class RemoteTextToImage(HookedTextToImage):
         torch.Size([1, 3, 128, 128])
     """
 
+    behind_nnsight = True
     renames: ClassVar[Mapping[str, str]] = {"transformer": "dit"}
     """Modules of diffusers → what nnsight calls them."""
     kernel: ClassVar[Callable[..., Any]]

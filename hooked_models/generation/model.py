@@ -75,6 +75,8 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
     """Of a run whose guidance is not given."""
     text_keys_are_constant = False
     """True if no step changes the text's keys and values in cross-attention."""
+    behind_nnsight = False
+    """True if runs go through nnsight, where modules and positions of a call are out of reach."""
     enters_at_layers = False
     """True if a denoiser call can begin in the middle, from a residual stream."""
 

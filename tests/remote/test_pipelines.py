@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_lens import Add, Intervention, Replace, Scale, prompts, readout, synopsis
+from dit_lens import Add, Intervention, Replace, Scale, blocks, prompts, readout, synopsis
 from dit_lens.readout.heat_maps import text_attentions
 from dit_lens.remote import CLEAN, RemotePipeline, RemoteTextToImage, pipeline_plan
 from dit_lens.remote.plan import Wanted
@@ -173,6 +173,15 @@ def test_a_hook_function_is_sent(served: Pair) -> None:
     close(served.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks), expected)
 
 
+def test_hooks_that_share_a_variable(served: Pair) -> None:
+    """Two hooks of a block, the second of which gives back what the first has seen."""
+    ours, oracle = (
+        one.run_with_hooks(PROMPTS, **RUN, fwd_hooks=blocks.remove_blocks(one, 0)) for one in served
+    )
+    assert (oracle - served.oracle(PROMPTS, **RUN)).abs().max() > 1e-3
+    close(ours, oracle)
+
+
 def actions(model: Any) -> list[Intervention]:
     """Every kind of action, at every kind of tensor."""
     attention = f"blocks.1.{next(iter(text_attentions(model.dit).values()))}"
@@ -331,6 +340,11 @@ def test_what_no_trace_reaches_is_said_before_anything_is_sent(
     for resume in (ours.trajectory, ours.at, ours.denoise):
         with pytest.raises(NotImplementedError, match="always runs whole"):
             resume(PROMPTS)
+    for tool in (readout.attention_sinks, readout.massive_activations):
+        with pytest.raises(NotImplementedError, match="always runs whole"):
+            tool(ours, PROMPTS[0])
+    with pytest.raises(NotImplementedError, match="text encoders of this pipeline have no names"):
+        readout.diffusion_lens(ours, PROMPTS[0])
     name = "steps.1.cond.blocks.1.hook_resid_post"
     with pytest.raises(NotImplementedError, match="No gradients"):
         ours.run_with_hooks(PROMPTS, bwd_hooks=[(name, nudge)])
