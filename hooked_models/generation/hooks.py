@@ -230,12 +230,16 @@ class Extent:
             return None
         if site.inner == "hook_x0":
             return f"{self.solver.name} forms no clean-image prediction that is known here."
-        where = (
-            "in this run"
-            if site.step is None or not self.guided
-            else f"at step {site.step} of this run"
+        if site.step is None or not self.guided:
+            return (
+                "there is no unconditional branch in this run: guidance or a negative prompt makes "
+                "one."
+            )
+        guides = ", ".join(map(str, sorted(self.uncond)))
+        return (
+            f"there is no unconditional branch at step {site.step} of this run, which guides at "
+            f"{guides} alone."
         )
-        return f"there is no unconditional branch {where}: guidance or a negative prompt makes one."
 
 
 class HookedGeneration(HookedRootModule):

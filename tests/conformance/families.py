@@ -30,6 +30,7 @@ TOOLS = {
     "every action": tests.test_every_action,
     "words": tests.test_a_word_knocked_out,
     "sweeps": tests.test_a_sweeps_cell_is_a_run_of_its_own,
+    "unequal prompts": experiments.test_prompts_of_unequal_length_are_as_alone,
     "search": experiments.test_a_searchs_scores_and_effects,
     "ablation": experiments.test_ablations_by_hand,
     "ablation_effects": experiments.test_ablation_effects_are_those_of_runs_with_hooks,
@@ -59,7 +60,8 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *residual streams*, *heads*: an `Intervention` equals the same edit made by a torch hook in diffusers' own module.
 - *branches*: out = uncond + s · (cond − uncond); *one branch alone*: an edit of one leaves the other's prediction bitwise.
 - *every action*, *words*: against functions and sums written out; *identity edits* change nothing.
-- *sweeps*: a cell equals its own `run_with_hooks`. *search*: scores of `search` equal a change times autograd's slope, by hand.
+- *sweeps*: a cell equals its own `run_with_hooks`. *unequal prompts*: and the run of its prompt alone.
+- *search*: scores of `search` equal a change times autograd's slope, by hand.
 - *ablation*: heads at a mean and hidden words equal hooks by hand. *ablation_effects*: each image is that of a run with hooks.
 - *estimates*: bytes before a run equal those of its cache.
 - *at(step)*, *bind*: TransformerLens' patching on one step, and on one denoiser call. *steering*: vectors added to a word's text.

@@ -693,4 +693,8 @@ def test_the_page_is_up_to_date() -> None:
     )
 
 
-PAGE_TESTS = ("test_a_tool_that_no_family_has_says_so", "test_the_page_is_up_to_date")
+PAGE_TESTS = (
+    "test_guidance_that_ends_early_says_so",
+    "test_a_tool_that_no_family_has_says_so",
+    "test_the_page_is_up_to_date",
+)

@@ -4,6 +4,8 @@ pipelines of each kind.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 from dit_lens import Intervention, Scale, ablation, prompts, scenes, sweep
 
 from ..hooked_models.pipelines import PROMPTS
-from .family_cases import LAST, SEEDS, STEPS, Case, close
+from .family_cases import LAST, SEEDS, STEPS, Case, case_of, close
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +157,57 @@ def test_ablation_effects_are_those_of_runs_with_hooks(case: Case, monkeypatch: 
     effect = float(found["color_effect"].sel(condition="head")[0])
     assert effect == pytest.approx(np.mean(changes), abs=2e-5)
     assert abs(effect) > 1e-6
+
+
+def test_prompts_of_unequal_length_are_as_alone(case: Case) -> None:
+    """Cells of a sweep in one batch against runs of one prompt, whose texts are shorter."""
+    hide = Intervention(
+        f"blocks.0.{case.attention}.hook_pattern",
+        tokens=prompts.word("circle"),
+        steps=LAST,
+        action="knockout",
+    )
+    head = Intervention(f"blocks.0.{case.attention}.hook_z", heads=[1], steps=1)
+    cells = {"hide": hide, "head": head}
+    metric = sweep.Metric(lambda images: {"mean": mean_of(images), "at": images.flatten(1)[:, 7]})
+    found = plan_of(case, cells, {"m": metric}).run()
+    one_row = {
+        name: value[:1] for name, value in case.model.options.items() if isinstance(value, list)
+    }
+    for row, text in enumerate(PROMPTS):
+        for label, one in cells.items():
+            with one_prompt(case, one_row):
+                hooks = one.hooks(case.model, [text], num_steps=STEPS)
+                run = (SEEDS[0], STEPS, case.guidance)
+                alone = case.model.run_with_hooks([text], *run, fwd_hooks=hooks)
+            cell = found.sel(intervention=label).isel(prompt=row, seed=0)
+            for name, value in (("m_mean", mean_of(alone)), ("m_at", alone.flatten(1)[:, 7])):
+                assert float(cell[name]) == pytest.approx(float(value[0]), abs=1e-4), (label, name)
+
+
+@contextmanager
+def one_prompt(case: Case, options: dict[str, Any]) -> Iterator[None]:
+    """Options of the pipeline's call that are lists, as long as one prompt."""
+    several = case.model.options
+    case.model.options = {**several, **options}
+    yield
+    case.model.options = several
+
+
+def test_guidance_that_ends_early_says_so() -> None:
+    """Lumina 2 guides its first steps alone on request: later ones have one branch."""
+    case = case_of("Lumina 2")
+    run = (PROMPTS, SEEDS, STEPS, case.guidance)
+    with torch.no_grad():
+        images = case.model(*run, cfg_trunc_ratio=0.4)
+        assert torch.equal(images, case.plain(cfg_trunc_ratio=0.4))
+        name = "steps.{}.uncond.blocks.0.hook_resid_post"
+        how = {"names_filter": "blocks.0.hook_resid_post", "branch": "both"}
+        _, cache = case.model.run_with_cache(*run, cfg_trunc_ratio=0.4, **how)
+        assert [step for step in range(STEPS) if name.format(step) in cache] == [0]
+        halve: Any = lambda tensor, hook: tensor / 2  # noqa: E731
+        edit = {"fwd_hooks": [(name.format(0), halve)], "cfg_trunc_ratio": 0.4}
+        assert not torch.equal(case.model.run_with_hooks(*run, **edit), images)
+        edit["fwd_hooks"] = [(name.format(2), halve)]
+        with pytest.raises(ValueError, match=r"no unconditional branch at step 2 .* at 0 alone"):
+            case.model.run_with_hooks(*run, **edit)
