@@ -14,7 +14,7 @@ from dit_lens import prompts, scenes
 from dit_lens.intervene.ablation import knockout_role
 from dit_lens.intervene.steering import steer
 from dit_lens.readout.synopsis import attention_synopsis
-from dit_lens.text.prompts import RELATION_WORDS, as_choice, token_mask, token_roles
+from dit_lens.text.prompts import RELATION_WORDS, token_mask, token_roles
 from hooked_models import HookedTextToImage
 
 PLACE_WORDS = (
@@ -174,20 +174,6 @@ def test_masks_of_every_form(rte: HookedTextToImage) -> None:
         ValueError, match="There is no position 8 in the text: it has positions 0 to 7"
     ):
         rows([8])
-
-
-@pytest.mark.parametrize(("text", "nth"), [("", None), ("!", None), ("cat", 0), ("cat", -1)])
-def test_words_that_are_none(text: object, nth: object) -> None:
-    with pytest.raises(ValueError, match="give a"):
-        prompts.word(text, nth)
-
-
-def test_choices_are_hashable_and_equal_for_equal_tokens() -> None:
-    assert hash(as_choice(prompts.word("a b", nth=np.int64(2)))) == hash(
-        as_choice([prompts.word("a b", 2)])
-    )
-    assert as_choice(range(2)) == as_choice(np.array([0, 1])) == (0, 1)
-    assert str(prompts.word("a", 2)) == "word('a', nth=2)"
 
 
 def test_words_are_tokens_wherever_roles_are(rte: HookedTextToImage) -> None:
