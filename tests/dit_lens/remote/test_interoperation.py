@@ -11,7 +11,7 @@ import torch
 from dit_lens.remote import RENAME, RemoteTextToImage, open_cache
 from hooked_models import DiTCache, GenerationCache, HookedDiT, HookedTextToImage
 
-from ..hooked_models.tiny import tiny_inputs, tiny_transformer
+from ...hooked_models.tiny import tiny_inputs, tiny_transformer
 
 PROMPTS = ["red circle is above blue square", "blue square is left of red circle"]
 

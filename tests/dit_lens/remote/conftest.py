@@ -11,8 +11,8 @@ import torch
 from dit_lens.remote import RemoteTextToImage
 from hooked_models import HookedTextToImage
 
-from ..hooked_models.pipelines import randomise, tiny_pipeline
-from ..hooked_models.tiny import tiny_vae
+from ...hooked_models.pipelines import randomise, tiny_pipeline
+from ...hooked_models.tiny import tiny_vae
 from .served import Served
 
 nnsight = pytest.importorskip("nnsight")

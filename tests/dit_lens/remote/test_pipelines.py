@@ -19,7 +19,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.families.taps import KernelTap
 from hooked_models.generation.names import Site
 
-from ..hooked_models.tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline
+from ...hooked_models.tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline
 from .served import Served
 
 PROMPTS = ["red circle is above blue square", "blue square is left of red circle"]
@@ -298,7 +298,7 @@ OTHERS = [name for name in PIPELINES if name not in (*NO_FOLDER, *SERVED)]
 
 
 def test_the_page_names_them() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "remote.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "remote.md").read_text()
     assert f"| loopback server: {', '.join(SERVED)} |" in page
     assert f"| this process: {', '.join(OTHERS)} |" in page
 

@@ -1,7 +1,7 @@
 """A server that speaks NDIF's protocol, for tests: it runs whatever it is sent, so it listens on
 the loopback alone.
 
-    python -I tests/remote/ndif_server.py [--port PORT] [--hooked-models FOLDER]
+    python -I tests/dit_lens/remote/ndif_server.py [--port PORT] [--hooked-models FOLDER]
 
 Without a folder to import `hooked_models` from, this process has none of the packages of ABSENT, as
 a stranger's server. It prints one line of JSON: `port`, and, unless a port was given, `child` and

@@ -122,7 +122,7 @@ def test_nnsight_is_missing(folder, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_bundled_models_where_the_server_imports_hooked_models() -> None:
-    served = Served("--hooked-models", str(Path(__file__).parents[2]))
+    served = Served("--hooked-models", str(Path(__file__).parents[3]))
     try:
         ours, here = RemoteTextToImage("t5-micro", remote=served.url), RemoteTextToImage("t5-micro")
         torch.testing.assert_close(
