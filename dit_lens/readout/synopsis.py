@@ -54,6 +54,7 @@ from hooked_models.generation.names import BRANCHES, Branch
 from hooked_models.generation.sampling import Seeds, seed_of_each
 
 from ..intervene.interventions import Intervention
+from ..remote.attention import attention_there
 from ..remote.model import RemoteTextToImage
 from ..remote.plan import Groups as RemoteGroups
 from ..runs.drawing import Drawing
@@ -366,7 +367,8 @@ class _Plan:
     ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
         """Reduced attention of one run through nnsight, summed on the model's server."""
         sublayer: Any = self.sublayer
-        found = model.attention_between(
+        found = attention_there(
+            model,
             texts,
             seeds,
             sublayer,

@@ -54,11 +54,6 @@ def diffusion_lens(
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     native = model.text_encoder is not None
-    if model.behind_nnsight and not native:
-        raise NotImplementedError(
-            "The text encoders of this pipeline have no names, by which nnsight would reach their "
-            "layers: use HookedTextToImage.from_pretrained where the weights are at hand."
-        )
     blocks = [] if native else blocks_of(text_encoder(model, encoder))
     n = _count_layers(model) if native else len(blocks)
     if n == 0:
@@ -112,8 +107,14 @@ def text_encoder(model: Any, name: str | None = None) -> nn.Module:
     """A text encoder of a pipeline, by default the last.
 
     Raises:
+        NotImplementedError: the pipeline is behind nnsight.
         ValueError: it has no such encoder.
     """
+    if model.behind_nnsight:
+        raise NotImplementedError(
+            "The text encoders of this pipeline have no names, by which nnsight would reach their "
+            "layers: use HookedTextToImage.from_pretrained where the weights are at hand."
+        )
     parts = model.pipe.components
     known = [
         key

@@ -38,9 +38,9 @@ from hooked_models.pipelines.hub import resolve
 from hooked_models.store import digest
 
 from ..intervene.interventions import Intervention
-from ..readout.group_attention import attentions_of, placed
 from . import plan
 from .kernel import arguments
+from .patching import patched
 from .server import Server, import_nnsight
 
 NO_RESUMING = (
@@ -340,110 +340,8 @@ class RemoteTextToImage(HookedTextToImage):
             ValueError: the prompts do not correspond, a condition has a reserved name, or as
                 `forward`.
         """
-        if reserved := {"clean", "corrupt"} & set(conditions):
-            raise ValueError(
-                f"A condition cannot be called {reserved.pop()!r}: that is what a run without any "
-                "is called."
-            )
-        source, target = (
-            self.draft(texts, seed, num_steps, guidance, latents) for texts in (clean, corrupt)
-        )
-        self._check_pairs(source, target)
-        from_clean, from_corrupt = self.call_of(clean, source), self.call_of(corrupt, target)
-        edits = {
-            name: [
-                edit
-                for each in condition
-                for edit in each.resolve(self, from_corrupt["prompt"], num_steps=num_steps)
-            ]
-            for name, condition in conditions.items()
-        }
-        wanted = {
-            e.site.name: e.site
-            for every in edits.values()
-            for e in every
-            if e.values is plan.UNKNOWN
-        }
-        attached = self.checked_hooks(source)
-        keep = list(wanted.values())
-        first = self.plan_of(source, plan.Wanted(attached, keep, home=False))
-        plans = {"corrupt": self.plan_of(target, plan.Wanted(attached))}
-        for name, every in edits.items():
-            with self.hooks([(edit.site.name, edit) for edit in every]):
-                attached = self.checked_hooks(target)
-            plans[name] = self.plan_of(target, plan.Wanted(attached, patching=True))
-
-        model, run, nnsight, backend = self.nnsight, self.kernel, import_nnsight(), self._backend()
-
-        def ask() -> Any:
-            found = None  # on a server, where it has a value later
-            with model.session(backend=backend):
-                found = nnsight.save({})
-                with model.generate(**arguments(from_clean)) as tracer:
-                    source = run(model, tracer, first)
-                found["clean"] = source["images"]
-                for name in plans:
-                    with model.generate(**arguments(from_corrupt)) as tracer:
-                        result = run(model, tracer, plans[name], source["kept"])
-                    found[name] = result["images"]
-            return found
-
-        return self._answer(ask, backend)
-
-    def _check_pairs(self, clean: Any, corrupt: Any) -> None:
-        """Raise ValueError unless prompts and positions of two drafts correspond by number."""
-        counts = [(len(each), self.layout(each).text_mask.shape[1]) for each in (clean, corrupt)]
-        if counts[0] != counts[1]:
-            raise ValueError(
-                f"clean is {counts[0][0]} prompts of {counts[0][1]} tokens, corrupt "
-                f"{counts[1][0]} of {counts[1][1]}: make them equally many, and equally long, so "
-                "that equal positions correspond."
-            )
-
-    def attention_between(
-        self,
-        prompts: Prompts,
-        seed: Seeds,
-        sublayer: Literal["attn", "cross_attn", "image_attn"],
-        groups: plan.Groups,
-        *,
-        num_steps: int,
-        guidance: float,
-    ) -> Float[Tensor, "batch layer head step branch group key_group"]:
-        """As `group_attention.attention_between`, of one run: added up where the model is, so that
-        only these sums travel.
-        """
-        dtype = torch.promote_types(self.dit.dtype, torch.float32)
-        draft = self.draft(prompts, seed, num_steps, guidance)
-        attentions = attentions_of(self.dit, sublayer)
-        sums = []
-        for branch, weights in groups.keys.items():
-            queries, keys = placed(
-                self, draft, sublayer, branch, groups.queries.to(dtype), weights.to(dtype)
-            )
-            sums += [
-                plan.Sum(
-                    str(one.hook_q.name).removesuffix(".hook_q"),
-                    *(step, branch, queries, keys, groups.reduce),
-                    key=(layer, step, branch),
-                )
-                for layer, one in attentions.items()
-                for step in range(len(draft.solver))
-                if branch == "cond" or step in draft.extent.uncond
-            ]
-        found = self.ask(prompts, draft, sums=sums)["added"]
-        like = next(iter(found.values()))
-        nothing = torch.full_like(like, torch.nan)
-        by_branch = []
-        for branch in groups.keys:
-            by_layer = [
-                torch.stack(
-                    [found.get((layer, s, branch), nothing) for s in range(len(draft.solver))], 2
-                )
-                for layer in range(self.cfg.n_layers)
-            ]
-            by_branch.append(torch.stack(by_layer, dim=1))
-        return torch.stack(by_branch, dim=4)
+        run = (seed, num_steps, guidance, latents)
+        return patched(self, clean, corrupt, conditions, *run)
 
     def ask(
         self,
@@ -457,7 +355,7 @@ class RemoteTextToImage(HookedTextToImage):
         """
         todo = self.plan_of(draft, plan.Wanted(self.checked_hooks(draft), keep, sums))
         call = self.call_of(prompts, draft)
-        model, run, nnsight, backend = self.nnsight, self.kernel, import_nnsight(), self._backend()
+        model, run, nnsight, backend = self.nnsight, self.kernel, import_nnsight(), self.backend()
 
         def ask() -> Any:
             found = None  # on a server, where it has a value later
@@ -465,7 +363,7 @@ class RemoteTextToImage(HookedTextToImage):
                 found = nnsight.save(run(model, tracer, todo))
             return found
 
-        return self._answer(ask, backend)
+        return self.answer(ask, backend)
 
     def checked_hooks(self, draft: Any) -> list[Attached]:
         """The attached hooks, at every site of a run.
@@ -481,10 +379,11 @@ class RemoteTextToImage(HookedTextToImage):
 
     # The server
 
-    def _backend(self) -> Any:
+    def backend(self) -> Any:
+        """Nnsight's backend of one request; None in this process."""
         return None if self.server is None else self.server.backend(self.model_key)
 
-    def _answer(self, ask: Callable[[], Any], backend: Any) -> Any:
+    def answer(self, ask: Callable[[], Any], backend: Any) -> Any:
         """The value saved as `found` in a trace: at once, or when the server has run it."""
         if self.server is None:
             return ask()
