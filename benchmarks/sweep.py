@@ -171,7 +171,7 @@ def ours(plan: sweep.Plan) -> Tensor:
 
 
 def searched(model: HookedTextToImage, config: Config) -> list[dict[str, Any]]:
-    """Two-stage searches beside the exhaustive sweep, by two metrics: time, and how many of the
+    """Searches beside the exhaustive sweep, by two metrics: time, and how many of the
     true largest were run.
 
     Over all heads at every step.
@@ -195,7 +195,7 @@ def searched(model: HookedTextToImage, config: Config) -> list[dict[str, Any]]:
     ways: tuple[Method, ...] = ("step", "attribution")
     rows = []
     for metric, score in product(metrics, ways):
-        search = partial(sweep.two_stage, plan, metric, config.top, config.sample, score=score)
+        search = partial(sweep.search, plan, metric, config.top, sample=config.sample, score=score)
         spent, found = seconds(search, config.device)
         sizes = (
             abs(whole[f"{metric}_effect"].sel(interval="mean"))

@@ -20,6 +20,8 @@ PRIOR_SCENES = 4.0
 """Scenes that the common slope and the common variance count for, beside a cell's own."""
 
 
+LEAST_SCENES = 6
+"""Scenes without which a cell has no interval."""
 LEAST_SPREAD = 1e-3
 """Least variance of effects, in units of a scene's."""
 
@@ -45,10 +47,11 @@ class Estimates:
     def intervals(self, level: float = 0.95, of: int = 1) -> Float[np.ndarray, "cell 2"]:
         """Student's intervals; jointly at the level if there are `of` of them (Bonferroni).
 
-        Cells that were run on fewer than two scenes have infinite ones.
+        Cells that were run on fewer than `LEAST_SCENES` have infinite ones: effects have heavy
+        tails, and few scenes miss the rare large one.
         """
         half = student.isf((1 - level) / 2 / of, self.dof) * self.error
-        half = np.where(self.scenes > 1, half, np.inf)
+        half = np.where(self.scenes >= LEAST_SCENES, half, np.inf)
         centre = np.where(self.scenes > 0, self.mean, 0.0)
         return np.stack([centre - half, centre + half], axis=1)
 

@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..stats import count_bound
-from .estimates import Estimates, controlled
+from .estimates import LEAST_SCENES, Estimates, controlled
 
 ROUNDS = 3
 ENTRANTS = 8
-"""Cells that are run in the first round, for each place in the top …"""
+"""Cells that are run in the first round, for each place in the top, at most."""
 FEWEST = 4
-"""… or fewer, so that each is run on so many scenes."""
+"""Scenes of the first round, if a small budget does not pay for `LEAST_SCENES`."""
 FINALISTS = 2
 """Cells that are run in the last round, for each place in the top."""
 SCORING = 0.1
@@ -104,11 +104,17 @@ class Race:
     drawn: int = 0
     """Scenes of the exact runs."""
     alive: Cells = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    known: tuple[float, Estimates] | None = field(default=None, init=False, repr=False)
+    """Estimates at what was spent then."""
 
     @property
     def estimates(self) -> Estimates:
         """Effects over the population."""
-        return controlled(self.exact, self.scores)
+        if self.known is None or self.known[0] != self.spent:
+            used = ~np.isnan(self.scores).all(axis=0)
+            used[: self.drawn] = True
+            self.known = self.spent, controlled(self.exact[:, used], self.scores[:, used])
+        return self.known[1]
 
     @property
     def joint(self) -> Float[np.ndarray, "cell 2"]:
@@ -238,21 +244,27 @@ def score_all(oracle: Oracle, race: Race, scored: Cells) -> None:
 
 
 def entrants_of(race: Race, unscored: Cells) -> Cells:
-    """The cells of the first round: those with the largest scores (mean magnitude over scenes, for
-    signs differ between them), as many as half of the money pays for.
+    """The cells of the first round: those with the largest scores (magnitude of the mean, and mean
+    magnitude, for the larger of noisy means are those of noisier cells), as many as this round can
+    give an interval; of a small budget more, without one.
     """
-    order = np.argsort(-np.abs(np.nan_to_num(race.scores)).sum(axis=1), kind="stable")
+    prices, k = race.prices, race.rules.k
+    scores = np.nan_to_num(race.scores)
+    size = np.abs(scores).sum(axis=1) + np.abs(scores.sum(axis=1))
+    order = np.argsort(-size, kind="stable")
     order = np.concatenate([unscored, order[~np.isin(order, unscored)]])
-    paid = np.cumsum(race.prices.exact[order]) * FEWEST <= race.left / 2
-    count = min(max(int(paid.sum()), race.rules.k), ENTRANTS * race.rules.k)
-    return order[: max(count, len(unscored))]
+    scene = np.cumsum(prices.exact[order]) + prices.slope + prices.clean
+    judged = int((scene * LEAST_SCENES <= race.left * (1 - SAMPLING) / ROUNDS).sum())
+    tried = min(int((scene * FEWEST <= race.left / 2).sum()), 2 * FINALISTS * k)
+    return order[: max(min(max(judged, tried, k), ENTRANTS * k), len(unscored))]
 
 
 def scenes_of_round(race: Race, cells: Cells, rounds: int) -> range:
     """New scenes, as many as this round's share of the money pays for."""
     prices = race.prices
     one = float((prices.exact + prices.score)[cells].sum()) + prices.slope + prices.clean
-    count = max(int(race.left / rounds / one), 1 if rounds == ROUNDS else 0)
+    least = 1 if rounds == ROUNDS or race.left >= one else 0
+    count = max(int(race.left / rounds / one), least)
     return range(race.drawn, min(race.drawn + count, race.rules.scenes))
 
 
