@@ -204,8 +204,10 @@ def attention_in_call(
 class Reader(Protocol):
     """A reducer of one attention in one call: of q, k and bias, or of a pattern that hooks make."""
 
-    def read(self, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
-        """Called with q [batch pos head d_head], k and the bias of the scores."""
+    def read(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Any:
+        """Called with q [batch pos head d_head], k and the bias of the scores; returns None, or a
+        callback for the kernel's log-sum-exp (`AttentionCore.on_qk`).
+        """
 
     def read_pattern(self, pattern: Tensor, hook: HookPoint) -> None:
         """Called with the pattern [batch head pos key_pos]."""

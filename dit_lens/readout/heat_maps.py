@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, get_args
@@ -45,7 +45,8 @@ def heatmap(
 ) -> xr.DataArray:
     """Attention from each image position to the tokens of a word, in the conditional branch.
 
-    No pattern is kept: the queries attend once more through the fused kernel, with the words'
+    No pattern is kept: a word's column is exp(q·k − log-sum-exp), of which the fused kernel gives
+    the last; where it does not (GPUs, other kernels), queries attend once more, with the words'
     indicators in place of values. Attached hooks act. In models with joint attention a query's
     attention to all of the image and the text sums to 1, in cross-attention its attention to the
     text. Source: Tang et al. 2022, arXiv 2210.04885 (DAAM), without its upsampling.
@@ -260,6 +261,31 @@ def grid_of(dit: Any, latent: Float[Tensor, "batch ..."]) -> tuple[int, int, int
     return rows, columns, 1
 
 
+def columns_of_attention(
+    q: Float[Tensor, "row query_pos head d_head"],
+    k: Float[Tensor, "row key_pos head d_head"],
+    bias: Float[Tensor, "#row #head _ key_pos"] | None,
+    scale: float,
+    log_sums: Float[Tensor, "row head query_pos"],
+    keys: Float[Tensor, "row key_pos group"],
+) -> Float[Tensor, "row head query_pos group"]:
+    """Attention to groups of keys from the log-sum-exp of all scores: exp(score − log-sum-exp) of
+    the groups' own keys, without a softmax.
+
+    Example:
+        >>> q = torch.randn(1, 3, 2, 4)
+        >>> sums = torch.einsum("bqhd,bkhd->bhqk", q, q).logsumexp(-1)
+        >>> columns_of_attention(q, q, None, 1.0, sums, torch.ones(1, 3, 1)).shape
+        torch.Size([1, 2, 3, 1])
+    """
+    own = keys.any(dim=2).any(dim=0).nonzero().flatten()
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.transpose(1, 2).to(dtype) @ k[:, own].permute(0, 2, 3, 1).to(dtype)
+    scores = scores * scale - log_sums[..., None]
+    scores = scores if bias is None else scores + bias[..., own]
+    return scores.exp() @ keys[:, own].to(dtype)[:, None]
+
+
 @dataclass(repr=False, eq=False)  # TransformerLens calls repr of every hook
 class _Reader:
     """Adds the maps of one attention in one call."""
@@ -275,18 +301,23 @@ class _Reader:
         q: Float[Tensor, "row query_pos head d_head"],
         k: Float[Tensor, "#row key_pos head d_head"],
         bias: Float[Tensor, "#row #head _ key_pos"] | None,
-    ) -> None:
+    ) -> Callable[[Tensor | None], None]:
         rows, places = cond_rows(self.call, len(q)), slice(self._n_image(q.shape[1]))
         q, k = q[rows, places], k.expand(len(q), -1, -1, -1)[rows]
         if bias is not None:
             bias = bias[rows] if len(bias) > 1 else bias
             bias = bias[:, :, places] if bias.shape[2] > 1 else bias
-        found = sums_of_attention(
-            q, k, bias, self.attention.scale, None, self._keys(k.shape[1], k), "sum"
-        )
-        self.maps.add(
-            self.number, self.call.step, found.to(torch.promote_types(found.dtype, torch.float32))
-        )
+
+        def add(log_sums: Float[Tensor, "row head query_pos"] | None) -> None:
+            keys, scale = self._keys(k.shape[1], k), self.attention.scale
+            if log_sums is None:
+                found = sums_of_attention(q, k, bias, scale, None, keys, "sum")
+            else:
+                found = columns_of_attention(q, k, bias, scale, log_sums[rows, :, places], keys)
+            dtype = torch.promote_types(found.dtype, torch.float32)
+            self.maps.add(self.number, self.call.step, found.to(dtype))
+
+        return add
 
     def read_pattern(
         self, pattern: Float[Tensor, "row head query_pos key_pos"], hook: HookPoint

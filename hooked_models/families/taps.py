@@ -26,7 +26,7 @@ from transformer_lens.hook_points import HookPoint
 from ..hooks.layout import Layout
 from ..hooks.module import has_hooks
 from ..hooks.streams import Axes, batch_first, joined, parted
-from ..pixart.attention import AttentionCore
+from ..pixart.attention import AttentionCore, fused_attention
 from .weights import Weights
 
 HEAD_POINTS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z")
@@ -126,16 +126,30 @@ class FamilyHeads(AttentionCore):
                 for x, s in ((query, self.queries), (key, self.keys))
             )
             bias = self._bias(layout, attn_mask, is_causal, query, key)
+        with_sums = None
         if self.on_qk is not None:
             seen = (
                 bias
                 if bias is None
                 else bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
             )
-            self.on_qk(q.transpose(1, 2), k.transpose(1, 2), seen)
+            with_sums = self.on_qk(q.transpose(1, 2), k.transpose(1, 2), seen)
         if not explicit:
-            z = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale
+
+            def ordered(sums: Tensor | None) -> None:
+                if with_sums is not None:
+                    with_sums(
+                        None if sums is None else layout.image_first(sums, (self.queries,), dim=2)
+                    )
+
+            z = fused_attention(
+                query,
+                key,
+                value,
+                attn_mask,
+                is_causal,
+                scale,
+                with_sums=ordered if with_sums else None,
             )
             return self._through(self.hook_z, z, layout, self.queries)
         scores = q @ k.mT * self.scale

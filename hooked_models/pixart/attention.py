@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks.module import has_hooks
 from ..hooks.scopes import Scoped
+
+FLASH = int(SDPBackend.FLASH_ATTENTION.value)
+"""Torch's number of the kernel that tells a log-sum-exp."""
 
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
@@ -46,13 +51,61 @@ def bias_of(linear: nn.Module) -> Float[Tensor, " d_out"]:
     return weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias  # type: ignore[return-value]
 
 
+def fused_attention(
+    q: Float[Tensor, "batch head query_pos d_head"],
+    k: Float[Tensor, "batch head key_pos d_head"],
+    v: Float[Tensor, "batch head key_pos d_head"],
+    mask: Shaped[Tensor, "..."] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    with_sums: Callable[[Tensor | None], None] | None = None,
+) -> Float[Tensor, "batch head query_pos d_head"]:
+    """`F.scaled_dot_product_attention`, bitwise; passes on the kernel's log-sum-exp of the scores.
+
+    Args:
+        mask: bias of the scores, or booleans, True where a query attends to a key.
+        with_sums: called with [batch head query_pos], or None: on other devices than the CPU, in a
+            graph, and where torch takes another kernel or a query attends to no key.
+
+    Example:
+        >>> q = torch.randn(1, 2, 3, 4)
+        >>> sums = []
+        >>> fused_attention(q, q, q, with_sums=sums.append).shape, sums[0].shape
+        (torch.Size([1, 2, 3, 4]), torch.Size([1, 2, 3]))
+    """
+    usual: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "scale": scale}
+    if with_sums is None:
+        return F.scaled_dot_product_attention(q, k, v, **usual)
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    flash = (
+        q.device.type == "cpu"
+        and not graph
+        and (mask is None or mask.ndim in (2, 4))
+        and torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, scale=scale) == FLASH
+    )
+    if not flash:
+        z = F.scaled_dot_product_attention(q, k, v, **usual)
+        with_sums(None)
+        return z
+    if mask is not None and mask.dtype == torch.bool:
+        mask = q.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    z, sums = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    # the kernel says 0 of a query that attends to nothing
+    dead = mask is not None and bool((mask == -torch.inf).all(dim=-1).any())
+    with_sums(None if dead else sums)
+    return z
+
+
 class AttentionCore(nn.Module):
     """``softmax(scale · q kᵀ + bias) v`` of every head."""
 
     scale: float
     on_qk: Any = Scoped(None)
     """Optional callback ``(q, k, bias)``, called after the q and k hooks with tensors [batch pos
-    head d_head]; lets a reducer work without materialising the pattern.
+    head d_head]; lets a reducer work without materialising the pattern. It may return a callback
+    ``(log_sums)``, called with the log-sum-exp of the scores [batch head query_pos] that the fused
+    kernel found, or None where the kernel tells none.
     """
 
     def __init__(self) -> None:
@@ -79,8 +132,7 @@ class AttentionCore(nn.Module):
         """
         bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        if self.on_qk is not None:
-            self.on_qk(q, k, bias)
+        with_sums = None if self.on_qk is None else self.on_qk(q, k, bias)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch head pos d_head] from here to z
 
         if has_hooks(self.hook_attn_scores) or has_hooks(self.hook_pattern):
@@ -88,7 +140,7 @@ class AttentionCore(nn.Module):
             scores = self.hook_attn_scores(scores if bias is None else scores + bias)
             z = self.hook_pattern(scores.softmax(dim=-1)) @ v
         else:
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+            z = fused_attention(q, k, v, bias, scale=self.scale, with_sums=with_sums)
         return self.hook_z(z.transpose(1, 2))
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from dit_lens import Intervention, prompts
 from dit_lens.readout.heat_maps import heatmap
 from hooked_models import HookedTextToImage
+from hooked_models.families import taps
+from hooked_models.pixart import attention
 
 from ...hooked_models.pipelines import PROMPTS
 from ...hooked_models.pipelines import tiny_pipeline as tiny_pixart
@@ -126,3 +128,49 @@ def test_a_word_that_no_prompt_has_is_an_error() -> None:
         heatmap(model, PROMPTS, "dog", SEEDS, n_steps, **options)
     with pytest.raises(ValueError, match="by="):
         heatmap(model, PROMPTS, "circle", SEEDS, n_steps, by=["width"], **options)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", ["PixArt", "SD3", "SANA DPM++", "Z-Image"])
+def test_a_heat_map_without_the_kernels_sums(name: str, monkeypatch: Any) -> None:
+    """Kernels that tell no log-sum-exp: the same map, and either way the same images."""
+    model, n_steps, options = opened(name)
+    told: list[Tensor | None] = []
+    add = attention.fused_attention
+
+    def watched(*args: Any, with_sums: Any = None, **how: Any) -> Tensor:
+        listen = with_sums and (lambda sums: (told.append(sums), with_sums(sums)))
+        return add(*args, **how, with_sums=listen)
+
+    def silent(*args: Any, with_sums: Any = None, **how: Any) -> Tensor:
+        z = add(*args, **how)
+        if with_sums:
+            with_sums(None)
+        return z
+
+    found = []
+    for kernel in (watched, silent):
+        for module in (attention, taps):
+            monkeypatch.setattr(module, "fused_attention", kernel)
+        found.append(heatmap(model, PROMPTS, "circle", SEEDS, n_steps, **options))
+    assert told
+    assert all(sums is not None for sums in told)
+    assert float(abs(found[0] - found[1]).max()) < 1e-6
+
+
+def test_sums_of_the_fused_kernel() -> None:
+    """Bitwise torch's own output, for every kind of mask, and the log-sum-exp of the scores."""
+    q, k, v = (torch.randn(2, 3, n, 16) for n in (40, 50, 50))
+    hidden = torch.rand(2, 1, 40, 50) > 0.3
+    for mask in (None, torch.randn(2, 1, 1, 50), torch.randn(40, 50), hidden):
+        told: list[Tensor | None] = []
+        z = attention.fused_attention(q, k, v, mask, with_sums=told.append)
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        assert torch.equal(z, wanted)
+        bias = 0 if mask is None else mask
+        if mask is hidden:
+            bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        sums = (q @ k.mT / 4 + bias).logsumexp(-1)
+        assert torch.allclose(told[0], sums, atol=1e-5)
+    hidden[0, 0, 0] = False  # a query that attends to nothing
+    attention.fused_attention(q, k, v, hidden, with_sums=told.append)
+    assert told[-1] is None
