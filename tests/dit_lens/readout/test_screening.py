@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, pearsonr
+from scipy.stats import t as student
 
 from dit_lens import circuits, scenes, screening
+from dit_lens.task import PHRASES
 from hooked_models import HookedDiT, HookedTextToImage
 
 from ...hooked_models.pipelines import tiny_pipeline
@@ -36,6 +38,19 @@ def test_the_ramp_is_the_papers_template():
     above = screening.ramp((0, -1), 8).reshape(8, 8)
     assert (above[0] > above[-1]).all()
     assert screening.ramp((1, 1), 8).norm().item() == pytest.approx(5.237, abs=1e-3)
+
+
+def test_directions_of_words_are_those_of_the_relations_that_they_name():
+    for word, direction in screening.WORD_DIRECTIONS.items():
+        named = [
+            scenes.DIRECTIONS[relation]
+            for relation, phrases in PHRASES.items()
+            if word == relation or any(word in phrase.split() for phrase in phrases)
+        ]
+        common = tuple(
+            one.pop() if len(one) == 1 else 0 for one in map(set, zip(*named, strict=True))
+        )
+        assert direction == common, word
 
 
 def plant(dit: HookedDiT, layer: int, head: int, vectors: dict[str, torch.Tensor]) -> None:
@@ -107,6 +122,7 @@ def test_screening_finds_the_planted_heads_of_either_sign_and_its_control_does_n
     assert table.loc[(1, 0)].cosine > 0.95
     assert table.loc[(0, 1)].cosine < -0.95
     assert table.index[:2].sort_values().tolist() == [(0, 1), (1, 0)]
+    assert table.p_positions[:2].tolist() == [1 / (1 + 500)] * 2  # no draw is as large
     assert (table.p[:2] < 0.01).all()
     assert table.cosine[2:].abs().max() < 0.9
     # the same maps, the wrong ramps
@@ -187,6 +203,35 @@ def test_gains_are_slopes_of_the_written_out_maps(model, relation_vectors):
         np.testing.assert_allclose(rows["share"], (gain**2 / (gain**2).sum()).flatten(), rtol=1e-3)
 
 
+def test_chance_of_an_axis_is_that_of_a_turned_word_and_of_permuted_positions(model):
+    """Head by head: Student's t of the cosine of word and slope, in the caption's dimensions, and
+    scipy's Pearson correlation of map and ramp; for a random word, and for one along a head's
+    slope, which only the positions can speak against.
+    """
+    ramp = screening.ramp(scenes.DIRECTIONS["right"], 8).double().numpy()
+
+    def to_word(layer: int, head: int) -> np.ndarray:
+        attention = model.dit.blocks[layer].cross_attn
+        q, k = (weight[head].detach().double().numpy() for weight in (attention.W_Q, attention.W_K))
+        return model.dit.W_pos.detach().double().numpy() @ q @ k.T
+
+    def slope(layer: int, head: int) -> np.ndarray:
+        return (ramp - ramp.mean()) @ to_word(layer, head)
+
+    random = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(3)).numpy()
+    for word in (random.astype(float), slope(1, 1)):
+        found = screening.screen_axes(model.dit, {"horizontal": torch.from_numpy(word)})
+        for row in found.itertuples():
+            place = row.layer, row.head
+            along = pearsonr(to_word(*place) @ word, ramp)
+            assert row.cosine == pytest.approx(along.statistic, abs=1e-6)
+            cosine = slope(*place) @ word / np.linalg.norm(slope(*place)) / np.linalg.norm(word)
+            dof = len(word) - 1
+            t = abs(cosine) * np.sqrt(dof / max(1 - cosine**2, 1e-12))
+            expected = max(along.pvalue, 2 * student.sf(t, dof))
+            assert row.p == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_head_of_one_axis_is_found_on_that_axis_alone(relation_vectors):
     model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=16))
     plant(model.dit, 1, 0, relation_vectors)
@@ -222,6 +267,36 @@ def test_p_of_an_axis_is_uniform_or_larger_without_a_relation_head(model):
     nothing = screening.screen_axes(model.dit, {"vertical": torch.zeros(model.cfg.d_model)})
     assert (nothing["p"] == 1).all()
     assert (nothing["share"] == 0).all()
+
+
+def test_chance_is_of_the_mean_of_words_of_one_direction(model):
+    """And the energy scales with the words."""
+    above, up, below = torch.randn(3, model.cfg.d_model, generator=torch.Generator().manual_seed(5))
+    screened = [
+        screening.screen_heads(model.dit, words, at="caption", null_draws=50).sort_values(
+            ["layer", "head"], ignore_index=True
+        )
+        for words in (
+            {"above": above, "up": up, "below": below},
+            {"above": (above + up) / 2, "below": below},
+            {"above": above / 1000, "up": up / 1000, "below": below / 1000},
+        )
+    ]
+    np.testing.assert_array_equal(screened[0]["p_words"], screened[1]["p_words"])
+    np.testing.assert_array_equal(screened[0]["p_positions"], screened[1]["p_positions"])
+    np.testing.assert_allclose(screened[0]["energy"], 1000 * screened[2]["energy"], rtol=1e-4)
+
+
+def test_only_the_tokens_of_a_phrase_are_compared():
+    """Of a T5, whose other tokens differ, too."""
+    model = HookedTextToImage.from_pretrained("t5-micro")
+    ends = []
+    for word in ("below", "above"):
+        tokens = model.to_tokens(f"red circle is {word} blue square")
+        text = model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0]
+        ends.append(model.dit.project_caption(text)[0, 3])
+    found = screening.phrase_contrasts(model, {"vertical": ("below", "above")})["vertical"]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / 2)
 
 
 def test_phrases_are_compared_token_by_token():
