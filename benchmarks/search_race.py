@@ -154,7 +154,7 @@ def share(means: np.ndarray, found: np.ndarray, signs: np.ndarray | None = None)
 
 
 def guarantee(race: Race, means: np.ndarray) -> dict[str, float]:
-    """Whether the search's two statements are wrong, and how much they say."""
+    """Both statements of a search: 1 where one is wrong, and the sizes that it states."""
     size, top = np.abs(means), race.top
     others = np.setdiff1d(race.alive, top)
     beyond = float(np.abs(race.estimates.mean[top]).min())

@@ -102,7 +102,7 @@ def drawn(model: HookedTextToImage, n: int) -> pd.DataFrame:
 
 
 def claims_of(run: str, heads: pd.DataFrame, images: pd.DataFrame) -> list[Claim]:
-    """Whether heads separate the axes, and the unread diagonal beside the read ones."""
+    """Shares of heads that serve both axes, and the unread diagonal beside the read ones."""
     shares = heads.pivot(index=["layer", "head"], columns="axis", values="share")
     both = shares[list(screening.AXES)].min(axis=1)
     most = "L{}H{}".format(*both.index[int(both.argmax())])

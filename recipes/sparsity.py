@@ -1,4 +1,4 @@
-"""What makes a relation circuit sparse: weight decay, or the number of heads?
+"""Is it weight decay that makes a relation circuit sparse, or the number of heads?
 
 `python -m recipes.sparsity --runs FOLDER`
 

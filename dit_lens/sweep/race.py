@@ -163,7 +163,7 @@ class Race:
 
     @property
     def left(self) -> float:
-        """What is left of the budget."""
+        """Rest of the budget."""
         return self.rules.budget * self.prices.exhaustive - self.spent
 
 

@@ -82,6 +82,14 @@ class Searching(TypedDict, total=False):
             from the run without intervention, which are smallest there.
         executor: "local" (default) or "ray", as in `sweep.run`.
         workers: of "ray".
+
+    Example:
+        >>> how: Searching = {"budget": 2.0, "score": "step"}
+        >>> plan = sweep.plan(
+        ...     model, "red circle is above blue square", [0, 1], cells, {"red": red}, num_steps=2
+        ... )
+        >>> sweep.search(plan, "red", k=1, **how).race.rules.budget
+        2.0
     """
 
     budget: float
@@ -357,15 +365,9 @@ class Numbers:
 
     def scores(self, cells: Cells, scenes: range) -> Float[np.ndarray, "cell scene"]:
         """As in `race.Oracle`."""
-        plan, rows = self.plan, np.sort(self.rows[scenes.start : scenes.stop])
+        rows = np.sort(self.rows[scenes.start : scenes.stop])
         question = replace(self.question, conditions=tuple(cells.tolist()))
-        if any(plan.treatments[place].joint for place in cells.tolist()):
-            n = len(plan.prompts)  # a condition that mixes prompts has all of them in its run
-            groups = [seed * n + np.arange(n) for seed in np.unique(rows // n)]
-        else:
-            workers = 1 if self.cluster is None else self.cluster.count
-            most = min(plan.batch, -(-len(rows) // workers))
-            groups = np.array_split(rows, -(-len(rows) // most))
+        groups = self._groups(cells, rows)
         names = [f"{digest(str(group.tolist()), str(cells.tolist()))}.npy" for group in groups]
         parts = {name: self._kept(name) for name in names}
         new = [place for place, name in enumerate(names) if parts[name] is None]
@@ -385,6 +387,16 @@ class Numbers:
                 "tensor that goes up or down with what you look for, or score='none'."
             )
         return values[:, np.searchsorted(known, self.rows[scenes.start : scenes.stop])]
+
+    def _groups(self, cells: Cells, rows: Int[np.ndarray, " row"]) -> list[np.ndarray]:
+        """Rows that are scored in one batch."""
+        plan = self.plan
+        if any(plan.treatments[place].joint for place in cells.tolist()):
+            n = len(plan.prompts)  # a condition that mixes prompts has all of them in its run
+            return [seed * n + np.arange(n) for seed in np.unique(rows // n)]
+        workers = 1 if self.cluster is None else self.cluster.count
+        most = min(plan.batch, -(-len(rows) // workers))
+        return np.array_split(rows, -(-len(rows) // most))
 
     def _kept(self, name: str) -> np.ndarray | None:
         if self.store is None or name not in self.store:

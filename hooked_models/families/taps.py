@@ -57,6 +57,13 @@ class Tap(Protocol):
         """Names of watched points that have not fired since `attach`."""
 
 
+def _legible(bias: Tensor | None) -> Tensor | None:
+    """Bias of the scores, 0 for a query that may look at no key."""
+    if bias is None:
+        return None
+    return bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
+
+
 class FamilyHeads(AttentionCore):
     """One attention of a live model: inputs and output of its kernel, positions ordered [image,
     text].
@@ -98,18 +105,7 @@ class FamilyHeads(AttentionCore):
             NotImplementedError: dropout is on.
             LayoutError: the kernel receives other positions than declared.
         """
-        if dropout_p:
-            raise NotImplementedError(
-                "Attention with dropout is not hooked: call .eval() on the model."
-            )
-        self.calls += 1
-        if self.calls > 1:
-            raise NotImplementedError(
-                f"{self.place} calls its kernel more than once in one call, which hooks cannot "
-                "tell apart."
-            )
-        layout.check(f"{self.place}.hook_q", query.shape[2], (self.queries,))
-        layout.check(f"{self.place}.hook_k", key.shape[2], (self.keys,))
+        self._check(layout, query, key, dropout_p)
         if key.shape[1] != query.shape[1]:
             key, value = (
                 x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value)
@@ -128,12 +124,7 @@ class FamilyHeads(AttentionCore):
             bias = self._bias(layout, attn_mask, is_causal, query, key)
         with_sums = None
         if self.on_qk is not None:
-            seen = (
-                bias
-                if bias is None
-                else bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
-            )
-            with_sums = self.on_qk(q.transpose(1, 2), k.transpose(1, 2), seen)
+            with_sums = self.on_qk(q.transpose(1, 2), k.transpose(1, 2), _legible(bias))
         if not explicit:
 
             def ordered(sums: Tensor | None) -> None:
@@ -160,6 +151,20 @@ class FamilyHeads(AttentionCore):
         z = self.hook_pattern(pattern) @ layout.image_first(value, (self.keys,), dim=2)
         z = self.hook_z(z.transpose(1, 2)).transpose(1, 2)
         return layout.as_model(z, (self.queries,), dim=2)
+
+    def _check(self, layout: Layout, query: Tensor, key: Tensor, dropout_p: float) -> None:
+        if dropout_p:
+            raise NotImplementedError(
+                "Attention with dropout is not hooked: call .eval() on the model."
+            )
+        self.calls += 1
+        if self.calls > 1:
+            raise NotImplementedError(
+                f"{self.place} calls its kernel more than once in one call, which hooks cannot "
+                "tell apart."
+            )
+        layout.check(f"{self.place}.hook_q", query.shape[2], (self.queries,))
+        layout.check(f"{self.place}.hook_k", key.shape[2], (self.keys,))
 
     @property
     def place(self) -> str:
