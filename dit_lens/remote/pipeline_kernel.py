@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hooked_models.hooks.streams import joined, parted, permute
+from hooked_models.hooks.texts import joined_text, parted_text
 
 from .kernel import Walk
 
@@ -25,10 +26,12 @@ KERNEL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale
 class CallWalk(Walk):
     """The hooks of one denoiser call of a pipeline."""
 
-    def call(self, transformer: Any, tracer: Any, items: list, branches: tuple) -> None:
+    def call(self, transformer: Any, tracer: Any, items: list, branches: tuple, text: dict) -> None:
         """Go through the call: `items` in the order in which it reaches them."""
         # counts calls from the run's beginning, as what is inside an attention does not
-        _ = transformer.inputs
+        args, kwargs = transformer.inputs
+        if self.hooks("hook_text"):
+            self.text(transformer, args, kwargs, text)
         for item in items:
             envoy = transformer
             for part in item["path"]:
@@ -48,6 +51,14 @@ class CallWalk(Walk):
             self.prediction(transformer, branches)
 
     # Streams
+
+    def text(self, transformer: Any, args: tuple, kwargs: dict, text: dict) -> None:
+        """The text that enters: arguments of the transformer, by the names of its parameters."""
+        given = {**dict(zip(text["parameters"], args, strict=False)), **kwargs}
+        whole = joined_text(given, text["text"], len(given[text["image"]]))
+        written = self.visit("hook_text", whole)
+        if written is not None:
+            transformer.inputs = ((), {**given, **parted_text(given, text["text"], written)})
 
     def stream(self, tensors: list, item: dict) -> Any:
         """The tensors as hooks on the joined streams leave them; None where nothing is written."""
@@ -258,7 +269,9 @@ def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
         )
         for _ in tracer.iter[[event["number"]]]:
             if event["kind"] == "call":
-                here.call(model.transformer, tracer, event["items"], event["branches"])
+                here.call(
+                    model.transformer, tracer, event["items"], event["branches"], event["text"]
+                )
             elif event["kind"] == "prepared":
                 here.latents(own.self_prepare_latents_0)
             elif event["kind"] == "step":

@@ -119,6 +119,7 @@ def _events(
                 "sums": sums.get(number, {}),
                 "rows": {branch: call.part(branch) for branch in call.branches},
                 "branches": call.branches,
+                "text": _text(model.dit),
                 "items": _items(model, draft, call, names, seen),
             }
         elif kind == "step":
@@ -126,6 +127,12 @@ def _events(
             event["x0"] = x0_coefficients(draft.solver, number) if x0 else (0.0, 1.0)
         events.append(event)
     return events
+
+
+def _text(dit: Any) -> dict[str, Any]:
+    """Names of the denoiser's parameters, and of those that hold its text and its latents."""
+    parameters = list(inspect.signature(type(dit.wrapped).forward).parameters)[1:]
+    return {"parameters": parameters, "text": dit.family.text, "image": dit.family.image}
 
 
 def _items(

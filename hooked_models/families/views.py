@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..generation.loops import rows_of
+from ..hooks.texts import text_parts
 from ..pixart.views import HookList, Tokens, View, with_gradient
-from .text import text_parts
 
 
 class FamilyView(View):
@@ -28,7 +28,7 @@ class FamilyView(View):
         rows, family = self.rows(tokens), self.dit.family
         some = {name: rows_of(value, rows, self.n_rows) for name, value in self.given.items()}
         if torch.is_grad_enabled():  # a graph of its own, so that every call can be differentiated
-            for name in (family.image, *dict(text_parts(some, family.text))):
+            for name in (family.image, *text_parts(some, family.text)):
                 some[name] = _opened(some[name])
         found = self.dit(**some, return_dict=False)[0]
         return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found

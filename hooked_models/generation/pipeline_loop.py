@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..families.text import joined_text
 from ..hooks.layout import Layout
+from ..hooks.texts import joined_text
 from ..pipelines.weightless import has_weights_on, moved
 from .loops import Call, Visitor
 from .names import BRANCHES, FINAL, Branch

@@ -17,7 +17,7 @@ from transformer_lens import patching as tl_patching
 
 from dit_lens import Add, patching, prompts, steering
 from hooked_models.families.adapter import submodule
-from hooked_models.families.text import text_parts
+from hooked_models.hooks.texts import text_parts
 
 from ..hooked_models.pipelines import PROMPTS
 from .family_cases import ADD_NOT_UP, KNOWN_MODULES, LAST, SEEDS, STEPS, Case, close
@@ -199,7 +199,7 @@ def test_the_text_that_enters(case: Case) -> None:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         seen.append(given)
         start = 0
-        for key, value in list(text_parts(given, family.text)):
+        for key, value in text_parts(given, family.text).items():
             new = [row.clone() for row in value]
             for row, x in enumerate(new):
                 chosen = mask[row % len(PROMPTS), start : start + len(x)]
@@ -225,7 +225,7 @@ def test_the_text_that_enters(case: Case) -> None:
     ours, theirs = case.images(edit), run.fork(LAST, denoise=by_hand).images
     assert close(ours, theirs, 1e-4)
     assert not torch.equal(ours, run.images)
-    ((_, own),) = list(text_parts(seen[-1], family.text))[:1] or ((None, None),)
+    ((_, own),) = list(text_parts(seen[-1], family.text).items())[:1] or ((None, None),)
     assert own is not None
     reading = [(name, lambda text, hook: None)]
     assert torch.equal(case.images(reading), run.images)
