@@ -28,7 +28,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     "object_heads": {"model": "rte-nano", "scenes": 6, "patched": 1},
     "positions_needed": {},
     "recurrence": {"models": ("rte-nano", "rte-micro", "rte-nopos-micro"), "looks": 3},
-    "relation_circuit": {"models": ("rte-nano",), "looks": 16, "images": 6},
+    "relation_circuit": {"models": ("rte-nano",), "looks": 8, "images": 3},
     "relation_heads": {"looked": 4, "singles": 1, "pairs": 2},
     "robustness": {"looks": 3, "images": 1},
     "sparsity": {},
