@@ -160,9 +160,7 @@ class Running:
                 )
             returns_dict = kwargs.pop("return_dict", True)
             out = self.visitor.out(self.step, latent, out)
-            after = advance(out, timestep, latent, *args, **kwargs, return_dict=False)[0].to(
-                latent.dtype
-            )
+            after = advance(out, timestep, latent, *args, **kwargs, return_dict=False)[0]
             self.visitor.after(self.step, after)
             self.step, self.calls = self.step + 1, 0
             self._stop_at(after)

@@ -20,6 +20,7 @@ from . import test_every_family_paths as paths
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TOOLS = {
     "images, inert hooks": tests.test_images_are_bitwise_the_pipelines_with_hooks_that_look,
+    "bfloat16": tests.test_images_in_bfloat16_are_bitwise_the_pipelines,
     "branches": tests.test_both_branches_make_up_the_guided_output,
     "residual streams": tests.test_a_block_scaled_by_a_torch_hook,
     "heads": tests.test_a_head_switched_off_by_a_torch_hook,
@@ -56,7 +57,7 @@ INTRODUCTION = """# Every family and every tool
 all of them. The table is written from `tests/conformance/test_every_family*.py` (`python -m tests.conformance.families`): a ✓ is a
 test that passes on a tiny random pipeline of the family, on a CPU in float32. No real weights were run.
 
-- *images, inert hooks*: bitwise the plain pipeline's. *forks*: bitwise a full run with the same hooks.
+- *images, inert hooks*, *bfloat16*: bitwise the plain pipeline's. *forks*: bitwise a full run with the same hooks.
 - *residual streams*, *heads*: an `Intervention` equals the same edit made by a torch hook in diffusers' own module.
 - *branches*: out = uncond + s · (cond − uncond); *one branch alone*: an edit of one leaves the other's prediction bitwise.
 - *every action*, *words*: against functions and sums written out; *identity edits* change nothing.

@@ -137,6 +137,13 @@ def test_images_are_bitwise_the_pipelines_with_hooks_that_look(case: Case) -> No
     assert torch.equal(case.plain(), reference)
 
 
+def test_images_in_bfloat16_are_bitwise_the_pipelines(case: Case) -> None:
+    """Schedulers return the predictions' or the latents' dtype, as pipelines let them."""
+    half = case_of.__wrapped__(case.name)
+    half.pipe.to(torch.bfloat16)
+    assert torch.equal(half.images().float(), half.plain().float())
+
+
 def test_both_branches_make_up_the_guided_output(case: Case) -> None:
     """Which rows or calls are which branch's: out = uncond + scale · (cond − uncond), for one
     number at all places.
