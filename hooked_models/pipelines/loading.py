@@ -7,6 +7,7 @@ autoencoder whose configuration has `force_upcast`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def load_component(
 ) -> nn.Module:
     """Load one module of a pipeline's folder; see `load_whole`."""
     file = next(weight_files(source, name, cls, variant))
-    variant = variant if variant and f".{variant}." in file.name else None
+    if variant and not re.search(rf"\.{re.escape(variant)}[.-]", file.name):  # "-" in shards' names
+        variant = None
     return load_whole(cls, file.parent, f"{source.name}'s {name}", variant=variant, dtype=dtype)
 
 

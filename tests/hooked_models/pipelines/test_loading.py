@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = ("Σ 1024", "α 256", "variant in shards")
+SLOW = ("Σ 1024", "α 256")
 
 
 @pytest.mark.parametrize(
