@@ -23,14 +23,14 @@ function button(text, small, pressed, press) {
 // of a head: mean attention to the chosen words at the first step, without the edit
 function attention(head) {
   const row = shown.attention[data.heads.indexOf(head)] ?? [];
-  return (state.words.length ? state.words : row.map((_, word) => word)).reduce((sum, word) => sum + (row[word] ?? 0), 0);
+  return shown.tokens.reduce((sum, [place], i) => sum + (!state.words.length || state.words.includes(place) ? row[i] : 0), 0);
 }
 
 function show() {
   for (const name of [...texts, ...numbers]) if (document.activeElement !== at(name)) at(name).value = state[name];
   at("for-exchange").hidden = state.action !== "exchange";
   at("for-scale").hidden = state.action !== "scale";
-  at("words").replaceChildren(...shown.tokens.map((token, word) => button(token, "", state.words.includes(word), () => toggle(state.words, word))));
+  at("words").replaceChildren(...shown.tokens.map(([place, token]) => button(token, "", state.words.includes(place), () => toggle(state.words, place))));
   const value = { place: () => 0, weights: (head) => Math.abs(data.cosines[head] ?? 0), attention }[at("sort").value];
   const order = [...data.heads].sort((a, b) => value(b) - value(a) || data.heads.indexOf(a) - data.heads.indexOf(b));
   at("heads").replaceChildren(...order.map((head) => {

@@ -23,6 +23,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.generation.pipeline import HookedPipeline
 
 from ..readout import screening
+from ..readout.heat_maps import heatmap, text_attentions
 from .state import State
 
 LONGEST_REQUEST = 64_000
@@ -34,11 +35,12 @@ class Lab:
     """A model behind the page.
 
     Args:
-        model: of PixArt's kind, whose heads read the text in `cross_attn`.
+        model: any that has attention to a text.
         name: by which `from_pretrained` opens it again.
 
     Raises:
-        TypeError: the model has no cross-attention with names of its own.
+        TypeError: the model is none of this library's.
+        ValueError: no attention of it reads a text.
 
     Example:
         >>> lab = Lab(HookedTextToImage.from_pretrained("rte-nano"), "rte-nano")
@@ -48,34 +50,27 @@ class Lab:
     """
 
     def __init__(self, model: HookedTextToImage, name: str) -> None:
-        if not isinstance(model, HookedTextToImage) or isinstance(model, HookedPipeline):
-            raise TypeError(
-                "The lab needs a model of PixArt's kind, with cross-attention, not "
-                f"{type(model).__name__}."
-            )
+        if not isinstance(model, HookedTextToImage):
+            raise TypeError(f"The lab needs a HookedTextToImage, not {type(model).__name__}.")
         self.model, self.name = model, name
         self.heads = [
             f"L{layer}H{head}"
-            for layer in range(model.cfg.n_layers)
+            for layer in text_attentions(model.dit)
             for head in range(model.cfg.n_heads)
         ]
         self.cosines = self._cosines()
         self._originals: dict[tuple[str, int, int], dict[str, Any]] = {}
 
     def draw(self, state: State) -> dict[str, Any]:
-        """Images as data URLs, tokens, attention [head token] at the first step without the edit,
-        and the snippet.
+        """Images as data URLs, tokens as [position, text], attention [head token] at the first step
+        without the edit, and the snippet.
 
         Raises:
             ValueError: the state and the model do not go together.
         """
         original = self._original(state)
-        if word := next((word for word in state.words if word >= len(original["tokens"])), None):
-            raise ValueError(
-                f"The prompt has {len(original['tokens'])} tokens and no number {word}."
-            )
         edited = _url(state.draw(self.model)) if state.heads else original["original"]
-        return {**original, "edited": edited, "snippet": state.snippet(self.name)}
+        return {**original, "edited": edited, "snippet": state.snippet(self.model, self.name)}
 
     def _original(self, state: State) -> dict[str, Any]:
         """Without an edit; kept, since clicks change the edit more often than the prompt."""
@@ -83,29 +78,40 @@ class Lab:
         if key not in self._originals:
             if len(self._originals) > 30:
                 self._originals.clear()
-            with torch.no_grad():
-                image, cache = self.model.run_with_cache(
-                    state.prompt,
-                    seed=state.seed,
-                    num_steps=state.num_steps,
-                    steps=[0],
-                    names_filter=lambda name: name.endswith("cross_attn.hook_pattern"),
-                )
-            layers = range(self.model.cfg.n_layers)
-            attention = torch.cat(
-                [cache["pattern", layer, "cross_attn", 0][0].mean(dim=1) for layer in layers]
+            (text,) = self.model.encoded_texts([state.prompt])
+            tokens = [
+                (place, text.text[start:end] or text.kinds[place])
+                for place, (start, end) in enumerate(text.spans)
+                if text.kinds[place] != "pad" and (start < end or text.kinds[place] == "eos")
+            ]
+            run: dict[str, Any] = {"seed": state.seed, "num_steps": state.num_steps}
+            found = heatmap(
+                self.model,
+                state.prompt,
+                [[place] for place, _ in tokens],
+                steps=0,
+                by=("layer", "head"),
+                **run,
             )
+            attention = found[0].stack(name=("layer", "head")).transpose("name", "word", ...)
+            with torch.no_grad():
+                image = self.model(state.prompt, **run)
             self._originals[key] = {
                 "original": _url(image),
-                "tokens": [
-                    token.removeprefix("▁") for token in self.model.to_str_tokens(state.prompt)
-                ],
-                "attention": attention.float().cpu().numpy().round(4).tolist(),
+                "tokens": tokens,
+                "attention": attention.values.reshape(*attention.shape[:2], -1)
+                .mean(-1)
+                .round(4)
+                .tolist(),
             }
         return self._originals[key]
 
     def _cosines(self) -> dict[str, float]:
-        """Screening of each head with direction words; empty if the model does not know them."""
+        """Screening of each head with direction words; empty for a model that does not know them,
+        or has no linear map from words to keys.
+        """
+        if isinstance(self.model, HookedPipeline):
+            return {}
         try:
             vectors = {word: screening.word_vector(self.model, word) for word in DIRECTION_WORDS}
             table = screening.screen_heads(self.model.dit, vectors)

@@ -17,6 +17,7 @@ from hooked_models.generation.names import parse_head
 
 from ..intervene.edits import Replace, Scale
 from ..intervene.interventions import Intervention
+from ..readout.heat_maps import text_attentions
 
 Action = Literal["mask", "exchange", "scale", "freeze"]
 MOST_STEPS, LONGEST = 100, 2000
@@ -35,7 +36,7 @@ class State:
             multiplies what heads write, "freeze" keeps their attention of the first step of the
             edit.
         heads: those that are edited ("L2H1"); none leaves the image as it is.
-        words: positions of the words that are masked or exchanged; all of them where none is given.
+        words: positions of the text that are masked or exchanged; all of them where none is given.
         first: first step of the edit.
         last: last step of the edit.
         factor: of "scale".
@@ -110,7 +111,7 @@ class State:
 
         Raises:
             ValueError: the prompts of an exchange differ in their number of tokens, or the model
-                lacks a head.
+                has no such head that reads the text.
 
         Example:
             >>> len(
@@ -120,33 +121,31 @@ class State:
             ... )
             2
         """
-        steps, tokens = slice(self.first, self.last + 1), list(self.words) or None
-        values = self._values(model)
+        tokens, steps = self._tokens(model), range(self.first, self.last + 1)
+        every, values = slice(steps.start, steps.stop), self._values(model)
         found = []
-        for layer, heads in self._by_layer():
-            site = f"blocks.{layer}.cross_attn.hook_"
-            if self.action == "mask":
-                # a row without any word has no softmax, so all words cannot be masked: nothing is
-                # written instead
-                masked = Intervention(f"{site}pattern", heads, tokens, steps, action="knockout")
-                found.append(
-                    masked
-                    if tokens
-                    else Intervention(f"{site}z", heads, None, steps, action="zero")
-                )
-            elif self.action == "scale":
-                found.append(
-                    Intervention(f"{site}z", heads, None, steps, action=Scale(self.factor))
-                )
-            elif self.action == "freeze":
-                found.append(
-                    Intervention(f"{site}pattern", heads, None, steps, action=Replace(values))
-                )
-            else:
-                found += [
-                    Intervention(f"{site}{part}", heads, tokens, steps, action=Replace(values))
-                    for part in "kv"
-                ]
+        edits: list[tuple[str, list[int] | None, Any, Any]]
+        for site, heads in self._places(model):
+            match self.action:
+                case "mask" if tokens:
+                    edits = [("pattern", tokens, every, "knockout")]
+                case "mask":  # a row without any word has no softmax: nothing is written instead
+                    edits = [("z", None, every, "zero")]
+                case "scale":
+                    edits = [("z", None, every, Scale(self.factor))]
+                case "freeze":
+                    first = values[f"steps.{self.first}.cond.{site}pattern"]
+                    edits = [("pattern", None, every, Replace(first))]
+                case _:
+                    edits = [
+                        (part, tokens, step, Replace(values[f"steps.{step}.cond.{site}{part}"]))
+                        for step in steps
+                        for part in "kv"
+                    ]
+            found += [
+                Intervention(f"{site}{hook}", heads, at, when, action=action)
+                for hook, at, when, action in edits
+            ]
         return found
 
     def draw(self, model: HookedTextToImage) -> Float[Tensor, "1 3 height width"]:
@@ -156,10 +155,9 @@ class State:
             >>> State("red circle is above square", num_steps=1, last=0).draw(model).shape
             torch.Size([1, 3, 128, 128])
         """
-        edits = self.interventions(model)
         hooks = [
             hook
-            for edit in edits
+            for edit in self.interventions(model)
             for hook in edit.hooks(model, self.prompt, num_steps=self.num_steps)
         ]
         with torch.no_grad():
@@ -167,69 +165,64 @@ class State:
                 self.prompt, seed=self.seed, num_steps=self.num_steps, fwd_hooks=hooks
             )
 
-    def _edits_of(self, layer: int, heads: list[int]) -> list[str]:
-        """Arguments of the interventions at one layer, as Python."""
-        steps, tokens = f"slice({self.first}, {self.last + 1})", repr(list(self.words) or None)
-        site = f"blocks.{layer}.cross_attn.hook_"
-        if self.action == "mask" and self.words:
-            return [f'"{site}pattern", {heads}, {tokens}, {steps}, action="knockout"']
-        elif self.action == "mask":
-            return [f'"{site}z", {heads}, None, {steps}, action="zero"']
-        elif self.action == "scale":
-            return [f'"{site}z", {heads}, None, {steps}, action=Scale({self.factor!r})']
-        elif self.action == "freeze":
-            return [f'"{site}pattern", {heads}, None, {steps}, action=Replace(values)']
-        else:
-            return [
-                f'"{site}{part}", {heads}, {tokens}, {steps}, action=Replace(values)'
-                for part in "kv"
-            ]
-
-    def snippet(self, model_name: str) -> str:
+    def snippet(self, model: HookedTextToImage, name: str) -> str:
         """Python that draws the same image with the library's own calls, as `image`.
 
+        Args:
+            name: by which `from_pretrained` opens the model.
+
         Example:
+            >>> model = HookedTextToImage.from_pretrained("rte-nano")
             >>> print(
             ...     State("red circle", heads=("L0H1",), words=(0,))
-            ...     .snippet("rte-nano")
+            ...     .snippet(model, "rte-nano")
             ...     .splitlines()[-1]
             ... )
             image = model.run_with_hooks(prompt, seed=0, num_steps=14, fwd_hooks=hooks)
         """
+        tokens = self._tokens(model)
+        at = repr(tokens) if self.words or not tokens else f"list(range({len(tokens)}))"
+        every, run = f"slice({self.first}, {self.last + 1})", f"num_steps={self.num_steps}"
+        steps, kept = "", None
+        match self.action:
+            case "mask" if tokens:
+                edit = f'f"{{site}}pattern", heads, {at}, {every}, action="knockout"'
+            case "mask":
+                edit = f'f"{{site}}z", heads, None, {every}, action="zero"'
+            case "scale":
+                edit = f'f"{{site}}z", heads, None, {every}, action=Scale({self.factor!r})'
+            case "freeze":
+                kept = "prompt", f'f"steps.{self.first}.cond.{{site}}pattern"'
+                edit = f'f"{{site}}pattern", heads, None, {every}, action=Replace(cache[{kept[1]}])'
+            case _:
+                kept = "other", 'f"steps.{step}.cond.{site}{part}"'
+                steps = f' for step in range({self.first}, {self.last + 1}) for part in "kv"'
+                edit = f'f"{{site}}{{part}}", heads, {at}, step, action=Replace(cache[{kept[1]}])'
         lines = [
             "from dit_lens import Intervention, Replace, Scale",
             "from hooked_models import HookedTextToImage",
             "",
-            f"model = HookedTextToImage.from_pretrained({model_name!r})",
+            f"model = HookedTextToImage.from_pretrained({name!r})",
+            *([f"model.options = {model.options!r}"] if getattr(model, "options", None) else ()),
             f"prompt = {self.prompt!r}",
+            f"places = {self._places(model)!r}",
         ]
-        if self.action == "exchange" and self.heads:
+        if self.action == "exchange":
+            lines.append(f"other = {self.other!r}")
+        if kept and self.heads:
+            text, names = kept
             lines += [
-                f"other = {self.other!r}",
-                'parts = [f"blocks.{layer}.cross_attn.hook_{part}" '
-                'for layer in range(model.cfg.n_layers) for part in "kv"]',
-                'names = [f"steps.0.cond.{part}" for part in parts]',
-                "_, cache = model.run_with_cache(other, seed=0, num_steps=1, names_filter=names)",
-                'values = {part: cache[f"steps.0.cond.{part}"] for part in parts}',
+                f"names = [{names} for site, _ in places{steps}]",
+                f"_, cache = model.run_with_cache({text}, seed={self.seed}, {run}, "
+                "names_filter=names)",
             ]
-        if self.action == "freeze" and self.heads:
-            layers = [layer for layer, _ in self._by_layer()]
-            lines += [
-                f'parts = [f"blocks.{{layer}}.cross_attn.hook_pattern" for layer in {layers}]',
-                f'names = [f"steps.{self.first}.cond.{{part}}" for part in parts]',
-                f"_, cache = model.run_with_cache(prompt, seed={self.seed}, "
-                f"num_steps={self.num_steps}, names_filter=names)",
-                f'values = {{part: cache[f"steps.{self.first}.cond.{{part}}"] for part in parts}}',
-            ]
-        lines.append("edits = [")
-        for layer, heads in self._by_layer():
-            lines += [f"    Intervention({edit})," for edit in self._edits_of(layer, heads)]
         lines += [
+            "edits = [",
+            f"    Intervention({edit})",
+            f"    for site, heads in places{steps}",
             "]",
-            "hooks = [hook for edit in edits for hook in edit.hooks(model, prompt, "
-            f"num_steps={self.num_steps})]",
-            f"image = model.run_with_hooks(prompt, seed={self.seed}, num_steps={self.num_steps}, "
-            "fwd_hooks=hooks)",
+            f"hooks = [hook for edit in edits for hook in edit.hooks(model, prompt, {run})]",
+            f"image = model.run_with_hooks(prompt, seed={self.seed}, {run}, fwd_hooks=hooks)",
         ]
         return "\n".join(lines) + "\n"
 
@@ -242,39 +235,55 @@ class State:
         """
         return asdict(self)
 
-    def _by_layer(self) -> list[tuple[int, list[int]]]:
-        places = sorted({parse_head(head) for head in self.heads})
+    def _places(self, model: HookedTextToImage) -> list[tuple[str, list[int]]]:
+        """Start of the hooks' names, and heads, of each layer that is edited."""
+        attentions = text_attentions(model.dit)
+        heads = sorted({parse_head(head) for head in self.heads})
+        for layer, head in heads:
+            if layer not in attentions or head >= model.cfg.n_heads:
+                raise ValueError(f"There is no head L{layer}H{head} that reads the text.")
         return [
-            (layer, [head for _, head in some])
-            for layer, some in groupby(places, key=lambda place: place[0])
+            (f"blocks.{layer}.{attentions[layer]}.hook_", [head for _, head in some])
+            for layer, some in groupby(heads, key=lambda place: place[0])
         ]
 
-    def _values(self, model: HookedTextToImage) -> dict[str, Tensor]:
-        """By site: keys and values of the other prompt, the same at every step; or patterns at the
-        first step of the edit.
+    def _tokens(self, model: HookedTextToImage) -> list[int] | None:
+        """Positions of the text that are masked or exchanged; None for all keys, where all of them
+        are text.
         """
-        if not self.heads or self.action not in ("exchange", "freeze"):
-            return {}
+        if self.words or all(name == "cross_attn" for name in text_attentions(model.dit).values()):
+            return list(self.words) or None
+        return list(range(len(model.encoded_texts([self.prompt])[0].ids)))
+
+    def _values(self, model: HookedTextToImage) -> Mapping[str, Tensor]:
+        """Full name → keys and values of the other prompt, or patterns of the first step."""
+        places = self._places(model)
         if self.action == "freeze":
-            parts = [f"blocks.{layer}.cross_attn.hook_pattern" for layer, _ in self._by_layer()]
-            names = [f"steps.{self.first}.cond.{part}" for part in parts]
-            with torch.no_grad():
-                _, cache = model.run_with_cache(
-                    self.prompt, seed=self.seed, num_steps=self.num_steps, names_filter=names
-                )
-            return {part: cache[name] for part, name in zip(parts, names, strict=True)}
-        n, m = (model.to_tokens(text).shape[1] for text in (self.prompt, self.other))
+            text, names = (
+                self.prompt,
+                [f"steps.{self.first}.cond.{site}pattern" for site, _ in places],
+            )
+        elif self.action == "exchange":
+            text, names = (
+                self.other,
+                [
+                    f"steps.{step}.cond.{site}{part}"
+                    for step in range(self.first, self.last + 1)
+                    for site, _ in places
+                    for part in "kv"
+                ],
+            )
+        else:
+            return {}
+        if not names:
+            return {}
+        n, m = (len(model.encoded_texts([each])[0].ids) for each in (self.prompt, text))
         if n != m:
             raise ValueError(
                 f"{self.other!r} has {m} tokens and {self.prompt!r} has {n}: exchange prompts of "
                 "equal length."
             )
-        parts = [
-            f"blocks.{layer}.cross_attn.hook_{part}"
-            for layer in range(model.cfg.n_layers)
-            for part in "kv"
-        ]
-        names = [f"steps.0.cond.{part}" for part in parts]
         with torch.no_grad():
-            _, cache = model.run_with_cache(self.other, seed=0, num_steps=1, names_filter=names)
-        return {part: cache[name] for part, name in zip(parts, names, strict=True)}
+            return model.run_with_cache(
+                text, seed=self.seed, num_steps=self.num_steps, names_filter=names
+            )[1]

@@ -35,7 +35,7 @@ By = Literal["layer", "head", "step"]
 def heatmap(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
-    words: str | Word | Sequence[str | Word],
+    words: str | Word | Sequence[str | Word | Sequence[int]],
     seed: Seeds = 0,
     num_steps: int = DEFAULT_STEPS,
     *,
@@ -52,8 +52,8 @@ def heatmap(
     text. Source: Tang et al. 2022, arXiv 2210.04885 (DAAM), without its upsampling.
 
     Args:
-        words: a word or phrase, `prompts.word("cat", nth=2)`, or several; tokens of all text
-            encoders that spell one count.
+        words: a word or phrase, `prompts.word("cat", nth=2)`, or several of them or of lists of
+            text positions; tokens of all text encoders that spell a word count.
         by: dims to keep; the map is the mean over the others.
         steps: denoising steps that count, by default all.
         options: further arguments of the model's call (`guidance`, `height`, `max_sequence_length`,
@@ -113,7 +113,7 @@ def kept_dims(by: Any, known: Sequence[str]) -> list[Any]:
 def _word_masks(
     model: HookedTextToImage,
     texts: Sequence[str],
-    words: Sequence[str | Word],
+    words: Sequence[str | Word | Sequence[int]],
     options: Mapping[str, Any],
 ) -> Bool[Tensor, "prompt text_pos word"]:
     of_call: dict[str, Any] = {}

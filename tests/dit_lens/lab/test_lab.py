@@ -19,6 +19,7 @@ from PIL import Image
 
 from dit_lens.intervene.interchange import Interchange
 from dit_lens.lab import Lab, State, serve
+from dit_lens.readout.heat_maps import text_attentions
 from dit_lens.task import from_caption, layout, opposite
 from hooked_models import HookedTextToImage
 
@@ -74,13 +75,47 @@ STATES = [
 def test_a_snippet_draws_the_same_image(
     lab: Lab, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check_snippet(lab, state, monkeypatch)
+
+
+def check_snippet(lab: Lab, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its image is the state's bit by bit, and another one than without the edit."""
     monkeypatch.setattr(HookedTextToImage, "from_pretrained", lambda name: lab.model)
     names: dict[str, Any] = {}
     with torch.no_grad():
         exec(lab.draw(state)["snippet"], names)
     assert torch.equal(names["image"], state.draw(lab.model))
-    plain = lab.model(ABOVE, seed=state.seed, num_steps=3)
+    plain = lab.model(state.prompt, seed=state.seed, num_steps=state.num_steps)
     assert torch.equal(names["image"], plain) == (not state.heads)
+
+
+@pytest.mark.parametrize("kind", ["FLUX.1", "SD3", "SANA"])
+def test_any_pipeline(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every action, by its snippet; attention to each token against the pattern."""
+    pipe, call = tiny_pipeline(kind)
+    call.pop("guidance_scale")
+    model = HookedTextToImage.from_pipeline(pipe)
+    model.options = call
+    lab = Lab(model, kind)
+    options: dict[str, Any] = {"num_steps": 2, "last": 1, "heads": ("L0H1", "L1H0")}
+    for state in (
+        State(ABOVE, words=(0,), **options),
+        State(ABOVE, **options),
+        State(ABOVE, BELOW, action="exchange", **options),
+        State(ABOVE, action="scale", **options),
+        State(ABOVE, action="freeze", **options),
+    ):
+        check_snippet(lab, state, monkeypatch)
+    answer = lab.draw(State(ABOVE, **options))
+    sublayer = text_attentions(lab.model.dit)[0]
+    name = f"blocks.0.{sublayer}.hook_pattern"
+    _, cache = lab.model.run_with_cache(ABOVE, num_steps=2, steps=[0], names_filter=name)
+    pattern, layout = cache["pattern", 0, sublayer, 0][0], lab.model.layout(ABOVE)
+    n = len(lab.model.encoded_texts([ABOVE])[0].ids)
+    to_text = pattern[:, : layout.n_image].mean(1)[:, -n:]
+    for head in range(len(to_text)):
+        for (place, _), found in zip(answer["tokens"], answer["attention"][head], strict=True):
+            assert found == pytest.approx(float(to_text[head, place]), abs=2e-4)
 
 
 def test_frozen_heads_keep_their_attention(lab: Lab) -> None:
@@ -132,9 +167,9 @@ def test_the_four_relation_heads_turn_the_relation() -> None:
         ({"prompt": ABOVE, "seed": "1"}, "seed"),
         ({"prompt": ABOVE, "first": 5, "last": 2}, "last"),
         ({"prompt": ABOVE, "action": "run"}, "action"),
-        ({"prompt": ABOVE, "heads": ["L9H9"]}, "9"),
+        ({"prompt": ABOVE, "heads": ["L9H9"]}, "no head L9H9"),
         ({"prompt": ABOVE, "heads": [None]}, "None"),
-        ({"prompt": ABOVE, "heads": ["L0H0"], "words": [99]}, "no number 99"),
+        ({"prompt": ABOVE, "heads": ["L0H0"], "words": [99]}, "no position 99"),
         ({"prompt": ABOVE, "heads": ["L0H0"], "action": "exchange"}, "needs another prompt"),
         (
             {"prompt": ABOVE, "heads": ["L0H0"], "action": "exchange", "other": "red circle"},
@@ -167,6 +202,28 @@ def test_other_pages_are_refused(server: tuple[int, str]) -> None:
     assert set(json.loads(answer)) == {"original", "edited", "tokens", "attention", "snippet"}
 
 
+def test_the_app_of_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is visited under the name that a Space gives it."""
+    from examples.space import app
+
+    visited: list[int] = []
+
+    def once(running: Any) -> None:
+        thread = threading.Thread(target=running.handle_request, daemon=True)
+        thread.start()
+        visited.append(ask(running.server_address[1], "GET", "/", Host="me-lab.hf.space")[0])
+
+    def on_loopback(lab: Lab, host: str, port: int, names: tuple[str, ...]) -> Any:
+        assert host == "0.0.0.0"
+        return serve(lab, "127.0.0.1", port, names)
+
+    monkeypatch.setattr("http.server.HTTPServer.serve_forever", once)
+    monkeypatch.setattr(app, "serve", on_loopback)
+    monkeypatch.setenv("SPACE_HOST", "me-lab.hf.space")
+    app.main(port=0)
+    assert visited == [200]
+
+
 def test_attention_and_ranking(lab: Lab) -> None:
     answer = lab.draw(State(ABOVE, num_steps=2, last=1))
     _, cache = lab.model.run_with_cache(
@@ -177,8 +234,10 @@ def test_attention_and_ranking(lab: Lab) -> None:
         np.testing.assert_allclose(answer["attention"][i], expected.detach(), atol=1e-4)
     assert set(lab.cosines) == set(lab.heads)
     assert abs(lab.cosines["L1H2"]) > 0.8  # a relation head, by its card
-    with pytest.raises(TypeError, match="PixArt's kind"):
-        Lab(HookedTextToImage.from_pipeline(tiny_pipeline("SD3")[0]), "sd3")
+    assert [place for place, _ in answer["tokens"]] == list(range(len(ABOVE.split()) + 1))
+    assert [token for _, token in answer["tokens"]] == [*ABOVE.split(), "eos"]
+    with pytest.raises(TypeError, match="HookedTextToImage"):
+        Lab(lab.model.dit, "dit")
 
 
 def test_in_a_browser(lab: Lab, server: tuple[int, str], browser: Any, tmp_path: Path) -> None:
