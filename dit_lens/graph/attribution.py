@@ -370,7 +370,7 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
             f"{dit.family.name} has no edges: its blocks run as diffusers wrote them, with no copy "
             "of the residual stream for each reader; take attribution.nodes."
         )
-    senders, receivers = all_senders(dit, pair.original.text.text.shape[1]), all_receivers(dit)
+    senders, receivers = all_senders(dit, pair.original.n_text), all_receivers(dit)
     columns: dict[str, list[int]] = {}
     for j, node in enumerate(receivers):
         columns.setdefault(input_hook(dit, node), []).append(j)

@@ -55,9 +55,8 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import Trajectory
 from hooked_models.generation.names import BRANCHES, FINAL, Branch
 from hooked_models.hooks.module import HookFunction
-from hooked_models.pixart.views import DenoiserView
 
-from ..runs.repeated_runs import Call, Generation
+from ..runs.repeated_runs import Call, CallView, Generation
 from .nodes import Index, Node, Nodes, Place, why_no_path
 
 __all__ = ["VARIANTS", "Node", "Nodes", "head_matrix", "path_patch", "path_patch_matrix"]
@@ -72,7 +71,7 @@ VARIANTS: Mapping[str, frozenset[str]] = {
 Metric = Callable[[Tensor], Tensor]
 """A tensor [batch …] → one number for each row [batch]."""
 
-Run = Trajectory | DenoiserView
+Run = Trajectory | CallView
 
 
 NodesLike = str | Node | Sequence[str | Node] | Nodes

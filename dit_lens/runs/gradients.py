@@ -20,10 +20,11 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
-from hooked_models.generation.loops import Call, Text
-from hooked_models.generation.names import FINAL
+from hooked_models.generation.loops import Call
+from hooked_models.generation.names import FINAL, Branch
 from hooked_models.generation.trajectory import Record
-from hooked_models.pixart.views import DenoiserView
+
+from .repeated_runs import CallView
 
 Metric = Callable[[Tensor], Tensor]
 """Differentiable; from the output [batch …] to one number for each prompt [batch] (a scalar will do
@@ -38,12 +39,12 @@ LATENT = "latent"
 class CallChain:
     """One denoiser call for each row: a chain of a single step."""
 
-    view: DenoiserView
+    view: CallView
     output: Float[Tensor, "batch ..."]
     last = 0
 
     @classmethod
-    def of(cls, view: DenoiserView, fwd_hooks: Hooks = ()) -> CallChain:
+    def of(cls, view: CallView, fwd_hooks: Hooks = ()) -> CallChain:
         """The call without a graph."""
         with torch.no_grad(), view.dit.hooks(fwd_hooks):
             return cls(view, view(view.to_tokens()))
@@ -54,8 +55,14 @@ class CallChain:
         return self.view.dit
 
     @property
-    def text(self) -> Text:
-        return self.view.text
+    def n_text(self) -> int:
+        """Number of text positions."""
+        return int(self.view.text_mask.shape[1])
+
+    @property
+    def lengths(self) -> list[list[bool]]:
+        """Mask of the tokens of each row."""
+        return self.view.text_mask.tolist()
 
     def replay(self, step: int = 0, fwd_hooks: Hooks = ()) -> CallChain:
         """The same call with hooks."""
@@ -69,15 +76,7 @@ class CallChain:
 
     def between(self, other: CallChain, alpha: float) -> CallChain:
         """The call whose text and latents lie at self + α·(other − self)."""
-        view, dit = self.view, self.view.dit
-        with torch.no_grad():
-            text = dit.encode_text(
-                torch.lerp(view.text.text, other.view.text.text, alpha), view.text.bias
-            )
-            latents = torch.lerp(view.latents, other.view.latents, alpha)
-        return CallChain.of(
-            DenoiserView(dit, latents, view.timestep, text, view.sizes, view.pos, view.returns)
-        )
+        return CallChain.of(self.view.between(other.view, alpha))  # type: ignore[arg-type]
 
     def backward(
         self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]
@@ -95,14 +94,9 @@ class _CallBackward:
         """∂ objective / ∂ tensor at each hook; 0 where it has no influence."""
         view = self.chain.view
         kept: dict[str, Tensor] = {}
-        with torch.enable_grad():
-            text = replace(view.text, text=view.text.text.detach().requires_grad_())
-            latents = view.latents.detach().requires_grad_()
-            here = DenoiserView(
-                view.dit, latents, view.timestep, text, view.sizes, view.pos, view.returns
-            )
-            with view.dit.hooks([(name, partial(_keep, kept=kept, name=name)) for name in names]):
-                total = self.objective(here(here.to_tokens()))
+        hooks = [(name, partial(_keep, kept=kept, name=name)) for name in names]
+        with torch.enable_grad(), view.dit.hooks(hooks):
+            total = self.objective(view(view.to_tokens()))
         return _gradients(total, None, kept)
 
 
@@ -128,8 +122,16 @@ class RunChain:
         return self.run.model
 
     @property
-    def text(self) -> Text:
-        return self.run.inputs.text
+    def n_text(self) -> int:
+        """Number of text positions."""
+        return int(self.run.inputs.text.text.shape[1])
+
+    @property
+    def lengths(self) -> list[list[int]]:
+        """Number of tokens in each row, branch by branch."""
+        inputs: Any = self.run.inputs
+        branches: tuple[Branch, ...] = ("cond", "uncond") if inputs.guided else ("cond",)
+        return [self.run.model.layout(inputs, branch).n_text for branch in branches]
 
     @property
     def until(self) -> int:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hooked_models import Trajectory
-from hooked_models.generation.names import FINAL, Branch
-from hooked_models.pixart.views import DenoiserView
+from hooked_models.generation.names import FINAL
 
 from .gradients import CallChain, Chain, chain
+from .repeated_runs import CallView
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Pair:
         Raises:
             ValueError: the two texts differ in length, so that no run lies between them.
         """
-        if not _between(self.original, self.source):
+        if self.original.lengths != self.source.lengths:
             raise ValueError(
                 "Nothing lies between these runs: original and source text have different numbers "
                 "of tokens."
@@ -72,8 +72,8 @@ class Pair:
 
 
 def pair(
-    original: Trajectory | DenoiserView,
-    source: Trajectory | DenoiserView,
+    original: Trajectory | CallView,
+    source: Trajectory | CallView,
     *,
     steps: int | Sequence[int] | None = None,
     branch: Literal["cond", "uncond", "both"] = "cond",
@@ -104,20 +104,8 @@ def pair(
         >>> [context.prefix for context in pair(below, above).contexts]
         ['steps.0.cond.', 'steps.1.cond.']
     """
-    if isinstance(original, DenoiserView) and isinstance(source, DenoiserView):
-        _check(original.dit is source.dit, "model")
-        _check(
-            same(original.timestep, source.timestep) and same(original.sizes, source.sizes),
-            "timesteps and sizes",
-        )
-        _check(
-            original.text.text.shape == source.text.text.shape
-            and original.latents.shape == source.latents.shape,
-            "shapes",
-        )
-        return Pair(
-            original.dit, CallChain.of(original), CallChain.of(source), (Context(0, "", {}),)
-        )
+    if isinstance(original, CallView) and isinstance(source, CallView):
+        return _of_calls(original, source)
     if not (isinstance(original, Trajectory) and isinstance(source, Trajectory)):
         raise TypeError(
             "Pair two trajectories (model.trajectory), or two views of denoiser calls (dit.bind)."
@@ -133,6 +121,15 @@ def pair(
         Context(s, f"steps.{s}.{b}.", {"step": s, "branch": b}) for s in chosen for b in branches
     )
     return Pair(original.model.dit, one, other, contexts)
+
+
+def _of_calls(original: CallView, source: CallView) -> Pair:
+    _check(original.dit is source.dit, "model")
+    _check(same(original.conditions, source.conditions), "timesteps and sizes")
+    one, other = CallChain.of(original), CallChain.of(source)
+    alike = original.text_mask.shape == source.text_mask.shape
+    _check(alike and one.output.shape == other.output.shape, "shapes")
+    return Pair(original.dit, one, other, (Context(0, "", {}),))
 
 
 def _check_alike(original: Trajectory, source: Trajectory) -> None:
@@ -189,16 +186,6 @@ def _span(
             f"{solver.name} forms no clean-image prediction that is known here: use returns='out'."
         )
     return chosen[0], chosen[0], chosen
-
-
-def _between(original: Chain, source: Chain) -> bool:
-    """True if the texts of two chains have equally many tokens, row by row."""
-    if isinstance(original, CallChain) or isinstance(source, CallChain):
-        return same(original.text.bias, source.text.bias)
-    model, inputs = original.run.model, (original.run.inputs, source.run.inputs)
-    branches: tuple[Branch, ...] = ("cond", "uncond") if original.run.inputs.guided else ("cond",)
-    lengths = [[model.layout(one, branch).n_text for branch in branches] for one in inputs]
-    return lengths[0] == lengths[1]
 
 
 def _check(alike: bool, what: str) -> None:

@@ -16,15 +16,17 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
+from hooked_models.families.views import FamilyView
 from hooked_models.generation.names import BRANCHES, FINAL, Branch
 from hooked_models.hooks.module import HookFunction
-from hooked_models.pixart.text_state import TextState
 from hooked_models.pixart.views import DenoiserView
 
 from ..graph.nodes import Place
 from ..text.prompts import Role, Tokens, as_choice, position_mask, roles_of, token_mask
 
 Hooks = Sequence[tuple[str, HookFunction]]
+CallView = DenoiserView | FamilyView
+"""Denoiser calls that can be run in copies, and differentiated."""
 
 STEPS = "num_inference_steps"
 NO_WORDS = "A denoiser call does not know its words: give token positions, such as 'text[4,5]'."
@@ -36,22 +38,15 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call, `HookedDiT.bind(…)[0]`."""
+    """One denoiser call, `dit.bind(…)[0]`."""
 
-    view: DenoiserView
+    view: CallView
     num_steps = 1
     result = OUTPUT
     """Tensor that a metric is taken on by default."""
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.view, DenoiserView):
-            raise TypeError(
-                f"A {type(self.view).__name__} cannot be run in copies: take trajectories of the "
-                "whole pipeline, HookedTextToImage.from_pipeline(pipe).trajectory(…)."
-            )
-
     def __len__(self) -> int:
-        return len(self.view.latents)
+        return len(self.view.table)
 
     @property
     def dit(self) -> Any:
@@ -64,7 +59,7 @@ class Call:
     @property
     def conditions(self) -> dict[str, Tensor | None]:
         """Inputs of gates: where two runs have the same, a head's z is the same contribution."""
-        return {"timestep": self.view.timestep, **self.view.sizes}
+        return self.view.conditions
 
     def step_of(self, name: str) -> int:
         """The last step that the tensor `name` depends on."""
@@ -72,11 +67,11 @@ class Call:
 
     def name(self, place: Place, inner: str) -> str:
         """The full name of a denoiser's hook."""
-        return inner
+        return hook_in(self.dit, inner)
 
     def text_bias(self, branch: Branch) -> Float[Tensor, "batch text_pos"]:
         """Bias of the scores: 0 where the text may be attended to."""
-        return _bias(self.view.text)
+        return _bias(self.view.text_mask)
 
     def tokens(self, chosen: Tokens, length: int) -> Bool[Tensor, "batch text_pos"]:
         """Mask of the text positions that are chosen.
@@ -145,21 +140,15 @@ class Generation:
         return step
 
     def name(self, place: Place, inner: str) -> str:
-        dit: Any = self.dit
-        if inner not in dit.mod_dict and f"{inner}_pre_gate" in dit.mod_dict:
-            inner = f"{inner}_pre_gate"  # the gate is the same in all copies
-        if inner not in dit.mod_dict and hasattr(dit, "family"):
-            raise ValueError(
-                f"{dit.family.name} has no {inner} to patch: of such a model, heads and MLPs send; "
-                "heads' q, k and v, the output and the image receive."
-            )
-        return f"steps.{place.step}.{place.branch}.{inner}"
+        return f"steps.{place.step}.{place.branch}.{hook_in(self.dit, inner)}"
 
     def text_bias(self, branch: Branch) -> Float[Tensor, "batch text_pos"]:
         inputs: Any = self.trajectory.inputs
         if hasattr(inputs, "layouts"):
-            return inputs.layouts[branch].text_mask.logical_not().float() * MASKED
-        return _bias(inputs.text)[inputs.rows(branch)]
+            return _bias(inputs.layouts[branch].text_mask)
+        text = inputs.text
+        bias = text.text.new_zeros(text.text.shape[:2]) if text.bias is None else text.bias[:, 0]
+        return bias[inputs.rows(branch)]
 
     @property
     def texts(self) -> list[str]:
@@ -215,8 +204,24 @@ class Generation:
         return {**kept, FINAL: trajectory.images} if FINAL in read else kept
 
 
-def _bias(text: TextState) -> Tensor:
-    return text.text.new_zeros(text.text.shape[:2]) if text.bias is None else text.bias[:, 0]
+def hook_in(dit: Any, inner: str) -> str:
+    """The hook of a denoiser that a path starts or ends at, or its neighbour before the gate.
+
+    Raises:
+        ValueError: the denoiser's family has neither.
+    """
+    if inner not in dit.mod_dict and f"{inner}_pre_gate" in dit.mod_dict:
+        return f"{inner}_pre_gate"  # the gate is the same in all copies
+    if inner not in dit.mod_dict and hasattr(dit, "family"):
+        raise ValueError(
+            f"{dit.family.name} has no {inner} to patch: of such a model, heads and MLPs send; "
+            "heads' q, k and v, the output and the image receive."
+        )
+    return inner
+
+
+def _bias(mask: Bool[Tensor, "batch text_pos"]) -> Float[Tensor, "batch text_pos"]:
+    return mask.logical_not().float() * MASKED
 
 
 def _keepers(names: Iterable[str]) -> tuple[dict[str, Tensor], Hooks]:

@@ -25,15 +25,11 @@ from ..hooks.module import HookedModule, NoLanguageModel, UnknownHookError
 from ..hooks.table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
-from ..pixart.views import number_of_positions
 from .blocks import Blocks
 from .taps import FamilyHeads, KernelTap, SilentHookError, StreamTap, Tap
 from .text import TextTap
-from .views import FamilyView
+from .views import TIMES, FamilyView
 from .weights import Weights
-
-TIMES = ("timestep", "timesteps", "t")
-"""Names of the argument that holds the timestep."""
 
 
 def default_sizes(live: Any) -> tuple[int, int, int]:
@@ -263,8 +259,9 @@ class FamilyModel(NoLanguageModel, HookedModule):
             latents: [row …] in the transformer's own layout, or a list of rows.
             timestep: one number for all rows, or one each.
             text: [row text_pos d_text] of the (first) text encoder, or a list of rows.
-            pos: positions that a sweep "by position" goes over: the image's, the text's where it
-                has no place in the streams, or all of both ("joint", the image's first).
+            pos: positions that a sweep "by position" goes over: the image's, the text's (hooks then
+                see the text's part of joint streams alone), or all of both ("joint", the image's
+                first).
             arguments: all others of the transformer's forward, by its own names (masks, position
                 ids, pooled text, guidance).
 
@@ -288,8 +285,7 @@ class FamilyModel(NoLanguageModel, HookedModule):
         times = torch.as_tensor(timestep, device=self.wrapped.device).expand(len(latents))
         given = {self.family.image: latents, when: times, self.family.text: text, **arguments}
         inspect.signature(self.wrapped.forward).bind(**given)
-        positions = number_of_positions(self, self.layout_of(**given), pos)
-        view = FamilyView(self, given, pos, positions)
+        view = FamilyView(self, given, pos)
         return view, view.to_tokens()
 
     def layout_of(self, *args: Any, **kwargs: Any) -> Layout:

@@ -376,7 +376,8 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         Args:
             branch: the guidance branch in which hooks act.
             pos: the positions that a sweep "by position" goes over: of the image, of the text, or,
-                in models whose streams hold both, all of them ("joint", the image's first).
+                in models whose streams hold both, all of them ("joint", the image's first). Hooks
+                of a view of the text see such streams' text positions alone.
             returns: what metrics get: the final images, or this step's x0 or guided network output.
 
         Raises:

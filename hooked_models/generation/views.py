@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from ..hooks.module import HookFunction
 from ..lazy_imports import renamed
-from ..pixart.views import HookList, Tokens, View, number_of_positions, with_gradient
+from ..pixart.views import (
+    HookList,
+    Positions,
+    Tokens,
+    View,
+    number_of_positions,
+    text_places,
+    with_gradient,
+)
 from .loops import Call
 from .names import Branch
 from .trajectory import Run
@@ -23,7 +31,6 @@ __getattr__ = renamed(
     __name__,
     {
         "DenoiserView": "hooked_models.pixart.views:DenoiserView",
-        "Positions": "hooked_models.pixart.views:Positions",
     },
 )
 
@@ -44,7 +51,8 @@ class StepView(View):
     ) -> None:
         dit, layout = run.model.dit, run.model.layout(run.inputs, branch)
         positions = number_of_positions(dit, layout, pos)
-        super().__init__(dit, len(run.inputs), positions, "text" if pos == "text" else "image")
+        kind: Positions = "text" if pos == "text" else "image"
+        super().__init__(dit, len(run.inputs), positions, kind, text_places(dit, layout, pos))
         self.run, self.step, self.branch, self.returns = run, step, branch, returns
 
     @property
@@ -95,8 +103,7 @@ class StepView(View):
         def here(hooks: HookList) -> list[tuple[str, HookFunction]]:
             return [
                 (self.prefix + name, _as_canonical(function, self.dit.hook_dict[name]))
-                for where, function in hooks
-                for name in self.dit.names(where)
+                for name, function in self.placed(hooks)
             ]
 
         with self.run.model.hooks(here(fwd_hooks), here(bwd_hooks), **kwargs):

@@ -14,13 +14,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from ..hooks.layout import Layout
 from ..hooks.module import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
+from ..hooks.table import JOINT_POSITIONS
 from ..hooks.wrapping import stamp
 from .cache import DiTCache
 from .text_state import TextState
@@ -36,11 +37,26 @@ Tokens = Int[Tensor, "batch pos"]
 HookList = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
 
 
+def has_joint_stream(dit: Any) -> bool:
+    """True if the residual stream holds image and text positions, [image, text]."""
+    return "joint_pos" in dit.axes("blocks.0.hook_resid_pre")
+
+
+def text_places(dit: Any, layout: Layout, pos: str) -> slice | None:
+    """Text positions of joint streams, for a view of the text's; None where a view shows tensors
+    whole.
+    """
+    if pos != "text" or not has_joint_stream(dit):
+        return None
+    end = min(layout.n_image + layout.text_mask.shape[1], layout.length("joint"))
+    return slice(layout.n_image, end)  # some models cut the text to the longest of the batch
+
+
 def number_of_positions(dit: Any, layout: Layout, pos: Literal["image", "text", "joint"]) -> int:
     """Positions that a sweep "by position" goes over.
 
     Raises:
-        ValueError: streams of the denoiser have no such positions.
+        ValueError: no stream of the denoiser holds both the image's and the text's ("joint").
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -48,14 +64,12 @@ def number_of_positions(dit: Any, layout: Layout, pos: Literal["image", "text", 
         >>> number_of_positions(model.dit, model.layout(["red circle"]), "text")
         3
     """
-    joint = "joint_pos" in dit.axes("blocks.0.hook_resid_post")
-    if pos != "image" and joint != (pos == "joint"):
-        why = (
-            "are those of the image, then those of the text: take pos='joint'"
-            if joint
-            else "are of the image or of the text"
+    if pos == "joint" and not has_joint_stream(dit):
+        raise ValueError(
+            f"pos={pos!r}: positions in this model's streams are of the image or of the text."
         )
-        raise ValueError(f"pos={pos!r}: positions in this model's streams {why}.")
+    if (places := text_places(dit, layout, pos)) is not None:
+        return int(places.stop - places.start)
     number = {"image": layout.n_image, "text": layout.text_mask.shape[1]}
     return number[pos] if pos in number else layout.length("joint")
 
@@ -68,10 +82,19 @@ class View(NoLanguageModel):
 
     dit: Any
 
-    def __init__(self, dit: Any, rows: int, positions: int, pos: Positions) -> None:
+    def __init__(
+        self,
+        dit: Any,
+        rows: int,
+        positions: int,
+        pos: Positions,
+        places: slice | None = None,
+    ) -> None:
+        """`places`: the part of joint positions that hooks see, by default all of them."""
         super().__init__()
         self.__dict__["dit"] = dit  # not a child: a view owns no weights
         self.pos: Positions = pos
+        self.places = places
         self.table = torch.arange(rows)[:, None].repeat(1, positions)
         self.train(dit.training)
 
@@ -134,6 +157,30 @@ class View(NoLanguageModel):
         """Run some rows of the table."""
         raise NotImplementedError
 
+    def placed(self, hooks: HookList) -> list[tuple[str, HookFunction]]:
+        """Hooks by name, each of which sees its tensor's part at `places`."""
+        return [
+            (name, self._placed(name, function))
+            for where, function in hooks
+            for name in self.dit.names(where)
+        ]
+
+    def _placed(self, name: str, function: HookFunction) -> HookFunction:
+        axes = self.dit.axes(name)
+        if self.places is None or not set(axes) & set(JOINT_POSITIONS):
+            return function
+        part = tuple(self.places if axis in JOINT_POSITIONS else slice(None) for axis in axes)
+
+        def hook(tensor: Tensor, hook: HookPoint) -> Tensor | None:
+            new = function(tensor[part], hook=hook)
+            if new is None:
+                return None
+            whole = tensor.clone()
+            whole[part] = new
+            return whole
+
+        return hook
+
     @contextmanager
     def hooks(
         self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
@@ -182,7 +229,8 @@ class View(NoLanguageModel):
         positions = Slice.unwrap(pos_slice)
 
         def keep(suffix: str, tensor: Tensor, hook: HookPoint) -> None:
-            axis = self.dit.position_axis(str(hook.name), self.pos)
+            of = self.pos if self.places is None else "image"  # joint axes begin with the image
+            axis = self.dit.position_axis(str(hook.name), of)
             part = tensor.detach() if axis is None else positions.apply(tensor.detach(), dim=axis)
             # a later hook may write in place
             store[str(hook.name) + suffix] = part.to(device or part.device, copy=True)
@@ -223,6 +271,31 @@ class DenoiserView(View):
             returns,
         )
         self.weights = stamp(dit)
+
+    @property
+    def conditions(self) -> dict[str, Tensor | None]:
+        """Inputs of gates: where two calls have the same, a head's z is the same contribution."""
+        return {"timestep": self.timestep, **self.sizes}
+
+    @property
+    def text_mask(self) -> Bool[Tensor, "row text_pos"]:
+        """True where a text position may be attended to."""
+        text, bias = self.text.text, self.text.bias
+        return (
+            torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+            if bias is None
+            else bias[:, 0] == 0
+        )
+
+    def between(self, other: DenoiserView, alpha: float) -> DenoiserView:
+        """The call whose text and latents lie at self + α · (other − self)."""
+        with torch.no_grad():
+            mixed = torch.lerp(self.text.text, other.text.text, alpha)
+            text = self.dit.encode_text(mixed, self.text.bias)
+            latents = torch.lerp(self.latents, other.latents, alpha)
+        return DenoiserView(
+            self.dit, latents, self.timestep, text, self.sizes, self.pos, self.returns
+        )
 
     def forward(self, tokens: Tokens) -> Tensor:
         """[batch out_channels height width], or [batch pos d_vocab] with `returns="patches"`."""

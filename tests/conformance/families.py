@@ -14,6 +14,7 @@ from hooked_models import families
 from ..hooked_models.tiny_pipelines import PIPELINES
 from . import family_cases as cases
 from . import test_every_family as tests
+from . import test_every_family_calls as calls
 from . import test_every_family_experiments as experiments
 from . import test_every_family_paths as paths
 
@@ -39,7 +40,8 @@ TOOLS = {
     "heads=, patterns=": tests.test_chosen_heads_and_summaries_are_those_of_the_whole_cache,
     "out=": tests.test_a_cache_on_disk_is_the_one_in_memory,
     "at(step)": tests.test_transformer_lens_patches_a_view_of_one_step,
-    "bind": paths.test_transformer_lens_patches_one_call,
+    "bind": calls.test_transformer_lens_patches_one_call,
+    "paths in a call": calls.test_paths_and_scores_of_one_call,
     "gradients": tests.test_gradients_are_autograds,
     "attribution": tests.test_attribution_is_first_order_patching,
     "path patching": tests.test_a_path_patch_is_the_patch_by_hand,
@@ -65,7 +67,9 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *search*: scores of `search` equal a change times autograd's slope, by hand.
 - *ablation*: heads at a mean and hidden words equal hooks by hand. *ablation_effects*: each image is that of a run with hooks.
 - *estimates*: bytes before a run equal those of its cache.
-- *at(step)*, *bind*: TransformerLens' patching on one step, and on one denoiser call. *steering*: vectors added to a word's text.
+- *at(step)*, *bind*: TransformerLens' patching on one step, and on one denoiser call, over the positions of image, text or both.
+  *paths in a call*: path patching and attribution between two calls.
+- *steering*: vectors added to a word's text.
 - *gradients*: autograd through all later steps against finite differences.
 - *attribution*, *path patching*, *paths from text*, *synopsis*: against gradients, patches and sums of patterns by hand.
 - *direct paths*: one head with all else held, against torch's own hooks. *sums of paths*: direct effects add up to that of all at

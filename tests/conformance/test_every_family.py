@@ -546,6 +546,16 @@ def test_transformer_lens_patches_a_view_of_one_step(case: Case) -> None:
         tensor[:, place] = cache[name][:, place]
         return tensor
 
+    def double_at(at: int) -> Callable[..., Tensor]:
+        def hook(tensor: Tensor, hook: Any) -> Tensor:
+            return tensor * (1 + (torch.arange(tensor.shape[1]) == at)[:, None])
+
+        return hook
+
+    def double(at: int) -> Tensor:
+        """Of the view of both streams, one position twice as long."""
+        return view.run_with_hooks(tokens[1:], [(name, double_at(at))])
+
     found = view.run_with_hooks(tokens[1:], [(name, patch)])
     if case.name == "FLUX.1":
         table = tl_patching.get_act_patch_resid_pre(
@@ -554,8 +564,16 @@ def test_transformer_lens_patches_a_view_of_one_step(case: Case) -> None:
         assert close(table[1, place], found.flatten()[7])
     ours = case.run.take(torch.tensor([1])).fork(1, [(f"steps.1.cond.{name}", patch)], until=2)
     assert close(found, ours.record.outs[1])
-    with pytest.raises(ValueError, match="positions in this model"):
-        case.model.at(1, PROMPTS, SEEDS, pos="text" if joint else "joint", **how)
+    if not joint:
+        with pytest.raises(ValueError, match="positions in this model"):
+            case.model.at(1, PROMPTS, SEEDS, pos="joint", **how)
+        return
+    of_text, words = case.model.at(1, PROMPTS, SEEDS, pos="text", **how)
+    assert words.shape[1] in (layout.text_mask.shape[1], tokens.shape[1] - layout.n_image)
+    _, seen = of_text.run_with_cache(words[:1], names_filter=[name])
+    n = layout.n_image
+    assert torch.equal(seen[name], cache[name][:, n : n + words.shape[1]])
+    assert close(of_text.run_with_hooks(words[1:], [(name, double_at(0))]), double(n))
 
 
 def test_gradients_are_autograds(case: Case) -> None:
@@ -691,7 +709,7 @@ def test_a_tool_that_no_family_has_says_so(tool: str) -> None:
 def test_the_page_is_up_to_date() -> None:
     from . import families  # which reads this module
 
-    modules = (globals(), vars(families.experiments), vars(families.paths))
+    modules = (globals(), *map(vars, (families.experiments, families.paths, families.calls)))
     written = {name for module in modules for name in module if name.startswith("test_")}
     assert {test.__name__ for test in families.TOOLS.values()} == written - set(PAGE_TESTS)
     assert {tool for _, tool in UNABLE} <= set(families.TOOLS)

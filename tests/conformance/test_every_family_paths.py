@@ -9,11 +9,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import patching as tl_patching
 
 from dit_lens import Add, patching, prompts, steering
 from hooked_models.families.adapter import submodule
@@ -273,42 +271,3 @@ def test_steering_in_text_space(case: Case) -> None:
         assert close(drawn[-1], case.images(hooks), 1e-4)
     assert torch.equal(drawn[0], case.images())
     assert not torch.equal(drawn[1], drawn[2])
-
-
-def test_transformer_lens_patches_one_call(case: Case) -> None:
-    """A view of one denoiser call: its activation patching against the transformer with one
-    position of a stream replaced by a torch hook's own record.
-    """
-    dit = case.model.dit
-    given = arguments_of(case, case.model.trajectory(TEXTS, SEEDS, STEPS, case.guidance))
-    family, rest = dit.family, dict(given)
-    when = next(name for name in ("timestep", "timesteps", "t") if name in rest)
-    parts = [rest.pop(name) for name in (family.image, when, family.text)]
-    name, place = "blocks.1.hook_resid_pre", 3
-    pos: Any = "joint" if "joint_pos" in dit.axes(name) else "image"
-    view, tokens = dit.bind(*parts, pos=pos, **rest)
-    whole = rows_of_output(case.pipe.transformer(**given, return_dict=False)[0])
-    assert close(view(tokens), whole)
-    _, cache = view.run_with_cache(tokens[:1], names_filter=[name])
-    assert tokens.shape == (2, cache[name].shape[1])
-    metric = lambda out: out.double().mean()  # noqa: E731
-    found = tl_patching.generic_activation_patch(
-        view,
-        tokens[1:],
-        cache,
-        metric,
-        patch_setter=tl_patching.layer_pos_patch_setter,
-        activation_name="resid_pre",
-        index_axis_names=None,
-        index_df=pd.DataFrame({"layer": [1], "pos": [place]}),
-    )
-
-    def patch(tensor: Tensor, hook: Any) -> Tensor:
-        tensor = tensor.clone()
-        tensor[1, place] = cache[name][0, place]
-        return tensor
-
-    by_hand = rows_of_output(
-        dit.run_with_hooks(**given, return_dict=False, fwd_hooks=[(name, patch)])[0]
-    )
-    assert float(found[0]) == pytest.approx(float(metric(by_hand[1])), rel=1e-4, abs=1e-6)
