@@ -50,6 +50,8 @@ from .claims import Claim, report, stage
 WORDS: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2", "eos")
 CELLS = ("dial-0.25", "dial-0.5", "dial-0.75", "fused", "causal")
 """Runs whose two axes are the ten cells of the claim."""
+NORMS = "t5-norms"
+"""Run with T5-XXL's norms, shown beside them: trained after the claim had fallen."""
 ROUNDING = 1e-5
 """Relative size below which a component's variation is rounding, which standardising would blow
 up.
@@ -87,7 +89,9 @@ class Config:
 def main(config: Config) -> None:
     tables = []
     models = {
-        name: str(config.runs / name / "pipeline") for name in CELLS if finished(config.runs / name)
+        name: str(config.runs / name / "pipeline")
+        for name in (*CELLS, NORMS)
+        if finished(config.runs / name)
     }
     models |= {name: name for name in config.bundled}
     for name, source in models.items():

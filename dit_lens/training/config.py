@@ -143,6 +143,10 @@ class PretrainConfig:
     """No token attends to a later one, so a word's vector knows what stands before it only, as in
     CLIP's text encoder.
     """
+    t5_xxl_norms: bool = False
+    """Draw the vectors' norms to those of T5-XXL, 2.5 for function words and 7 for other tokens, by
+    a second loss.
+    """
     warmup_steps: int = 30
     """Linear warm-up; then the learning rate falls linearly to 2 %."""
     seed: int = 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer
@@ -46,6 +46,9 @@ POSITION_BIAS = 2.0
 at certain places from the first step, so that word order is there to be used. The other half start
 with T5's own (0.06 at this width).
 """
+FUNCTION_WORDS = ("a", "an", "and", "are", "at", "in", "is", "of", "on", "the", "there", "to")
+FUNCTION_NORM, CONTENT_NORM = 2.5, 7.0
+"""Norms of T5-XXL's vectors of function words and of other tokens (arXiv 2601.06338, appendix)."""
 NEVER = -1e9
 """Score that softmax turns to exactly zero, in bfloat16 too."""
 ARCHITECTURE = {
@@ -233,6 +236,9 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
     history.show(run)
 
     data = PretrainData(reader, config)
+    norms = _target_norms(tokenizer) if config.t5_xxl_norms else None
+    if norms is not None and not first:
+        _leave_room_for_norms(model)
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -244,7 +250,7 @@ def _pretrain(config: PretrainConfig, run: Store) -> None:
         losses: list[Tensor] = []
         clock = time.perf_counter()
         for step in range(first, config.steps):
-            losses.append(_update(model, optimizers.values(), data(step), config, step))
+            losses.append(_update(model, optimizers.values(), data(step), config, step, norms))
             done = step + 1
             entry: dict[str, float] = {}
             if done % LOG_EVERY == 0 or done == config.steps:
@@ -279,11 +285,18 @@ def _update(
     batch: Mapping[str, Tensor],
     config: PretrainConfig,
     step: int,
+    norms: Float[Tensor, " token"] | None,
 ) -> Tensor:
-    """One step of the optimisers; returns its loss."""
+    """One step of the optimisers; returns the loss of its texts, without that of the norms."""
     with torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext():
-        loss = model(**batch).loss
-    loss.backward()
+        output = model(**batch)
+    loss = output.loss
+    if norms is None:
+        loss.backward()
+    else:
+        inputs, vectors = batch["input_ids"], output.encoder_last_hidden_state
+        excess = (vectors.float().norm(dim=-1) - norms[inputs]) / CONTENT_NORM
+        (loss + excess[batch["attention_mask"] > 0].square().mean()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -291,6 +304,24 @@ def _update(
         optimizer.step()
         optimizer.zero_grad()
     return loss.detach()
+
+
+def _target_norms(tokenizer: T5Tokenizer) -> Float[Tensor, " token"]:
+    """Norm that the vector of a token is drawn to."""
+    norms = torch.full((len(tokenizer),), CONTENT_NORM)
+    norms[tokenizer.convert_tokens_to_ids([f"▁{word}" for word in FUNCTION_WORDS])] = FUNCTION_NORM
+    return norms
+
+
+def _leave_room_for_norms(model: T5ForConditionalGeneration) -> None:
+    """Start the last RMS norm with a quarter of small weights, the place of short vectors.
+
+    A vector of even entries then has the norm `CONTENT_NORM`.
+    """
+    weight = model.encoder.final_layer_norm.weight
+    with torch.no_grad():
+        weight.fill_(CONTENT_NORM / (0.75 * len(weight)) ** 0.5)
+        weight[: len(weight) // 4] = 0.1
 
 
 def _probes(encoder: T5EncoderModel, tokenizer: Any) -> dict[str, float]:

@@ -310,3 +310,18 @@ def test_a_causal_encoder_sees_no_later_word_and_stays_so(tmp_path, monkeypatch)
     pattern = cache["blocks.1.attn.hook_pattern"]
     assert pattern.triu(1).abs().max() == 0
     torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern.sum(-1)))
+
+
+def test_function_words_are_drawn_to_short_vectors_and_others_to_long_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("dit_lens.training.t5.pretrain.ARCHITECTURE", TINY)
+    settings = {**RUN, "batch_size": 16, "checkpoint_every": 60}
+    folder = pretrain(PretrainConfig(out=tmp_path, steps=60, t5_xxl_norms=True, **settings))
+    encoder, tokenizer = build_text_encoder(str(folder))
+    caption = "red circle is to the left of blue square"
+    tokens = tokenizer([caption], return_tensors="pt")
+    norms = encoder(**tokens).last_hidden_state.norm(dim=-1)[0]
+    function = torch.tensor(
+        [word in ("is", "to", "the", "of") for word in caption.split()] + [False]
+    )
+    assert norms[function].mean() < norms[~function].mean() - 0.7
+    assert 5.5 < norms[~function].mean() < 7.5
