@@ -48,17 +48,24 @@ class Interchange:
     def __init__(
         self,
         model: HookedTextToImage,
-        wanted: Sequence[Scene | Trio],
-        sources: Sequence[Scene | Trio],
+        wanted: Sequence[Scene | Trio | str],
+        sources: Sequence[Scene | Trio | str],
     ) -> None:
         """Encode both.
+
+        Args:
+            wanted: scenes, or prompts of any task, that are drawn.
+            sources: as many, whose words are read instead.
 
         Raises:
             ValueError: a source has another number of tokens than its prompt, so its words stand
                 elsewhere.
         """
         self.model = model
-        self.texts, others = ([caption(scene) for scene in each] for each in (wanted, sources))
+        self.texts, others = (
+            [scene if isinstance(scene, str) else caption(scene) for scene in each]
+            for each in (wanted, sources)
+        )
         lengths = [
             [model.to_tokens(text).shape[1] for text in texts] for texts in (self.texts, others)
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import style
-from .attention_page import attention_page, show
+from .attention_page import Effects, attention_page, show
 from .figures import (
     bare,
     dose_response_curves,
@@ -19,6 +19,7 @@ from .relation_head import relation_head_figure
 from .report import report
 
 __all__ = [
+    "Effects",
     "attention_page",
     "bare",
     "dose_response_curves",

@@ -31,7 +31,9 @@ function wordOf(entry) {
   return same >= 0 ? same : Math.min(state.word, tokens.length - 1);
 }
 
-const shown = () => [state.prompt, ...(state.beside >= 0 ? [state.beside] : [])];
+const ALL = -2; // of "beside": every other entry
+const shown = () => [state.prompt, ...(state.beside === ALL ? data.entries.map((_, entry) => entry).filter((entry) => entry !== state.prompt)
+  : state.beside >= 0 ? [state.beside] : [])];
 const map = (entry, head, word) => Float32Array.from({ length: places }, (_, place) => weight(entry, head, place, word));
 const average = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
@@ -65,15 +67,23 @@ function draw(canvas, values, top, opacity = 1) {
   context.putImageData(pixels, 0, 0);
 }
 
+function panelOf(number) {
+  let panel = document.querySelector(`[data-panel="${number}"]`);
+  if (!panel) {
+    panel = make("div", { className: "panel" });
+    panel.dataset.panel = number;
+    at("panels").append(panel);
+  }
+  return panel;
+}
+
 function showPanel(number, entry, top) {
-  const panel = document.querySelector(`[data-panel="${number}"]`);
-  panel.hidden = entry === undefined;
-  if (panel.hidden) { panel.dataset.entry = ""; panel.replaceChildren(); return; }
+  const panel = panelOf(number);
   const { text, tokens, image } = data.entries[entry];
   if (panel.dataset.entry !== String(entry)) {
     panel.dataset.entry = entry;
     const words = tokens.map((token, word) => make("button", {
-      onclick: () => set(number ? { prompt: state.beside, beside: state.prompt, word } : { word }),
+      onclick: () => set(number ? { prompt: entry, beside: state.beside === ALL ? ALL : state.prompt, word } : { word }),
     }, token, make("small")));
     const canvas = make("canvas", { tabIndex: -1 });
     canvas.setAttribute("role", "img");
@@ -126,6 +136,7 @@ function showEffects() {
   context.fillStyle = "#000";
   context.fillRect(state.step + 0.35, state.head + 0.35, 0.3, 0.3);
   const here = values[state.head][state.step];
+  showPatched();
   document.querySelector("#effects p").textContent =
     `${name} of ${data.heads[state.head]} at step ${data.steps[state.step]}: ${here === null ? "not known" : here.toPrecision(3)} (largest ${reach.toPrecision(3)}); heads down, steps to the right, click a cell`;
   canvas.setAttribute("aria-label", `${name} by head and step`);
@@ -136,6 +147,17 @@ function showEffects() {
       head: limit(Math.floor((event.clientY - box.top) / box.height * canvas.height), 0, canvas.height - 1),
     });
   };
+}
+
+// the image of a cell beside the same without the edit
+function showPatched() {
+  const row = state.prompt % data.rows, { image, text } = data.entries[row];
+  const where = `${data.heads[state.head]} at step ${data.steps[state.step]}`;
+  const patched = data.patched[`${data.heads[state.head]} ${data.steps[state.step]}`]?.[row];
+  at("patched").hidden = !Object.keys(data.patched).length;
+  const figure = (src, caption) => make("figure", {},
+    src ? make("img", { src, alt: `${caption}: ${text}` }) : make("div", { className: "none" }), make("figcaption", { textContent: caption }));
+  at("patched").replaceChildren(figure(image, "as it is"), figure(patched, patched ? `patched, ${where}` : `no image of ${where}`));
 }
 
 let layout = "";
@@ -190,8 +212,8 @@ function show() {
   const value = state.place === null ? average(map(state.prompt, state.head, state.word)) : weight(state.prompt, state.head, state.place, state.word);
   const where = state.place === null ? "on average over all places" : `from row ${Math.floor(state.place / columns)}, column ${state.place % columns}`;
   at("readout").textContent = `${head}, step ${data.steps[state.step]}: “${tokens[state.word]}” gets ${value.toFixed(3)} of the attention ${where}`;
-  showPanel(0, entries[0], top);
-  showPanel(1, entries[1], top);
+  entries.forEach((entry, number) => showPanel(number, entry, top));
+  for (const panel of [...at("panels").children].slice(entries.length)) panel.remove();
   showHeads();
   showEffects();
 }
@@ -218,7 +240,7 @@ function read(hash) {
     if (Number.isInteger(value) && value >= low && value <= high) found[name] = value;
   };
   number("prompt", 0, data.entries.length - 1);
-  number("beside", -1, data.entries.length - 1);
+  number("beside", ALL, data.entries.length - 1);
   number("opacity", 0, 100);
   number("word", 0, data.entries[found.prompt ?? state.prompt].tokens.length - 1);
   if (data.heads.includes(given.get("head"))) found.head = data.heads.indexOf(given.get("head"));
@@ -253,7 +275,7 @@ function picture() {
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.font = "15px sans-serif";
   shown().forEach((entry, number) => {
-    const panel = document.querySelector(`[data-panel="${number}"]`), y = number * (high + 34) + 28;
+    const panel = panelOf(number), y = number * (high + 34) + 28;
     context.fillStyle = "#222";
     context.fillText(`${data.heads[state.head]}, step ${data.steps[state.step]}, “${data.entries[entry].tokens[wordOf(entry)]}”: ${data.entries[entry].text}`, 4, y - 9, canvas.width - 8);
     for (const [x, node] of [[0, panel.querySelector("img")], [side + 8, panel.querySelector("img")], [side + 8, panel.querySelector("canvas")]])
@@ -283,7 +305,7 @@ async function begin() {
   document.documentElement.style.setProperty("--aspect", `${columns} / ${rows}`);
   at("about").textContent = data.about;
   data.entries.forEach((entry, index) => at("prompt").append(new Option(entry.label, index)));
-  at("beside").append(new Option("nothing", -1), ...data.entries.map((entry, index) => new Option(entry.label, index)));
+  at("beside").append(new Option("nothing", -1), new Option("all others", ALL), ...data.entries.map((entry, index) => new Option(entry.label, index)));
   data.heads.forEach((name, index) => at("head").append(new Option(name, index)));
   at("step").max = data.steps.length - 1;
   for (const name of ["prompt", "beside", "head", "step", "opacity"]) at(name).oninput = (event) => set({ [name]: Number(event.target.value) });

@@ -22,6 +22,8 @@ import xarray as xr
 from PIL import Image
 
 from dit_lens import viz
+from dit_lens.viz.attention_maps import Maps, pooled, side_of_squares
+from dit_lens.viz.attention_page import LARGEST
 from hooked_models import HookedTextToImage
 
 from ...hooked_models import tiny_pipelines
@@ -183,6 +185,25 @@ def test_a_prompt_never_takes_more_than_its_bytes(generation: Any, tmp_path: Pat
         )
     with pytest.raises(ValueError, match="take more than largest=10 bytes"):
         viz.attention_page(cache, PROMPTS, images, tmp_path / "page.html", largest=10)
+
+
+@pytest.mark.slow
+def test_a_prompt_of_pixart_sigma_at_512_pixels() -> None:
+    """Patterns without any order, which compress least: 28 layers × 16 heads, 20 steps, 32 × 32
+    places, 20 words.
+    """
+    generator = torch.Generator().manual_seed(0)
+    maps = Maps(
+        torch.rand(1, 20, 28 * 16, 32 * 32, 20, generator=generator).div_(10),
+        [f"L{layer}H{head}" for layer in range(28) for head in range(16)],
+        list(range(20)),
+        [["word"] * 20],
+        (32, 32),
+    )
+    factor = side_of_squares(maps, 0, (32, 32), LARGEST)
+    stored = gzip.compress(pooled(maps, 0, (32, 32), factor).tobytes(), 6)
+    assert len(base64.b64encode(stored)) <= 25_000_000
+    assert factor == 4
 
 
 def json_entries(path: Path) -> list[dict[str, Any]]:
@@ -384,6 +405,69 @@ def test_two_runs_beside_each_other(generation: Any, browser: Any, tmp_path: Pat
         viz.attention_page(
             cache, PROMPTS, images, tmp_path / "page.html", others={"patched": (short, images)}
         )
+
+
+def test_all_prompts_side_by_side(generation: Any, browser: Any, tmp_path: Path) -> None:
+    """One panel an entry, in the address, too; a word of another panel makes that one the first."""
+    model, images, cache = generation
+    others = {"patched": (cache, images.flip(1))}
+    page = viz.attention_page(
+        cache, PROMPTS, images, tmp_path / "page.html", others=others, start={"beside": "all"}
+    )
+    opened(browser, page)
+    panels = browser.find_elements("css selector", "#panels .panel")
+    assert len(panels) == 4
+    first = [panel.find_element("tag name", "img").get_attribute("src") for panel in panels]
+    assert len(set(first)) == 4
+    panels[2].find_elements("css selector", ".words button")[1].click()
+    assert browser.execute_script("return [state.prompt, state.beside, state.word]") == [2, -2, 1]
+    address = browser.current_url
+    opened(browser, page, "#" + address.split("#")[1])
+    assert browser.find_element("id", "beside").get_attribute("value") == "-2"
+    assert len(browser.find_elements("css selector", "#panels .panel")) == 4
+    browser.execute_script("window.saved = []; save = (name, href) => saved.push(href)")
+    browser.find_element("id", "png").click()
+    picture = browser.execute_script("return saved[0]")
+    tall = Image.open(io.BytesIO(base64.b64decode(picture.split(",")[1]))).size[1]
+    choose(browser, "beside", -1)
+    assert len(browser.find_elements("css selector", "#panels .panel")) == 1
+    assert tall == 4 * (384 + 34)
+    assert browser.get_log("browser") == []
+
+
+def test_a_cell_opens_its_image(generation: Any, browser: Any, tmp_path: Path) -> None:
+    """Of the chosen prompt, beside the image as it is, with a text for screen readers."""
+    _, images, cache = generation
+    dims = {"layer": [0, 1], "head": [0, 1], "step": [0, 1, 2]}
+    values = xr.DataArray(np.ones((2, 2, 3)), dims=tuple(dims), coords=dims, name="moved")
+    edited = {("L1H0", 2): 1 - images, ("L0H1", 0): images / 2}
+    effects = viz.Effects(values, edited)
+    page = viz.attention_page(
+        cache, PROMPTS, images, tmp_path / "page.html", start={"prompt": 1}, effects=effects
+    )
+    opened(browser, page, "#head=L1H0&step=2")
+    shown = browser.find_elements("css selector", "#patched img")
+    assert [image.get_attribute("alt") for image in shown] == [
+        f"as it is: {PROMPTS[1]}",
+        f"patched, L1H0 at step 2: {PROMPTS[1]}",
+    ]
+    for image, expected in zip(shown, (images[1], 1 - images[1]), strict=True):
+        drawn = Image.open(io.BytesIO(base64.b64decode(image.get_attribute("src").split(",")[1])))
+        pixels = (expected.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+        np.testing.assert_array_equal(np.asarray(drawn), pixels)
+    opened(browser, page, "#head=L0H0&step=1")
+    assert "no image of L0H0 at step 1" in browser.find_element("id", "patched").text
+    assert browser.get_log("browser") == []
+    large = viz.Effects(values, {("L1H0", 2): torch.zeros(2, 3, 512, 384)})
+    stored = on_page(viz.attention_page(cache, PROMPTS, images, page, effects=large))["patched"]
+    small = stored["L1H0 2"][0].split(",")[1]
+    assert Image.open(io.BytesIO(base64.b64decode(small))).size == (192, 256)
+    for wrong, message in (
+        ({("L9H0", 2): images}, "image of L9H0 at step 2: not on the page"),
+        ({("L1H0", 2): images[:1]}, "has 1 images of L1H0 at step 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            viz.attention_page(cache, PROMPTS, images, page, effects=viz.Effects(values, wrong))
 
 
 def test_keys_play_and_ranking(generation: Any, browser: Any, tmp_path: Path) -> None:
