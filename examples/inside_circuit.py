@@ -2,8 +2,8 @@
 
     python -m examples.inside_circuit --model runs/inside --out circuit.csv
 
-Some heads read the prompt with both objects exchanged, "blue box is inside red disc" for "red disc is
-inside blue box"; the others read the prompt. An image is turned if the colors lie the other way
+Some heads read the prompt with both objects exchanged, "blue box is inside red disc" for "red disc
+is inside blue box"; the others read the prompt. An image is turned if the colors lie the other way
 round, by the task's judge. The set is chosen on some prompts and measured on others. Predictions
 stand in recipes/PREDICTIONS.md.
 """
@@ -79,15 +79,11 @@ class Exchange:
         steps: Steps,
         turned: bool,
     ) -> Bool[np.ndarray, " image"]:
-        hooks = (
-            []
-            if heads is not None and not heads
-            else [
-                hook
-                for one in swap.of(heads, steps=steps)
-                for hook in one.hooks(self.model, swap.texts, num_steps=self.num_steps)
-            ]
-        )
+        hooks = [
+            hook
+            for one in swap.of(heads, steps=steps)
+            for hook in one.hooks(self.model, swap.texts, num_steps=self.num_steps)
+        ]
         seeds = list(range(len(self.wanted)))[rows]
         with torch.no_grad():
             images = self.model.run_with_hooks(

@@ -14,7 +14,6 @@ from string import Template
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -23,7 +22,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.generation.pipeline import HookedPipeline
 
 from ..readout import screening
-from ..readout.heat_maps import heatmap, text_attentions
+from ..readout.heat_maps import heatmap_and_run, text_attentions
 from .state import State
 
 LONGEST_REQUEST = 64_000
@@ -84,20 +83,19 @@ class Lab:
                 for place, (start, end) in enumerate(text.spans)
                 if text.kinds[place] != "pad" and (start < end or text.kinds[place] == "eos")
             ]
-            run: dict[str, Any] = {"seed": state.seed, "num_steps": state.num_steps}
-            found = heatmap(
+            found, run = heatmap_and_run(
                 self.model,
                 state.prompt,
                 [[place] for place, _ in tokens],
+                state.seed,
+                state.num_steps,
                 steps=0,
                 by=("layer", "head"),
-                **run,
             )
+            assert run is not None
             attention = found[0].stack(name=("layer", "head")).transpose("name", "word", ...)
-            with torch.no_grad():
-                image = self.model(state.prompt, **run)
             self._originals[key] = {
-                "original": _url(image),
+                "original": _url(run.images),
                 "tokens": tokens,
                 "attention": attention.values.reshape(*attention.shape[:2], -1)
                 .mean(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args, get_type_hints
@@ -21,6 +21,43 @@ from ..readout.heat_maps import text_attentions
 
 Action = Literal["mask", "exchange", "scale", "freeze"]
 MOST_STEPS, LONGEST = 100, 2000
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """An action on the attention of a layer, of which interventions and their Python are made."""
+
+    parts: tuple[str, ...]
+    """Hooks of the attention that are edited."""
+    action: Literal["knockout", "zero", "scale", "replace"]
+    on_words: bool = False
+    """At the chosen positions of the text, or everywhere."""
+    reads: Literal["", "prompt", "other"] = ""
+    """Prompt whose run has the values that replace."""
+    each_step: bool = False
+    """Replaced at each step by that step's values, or at all by those of the first."""
+
+    def made(self, factor: float, value: Tensor | None) -> Any:
+        """Action of an `Intervention`."""
+        if self.action == "replace":
+            assert value is not None
+            return Replace(value)
+        return Scale(factor) if self.action == "scale" else self.action
+
+    def code(self, factor: float, value: str) -> str:
+        """The same as Python."""
+        actions = {"replace": f"Replace({value})", "scale": f"Scale({factor!r})"}
+        return actions.get(self.action, repr(self.action))
+
+
+EDITS = {
+    "mask": _Edit(("pattern",), "knockout", on_words=True),
+    "silence": _Edit(("z",), "zero"),
+    "scale": _Edit(("z",), "scale"),
+    "freeze": _Edit(("pattern",), "replace", reads="prompt"),
+    "exchange": _Edit(("k", "v"), "replace", on_words=True, reads="other", each_step=True),
+}
+"""The actions of the page; "silence" is a mask of all words."""
 
 
 @dataclass(frozen=True)
@@ -121,32 +158,17 @@ class State:
             ... )
             2
         """
-        tokens, steps = self._tokens(model), range(self.first, self.last + 1)
-        every, values = slice(steps.start, steps.stop), self._values(model)
-        found = []
-        edits: list[tuple[str, list[int] | None, Any, Any]]
-        for site, heads in self._places(model):
-            match self.action:
-                case "mask" if tokens:
-                    edits = [("pattern", tokens, every, "knockout")]
-                case "mask":  # a row without any word has no softmax: nothing is written instead
-                    edits = [("z", None, every, "zero")]
-                case "scale":
-                    edits = [("z", None, every, Scale(self.factor))]
-                case "freeze":
-                    first = values[f"steps.{self.first}.cond.{site}pattern"]
-                    edits = [("pattern", None, every, Replace(first))]
-                case _:
-                    edits = [
-                        (part, tokens, step, Replace(values[f"steps.{step}.cond.{site}{part}"]))
-                        for step in steps
-                        for part in "kv"
-                    ]
-            found += [
-                Intervention(f"{site}{hook}", heads, at, when, action=action)
-                for hook, at, when, action in edits
-            ]
-        return found
+        edit, tokens, values = self._edit(model), self._tokens(model), self._values(model)
+        return [
+            Intervention(
+                f"{site}{part}",
+                heads,
+                tokens if edit.on_words else None,
+                step,
+                action=edit.made(self.factor, values.get(key)),
+            )
+            for site, heads, part, step, key in self._edited(model)
+        ]
 
     def draw(self, model: HookedTextToImage) -> Float[Tensor, "1 3 height width"]:
         """The image with the edit.
@@ -180,24 +202,13 @@ class State:
             ... )
             image = model.run_with_hooks(prompt, seed=0, num_steps=14, fwd_hooks=hooks)
         """
-        tokens = self._tokens(model)
+        edit, tokens, run = self._edit(model), self._tokens(model), f"num_steps={self.num_steps}"
+        every = f"({self.first}, {self.last + 1})"
+        steps = f"range{every}" if edit.each_step else f"[slice{every}]"
+        loop = f"for step in {steps} for part in {edit.parts!r}"
+        key = f'f"steps.{"{step}" if edit.each_step else self.first}.cond.{{site}}{{part}}"'
         at = repr(tokens) if self.words or not tokens else f"list(range({len(tokens)}))"
-        every, run = f"slice({self.first}, {self.last + 1})", f"num_steps={self.num_steps}"
-        steps, kept = "", None
-        match self.action:
-            case "mask" if tokens:
-                edit = f'f"{{site}}pattern", heads, {at}, {every}, action="knockout"'
-            case "mask":
-                edit = f'f"{{site}}z", heads, None, {every}, action="zero"'
-            case "scale":
-                edit = f'f"{{site}}z", heads, None, {every}, action=Scale({self.factor!r})'
-            case "freeze":
-                kept = "prompt", f'f"steps.{self.first}.cond.{{site}}pattern"'
-                edit = f'f"{{site}}pattern", heads, None, {every}, action=Replace(cache[{kept[1]}])'
-            case _:
-                kept = "other", 'f"steps.{step}.cond.{site}{part}"'
-                steps = f' for step in range({self.first}, {self.last + 1}) for part in "kv"'
-                edit = f'f"{{site}}{{part}}", heads, {at}, step, action=Replace(cache[{kept[1]}])'
+        action = edit.code(self.factor, f"cache[{key}]")
         lines = [
             "from dit_lens import Intervention, Replace, Scale",
             "from hooked_models import HookedTextToImage",
@@ -207,19 +218,19 @@ class State:
             f"prompt = {self.prompt!r}",
             f"places = {self._places(model)!r}",
         ]
-        if self.action == "exchange":
+        if edit.reads == "other":
             lines.append(f"other = {self.other!r}")
-        if kept and self.heads:
-            text, names = kept
+        if edit.reads and self.heads:
             lines += [
-                f"names = [{names} for site, _ in places{steps}]",
-                f"_, cache = model.run_with_cache({text}, seed={self.seed}, {run}, "
+                f"names = [{key} for site, _ in places {loop}]",
+                f"_, cache = model.run_with_cache({edit.reads}, seed={self.seed}, {run}, "
                 "names_filter=names)",
             ]
         lines += [
             "edits = [",
-            f"    Intervention({edit})",
-            f"    for site, heads in places{steps}",
+            f'    Intervention(f"{{site}}{{part}}", heads, {at if edit.on_words else None}, step, '
+            f"action={action})",
+            f"    for site, heads in places {loop}",
             "]",
             f"hooks = [hook for edit in edits for hook in edit.hooks(model, prompt, {run})]",
             f"image = model.run_with_hooks(prompt, seed={self.seed}, {run}, fwd_hooks=hooks)",
@@ -255,28 +266,35 @@ class State:
             return list(self.words) or None
         return list(range(len(model.encoded_texts([self.prompt])[0].ids)))
 
+    def _edit(self, model: HookedTextToImage) -> _Edit:
+        """The action; a mask of all words silences, since a row without keys has no softmax."""
+        nothing_left = self.action == "mask" and not self._tokens(model)
+        return EDITS["silence" if nothing_left else self.action]
+
+    def _edited(
+        self, model: HookedTextToImage
+    ) -> list[tuple[str, list[int], str, int | slice, str]]:
+        """For each tensor that is edited: start of its name, heads, part, steps, and the full name
+        of the one that replaces it.
+        """
+        edit = self._edit(model)
+        steps: Iterable[int | slice] = [slice(self.first, self.last + 1)]
+        if edit.each_step:
+            steps = range(self.first, self.last + 1)
+        return [
+            (site, heads, part, step, f"steps.{at}.cond.{site}{part}")
+            for site, heads in self._places(model)
+            for step in steps
+            for at in [step if edit.each_step else self.first]
+            for part in edit.parts
+        ]
+
     def _values(self, model: HookedTextToImage) -> Mapping[str, Tensor]:
-        """Full name → keys and values of the other prompt, or patterns of the first step."""
-        places = self._places(model)
-        if self.action == "freeze":
-            text, names = (
-                self.prompt,
-                [f"steps.{self.first}.cond.{site}pattern" for site, _ in places],
-            )
-        elif self.action == "exchange":
-            text, names = (
-                self.other,
-                [
-                    f"steps.{step}.cond.{site}{part}"
-                    for step in range(self.first, self.last + 1)
-                    for site, _ in places
-                    for part in "kv"
-                ],
-            )
-        else:
+        """Full name → the values that replace: of the other prompt, or of the first step."""
+        reads, names = self._edit(model).reads, [key for *_, key in self._edited(model)]
+        if not reads or not names:
             return {}
-        if not names:
-            return {}
+        text = getattr(self, reads)
         n, m = (len(model.encoded_texts([each])[0].ids) for each in (self.prompt, text))
         if n != m:
             raise ValueError(
@@ -284,6 +302,7 @@ class State:
                 "equal length."
             )
         with torch.no_grad():
-            return model.run_with_cache(
+            _, cache = model.run_with_cache(
                 text, seed=self.seed, num_steps=self.num_steps, names_filter=names
-            )[1]
+            )
+        return {name: cache[name] for name in names}

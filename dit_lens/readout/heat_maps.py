@@ -19,6 +19,7 @@ from hooked_models.generation.loops import Call
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import Site
 from hooked_models.generation.sampling import Seeds
+from hooked_models.generation.trajectory import Run
 from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 
 from ..intervene.interventions import Steps
@@ -77,6 +78,28 @@ def heatmap(
         >>> dict(found.sizes)
         {'prompt': 1, 'word': 2, 'layer': 3, 'y': 8, 'x': 8}
     """
+    return heatmap_and_run(model, prompts, words, seed, num_steps, by=by, steps=steps, **options)[0]
+
+
+@torch.no_grad()
+def heatmap_and_run(
+    model: HookedTextToImage,
+    prompts: str | Sequence[str],
+    words: str | Word | Sequence[str | Word | Sequence[int]],
+    seed: Seeds = 0,
+    num_steps: int = DEFAULT_STEPS,
+    *,
+    by: Sequence[By] = (),
+    steps: Steps = None,
+    **options: Any,
+) -> tuple[xr.DataArray, Run | None]:
+    """`heatmap`, and the generation that it was read in; None behind nnsight.
+
+    Example:
+        >>> maps, run = heatmap_and_run(model, "red circle", "circle", num_steps=1)
+        >>> run.images.shape
+        torch.Size([1, 3, 128, 128])
+    """
     by = kept_dims(by, get_args(By))
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     several = [words] if isinstance(words, (str, Word)) else list(words)
@@ -97,12 +120,13 @@ def heatmap(
             {each.attention: each for each in maps.readers(call)} if call.step in at_steps else {}
         )
 
+    run = None
     if isinstance(model, RemoteTextToImage):
         maps.ask(model, texts, inputs)
     else:
-        run_reading(model, inputs, readers)
+        run = run_reading(model, inputs, readers)
     names = [one if isinstance(one, str) else str(one) for one in several]
-    return maps.labelled(texts, names, at_steps, model.layout(inputs).grid)
+    return maps.labelled(texts, names, at_steps, model.layout(inputs).grid), run
 
 
 def kept_dims(by: Any, known: Sequence[str]) -> list[Any]:

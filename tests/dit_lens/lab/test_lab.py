@@ -146,6 +146,22 @@ def test_an_exchange_is_an_interchange(lab: Lab) -> None:
     torch.testing.assert_close(state.draw(lab.model), expected, rtol=0, atol=1e-6)
 
 
+def test_one_generation_gives_image_and_attention(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many denoiser calls as a plain image takes; none for an edit of no heads."""
+    calls: list[int] = []
+    denoise = lab.model.denoise
+    monkeypatch.setattr(
+        lab.model, "denoise", lambda *given, **how: (calls.append(1), denoise(*given, **how))[1]
+    )
+    with torch.no_grad():
+        lab.model(ABOVE, seed=77, num_steps=2)
+    plain = len(calls)
+    lab.draw(State(ABOVE, seed=77, num_steps=2, last=1))
+    assert len(calls) == 2 * plain > 0
+
+
 def test_the_four_relation_heads_turn_the_relation() -> None:
     model = HookedTextToImage.from_pretrained("rte-micro")
     scene = from_caption(ABOVE)

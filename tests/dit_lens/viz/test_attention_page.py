@@ -409,7 +409,7 @@ def test_two_runs_beside_each_other(generation: Any, browser: Any, tmp_path: Pat
 
 def test_all_prompts_side_by_side(generation: Any, browser: Any, tmp_path: Path) -> None:
     """One panel an entry, in the address, too; a word of another panel makes that one the first."""
-    model, images, cache = generation
+    _, images, cache = generation
     others = {"patched": (cache, images.flip(1))}
     page = viz.attention_page(
         cache, PROMPTS, images, tmp_path / "page.html", others=others, start={"beside": "all"}
