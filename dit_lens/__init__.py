@@ -101,6 +101,7 @@ redirect(
         "scenes.trios": "task.trios",
         "shards": "store",
         "shipped": "intervene.portable_ops",
+        "sweep.treatments": "sweep.conditions",
         "training.caption_grammar": "training.t5.grammar",
         "training.text_encoder": "training.t5.pretrain",
         "training.text_probes": "text.probes",

@@ -7,6 +7,7 @@ used.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -15,7 +16,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def attach(
@@ -76,6 +80,44 @@ def renamed(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
         return value
 
     return find
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator that lets a function take arguments by old names, with a DeprecationWarning.
+
+    Args:
+        **names: old name → new name.
+
+    Example:
+        >>> import warnings
+        >>> @renamed_arguments(ks="doses")
+        ... def largest(doses):
+        ...     return max(doses)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     largest(ks=(1, 2))
+        2
+        >>> str(caught[-1].message)
+        'largest: ks is now doses; the old name goes in version 0.3.'
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def renaming(*args: P.args, **kwargs: P.kwargs) -> T:
+            for old, new in names.items():
+                if old in kwargs:
+                    message = f"{function.__name__}: {old} is now {new}"
+                    warnings.warn(
+                        f"{message}; the old name goes in version 0.3.",
+                        DeprecationWarning,
+                        stacklevel=2,
+                    )
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return renaming
+
+    return decorate
 
 
 def redirect(package: str, moved: Mapping[str, str]) -> None:

@@ -49,7 +49,7 @@ from dit_lens import Intervention, ablation, prompts, scenes, screening
 from dit_lens.intervene.edits import Add, Scale, along
 from dit_lens.readout.circuits import parse_head
 from dit_lens.stats import Interval, paired_difference
-from dit_lens.task import Scene, Split, word
+from dit_lens.task import Scene, Split, render_caption
 from dit_lens.task.captions import TRAINED
 from dit_lens.text.prompts import Role
 from dit_lens.training.dynamics import layout, relation_vectors
@@ -343,7 +343,7 @@ def judged(
     for dose in doses:
         for start in range(0, n, BATCH):
             part = wanted[start : start + BATCH]
-            texts = [word(scene, template) for scene in part]
+            texts = [render_caption(scene, template) for scene in part]
             of_scenes = (
                 torch.stack([vectors[scene.relation] for scene in part]) if vectors else None
             )

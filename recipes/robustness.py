@@ -37,8 +37,7 @@ from dit_lens.intervene.ablation import knockout_role
 from dit_lens.intervene.edits import Add
 from dit_lens.intervene.interventions import Intervention
 from dit_lens.stats import Interval, clustered_mean, paired_difference
-from dit_lens.task.captions import TRAINED
-from dit_lens.task.captions import word as worded
+from dit_lens.task.captions import TRAINED, render_caption
 from dit_lens.text.prompts import Role, role_mask
 from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
@@ -268,7 +267,9 @@ def conditions(
     model: HookedTextToImage, wanted: list[scenes.Scene]
 ) -> list[tuple[str, list[str], Float[Tensor, "prompt text_pos d"] | None]]:
     """Name, prompts and what is added to their words."""
-    plain, with_the = ([worded(scene, template) for scene in wanted] for template in (TRAINED, THE))
+    plain, with_the = (
+        [render_caption(scene, template) for scene in wanted] for template in (TRAINED, THE)
+    )
     mended = [(name, with_the, added) for name, added in repairs(model, with_the).items()]
     everywhere = -shift_everywhere(model, wanted)
     mended.append((EVERYWHERE, with_the, everywhere))

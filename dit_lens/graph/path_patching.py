@@ -53,10 +53,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
-from hooked_models.generation.names import BRANCHES, FINAL, Branch
+from hooked_models.generation.names import BRANCHES, IMAGE_HOOK, Branch
 from hooked_models.hooks.module import HookFunction
 
-from ..runs.repeated_runs import Call, CallView, Generation
+from ..runs.repeated_runs import CallView, RepeatedCall, RepeatedRun
 from .nodes import Index, Node, Nodes, Place, why_no_path
 
 __all__ = ["VARIANTS", "Node", "Nodes", "head_matrix", "path_patch", "path_patch_matrix"]
@@ -86,8 +86,8 @@ class _Experiment:
     receivers).
     """
 
-    original: Call | Generation
-    source: Call | Generation
+    original: RepeatedCall | RepeatedRun
+    source: RepeatedCall | RepeatedRun
     metric: Metric
     metric_on: str
     frozen: frozenset[str]
@@ -110,7 +110,7 @@ class _Experiment:
             )
         frozen = VARIANTS[variant] if isinstance(variant, str) else frozenset(variant)
         one, other = (
-            Generation(run) if isinstance(run, Trajectory) else Call(run)
+            RepeatedRun(run) if isinstance(run, Trajectory) else RepeatedCall(run)
             for run in (original, source)
         )
         if type(one) is not type(other) or one.dit is not other.dit:
@@ -158,7 +158,7 @@ class _Experiment:
             if sends:
                 for hook in node.output_hooks(self.original.dit):
                     self.original.name(Place(0, "cond"), hook)  # raises where there is none
-            if node.kind == "image" and self.metric_on != FINAL:
+            if node.kind == "image" and self.metric_on != IMAGE_HOOK:
                 raise ValueError(
                     "image receives after the last step, but the metric is taken on "
                     f"{self.metric_on}."
@@ -215,7 +215,7 @@ class _Experiment:
         """The first copy that has no part in the computation."""
         return (
             CARRIED + 1
-            if "steps" in self.frozen and isinstance(self.original, Generation)
+            if "steps" in self.frozen and isinstance(self.original, RepeatedRun)
             else SENT + 1
         )
 

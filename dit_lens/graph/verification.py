@@ -18,7 +18,7 @@ from transformer_lens.patching import PatchingResult
 
 from hooked_models.lazy_imports import renamed
 
-from ..runs.gradients import Metric, evaluate
+from ..runs.gradients import Metric, checked_metric
 from ..runs.pairs import Context, Pair
 from ..stats import Interval, rank_correlation
 
@@ -97,7 +97,7 @@ class Attribution:
             ignore_index=True,
         )
         values = self._patched(cells)
-        baseline = evaluate(self.metric, self.pair.original.output)
+        baseline = checked_metric(self.metric, self.pair.original.output)
         result = PatchingResult(values, [], cells, ["metric"], reduced=False, baseline=baseline)
         exact = result.effect().mean(-1)[min(k, len(table)) :].double().cpu().numpy()
         return Verification(
@@ -124,7 +124,7 @@ class Attribution:
                     run = self.pair.original.replay(
                         context.step, [(context.prefix + patch.receiver, hook)]
                     )
-                    values[i] = evaluate(self.metric, run.output)
+                    values[i] = checked_metric(self.metric, run.output)
         return torch.stack([values[i] for i in range(len(cells))])
 
     def _flags(self) -> AbstractContextManager[None]:

@@ -2,8 +2,8 @@
 
     head, words = knockout_role("relation", heads="L2H2"), knockout_role("relation")
     conditions = {"head": head, "words": words}
-    wanted = scenes.sample(64, seed=1, color_words="both")
-    effects = ablation_effects(model, wanted, conditions, seeds=[0, 1])
+    drawn = scenes.sample(64, seed=1, color_words="both")
+    effects = ablation_effects(model, drawn, conditions, seeds=[0, 1])
     effects["relation_loose_effect"].to_pandas()
 
 Source: Wang, Fan, Pan (arXiv 2601.06338), sections 4.2 and 5. Differences: all tokens of a role are
@@ -26,11 +26,12 @@ from rich.progress import track
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer
 from hooked_models.generation.model import DEFAULT_STEPS
+from hooked_models.lazy_imports import renamed_arguments
 
-from .. import task as scenes
 from ..readout.circuits import parse_head
 from ..runs.drawing import Planning
 from ..stats import paired_difference
+from ..task import Scene, Trio, caption, evaluate
 from ..text.prompts import Tokens
 from .edits import Edit
 from .interventions import Action, Intervention, Steps
@@ -140,10 +141,11 @@ def _by_layer(heads: str | Sequence[str]) -> dict[int, list[int]]:
 # Effects
 
 
+@renamed_arguments(wanted="scenes")
 @torch.no_grad()
 def ablation_effects(
     model: HookedTextToImage,
-    wanted: Sequence[scenes.Scene | scenes.Trio],
+    scenes: Sequence[Scene | Trio],
     conditions: Mapping[str, Intervention | Sequence[Intervention]],
     seeds: Sequence[int] | Int[np.ndarray, "scene seed"],
     *,
@@ -158,7 +160,7 @@ def ablation_effects(
     whose interventions name tokens on random tokens of the same prompts (`random_tokens`).
 
     Args:
-        wanted: one prompt each (`scenes.caption`).
+        scenes: one prompt each (`scenes.caption`).
         conditions: name → interventions, applied together.
         seeds: of the noise; the same for all scenes, or for each its own.
         controls: draws of each kind; every one costs as much as a condition.
@@ -191,20 +193,20 @@ def ablation_effects(
     num_steps, rng = how.get("num_steps", DEFAULT_STEPS), how.get("rng", 0)
     if "none" in conditions:
         raise ValueError("The condition 'none' is added by itself: give yours another name.")
-    if np.ndim(seeds) not in (1, 2) or (np.ndim(seeds) == 2 and len(seeds) != len(wanted)):
+    if np.ndim(seeds) not in (1, 2) or (np.ndim(seeds) == 2 and len(seeds) != len(scenes)):
         raise ValueError(
             f"seeds has shape {np.shape(seeds)}: give seeds for all scenes, [seed], or each its "
-            f"own, [{len(wanted)} seed]."
+            f"own, [{len(scenes)} seed]."
         )
-    noise = np.broadcast_to(np.asarray(seeds), (len(wanted), np.shape(seeds)[-1]))
-    texts = [scenes.caption(scene) for scene in wanted]
+    noise = np.broadcast_to(np.asarray(seeds), (len(scenes), np.shape(seeds)[-1]))
+    texts = [caption(scene) for scene in scenes]
     plans = _plans(model, texts, conditions, controls, exclude, np.random.default_rng(rng))
     edits = {
         name: [e for i in plan for e in i.resolve(model, texts, num_steps=num_steps, seed=rng)]
         for name, _, _, plan in plans
     }
     draft = model.draft(texts, 0, num_steps, how.get("guidance"))
-    judged = _judged(model, draft, edits, wanted, noise, batch)
+    judged = _judged(model, draft, edits, scenes, noise, batch)
     coords = {
         "condition": list(edits),
         "kind": ("condition", [kind for _, kind, _, _ in plans]),
@@ -218,12 +220,12 @@ def _judged(
     model: HookedTextToImage,
     draft: Any,
     edits: Mapping[str, Sequence[Edit]],
-    wanted: Sequence[scenes.Scene | scenes.Trio],
+    scenes: Sequence[Scene | Trio],
     noise: Int[np.ndarray, "scene seed"],
     batch: int,
 ) -> dict[str, xr.Dataset]:
     """Verdicts of all images under each condition, one seed after the other."""
-    row_scene, row_seed = np.tile(np.arange(len(wanted)), noise.shape[1]), noise.T.ravel()
+    row_scene, row_seed = np.tile(np.arange(len(scenes)), noise.shape[1]), noise.T.ravel()
     chunks = [
         np.arange(start, min(start + batch, len(row_scene)))
         for start in range(0, len(row_scene), batch)
@@ -247,7 +249,7 @@ def _judged(
         inputs = model.reseeded(draft.take(rows), row_seed[chunk].tolist())
         with model.hooks(hooks):
             images = model.draw(inputs)
-        judged[name].append(scenes.evaluate(images, [wanted[row] for row in rows.tolist()]))
+        judged[name].append(evaluate(images, [scenes[row] for row in rows.tolist()]))
     return {name: xr.concat(parts, "image") for name, parts in judged.items()}
 
 

@@ -2,7 +2,7 @@
 
 The main causal test of a relation head.
 
-    swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
+    swap = Interchange(model, drawn, [scenes.opposite(scene) for scene in drawn])
     images = model.run_with_hooks(swap.texts, seed=seeds, fwd_hooks=swap.hooks(["L2H1", "L1H0"]))
 
 Masking a word also takes away its effect beside the relation, and leaves a model free to fall back
@@ -39,8 +39,8 @@ class Interchange:
     """Prompts, and the cross-attention keys and values of as many source prompts.
 
     Example:
-        >>> wanted = scenes.sample(2, seed=0, color_words="both")
-        >>> swap = Interchange(model, wanted, [scenes.opposite(scene) for scene in wanted])
+        >>> drawn = scenes.sample(2, seed=0, color_words="both")
+        >>> swap = Interchange(model, drawn, [scenes.opposite(scene) for scene in drawn])
         >>> len(swap.of(["L0H1"])), len(swap.of(None))
         (2, 6)
     """
@@ -48,7 +48,7 @@ class Interchange:
     def __init__(
         self,
         model: HookedTextToImage,
-        wanted: Sequence[Scene | Trio | str],
+        scenes: Sequence[Scene | Trio | str],
         sources: Sequence[Scene | Trio | str],
     ) -> None:
         """Encode both.
@@ -64,7 +64,7 @@ class Interchange:
         self.model = model
         self.texts, others = (
             [scene if isinstance(scene, str) else caption(scene) for scene in each]
-            for each in (wanted, sources)
+            for each in (scenes, sources)
         )
         lengths = [
             [model.to_tokens(text).shape[1] for text in texts] for texts in (self.texts, others)

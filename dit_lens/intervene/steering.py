@@ -2,7 +2,7 @@
 
     prompts = ["red circle is left of blue square"]
     images = steering.swap_relation(model, prompts, from_="left", to="right", k=1.0)
-    doses = steering.dose_response(model, scenes.sample(32, seed=0), ks=(0, 0.5, 1, 1.5, 2))
+    doses = steering.dose_response(model, scenes.sample(32, seed=0), doses=(0, 0.5, 1, 1.5, 2))
     steering.summarise(doses)
 
 Vectors are added in the conditional branch, at every step, before ("text") or after ("caption") the
@@ -34,6 +34,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer, number
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.sampling import Seeds, seed_of_each
+from hooked_models.lazy_imports import renamed_arguments
 
 from ..runs.drawing import Drawing
 from ..stats import clustered_mean
@@ -194,12 +195,13 @@ def swap_relation(
 # Dose and response
 
 
+@renamed_arguments(wanted="scenes", ks="doses")
 @torch.no_grad()
 def dose_response(
     model: HookedTextToImage,
-    wanted: Sequence[Scene],
+    scenes: Sequence[Scene],
     to: Relation | Mapping[Relation, Relation] | None = None,
-    ks: Sequence[int | float] = (0, 0.5, 1, 1.5, 2),
+    doses: Sequence[int | float] = (0, 0.5, 1, 1.5, 2),
     seeds: Sequence[int] = (0,),
     draws: int = 2,
     control_seed: int = 0,
@@ -215,10 +217,10 @@ def dose_response(
     - "wrong_token": the same vectors at as many other tokens of the prompt (EOS included).
 
     Args:
-        wanted: scenes to draw.
+        scenes: scenes to draw.
         to: a relation, a relation for each of the scenes' relations, or None for each one's
             opposite.
-        ks: doses.
+        doses: factors k.
         seeds: of the noise; every scene is drawn with each.
         draws: controls of each kind.
         control_seed: of the controls.
@@ -238,14 +240,14 @@ def dose_response(
 
     Example:
         >>> model, drawn = HookedTextToImage.from_pretrained("rte-nano"), scenes.sample(2, seed=0)
-        >>> found = dose_response(model, drawn, ks=(0, 1), draws=1, num_steps=1)
+        >>> found = dose_response(model, drawn, doses=(0, 1), draws=1, num_steps=1)
         >>> found["condition"].values.tolist(), found["k"].values.tolist()
         (['steered', 'random_vector 0', 'wrong_token 0'], [0, 1])
     """
     tokens, at = how.get("tokens", "phrase"), how.get("at", "text")
     batch_size = integer("batch_size", how.get("batch_size", BATCH), 1)
-    goals = _goals(wanted, to)
-    texts = [caption(scene) for scene in wanted]
+    goals = _goals(scenes, to)
+    texts = [caption(scene) for scene in scenes]
     steered = swap_vectors(model, texts, goals, tokens, at)
     conditions = {
         "steered": steered,
@@ -253,26 +255,26 @@ def dose_response(
     }
 
     # a dose of 0 is the same for all
-    doses = [(name, k) for name in conditions for k in ks if k != 0] + [("steered", 0.0)] * (
-        0 in ks
+    drawn = [(name, k) for name in conditions for k in doses if k != 0] + [("steered", 0.0)] * (
+        0 in doses
     )
     jobs = [
-        (k * conditions[name][row], wanted[row], goals[row], seed)
-        for (name, k), row, seed in itertools.product(doses, range(len(texts)), seeds)
+        (k * conditions[name][row], scenes[row], goals[row], seed)
+        for (name, k), row, seed in itertools.product(drawn, range(len(texts)), seeds)
     ]
     starts = _batches(len(jobs), batch_size, "dose and response")
     parts = [_draw_and_judge(model, jobs[start : start + batch_size], at, how) for start in starts]
 
-    shape = (len(doses), len(texts), len(seeds))
-    of_dose = {dose: place for place, dose in enumerate(doses)}
+    shape = (len(drawn), len(texts), len(seeds))
+    of_dose = {dose: place for place, dose in enumerate(drawn)}
     places = [
-        [of_dose[("steered", 0.0) if k == 0 else (name, k)] for k in ks] for name in conditions
+        [of_dose[("steered", 0.0) if k == 0 else (name, k)] for k in doses] for name in conditions
     ]
     values = {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
     dims = ("condition", "k", "scene", "seed")
     return xr.Dataset(
         {name: (dims, value.reshape(shape)[places]) for name, value in values.items()},
-        {"k": list(ks), "seed": list(seeds), **_labels(conditions, wanted, goals)},
+        {"k": list(doses), "seed": list(seeds), **_labels(conditions, scenes, goals)},
     )
 
 
@@ -290,28 +292,28 @@ def _draw_and_judge(
 
 
 def _labels(
-    conditions: Iterable[str], wanted: Sequence[Scene], goals: Sequence[Relation]
+    conditions: Iterable[str], scenes: Sequence[Scene], goals: Sequence[Relation]
 ) -> dict[str, Any]:
     names = list(conditions)
     return {
         "condition": names,
         "kind": ("condition", [name.rpartition(" ")[0] or name for name in names]),
-        "relation": ("scene", [str(scene.relation) for scene in wanted]),
+        "relation": ("scene", [str(scene.relation) for scene in scenes]),
         "to": ("scene", [str(goal) for goal in goals]),
-        "caption": ("scene", [caption(scene) for scene in wanted]),
+        "caption": ("scene", [caption(scene) for scene in scenes]),
     }
 
 
 def _goals(
-    wanted: Sequence[Scene], to: Relation | Mapping[Relation, Relation] | None
+    scenes: Sequence[Scene], to: Relation | Mapping[Relation, Relation] | None
 ) -> list[Relation]:
     """The relation to go to, for each scene. Raises ValueError for a scene that has it already."""
     of_relation = OPPOSITE if to is None else to
     if isinstance(of_relation, str):
         of_relation = dict.fromkeys(DIRECTIONS, of_relation)
-    goals = [of_relation[scene.relation] for scene in wanted]
+    goals = [of_relation[scene.relation] for scene in scenes]
     if still := [
-        scene.relation for scene, goal in zip(wanted, goals, strict=True) if scene.relation == goal
+        scene.relation for scene, goal in zip(scenes, goals, strict=True) if scene.relation == goal
     ]:
         raise ValueError(
             f"A scene is {still[0]!r} already: leave out the scenes whose relation is the one to "
@@ -368,7 +370,7 @@ def summarise(doses: xr.Dataset) -> pd.DataFrame:
 
     Example:
         >>> model, drawn = HookedTextToImage.from_pretrained("rte-nano"), scenes.sample(2, seed=0)
-        >>> table = summarise(dose_response(model, drawn, ks=(0, 1), draws=1, num_steps=1))
+        >>> table = summarise(dose_response(model, drawn, doses=(0, 1), draws=1, num_steps=1))
         >>> table["kind"].unique().tolist()[:3]
         ['steered', 'random_vector', 'wrong_token']
     """

@@ -60,7 +60,7 @@ STEEPNESS = {"x": 1.0, "y": 4.0}
 
 They differ so that methods which pool the axes find the steeper one alone.
 """
-CLOSED = 160.0
+VETO = 160.0
 """Score lead of EOS at steps at which a head is idle."""
 OBJECT = 60.0
 TAGGED = 60.0
@@ -129,7 +129,7 @@ def relation_heads(build: Assembly) -> None:
     """Layer 1: positions on the side that a word names attend to the word; others to EOS."""
     for axis in AXES:
         word, steep = WORD_AXIS[axis], STEEPNESS[axis]
-        sink: tuple[Terms, Terms] = ({"one": SINK * steep, "late": CLOSED}, {"eos": 1})
+        sink: tuple[Terms, Terms] = ({"one": SINK * steep, "late": VETO}, {"eos": 1})
         for k, sign in zip(OBJECTS, (1, -1), strict=True):
             ramp: tuple[Terms, Terms] = (
                 {name: steep * RAMP * c for name, c in on_lattice(axis, sign).items()},
@@ -145,7 +145,7 @@ def relation_heads(build: Assembly) -> None:
                 "early",
             )
     shapes = {"shape1": 1.0, "shape2": 1.0}
-    gate: tuple[Terms, Terms] = ({"one": SINK / 2, "late": CLOSED}, {"eos": 1})
+    gate: tuple[Terms, Terms] = ({"one": SINK / 2, "late": VETO}, {"eos": 1})
     build.head(
         "cross_attn",
         1,
@@ -218,7 +218,7 @@ def locators(build: Assembly) -> None:
 
 def objects(build: Assembly) -> None:
     """Layer 5: tokens of object k read its shape and color; MLP 5 draws the patch."""
-    sink: tuple[Terms, Terms] = ({"one": 10 + CLOSED, "late": -CLOSED}, {"eos": 1})
+    sink: tuple[Terms, Terms] = ({"one": 10 + VETO, "late": -VETO}, {"eos": 1})
     part: Literal["shape", "color"]
     for part, words in (("shape", SHAPES), ("color", COLORS)):
         inside: list[tuple[Terms, Terms]] = [

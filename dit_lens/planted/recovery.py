@@ -253,7 +253,7 @@ def by_arithmetic(model: HookedTextToImage, role: Role) -> pd.Series[float]:
     role's words, by condition.
     """
     wanted = [scene for scene, _ in cardinal_scenes(1)]
-    doses = steering.dose_response(model, wanted, ks=(1.0,), tokens=role, draws=1)
+    doses = steering.dose_response(model, wanted, doses=(1.0,), tokens=role, draws=1)
     return doses["target_loose"].astype(float).mean(("k", "scene", "seed")).to_series()
 
 

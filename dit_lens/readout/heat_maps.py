@@ -25,7 +25,7 @@ from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 from ..intervene.interventions import Steps
 from ..intervene.portable_ops import sums_of_attention
 from ..remote.model import RemoteTextToImage
-from ..remote.plan import Sum
+from ..remote.plan import GroupSum
 from ..text.prompts import Word, token_mask, word
 from .group_attention import cond_rows, run_reading
 
@@ -224,7 +224,7 @@ class _Maps:
             masks = self.masks[:, : n_keys - start].float()
             keys = torch.nn.functional.pad(masks, (0, 0, start, n_keys - start - masks.shape[1]))
             sums += [
-                Sum(
+                GroupSum(
                     f"blocks.{layer}.{name}",
                     *(step, "cond", None, keys, "sum"),
                     key=(number if "layer" in self.by else 0, place if "step" in self.by else 0),

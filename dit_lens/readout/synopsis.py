@@ -58,7 +58,7 @@ from ..remote.attention import attention_there
 from ..remote.model import RemoteTextToImage
 from ..remote.plan import Groups as RemoteGroups
 from ..runs.drawing import Drawing
-from ..runs.repeated_runs import Generation
+from ..runs.repeated_runs import RepeatedRun
 from ..store import Store, digest, fingerprint
 from ..task.image_groups import image_groups_from_images, image_groups_from_scenes
 from ..text.prompts import Role, Word, by_role, roles_of, token_mask
@@ -151,7 +151,7 @@ def attention_synopsis(
 
     settings: dict[str, Any] = {}
     if out is not None:
-        model.refuse_hooks("A folder can record interventions=… only")
+        model.check_no_hooks("A folder can record interventions=… only")
         settings = {
             "model": model.digest(),
             "prompts": digest(*texts, model.layout(draft).text_mask),
@@ -233,7 +233,7 @@ def trajectory_synopsis(
         >>> trajectory_synopsis(run, reduce="mass").sizes["branch"]
         2
     """
-    model, inputs, run = trajectory.model, trajectory.inputs, Generation(trajectory)
+    model, inputs, run = trajectory.model, trajectory.inputs, RepeatedRun(trajectory)
 
     def groups() -> _Keys:
         if text_groups is None:

@@ -45,7 +45,7 @@ def attention_there(
             model, draft, sublayer, branch, groups.queries.to(dtype), weights.to(dtype)
         )
         sums += [
-            plan.Sum(
+            plan.GroupSum(
                 str(one.hook_q.name).removesuffix(".hook_q"),
                 *(step, branch, queries, keys, groups.reduce),
                 key=(layer, step, branch),

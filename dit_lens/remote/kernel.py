@@ -43,41 +43,41 @@ class Walk:
     """The hooks of one call of a model, and the tensors that they keep.
 
     Args:
-        touches: name within the model → [(point, action)]: a hook function, the arguments of
+        actions: name within the model → [(point, action)]: a hook function, the arguments of
             `edited`, which puts the earlier run's activation there if it has no values, or None to
             keep the tensor under the point's name.
         sums: attention ("blocks.2.cross_attn") → [(key, branch, queries, keys, reduce, over_heads)]
             of its pattern, to be added up; equal keys add up to one sum.
         kept, added: dicts to be filled, by full name and by key.
         rows: branch → its rows of the batch; the branch None has all.
-        home: whether kept tensors move to the CPU, for the way home.
+        to_cpu: whether kept tensors move to the CPU, for the client.
         clean: tensors that an earlier run kept, for edits that put them here.
     """
 
     def __init__(
-        self, touches: Any, sums: Any, kept: dict, added: dict, rows: dict, home: bool, clean: Any
+        self, actions: Any, sums: Any, kept: dict, added: dict, rows: dict, to_cpu: bool, clean: Any
     ) -> None:
-        self.touches, self.sums = touches, sums
-        self.kept, self.added, self.rows, self.home, self.clean = kept, added, rows, home, clean
+        self.actions, self.sums = actions, sums
+        self.kept, self.added, self.rows, self.to_cpu, self.clean = kept, added, rows, to_cpu, clean
 
-    def near(self, prefix: str) -> bool:
+    def touches_prefix(self, prefix: str) -> bool:
         """True if a hook is attached at a name that begins with `prefix`."""
-        return any(name.startswith(prefix) for name in (*self.touches, *self.sums))
+        return any(name.startswith(prefix) for name in (*self.actions, *self.sums))
 
     def hooks(self, *names: str) -> bool:
-        return any(name in self.touches for name in names)
+        return any(name in self.actions for name in names)
 
-    def visit(self, name: str, tensor: Any) -> Any:
+    def apply(self, name: str, tensor: Any) -> Any:
         """Show a tensor to its hooks, and return it as they leave it, or None where none of them
         may have changed it.
         """
         written = None
-        for point, function in self.touches.get(name, ()):
+        for point, function in self.actions.get(name, ()):
             rows = self.rows.get(point.branch, slice(None))
             seen = (tensor if written is None else written)[rows]
             if function is None:
                 self.kept[point.name] = seen.detach().to(
-                    "cpu" if self.home else seen.device, copy=True
+                    "cpu" if self.to_cpu else seen.device, copy=True
                 )
                 continue
             seen = seen.clone()  # a hook may write in place, and a sandbox would not hear of it
@@ -95,19 +95,19 @@ class Walk:
 
     def output(self, envoy: Any, name: str) -> None:
         if self.hooks(name):
-            written = self.visit(name, envoy.output)
+            written = self.apply(name, envoy.output)
             if written is not None:
                 envoy.output = written
 
     def input(self, envoy: Any, name: str) -> None:
         if self.hooks(name):
-            written = self.visit(name, envoy.input)
+            written = self.apply(name, envoy.input)
             if written is not None:
                 envoy.input = written
 
     # Attention
 
-    def looks(self, attention: str) -> bool:
+    def needs_pattern(self, attention: str) -> bool:
         """True if a hook or a group sum needs the scores or the pattern of an attention."""
         return attention in self.sums or self.hooks(
             f"{attention}.hook_attn_scores", f"{attention}.hook_pattern"

@@ -26,9 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import GenerationCache, HookedTextToImage
-from hooked_models.generation.cache import KEEPS_BATCH, estimate_sites, refuse_if_too_large
+from hooked_models.generation.cache import KEEPS_BATCH, check_memory, estimate_sites
 from hooked_models.generation.capture import Heads, Patterns, Recorder
-from hooked_models.generation.hooks import Attached
+from hooked_models.generation.hooks import AttachedHook
 from hooked_models.generation.model import DEFAULT_STEPS, Prompts
 from hooked_models.generation.names import Branch, Site
 from hooked_models.generation.sampling import Seeds
@@ -302,7 +302,7 @@ class RemoteTextToImage(HookedTextToImage):
             Recorder(self, sites, device=device), lambda site: self.shape(draft, site)
         )
         there = self.device if device is None else torch.device(device)
-        refuse_if_too_large(size, max_bytes, there)
+        check_memory(size, max_bytes, there)
         found = self.ask(prompts, draft, keep=sites)
         kept = {site.name: found["kept"][site.name].to(there) for site in sites}
         return found["images"], GenerationCache(kept, self, solver.noise_levels)
@@ -348,7 +348,7 @@ class RemoteTextToImage(HookedTextToImage):
         prompts: Prompts,
         draft: Any,
         keep: Sequence[Site] = (),
-        sums: Sequence[plan.Sum] = (),
+        sums: Sequence[plan.GroupSum] = (),
     ) -> dict[str, Any]:
         """Run once, with the attached hooks: "images", the tensors that are kept, by name, as
         "kept", and sums of attention, by key, as "added".
@@ -365,7 +365,7 @@ class RemoteTextToImage(HookedTextToImage):
 
         return self.answer(ask, backend)
 
-    def checked_hooks(self, draft: Any) -> list[Attached]:
+    def checked_hooks(self, draft: Any) -> list[AttachedHook]:
         """The attached hooks, at every site of a run.
 
         Raises:
@@ -375,7 +375,7 @@ class RemoteTextToImage(HookedTextToImage):
         self.check_hooks(draft.extent)
         if any(attached.direction == "bwd" for attached in self.attached):
             raise NotImplementedError(NO_GRADIENTS)
-        return self.firing_in_run(draft.extent)
+        return self.active_hooks_of_run(draft.extent)
 
     # The server
 

@@ -56,7 +56,7 @@ class CallWalk(Walk):
         """The text that enters: arguments of the transformer, by the names of its parameters."""
         given = {**dict(zip(text["parameters"], args, strict=False)), **kwargs}
         whole = joined_text(given, text["text"], len(given[text["image"]]))
-        written = self.visit("hook_text", whole)
+        written = self.apply("hook_text", whole)
         if written is not None:
             transformer.inputs = ((), {**given, **parted_text(given, text["text"], written)})
 
@@ -69,7 +69,7 @@ class CallWalk(Walk):
             raise ValueError(
                 f"{name} has {whole.shape[1]} positions where {item['positions']} were declared."
             )
-        written = self.visit(name, whole)
+        written = self.apply(name, whole)
         if written is None:
             return None
         new = list(tensors)
@@ -109,7 +109,7 @@ class CallWalk(Walk):
         whole, changed = torch.stack(list(first)) if isinstance(first, list) else first, False
         for branch in branches:
             name = f"hook_out_{branch}"
-            written = self.visit(name, whole[self.rows[branch]]) if self.hooks(name) else None
+            written = self.apply(name, whole[self.rows[branch]]) if self.hooks(name) else None
             if written is not None:
                 whole, changed = whole.clone(), True
                 whole[self.rows[branch]] = written
@@ -132,7 +132,7 @@ class CallWalk(Walk):
             new = {long: x if pos_first else x.transpose(1, 2) for long, x in written.items()}
             positional = [new.pop(long, value) for long, value in zip(KERNEL, args, strict=False)]
             op.inputs = (tuple(positional), {**kwargs, **new})
-        pattern = self.weights(item, given, read) if self.looks(item["name"]) else None
+        pattern = self.weights(item, given, read) if self.needs_pattern(item["name"]) else None
         self.values(op, item, read, pattern)
 
     def weights(self, item: dict, given: dict, read: dict) -> Any:
@@ -155,7 +155,7 @@ class CallWalk(Walk):
             z = permute(out if pos_first else out.transpose(1, 2), there, 1)
         else:
             return
-        new = self.visit(f"{name}.hook_z", z)
+        new = self.apply(f"{name}.hook_z", z)
         if new is not None or pattern is not None:
             z = permute(z if new is None else new, back, 1)
             op.output = z if pos_first else z.transpose(1, 2)
@@ -177,7 +177,7 @@ class CallWalk(Walk):
             shared = x.shape[2] != n_heads
             x = x.repeat_interleave(n_heads // x.shape[2], dim=2) if shared else x
             x = permute(x, there, 1)
-            new = self.visit(f"{name}.hook_{leaf}", x)
+            new = self.apply(f"{name}.hook_{leaf}", x)
             read[leaf] = x if new is None else new
             if new is not None:
                 written[long] = permute(new, back, 1)
@@ -210,11 +210,11 @@ class CallWalk(Walk):
         q, k = (read[leaf].transpose(1, 2) for leaf in ("q", "k"))
         scores = q @ k.transpose(-1, -2) * scale
         scores = scores if bias is None else scores + bias
-        new_scores = self.visit(f"{name}.hook_attn_scores", scores)
+        new_scores = self.apply(f"{name}.hook_attn_scores", scores)
         scores = scores if new_scores is None else new_scores
         dead = (scores == -torch.inf).all(-1, keepdim=True)
         pattern = scores.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
-        new_pattern = self.visit(f"{name}.hook_pattern", pattern)
+        new_pattern = self.apply(f"{name}.hook_pattern", pattern)
         if new_pattern is not None:
             return new_pattern
         return None if new_scores is None else pattern
@@ -230,7 +230,7 @@ class StepWalk(Walk):
         several = isinstance(output, (tuple, list))
         is_tensor = isinstance(output, Tensor)
         latents = output if is_tensor else output[0] if several else output.prev_sample
-        written = self.visit("hook_latent", latents)
+        written = self.apply("hook_latent", latents)
         if written is not None and several:
             op.output = (written, *output[1:])
         elif written is not None:
@@ -242,9 +242,9 @@ class StepWalk(Walk):
             return
         args, kwargs = op.inputs
         out, latent = args[0], args[2]
-        written = self.visit("hook_out", out)
+        written = self.apply("hook_out", out)
         now = out if written is None else written
-        x0 = self.visit("hook_x0", a * latent + b * now) if self.hooks("hook_x0") else None
+        x0 = self.apply("hook_x0", a * latent + b * now) if self.hooks("hook_x0") else None
         if x0 is not None:
             written = (x0 - a * latent) / b
         if written is not None:
@@ -259,13 +259,13 @@ def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
     Returns a dict: the images [batch 3 height width] as "images", kept tensors by full name as
     "kept", sums by key as "added".
     """
-    kept, added, home = {}, {}, plan["home"]
+    kept, added, to_cpu = {}, {}, plan["to_cpu"]
     # before the pipeline runs, so that its steps are counted from the first
     own = model.source.self_pipeline_0.source if plan["between"] else None
     for event in plan["events"]:
         walk = CallWalk if event["kind"] == "call" else StepWalk
         here = walk(
-            event["touches"], event.get("sums", {}), kept, added, event["rows"], home, clean
+            event["actions"], event.get("sums", {}), kept, added, event["rows"], to_cpu, clean
         )
         for _ in tracer.iter[[event["number"]]]:
             if event["kind"] == "call":
@@ -279,6 +279,6 @@ def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
             else:
                 here.latents(own.self_scheduler_step_0)
     images = model.output[0]
-    written = Walk(plan["images"], {}, kept, added, {}, home, clean).visit("hook_image", images)
+    written = Walk(plan["images"], {}, kept, added, {}, to_cpu, clean).apply("hook_image", images)
     images = images if written is None else written
     return {"images": images.detach().cpu(), "kept": kept, "added": added}

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from hooked_models.families.taps import HEAD_POINTS, KernelTap, StreamTap
 from hooked_models.generation.loops import Call
-from hooked_models.generation.names import FINAL, Site
+from hooked_models.generation.names import IMAGE_HOOK, Site
 from hooked_models.generation.pipeline_inputs import PipelineInputs
 from hooked_models.generation.pipeline_loop import Running, Trial
 
-from .plan import Wanted, touch, unreachable, x0_coefficients
+from .plan import Wanted, action_of, unreachable, x0_coefficients
 
 BETWEEN = ("hook_latent", "hook_out", "hook_x0")
 KERNELS = {"dispatch_attention_fn": True, "F.scaled_dot_product_attention": False}
@@ -48,11 +48,11 @@ def make(model: Any, draft: PipelineInputs, wanted: Wanted) -> dict[str, Any]:
     Raises:
         ValueError: a tensor that no trace reaches, or an edit made for other prompts.
     """
-    touches: dict[tuple[str, int], dict[str, list[Any]]] = {}
+    actions: dict[tuple[str, int], dict[str, list[Any]]] = {}
     for site, action in wanted.actions:
-        sent = touch(model, draft, site, action, wanted.patching)
+        sent = action_of(model, draft, site, action, wanted.patching)
         place = _place(draft, site)
-        touches.setdefault(place, {}).setdefault(site.inner, []).append(sent)
+        actions.setdefault(place, {}).setdefault(site.inner, []).append(sent)
     if between := [site for site, _ in wanted.actions if site.inner in BETWEEN]:
         _check_between(type(model.pipe), between[0])
     sums: dict[int, dict[str, list[Any]]] = {}
@@ -61,17 +61,17 @@ def make(model: Any, draft: PipelineInputs, wanted: Wanted) -> dict[str, Any]:
         there = sums.setdefault(number, {})
         there.setdefault(each.attention, []).append(each.sent)
     return {
-        "events": _events(model, draft, touches, sums),
+        "events": _events(model, draft, actions, sums),
         "between": bool(between),
-        "images": touches.get(("images", 0), {}),
-        "home": wanted.home,
+        "images": actions.get(("images", 0), {}),
+        "to_cpu": wanted.to_cpu,
     }
 
 
 def _place(draft: PipelineInputs, site: Site) -> tuple[str, int]:
     """Kind and number of the event in which a trace gets at a site's tensor."""
     step = site.step or 0
-    if site.inner == FINAL:
+    if site.inner == IMAGE_HOOK:
         return "images", 0
     if site.part == "dit":
         return "call", _number(draft, step, site.branch)
@@ -94,11 +94,11 @@ def _number(draft: PipelineInputs, step: int, branch: Any) -> int:
 def _events(
     model: Any,
     draft: PipelineInputs,
-    touches: dict[tuple[str, int], dict[str, list[Any]]],
+    actions: dict[tuple[str, int], dict[str, list[Any]]],
     sums: dict[int, dict[str, list[Any]]],
 ) -> list[dict[str, Any]]:
     """Events of the run in which something is wanted, in order."""
-    places = {*touches, *(("call", number) for number in sums)} - {("images", 0)}
+    places = {*actions, *(("call", number) for number in sums)} - {("images", 0)}
     inside = any(kind == "call" for kind, _ in places)
     seen = order_of(model, draft) if inside else Events({}, {})
 
@@ -110,8 +110,8 @@ def _events(
 
     events = []
     for kind, number in sorted(places, key=when):
-        here = touches.get((kind, number), {})
-        event: dict[str, Any] = {"kind": kind, "number": number, "touches": here, "rows": {}}
+        here = actions.get((kind, number), {})
+        event: dict[str, Any] = {"kind": kind, "number": number, "actions": here, "rows": {}}
         if kind == "call":
             call = draft.calls[number]
             names = {*here, *(f"{name}.hook_q" for name in sums.get(number, {}))}

@@ -39,11 +39,11 @@ class PixArtWalk(Walk):
             wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             wide = wide - wide.mean(-1, keepdim=True)
             scale = (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-        scaled = self.visit(scale_name, scale)
+        scaled = self.apply(scale_name, scale)
         normalized = (wide / (scale if scaled is None else scaled)).to(x.dtype)
         if not rms and scaled is None:
             normalized = envoy.output
-        written = self.visit(normalized_name, normalized)
+        written = self.apply(normalized_name, normalized)
         if scaled is not None or written is not None:
             new = normalized if written is None else written
             envoy.output = envoy.weight * new if rms else new
@@ -55,12 +55,12 @@ class PixArtWalk(Walk):
         None.
         """
         read = self.qkv(name, linears, heads)
-        added = bias() if self.looks(name) else None
+        added = bias() if self.needs_pattern(name) else None
         pattern = self.edited_pattern(name, read, added, scale)
         self.add_up(name, read, pattern, added, scale)
         z = None if pattern is None else (pattern @ read["v"].transpose(1, 2)).transpose(1, 2)
         if z is not None or self.hooks(f"{name}.hook_z"):
-            written = self.visit(
+            written = self.apply(
                 f"{name}.hook_z", split(linears[3].input, heads) if z is None else z
             )
             z = z if written is None else written
@@ -73,9 +73,9 @@ class PixArtWalk(Walk):
         """
         read: dict[str, Tensor] = {}
         for leaf, linear in zip(("q", "k", "v"), linears[:3], strict=True):
-            if self.looks(name) or self.hooks(f"{name}.hook_{leaf}"):
+            if self.needs_pattern(name) or self.hooks(f"{name}.hook_{leaf}"):
                 read[leaf] = split(linear.output, heads)
-                written = self.visit(f"{name}.hook_{leaf}", read[leaf])
+                written = self.apply(f"{name}.hook_{leaf}", read[leaf])
                 if written is not None:
                     linear.output = written.flatten(2)
                     read[leaf] = written
@@ -88,9 +88,9 @@ class PixArtWalk(Walk):
         q, k = (read[leaf].transpose(1, 2) for leaf in ("q", "k"))
         scores = q @ k.transpose(-1, -2) * scale
         scores = scores if bias is None else scores + bias
-        new_scores = self.visit(f"{name}.hook_attn_scores", scores)
+        new_scores = self.apply(f"{name}.hook_attn_scores", scores)
         pattern = (scores if new_scores is None else new_scores).softmax(dim=-1)
-        new_pattern = self.visit(f"{name}.hook_pattern", pattern)
+        new_pattern = self.apply(f"{name}.hook_pattern", pattern)
         if new_pattern is not None:
             return new_pattern
         return None if new_scores is None else pattern
@@ -100,7 +100,7 @@ class PixArtWalk(Walk):
         table, t_mod = block.scale_shift_table, block.inputs[1]["timestep"]
         rows, changed = table[None] + t_mod.reshape(len(t_mod), 6, -1), False
         for index, name in enumerate(MODULATION):
-            written = self.visit(f"{prefix}adaln.hook_{name}", rows[:, index : index + 1])
+            written = self.apply(f"{prefix}adaln.hook_{name}", rows[:, index : index + 1])
             if written is not None:
                 rows, changed = rows.clone(), True
                 rows[:, index : index + 1] = written
@@ -114,11 +114,11 @@ class PixArtWalk(Walk):
         else None.
         """
         p = f"blocks.{layer}."
-        if not self.near(p):
+        if not self.touches_prefix(p):
             return
         mod = self.modulation(block, p)
         x = block.input
-        written = self.visit(p + "hook_resid_pre", x)
+        written = self.apply(p + "hook_resid_pre", x)
         if written is not None:
             block.input = x = written
         x = self.self_attention(block, p, cfg, mod, x)
@@ -134,7 +134,7 @@ class PixArtWalk(Walk):
         self.attention(p + "attn", linears, cfg["heads"], cfg["scale"], lambda: None)
         self.output(attn, p + "hook_attn_out_pre_gate")
         if self.hooks(p + "hook_attn_out"):
-            written = self.visit(p + "hook_attn_out", mod[:, 2:3] * attn.output)
+            written = self.apply(p + "hook_attn_out", mod[:, 2:3] * attn.output)
             x = None if written is None else before + written
         return self.residual(p + "hook_resid_mid", block.attn2, x)
 
@@ -142,7 +142,9 @@ class PixArtWalk(Walk):
         """From the cross-attention's mask to hook_resid_mid_cross."""
         cross = block.attn2
         # read here, in order
-        mask = cross.inputs[1].get("attention_mask") if self.looks(p + "cross_attn") else None
+        mask = (
+            cross.inputs[1].get("attention_mask") if self.needs_pattern(p + "cross_attn") else None
+        )
         bias = None if mask is None else mask[:, None]
         linears = (cross.to_q, cross.to_k, cross.to_v, cross.to_out[0])
         self.attention(p + "cross_attn", linears, cfg["heads"], cfg["scale"], lambda: bias)
@@ -156,7 +158,7 @@ class PixArtWalk(Walk):
         or before.
         """
         if self.hooks(name):
-            written = self.visit(name, reader.input if x is None else x)
+            written = self.apply(name, reader.input if x is None else x)
             x = x if written is None else written
         if x is not None:
             reader.input = x
@@ -173,7 +175,7 @@ class PixArtWalk(Walk):
         self.output(block.ff, p + "hook_mlp_out_pre_gate")
         if moved or hooked:
             out = mod[:, 5:6] * block.ff.output
-            written = self.visit(p + "hook_mlp_out", out)
+            written = self.apply(p + "hook_mlp_out", out)
             if moved or written is not None:
                 block.output = x + (out if written is None else written)
 
@@ -183,7 +185,7 @@ class PixArtWalk(Walk):
         A step's x0 is a · latent + b · out.
         """
         latent: Any = dit.input[self.rows["cond"]] if self.hooks("hook_latent", "hook_x0") else None
-        self.visit("hook_latent", latent)
+        self.apply("hook_latent", latent)
         self.embeddings(dit)
         self.output(dit.adaln_single.emb, "hook_t_emb")
         self.output(dit.adaln_single.linear, "hook_t_mod")
@@ -198,7 +200,7 @@ class PixArtWalk(Walk):
         whole, changed = dit.output[0], False
         for name in ("hook_out_uncond", "hook_out_cond"):
             rows = self.rows[name.removeprefix("hook_out_")] if cfg["guided"] else slice(None)
-            written = self.visit(name, whole[rows]) if self.hooks(name) else None
+            written = self.apply(name, whole[rows]) if self.hooks(name) else None
             if written is not None:
                 whole, changed = whole.clone(), True
                 whole[rows] = written
@@ -217,12 +219,12 @@ class PixArtWalk(Walk):
         if self.hooks("hook_embed", "hook_pos_embed"):
             grid = dit.pos_embed.proj.output
             patches = grid.flatten(2).transpose(1, 2)
-            written = self.visit("hook_embed", patches)
+            written = self.apply("hook_embed", patches)
             if written is not None:
                 patches = written
                 dit.pos_embed.proj.output = written.transpose(1, 2).reshape(grid.shape)
             if self.hooks("hook_pos_embed"):
-                written = self.visit("hook_pos_embed", dit.pos_embed.output - patches)
+                written = self.apply("hook_pos_embed", dit.pos_embed.output - patches)
                 if written is not None:
                     dit.pos_embed.output = patches + written
 
@@ -237,9 +239,9 @@ class PixArtWalk(Walk):
             uncond, cond = whole.chunk(2)
             out = uncond + cfg["guidance"] * (cond - uncond)
         out = out[:, : cfg["channels"]]
-        written = self.visit("hook_out", out)
+        written = self.apply("hook_out", out)
         now = out if written is None else written
-        x0 = self.visit("hook_x0", a * latent + b * now) if self.hooks("hook_x0") else None
+        x0 = self.apply("hook_x0", a * latent + b * now) if self.hooks("hook_x0") else None
         return written if x0 is None else (x0 - a * latent) / b
 
     def t5(self, encoder: Any, cfg: dict) -> None:
@@ -247,12 +249,12 @@ class PixArtWalk(Walk):
         self.output(encoder.embed_tokens, "hook_embed")
         for layer in range(cfg["layers"]):
             p, block = f"blocks.{layer}.", encoder.block[layer]
-            if not (self.near(p) or (layer == 0 and self.hooks("hook_rel_pos_bias"))):
+            if not (self.touches_prefix(p) or (layer == 0 and self.hooks("hook_rel_pos_bias"))):
                 continue
             attn, mlp = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
             self.input(block, p + "hook_resid_pre")
             self.norm(block.layer[0].layer_norm, p + "ln1", cfg["eps"], rms=True)
-            given = attn.inputs[1] if self.looks(p + "attn") else {}
+            given = attn.inputs[1] if self.needs_pattern(p + "attn") else {}
             self.attention(
                 p + "attn",
                 (attn.q, attn.k, attn.v, attn.o),
@@ -262,7 +264,7 @@ class PixArtWalk(Walk):
             )
             self.output(attn.o, p + "hook_attn_out")
             if layer == 0 and self.hooks("hook_rel_pos_bias"):
-                self.visit("hook_rel_pos_bias", attn.output[1].expand(cfg["batch"], -1, -1, -1))
+                self.apply("hook_rel_pos_bias", attn.output[1].expand(cfg["batch"], -1, -1, -1))
             self.input(block.layer[1], p + "hook_resid_mid")
             self.norm(block.layer[1].layer_norm, p + "ln2", cfg["eps"], rms=True)
             self.output(mlp.wi_0 if cfg["gated"] else mlp.wi, p + "mlp.hook_pre")
@@ -292,9 +294,9 @@ class PixArtWalk(Walk):
         self.output(encoder.embed_tokens, "hook_embed")
         if self.hooks("hook_pos_embed", "hook_out"):
             words, out = encoder.embed_tokens.output, encoder.output[0]
-            code = self.visit("hook_pos_embed", out - words)
+            code = self.apply("hook_pos_embed", out - words)
             out = out if code is None else words + code
-            written = self.visit("hook_out", out)
+            written = self.apply("hook_out", out)
             if code is not None or written is not None:
                 encoder.output = (out if written is None else written,)
 
@@ -319,18 +321,18 @@ def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
         {"uncond": slice(0, n), "cond": slice(n, 2 * n)} if cfg["guided"] else {"cond": slice(0, n)}
     )
     for call in tracer.iter[sorted(plan["calls"])]:  # the prompts', then the empty prompt's
-        walk = PixArtWalk(plan["calls"][call], {}, kept, added, {}, plan["home"], clean)
+        walk = PixArtWalk(plan["calls"][call], {}, kept, added, {}, plan["to_cpu"], clean)
         if plan["encoder"]["kind"] == "t5":
             walk.t5(model.text_encoder.encoder, plan["encoder"])
         else:
             walk.tokens(model.text_encoder)
     for step in tracer.iter[sorted(plan["steps"])]:
-        touches, sums, a, b = plan["steps"][step]
-        PixArtWalk(touches, sums, kept, added, rows, plan["home"], clean).denoiser(
+        actions, sums, a, b = plan["steps"][step]
+        PixArtWalk(actions, sums, kept, added, rows, plan["to_cpu"], clean).denoiser(
             model.transformer, cfg, a, b
         )
     images = model.output[0]
-    written = PixArtWalk(plan["images"], {}, kept, added, {}, plan["home"], clean).visit(
+    written = PixArtWalk(plan["images"], {}, kept, added, {}, plan["to_cpu"], clean).apply(
         "hook_image", images
     )
     images = images if written is None else written

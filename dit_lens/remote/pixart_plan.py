@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hooked_models import HookedT5Encoder, HookedTextToImage
-from hooked_models.generation.names import FINAL, Site
+from hooked_models.generation.names import IMAGE_HOOK, Site
 from hooked_models.generation.sampling import Solver
 
 from .kernel import Point
-from .plan import Wanted, touch, unreachable, x0_coefficients
+from .plan import Wanted, action_of, unreachable, x0_coefficients
 
 
 def make(model: HookedTextToImage, draft: Any, wanted: Wanted) -> dict[str, Any]:
@@ -22,20 +22,20 @@ def make(model: HookedTextToImage, draft: Any, wanted: Wanted) -> dict[str, Any]
         ValueError: a tensor that no trace reaches, or an edit made for other prompts.
     """
     cfg, encoder, solver, n = model.cfg, model.names.text_encoder, draft.solver, len(draft)
-    touches: dict[tuple[str, int], dict[str, list[tuple[Point, Any]]]] = {}
+    actions: dict[tuple[str, int], dict[str, list[tuple[Point, Any]]]] = {}
     for site, action in wanted.actions:
         if (reason := _unreachable(model, site, solver, writes=action is not None)) is not None:
             raise unreachable(site, reason)
-        sent = touch(model, draft, site, action, wanted.patching)
-        touches.setdefault(_call_of(site), {}).setdefault(site.inner, []).append(sent)
+        sent = action_of(model, draft, site, action, wanted.patching)
+        actions.setdefault(_call_of(site), {}).setdefault(site.inner, []).append(sent)
     added: dict[int, dict[str, list[Any]]] = {}
     for each in wanted.sums:
         there = added.setdefault(each.step, {})
         there.setdefault(each.attention, []).append(each.sent)
 
     steps = {}
-    for step in {step for kind, step in touches if kind == "step"} | set(added):
-        here = touches.get(("step", step), {})
+    for step in {step for kind, step in actions if kind == "step"} | set(added):
+        here = actions.get(("step", step), {})
         x0 = x0_coefficients(solver, step) if "hook_x0" in here else (0.0, 1.0)
         steps[step] = (here, added.get(step, {}), *x0)
     return {
@@ -46,16 +46,16 @@ def make(model: HookedTextToImage, draft: Any, wanted: Wanted) -> dict[str, Any]
             **{"heads": cfg.n_heads, "scale": cfg.d_head**-0.5, "channels": cfg.in_channels},
         },
         "encoder": {} if encoder is None else _encoder(encoder, n),
-        "calls": {call: here for (kind, call), here in touches.items() if kind == "call"},
+        "calls": {call: here for (kind, call), here in actions.items() if kind == "call"},
         "steps": steps,
-        "images": touches.get(("image", 0), {}),
-        "home": wanted.home,
+        "images": actions.get(("image", 0), {}),
+        "to_cpu": wanted.to_cpu,
     }
 
 
 def _call_of(site: Site) -> tuple[str, int]:
     """Kind and number of the call that computes a site's tensor."""
-    if site.inner == FINAL:
+    if site.inner == IMAGE_HOOK:
         return "image", 0
     encoders = {"text_encoder": ("call", 0), "null_text_encoder": ("call", 1)}
     return encoders.get(site.part, ("step", site.step or 0))

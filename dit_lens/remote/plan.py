@@ -12,21 +12,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.generation.hooks import Attached
+from hooked_models.generation.hooks import AttachedHook
 from hooked_models.generation.names import Branch, Site
 from hooked_models.generation.sampling import Solver
 
 from ..intervene.edits import Edit, RowEdits
 from .kernel import Point
 
-UNKNOWN = torch.tensor(torch.nan)
+FROM_CLEAN_RUN = torch.tensor(torch.nan)
 
 
 class _CleanRun(Mapping[str, Tensor]):
     """Has a value for every name, which only `RemoteTextToImage.patch` can tell."""
 
     def __getitem__(self, name: str) -> Tensor:
-        return UNKNOWN
+        return FROM_CLEAN_RUN
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -47,7 +47,7 @@ CLEAN = _CleanRun()
 """
 
 
-class Sum(NamedTuple):
+class GroupSum(NamedTuple):
     """Attention between groups, summed where the model is: arguments of
     `intervene.portable_ops.sums_of_pattern`.
     """
@@ -81,12 +81,12 @@ class Groups(NamedTuple):
 class Wanted(NamedTuple):
     """Hooks of a run, and everything that it returns beside its images."""
 
-    attached: Sequence[Attached] = ()
+    attached: Sequence[AttachedHook] = ()
     """Hooks, in the order in which they act."""
     keep: Sequence[Site] = ()
     """Sites whose tensors, as hooks leave them, are returned."""
-    sums: Sequence[Sum] = ()
-    home: bool = True
+    sums: Sequence[GroupSum] = ()
+    to_cpu: bool = True
     """True to return kept tensors to the client, False to leave them with the model, for the next
     run of a session.
     """
@@ -102,7 +102,7 @@ class Wanted(NamedTuple):
         ]
 
 
-def touch(
+def action_of(
     model: HookedTextToImage, draft: Any, site: Site, action: Any, patching: bool
 ) -> tuple[Point, Any]:
     """The point of a site, and its hook function as it is or its edit as arguments.
@@ -119,7 +119,7 @@ def touch(
     if not isinstance(action, Edit):
         return point, action
     action.check_shape(model.shape(draft, site))
-    if action.values is not UNKNOWN:
+    if action.values is not FROM_CLEAN_RUN:
         return point, action.arguments
     if not patching:
         raise ValueError(

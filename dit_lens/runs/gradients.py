@@ -21,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
 from hooked_models.generation.loops import Call
-from hooked_models.generation.names import FINAL, Branch
+from hooked_models.generation.names import IMAGE_HOOK, Branch
 from hooked_models.generation.trajectory import Record
 
 from .repeated_runs import CallView
@@ -198,8 +198,8 @@ def chain(
     with torch.no_grad():
         until = min(last + 1, len(run))
         made = run.fork(start, hooks, until=until) if start < until else run
-        if FINAL in read:
-            seen[FINAL] = made.images
+        if IMAGE_HOOK in read:
+            seen[IMAGE_HOOK] = made.images
         output = combine({**seen, LATENT: made.latent})
     return RunChain(made, first, last, tuple(read), combine, output)
 
@@ -214,7 +214,7 @@ def _reading(
     return [
         (f"steps.{last}.{n}", partial(keep, kept=seen, name=n))
         for n in read
-        if n not in (LATENT, FINAL)
+        if n not in (LATENT, IMAGE_HOOK)
     ]
 
 
@@ -250,8 +250,8 @@ class _RunBackward:
                 run.inputs, run.record, until=chain.until, rows=rows, denoise=self._answer
             )
             tensors = {**seen, LATENT: made.latent}
-            if FINAL in chain.read:
-                tensors[FINAL] = made.images
+            if IMAGE_HOOK in chain.read:
+                tensors[IMAGE_HOOK] = made.images
             total = objective(chain.combine(tensors))
         self._add(total, None)
 
@@ -361,7 +361,7 @@ def _lerp(a: Record, b: Record, alpha: float, steps: int) -> Record:
 Chain = CallChain | RunChain
 
 
-def evaluate(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+def checked_metric(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
     """The metric, checked.
 
     Raises:
@@ -369,7 +369,7 @@ def evaluate(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor
         ValueError: it does not return one number for each prompt.
 
     Example:
-        >>> evaluate(lambda output: output.sum(dim=1), torch.ones(2, 3))
+        >>> checked_metric(lambda output: output.sum(dim=1), torch.ones(2, 3))
         tensor([3., 3.])
     """
     not_differentiable = (
@@ -404,7 +404,7 @@ def gradients(
     Each prompt's metric depends on its own row alone, so row b of a gradient is that of prompt b.
     """
     passes = [
-        (one.backward(lambda output: evaluate(metric, output).sum(), names), weight)
+        (one.backward(lambda output: checked_metric(metric, output).sum(), names), weight)
         for one, weight in chains
     ]
     last = max(

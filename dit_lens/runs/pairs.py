@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hooked_models import Trajectory
-from hooked_models.generation.names import FINAL
+from hooked_models.generation.names import IMAGE_HOOK
 
 from .gradients import CallChain, Chain, chain
 from .repeated_runs import CallView
@@ -110,10 +110,10 @@ def pair(
         raise TypeError(
             "Pair two trajectories (model.trajectory), or two views of denoiser calls (dit.bind)."
         )
-    _check_alike(original, source)
+    _check_comparable(original, source)
     first, end, chosen = _span(original, source, steps, branch, returns)
-    read = FINAL if returns == "images" else f"hook_{returns}"
-    inputs = original.model.alike(original.inputs, source.inputs)
+    read = IMAGE_HOOK if returns == "images" else f"hook_{returns}"
+    inputs = original.model.same_length(original.inputs, source.inputs)
     runs = (replace(run, inputs=own) for run, own in zip((original, source), inputs, strict=True))
     one, other = (chain(run, first, end, [read], itemgetter(read)) for run in runs)
     branches = ("cond", "uncond") if branch == "both" else (branch,)
@@ -132,7 +132,7 @@ def _of_calls(original: CallView, source: CallView) -> Pair:
     return Pair(original.dit, one, other, (Context(0, "", {}),))
 
 
-def _check_alike(original: Trajectory, source: Trajectory) -> None:
+def _check_comparable(original: Trajectory, source: Trajectory) -> None:
     inputs, others = original.inputs, source.inputs
     _check(original.model is source.model, "model")
     _check(original.latent.shape == source.latent.shape, "number of prompts and size")

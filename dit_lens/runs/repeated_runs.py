@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hooked_models import Trajectory
 from hooked_models.families.views import FamilyView
-from hooked_models.generation.names import BRANCHES, FINAL, Branch
+from hooked_models.generation.names import BRANCHES, IMAGE_HOOK, Branch
 from hooked_models.hooks.module import HookFunction
 from hooked_models.pixart.views import DenoiserView
 
@@ -37,7 +37,7 @@ OUTPUT = "output"
 
 
 @dataclass(frozen=True)
-class Call:
+class RepeatedCall:
     """One denoiser call, `dit.bind(…)[0]`."""
 
     view: CallView
@@ -102,11 +102,11 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """A whole generation, with the same members as `Call`."""
+class RepeatedRun:
+    """A whole generation, with the same members as `RepeatedCall`."""
 
     trajectory: Trajectory
-    result = FINAL
+    result = IMAGE_HOOK
 
     def __len__(self) -> int:
         return len(self.trajectory.inputs)
@@ -132,7 +132,11 @@ class Generation:
         }
 
     def step_of(self, name: str) -> int:
-        step = self.num_steps - 1 if name == FINAL else self.trajectory.model.names.site(name).step
+        step = (
+            self.num_steps - 1
+            if name == IMAGE_HOOK
+            else self.trajectory.model.names.site(name).step
+        )
         if step is None:
             raise ValueError(
                 f"{name} is computed before the first step: no path in the denoiser leads to it."
@@ -159,7 +163,7 @@ class Generation:
         return self.trajectory.model.tokenizer.batch_decode(inputs.tokens, skip_special_tokens=True)
 
     def tokens(self, chosen: Tokens, length: int) -> Bool[Tensor, "batch text_pos"]:
-        """As in `Call`, words and roles included.
+        """As in `RepeatedCall`, words and roles included.
 
         Raises:
             ValueError: a prompt has none of the tokens, or token ids are not those of their text.
@@ -193,15 +197,15 @@ class Generation:
     def run(
         self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None
     ) -> dict[str, Tensor]:
-        inner = [name for name in read if name != FINAL]
+        inner = [name for name in read if name != IMAGE_HOOK]
         steps = [self.step_of(name) for name in inner]
-        until = self.num_steps if FINAL in read else max(steps) + 1
+        until = self.num_steps if IMAGE_HOOK in read else max(steps) + 1
         first = min(steps, default=until) if first is None else first
         kept, keep = _keepers(inner)
         trajectory = self.trajectory if copies == 1 else self.trajectory.repeat(copies)
         if first < until:
             trajectory = trajectory.fork(first, [*hooks, *keep], until=until)
-        return {**kept, FINAL: trajectory.images} if FINAL in read else kept
+        return {**kept, IMAGE_HOOK: trajectory.images} if IMAGE_HOOK in read else kept
 
 
 def hook_in(dit: Any, inner: str) -> str:

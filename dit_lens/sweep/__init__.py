@@ -30,6 +30,7 @@ from hooked_models.arguments import integer, integers, mapping, number
 from hooked_models.generation.model import DEFAULT_STEPS
 
 from ..runs.drawing import Planning
+from .conditions import Interventions, grid, resolve
 from .halves import Stability, stability
 from .metrics import (
     FIRST_TOUCHED,
@@ -42,7 +43,6 @@ from .metrics import (
 )
 from .plan import Plan
 from .search import Missed, Search, Searching, search, two_stage
-from .treatments import Interventions, grid, resolve
 
 __all__ = [
     "Metric",
@@ -133,16 +133,16 @@ def plan(
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"seeds={numbers}: give at least one, and each once.")
     wrapped = _checked_metrics(metrics)
-    model.refuse_hooks("A sweep compares with the model as it is")
+    model.check_no_hooks("A sweep compares with the model as it is")
     batch = how.get("batch")
     batch = None if batch is None else integer("batch", batch, 1)
     draft = model.draft(texts, 0, num_steps, guidance)
     extent, steps = draft.extent, len(draft.solver)
     reads = {name: metric.read(extent) for name, metric in wrapped.items()}
-    treatments = resolve(model, texts, interventions, draft, rng)
+    conditions = resolve(model, texts, interventions, draft, rng)
     for name, read in reads.items():
         if read.step == FIRST_TOUCHED and (
-            late := [one.label for one in treatments if one.first == steps]
+            late := [one.label for one in conditions if one.first == steps]
         ):
             raise ValueError(
                 f"The metric {name!r} is taken at the first step that an intervention touches, and "
@@ -152,7 +152,7 @@ def plan(
         model,
         texts,
         numbers,
-        treatments,
+        conditions,
         wrapped,
         reads,
         draft.num_steps,

@@ -38,13 +38,13 @@ class Fork:
     first: int
     """The step before which it is the clean run."""
     until: int
-    """The step before which nobody looks any more."""
+    """First step that no metric needs."""
     starts: tuple[tuple[Branch, int], ...]
     """At the first step: branch → layer from which on it is not the clean run's."""
 
 
 @dataclass
-class Clean:
+class CleanRuns:
     """The runs of some rows without intervention, and the tensors in them that metrics read."""
 
     model: Any
@@ -69,13 +69,13 @@ class Clean:
         """Number of steps of each run."""
         return len(self.record)
 
-    def on(self, model: Any, inputs: Any) -> Clean:
+    def on(self, model: Any, inputs: Any) -> CleanRuns:
         """The same with another model, which has to be an equal one, and its inputs; None for
         both, to send it elsewhere without.
         """
         return replace(self, model=model, inputs=inputs)
 
-    def left_by(self, forks: Sequence[Fork]) -> Clean:
+    def left_by(self, forks: Sequence[Fork]) -> CleanRuns:
         """The runs that some forks leave, without the model and the inputs."""
         rows = np.unique(np.concatenate([fork.rows for fork in forks]))
         at = torch.from_numpy(np.searchsorted(self.rows, rows)).to(self.latent.device)
@@ -88,7 +88,7 @@ class Clean:
         )
 
     @staticmethod
-    def join(parts: Sequence[Clean]) -> Clean:
+    def join(parts: Sequence[CleanRuns]) -> CleanRuns:
         """Join samples of rows that follow each other; all else is the first part's."""
         return replace(
             parts[0],
@@ -116,7 +116,7 @@ class Clean:
         reads: Collection[Read],
         batch: int,
         done: Callable[[int], None] = lambda rows: None,
-    ) -> Clean:
+    ) -> CleanRuns:
         """Sample `rows`, `batch` at a time, from `inputs` of the prompts, one row each.
 
         Args:

@@ -19,10 +19,10 @@ from hooked_models import HookedTextToImage
 from hooked_models.hooks.module import HookedModule
 from hooked_models.pipelines.hub import Source
 
-from .clean import Clean, Fork, Rows
+from .clean import CleanRuns, Fork, Rows
 
 if TYPE_CHECKING:
-    from .execute import Work
+    from .execute import SweepContext
     from .metrics import Read
     from .plan import Plan
     from .scores import Question
@@ -62,16 +62,16 @@ class Worker:
                     getattr(module, f"set_{flag}")(on)
         self.plan, self.fetch = replace(plan, model=self.model), fetch
         self.inputs = self.plan.inputs()
-        self.held: tuple[Any, Work] | None = None
+        self.held: tuple[Any, SweepContext] | None = None
 
     def digest(self) -> str:
         """Digest of the model."""
         return self.model.digest()
 
     @torch.no_grad()
-    def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
         """Sample rows without intervention; sent back without the model and the inputs."""
-        clean = Clean.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch)
+        clean = CleanRuns.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch)
         return clean.on(None, None)
 
     def scores(self, question: Question, rows: Rows) -> Float[np.ndarray, "condition row"]:
@@ -82,11 +82,12 @@ class Worker:
             return scores_of_rows(self.plan, self.inputs, question, rows)
 
     @torch.no_grad()
-    def rows(self, shared: Sequence[Any], clean: Clean, forks: Sequence[Fork]) -> pd.DataFrame:
-        """As `Work.rows`.
+    def rows(self, shared: Sequence[Any], clean: CleanRuns, forks: Sequence[Fork]) -> pd.DataFrame:
+        """As `SweepContext.rows`.
 
         Args:
-            shared: the key of the `Work`, without model and runs; in a list, so that it is fetched
+            shared: the key of the `SweepContext`, without model and runs; in a list, so that it is
+                fetched
                 once by each process.
             clean: the runs that the forks leave.
         """
@@ -202,7 +203,7 @@ class Team:
     ray: Any
     actors: list[Any]
 
-    def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
         """Sample the runs without intervention, each worker its share; a lost worker's share is
         sampled again.
         """
@@ -212,7 +213,7 @@ class Team:
         sampled = ActorPool(self.actors).map(
             lambda actor, some: actor.sample.remote(some, reads, batch), parts
         )
-        return Clean.join(list(sampled))
+        return CleanRuns.join(list(sampled))
 
     def scores(
         self, question: Question, groups: Sequence[Rows]
@@ -224,7 +225,7 @@ class Team:
             lambda actor, rows: actor.scores.remote(question, rows), list(groups)
         )
 
-    def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
+    def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
         """The rows of every job's cells, in the order in which they are ready."""
         from ray.util import ActorPool
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch.utils.flop_counter import FlopCounterMode
 
 from hooked_models.generation.cache import free_bytes, human
-from hooked_models.generation.names import FINAL, Branch, Site
+from hooked_models.generation.names import IMAGE_HOOK, Branch, Site
 from hooked_models.generation.trajectory import Record, Run
 
 from .clean import Fork, inputs_of
@@ -100,7 +100,7 @@ def cost_of(plan: Plan) -> Cost:
     begun = _begun(plan.forks)
     clean = plan.runs * steps * len(branches)
     rows_of_all = plan.runs + sum(len(fork.rows) for fork in plan.forks)
-    images = rows_of_all if any(read.inner == FINAL for read in plan.reads.values()) else 0
+    images = rows_of_all if any(read.inner == IMAGE_HOOK for read in plan.reads.values()) else 0
 
     most = min(
         plan.batch, max([plan.runs, *(sum(len(fork.rows) for fork in forks) for forks in batches)])
@@ -236,7 +236,7 @@ def _bytes_of_row(plan: Plan) -> int:
     d_mlp = cfg.d_mlp if (cfg.d_mlp or 0) > 0 else 4 * cfg.d_model
     hidden = pos * (2 * d_mlp + 12 * cfg.d_model)
     scores = 3 * cfg.n_heads * pos * pos  # a hooked pattern is explicit
-    image = prod(model.shape(one, Site("sampler", FINAL))[1:])
+    image = prod(model.shape(one, Site("sampler", IMAGE_HOOK))[1:])
     return branches * (hidden + scores) * size + 3 * image * 4
 
 

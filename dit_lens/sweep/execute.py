@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .clean import Clean, Fork, Rows
-from .forks import Batch
+from .clean import CleanRuns, Fork, Rows
+from .forks import ForkBatch
 from .metrics import FIRST_TOUCHED, Metric, Read
 from .progress import progress_bar
 from .results import Results
@@ -38,34 +38,34 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Work:
+class SweepContext:
     """Context of a batch of forks: the plan, the runs without intervention, and their metrics."""
 
     plan: Plan
-    clean: Clean
+    clean: CleanRuns
     baselines: Mapping[tuple[str, int | None], Measured]
     """(metric, step that it is taken at) → its values, [prompt · seed]."""
     batch: int
 
-    def on(self, model: Any, clean: Any) -> Work:
+    def on(self, model: Any, clean: Any) -> SweepContext:
         """The same with another model, which has to be an equal one, and its runs; None for both,
         to send it elsewhere without.
         """
         return replace(self, plan=replace(self.plan, model=model), clean=clean)
 
     def rows(
-        self, forks: Sequence[Fork], worked: Callable[[int], None] = lambda rows: None
+        self, forks: Sequence[Fork], advance: Callable[[int], None] = lambda rows: None
     ) -> pd.DataFrame:
         """Run forks together, in halves if memory does not suffice: the rows of their cells."""
-        batch = Batch(self.clean, self.plan.treatments, forks)
+        batch = ForkBatch(self.clean, self.plan.conditions, forks)
         try:
-            found = batch.run(set(self.plan.reads.values()), worked)
+            found = batch.run(set(self.plan.reads.values()), advance)
         except torch.OutOfMemoryError:
             if len(forks) == 1:
                 raise
             half = len(forks) // 2
             return pd.concat(
-                [self.rows(forks[:half], worked), self.rows(forks[half:], worked)],
+                [self.rows(forks[:half], advance), self.rows(forks[half:], advance)],
                 ignore_index=True,
             )
         return self.table(
@@ -73,13 +73,13 @@ class Work:
         )
 
     def table(
-        self, cells: Int[np.ndarray, " cell"], batch: Batch | None, found: Mapping[Read, Tensor]
+        self, cells: Int[np.ndarray, " cell"], batch: ForkBatch | None, found: Mapping[Read, Tensor]
     ) -> pd.DataFrame:
         """Rows of the results for the cells of a batch; without one, for cells that are those of
         the clean run.
         """
         plan, rows = self.plan, cells % self.plan.runs
-        firsts = np.array([plan.treatments[condition].first for condition in cells // plan.runs])
+        firsts = np.array([plan.conditions[condition].first for condition in cells // plan.runs])
         columns: dict[str, Any] = {"cell": cells}
         errors = np.full(len(cells), "", dtype=object)
         for name, read in plan.reads.items():
@@ -123,7 +123,7 @@ class Work:
 class Workers(Protocol):
     """Whoever samples the runs of a plan: this process, or those of a cluster."""
 
-    def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
         """The runs of some rows without intervention."""
         ...
 
@@ -133,7 +133,7 @@ class Workers(Protocol):
         """The scores of each group of rows (`scores.scores_of_rows`), in order."""
         ...
 
-    def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
+    def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
         """The rows of every job's cells, in the order in which they are ready."""
         ...
 
@@ -143,13 +143,13 @@ class Here:
     """This process."""
 
     plan: Plan
-    worked: Callable[[int], None]
+    advance: Callable[[int], None]
     """Told the rows of each denoising step."""
 
-    def sample(self, rows: Rows, reads: set[Read], batch: int) -> Clean:
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
         """As in `Workers`."""
-        return Clean.sample(
-            self.plan.model, self.plan.inputs(), self.plan.seeds, rows, reads, batch, self.worked
+        return CleanRuns.sample(
+            self.plan.model, self.plan.inputs(), self.plan.seeds, rows, reads, batch, self.advance
         )
 
     def scores(
@@ -159,9 +159,9 @@ class Here:
         inputs = self.plan.inputs()
         return (scores_of_rows(self.plan, inputs, question, rows) for rows in groups)
 
-    def tables(self, work: Work, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
+    def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
         """As in `Workers`."""
-        return (work.rows(forks, self.worked) for forks in jobs)
+        return (work.rows(forks, self.advance) for forks in jobs)
 
 
 class Execution:
@@ -207,7 +207,7 @@ class Execution:
             )
             clean = workers.sample(self.rows, self.steps_read, self.batch)
             clean.expect(self.pending)
-            shared = Work(plan, clean, self.baselines(clean), self.batch)
+            shared = SweepContext(plan, clean, self.baselines(clean), self.batch)
             if away:
                 advance.rows(len(self.rows) * plan.steps)
             if len(self.unchanged):
@@ -222,17 +222,17 @@ class Execution:
     @cached_property
     def steps_read(self) -> set[Read]:
         """Tensors that metrics read, with their steps."""
-        firsts = {treatment.first for treatment in self.plan.treatments}
+        firsts = {condition.first for condition in self.plan.conditions}
         return {read.at(first) for read in self.plan.reads.values() for first in firsts}
 
-    def baselines(self, clean: Clean) -> dict[tuple[str, int | None], Measured]:
-        """As in `Work`: a metric that cannot work is found out here.
+    def baselines(self, clean: CleanRuns) -> dict[tuple[str, int | None], Measured]:
+        """As in `SweepContext`: a metric that cannot work is found out here.
 
         Raises ValueError if it fails on every run.
         """
         found = {}
         for name, read in self.plan.reads.items():
-            for at in {read.at(treatment.first) for treatment in self.plan.treatments}:
+            for at in {read.at(condition.first) for condition in self.plan.conditions}:
                 tensor, prompts = clean.found[at], self.rows % len(self.plan.prompts)
                 values, errors = measured(
                     name, self.plan.metrics[name], tensor, tensor, prompts, self.batch

@@ -1,7 +1,7 @@
 """Forks of clean runs as rows of shared batches: the prefix tree over (prompt, seed, step, layer),
 walked.
 
-A run without intervention (`Clean`) is sampled once for every prompt and seed. A fork stands for
+A run without intervention (`CleanRuns`) is sampled once a prompt and seed. A fork stands for
 one cell, or, where prompts look at each other ("mean", "resample"), for a condition's cells of one
 seed. It begins at the first step that its intervention touches and there, in each guidance branch,
 at the first layer; a branch that is not touched at this step takes the clean run's output. From
@@ -23,21 +23,21 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.generation.loops import Call, Text, rows_of
-from hooked_models.generation.names import BRANCHES, FINAL, Branch, Site
+from hooked_models.generation.names import BRANCHES, IMAGE_HOOK, Branch, Site
 from hooked_models.pixart.fast.enter_at_layers import denoise_from
 
 from ..intervene.edits import Add, Edit, Replace, RowEdits
-from .clean import Clean, Fork, as_index, capturing, metric_input
+from .clean import CleanRuns, Fork, as_index, capturing, metric_input
+from .conditions import Condition
 from .metrics import FIRST_TOUCHED, Read
-from .treatments import Treatment
 
 
 @dataclass
-class Batch:
+class ForkBatch:
     """Forks that run together. A row of the batch is a row of one of them."""
 
-    clean: Clean
-    treatments: Sequence[Treatment]
+    clean: CleanRuns
+    conditions: Sequence[Condition]
     forks: Sequence[Fork]
     hooked: tuple[Any, dict[tuple[str, str, Branch | None], RowEdits]] = ((), {})
     """The edits of the step before, and what they were made from: steps are often alike."""
@@ -120,7 +120,7 @@ class Batch:
         for read in reads:
             if read.inner == "latent":
                 found[read] = run.latent
-            if read.inner == FINAL:
+            if read.inner == IMAGE_HOOK:
                 with self._image_hooks():
                     found[read] = self.model.images_of(run)
         return found
@@ -162,7 +162,7 @@ class Batch:
     def _inputs(self, inputs: Any) -> Any:
         """Those of all rows, with the text as interventions on its encoder leave it."""
         model = self.model
-        touched = [i for i, fork in enumerate(self.forks) if self.treatments[fork.condition].before]
+        touched = [i for i, fork in enumerate(self.forks) if self.conditions[fork.condition].before]
         if not touched:
             return inputs
         some = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in touched])
@@ -173,7 +173,7 @@ class Batch:
             own = np.arange(self.offsets[i], self.offsets[i + 1])
             edits += [
                 (k, e, place[own])
-                for k, e in self._taken(self.treatments[self.forks[i].condition].before, own)
+                for k, e in self._taken(self.conditions[self.forks[i].condition].before, own)
             ]
         with model.hooks([(site.name, hook) for site, hook in _by_site(edits, model).items()]):
             text = model.encode(inputs.tokens[as_index(some, model)], inputs.guidance)
@@ -204,7 +204,7 @@ class Batch:
             (i, edits)
             for i, fork in enumerate(self.forks)
             if place[self.offsets[i]] >= 0
-            and (edits := self.treatments[fork.condition].at.get(step))
+            and (edits := self.conditions[fork.condition].at.get(step))
         ]
         made_from = (
             active.tolist(),
@@ -300,7 +300,7 @@ class Batch:
             own = np.arange(self.offsets[i], self.offsets[i + 1])
             edits += [
                 (k, edit, own)
-                for k, edit in self._taken(self.treatments[fork.condition].after, own)
+                for k, edit in self._taken(self.conditions[fork.condition].after, own)
             ]
         with self.model.hooks(
             [(site.name, hook) for site, hook in _by_site(edits, self.model).items()]

@@ -14,17 +14,24 @@ from torch import Tensor
 
 from hooked_models.arguments import shown
 from hooked_models.generation.hooks import Extent
-from hooked_models.generation.names import FINAL
+from hooked_models.generation.names import IMAGE_HOOK
+from hooked_models.lazy_imports import renamed_arguments
 
-from .. import task as scenes
 from ..readout.screening import ramp
+from ..task import DIRECTIONS, Scene, evaluate
 
 Values = Tensor | np.ndarray | Mapping[str, Any]
 """One number for each row [batch], or several by name."""
 
 FIRST_TOUCHED = -1
 """Stands for the first step that an intervention touches."""
-ALIASES = {"image": FINAL, "latent": "latent", "x0": "hook_x0", "out": "hook_out", "eps": "eps"}
+ALIASES = {
+    "image": IMAGE_HOOK,
+    "latent": "latent",
+    "x0": "hook_x0",
+    "out": "hook_out",
+    "eps": "eps",
+}
 BETWEEN = ("hook_latent", "hook_x0", "hook_out", "hook_out_cond", "hook_out_uncond", "eps")
 
 
@@ -113,7 +120,7 @@ class Metric:
         """
         step, inner = None, ALIASES.get(self.on)
         if inner is not None:
-            step = None if inner in (FINAL, "latent") else FIRST_TOUCHED
+            step = None if inner in (IMAGE_HOOK, "latent") else FIRST_TOUCHED
         elif (found := re.fullmatch(r"steps\.(\d+)\.(\w+)", self.on)) and found[2] in BETWEEN:
             step, inner = int(found[1]), found[2]
             if step >= (steps := len(extent.solver)):
@@ -149,8 +156,9 @@ def _array(value: Any) -> np.ndarray:
         ) from None
 
 
+@renamed_arguments(wanted="scenes")
 def scene_metric(
-    wanted: Sequence[scenes.Scene],
+    scenes: Sequence[Scene],
     verdicts: Sequence[str] = (
         "color",
         "shape",
@@ -162,7 +170,7 @@ def scene_metric(
     """Verdicts of `scenes.evaluate` as a metric of several values.
 
     Args:
-        wanted: scenes of the prompts, in order.
+        scenes: scenes of the prompts, in order.
         verdicts: variables of `scenes.evaluate`.
 
     Example:
@@ -173,18 +181,19 @@ def scene_metric(
     """
 
     def judge(images: Tensor, prompt: np.ndarray) -> dict[str, np.ndarray]:
-        found = scenes.evaluate(images, [wanted[row] for row in prompt])
+        found = evaluate(images, [scenes[row] for row in prompt])
         return {verdict: found[verdict].values.astype(float) for verdict in verdicts}
 
     return Metric(judge, given=("prompt",))
 
 
-def relation_metric(wanted: Sequence[scenes.Scene]) -> Metric:
+@renamed_arguments(wanted="scenes")
+def relation_metric(scenes: Sequence[Scene]) -> Metric:
     """Offset of the first object from the second along their relation, as a smooth function of the
     image.
 
     The mean of (its color's channel − the other's) · a plane that rises along the relation:
-    differentiable, unlike verdicts, so that it can be attributed. `wanted` as in `scene_metric`.
+    differentiable, unlike verdicts, so that it can be attributed. `scenes` as in `scene_metric`.
 
     Example:
         >>> drawn = scenes.sample(2, seed=0)
@@ -194,9 +203,9 @@ def relation_metric(wanted: Sequence[scenes.Scene]) -> Metric:
 
     def offset(images: Tensor, prompt: np.ndarray) -> Tensor:
         planes = torch.stack(
-            [ramp(scenes.DIRECTIONS[wanted[row].relation], images.shape[-1]) for row in prompt]
+            [ramp(DIRECTIONS[scenes[row].relation], images.shape[-1]) for row in prompt]
         )
-        red = torch.tensor([1.0 if wanted[row].color1 == "red" else -1.0 for row in prompt]).to(
+        red = torch.tensor([1.0 if scenes[row].color1 == "red" else -1.0 for row in prompt]).to(
             images
         )
         return red * ((images[:, 0] - images[:, 2]).flatten(1) * planes.to(images)).mean(dim=1)

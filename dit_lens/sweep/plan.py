@@ -15,16 +15,16 @@ import xarray as xr
 from jaxtyping import Int
 
 from hooked_models.generation.hooks import Extent
-from hooked_models.generation.names import FINAL
+from hooked_models.generation.names import IMAGE_HOOK
 
 from ..store import digest, fingerprint
 from .clean import Fork
 from .cluster import Cluster
+from .conditions import Condition
 from .cost import Cost, batch_size, cost_of
 from .execute import Execution, depends_on_condition
 from .metrics import Metric, Read
 from .results import Results, dataset
-from .treatments import Treatment
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +43,7 @@ class Plan:
     """A HookedTextToImage; None while a plan travels to a worker that has its own."""
     prompts: Sequence[str]
     seeds: Sequence[int]
-    treatments: Sequence[Treatment]
+    conditions: Sequence[Condition]
     metrics: Mapping[str, Metric]
     reads: Mapping[str, Read]
     """Metric → the tensor it reads."""
@@ -59,7 +59,7 @@ class Plan:
 
     def __repr__(self) -> str:
         return (
-            f"Plan({len(self.treatments)} interventions, {len(self.prompts)} prompts, "
+            f"Plan({len(self.conditions)} interventions, {len(self.prompts)} prompts, "
             f"{len(self.seeds)} seeds: explain())"
         )
 
@@ -71,7 +71,7 @@ class Plan:
     @property
     def cells(self) -> int:
         """Number of cells: one for each condition, prompt and seed."""
-        return len(self.treatments) * self.runs
+        return len(self.conditions) * self.runs
 
     @cached_property
     def forks(self) -> list[Fork]:
@@ -79,9 +79,9 @@ class Plan:
         clean run.
         """
         found: list[Fork] = []
-        for condition, treatment in enumerate(self.treatments):
-            if (until := self.until(treatment)) is not None:
-                found += self.forks_of(condition, treatment.first, until, range(len(self.seeds)))
+        for number, condition in enumerate(self.conditions):
+            if (until := self.until(condition)) is not None:
+                found += self.forks_of(number, condition.first, until, range(len(self.seeds)))
 
         def place(fork: Fork) -> tuple[int, ...]:
             row, layer = (
@@ -92,32 +92,32 @@ class Plan:
 
         return sorted(found, key=place)
 
-    def forks_of(
-        self, condition: int, first: int, until: int, seeds: Iterable[int]
-    ) -> Iterator[Fork]:
-        """A condition's forks, clean up to step `first`: one a prompt, unless prompts look at each
-        other.
+    def forks_of(self, number: int, first: int, until: int, seeds: Iterable[int]) -> Iterator[Fork]:
+        """Forks of the condition of that number, clean up to step `first`: one a prompt, unless
+        prompts depend on each other.
         """
-        n, treatment = len(self.prompts), self.treatments[condition]
+        n, condition = len(self.prompts), self.conditions[number]
         branches = tuple(
             (branch, layer if self.model.enters_at_layers else 0)
-            for branch, layer in treatment.starts(self.model.cfg.n_layers, first).items()
+            for branch, layer in condition.starts(self.model.cfg.n_layers, first).items()
             if branch == "cond" or first in self.extent.uncond
         )
-        groups = [np.arange(n)] if treatment.joint else np.flatnonzero(treatment.prompts)[:, None]
+        groups = [np.arange(n)] if condition.joint else np.flatnonzero(condition.prompts)[:, None]
         for seed in seeds:
             for group in groups:
-                yield Fork(condition, seed * n + group, first, until, branches)
+                yield Fork(number, seed * n + group, first, until, branches)
 
-    def until(self, treatment: Treatment) -> int | None:
-        """The step before which nobody looks any more; None where nobody would see a difference."""
+    def until(self, condition: Condition) -> int | None:
+        """First step that no metric needs; None if no metric depends on the condition."""
         seen = []
         for read in self.reads.values():
-            if read.inner == FINAL or (read.inner == "latent" and treatment.first < self.steps):
+            if read.inner == IMAGE_HOOK or (
+                read.inner == "latent" and condition.first < self.steps
+            ):
                 seen.append(self.steps)
             elif (
-                step := read.at(treatment.first).step
-            ) is not None and treatment.first <= step < self.steps:
+                step := read.at(condition.first).step
+            ) is not None and condition.first <= step < self.steps:
                 seen.append(step + 1)
         return max(seen, default=None)
 
@@ -159,7 +159,7 @@ class Plan:
             "model": self.model.digest(),
             "prompts": digest(*self.prompts, self.inputs().settings["text"]),
             "seeds": digest(str(list(self.seeds))),
-            "interventions": digest(*(treatment.digest for treatment in self.treatments)),
+            "interventions": digest(*(condition.digest for condition in self.conditions)),
             "metrics": fingerprint(self.metrics),
             "num_steps": self.num_steps,
             "guidance": self.guidance,
@@ -191,7 +191,7 @@ class Plan:
             results.close()
         own = {column: depends_on_condition(self, column) for column in results.table.columns}
         attrs = {"num_steps": self.num_steps, "guidance": self.guidance}
-        return dataset(results.table, self.treatments, self.prompts, self.seeds, own, attrs)
+        return dataset(results.table, self.conditions, self.prompts, self.seeds, own, attrs)
 
 
 def cluster_of(

@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 
 from ..stats import clustered_means
 from ..store import Store
+from .conditions import Condition
 from .halves import split_half
-from .treatments import Treatment
 
 LARGEST = 10
 """Effects whose split-half stability a result carries."""
@@ -121,7 +121,7 @@ class Results:
 
 def dataset(
     table: pd.DataFrame,
-    treatments: Sequence[Treatment],
+    conditions: Sequence[Condition],
     prompts: Sequence[str],
     seeds: Sequence[int],
     own: Mapping[str, bool],
@@ -130,7 +130,7 @@ def dataset(
     """The table as a Dataset over (intervention, prompt, seed); `own`: metric → whether its
     baseline depends on the condition.
     """
-    shape = (len(treatments), len(seeds), len(prompts))
+    shape = (len(conditions), len(seeds), len(prompts))
     names = [
         name
         for name in table.columns
@@ -148,9 +148,9 @@ def dataset(
     dims = ("intervention", "prompt", "seed")
     found = xr.Dataset(
         coords={
-            "intervention": [one.label for one in treatments],
+            "intervention": [one.label for one in conditions],
             **{
-                name: ("intervention", [one.coords[name] for one in treatments])
+                name: ("intervention", [one.coords[name] for one in conditions])
                 for name in ("layer", "head", "step")
             },
             "prompt": list(prompts),
@@ -166,7 +166,7 @@ def dataset(
             (dims, before) if own[name] else (dims[1:], np.fmax.reduce(before))
         )
         found[f"{name}_effect"] = (("intervention", "interval"), effects(before, after))
-        if len(treatments) > 1 and len(prompts) > 1:
+        if len(conditions) > 1 and len(prompts) > 1:
             halves = split_half(after - before, LARGEST)
             found[f"{name}_effect"].attrs |= {
                 f"split_half_{key}": value for key, value in halves._asdict().items()

@@ -25,15 +25,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_models.generation.names import FINAL
+from hooked_models.generation.names import IMAGE_HOOK
 from hooked_models.generation.sampling import Solver
 
 from ..intervene.edits import Edit
 from ..runs.gradients import LATENT, chain, gradients, modulates
-from .clean import Clean, Rows, as_index, metric_input
-from .forks import Batch
+from .clean import CleanRuns, Rows, as_index, metric_input
+from .conditions import Condition
+from .forks import ForkBatch
 from .metrics import FIRST_TOUCHED, Metric, Read
-from .treatments import Treatment
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -67,55 +67,55 @@ def scores_of_rows(
     """
     read = plan.reads[question.name]
     places = np.array(question.conditions, dtype=np.int64)
-    ways = [_way(plan.treatments[place], read, question.by) for place in places]
-    scored = np.array([way is not None for way in ways])
-    found = np.where(scored[:, None], np.zeros((len(ways), len(rows))), np.nan)
-    reads = {OUT.at(step) for step in range(plan.steps)} if "step" in ways else set()
-    clean = Clean.sample(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
-    for first, some in _questions(plan, read, places[scored]):
+    methods = [_method(plan.conditions[place], read, question.by) for place in places]
+    scored = np.array([one is not None for one in methods])
+    found = np.where(scored[:, None], np.zeros((len(methods), len(rows))), np.nan)
+    reads = {OUT.at(step) for step in range(plan.steps)} if "step" in methods else set()
+    clean = CleanRuns.sample(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
+    for first, some in _by_first_step(plan, read, places[scored]):
         here = np.flatnonzero(np.isin(places, some))
-        chosen = [ways[place] for place in here.tolist()]
-        found[here] = _Part(
+        chosen = [methods[place] for place in here.tolist()]
+        found[here] = _ScoringPass(
             plan, read, question.metric, question.column, clean, first, places[here], chosen
         ).scores()
     return found
 
 
-def has_score(treatment: Treatment, read: Read, by: Method) -> bool:
+def has_score(condition: Condition, read: Read, by: Method) -> bool:
     """True if a condition can be scored on what a metric reads."""
-    return _way(treatment, read, by) is not None
+    return _method(condition, read, by) is not None
 
 
-def _way(treatment: Treatment, read: Read, by: Method) -> Method | None:
+def _method(condition: Condition, read: Read, by: Method) -> Method | None:
     """Scoring method, or None if the touched tensors do not lie between the inputs and the
     result.
     """
     if by == "none":
         return None
-    sites = [edit.site for edit in treatment.edits]
-    own = read.at(treatment.first).step
+    sites = [edit.site for edit in condition.edits]
+    own = read.at(condition.first).step
     # these lie before the guided output
-    past = read.inner in ("hook_out_cond", "hook_out_uncond") and own in treatment.at
+    past = read.inner in ("hook_out_cond", "hook_out_uncond") and own in condition.at
     if by == "step" and not past and all(site.part == "dit" for site in sites):
         return "step"
     # made of the latent twice, once beside the network
     twice = own if read.inner == "eps" else None
-    ways = all(
+    differentiable = all(
         site.step is not None
         and not modulates(site.inner)
         and (site.inner, site.step) != ("hook_latent", twice)
         for site in sites
     )
-    return "attribution" if ways else None
+    return "attribution" if differentiable else None
 
 
-def _questions(
+def _by_first_step(
     plan: Plan, read: Read, which: Int[np.ndarray, " _"]
 ) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
     """(first step of a chain, conditions that it is about); where a metric is taken at the first
     touched step, one each.
     """
-    firsts = np.array([plan.treatments[i].first for i in which.tolist()], dtype=np.int64)
+    firsts = np.array([plan.conditions[i].first for i in which.tolist()], dtype=np.int64)
     if read.step == FIRST_TOUCHED:
         for first in np.unique(firsts):
             yield int(first), which[firsts == first]
@@ -126,7 +126,7 @@ def _questions(
 
 
 @dataclass(frozen=True)
-class _Part:
+class _ScoringPass:
     """Conditions that are scored with the gradients of one chain, from the state before step
     `first` to the metric.
     """
@@ -135,10 +135,10 @@ class _Part:
     read: Read
     metric: Metric
     column: str
-    clean: Clean
+    clean: CleanRuns
     first: int
     conditions: Int[np.ndarray, " condition"]
-    ways: Sequence[Method | None]
+    methods: Sequence[Method | None]
 
     @cached_property
     def last(self) -> int:
@@ -195,8 +195,8 @@ class _Part:
         """Step → places among the conditions that touch it."""
         found: dict[int, list[int]] = {}
         for place, condition in enumerate(self.conditions.tolist()):
-            if self.ways[place] == "step":
-                for step in self.plan.treatments[condition].at:
+            if self.methods[place] == "step":
+                for step in self.plan.conditions[condition].at:
                     if step <= self.last:
                         found.setdefault(step, []).append(place)
         return found
@@ -219,7 +219,7 @@ class _Part:
         forks.sort(key=lambda fork: min(layer for _, layer in fork.starts))
         clean.expect(forks)
         for some in plan.batches(forks, plan.batch):
-            batch = Batch(clean, plan.treatments, some)
+            batch = ForkBatch(clean, plan.conditions, some)
             changes = batch.run({OUT})[OUT] - batch.clean_tensor(OUT)
             for fork, start in zip(some, batch.offsets, strict=False):
                 rows = np.searchsorted(clean.rows, fork.rows)
@@ -231,9 +231,9 @@ class _Part:
         """Step → (place among the conditions, hook, edits there in turn)."""
         found: dict[int, list[tuple[int, str, list[Edit]]]] = {}
         for place, condition in enumerate(self.conditions.tolist()):
-            if self.ways[place] == "step":
+            if self.methods[place] == "step":
                 continue
-            for step, here in self.plan.treatments[condition].at.items():
+            for step, here in self.plan.conditions[condition].at.items():
                 if step > self.last:
                     continue
                 by_hook: dict[str, list[Edit]] = {}
@@ -265,7 +265,7 @@ def _product(changes: Tensor, gradient: Tensor) -> Float[np.ndarray, " row"]:
 
 
 def _read(read: Read, solver: Solver, kept: Mapping[str, Tensor]) -> Tensor:
-    if read.inner in (FINAL, LATENT):
+    if read.inner in (IMAGE_HOOK, LATENT):
         return kept[read.inner]
     assert read.step is not None
     return metric_input({(read.step, name): tensor for name, tensor in kept.items()}, read, solver)

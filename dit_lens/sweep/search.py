@@ -288,23 +288,23 @@ def prices(plan: Plan, question: Question) -> Prices:
     """
     layers, branches = plan.model.cfg.n_layers, 1 + plan.extent.guided
     clean = float(plan.steps * branches * layers)
-    exact, score = np.zeros(len(plan.treatments)), np.zeros(len(plan.treatments))
-    for place, treatment in enumerate(plan.treatments):
-        until = plan.until(treatment)
-        if until is not None and until > treatment.first:
-            begun = sum(layers - layer for layer in _starts(plan, place, treatment.first))
-            exact[place] = begun + (until - treatment.first - 1) * branches * layers
+    exact, score = np.zeros(len(plan.conditions)), np.zeros(len(plan.conditions))
+    for place, condition in enumerate(plan.conditions):
+        until = plan.until(condition)
+        if until is not None and until > condition.first:
+            begun = sum(layers - layer for layer in _starts(plan, place, condition.first))
+            exact[place] = begun + (until - condition.first - 1) * branches * layers
         if question.by == "step":
             score[place] = sum(
-                layers - layer for step in treatment.at for layer in _starts(plan, place, step)
+                layers - layer for step in condition.at for layer in _starts(plan, place, step)
             )
     return Prices(exact, score, 0.0 if question.by == "none" else CHAIN * clean, clean)
 
 
 def _starts(plan: Plan, place: int, step: int) -> list[int]:
     """Layers that a condition begins at in a step, branch by branch."""
-    treatment, layers = plan.treatments[place], plan.model.cfg.n_layers
-    found = treatment.starts(layers, step)
+    condition, layers = plan.conditions[place], plan.model.cfg.n_layers
+    found = condition.starts(layers, step)
     return [layer if plan.model.enters_at_layers else 0 for layer in found.values()]
 
 
@@ -340,8 +340,8 @@ class Numbers:
         read = plan.reads[question.name]
         self.unscored = [
             place
-            for place, treatment in enumerate(plan.treatments)
-            if not has_score(treatment, read, question.by)
+            for place, condition in enumerate(plan.conditions)
+            if not has_score(condition, read, question.by)
         ]
         self.here = Here(plan, lambda rows: None)
         self.store: Store | None = None
@@ -391,7 +391,7 @@ class Numbers:
     def _groups(self, cells: Cells, rows: Int[np.ndarray, " row"]) -> list[np.ndarray]:
         """Rows that are scored in one batch."""
         plan = self.plan
-        if any(plan.treatments[place].joint for place in cells.tolist()):
+        if any(plan.conditions[place].joint for place in cells.tolist()):
             n = len(plan.prompts)  # a condition that mixes prompts has all of them in its run
             return [seed * n + np.arange(n) for seed in np.unique(rows // n)]
         workers = 1 if self.cluster is None else self.cluster.count
@@ -422,7 +422,7 @@ class Numbers:
         plan, table = self.plan, self.results.table.drop_duplicates("cell")
         own = {column: depends_on_condition(plan, column) for column in table.columns}
         attrs = {"num_steps": plan.num_steps, "guidance": plan.guidance}
-        whole = dataset(table, plan.treatments, plan.prompts, plan.seeds, own, attrs)
+        whole = dataset(table, plan.conditions, plan.prompts, plan.seeds, own, attrs)
         return whole.isel(intervention=np.unique(table["cell"].to_numpy() // plan.runs))
 
 
@@ -435,9 +435,9 @@ def _table(plan: Plan, race: Race) -> pd.DataFrame:
     ran = race.lasted > 0
     table = pd.DataFrame(
         {
-            "intervention": [one.label for one in plan.treatments],
+            "intervention": [one.label for one in plan.conditions],
             **{
-                key: [one.coords[key] for one in plan.treatments]
+                key: [one.coords[key] for one in plan.conditions]
                 for key in ("layer", "head", "step")
             },
             "score": scores,

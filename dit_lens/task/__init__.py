@@ -4,7 +4,9 @@ generated images.
 
 from __future__ import annotations
 
-from .captions import TEMPLATES, from_caption, word
+from hooked_models.lazy_imports import renamed
+
+from .captions import TEMPLATES, from_caption, render_caption
 from .judge import evaluate
 from .layout import axis_of, layout
 from .paper_rules import paper_verdicts
@@ -29,6 +31,8 @@ from .scene import (
     other_color,
 )
 from .trios import TRIO_PHRASES, sample_trios
+
+__getattr__ = renamed(__name__, {"word": "dit_lens.task.captions:render_caption"})
 
 __all__ = [
     "COLORS",
@@ -58,7 +62,7 @@ __all__ = [
     "other_color",
     "paper_verdicts",
     "render",
+    "render_caption",
     "sample",
     "sample_trios",
-    "word",
 ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from hooked_models.lazy_imports import renamed
+
 from .scene import (
     COLORS,
     DIRECTIONS,
@@ -20,6 +22,8 @@ from .scene import (
     caption,
     other_color,
 )
+
+__getattr__ = renamed(__name__, {"word": "dit_lens.task.captions:render_caption"})
 
 
 class Template(NamedTuple):
@@ -49,7 +53,7 @@ TEMPLATES: dict[str, Template] = {
 """Name → template. Object 1 is the scene's, in either order of the prompt."""
 
 
-def word(scene: Scene, template: str = TRAINED) -> str:
+def render_caption(scene: Scene, template: str = TRAINED) -> str:
     """Prompt of a scene in one of `TEMPLATES`, with the scene's own phrase.
 
     Raises:
@@ -57,7 +61,7 @@ def word(scene: Scene, template: str = TRAINED) -> str:
 
     Example:
         >>> scene = from_caption("red circle is above blue square")
-        >>> word(scene, "inverted"), word(scene, "crimson")
+        >>> render_caption(scene, "inverted"), render_caption(scene, "crimson")
         ('above blue square is red circle', 'crimson circle is above blue square')
     """
     if template not in TEMPLATES:

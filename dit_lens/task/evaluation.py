@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.progress import track
 
 from hooked_models import HookedTextToImage
+from hooked_models.lazy_imports import renamed_arguments
 from hooked_models.text_encoders.random_tokens import UNKNOWN_ID
 
-from .. import task as scenes
 from ..stats import Interval, clustered_mean, paired_difference, proportion
 from ..store import Store, digest
-from . import PHRASES, Scene, Split
-from .captions import TEMPLATES, TRAINED, word
+from . import PHRASES, Scene, Split, evaluate, sample
+from .captions import TEMPLATES, TRAINED, render_caption
 from .protocol import METRICS, Task, TwoObjects
 
 GEOMETRY = ("x1", "y1", "x2", "y2")
@@ -39,10 +39,11 @@ SPLITS: tuple[Split, ...] = ("held_out", "train")
 BATCH = 64
 
 
+@renamed_arguments(wanted="scenes")
 @torch.no_grad()
 def score(
     model: HookedTextToImage,
-    wanted: Sequence[Any],
+    scenes: Sequence[Any],
     num_steps: int = 14,
     guidance: float = 4.5,
     batch_size: int = BATCH,
@@ -60,14 +61,14 @@ def score(
         ({'scene': 4}, dtype('bool'))
     """
     images = []
-    for start in range(0, len(wanted), batch_size):
-        prompts = [task.prompt(scene) for scene in wanted[start : start + batch_size]]
+    for start in range(0, len(scenes), batch_size):
+        prompts = [task.prompt(scene) for scene in scenes[start : start + batch_size]]
         images.append(
             model(prompts, list(range(start, start + len(prompts))), num_steps, guidance)
             .float()
             .cpu()
         )
-    return task.judge(torch.cat(images), wanted).rename(image="scene")
+    return task.judge(torch.cat(images), scenes).rename(image="scene")
 
 
 def summarise(verdict: xr.Dataset, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
@@ -95,10 +96,12 @@ def known_templates(model: HookedTextToImage) -> list[str]:
         >>> known_templates(HookedTextToImage.from_pretrained("rte-nano"))[:4]
         ['is', 'no is', 'no is, the second', 'the second']
     """
-    scene = scenes.sample(1, seed=0, color_words="both")[0]
+    scene = sample(1, seed=0, color_words="both")[0]
     unknown = getattr(model.tokenizer, "unk_token_id", UNKNOWN_ID)
     return [
-        name for name in TEMPLATES if unknown not in model.tokenizer(word(scene, name)).input_ids
+        name
+        for name in TEMPLATES
+        if unknown not in model.tokenizer(render_caption(scene, name)).input_ids
     ]
 
 
@@ -139,10 +142,10 @@ def evaluate_model(
         (2, ['held_out', 'train'])
     """
     jobs = _jobs(n, known_templates(model) if templates is None else templates, scene_seed)
-    prompts = [word(scene, template) for _, template, _, scene in jobs]
+    prompts = [render_caption(scene, template) for _, template, _, scene in jobs]
     columns = [*METRICS, *GEOMETRY, "n_objects"]
     if out is not None:
-        model.refuse_hooks("A folder keeps the evaluation of the model as it is")
+        model.check_no_hooks("A folder keeps the evaluation of the model as it is")
     settings = (
         {"model": model.digest(), "prompts": digest(*prompts), "batch_size": BATCH}
         if out is not None
@@ -153,7 +156,7 @@ def evaluate_model(
     def judge(start: int) -> Float[np.ndarray, "image column"]:
         rows = slice(start, start + BATCH)
         images = model(prompts[rows], seed=[i for _, _, i, _ in jobs[rows]])
-        verdict = scenes.evaluate(images.float().cpu(), [scene for *_, scene in jobs[rows]])
+        verdict = evaluate(images.float().cpu(), [scene for *_, scene in jobs[rows]])
         return np.stack([verdict[name].values.astype(float) for name in columns], axis=1)
 
     starts = track(
@@ -176,11 +179,11 @@ def _jobs(n: int, templates: Sequence[str], seed: int) -> list[_Job]:
     """`n` scenes of each split in the trained template, and `n` // 4 trained ones in each other."""
     jobs: list[_Job] = []
     for split in SPLITS:
-        wanted = scenes.sample(n, seed=seed, split=split, color_words="both")
-        jobs += [(split, TRAINED, i, scene) for i, scene in enumerate(wanted)]
+        scenes = sample(n, seed=seed, split=split, color_words="both")
+        jobs += [(split, TRAINED, i, scene) for i, scene in enumerate(scenes)]
         others = [] if split == "held_out" else [name for name in templates if name != TRAINED]
         for template in others:
-            jobs += [(split, template, i, scene) for i, scene in enumerate(wanted[: n // 4])]
+            jobs += [(split, template, i, scene) for i, scene in enumerate(scenes[: n // 4])]
     return jobs
 
 

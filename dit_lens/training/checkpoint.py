@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..store import refuse_other_settings
+from ..store import check_settings
 from .history import History
 
 
@@ -90,7 +90,7 @@ def load_checkpoint(
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (a safe_open handle is no dict)
-    refuse_other_settings(
+    check_settings(
         path.parent, json.loads(metadata["facts"]), json.loads(json.dumps(dict(facts))), may_change
     )
     model.load_state_dict(

@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
+from hooked_models.lazy_imports import renamed_arguments
 
-from .. import task as scenes
 from ..readout import screening
 from ..stats import clustered_mean
-from ..task import DIRECTIONS, Scene
+from ..task import DIRECTIONS, Scene, caption
 from ..task.evaluation import score, summarise
 from ..task.protocol import Task, TwoObjects
 from ..text import variance
@@ -45,10 +45,11 @@ def record_points(steps: int, points: int) -> list[int]:
     )
 
 
+@renamed_arguments(wanted="scenes")
 @torch.no_grad()
 def measure(
     model: HookedTextToImage,
-    wanted: Sequence[Any],
+    scenes: Sequence[Any],
     step: int,
     samples: int,
     task: Task | None = None,
@@ -65,12 +66,12 @@ def measure(
     rows: list[dict[Any, Any]] = []
     task = task or TwoObjects()
     for metric, (mean, low, high) in summarise(
-        score(model, wanted, task=task), task.metrics
+        score(model, scenes, task=task), task.metrics
     ).iterrows():
         rows.append({"quantity": metric, "value": mean, "low": low, "high": high})
     if not isinstance(task, TwoObjects):
         return _as_table(rows, step, samples)
-    mean, low, high = clustered_mean(dipole(model, wanted)[:, None])
+    mean, low, high = clustered_mean(dipole(model, scenes)[:, None])
     rows.append({"quantity": "dipole", "value": mean, "low": low, "high": high})
     for source, table in screen(model).items():
         long = table.melt(
@@ -92,8 +93,9 @@ def _as_table(rows: Sequence[dict[Any, Any]], step: int, samples: int) -> pd.Dat
     ).astype({"layer": "Int64", "head": "Int64", "value": float, "low": float, "high": float})
 
 
+@renamed_arguments(wanted="scenes")
 @torch.no_grad()
-def dipole(model: HookedTextToImage, wanted: Sequence[Scene]) -> Float[np.ndarray, " scene"]:
+def dipole(model: HookedTextToImage, scenes: Sequence[Scene]) -> Float[np.ndarray, " scene"]:
     """Cosine between where the caption puts the first object, seen from the second, and where one
     look at pure noise puts it.
 
@@ -102,20 +104,21 @@ def dipole(model: HookedTextToImage, wanted: Sequence[Scene]) -> Float[np.ndarra
     colours are put together, however much the network has learnt of places. Scene i is looked at in
     noise i.
     """
-    prompts, noises = [scenes.caption(scene) for scene in wanted], list(range(len(wanted)))
+    prompts, noises = [caption(scene) for scene in scenes], list(range(len(scenes)))
     view, tokens = model.at(step=0, prompts=prompts, seed=noises, guidance=1.0, returns="x0")
-    return layout(model.decode(view(tokens)), wanted)
+    return layout(model.decode(view(tokens)), scenes)
 
 
+@renamed_arguments(wanted="scenes")
 def layout(
-    images: Float[Tensor, "scene 3 height width"], wanted: Sequence[Scene]
+    images: Float[Tensor, "scene 3 height width"], scenes: Sequence[Scene]
 ) -> Float[np.ndarray, " scene"]:
     """Cosine between where the caption puts the first object, seen from the second, and where an
     image does (`color_moment`).
     """
     moment = color_moment(images.double().cpu().numpy())
-    moment *= np.array([1 if scene.color1 == "red" else -1 for scene in wanted])[:, None]
-    named = np.array([DIRECTIONS[scene.relation] for scene in wanted], float)
+    moment *= np.array([1 if scene.color1 == "red" else -1 for scene in scenes])[:, None]
+    named = np.array([DIRECTIONS[scene.relation] for scene in scenes], float)
     return (moment * named).sum(axis=1) / (
         np.linalg.norm(moment, axis=1) * np.linalg.norm(named, axis=1) + 1e-12
     )

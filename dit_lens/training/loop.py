@@ -45,6 +45,7 @@ from .precision import muon, resolve_precision
 __getattr__ = renamed(
     __name__,
     {
+        "refuse_other_kind": "dit_lens.training.loop:check_kind",
         "encode_captions": "dit_lens.training.data:encode_captions",
         "all_captions": "dit_lens.task.sentences:all_captions",
         "all_trio_captions": "dit_lens.task.sentences:all_trio_captions",
@@ -309,7 +310,7 @@ def start_pipeline(
     if run is not None and "start" not in run.files and not begun:
         if config.init_from:
             new = load_pipeline(config.init_from)
-            refuse_other_kind(config, new)
+            check_kind(config, new)
         else:
             size = PRESETS[config.size]
             size = replace(size, heads=config.heads or size.heads)
@@ -322,7 +323,7 @@ def start_pipeline(
     return load_pipeline(str(config.out / "start"))
 
 
-def refuse_other_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
+def check_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
     """Raise ValueError unless the model to start from has the size, encoder and objective that the
     card of the run will tell.
     """

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..hooks.module import HookedModule
-from ..pipelines.checks import check_denoiser, failures_of, refuse
+from ..pipelines.checks import check_denoiser, failures_of, raise_failures
 from ..pixart.dit import HookedDiT
 from . import (
     aura_flow,
@@ -123,7 +123,7 @@ def hook(transformer: nn.Module, check: bool = True) -> Any:
     )
     if check:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            refuse(kind, [f"its {failure}" for failure in _failures(model)])
+            raise_failures(kind, [f"its {failure}" for failure in _failures(model)])
     return model
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks.layout import Layout
-from ..hooks.module import HookedModule, NoLanguageModel, UnknownHookError
+from ..hooks.module import HookedModule, LanguageToolGuard, UnknownHookError
 from ..hooks.table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
@@ -125,7 +125,7 @@ class FamilyBlock(nn.Module):
         self.taps.append(StreamTap(module, point, layer, *args, **kwargs))
 
 
-class FamilyModel(NoLanguageModel, HookedModule):
+class FamilyModel(LanguageToolGuard, HookedModule):
     """A live transformer of a known family, with names for its attentions, residual streams and
     everything added to them.
 
@@ -205,7 +205,7 @@ class FamilyModel(NoLanguageModel, HookedModule):
             "interventions and sweeps open its pipeline with HookedTextToImage.from_pipeline(pipe)."
         )
 
-    def _refuse_gradient(self, gradient: Tensor) -> None:
+    def _raise_on_gradient(self, gradient: Tensor) -> None:
         raise NotImplementedError(
             f"{self.family.name} has no gradients to trust: {self.family.no_gradient}; use "
             "patching instead."
@@ -303,11 +303,11 @@ class FamilyModel(NoLanguageModel, HookedModule):
         """Run the wrapped module's own forward, with hooks.
 
         Raises:
-            SilentHookError: a hook point that is watched was not reached.
+            SilentHookError: a hook point that has a hook was not reached.
             LayoutError: a tensor has other positions than the family declares.
             NotImplementedError: in a backward pass, where the family's gradients are wrong.
         """
-        taps = [tap for tap in self._taps if tap.watched()]
+        taps = [tap for tap in self._taps if tap.has_hooks()]
         if not taps:
             return self.wrapped(*args, **kwargs)
         given = self._given(args, kwargs)
@@ -321,13 +321,13 @@ class FamilyModel(NoLanguageModel, HookedModule):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             output = self.wrapped(*args, **kwargs)
         if self.family.no_gradient and output[0].requires_grad:
-            output[0].register_hook(self._refuse_gradient)
-        _refuse_silent(taps, given)
+            output[0].register_hook(self._raise_on_gradient)
+        _check_all_fired(taps, given)
         return output
 
 
-def _refuse_silent(taps: Sequence[Any], given: Mapping[str, Any]) -> None:
-    """Raise SilentHookError if a watched hook point was not reached in a call with these
+def _check_all_fired(taps: Sequence[Any], given: Mapping[str, Any]) -> None:
+    """Raise SilentHookError if a hooked point was not reached in a call with these
     arguments.
     """
     skipped = set(given.get("skip_layers") or ())

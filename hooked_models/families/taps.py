@@ -1,7 +1,7 @@
 """The ways from a running module to a hook point and back: an attention kernel, a module's inputs,
 a module's outputs.
 
-A tap exists for the time of one call, in which its hook point is watched; a model whose points
+A tap exists for the time of one call, in which its hook point has a hook; a model whose points
 nobody watches runs as it is.
 """
 
@@ -33,7 +33,7 @@ HEAD_POINTS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern",
 
 
 class SilentHookError(RuntimeError):
-    """A hook point that is watched did not fire in a call that should have reached it."""
+    """A hook point that has a hook did not fire in a call that should have reached it."""
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class Tap(Protocol):
 
     layer: int
 
-    def watched(self) -> bool:
+    def has_hooks(self) -> bool:
         """Return True if a hook could see or change the tensor."""
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
@@ -54,7 +54,7 @@ class Tap(Protocol):
         """Hook the modules for the time of one call."""
 
     def silent(self) -> list[str]:
-        """Names of watched points that have not fired since `attach`."""
+        """Names of hooked points that have not fired since `attach`."""
 
 
 def _legible(bias: Tensor | None) -> Tensor | None:
@@ -82,7 +82,7 @@ class FamilyHeads(AttentionCore):
         # hidden from nn.Module, which would register the live modules
         self.__dict__["weights"] = weights
 
-    def watched(self) -> bool:
+    def has_hooks(self) -> bool:
         """Return True if a hook or an observer is attached."""
         return self.on_qk is not None or any(has_hooks(getattr(self, name)) for name in HEAD_POINTS)
 
@@ -247,7 +247,7 @@ class _Kernel(TorchFunctionMode):
 
 @dataclass
 class KernelTap:
-    """An attention, watched where it calls torch's kernel; it runs with diffusers' native backend
+    """An attention, hooked where it calls torch's kernel; it runs with diffusers' native backend
     for the time of the call.
     """
 
@@ -255,8 +255,8 @@ class KernelTap:
     heads: FamilyHeads
     layer: int
 
-    def watched(self) -> bool:
-        return self.heads.watched()
+    def has_hooks(self) -> bool:
+        return self.heads.has_hooks()
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
         queries, keys = {self.heads.queries}, {self.heads.keys}
@@ -332,7 +332,7 @@ class StreamTap:
     calls: int = 0
     parameters: tuple[str, ...] = field(default=(), init=False)
 
-    def watched(self) -> bool:
+    def has_hooks(self) -> bool:
         return has_hooks(self.point)
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:

@@ -29,7 +29,7 @@ class TextTap:
     layer: int = -1
     fired: bool = field(default=False, init=False)
 
-    def watched(self) -> bool:
+    def has_hooks(self) -> bool:
         return has_hooks(self.point)
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:

@@ -17,15 +17,23 @@ from transformer_lens import ActivationCache
 from ..arguments import integer, one_of, shown
 from ..hooks.module import NameFilter, unknown_hook
 from ..hooks.table import axis_sizes
+from ..lazy_imports import renamed
 from ..pipelines.hub import recorded_source
 from ..pixart.cache import DiTCache, expand_shorthand, look_up
 from .cache_store import IMAGES, LazyTensors, open_cache
 from .capture import TEXT_KV, Heads, Patterns, Recorder, head_axis, heads_by_layer
-from .names import BRANCHES, FINAL, Branch, Site
+from .names import BRANCHES, IMAGE_HOOK, Branch, Site
 
 if TYPE_CHECKING:
     from .model import HookedTextToImage
 
+__getattr__ = renamed(
+    __name__,
+    {
+        "refuse_if_too_large": "hooked_models.generation.cache:check_memory",
+        "refuse_if_does_not_fit": "hooked_models.generation.cache:check_disk",
+    },
+)
 
 KEEPS_BATCH = (
     "a whole generation's cache keeps its batch axis: use cache.at(step=s).remove_batch_dim() "
@@ -381,7 +389,7 @@ def estimate_sites(
     for site in recorder.sites:
         module = (
             model.codec
-            if site.inner == FINAL
+            if site.inner == IMAGE_HOOK
             else model.text_encoder
             if site.part.endswith("text_encoder")
             else model.dit
@@ -403,9 +411,7 @@ def estimate_sites(
     return CacheEstimate(sizes, frozenset(shared))
 
 
-def refuse_if_too_large(
-    estimate: CacheEstimate, max_bytes: int | None, device: torch.device
-) -> None:
+def check_memory(estimate: CacheEstimate, max_bytes: int | None, device: torch.device) -> None:
     """Raise CacheTooLargeError for a cache above `max_bytes`, by default a quarter of the free
     memory.
     """
@@ -426,7 +432,7 @@ def refuse_if_too_large(
     )
 
 
-def refuse_if_does_not_fit(estimate: CacheEstimate, out: str | Path) -> None:
+def check_disk(estimate: CacheEstimate, out: str | Path) -> None:
     """Raise CacheTooLargeError for a cache that the disk of `out` has no room for."""
     place = next(
         path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists()

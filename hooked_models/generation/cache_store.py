@@ -116,7 +116,7 @@ def record_to_folder(
         ValueError: the folder holds another generation.
     """
     model = recorder.model
-    if model.hooked_inside:
+    if model.has_hooks_inside:
         raise ValueError(
             "A folder cannot record hooks inside the denoiser or the text encoder: attach them to "
             "the model itself."

@@ -161,7 +161,9 @@ class Recorder:
             return False
         pair = [f"{site.inner.rpartition('.')[0]}.{leaf}" for leaf in PATTERN]
         sites = [Site("dit", inner, site.step, branch) for inner in pair for branch in BRANCHES]
-        attached = any(True for _ in self.model.firing(lambda one: one in sites, lambda: sites))
+        attached = any(
+            True for _ in self.model.active_hooks(lambda one: one in sites, lambda: sites)
+        )
         return not attached and not any(has_hooks(self.model.dit.hook_dict[name]) for name in pair)
 
     def _pattern_hooks(self, site: Site) -> Iterator[tuple[str, HookFunction]]:

@@ -49,7 +49,7 @@ class SamplerHooks(HookedModule):
 
 
 @dataclass(frozen=True)
-class Attached:
+class AttachedHook:
     """One hook of a generation: site, function and direction."""
 
     where: Site | Callable[[str], bool]
@@ -64,14 +64,14 @@ class Attached:
 
     @property
     def site(self) -> Site:
-        """The resolved site; a hook returned by `HookedGeneration.firing` always has one."""
+        """The resolved site; a hook returned by `HookedGeneration.active_hooks` always has one."""
         assert isinstance(self.where, Site)
         return self.where
 
 
 @contextmanager
 def attach(
-    hooks: Iterable[Attached],
+    hooks: Iterable[AttachedHook],
     module: Callable[[str], HookedModule],
     rows: Callable[[Branch], slice] | None = None,
     contexts: dict[str, dict[str, Any]] | None = None,
@@ -89,19 +89,21 @@ def attach(
         point = GenerationHookPoint(site)
         if contexts is not None:
             point.ctx = contexts.setdefault(site.name, {})
-        function = partial(on_rows, attached.function, point, part)
+        function = partial(restrict_to_rows, attached.function, point, part)
         per_point.setdefault((site.part, attached.direction, site.inner), []).append(function)
     with ExitStack() as stack:
         for part_name in {part for part, _, _ in per_point}:
             pairs: dict[str, list[Any]] = {"fwd": [], "bwd": []}
             for (owner, direction, inner), functions in per_point.items():
                 if owner == part_name:
-                    pairs[direction].append((inner, partial(in_turn, functions)))
+                    pairs[direction].append((inner, partial(chain_hooks, functions)))
             stack.enter_context(module(part_name).hooks(pairs["fwd"], pairs["bwd"]))
         yield
 
 
-def in_turn(functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint) -> Tensor | None:
+def chain_hooks(
+    functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint
+) -> Tensor | None:
     """Compose hooks; each receives the previous one's output (torch would hand every backward hook
     the first gradient).
     """
@@ -112,7 +114,7 @@ def in_turn(functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint) 
     return changed
 
 
-def on_rows(
+def restrict_to_rows(
     function: HookFunction,
     point: GenerationHookPoint,
     rows: slice | None,
@@ -156,8 +158,10 @@ def on_rows(
 
 
 def select(
-    hooks: Iterable[Attached], chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]
-) -> Iterator[Attached]:
+    hooks: Iterable[AttachedHook],
+    chosen: Callable[[Site], bool],
+    sites: Callable[[], Iterable[Site]],
+) -> Iterator[AttachedHook]:
     """The hooks whose site is `chosen`, in order; predicates are asked of `sites`."""
     for hook in hooks:
         if isinstance(hook.where, Site):
@@ -174,13 +178,13 @@ def select(
 class Buckets:
     """Hooks by step, so that a step does not go over those of all steps."""
 
-    def __init__(self, hooks: Iterable[Attached]) -> None:
-        self.by_step: dict[int | None, list[tuple[int, Attached]]] = {}
+    def __init__(self, hooks: Iterable[AttachedHook]) -> None:
+        self.by_step: dict[int | None, list[tuple[int, AttachedHook]]] = {}
         for order, hook in enumerate(hooks):
             step = hook.where.step if isinstance(hook.where, Site) else None
             self.by_step.setdefault(step, []).append((order, hook))
 
-    def at(self, step: int, names: GenerationNames, extent: Extent) -> list[Attached]:
+    def at(self, step: int, names: GenerationNames, extent: Extent) -> list[AttachedHook]:
         """Those that fire at a step, in the order in which they were attached; predicates are asked
         of the step's names.
         """
@@ -255,7 +259,7 @@ class HookedGeneration(HookedRootModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: list[Attached] = []
+        self._kept: list[AttachedHook] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -273,7 +277,7 @@ class HookedGeneration(HookedRootModule):
             ) from None
 
     @property
-    def attached(self) -> tuple[Attached, ...]:
+    def attached(self) -> tuple[AttachedHook, ...]:
         """The hooks that a run made here has: those of the blocks that the caller is in, and those
         that were added for good.
         """
@@ -288,7 +292,7 @@ class HookedGeneration(HookedRootModule):
             _CONTEXTS.set(known := WeakKeyDictionary())
         return known.setdefault(self, {})
 
-    def _lists(self) -> Iterator[list[Attached]]:
+    def _lists(self) -> Iterator[list[AttachedHook]]:
         """The lists of attached hooks that count here: of the scopes around, and of those added for
         good.
         """
@@ -300,20 +304,20 @@ class HookedGeneration(HookedRootModule):
     def _resolve(self, where: str | Callable[[str], bool]) -> Site | Callable[[str], bool]:
         return self.names.site(where) if isinstance(where, str) else where
 
-    def firing(
+    def active_hooks(
         self, chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]
-    ) -> Iterator[Attached]:
+    ) -> Iterator[AttachedHook]:
         """The attached hooks whose site is `chosen`, in the order of attachment; predicates are
         asked of `sites`.
         """
         return select(self.attached, chosen, sites)
 
-    def firing_in_run(self, extent: Extent) -> list[Attached]:
+    def active_hooks_of_run(self, extent: Extent) -> list[AttachedHook]:
         """Every attached hook, at every site of a whole generation."""
-        return list(self.firing(extent.fires, lambda: self.names.sites(len(extent.solver))))
+        return list(self.active_hooks(extent.fires, lambda: self.names.sites(len(extent.solver))))
 
     @property
-    def hooked_inside(self) -> bool:
+    def has_hooks_inside(self) -> bool:
         """True if a hook was attached to a module inside, past the names of a generation."""
         modules = (self.dit, self.names.text_encoder, self.sampler_hooks)
         return any(
@@ -323,11 +327,11 @@ class HookedGeneration(HookedRootModule):
             for point in module.hook_dict.values()
         )
 
-    def refuse_hooks(self, why: str) -> None:
+    def check_no_hooks(self, why: str) -> None:
         """Raise ValueError if anything is attached, here or to a module inside; `why` begins the
         message.
         """
-        if self.attached or self.hooked_inside:
+        if self.attached or self.has_hooks_inside:
             raise ValueError(f"{why}, and hooks are attached to the model: reset_hooks() first.")
 
     @contextmanager
@@ -353,11 +357,11 @@ class HookedGeneration(HookedRootModule):
         """
         level = 1 + sum(each.owner is self for each in scopes())
         new = [
-            Attached(self._resolve(where), fn, "fwd", level=level)
+            AttachedHook(self._resolve(where), fn, "fwd", level=level)
             for where, fn in as_hooks(fwd_hooks)
         ]
         new += [
-            Attached(self._resolve(where), fn, "bwd", level=level)
+            AttachedHook(self._resolve(where), fn, "bwd", level=level)
             for where, fn in as_hooks(bwd_hooks)
         ]
         if not reset_hooks_end:
@@ -386,7 +390,7 @@ class HookedGeneration(HookedRootModule):
         `reset_hooks(including_permanent=True)`.
         """
         ((where, function),) = as_hooks([(name, hook)])
-        new = Attached(self._resolve(where), function, dir, is_permanent, level)
+        new = AttachedHook(self._resolve(where), function, dir, is_permanent, level)
         for known in self._lists():
             known.insert(0 if prepend else len(known), new)
 
@@ -399,7 +403,7 @@ class HookedGeneration(HookedRootModule):
     ) -> None:
         """Remove hooks, here and in the models inside. Arguments as in TransformerLens."""
 
-        def stays(hook: Attached) -> bool:
+        def stays(hook: AttachedHook) -> bool:
             others = direction not in ("both", hook.direction) or (
                 level is not None and hook.level != level
             )

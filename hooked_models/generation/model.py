@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..arguments import chosen_steps, diffusers_names, integer, one_of, torch_device
 from ..hooks.layout import Layout
-from ..hooks.module import NameFilter, NoLanguageModel
+from ..hooks.module import LanguageToolGuard, NameFilter
 from ..hooks.table import Axes
 from ..pipelines.folder import PIXART
 from ..pipelines.pipeline_model import PipelineModel
@@ -25,15 +25,15 @@ from ..text_encoders.words import EncodedText
 from .cache import (
     KEEPS_BATCH,
     GenerationCache,
+    check_disk,
+    check_memory,
     estimate_sites,
-    refuse_if_does_not_fit,
-    refuse_if_too_large,
 )
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer
-from .hooks import Attached, HookedGeneration, attach, select
+from .hooks import AttachedHook, HookedGeneration, attach, select
 from .loops import Call
-from .names import BRANCHES, FINAL, Branch, GenerationNames, Site
+from .names import BRANCHES, IMAGE_HOOK, Branch, GenerationNames, Site
 from .passes import Denoise, Pass, Rows, from_step
 from .sampling import Seeds
 from .trajectory import Record, Run
@@ -45,7 +45,7 @@ DEFAULT_GUIDANCE = 4.5
 """Of PixArt; other pipelines have their own."""
 
 
-class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
+class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
     """A text-to-image pipeline whose every tensor has a name at every denoising step and guidance
     branch.
 
@@ -166,7 +166,7 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         """Inputs whose text lies at `inputs` + alpha · (`others` − `inputs`)."""
         raise NotImplementedError
 
-    def alike(self, inputs: Any, others: Any) -> tuple[Any, Any]:
+    def same_length(self, inputs: Any, others: Any) -> tuple[Any, Any]:
         """Both inputs with texts of one length.
 
         Raises:
@@ -306,7 +306,9 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         visitor = Pass(self, inputs, hooks, record, leaving, denoise, after)
         latent = self.loop(inputs, visitor, len(inputs.solver) if until is None else until)
         images = tuple(
-            select(hooks, lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)])
+            select(
+                hooks, lambda site: site.inner == IMAGE_HOOK, lambda: [Site("sampler", IMAGE_HOOK)]
+            )
         )
         return Run(self, inputs, visitor.record, latent, images)
 
@@ -339,12 +341,14 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         return self.seen(self.pixels(run), run.hooks)
 
     def seen(
-        self, images: Float[Tensor, "batch 3 height width"], hooks: Sequence[Attached] = ()
+        self, images: Float[Tensor, "batch 3 height width"], hooks: Sequence[AttachedHook] = ()
     ) -> Float[Tensor, "batch 3 height width"]:
         """Images through `hook_image`: with `hooks`, then with those attached to the model by
         now.
         """
-        attached = self.firing(lambda site: site.inner == FINAL, lambda: [Site("sampler", FINAL)])
+        attached = self.active_hooks(
+            lambda site: site.inner == IMAGE_HOOK, lambda: [Site("sampler", IMAGE_HOOK)]
+        )
         known = {id(hook.function) for hook in hooks}
         several = [*hooks, *(hook for hook in attached if id(hook.function) not in known)]
         with attach(several, self.names.module, contexts=self.contexts()):
@@ -471,11 +475,11 @@ class HookedTextToImage(NoLanguageModel, PipelineModel, HookedGeneration):
         )
         size = estimate_sites(recorder, lambda site: self.shape(draft, site))
         if out is not None:
-            refuse_if_does_not_fit(size, out)
+            check_disk(size, out)
             with torch.no_grad():
                 images = record_to_folder(recorder, out, arguments, options)
             return images, GenerationCache.load(out, self)
-        refuse_if_too_large(size, max_bytes, device or self.device)
+        check_memory(size, max_bytes, device or self.device)
         with self.hooks(recorder.hooks()):
             recorder.inputs = inputs = self.prepare(*arguments, **options)
             images = self.run(inputs).images

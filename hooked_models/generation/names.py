@@ -21,7 +21,7 @@ BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
 Head = str | tuple[int, int]
 """\"L2H8\" or (2, 8)."""
 Part = Literal["dit", "sampler", "text_encoder", "null_text_encoder"]
-FINAL = "hook_image"
+IMAGE_HOOK = "hook_image"
 
 
 def parse_head(head: Head) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class Site:
         return (guided or not self.needs_uncond) and (forms_x0 or self.inner != "hook_x0")
 
 
-BLANK = HookPoint()
+_TEMPLATE_POINT = HookPoint()
 
 
 class GenerationHookPoint(HookPoint):
@@ -107,7 +107,7 @@ class GenerationHookPoint(HookPoint):
     def __init__(self, site: Site) -> None:
         # Thousands are made where all names are hooked: without nn.Module's checks of every
         # attribute that is set.
-        self.__dict__.update(vars(BLANK), fwd_hooks=[], bwd_hooks=[], ctx={})
+        self.__dict__.update(vars(_TEMPLATE_POINT), fwd_hooks=[], bwd_hooks=[], ctx={})
         self.__dict__.update(name=site.name, step=site.step, branch=site.branch, _layer=site.layer)
 
     def layer(self) -> int:
@@ -179,10 +179,10 @@ class GenerationNames(Mapping[str, HookPoint]):
                             self.dit,
                             f"steps.{step}.{branch}.",
                         )
-                if rest in self.sampler.hook_dict and rest != FINAL:
+                if rest in self.sampler.hook_dict and rest != IMAGE_HOOK:
                     return Site("sampler", rest, int(step))
-        if name == FINAL:
-            return Site("sampler", FINAL)
+        if name == IMAGE_HOOK:
+            return Site("sampler", IMAGE_HOOK)
         if name in self.dit.mod_dict and name.rpartition(".")[2].startswith("hook_"):
             raise UnknownHookError(
                 f"{name!r} is computed at every step and in each branch: name one, "
@@ -243,9 +243,9 @@ class GenerationNames(Mapping[str, HookPoint]):
             yield from (
                 Site("sampler", inner, step)
                 for inner in self.sampler.hook_dict
-                if inner not in ("hook_latent", FINAL)
+                if inner not in ("hook_latent", IMAGE_HOOK)
             )
-        yield Site("sampler", FINAL)
+        yield Site("sampler", IMAGE_HOOK)
 
     def _sites(self, steps: tuple[int, ...], branch: Branch | Literal["both"]) -> Sequence[Site]:
         """Every site; kept for the next time, for as long as no flag lets other hooks fire."""

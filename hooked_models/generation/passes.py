@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..hooks.module import has_hooks
-from .hooks import Attached, Buckets, attach
+from .hooks import AttachedHook, Buckets, attach
 from .loops import Call, Text, rows_of
 from .names import Branch
 from .trajectory import Record
@@ -51,7 +51,7 @@ class Pass:
         self,
         model: HookedTextToImage,
         inputs: Any,
-        hooks: Sequence[Attached],
+        hooks: Sequence[AttachedHook],
         record: Record | None = None,
         rows: Callable[[int], Rows] = lambda step: None,
         denoise: Denoise | None = None,
@@ -67,7 +67,7 @@ class Pass:
         self.latents: list[Tensor] = []
         self.predictions: dict[tuple[int, tuple[Branch, ...]], Tensor] = {}
         self.outs: list[Tensor] = []
-        self._here: tuple[int, list[Attached]] = -1, []
+        self._here: tuple[int, list[AttachedHook]] = -1, []
 
     @property
     def record(self) -> Record:
@@ -158,7 +158,7 @@ class Pass:
 
     # Hooks
 
-    def _firing(self, step: int, part: str) -> list[Attached]:
+    def _firing(self, step: int, part: str) -> list[AttachedHook]:
         if self._here[0] != step:
             self._here = step, self.hooks.at(step, self.model.names, self.inputs.extent)
         return [hook for hook in self._here[1] if hook.site.part == part]

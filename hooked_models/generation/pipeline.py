@@ -24,7 +24,7 @@ from ..store import digest
 from ..text_encoders.words import EncodedText, padded
 from .hooks import SamplerHooks
 from .model import DEFAULT_STEPS, HookedTextToImage
-from .names import FINAL, Branch, GenerationNames, Site
+from .names import IMAGE_HOOK, Branch, GenerationNames, Site
 from .pipeline_inputs import Bound, PipelineInputs
 from .pipeline_loop import PipelineLoop
 from .sampling import Seeds, Solver, seed_of_each
@@ -247,7 +247,7 @@ class HookedPipeline(HookedTextToImage):
         """As in HookedTextToImage: every tensor of the encoded text."""
         return replace(inputs, encoded=_lerp(inputs.encoded, others.encoded, alpha))
 
-    def alike(
+    def same_length(
         self, inputs: PipelineInputs, others: PipelineInputs
     ) -> tuple[PipelineInputs, PipelineInputs]:
         """As in HookedTextToImage."""
@@ -317,7 +317,7 @@ class HookedPipeline(HookedTextToImage):
 
     def axes(self, site: Site) -> Axes:
         """As in HookedTextToImage; tensors between calls have the pipeline's own axes."""
-        if site.part != "sampler" or site.inner == FINAL:
+        if site.part != "sampler" or site.inner == IMAGE_HOOK:
             return super().axes(site)
         return (
             "batch",

@@ -24,7 +24,7 @@ from ..hooks.layout import Layout
 from ..hooks.texts import joined_text
 from ..pipelines.weightless import has_weights_on, moved
 from .loops import Call, Visitor
-from .names import BRANCHES, FINAL, Branch
+from .names import BRANCHES, IMAGE_HOOK, Branch
 from .pipeline_inputs import Bound, PipelineInputs
 from .sampling import Solver, solver_prepared
 
@@ -295,7 +295,7 @@ class PipelineLoop:
             branches=tuple(first),
             uncond=frozenset(uncond),
             layouts=layouts,
-            shapes=shapes | texts | {FINAL: image_shape(inputs)},
+            shapes=shapes | texts | {IMAGE_HOOK: image_shape(inputs)},
         )
 
     def decode(

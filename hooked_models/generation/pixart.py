@@ -30,7 +30,7 @@ from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomToke
 from ..text_encoders.t5 import HookedT5Encoder
 from ..text_encoders.words import EncodedText, encode_text
 from .cache import activation_shape
-from .hooks import Attached, SamplerHooks, attach
+from .hooks import AttachedHook, SamplerHooks, attach
 from .loops import PixArtLoop, branches_of
 from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS, HookedTextToImage, Prompts
 from .names import Branch, GenerationNames, Part, Site
@@ -52,7 +52,7 @@ def hooked_encoder(encoder: nn.Module) -> nn.Module:
     return HookedT5Encoder(encoder) if isinstance(encoder, T5EncoderModel) else encoder
 
 
-def refuse_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Raise TypeError for arguments of a run that PixArt has not."""
     for name in options:
         raise TypeError(
@@ -284,8 +284,8 @@ class HookedPixArt(HookedTextToImage):
             torch.cat([uncond, cond]), torch.cat([null_mask, mask]).to(self.device)
         )
 
-    def _firing_in(self, part: Part) -> Iterator[Attached]:
-        return self.firing(lambda site: site.part == part, lambda: self.names.sites(steps=[]))
+    def _firing_in(self, part: Part) -> Iterator[AttachedHook]:
+        return self.active_hooks(lambda site: site.part == part, lambda: self.names.sites(steps=[]))
 
     # Inputs of a run
 
@@ -301,7 +301,7 @@ class HookedPixArt(HookedTextToImage):
         """As in HookedTextToImage; a text of zero width stands for the text that is not encoded
         yet.
         """
-        refuse_options(options)
+        check_options(options)
         guidance = number("guidance", self.default_guidance if guidance is None else guidance)
         tokens = (
             self._token_ids(prompts) if isinstance(prompts, Tensor) else self.to_tokens(prompts)
@@ -350,7 +350,7 @@ class HookedPixArt(HookedTextToImage):
         )
 
     @torch.no_grad()
-    def alike(self, inputs: Inputs, others: Inputs) -> tuple[Inputs, Inputs]:
+    def same_length(self, inputs: Inputs, others: Inputs) -> tuple[Inputs, Inputs]:
         """As in HookedTextToImage: the shorter text is padded, and nothing attends to pads."""
         length = max(inputs.text.text.shape[1], others.text.text.shape[1])
 
@@ -403,7 +403,7 @@ class HookedPixArt(HookedTextToImage):
             >>> model.encoded_texts("red circle")[0].spans
             [(0, 3), (4, 10), (0, 0)]
         """
-        refuse_options(options)
+        check_options(options)
         length = self.to_tokens(prompts).shape[1] if length is None else length
         return [encode_text(self.tokenizer, text, length) for text in self.prompt_texts(prompts)]
 
@@ -500,7 +500,9 @@ class HookedPixArt(HookedTextToImage):
         return (image / 2 + 0.5).clamp(0, 1)
 
     def decode(
-        self, latent: Float[Tensor, "batch channel rows columns"], hooks: Sequence[Attached] = ()
+        self,
+        latent: Float[Tensor, "batch channel rows columns"],
+        hooks: Sequence[AttachedHook] = (),
     ) -> Float[Tensor, "batch 3 height width"]:
         """Latents → images in [0, 1], through `hook_image`: with `hooks`, then with those attached
         to the model by now.

@@ -16,7 +16,7 @@ from ..arguments import chosen_steps, integer, row_indices
 from ..hooks.wrapping import Stamp, stamp
 from ..pixart.text_state import TextState
 from ..store import digest
-from .hooks import Attached, Extent, Hooks
+from .hooks import AttachedHook, Extent, Hooks
 from .loops import branches_of
 from .names import Branch
 from .sampling import Solver
@@ -200,7 +200,7 @@ class Run:
     record: Record
     latent: Float[Tensor, "batch ..."]
     """After the last recorded step."""
-    hooks: tuple[Attached, ...] = ()
+    hooks: tuple[AttachedHook, ...] = ()
     """Those on `hook_image` that it was made with."""
 
     def __repr__(self) -> str:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from ..lazy_imports import renamed
 from .module import (
     HookedModule,
     HookFunction,
+    LanguageToolGuard,
     NameFilter,
-    NoLanguageModel,
     NotFoldedError,
     UnknownHookError,
     has_hooks,
     unknown_hook,
 )
 
+__getattr__ = renamed(__name__, {"NoLanguageModel": "hooked_models.hooks:LanguageToolGuard"})
+
 __all__ = [
     "HookFunction",
     "HookedModule",
+    "LanguageToolGuard",
     "NameFilter",
-    "NoLanguageModel",
     "NotFoldedError",
     "UnknownHookError",
     "has_hooks",

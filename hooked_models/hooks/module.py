@@ -27,6 +27,7 @@ from .table import POSITIONS, Axes, HookPart, axis_of, hook_row
 __getattr__ = renamed(
     __name__,
     {
+        "NoLanguageModel": "hooked_models.hooks.module:LanguageToolGuard",
         "watched": "hooked_models.hooks.module:has_hooks",
     },
 )
@@ -63,7 +64,7 @@ class NotFoldedError(ValueError):
     """
 
 
-class NoLanguageModel(nn.Module):
+class LanguageToolGuard(nn.Module):
     """A model that TransformerLens' evaluations of language models may be called with, and which
     then says why not.
     """

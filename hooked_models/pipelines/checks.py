@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks.module import HookedModule
+from ..lazy_imports import renamed
 from ..pixart.dit import HookedDiT
 from ..text_encoders.t5 import HookedT5Encoder
 
 if TYPE_CHECKING:
     from .pipeline_model import PipelineModel
+
+__getattr__ = renamed(__name__, {"refuse": "hooked_models.pipelines.checks:raise_failures"})
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """Allowed difference to the wrapped module, as a share of its output's largest value.
@@ -41,7 +44,7 @@ class ModelCheckError(RuntimeError):
     """A hooked model differs from the module it wraps, or its hooks do not match their names.
 
     Example:
-        >>> refuse("my-model", ["output differs from the original's"])
+        >>> raise_failures("my-model", ["output differs from the original's"])
         Traceback (most recent call last):
         hooked_models.pipelines.checks.ModelCheckError: my-model failed its checks with ...
     """
@@ -59,10 +62,10 @@ def check_model(model: PipelineModel, name: str = "this model") -> None:
     failures = check_denoiser(model.dit) if isinstance(model.dit, HookedDiT) else []
     if isinstance(model.text_encoder, HookedT5Encoder):
         failures += check_text_encoder(model.text_encoder)
-    refuse(name, failures)
+    raise_failures(name, failures)
 
 
-def refuse(name: str, failures: Sequence[str]) -> None:
+def raise_failures(name: str, failures: Sequence[str]) -> None:
     """Raise ModelCheckError if there are failures."""
     if not failures:
         return

@@ -114,7 +114,7 @@ def _check_files(source: Source, name: str, cls: Any, variant: str | None, weigh
         read_json(file)
     if weights and has_weights(cls):
         for file in weight_files(source, name, cls, variant):
-            _refuse_damaged(file)
+            _raise_if_damaged(file)
 
 
 def read_index(source: Source) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def _is_pair(value: Any) -> bool:
     )
 
 
-def _refuse_damaged(file: Path) -> None:
+def _raise_if_damaged(file: Path) -> None:
     try:
         with safe_open(file, "pt"):
             pass  # opening reads the header and compares the file's size with it

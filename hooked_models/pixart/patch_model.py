@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from ..hooks.module import HookedModule, NoLanguageModel, has_hooks
+from ..hooks.module import HookedModule, LanguageToolGuard, has_hooks
 from ..hooks.wrapping import Wrapped
 from .config import DiTConfig
 
@@ -29,7 +29,7 @@ def writable(constant: Tensor, hooked: bool) -> Tensor:
     return constant.clone()
 
 
-class PatchModel(NoLanguageModel, HookedModule):
+class PatchModel(LanguageToolGuard, HookedModule):
     """A hooked transformer over patches, around a live module with fixed position codes."""
 
     blocks: Any

@@ -20,7 +20,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from ..hooks.layout import Layout
-from ..hooks.module import HookFunction, NameFilter, NoLanguageModel, NotFoldedError
+from ..hooks.module import HookFunction, LanguageToolGuard, NameFilter, NotFoldedError
 from ..hooks.table import JOINT_POSITIONS
 from ..hooks.wrapping import stamp
 from .cache import DiTCache
@@ -74,7 +74,7 @@ def number_of_positions(dit: Any, layout: Layout, pos: Literal["image", "text", 
     return number[pos] if pos in number else layout.length("joint")
 
 
-class View(NoLanguageModel):
+class View(LanguageToolGuard):
     """Base of both views; a subclass defines how rows of its table are run.
 
     Attributes that a view lacks are the denoiser's (`cfg`, `hook_dict`, `W_U`, flags, …).

@@ -10,17 +10,20 @@ new one; later damage is named in one sentence, with its remedy.
 
 from __future__ import annotations
 
-from .folder import Index, Store, refuse_other_settings
+from ..lazy_imports import renamed
+from .folder import Index, Store, check_settings
 from .hashing import digest, fingerprint
 from .writing import disk_errors, replace_folder, write_json, write_whole
+
+__getattr__ = renamed(__name__, {"refuse_other_settings": "hooked_models.store:check_settings"})
 
 __all__ = [
     "Index",
     "Store",
+    "check_settings",
     "digest",
     "disk_errors",
     "fingerprint",
-    "refuse_other_settings",
     "replace_folder",
     "write_json",
     "write_whole",

@@ -153,7 +153,7 @@ class Store(Index):
         try:
             found = Index.read(folder, remedy)
             if found is not None:
-                refuse_other_settings(folder, found.settings, wanted, may_change)
+                check_settings(folder, found.settings, wanted, may_change)
             remove_parts(folder)
             kept = {} if found is None else found.files
             super().__init__(
@@ -295,13 +295,13 @@ class Store(Index):
         self._write_index(self.files)
 
 
-def refuse_other_settings(
+def check_settings(
     folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], may_change: Sequence[str] = ()
 ) -> None:
     """Raise ValueError if results were made with other settings, apart from those in `may_change`.
 
     Example:
-        >>> refuse_other_settings(Path("out"), {"seed": 0}, {"seed": 1})
+        >>> check_settings(Path("out"), {"seed": 0}, {"seed": 1})
         Traceback (most recent call last):
         ValueError: out holds results that were made with other seed (0, now 1): ...
     """

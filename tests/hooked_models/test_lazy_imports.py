@@ -70,3 +70,29 @@ def test_names_that_moved_say_where_to(module, name, now):
     with pytest.warns(DeprecationWarning, match=f"{module}.{name} is now {now}.{name}; the old"):
         old = getattr(importlib.import_module(module), name)
     assert old is getattr(importlib.import_module(now), name)
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("dit_lens.store", "refuse_other_settings", "hooked_models.store.check_settings"),
+        ("dit_lens.task", "word", "dit_lens.task.captions.render_caption"),
+        ("hooked_models.hooks", "NoLanguageModel", "hooked_models.hooks.LanguageToolGuard"),
+        (
+            "hooked_models.pipelines.checks",
+            "refuse",
+            "hooked_models.pipelines.checks.raise_failures",
+        ),
+    ],
+)
+def test_names_that_changed_say_their_new_one(module, old, new):
+    with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now {new}; the old"):
+        assert getattr(importlib.import_module(module), old).__name__ == new.rpartition(".")[2]
+
+
+def test_arguments_that_changed_say_their_new_name():
+    with (
+        pytest.warns(DeprecationWarning, match="dose_response: ks is now doses; the old name"),
+        pytest.raises(TypeError, match="missing 1 required positional argument: 'scenes'"),
+    ):
+        dit_lens.steering.dose_response(None, ks=(0, 1))

@@ -149,7 +149,9 @@ def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monk
         return scenes.render(images)
 
     monkeypatch.setattr(steering, "_generate", draw)
-    found = steering.dose_response(micro, WANTED, ks=(0, 1, 2), seeds=(4, 7), draws=2, batch_size=7)
+    found = steering.dose_response(
+        micro, WANTED, doses=(0, 1, 2), seeds=(4, 7), draws=2, batch_size=7
+    )
     assert dict(found.sizes) == {"condition": 5, "k": 3, "scene": 6, "seed": 2}
     assert list(found.kind.values) == [
         "steered",
@@ -183,7 +185,7 @@ def test_controls_have_the_same_norms_at_the_same_or_at_other_tokens(micro, monk
         return torch.zeros(len(texts), 3, 128, 128)
 
     monkeypatch.setattr(steering, "_generate", record)
-    steering.dose_response(micro, WANTED, ks=(2.0,), draws=2)
+    steering.dose_response(micro, WANTED, doses=(2.0,), draws=2)
     for scene in WANTED:
         text = scenes.caption(scene)
         own, *random, wrong_0, wrong_1 = (row.norm(dim=1) for row in given[text])
@@ -206,7 +208,7 @@ def test_controls_have_the_same_norms_at_the_same_or_at_other_tokens(micro, monk
 def test_a_dose_of_one_draws_what_the_swapped_caption_does(micro):
     wanted = [Scene("circle", "red", 40, 64, "square", "blue", 90, 64, "left", "left of")]
     found = steering.dose_response(
-        micro, wanted, "right", ks=(0, 1), seeds=(0, 1), draws=0, batch_size=3, num_steps=8
+        micro, wanted, "right", doses=(0, 1), seeds=(0, 1), draws=0, batch_size=3, num_steps=8
     )
     texts = [scenes.caption(wanted[0], phrase) for phrase in ("left of", "right of")]
     for k, text in enumerate(texts):

@@ -25,7 +25,7 @@ from torch import Tensor
 from dit_lens import sweep
 from dit_lens.intervene.interventions import Intervention
 from dit_lens.sweep import cluster
-from dit_lens.sweep.clean import Clean
+from dit_lens.sweep.clean import CleanRuns
 from dit_lens.sweep.execute import Execution
 from dit_lens.sweep.results import Results
 from hooked_models import HookedTextToImage
@@ -39,7 +39,7 @@ def model() -> HookedTextToImage:
 
 
 class InThisProcess:
-    """Stands for a cluster: what is sent is pickled, as Ray would, and worked on by one worker
+    """Stands for a cluster: what is sent is pickled, as Ray would, and advance on by one worker
     after the other.
     """
 
@@ -73,7 +73,7 @@ class InThisProcess:
             cloudpickle.dumps(worker.sample(part, reads, batch))
             for worker, part in zip(self.actors, parts, strict=True)
         ]
-        return Clean.join([pickle.loads(part) for part in sent])
+        return CleanRuns.join([pickle.loads(part) for part in sent])
 
     def tables(self, work: Any, jobs: Any) -> Iterator[pd.DataFrame]:
         shared = cloudpickle.dumps(work.on(None, None))
@@ -202,7 +202,7 @@ def lethal_worker(folder: Path) -> type[cluster.Worker]:
     """Workers of which the first that samples runs without intervention dies."""
 
     class Dying(cluster.Worker):
-        def sample(self, *args: Any) -> Clean:
+        def sample(self, *args: Any) -> CleanRuns:
             if not (folder / "killed").exists():
                 (folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -34,12 +34,12 @@ def model() -> HookedTextToImage:
 def scored(plan: sweep.Plan, score: Method, by: Any = None) -> pd.DataFrame:
     """Mean score and exact effect of every condition on the metric `m`."""
     metric = plan.metrics["m"] if by is None else sweep.Metric(by)
-    question = Question("m", metric, "", score, tuple(range(len(plan.treatments))))
+    question = Question("m", metric, "", score, tuple(range(len(plan.conditions))))
     with torch.no_grad():
         values = scores_of_rows(plan, plan.inputs(), question, np.arange(plan.runs))
     exact = plan.run()["m_effect"].sel(interval="mean").values
     return pd.DataFrame(
-        {"score": values.mean(axis=1), "exact": exact}, [one.label for one in plan.treatments]
+        {"score": values.mean(axis=1), "exact": exact}, [one.label for one in plan.conditions]
     )
 
 

@@ -418,7 +418,7 @@ def test_conditions_are_named_apart(model):
     found = sweep.plan(
         model, PROMPTS, SEEDS, [*shift, [shift[0], Intervention("hook_t_emb", steps=1)]], METRICS
     )
-    assert [one.label for one in found.treatments] == [
+    assert [one.label for one in found.conditions] == [
         "hook_latent steps=0 add",
         "hook_latent steps=0 add #2",
         "hook_latent steps=0 add + hook_t_emb steps=1 zero",

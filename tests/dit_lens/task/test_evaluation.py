@@ -14,7 +14,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from dit_lens import evaluation, planted, scenes
 from dit_lens.task import Scene
-from dit_lens.task.captions import TEMPLATES, word
+from dit_lens.task.captions import TEMPLATES, render_caption
 from hooked_models import HookedTextToImage
 
 SCENE = Scene("triangle", "red", 30, 40, "square", "blue", 90, 42, "left", "left of")
@@ -32,7 +32,7 @@ def rows(model) -> pd.DataFrame:
 
 
 def test_every_template_word_for_word():
-    assert {name: word(SCENE, name) for name in TEMPLATES} == {
+    assert {name: render_caption(SCENE, name) for name in TEMPLATES} == {
         "is": "red triangle is left of blue square",
         "no is": "red triangle left of blue square",
         "no is, the second": "red triangle left of the blue square",
@@ -47,9 +47,9 @@ def test_every_template_word_for_word():
     unnamed = Scene(
         "triangle", "red", 30, 40, "square", "blue", 90, 42, "left", "left of", names_color1=False
     )
-    assert word(unnamed, "the both") == "the triangle is left of the blue square"
+    assert render_caption(unnamed, "the both") == "the triangle is left of the blue square"
     with pytest.raises(ValueError, match="no template 'yoda': choose 'is', 'no is'"):
-        word(SCENE, "yoda")
+        render_caption(SCENE, "yoda")
 
 
 def test_rows_are_what_single_runs_give(model, rows):
@@ -67,7 +67,7 @@ def test_rows_are_what_single_runs_give(model, rows):
     for at in (0, N + 3, 2 * N + 1):
         row = rows.iloc[at]
         scene = wanted[row["split"]][row["scene"]]
-        assert row["prompt"] == word(scene, row["template"])
+        assert row["prompt"] == render_caption(scene, row["template"])
         with torch.no_grad():
             verdict = scenes.evaluate(model(row["prompt"], seed=int(row["scene"])), [scene])
         for name in (*evaluation.METRICS, *evaluation.GEOMETRY):
@@ -156,7 +156,7 @@ def test_a_stopped_evaluation_goes_on_and_refuses_another_model(model, rows, tmp
             raise KeyboardInterrupt
         return judge(images, wanted)
 
-    monkeypatch.setattr(scenes, "evaluate", twice)
+    monkeypatch.setattr(evaluation, "evaluate", twice)
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate_model(model, N, templates=[TEMPLATE], out=tmp_path)
     found = evaluation.evaluate_model(model, N, templates=[TEMPLATE], out=tmp_path)

@@ -254,7 +254,7 @@ def test_streams_that_are_mixed_up_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_denoiser_alone_says_how_to_open_its_pipeline() -> None:
     model = families.hook(small(FLUX))
-    for tool in ("refuse_hooks", "trajectory", "sampler", "text_encoder"):
+    for tool in ("check_no_hooks", "trajectory", "sampler", "text_encoder"):
         with pytest.raises(
             AttributeError,
             match=rf"FLUX.1 is hooked here as a denoiser alone.*no '{tool}'.*from_pipeline\(pipe\)",

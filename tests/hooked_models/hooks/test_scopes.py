@@ -138,7 +138,7 @@ def test_threads_have_their_own_hooks(model):
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, range(3))) == [True] * 3
     assert model.attached == ()
-    assert not model.hooked_inside
+    assert not model.has_hooks_inside
 
 
 def test_denoiser_calls_in_threads_have_their_own_hooks_and_flags(model):

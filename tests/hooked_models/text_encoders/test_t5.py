@@ -554,10 +554,10 @@ def model() -> HookedTextToImage:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-@pytest.mark.parametrize("hooked_inside", [False, True], ids=["model", "as_diffusers"])
+@pytest.mark.parametrize("has_hooks_inside", [False, True], ids=["model", "as_diffusers"])
 @torch.no_grad()
 def test_images_equal_the_pipelines(
-    dtype: torch.dtype, tolerance: float, hooked_inside: bool
+    dtype: torch.dtype, tolerance: float, has_hooks_inside: bool
 ) -> None:
     pipe = t5_pipeline(dtype)
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -571,7 +571,7 @@ def test_images_equal_the_pipelines(
     assert isinstance(model.text_encoder, HookedT5Encoder)
     ours = (
         images(model.as_diffusers())
-        if hooked_inside
+        if has_hooks_inside
         else model(PROMPTS, latents=noise, num_steps=5)
     )
     assert reference.std() > 0.05

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import is_several, shown
-from hooked_models.generation.names import FINAL, Branch, Site
+from hooked_models.generation.names import IMAGE_HOOK, Branch, Site
 
 from ..intervene.edits import Edit, Scale
 from ..intervene.interventions import Intervention
@@ -84,7 +84,7 @@ def _cell(
 
 
 @dataclass(frozen=True, eq=False)
-class Treatment:
+class Condition:
     """Edits of one condition, in rows of the sweep's prompts."""
 
     label: str
@@ -120,7 +120,7 @@ class Treatment:
     @cached_property
     def after(self) -> tuple[Edit, ...]:
         """On the image."""
-        return tuple(edit for edit in self.edits if edit.site.inner == FINAL)
+        return tuple(edit for edit in self.edits if edit.site.inner == IMAGE_HOOK)
 
     @cached_property
     def at(self) -> dict[int, tuple[Edit, ...]]:
@@ -203,7 +203,7 @@ def resolve(
     interventions: Interventions,
     draft: Any,
     rng: int,
-) -> list[Treatment]:
+) -> list[Condition]:
     """Every condition in rows of `texts`, checked as a run would check it; `draft`: the inputs of
     such a run.
 
@@ -224,7 +224,7 @@ def resolve(
         for edit in edits:
             edit.check_shape(model.shape(draft, edit.site))
         found.append(
-            Treatment(
+            Condition(
                 label or " + ".join(map(describe, several)), tuple(edits), _coords(several), steps
             )
         )
@@ -251,11 +251,11 @@ def _named(interventions: Interventions) -> list[tuple[str, list[Intervention]]]
     ]
 
 
-def _numbered(treatments: Sequence[Treatment]) -> list[Treatment]:
+def _numbered(conditions: Sequence[Condition]) -> list[Condition]:
     """Number equal labels: values of Replace and Add do not stand in one."""
     seen: dict[str, int] = {}
     found = []
-    for one in treatments:
+    for one in conditions:
         count = seen[one.label] = seen.get(one.label, 0) + 1
         found.append(one if count == 1 else replace(one, label=f"{one.label} #{count}"))
     return found
