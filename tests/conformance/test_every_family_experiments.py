@@ -136,7 +136,7 @@ def test_ablation_effects_are_those_of_runs_with_hooks(case: Case, monkeypatch: 
         found = mean_of(images).double().numpy()
         return xr.Dataset(dict.fromkeys(ablation.VERDICTS, ("image", found)))
 
-    monkeypatch.setattr(scenes, "evaluate", evaluate)
+    monkeypatch.setattr(ablation, "evaluate", evaluate)
     drawn = [scene for scene in scenes.sample(40, seed=0) if scene.relation == "above"][:2]
     texts = [scenes.caption(scene) for scene in drawn]
     heads = ablation.ablate_heads("L0H0", "zero", case.attention)
