@@ -150,8 +150,8 @@ def evaluate(
     if n < 1:
         raise ValueError(f"--n {n}: score at least one scene.")
     if prompts:
-        wanted = [scenes.from_caption(prompt) for prompt in prompts]
-        table = evaluation.summarise(evaluation.score(machine.load(model), wanted)).reset_index()
+        drawn = [scenes.from_caption(prompt) for prompt in prompts]
+        table = evaluation.summarise(evaluation.score(machine.load(model), drawn)).reset_index()
         show(table, out, f"{model}, {len(prompts)} images")
         return
     folder = None if out is None or out.suffix in TABLES else out
@@ -231,9 +231,9 @@ def synopsis_command(
     from ..readout import synopsis
 
     hooked = machine.load(model)
-    wanted, texts = scenes_of(prompts, num_scenes, scene_seed)
-    groups = _regions(hooked, wanted, texts, batch_size, threshold) if wanted else None
-    region, other = ("object2", "object1") if wanted else ("image", "image")
+    drawn, texts = scenes_of(prompts, num_scenes, scene_seed)
+    groups = _regions(hooked, drawn, texts, batch_size, threshold) if drawn else None
+    region, other = ("object2", "object1") if drawn else ("image", "image")
     region, keys = (
         image_group or region,
         key_group or ("relation" if sublayer == "cross_attn" else other),
@@ -262,8 +262,8 @@ def scenes_of(prompts: Sequence[str], n: int, seed: int) -> tuple[list[Scene], l
 
     if prompts:
         return [], list(prompts)
-    wanted = scenes.sample(n, seed=seed, split="all", color_words="both")
-    return wanted, [scenes.caption(scene) for scene in wanted]
+    drawn = scenes.sample(n, seed=seed, split="all", color_words="both")
+    return drawn, [scenes.caption(scene) for scene in drawn]
 
 
 def folder_or_file(out: Path | None) -> tuple[Path | None, Path | None]:
@@ -273,7 +273,7 @@ def folder_or_file(out: Path | None) -> tuple[Path | None, Path | None]:
 
 def _regions(
     model: HookedTextToImage,
-    wanted: Sequence[Scene],
+    drawn: Sequence[Scene],
     texts: list[str],
     batch: int,
     threshold: float | None,
@@ -292,7 +292,7 @@ def _regions(
             ]
         )
     side = model.cfg.sample_size // model.cfg.patch_size
-    return synopsis.image_groups_from_images(images, wanted, (side, side), threshold)
+    return synopsis.image_groups_from_images(images, drawn, (side, side), threshold)
 
 
 def _words(model: HookedTextToImage, texts: list[str], keys: str) -> Any:

@@ -85,7 +85,7 @@ def sweep_command(
     from .. import sweep
     from ..intervene.interventions import Intervention
 
-    wanted, texts = scenes_of(prompts, num_scenes, scene_seed)
+    drawn, texts = scenes_of(prompts, num_scenes, scene_seed)
     if prompts and metric != "displacement":
         raise ValueError(
             f"--metric {metric} judges scenes: leave --prompts out, or measure the displacement."
@@ -93,8 +93,8 @@ def sweep_command(
     hooked = machine.load(model)
     measures: dict[str, sweep.Metric] = {
         "displacement": sweep.Metric(sweep.displacement, on=on, given=("baseline",)),
-        "relation": sweep.relation_metric(wanted),
-        "scene": sweep.scene_metric(wanted),
+        "relation": sweep.relation_metric(drawn),
+        "scene": sweep.scene_metric(drawn),
     }
     whole = Intervention(site, heads, tokens, steps, branch, action)
     axes = {

@@ -54,7 +54,7 @@ class Interchange:
         """Encode both.
 
         Args:
-            wanted: scenes, or prompts of any task, that are drawn.
+            scenes: scenes, or prompts of any task, that are drawn.
             sources: as many, whose words are read instead.
 
         Raises:

@@ -114,20 +114,18 @@ def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3)
 
     p: scipy's sign-flip test over prompts, two-sided.
     """
-    wanted = cardinal_scenes(repeats)
+    drawn = cardinal_scenes(repeats)
     side = model.cfg.sample_size // model.cfg.patch_size
     halves = {name: (screening.ramp(DIRECTIONS[name], side) > 0) for name in CARDINALS}  # type: ignore[index]
-    texts = [f"{s.color1} {s.shape1} is {phrase} {s.color2} {s.shape2}" for s, phrase in wanted]
+    texts = [f"{s.color1} {s.shape1} is {phrase} {s.color2} {s.shape2}" for s, phrase in drawn]
     seen = synopsis.attention_synopsis(
         model, texts, seed=range(len(texts)), image_groups=halves, reduce="mean", num_steps=1
     )
     seen = seen.sel(step=0, branch="cond", text_group=relation_role(truth))
     opposite = dict(zip(CARDINALS, ("below", "above", "right", "left"), strict=True))
-    there = np.stack(
-        [seen[i].sel(image_group=s.relation).values for i, (s, _) in enumerate(wanted)]
-    )
+    there = np.stack([seen[i].sel(image_group=s.relation).values for i, (s, _) in enumerate(drawn)])
     elsewhere = np.stack(
-        [seen[i].sel(image_group=opposite[s.relation]).values for i, (s, _) in enumerate(wanted)]
+        [seen[i].sel(image_group=opposite[s.relation]).values for i, (s, _) in enumerate(drawn)]
     )
     difference = there - elsewhere  # [prompt layer head]
     rows = []
@@ -150,7 +148,7 @@ def by_knockout(
     model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
 ) -> pd.DataFrame:
     """Drop in relation accuracy with the word masked in one head, at the early steps."""
-    wanted = [scene for scene, _ in cardinal_scenes(1)]
+    drawn = [scene for scene, _ in cardinal_scenes(1)]
     names = {
         f"L{layer}H{head}": (layer, head)
         for layer, head in heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads)
@@ -159,7 +157,7 @@ def by_knockout(
         name: ablation.knockout_role(relation_role(truth), name, steps=list(EARLY))
         for name in names
     }
-    effects = ablation.ablation_effects(model, wanted, conditions, range(1), controls=0)
+    effects = ablation.ablation_effects(model, drawn, conditions, range(1), controls=0)
     base = effects["relation_loose"].sel(condition="none").astype(float)
     drops = {
         place: float((base - effects["relation_loose"].sel(condition=name)).mean())
@@ -252,8 +250,8 @@ def by_arithmetic(model: HookedTextToImage, role: Role) -> pd.Series[float]:
     """Embedding arithmetic: share of scenes with the opposite relation after V_to − V_from at a
     role's words, by condition.
     """
-    wanted = [scene for scene, _ in cardinal_scenes(1)]
-    doses = steering.dose_response(model, wanted, doses=(1.0,), tokens=role, draws=1)
+    drawn = [scene for scene, _ in cardinal_scenes(1)]
+    doses = steering.dose_response(model, drawn, doses=(1.0,), tokens=role, draws=1)
     return doses["target_loose"].astype(float).mean(("k", "scene", "seed")).to_series()
 
 

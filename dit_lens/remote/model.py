@@ -164,7 +164,7 @@ class RemoteTextToImage(HookedTextToImage):
         """Arguments of the pipeline's own call for a run, "prompt" and "generator" among them."""
         raise NotImplementedError
 
-    def plan_of(self, draft: Any, wanted: plan.Wanted) -> dict[str, Any]:
+    def plan_of(self, draft: Any, request: plan.Request) -> dict[str, Any]:
         """The plan that the kernel follows in a run."""
         raise NotImplementedError
 
@@ -353,7 +353,7 @@ class RemoteTextToImage(HookedTextToImage):
         """Run once, with the attached hooks: "images", the tensors that are kept, by name, as
         "kept", and sums of attention, by key, as "added".
         """
-        todo = self.plan_of(draft, plan.Wanted(self.checked_hooks(draft), keep, sums))
+        todo = self.plan_of(draft, plan.Request(self.checked_hooks(draft), keep, sums))
         call = self.call_of(prompts, draft)
         model, run, nnsight, backend = self.nnsight, self.kernel, import_nnsight(), self.backend()
 

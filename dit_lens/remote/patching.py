@@ -65,12 +65,12 @@ def patched(
         if e.values is plan.FROM_CLEAN_RUN
     }
     attached = model.checked_hooks(source)
-    first = model.plan_of(source, plan.Wanted(attached, list(wanted.values()), to_cpu=False))
-    plans = {"corrupt": model.plan_of(target, plan.Wanted(attached))}
+    first = model.plan_of(source, plan.Request(attached, list(wanted.values()), to_cpu=False))
+    plans = {"corrupt": model.plan_of(target, plan.Request(attached))}
     for name, every in edits.items():
         with model.hooks([(edit.site.name, edit) for edit in every]):
             attached = model.checked_hooks(target)
-        plans[name] = model.plan_of(target, plan.Wanted(attached, patching=True))
+        plans[name] = model.plan_of(target, plan.Request(attached, patching=True))
 
     opened, run, nnsight, backend = model.nnsight, model.kernel, import_nnsight(), model.backend()
 

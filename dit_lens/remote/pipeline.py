@@ -40,9 +40,9 @@ class RemotePipeline(RemoteTextToImage, HookedPipeline):
         """As in HookedTextToImage, through nnsight."""
         return self.ask(inputs.prompts, inputs)["images"]
 
-    def plan_of(self, draft: Any, wanted: plan.Wanted) -> dict[str, Any]:
+    def plan_of(self, draft: Any, request: plan.Request) -> dict[str, Any]:
         """As in RemoteTextToImage."""
-        return pipeline_plan.make(self, draft, wanted)
+        return pipeline_plan.make(self, draft, request)
 
     def call_of(self, prompts: Prompts, draft: Any) -> dict[str, Any]:
         """As in RemoteTextToImage: noise is drawn there, by generators that travel."""

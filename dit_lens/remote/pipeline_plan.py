@@ -22,7 +22,7 @@ from hooked_models.generation.names import IMAGE_HOOK, Site
 from hooked_models.generation.pipeline_inputs import PipelineInputs
 from hooked_models.generation.pipeline_loop import Running, Trial
 
-from .plan import Wanted, action_of, unreachable, x0_coefficients
+from .plan import Request, action_of, unreachable, x0_coefficients
 
 BETWEEN = ("hook_latent", "hook_out", "hook_x0")
 KERNELS = {"dispatch_attention_fn": True, "F.scaled_dot_product_attention": False}
@@ -38,7 +38,7 @@ class Events(NamedTuple):
     times: dict[str, int]
 
 
-def make(model: Any, draft: PipelineInputs, wanted: Wanted) -> dict[str, Any]:
+def make(model: Any, draft: PipelineInputs, request: Request) -> dict[str, Any]:
     """The plan of a run.
 
     Args:
@@ -49,14 +49,14 @@ def make(model: Any, draft: PipelineInputs, wanted: Wanted) -> dict[str, Any]:
         ValueError: a tensor that no trace reaches, or an edit made for other prompts.
     """
     actions: dict[tuple[str, int], dict[str, list[Any]]] = {}
-    for site, action in wanted.actions:
-        sent = action_of(model, draft, site, action, wanted.patching)
+    for site, action in request.actions:
+        sent = action_of(model, draft, site, action, request.patching)
         place = _place(draft, site)
         actions.setdefault(place, {}).setdefault(site.inner, []).append(sent)
-    if between := [site for site, _ in wanted.actions if site.inner in BETWEEN]:
+    if between := [site for site, _ in request.actions if site.inner in BETWEEN]:
         _check_between(type(model.pipe), between[0])
     sums: dict[int, dict[str, list[Any]]] = {}
-    for each in wanted.sums:
+    for each in request.sums:
         number = _number(draft, each.step, each.branch)
         there = sums.setdefault(number, {})
         there.setdefault(each.attention, []).append(each.sent)
@@ -64,7 +64,7 @@ def make(model: Any, draft: PipelineInputs, wanted: Wanted) -> dict[str, Any]:
         "events": _events(model, draft, actions, sums),
         "between": bool(between),
         "images": actions.get(("images", 0), {}),
-        "to_cpu": wanted.to_cpu,
+        "to_cpu": request.to_cpu,
     }
 
 
@@ -97,7 +97,7 @@ def _events(
     actions: dict[tuple[str, int], dict[str, list[Any]]],
     sums: dict[int, dict[str, list[Any]]],
 ) -> list[dict[str, Any]]:
-    """Events of the run in which something is wanted, in order."""
+    """Events of the run that a hook, a kept tensor or a sum acts in, in order."""
     places = {*actions, *(("call", number) for number in sums)} - {("images", 0)}
     inside = any(kind == "call" for kind, _ in places)
     seen = order_of(model, draft) if inside else Events({}, {})

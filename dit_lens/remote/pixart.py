@@ -42,9 +42,9 @@ class RemotePixArt(RemoteTextToImage, HookedPixArt):
         """As in HookedTextToImage, through nnsight."""
         return self.ask(inputs.tokens, inputs)["images"]
 
-    def plan_of(self, draft: Any, wanted: plan.Wanted) -> dict[str, Any]:
+    def plan_of(self, draft: Any, request: plan.Request) -> dict[str, Any]:
         """As in RemoteTextToImage."""
-        return pixart_plan.make(self, draft, wanted)
+        return pixart_plan.make(self, draft, request)
 
     def call_of(self, prompts: Prompts, draft: Any) -> dict[str, Any]:
         """As in RemoteTextToImage.

@@ -9,10 +9,10 @@ from hooked_models.generation.names import IMAGE_HOOK, Site
 from hooked_models.generation.sampling import Solver
 
 from .kernel import Point
-from .plan import Wanted, action_of, unreachable, x0_coefficients
+from .plan import Request, action_of, unreachable, x0_coefficients
 
 
-def make(model: HookedTextToImage, draft: Any, wanted: Wanted) -> dict[str, Any]:
+def make(model: HookedTextToImage, draft: Any, request: Request) -> dict[str, Any]:
     """The plan of a run.
 
     Args:
@@ -23,13 +23,13 @@ def make(model: HookedTextToImage, draft: Any, wanted: Wanted) -> dict[str, Any]
     """
     cfg, encoder, solver, n = model.cfg, model.names.text_encoder, draft.solver, len(draft)
     actions: dict[tuple[str, int], dict[str, list[tuple[Point, Any]]]] = {}
-    for site, action in wanted.actions:
+    for site, action in request.actions:
         if (reason := _unreachable(model, site, solver, writes=action is not None)) is not None:
             raise unreachable(site, reason)
-        sent = action_of(model, draft, site, action, wanted.patching)
+        sent = action_of(model, draft, site, action, request.patching)
         actions.setdefault(_call_of(site), {}).setdefault(site.inner, []).append(sent)
     added: dict[int, dict[str, list[Any]]] = {}
-    for each in wanted.sums:
+    for each in request.sums:
         there = added.setdefault(each.step, {})
         there.setdefault(each.attention, []).append(each.sent)
 
@@ -49,7 +49,7 @@ def make(model: HookedTextToImage, draft: Any, wanted: Wanted) -> dict[str, Any]
         "calls": {call: here for (kind, call), here in actions.items() if kind == "call"},
         "steps": steps,
         "images": actions.get(("image", 0), {}),
-        "to_cpu": wanted.to_cpu,
+        "to_cpu": request.to_cpu,
     }
 
 

@@ -78,7 +78,7 @@ class Groups(NamedTuple):
     reduce: Literal["sum", "max"]
 
 
-class Wanted(NamedTuple):
+class Request(NamedTuple):
     """Hooks of a run, and everything that it returns beside its images."""
 
     attached: Sequence[AttachedHook] = ()

@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_lens import Add, Intervention, Replace, Scale, blocks, prompts, readout, synopsis
 from dit_lens.readout.heat_maps import text_attentions
 from dit_lens.remote import CLEAN, RemotePipeline, RemoteTextToImage, pipeline_plan
-from dit_lens.remote.plan import Wanted
+from dit_lens.remote.plan import Request
 from hooked_models import HookedTextToImage
 from hooked_models.families.taps import KernelTap
 from hooked_models.generation.names import Site
@@ -374,7 +374,7 @@ def test_what_no_trace_reaches_is_said_before_anything_is_sent(
     draft = served.oracle.draft(PROMPTS)
     monkeypatch.setattr(type(ours.pipe), "__call__", lambda self: None)
     with pytest.raises(ValueError, match=r"calls self.scheduler.step in 0 places of its loop"):
-        pipeline_plan.make(ours, draft, Wanted(keep=[Site("sampler", "hook_out", 1)]))
+        pipeline_plan.make(ours, draft, Request(keep=[Site("sampler", "hook_out", 1)]))
     assert len(server.log()) == before
 
 
