@@ -65,7 +65,8 @@ On = Annotated[Machine, tyro.conf.arg(name="")]
 
 
 def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a model, or continue a run that was stopped.
+    """Train a model, or continue a run that was stopped: `dit-lens train --out runs/mine --size
+    nano`.
 
     Several GPUs or nodes: `accelerate launch -m dit_lens.cli train …`.
     """
@@ -85,7 +86,7 @@ def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> Non
 
 def pretrain_command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
     """Pre-train a small T5 encoder on a caption grammar, or continue a run that was stopped; `train
-    --encoder` reads it.
+    --encoder` reads it: `dit-lens pretrain-text-encoder --out runs/encoder`.
     """
     from ..training.t5.pretrain import pretrain
 
@@ -134,15 +135,17 @@ def evaluate(
     model: Name, machine: On, prompts: Prompts = (), n: int = 512, out: Path | None = None
 ) -> None:
     """Score a model on held-out and trained scenes, by relation, phrase and template, with 95 %
-    intervals.
+    intervals: `dit-lens evaluate rte-micro --n 64 --out accuracies.csv`.
 
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
-        prompts: captions of scenes to score instead, the i-th drawn from noise i.
+        prompts: captions of scenes to score instead, such as "red circle is above blue square", the
+            i-th drawn from noise i.
         n: scenes of each split.
-        out: table file (.csv, .parquet, .json, .html), or a folder for evaluation.parquet (one row
-            an image) and evaluation.md, in which a stopped evaluation continues.
+        out: table file, such as accuracies.csv (or .parquet, .json, .html), or a folder for
+            evaluation.parquet (one row an image) and evaluation.md, in which a stopped evaluation
+            continues.
     """
     from .. import task as scenes
     from ..task import evaluation
@@ -171,7 +174,7 @@ def screen(
     model: Name, machine: On, words: tuple[str, ...] = DIRECTION_WORDS, out: Path | None = None
 ) -> None:
     """Rank cross-attention heads by the match of their position-by-word maps with the words'
-    directions.
+    directions: `dit-lens screen rte-micro --words above below --out heads.csv`.
 
     Relation heads of the paper have |cosine| ≥ .5 and p ≤ .01.
 
@@ -179,7 +182,7 @@ def screen(
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
         words: direction words.
-        out: table file: .csv, .parquet, .json or .html.
+        out: table file, such as heads.csv (or .parquet, .json, .html).
     """
     from ..readout import screening
 
@@ -205,28 +208,28 @@ def synopsis_command(
     out: Path | None = None,
 ) -> None:
     """Rank heads by the attention of an image region to words of the prompt (or, in "attn", to
-    another region).
+    another region): `dit-lens synopsis rte-micro --key-group relation --out attention.csv`.
 
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
-        prompts: prompts of your own, whose only region is the whole "image"; by default
-            `num_scenes` scenes.
-        image_group: region that attends: object1, object2 (the default) or background of a scene,
-            or image.
-        key_group: role of the words attended to ("relation" by default), or a word of all prompts;
-            in "attn", a region.
+        prompts: prompts of your own, such as "a red cube" "a blue ball", whose only region is the
+            whole "image"; by default `num_scenes` scenes.
+        image_group: region that attends, such as object1, object2 (the default) or background of a
+            scene, or image.
+        key_group: role of the words attended to ("relation" by default), or a word of all prompts,
+            such as above; in "attn", a region.
         sublayer: cross-attention to the text, or self-attention.
         reduce: sum over both groups, mass per image token, mean per pair of tokens, or their max.
-        step: denoising step, counted from 0; by default the mean over all.
+        step: denoising step, such as 0 for the first; by default the mean over all.
         branch: guidance branch.
         num_scenes: scenes drawn where no prompts are given.
         scene_seed: seed of the scenes.
         batch_size: prompts at once.
-        threshold: tokens covered at least to this share belong to an object; by default they count
-            by their share.
-        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped run
-            continues.
+        threshold: tokens covered at least to this share, such as 0.5, belong to an object; by
+            default they count by their share.
+        out: table file, such as attention.csv (or .parquet, .json, .html), or a folder in which a
+            stopped run continues.
     """
     from ..readout import synopsis
 
@@ -308,7 +311,9 @@ def _words(model: HookedTextToImage, texts: list[str], keys: str) -> Any:
 
 
 def models() -> None:
-    """List the bundled models: size, text encoder, relation accuracy on held-out scenes."""
+    """List the bundled models, with size, text encoder and relation accuracy on held-out scenes:
+    `dit-lens models`.
+    """
     from hooked_models.pipelines.hub import ZOO, list_models
 
     table = Table(box=None)

@@ -17,7 +17,7 @@ def lab(
             id.
         host: address to listen at; by default, this machine alone can reach the page.
         port: port; 0 for any that is free.
-        names: further host names under which the page is visited.
+        names: further host names under which the page is visited, such as me-lab.hf.space.
     """
     from ..lab import Lab, serve
     from ..lab.server import LOOPBACK

@@ -47,19 +47,20 @@ def sweep_command(
     out: Path | None = None,
 ) -> None:
     """Effects of switching off heads, layers or words, one condition at a time, the strongest
-    first, with 95 % intervals.
+    first, with 95 % intervals: `dit-lens sweep rte-micro --metric relation --out cells.csv`.
 
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
-        prompts: prompts that are drawn; by default `num_scenes` scenes.
+        prompts: prompts that are drawn, such as "a red cube" "a blue ball"; by default `num_scenes`
+            scenes.
         site: hook that is edited; * stands for the layer.
         each: axes along which there is one condition for each value; values of the others are
             edited together.
-        layers: layers that are covered; all by default.
-        heads: heads that are covered; all by default.
-        steps: denoising steps that are covered; all by default.
-        tokens: role of the tokens that are edited, such as "relation"; all tokens by default.
+        layers: layers that are covered, such as 1 2; all by default.
+        heads: heads that are covered, such as 0 2; all by default.
+        steps: denoising steps that are covered, such as 0 1 2 3; all by default.
+        tokens: role of the tokens that are edited, such as relation; all tokens by default.
         action: edit made there.
         branch: guidance branch that is edited.
         metric: displacement from the run without, offset along the scene's relation, or the judge's
@@ -70,17 +71,17 @@ def sweep_command(
         scene_seed: seed of the scenes.
         num_steps: denoising steps.
         guidance: scale of classifier-free guidance.
-        top: search for this number of the largest effects at the cost of 8 scenes; give many
-            `num_scenes` to draw from.
+        top: search for this number of the largest effects, such as 5, at the cost of 8 scenes; give
+            many `num_scenes` to draw from.
         sample: conditions at most that are drawn at random, to bound how many were missed.
         score: conditions enter a search by "attribution", or by "step", exact at each condition's
             own step, which is dearer; or all of them ("none").
         show_rows: rows that are printed.
         explain: print the cost and run nothing.
         executor: this process, or the workers of a Ray cluster.
-        workers: number of Ray workers.
-        out: table file (.csv, .parquet, .json, .html), or a folder in which a stopped sweep
-            continues.
+        workers: number of Ray workers, such as 4; by default one a GPU, or a core.
+        out: table file, such as cells.csv (or .parquet, .json, .html), or a folder in which a
+            stopped sweep continues.
     """
     from .. import sweep
     from ..intervene.interventions import Intervention

@@ -22,7 +22,7 @@ class TrainConfig:
     """
 
     out: Path
-    """Folder for the checkpoint, metrics.jsonl and the trained pipeline."""
+    """Folder for the checkpoint, metrics.jsonl and the trained pipeline, such as runs/mine."""
     size: Literal["nano", "micro", "mini", "B"] = "micro"
     """Depth, width and heads; see `pipelines.PRESETS`."""
     encoder: str = "rte"
@@ -32,7 +32,8 @@ class TrainConfig:
     instead of in their place.
     """
     heads: int | None = None
-    """Attention heads of a block, of the same width together; by default the size's own."""
+    """Attention heads of a block, such as 6, of the same width together; by default the size's own.
+    """
     objective: Literal["x0", "epsilon"] = "x0"
     """"x0": the clean image on the straight path (learns twice as fast); "epsilon"."""
 
@@ -71,8 +72,8 @@ class TrainConfig:
     spreading_steps: int = 0
     """… then spread linearly to the whole distribution over this many."""
     hold_out: Relation | None = None
-    """A relation that is left out of training with all its phrases, beside the ten combinations
-    that always are.
+    """A relation, such as upper_left, that is left out of training with all its phrases, beside the
+    ten combinations that always are.
     """
     trios: float = 0.0
     """Share of scenes with three objects (`scenes.Trio`); no curriculum acts on them."""
@@ -86,7 +87,9 @@ class TrainConfig:
     compile: bool = False
     """Compile the network; worth it in runs of more than a few minutes."""
     init_from: str | None = None
-    """Bundled model or pipeline folder whose weights to start from, with a fresh optimiser."""
+    """Bundled model, such as rte-nano, or pipeline folder whose weights to start from, with a fresh
+    optimiser.
+    """
 
     checkpoint_every: int = 250
     """Steps between checkpoints, from which a stopped run goes on."""
@@ -128,7 +131,9 @@ class PretrainConfig:
     """
 
     out: Path
-    """Folder for checkpoint, metrics.jsonl and the finished encoder and tokenizer."""
+    """Folder for checkpoint, metrics.jsonl and the finished encoder and tokenizer, such as
+    runs/encoder.
+    """
     steps: int = 1000
     """Steps of the whole run."""
     batch_size: int = 64

@@ -254,6 +254,17 @@ def test_every_option_has_a_help_text(command, monkeypatch, capsys):
     bare = [option for option in options if len(re.findall(r"\w+", re.sub(signs, "", option))) < 2]
     assert len(options) > 1 or command == "models"
     assert not bare
+    assert f"dit-lens {command}" in " ".join(re.split(r"\n *options", printed)[0].split()[3:])
+    empty = r"\(default: (None)?\)|\(required\)"  # no default that would be an example
+    assert not [one for one in options if re.search(empty, one) and "such as" not in one]
+
+
+def test_completion_of_a_shell(monkeypatch, capsys):
+    """Every command and its options."""
+    with pytest.raises(SystemExit):
+        dit_lens(monkeypatch, "--tyro-print-completion", "bash")
+    script = capsys.readouterr().out
+    assert all(command in script for command in (*cli.COMMANDS, "--num-steps", "--device"))
 
 
 def test_the_page_has_every_command_and_its_examples_parse(monkeypatch):
