@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from rich.progress import track
+from torch import Tensor
 
 from dit_lens.intervene.interchange import Interchange, Steps, matched_sets
 from dit_lens.stats import proportion
@@ -48,49 +49,45 @@ class Exchange:
     def __init__(self, model: HookedTextToImage, wanted: Sequence[Pair], num_steps: int) -> None:
         self.model, self.wanted, self.num_steps = model, wanted, num_steps
         self.turned = [replace(one, first=one.second, second=one.first) for one in wanted]
-        self.swap = self._swap(slice(None))
 
-    def _swap(self, rows: slice) -> Interchange:
+    def draw(
+        self, heads: Sequence[str] | None, rows: slice = slice(None), steps: Steps = None
+    ) -> Float[Tensor, "image 3 height width"]:
+        """The images of some scenes; None exchanges all heads."""
         texts, others = (
             [TASK.prompt(scene) for scene in each[rows]] for each in (self.wanted, self.turned)
         )
-        return Interchange(self.model, texts, others)
-
-    def __call__(
-        self, heads: Sequence[str] | None, steps: Steps = None, turned: bool = True
-    ) -> Bool[np.ndarray, " image"]:
-        """For each image: the colors lie the other way round (or, if not `turned`, as prompted)."""
-        return self._judged(self.swap, heads, slice(None), steps, turned)
-
-    def of_each(self, sets: Sequence[Sequence[str]]) -> Bool[np.ndarray, " image"]:
-        """The same, each image with its own heads."""
-        rows = [slice(i, i + 1) for i in range(len(sets))]
-        found = [
-            self._judged(self._swap(row), heads, row, None, True)
-            for row, heads in zip(rows, sets, strict=True)
-        ]
-        return np.concatenate(found)
-
-    def _judged(
-        self,
-        swap: Interchange,
-        heads: Sequence[str] | None,
-        rows: slice,
-        steps: Steps,
-        turned: bool,
-    ) -> Bool[np.ndarray, " image"]:
         hooks = [
             hook
-            for one in swap.of(heads, steps=steps)
-            for hook in one.hooks(self.model, swap.texts, num_steps=self.num_steps)
+            for one in Interchange(self.model, texts, others).of(heads, steps=steps)
+            for hook in one.hooks(self.model, texts, num_steps=self.num_steps)
         ]
         seeds = list(range(len(self.wanted)))[rows]
         with torch.no_grad():
-            images = self.model.run_with_hooks(
-                swap.texts, seed=seeds, num_steps=self.num_steps, fwd_hooks=hooks
+            return self.model.run_with_hooks(
+                texts, seed=seeds, num_steps=self.num_steps, fwd_hooks=hooks
             )
-        judged = TASK.judge(images, (self.turned if turned else self.wanted)[rows])
-        return judged["relation"].values.astype(bool)
+
+    def __call__(
+        self, heads: Sequence[str] | None, steps: Steps = None
+    ) -> Bool[np.ndarray, " image"]:
+        """For each image: the colors lie the other way round."""
+        return _relation(self.draw(heads, steps=steps), self.turned)
+
+    def as_prompted(self) -> Bool[np.ndarray, " image"]:
+        """For each image without an exchange: the relation is the prompt's."""
+        return _relation(self.draw([]), self.wanted)
+
+    def of_each(self, sets: Sequence[Sequence[str]]) -> Bool[np.ndarray, " image"]:
+        """As a call, each image with its own heads."""
+        images = [self.draw(heads, slice(i, i + 1)) for i, heads in enumerate(sets)]
+        return _relation(torch.cat(images), self.turned)
+
+
+def _relation(
+    images: Float[Tensor, "image 3 height width"], wanted: Sequence[Pair]
+) -> Bool[np.ndarray, " image"]:
+    return TASK.judge(images, wanted)["relation"].values.astype(bool)
 
 
 def choose(exchange: Exchange) -> list[str]:
@@ -111,7 +108,7 @@ def measure(exchange: Exchange, heads: Sequence[str]) -> pd.DataFrame:
     """Share of images turned, of those that are as prompted without an exchange: condition, n,
     share, low, high.
     """
-    cfg, given = exchange.model.cfg, exchange([], turned=False)
+    cfg, given = exchange.model.cfg, exchange.as_prompted()
     every = [f"L{layer}H{head}" for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
     rest = [head for head in every if head not in heads]
     first = min(4, exchange.num_steps)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -31,6 +33,8 @@ Metric = Callable[[Tensor], Tensor]
 for a single prompt).
 """
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
+PROGRESS_FROM = 4
+"""Steps from which a progress bar is shown."""
 LATENT = "latent"
 """The latents that a denoising step ends with, in `chain`; no hook has them."""
 
@@ -410,7 +414,11 @@ def gradients(
     last = max(
         min(one.last, one.until - 1) if isinstance(one, RunChain) else 0 for one, _ in chains
     )
-    for step in range(last, min(names) - 1, -1):
+    steps = range(last, min(names) - 1, -1)
+    quiet = len(steps) < PROGRESS_FROM
+    for step in track(
+        steps, "gradients", transient=True, disable=quiet, console=Console(stderr=True)
+    ):
         here = names.get(step, ())
         total: dict[str, Tensor] = {}
         for one, weight in passes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from rich.console import Console
 from torch import Tensor
 
 from dit_lens import attribution
@@ -22,6 +24,18 @@ SCHEDULERS = {
     "third order": DPMSolverMultistepScheduler(solver_order=3),
     "unipc": UniPCMultistepScheduler(),
 }
+
+
+def test_long_ones_show_how_far_they_are(monkeypatch, tiny_model):
+    """On the error stream, if it is a terminal."""
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        "dit_lens.runs.gradients.Console", lambda stderr: Console(file=shown, force_terminal=True)
+    )
+    for steps, bar in ((2, False), (4, True)):
+        pair = attribution.pair(*generations(tiny_model, num_steps=steps, seed=[3, 4]))
+        attribution.nodes(pair, metric, ["mlp"])
+        assert ("gradients" in shown.getvalue()) == bar
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
