@@ -269,12 +269,28 @@ def _node_products(
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(context, name, difference · gradient)."""
     wanted = _in_contexts(pair, names)
-    for step, found in gradients(path, wanted, metric):
-        differences = pair.differences(step, wanted[step])
+    for step, found, differences in _gradients(pair, path, (wanted, wanted), metric):
         for i, prefix in _contexts_of(pair, step):
             yield from (
                 (i, name, differences[prefix + name] * found[prefix + name]) for name in names
             )
+
+
+def _gradients(
+    pair: Pair,
+    path: list[tuple[Chain, float]],
+    names: tuple[Mapping[int, list[str]], Mapping[int, list[str]]],
+    metric: Metric,
+) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
+    """(step, gradients along the path at the first of `names`, source − original at the second).
+
+    Of a path that is the original run alone, its tensors are those of the backward pass.
+    """
+    at, changing = names
+    alone = path[0][0] is pair.original
+    for step, found in gradients(path, at, metric, changing if alone else None):
+        original = found.values if alone else None
+        yield step, found.gradients, pair.differences(step, changing[step], original)
 
 
 def _along_activations(
@@ -293,7 +309,7 @@ def _along_activations(
                 with pair.original.model.hooks([(full, move)]):
                     moved = pair.original.replay(step)
                     *_, (_, found) = gradients([(moved, weight)], {step: [full]}, metric)
-                total += found[full]
+                total += found.gradients[full]
             yield i, name, difference * total
 
 
@@ -377,8 +393,8 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
     written = list(dict.fromkeys(output_hook(dit, node) for node in senders))
 
     with edge_flags(dit):
-        for step, gradient in gradients(path, _in_contexts(pair, list(columns)), metric):
-            change = pair.differences(step, _in_contexts(pair, written)[step])
+        at, changing = _in_contexts(pair, list(columns)), _in_contexts(pair, written)
+        for step, gradient, change in _gradients(pair, path, (at, changing), metric):
             for i, prefix in _contexts_of(pair, step):
                 here = [
                     {name.removeprefix(prefix): t for name, t in group.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -94,14 +94,14 @@ class _CallBackward:
     chain: CallChain
     objective: Callable[[Tensor], Tensor]
 
-    def pull(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """∂ objective / ∂ tensor at each hook; 0 where it has no influence."""
+    def pull(self, step: int, names: Sequence[str], read: Sequence[str] = ()) -> Pulled:
+        """As `_RunBackward.pull`."""
         view = self.chain.view
         kept: dict[str, Tensor] = {}
-        hooks = [(name, partial(_keep, kept=kept, name=name)) for name in names]
-        with torch.enable_grad(), view.dit.hooks(hooks):
+        values: dict[str, Tensor] = {}
+        with torch.enable_grad(), view.dit.hooks(_keeping(names, kept, read, values)):
             total = self.objective(view(view.to_tokens()))
-        return _gradients(total, None, kept)
+        return Pulled(_gradients(total, None, kept), values)
 
 
 @dataclass(frozen=True)
@@ -197,15 +197,25 @@ def chain(
     Arguments as the fields of `RunChain`.
     """
     seen: dict[str, Tensor] = {}
-    start = first if step is None else step
-    hooks = [*fwd_hooks, *_reading(run, last, read, seen, _copy)]
+    start, until = first if step is None else step, min(last + 1, len(run))
+    made, reading = run, _reading(run, last, read, seen, _copy)
     with torch.no_grad():
-        until = min(last + 1, len(run))
-        made = run.fork(start, hooks, until=until) if start < until else run
+        if start < until and (fwd_hooks or not _repeats(run, until)):
+            made = run.fork(start, [*fwd_hooks, *reading], until=until)
+        elif start < until:
+            run.check_fork(start, until)
+            if reading:
+                run.fork(last, reading, until=until)
         if IMAGE_HOOK in read:
             seen[IMAGE_HOOK] = made.images
-        output = combine({**seen, LATENT: made.latent})
+        output = combine({**seen, LATENT: made.latents[until]})
     return RunChain(made, first, last, tuple(read), combine, output)
+
+
+def _repeats(run: Trajectory, until: int) -> bool:
+    """True if a run made now, with the hooks that are attached, would be the record."""
+    hooked = run.model.attached or run.model.has_hooks_inside
+    return run.record.clean and len(run.record) >= until and not hooked
 
 
 def _reading(
@@ -220,6 +230,18 @@ def _reading(
         for n in read
         if n not in (LATENT, IMAGE_HOOK)
     ]
+
+
+class Pulled(NamedTuple):
+    """Gradients at hooks of one step, and the tensors there.
+
+    Example:
+        >>> Pulled({"hook_out": torch.ones(1)}, {}).gradients["hook_out"]
+        tensor([1.])
+    """
+
+    gradients: dict[str, Tensor]
+    values: dict[str, Tensor]
 
 
 class _RunBackward:
@@ -278,22 +300,27 @@ class _RunBackward:
                 before = self.cotangents.get(id(target))
                 self.cotangents[id(target)] = gradient if before is None else before + gradient
 
-    def pull(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """∂ objective / ∂ tensor at each hook of a step; 0 where it has no influence.
+    def pull(self, step: int, names: Sequence[str], read: Sequence[str] = ()) -> Pulled:
+        """∂ objective / ∂ tensor at each hook of a step, 0 where it has no influence; and the
+        tensors at the hooks `read`.
 
         All later steps must have been pulled.
         """
-        inside = [name for name in names if name not in self.kept]
+        site = self.run.model.names.site
         found: dict[str, Tensor] = {}
+        values = {name: self.kept[name].detach() for name in read if name in self.kept}
         for call, x, timestep, text, leaf in reversed(self.calls.pop(step)):
             gradient = self.cotangents.pop(id(leaf), None)
-            here = [
-                name for name in inside if self.run.model.names.site(name).branch in call.branches
-            ]
-            if gradient is None and not here:
+            here, also = (
+                [n for n in several if n not in self.kept and site(n).branch in call.branches]
+                for several in (names, read)
+            )
+            if gradient is None and not here and not also:
                 continue
             cotangent = torch.zeros_like(leaf) if gradient is None else gradient
-            at, towards_x = self._call(call, (x, timestep, text), cotangent, here)
+            kept: dict[str, Tensor] = {}
+            hooks = _keeping(here, kept, also, values)
+            at, towards_x = self._call(call, (x, timestep, text), cotangent, hooks, kept)
             found |= at
             if x.requires_grad and towards_x is not None:
                 self._add(x, towards_x)
@@ -301,20 +328,20 @@ class _RunBackward:
             if name in self.kept:
                 gradient = self.cotangents.get(id(self.kept[name]))
                 found[name] = torch.zeros_like(self.kept[name]) if gradient is None else gradient
-        return found
+        return Pulled(found, values)
 
     def _call(
         self,
         call: Call,
         arguments: tuple[Tensor, Tensor, Any],
         cotangent: Tensor,
-        names: Sequence[str],
+        hooks: Hooks,
+        kept: Mapping[str, Tensor],
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         run, (x, timestep, text) = self.run, arguments
-        kept: dict[str, Tensor] = {}
         with torch.enable_grad():
             x, text = x.detach().requires_grad_(), run.model.opened(text)
-            with run.model.hooks([(name, partial(_keep, kept=kept, name=name)) for name in names]):
+            with run.model.hooks(hooks):
                 prediction = run.model.step(run.inputs, call, x, timestep, text)
         found = _gradients(prediction, cotangent, {**kept, "": x})
         return found, found.pop("")
@@ -334,8 +361,18 @@ def _gradients(of: Tensor, cotangent: Tensor | None, at: Mapping[str, Tensor]) -
     }
 
 
+def _keeping(
+    names: Sequence[str], kept: dict[str, Tensor], read: Sequence[str], values: dict[str, Tensor]
+) -> Hooks:
+    """Hooks that leave the tensors at `names` in `kept`, to be differentiated by, and copies of
+    those at `read` in `values`.
+    """
+    copying = [(name, partial(_copy, kept=values, name=name)) for name in read]
+    return [*copying, *((name, partial(_keep, kept=kept, name=name)) for name in names)]
+
+
 def _copy(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -> None:
-    kept[name] = tensor.clone()
+    kept[name] = tensor.detach().clone()
 
 
 def _keep(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -> Tensor:
@@ -400,10 +437,13 @@ def checked_metric(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[
 
 
 def gradients(
-    chains: Sequence[tuple[Chain, float]], names: Mapping[int, Sequence[str]], metric: Metric
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    chains: Sequence[tuple[Chain, float]],
+    names: Mapping[int, Sequence[str]],
+    metric: Metric,
+    read: Mapping[int, Sequence[str]] | None = None,
+) -> Iterator[tuple[int, Pulled]]:
     """(step, ∂ Σ metric / ∂ each of `names[step]`), last step first, as the weighted sum over
-    `chains`.
+    `chains`; and the weighted sums of the tensors at `read[step]`, which cost no further run.
 
     Each prompt's metric depends on its own row alone, so row b of a gradient is that of prompt b.
     """
@@ -419,12 +459,13 @@ def gradients(
     for step in track(
         steps, "gradients", transient=True, disable=quiet, console=Console(stderr=True)
     ):
-        here = names.get(step, ())
-        total: dict[str, Tensor] = {}
+        here, also = names.get(step, ()), (read or {}).get(step, ())
+        total = Pulled({}, {})
         for one, weight in passes:
-            total = {
-                name: weight * g + total.get(name, 0) for name, g in one.pull(step, here).items()
-            }
+            pulled = one.pull(step, here, also)
+            for sums, parts in zip(total, pulled, strict=True):
+                for name, part in parts.items():
+                    sums[name] = weight * part + sums[name] if name in sums else weight * part
         if here:
             yield step, total
 

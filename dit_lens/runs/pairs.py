@@ -62,9 +62,15 @@ class Pair:
             )
         return self.original.between(self.source, alpha)
 
-    def differences(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Source minus original at the hooks `names` of one step."""
-        original = self.original.activations(step, names)
+    def differences(
+        self, step: int, names: Sequence[str], original: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Source minus original at the hooks `names` of one step.
+
+        Args:
+            original: the tensors of the original run, if they are known.
+        """
+        original = self.original.activations(step, names) if original is None else original
         return {
             name: value.sub_(original[name])
             for name, value in self.source.activations(step, names).items()

@@ -159,20 +159,20 @@ class _ScoringPass:
             partial(_read, read.at(self.first), run.inputs.solver),
         )
         edits, stepped = self._edits(), self._stepped()
-        names = {
+        edited = {
             step: list(dict.fromkeys(name for _, name, _ in parts)) for step, parts in edits.items()
         }
+        names = {step: list(several) for step, several in edited.items()}
         for step in stepped:
             names.setdefault(step, []).append(_out(step))
         found = np.zeros((len(self.conditions), len(clean.rows)))
-        for step, gradient in gradients([(one, 1.0)], names, self._measured):
+        for step, (gradient, here) in gradients([(one, 1.0)], names, self._measured, edited):
             if step in stepped:
                 for place, rows, changes in self._changes(step, stepped[step]):
                     found[place, rows] += _product(
                         changes, gradient[_out(step)][as_index(rows, clean.model)]
                     )
             if step in edits:
-                here = one.activations(step, names[step])
                 for place, name, several in edits[step]:
                     found[place] += _product(
                         self._edited(several, here[name]) - here[name], gradient[name]

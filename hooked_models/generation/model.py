@@ -8,6 +8,7 @@ scheduler → decoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,6 +303,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
             denoise, after: see `passes.Pass`.
         """
         hooks = self.attached
+        clean = not (hooks or denoise or self.has_hooks_inside) and (record is None or record.clean)
         leaving = rows or (from_step(leave) if leave else lambda step: None)
         visitor = Pass(self, inputs, hooks, record, leaving, denoise, after)
         latent = self.loop(inputs, visitor, len(inputs.solver) if until is None else until)
@@ -310,7 +312,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
                 hooks, lambda site: site.inner == IMAGE_HOOK, lambda: [Site("sampler", IMAGE_HOOK)]
             )
         )
-        return Run(self, inputs, visitor.record, latent, images)
+        return Run(self, inputs, replace(visitor.record, clean=clean), latent, images)
 
     def step(
         self,

@@ -144,6 +144,8 @@ class Record:
     """Call by call, before any hook between calls."""
     outs: tuple[Float[Tensor, "batch ..."], ...] = ()
     """As `hook_out` and `hook_x0` left them."""
+    clean: bool = False
+    """True if no hook was attached while it was made: its inputs give it again."""
 
     def __len__(self) -> int:
         """Steps."""
@@ -166,7 +168,8 @@ class Record:
             key: torch.cat([some(part) for part in each.chunk(len(key[1]))])
             for key, each in self.predictions.items()
         }
-        return Record(tuple(map(some, self.latents)), calls, tuple(map(some, self.outs)))
+        outs = tuple(map(some, self.outs))
+        return Record(tuple(map(some, self.latents)), calls, outs, self.clean)
 
     @staticmethod
     def join(records: Sequence[Record]) -> Record:
@@ -180,7 +183,10 @@ class Record:
             for key in records[0].predictions
         }
         return Record(
-            tuple(rows(r.latents for r in records)), calls, tuple(rows(r.outs for r in records))
+            tuple(rows(r.latents for r in records)),
+            calls,
+            tuple(rows(r.outs for r in records)),
+            all(r.clean for r in records),
         )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dit_lens import attribution
+from dit_lens.runs.gradients import gradients
 from hooked_models import HookedTextToImage
 
 from ...hooked_models.pipelines import tiny_pipeline
@@ -133,3 +134,39 @@ def test_memory_does_not_grow_with_the_number_of_steps(model):
     assert whole(14) > 5 * whole(2)
     assert many < whole(14) / 5
     model.zero_grad()
+
+
+def test_the_tensors_of_a_backward_pass_are_those_of_the_run(images: attribution.Pair) -> None:
+    name = "steps.1.cond.blocks.1.attn.hook_z"
+    read = [name, "steps.1.hook_x0"]
+    found = dict(gradients([(images.original, 1.0)], {1: [name]}, metric, {1: [name]}))
+    expected = images.original.activations(1, read)
+    assert torch.equal(found[1].values[name], expected[name])
+    between = dict(gradients([(images.original, 1.0)], {1: read}, metric, {1: read}))
+    assert torch.equal(between[1].values["steps.1.hook_x0"], expected["steps.1.hook_x0"])
+    assert found[1].gradients.keys() == {name}
+
+
+def test_a_run_without_hooks_is_not_run_again(
+    model: HookedTextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was made with hooks, or is paired under some, is."""
+    every = "steps.0.cond.hook_embed"
+    one, other = generations(model)
+    calls: list[Tensor] = []
+    denoise = model.denoise
+    monkeypatch.setattr(model, "denoise", lambda *given: calls.append(given[0]) or denoise(*given))
+    with torch.no_grad():
+        assert torch.equal(attribution.pair(one, other).original.output, one.images)
+        assert torch.equal(attribution.pair(one.take([0, 1]), other).original.output, one.images)
+        assert calls == []
+        half = [(every, lambda x, hook: 0.5 * x)]
+        moved = one.fork(0, half)
+        assert not torch.equal(moved.images, one.images)
+        assert torch.equal(attribution.pair(moved, other).original.output, one.images)
+        with model.hooks(half):
+            assert torch.equal(attribution.pair(one, other).original.output, moved.images)
+        with model.dit.hooks([("hook_embed", lambda x, hook: 0.5 * x)]):
+            assert not torch.equal(attribution.pair(one, other).original.output, one.images)
+        # an original with hooks is run again, twice beside its own fork; so are both under hooks
+        assert len(calls) == 2 + 2 + 4 + 4
