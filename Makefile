@@ -7,15 +7,17 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(shell $(PYTHON) -c 'import 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPES ?=
+FAILED ?=
 comma := ,
-PYTEST := $(BIN)/python -m pytest -q -n logical --dist worksteal $(if $(TYPES),--jaxtyping-packages=dit_lens$(comma)hooked_models$(comma)beartype.beartype)
+PYTEST := $(BIN)/python -m pytest -q $(if $(FAILED),--last-failed,-n logical --dist worksteal) $(if $(TYPES),--jaxtyping-packages=dit_lens$(comma)hooked_models$(comma)beartype.beartype)
 
 .PHONY: demo test test-slow test-all test-core lint bench notebooks recipes docs setup clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.relation_head
 
-# the default suite: everything that takes no more than seconds; TYPES=1 checks the types and shapes of every call, too
+# the default suite: everything that takes no more than seconds; TYPES=1 checks the types and shapes of every call, too;
+# FAILED=1, here and below, only what failed last time, one test after the other
 test: lint
 	$(PYTEST)
 
