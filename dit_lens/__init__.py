@@ -93,7 +93,7 @@ redirect(
         "nodes": "graph.nodes",
         "paired_runs": "runs.gradients",
         "repeated_runs": "runs.repeated_runs",
-        "scenes.evaluation": "task.judge",
+        "scenes.evaluation": "task.evaluation",
         "scenes.rendering": "task.rendering",
         "scenes.sampling": "task.sampling",
         "scenes.scene": "task.scene",

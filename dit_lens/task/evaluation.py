@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from hooked_models import HookedTextToImage
-from hooked_models.lazy_imports import renamed_arguments
+from hooked_models.lazy_imports import renamed, renamed_arguments
 from hooked_models.text_encoders.random_tokens import UNKNOWN_ID
 
 from ..stats import Interval, clustered_mean, paired_difference, proportion
@@ -37,6 +37,17 @@ from .protocol import METRICS, Task, TwoObjects
 GEOMETRY = ("x1", "y1", "x2", "y2")
 SPLITS: tuple[Split, ...] = ("held_out", "train")
 BATCH = 64
+
+__getattr__ = renamed(  # of `dit_lens.scenes.evaluation`
+    __name__,
+    {
+        name: f"dit_lens.task.judge:{name}"
+        for name in (
+            *("COLOR_MARGIN", "COLOR_TOLERANCE", "MIN_AREA", "MIN_IOU", "MAX_SCALE", "CHUNK"),
+            *("DESCRIPTIONS", "color_classes"),
+        )
+    },
+)
 
 
 @renamed_arguments(wanted="scenes")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -56,6 +57,19 @@ def test_names_of_the_first_edition_are_still_there():
         if not hasattr(importlib.import_module(module), name)
     ]
     assert not missing
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_old_path_hides_no_module_of_a_new_package():
+    """An import binds its module's name in the parent, which may be a package that moved, too."""
+    for finder in sys.meta_path:
+        for old in getattr(finder, "table", ()):
+            importlib.import_module(old)
+    for name, module in list(sys.modules.items()):
+        parent, _, child = name.rpartition(".")
+        if parent.startswith(("dit_lens", "hooked_models")) and module.__name__ == name:
+            found = getattr(sys.modules[parent], child)
+            assert not isinstance(found, ModuleType) or found is module, name
 
 
 @pytest.mark.parametrize(
