@@ -149,7 +149,7 @@ def test_every_answer_is_one_sentence_within_the_timeout(
     assert "\n" not in said
     # nnsight raises within its own frames when a trace is sent
     assert caught.value.__context__ is None or environment
-    assert took < TIMEOUT + 3.5  # tracing itself, on a loaded machine, is the remainder
+    assert took < TIMEOUT + 10  # tracing itself, on a loaded machine, is the remainder
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
