@@ -31,7 +31,7 @@ class Config:
     widths: tuple[int, ...] = (192, 1152)
     layers: int = 6
     side: int = 16
-    """Of the latents: 64 image tokens."""
+    """Side of the latents: 64 image tokens."""
     text_tokens: int = 20
     batch: int = 2
     repeats: int = 15

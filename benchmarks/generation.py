@@ -37,7 +37,7 @@ class Config:
     xl_layers: int = 2
     """Blocks of XL's width; 0 leaves this row out."""
     xl_side: int = 32
-    """Of its latents: 256 image tokens."""
+    """Side of its latents: 256 image tokens."""
     xl_steps: int = 4
     text_tokens: int = 300
     repeats: int = 5

@@ -30,7 +30,7 @@ class Row:
     tiny: str
     """On a CPU, in a few seconds."""
     name: str = ""
-    """Of its file; by default the module's."""
+    """Name of its file; by default the module's."""
 
     @property
     def out(self) -> str:

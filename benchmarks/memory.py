@@ -40,7 +40,7 @@ class Config:
 
     layers: int = 2
     side: int = 128
-    """Of the latents; 128 is 1024 px, 4,096 tokens."""
+    """Side of the latents; 128 is 1024 px, 4,096 tokens."""
     heads: int = 16
     d_head: int = 72
     steps: int = 2

@@ -27,7 +27,7 @@ class Config:
     kinds: tuple[Kind, ...] = get_args(Kind)
     methods: tuple[str, ...] = (*recovery.HEAD_METHODS, "arithmetic")
     level: float = 0.05
-    """Of the p-values, for false positives."""
+    """Threshold of the p-values, for false positives."""
 
 
 def main(config: Config) -> None:

@@ -34,7 +34,7 @@ class Config:
     size: Literal["nano", "micro", "mini", "B"] = "micro"
     encoder: str = "rte"
     samples: int = 51_200
-    """That each run sees."""
+    """Samples that each run sees."""
     seeds: tuple[int, ...] = (1,)
     variants: tuple[str, ...] = ()
     """Names of those to run; all unless given."""

@@ -34,7 +34,7 @@ class Config:
     workers: tuple[int, ...] = (1, 2)
     """() starts no cluster."""
     steps: int = 6
-    """Of the cluster's sweep, over all heads: a cell of step s takes 14 − s denoising steps."""
+    """Steps of the cluster's sweep, over all heads: a cell of step s takes 14 − s denoising steps."""
     repeats: int = 3
     threads: int = 1
     device: str = "cpu"

@@ -60,7 +60,7 @@ class Config:
     repeats: int = 2
     """Sides take turns; the median is reported."""
     peer_cells: int = 6
-    """Of a step and spread over heads, that nnsight and diffusers, which generate anew for every
+    """Cells of one step, spread over heads, that nnsight and diffusers, which generate anew for every
     cell, are timed on.
     """
     search_steps: int = 14

@@ -47,17 +47,15 @@ class Config:
     size: Literal["nano", "micro", "mini", "B"] = "micro"
     encoder: str = "rte"
     batch_size: int = 64
-    """Of both sides."""
+    """Samples a step, of both sides."""
     plain_steps: int = 12
     """Timed steps of the plain loop, before and after ours; the median is reported."""
     our_steps: int = 150
-    """Of ours, at least 25."""
+    """Steps of ours, at least 25."""
     warm_steps: int = 50
-    """Of ours: the median of the log after these is reported, so that compilation does not
-    count.
-    """
+    """Steps of ours before the reported median, so that compilation does not count."""
     compile: bool = True
-    """Of ours."""
+    """True to compile ours."""
     threads: int = 1
     device: str = "cpu"
     """The device that accelerate finds; "cuda" without one is an error."""

@@ -44,11 +44,11 @@ class Config:
     heads: int = 0
     """0 for the heads of the real models: 16 of PixArt, 24 of FLUX."""
     side: int = 32
-    """Of the latents: 256 image positions."""
+    """Side of the latents: 256 image positions."""
     text_tokens: int = 64
     steps: int = 4
     cells: int = 16
-    """Of each sweep."""
+    """Cells of each sweep."""
     repeats: int = 3
     threads: int = 1
     device: str = "cpu"

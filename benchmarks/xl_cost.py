@@ -54,16 +54,16 @@ class Work:
 
     clean: int
     forked_step: int
-    """Of all cells, at the step that they touch: one branch, from the touched layer on."""
+    """Work of all cells, at the step that they touch: one branch, from the touched layer on."""
     later: int
-    """Of all cells, at the steps after it: both branches, all layers."""
+    """Work of all cells, at the steps after it: both branches, all layers."""
     naive: int
     """If every cell were a whole generation."""
 
 
 def count(layers: int, heads: int, steps: int) -> Work:
     """Counts of a sweep of all heads of one kind of attention, at every step."""
-    # the run itself, and once more in one branch for what forks begin with
+    # the run itself, and once more in one branch for the states that forks begin with
     clean = 2 * layers * steps + layers * steps
     forked = steps * heads * sum(layers - layer for layer in range(layers))
     later = heads * layers * 2 * layers * sum(range(steps))

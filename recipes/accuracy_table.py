@@ -2,9 +2,9 @@
 
 `python -m recipes.accuracy_table`
 
-Paper: its model table (DiT-B unless said; trained templates). What would falsify it: a model with
+Paper: its model table (DiT-B unless said; trained templates). Falsified by this: a model with
 word order, once trained, that draws shapes but not relations; or one without word order that draws
-relations beyond what a bag of words allows (.25).
+relations beyond a bag of words (.25).
 
 Predictions: with word order all four within .10 below the paper's or better; without, binding and
 relation at most the bound of a bag of words, .50 and .25. The paper's ceiling is below 1 (its

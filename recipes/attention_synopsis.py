@@ -2,18 +2,18 @@
 
 Paper: section 4.1, figure 3A (heads × object region → word): in RTE-DiT-B a relation head (L2H8) is
 at work at the first step already, an object head (L4H3) at steps 4 to 8; in T5-DiT-B a head (L3H7)
-reads the second shape word where RTE's reads the relation. What would falsify it: no head's objects
+reads the second shape word where RTE's reads the relation. Falsified by this: no head's objects
 read the relation words (RTE) or the second shape word (T5) at step 0 beyond a shuffle of the words'
 labels; or none reads its own shape later, or reads both shapes alike.
 
-What differs from the paper: means over tokens instead of sums, so that words and regions of any
+Differences from the paper: means over tokens instead of sums, so that words and regions of any
 size compare; steps stay apart instead of their maximum; trained phrases instead of "… the …"; EOS
 counts. A head is picked on one half of the scenes and measured on the other, so that being the best
 of many costs nothing. Control: the words' labels of each prompt shuffled, whose expectation is the
 mean over the prompt's words.
 
-Beyond the paper: regions by colour. That an object head serves the objects of one colour was seen
-first and then made a claim: its prediction is the only one here that was not stated beforehand.
+Beyond the paper: regions by colour. One claim was seen first and then made (an object head serves the
+objects of one colour): its prediction is the only one here that was not stated beforehand.
 """
 
 from __future__ import annotations
@@ -174,11 +174,11 @@ def by_object(seen: Float[xr.DataArray, "..."]) -> xr.DataArray:
 
 
 ROLES = ["color1", "shape1", "relation", "color2", "shape2", "filler", "eos"]
-"""All that a prompt consists of: what labels are shuffled among."""
+"""All parts of a prompt, among which labels are shuffled."""
 
 
 def excess(seen: Float[xr.DataArray, "..."]) -> xr.DataArray:
-    """Attention beyond what a shuffle of the prompt's labels is expected to give: the mean over its
+    """Attention beyond the expected one after a shuffle of the prompt's labels: the mean over its
     words.
     """
     return seen - seen.sel(text_group=ROLES).mean("text_group")

@@ -67,7 +67,7 @@ class Config:
     weights stay out.
     """
     history: tuple[str, ...] = ()
-    """What the run's settings do not say of how it was trained, one sentence each; goes into the
+    """Facts of the training beyond the run's settings, one sentence each; goes into the
     card.
     """
     targets: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ def main(config: Config) -> None:
 
 
 def training_facts(config: Config) -> dict[str, object]:
-    """The run's settings, how far it got and how fast, and what the card is to say of it."""
+    """The run's settings, how far it got and how fast, and the card's facts of it."""
     with safe_open(checkpoint_of(config.run), "pt") as file:
         metadata = file.metadata()
     facts = json.loads(metadata["facts"])

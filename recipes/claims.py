@@ -29,14 +29,14 @@ class Claim:
 
     what: str
     paper: str
-    """What the paper says, in its own numbers; "–" of what is not in it."""
+    """The paper's own numbers; "–" where it has none."""
     here: Interval
     predicted: tuple[float, float] | None
-    """Where the number must lie, stated before it was measured, for the claim to hold here; None of
-    what was not predicted.
+    """Where the number must lie, stated before it was measured, for the claim to hold here; None if
+    nothing was predicted.
     """
     control: str = ""
-    """What was compared with, and its number."""
+    """The control, and its number."""
     contrast: Interval | None = None
     """The paper's own quantity here, minus that of its control; without it a claim does not say
     that the paper replicates.

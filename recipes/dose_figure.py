@@ -1,4 +1,4 @@
-"""The figure of `improve_relations`: what every dose of every method changes."""
+"""The figure of `improve_relations`: the changes by every dose of every method."""
 
 from __future__ import annotations
 

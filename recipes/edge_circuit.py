@@ -2,8 +2,8 @@
 
 Beyond the paper, which names a relation head and an object head and knocks them out: here a circuit
 is a set of edges (sender, receiver, denoising step) over the whole generation, found by EAP-IG and
-then run exactly, everything else being as for another prompt (resample ablation). What would
-falsify a small circuit: the edges that EAP-IG ranks first keep no more of the relation than random
+then run exactly, everything else being as for another prompt (resample ablation). A small circuit is
+falsified by this: the edges that EAP-IG ranks first keep no more of the relation than random
 ones, or the model without them still has it (another route).
 
 Two graphs: all edges; and, added once the first had shown that no small set of all edges suffices,
@@ -58,10 +58,10 @@ from .claims import Claim, report, stage
 from .knockouts import found_heads
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Of edges kept; MIB's, from .5 % on."""
+"""Shares of edges kept; MIB's, from .5 % on."""
 KEEPS = 0.9
 HALVINGS = 2
-"""Of the gap, in the logarithm, between the largest share that keeps less and the smallest that
+"""Allowed gap, in the logarithm, between the largest share that keeps less and the smallest that
 keeps enough.
 """
 EARLY = 4
@@ -172,7 +172,7 @@ def of_graph(edges: pd.DataFrame, graph: str) -> pd.DataFrame:
     )
 
 
-# Prompts and what is read from images
+# Prompts and readings of images
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ class Curve:
     sizes: np.ndarray
     """Edges of the circuit, or those left out."""
     kept: Callable[[np.ndarray], np.ndarray]
-    """Of some prompts, by their numbers."""
+    """Pairs of some prompts, by their numbers."""
 
     @classmethod
     def of(cls, values: pd.DataFrame, kind: str, total: int) -> Curve:

@@ -6,7 +6,7 @@ Not in the paper. Two small models are trained without any phrase of "upper left
 right", "lower left", "above" and "left" (docs/training.md, "Study models"). If one set of heads
 writes the vertical axis and another one the horizontal axis, the unread diagonal is the sum of two
 read parts, and should be drawn; if the same heads write both, there is no reason why it should.
-What would falsify it: separate heads and "upper left" not drawn.
+Falsified by this: separate heads and "upper left" not drawn.
 
 Prediction: `recipes/PREDICTIONS.md`, "generalisation and sparsity", committed before the trainings.
 Images are judged only where both objects are there: shapes and colours are another question. The

@@ -4,7 +4,7 @@ Beyond the paper, which finds the circuit and leaves open what it is good for. F
 strengthen it, in the conditional branch and in the first five of 14 steps, in which places are
 decided:
 
-- scale: a × what the relation heads pass on (`hook_z`);
+- scale: a × the relation heads' values (`hook_z`);
 - sharpen: b × their attention scores (a temperature of 1 / b);
 - steer: + k × the relation's own effect vector on the words that carry it, after the caption
   projection;
@@ -23,9 +23,9 @@ Doses are chosen by the relation accuracy (loose) of prompts of the training spl
 held-out prompts and fresh noise, paired with no intervention; the control has the same dose on as
 many random heads of nearby layers (steer: on random vectors of equal norm). The prediction: all
 four raise the RTE model's relations by .02 or more, and steering the T5 model's, at a cost of less
-than .1 in binding; the T5 model's heads carry too much else to be of use. Of the first shape word,
+than .1 in binding; the T5 model's heads carry too much else to be of use. For the first shape word,
 predicted when the others were known: steering and guidance raise, scaling and sharpening do not.
-What would falsify it: intervals below that, or controls that do as well.
+Falsified by this: intervals below that, or controls that do as well.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Config:
     """Settings of the recipe."""
 
     tasks: tuple[str, ...] = ("rte-nano", "t5-micro", "t5-micro, first shape word")
-    """Of `TASKS`."""
+    """Names of `TASKS`."""
     choosing: int = 24
     """Scenes of the training split by which the dose is chosen."""
     reporting: int = 64

@@ -1,4 +1,4 @@
-"""Words masked in some heads, and what becomes of the images: what the recipes on relation heads
+"""Words masked in some heads, and the effect on images: functions that the recipes on relation heads
 and object heads share.
 
 rows = knocked_out(model, {"L2H2": (knockout_role("relation", "L2H2"), ("heads", "tokens"))}, n=64,
@@ -32,7 +32,7 @@ FOUND_COSINE, FOUND_P = 0.5, 0.01
 
 Control = Literal["heads", "tokens"]
 Conditions = Mapping[str, tuple[Sequence[Intervention], Sequence[Control]]]
-"""Name → what is done, and with random what it is done once more."""
+"""Name → interventions, and their random repetition."""
 
 
 def scenes_of(n: int, seed: int) -> tuple[list[scenes.Scene], np.ndarray]:

@@ -3,7 +3,7 @@
 `python -m recipes.learning_dynamics`
 
 Paper: colour → shape → binding → relation over training (section on learning dynamics); heads over
-training are not in it. What would falsify it: shapes that come before colours. Relation implies
+training are not in it. Falsified by this: shapes that come before colours. Relation implies
 binding, and binding shapes, so their order could not be otherwise. The layout dipole does not need
 shapes: whether places come before them is a question (exploratory: seen before it was asked).
 Beyond the paper: a relation head that comes after the accuracy it is said to cause.

@@ -1,4 +1,4 @@
-"""How much a cache of PixArt-Σ-XL/2 takes, by what is kept: arithmetic without weights, written
+"""Size of a cache of PixArt-Σ-XL/2, by the tensors kept: arithmetic without weights, written
 into docs/pretrained.md.
 
 `python -m recipes.memory_plan`

@@ -5,12 +5,12 @@
 Paper: section 4.2, figure 5: in RTE-DiT-B one head (L4H3) reads an object's own shape where that
 object grows, at steps 4 to 8; by position code alone its map of a shape word is flat, and selective
 once what the relation head writes (its OV output, weighted by its attention) has been added;
-masking the shape words in it alone takes shape accuracy from .90 to .76. What would falsify it:
+masking the shape words in it alone takes shape accuracy from .90 to .76. Falsified by this:
 maps that are as steep without the relation heads' writing, or as steep with other heads' writing;
 shape words masked in it that cost no more than in random heads; or no effect of the relation heads
 on the layout by way of the object heads' queries.
 
-What differs: object heads are found by the synopsis, relation heads by screening
+Differences: object heads are found by the synopsis, relation heads by screening
 (`knockouts.screened`), all of them; a head that is both is an object head, because it is seen to
 read shapes. Path patching, which is not in the paper, replaces what the relation heads write by
 what they write under the opposite relation (same scene, same noise), as far as the object heads'

@@ -5,8 +5,8 @@
 Paper: figure 30 and its notebook on `PixArt-Sigma-XL-2-512-MS` ("A X is on the left of a Y."): both
 objects on 23 % of images, the relation right on 55 % of those (chance: 50 %); the relation's share
 of the variance of the relation word .275, after the caption projection .379, of the objects' words
-.002; few heads whose maps are ramps (L2H13, L6H1 among them). It made no causal test. What would
-falsify it: a relation drawn well above chance, or a share in the objects' words as large as in the
+.002; few heads whose maps are ramps (L2H13, L6H1 among them). It made no causal test. Falsified
+by this: a relation drawn well above chance, or a share in the objects' words as large as in the
 relation's.
 
 The causal test, beyond the paper: of what exchanging "left" for "right" does to the first
@@ -128,7 +128,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sentence, and what it says."""
+    """One sentence, and its meaning."""
 
     first: str
     side: Literal["left", "right"]
@@ -198,11 +198,11 @@ def asked(pairs: int) -> list[Prompt]:
 
 
 def announce(console: Console, model: HookedTextToImage, config: Config, n: int) -> None:
-    """How long it will take and what it will write, from one denoising step that is run for the
+    """Expected duration and output, from one denoising step that is run for the
     purpose.
     """
     text = str(asked(1)[0])
-    model(text, 0, 1, config.guidance)  # the first call pays for what is set up once
+    model(text, 0, 1, config.guidance)  # the first call pays for the set-up
     start = time.perf_counter()
     size = model([text] * config.batch, 0, 1, config.guidance).shape
     a_step = (time.perf_counter() - start) / config.batch

@@ -1,9 +1,9 @@
-"""RTE without positions: what a bag of words can tell apart, and what it cannot.
+"""RTE without positions: relations that a bag of words can tell apart, and the others.
 
 `python -m recipes.positions_needed`
 
 Paper: "RTE-B w/o pos" binds .41 and relates .15 (loose .415 by another evaluation) where RTE-B with
-positions relates .86. What would falsify it: a model without positions that tells "A above B" from
+positions relates .86. Falsified by this: a model without positions that tells "A above B" from
 "B above A".
 
 The exact bound: a sentence that names both colours shares its words with three others that are
@@ -31,7 +31,7 @@ from dit_lens.task.scene import BAND
 
 from .claims import Claim, evaluation_of, independent, report
 
-QUESTIONS = {  # name → (what the paper says, where the number must lie without word order)
+QUESTIONS = {  # name → (the paper's number, its range without word order)
     "binds": ("RTE-B w/o pos .41", (0.0, 0.5)),
     "relates": ("RTE-B w/o pos .15", (0.0, 0.25)),
     "relates, of those that bind": ("–", (0.4, 0.6)),

@@ -4,7 +4,7 @@
 
 Paper: one head of one size, with random token embeddings (L2H8 of RTE-DiT-B, named by screening
 with the relation words), and one of the T5 model, named by the relation's effect on the second
-shape word (L3H7 of T5-DiT-B). What would falsify it: sizes that draw relations by many heads, or by
+shape word (L3H7 of T5-DiT-B). Falsified by this: sizes that draw relations by many heads, or by
 late ones; heads that are found and turn nothing, or no more than random heads.
 
 By axis: heads are ranked by their share of gain² from weights, with the words that carry the axis
@@ -42,7 +42,7 @@ from .claims import Claim, report, stage
 from .t5_fusion import CARRIER, NAMES, scenes_along
 
 HELD = 0.9
-"""Of gain²: the fewest heads with this share are those found."""
+"""Share of gain²: the fewest heads with this share are those found."""
 NULL = "rte-nopos-micro"
 """A model that draws no relations."""
 DRAWS = 10

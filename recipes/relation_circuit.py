@@ -6,7 +6,7 @@ Paper: sections 4.1 and 4.2: one head (L2H8 of RTE-DiT-B); masking it takes rela
 .67 to .33. Here heads get the keys and values of the opposite prompt instead of none, so that a
 model has to draw something else, not only something worse; vertical and horizontal relations are
 kept apart, because heads divide them; and the layout is judged by colours alone beside the judge
-that needs both shapes. What would falsify it: sets of more than four heads; sets with a head that
+that needs both shapes. Falsified by this: sets of more than four heads; sets with a head that
 can be dropped; random sets that do as much; a vertical set that turns horizontal relations.
 
 Predictions: `recipes/PREDICTIONS.md`, committed before. Sets are chosen by the layout at step 0 on
@@ -47,7 +47,7 @@ TURNS = 0.95
 SEPARATE = {"rte-nano": (0.0, 0.8)}
 """Predicted specificity where it is not the others' 0.8 … 1."""
 TURNED = 0.9
-"""Of the way from the clean dipole to that of all heads interchanged: from here on a layout is
+"""Share of the way from the clean dipole to that of all heads interchanged: from here on a layout is
 turned at step 0.
 """
 COMPONENT = {"vertical": 1, "horizontal": 0}

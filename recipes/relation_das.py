@@ -30,7 +30,7 @@ PARTS = {
     "cross-attention queries": "cross_attn.hook_q",
     "MLPs": "hook_mlp_out",
 }
-"""What is frozen → its hook, in every layer behind the set."""
+"""Frozen part → its hook, in every layer behind the set."""
 LEARNING_STEPS, LEARNING_RATE, LEARNING_BATCH = 150, 0.02, 24
 RANDOM_SUBSPACES = 10
 

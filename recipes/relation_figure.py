@@ -85,7 +85,7 @@ def draw_circuit(ax: Axes, sets: pd.DataFrame, images: pd.DataFrame, paths: pd.D
 
 
 def line(ax: Axes, x: tuple[float, float], y: tuple[float, float], head: str, size: float) -> None:
-    """Line of a head's colour, as wide as what it stands for."""
+    """Line of a head's colour, as wide as its effect."""
     color = style.head_color(head)
     ax.plot(x, y, color=color, linewidth=0.4 + WIDEST * size, solid_capstyle="butt", zorder=1)
 

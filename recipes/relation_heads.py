@@ -1,12 +1,12 @@
-"""The relation heads, found three independent ways, and what knocking them out does.
+"""The relation heads, found three independent ways, and the effect of knocking them out.
 
 `python -m recipes.relation_heads`
 
 Paper: sections 4.1 and 4.2, figures 3 and 4: one head of RTE-DiT-B (L2H8) is named by the attention
 synopsis and by screening in weight space; its map of "above" over positions is a vertical ramp,
 that of "left" a horizontal one; it is at work at the first step; masking the relation words in it
-alone takes relation accuracy from .67 to .33, other heads do hardly anything. What would falsify
-it: the ways name different heads; maps that point elsewhere; or relation words masked in the heads
+alone takes relation accuracy from .67 to .33, other heads do hardly anything. Falsified by
+this: the ways name different heads; maps that point elsewhere; or relation words masked in the heads
 found cost no more than in random heads, or than random words masked in the same heads.
 
 The ways share nothing: `screening` sees weights only, the synopsis patterns of whole models only,
@@ -165,7 +165,7 @@ def by_weights(ranking: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_attention(seen: Float[xr.DataArray, "..."]) -> pd.DataFrame:
-    """Synopsis: what an object's region pays to the relation words at step 0, beyond the label
+    """Synopsis: attention from an object's region to the relation words at step 0, beyond the label
     shuffle; the larger of the two.
     """
     beyond = synopses.ask(synopses.excess(seen), synopses.RELATION).stack(at=("layer", "head"))

@@ -3,7 +3,7 @@
 `python -m recipes.robustness`
 
 Paper: section A.8, figure 26B and the template table of its evaluation (T5-DiT-B, 264 prompts × 49
-images); RTE "remains stable". What would falsify it: "the" before the second object costs the T5
+images); RTE "remains stable". Falsified by this: "the" before the second object costs the T5
 model no relation accuracy, or the RTE model as much.
 
 Beyond the paper: what "the" does to each axis (the layout, judged by colours alone, so that a lost
@@ -13,7 +13,7 @@ relation words; see `text_carrier`). Control: the same at the second shape word,
 nothing. Predictions: `recipes/PREDICTIONS.md`.
 
 All differences are paired (same scenes, same noise). The contrast of a template is the T5 model's
-change minus the RTE model's. Templates of a model are one family of questions. What differs from
+change minus the RTE model's. Templates of a model are one family of questions. Differences from
 the paper: `t5-scenes` read fillers and synonyms in its pre-training, as T5-XXL did, but nothing
 beyond them; the DiTs, there and here, were trained on the plain captions alone.
 """
@@ -219,7 +219,7 @@ def shift_everywhere(
 def repairs(
     model: HookedTextToImage, texts: list[str]
 ) -> dict[str, Float[Tensor, "prompt text_pos d"]]:
-    """By name, what is added to the words of prompts with "the"."""
+    """Name → vectors added to the words of prompts with "the"."""
     parts = {}
     roles_moved: tuple[Role, ...] = ("shape1", "relation", "shape2")
     for role in roles_moved:
@@ -266,7 +266,7 @@ def repaired_looks(model: HookedTextToImage, n: int) -> pd.DataFrame:
 def conditions(
     model: HookedTextToImage, wanted: list[scenes.Scene]
 ) -> list[tuple[str, list[str], Float[Tensor, "prompt text_pos d"] | None]]:
-    """Name, prompts and what is added to their words."""
+    """Name, prompts and the vectors added to their words."""
     plain, with_the = (
         [render_caption(scene, template) for scene in wanted] for template in (TRAINED, THE)
     )

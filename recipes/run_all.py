@@ -1,10 +1,10 @@
-"""Run every recipe at its default settings, and write recipes/README.md from what they found.
+"""Run every recipe at its default settings, and write recipes/README.md from their results.
 
 `python -m recipes.run_all`
 
 A recipe that crashes makes the run fail, after the others have run; a verdict, whatever it is, does
-not. Recipes resume, so a run that was stopped goes on where it was. What the page says of recipes
-that have left no results here stays on it, as long as the weights of the models that a recipe asks
+not. Recipes resume, so a run that was stopped goes on where it was. Claims of recipes
+that have left no results here stay on the page, as long as the weights of the models that a recipe asks
 have not changed: `--only` brings one recipe up to date.
 """
 
@@ -134,7 +134,7 @@ def current(results: Path, hashes: dict[str, str]) -> dict[str, Path]:
 
 
 def whole(folder: Path, name: str) -> Path:
-    """A file of a recipe. Raises OSError if it is not what was written."""
+    """A file of a recipe. Raises OSError if it differs from the file written."""
     index = Index.read(folder)
     return folder / name if index is None or name not in index.files else index.path(name)
 

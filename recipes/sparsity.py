@@ -5,7 +5,7 @@
 Not in the paper, where one head of 144 carries the relation. Eight small models of one width are
 trained, with 2, 3, 6 and 12 heads a layer, without weight decay and with .5 (docs/training.md,
 "Study models"). The effective number of heads of an axis is 1 / Σ share², share being the part of
-Σ gain² that one head has. What would falsify it: weight decay does not lower it, or it grows with
+Σ gain² that one head has. Falsified by this: weight decay does not lower it, or it grows with
 the number of heads as its square root or faster.
 
 Prediction: `recipes/PREDICTIONS.md`, "generalisation and sparsity", committed before the trainings.

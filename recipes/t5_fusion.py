@@ -5,10 +5,10 @@
 Paper: table 1 (variance partition: the relation's partial share at T5's second shape word is .1205,
 after the caption projection .2128), figure 7A (masking the relation words changes nothing, masking
 the second shape word or EOS halves accuracies), masks by layer and by step, and vector arithmetic
-on one prompt. What would falsify it: no amplification by the caption projection; a relation that is
+on one prompt. Falsified by this: no amplification by the caption projection; a relation that is
 lost with the relation words and not with the second shape word.
 
-What differs: vertical and horizontal scenes apart, because a mean over axes hides that each is read
+Differences: vertical and horizontal scenes apart, because a mean over axes hides that each is read
 from another word; the layout, judged by colours alone, in place of relation accuracy, because a
 hidden shape word also takes its shape away. Controls: the other words; a random other word; random
 vectors of equal norm. Variance is partitioned over all 264 prompts, a finite population without an

@@ -7,7 +7,7 @@ embeddings from the relation words. Claim tested here: the carrier of an axis is
 that axis is most linearly readable in the text encoder's output. It is tested on encoders that
 differ in nothing but where the relation stands (docs/training.md, "Study models"): a share of the
 relation words' vectors moved to the second shape word, all of it ("fused", the positive control),
-or a causal T5. What would falsify it: fewer than 8 of the 10 cells (five models, two axes) with the
+or a causal T5. Falsified by this: fewer than 8 of the 10 cells (five models, two axes) with the
 carrier that the encoder predicts.
 
 Predictions: `recipes/PREDICTIONS.md`, committed before. The predicted word has the highest held-out

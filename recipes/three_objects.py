@@ -2,7 +2,7 @@
 
 Beyond the paper, whose images hold two objects: `rte-trios-micro` is `rte-micro` trained on, half
 of its scenes being trios ("red circle is above blue square and left of red triangle"). The
-prediction: one set of heads reads both relations, each from its own words. What would falsify it:
+prediction: one set of heads reads both relations, each from its own words. Falsified by this:
 hiding the second relation's words from the heads that are found with the first relation's costs the
 second relation little, or the two relations are carried by different heads at step 0.
 
@@ -343,7 +343,7 @@ def served_claims(rows: pd.DataFrame, heads: pd.DataFrame) -> list[Claim]:
 
 
 def profiles(carried: pd.DataFrame) -> dict[str, Float[np.ndarray, "prompt head"]]:
-    """The shares of every prompt and head, by what was exchanged."""
+    """The shares of every prompt and head, by the exchanged words."""
     return {
         str(exchange): part.pivot_table(index="prompt", columns="head", values="share").to_numpy()
         for exchange, part in carried.groupby("exchange", sort=False)

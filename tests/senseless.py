@@ -813,7 +813,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def complaint(row: Row, value: Any) -> str | None:
-    """What is wrong with the call's answer to a value; None if it is right."""
+    """Fault of the call's answer to a value; None if it is right."""
     meant = row.means(value)
     try:
         found = row.call(value)

@@ -118,7 +118,7 @@ class NodeAttribution(Attribution):
 
 
 PRE_GATE = "blocks.{layer}.hook_mlp_out_pre_gate"
-"""Of models whose gate lies in the block's forward: the MLP's output before it."""
+"""The MLP's output before the gate, in models whose gate lies in the block's forward."""
 
 
 def _names(dit: Any, kind: str) -> dict[int | None, str]:
@@ -330,8 +330,8 @@ class EdgeAttribution(Attribution):
 
     Senders and receivers are named as in `dit_lens.patching`: "embed", "attn.L0H1",
     "cross_attn.L0H1", "mlp.L0", "text[0]" send; "attn.L1H0.q" (k, v), "cross_attn.L1H0.q" (k, v),
-    "mlp.L1" and "output", the final residual stream, receive. Of the words, cross-attention reads k
-    and v, and nothing else of either.
+    "mlp.L1" and "output", the final residual stream, receive. Cross-attention
+    reads the words as k and v, and nothing else.
 
     A receiver's column adds up to (source − original) · gradient of its whole input, a sender's row
     to its score as a node.

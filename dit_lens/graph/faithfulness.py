@@ -50,8 +50,7 @@ def candidate_edges(
     """The edges along which anything differs, the largest first: columns step, sender, receiver,
     score (mean over prompts).
 
-    Of words, edges of one role are one edge ("text[relation]"), because prompts differ in where it
-    stands.
+    Edges of words are one edge a role ("text[relation]"): prompts differ in where it stands.
 
     Args:
         prompts: of the original run that `scores` belong to, in order.

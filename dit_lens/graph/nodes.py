@@ -21,8 +21,8 @@ FORMS = (
     "'mlp.L3', 'embed', 'text', 'text[4,5]', 'text[relation]', 'output', 'image'"
 )
 _FORM = re.compile(
-    r"(?P<sublayer>attn|cross_attn)\.L(?P<layer>\d+)(H(?P<head>\d+))?(\.(?P<part>[qkv]))?|mlp\.L(?P<mlp>\d+)"
-    r"|text(\[(?P<tokens>\d+(,\d+)*|[a-z]+\d?)\])?|embed|output|image"
+    r"(?P<sublayer>attn|cross_attn)\.L(?P<layer>\d+)(H(?P<head>\d+))?(\.(?P<part>[qkv]))?"
+    r"|mlp\.L(?P<mlp>\d+)|text(\[(?P<tokens>\d+(,\d+)*|[a-z]+\d?)\])?|embed|output|image"
 )
 
 Index = Any

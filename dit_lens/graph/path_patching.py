@@ -15,7 +15,7 @@ reach a receiver's input by way of components that are not frozen, and go on in 
 is computed with the senders' source values along P, and with original values along all other paths:
 path patching on a set of paths as in Goldowsky-Dill et al. (arXiv 2304.05969).
 
-A variant says which components are frozen, that is, which paths from sender to receiver count:
+A variant names the frozen components, and so the paths from sender to receiver that count:
 
 - ``direct``: everything. A receiver's input is x_r + Σ_s (source_s − original_s), summed over the
   senders that write to it. Into a later step, only the part of the network output at the sender's
@@ -31,7 +31,7 @@ its latents and leaves it by its output, unless it passes a receiver there).
 
 How it is computed: copies of the batch go through the model together. In SENT, senders have their
 source values and frozen components have their values of REFERENCE. In REFERENCE, receivers' inputs
-are those of SENT; its result counts. That is exact for any set of receivers: a path that has passed
+are those of SENT; its result counts. This is exact for any set of receivers: a path that has passed
 a receiver is in REFERENCE, on which frozen components depend like all others. While steps are
 frozen, CARRIED is SENT with the latents of REFERENCE; it gives the output that SENT passes on to
 later steps.
@@ -66,7 +66,7 @@ VARIANTS: Mapping[str, frozenset[str]] = {
     "through_mlps": frozenset({"attn", "cross_attn"}),
     "exact": frozenset(),
 }
-"""Variant → what is frozen."""
+"""Variant → frozen parts."""
 
 Metric = Callable[[Tensor], Tensor]
 """A tensor [batch …] → one number for each row [batch]."""
@@ -77,7 +77,7 @@ Run = Trajectory | CallView
 NodesLike = str | Node | Sequence[str | Node] | Nodes
 
 REFERENCE, SENT, CARRIED = 0, 1, 2
-"""Copies of the batch; the module says what happens in them."""
+"""Copies of the batch; the module describes them."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Verification:
     """One row a cell: first the top k, then the random sample (`index_df["drawn"]` says which).
 
     Metric values per prompt, with TransformerLens' effects, intervals and p-values; `effect()` is
-    what the scores estimate.
+    the quantity that the scores estimate.
     """
     spearman: Interval
     """Rank correlation of scores and exact effects (means over prompts) over the random sample."""

@@ -70,7 +70,7 @@ class State:
         seed: of the noise.
         num_steps: denoising steps.
         action: "mask" hides words from heads, "exchange" lets heads read the other prompt, "scale"
-            multiplies what heads write, "freeze" keeps their attention of the first step of the
+            multiplies the heads' output, "freeze" keeps their attention of the first step of the
             edit.
         heads: those that are edited ("L2H1"); none leaves the image as it is.
         words: positions of the text that are masked or exchanged; all of them where none is given.

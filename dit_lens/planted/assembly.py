@@ -72,7 +72,7 @@ class Wire:
     kind: Literal["attn", "cross_attn", "mlp", "embed", "output"]
     layer: int
     head: str
-    """The head's name in the circuit; empty for what is no head."""
+    """The head's name in the circuit; empty for other parts."""
     port: Literal["q", "k", "v", "in", "out"]
     feature: str
     when: When

@@ -179,7 +179,7 @@ class _Maps:
     model: HookedTextToImage
     masks: Bool[Tensor, "prompt text_pos word"]
     place: Sequence[int | None]
-    """Of each step among those that count."""
+    """Weight of each step among those that count."""
     n_steps: int
     by: Sequence[By]
     sums: Float[Tensor, "prompt word layer head step pos"] | None = None

@@ -28,9 +28,9 @@ def diffusion_lens(
     encoder: str | None = None,
     **options: Any,
 ) -> xr.DataArray:
-    """Images from what a text encoder has after each of its layers, through its final norm.
+    """Images from a text encoder's states after each of its layers, through its final norm.
 
-    Later layers hand on what they receive, for the prompt and the negative prompt; everything after
+    Later layers hand on their input, for the prompt and the negative prompt; everything after
     them, the final norm first, is the model's own. Source: Toker et al. 2024, arXiv 2403.05846.
 
     Args:

@@ -24,8 +24,8 @@ RENAME = {
     "norm2": "ln2",
     "norm_out": "ln_final",
 }
-"""For `nnsight.DiffusionModel(…, rename=RENAME)`, as nnterp does it: a module of diffusers → what
-it is called here.
+"""For `nnsight.DiffusionModel(…, rename=RENAME)`, as nnterp does it: a module of diffusers → its
+name here.
 """
 
 OUTPUTS = {
@@ -67,11 +67,11 @@ def open_cache(
 ) -> GenerationCache | DiTCache:
     """Open a recording of `tracer.cache(…)` as a cache under our names.
 
-    Two kinds are opened. Of a trace of the hooked denoiser itself
-    (`nnsight.NNsight(model.dit).trace(…)`), every HookPoint that was recorded becomes an entry of a
-    DiTCache. Of a generation (`nnsight.DiffusionModel(…).generate(…)`, renamed or not), those
-    modules of the denoiser whose output (and, with `include_inputs=True`, input) is a tensor that
-    has a name here become entries of a GenerationCache, for every step and branch.
+    Two kinds are opened. A trace of the hooked denoiser itself
+    (`nnsight.NNsight(model.dit).trace(…)`) becomes a DiTCache with every HookPoint recorded. A
+    generation (`nnsight.DiffusionModel(…).generate(…)`, renamed or not) becomes a GenerationCache
+    of those modules of the denoiser whose output (and, with `include_inputs=True`, input) has a
+    name here, for every step and branch.
 
     Args:
         view: returned by `tracer.cache`, after the trace.

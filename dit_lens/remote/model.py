@@ -9,8 +9,8 @@
 
 The weights stay where the server is; here the modules are empty, and serve for names, shapes and
 configuration. Every call is one request, which runs all denoising steps: docs/remote.md says how to
-host a server, and how it was tested. The two kinds of models answer what `RemoteTextToImage` leaves
-open: `pixart.RemotePixArt` and, for any other pipeline, `pipeline.RemotePipeline`.
+host a server, and how it was tested. The two kinds of models are
+`pixart.RemotePixArt` and, for any other pipeline, `pipeline.RemotePipeline`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RemoteTextToImage(HookedTextToImage):
     """A diffusers pipeline opened by nnsight's `DiffusionModel`, for everything that a
     `HookedTextToImage` does in one run.
 
-    That is: calls, `run_with_cache`, `run_with_hooks`, `hooks`, every `Intervention`,
+    It has calls, `run_with_cache`, `run_with_hooks`, `hooks`, every `Intervention`,
     `synopsis.attention_synopsis`, `heatmap`, `ablation.ablation_effects`, and `patch`. Hook
     functions are sent along as source, with everything they refer to, and run where the model is:
     they get rows and `hook` as ever, but cannot write to variables here. A few tensors have limits,
@@ -95,7 +95,7 @@ class RemoteTextToImage(HookedTextToImage):
 
     behind_nnsight = True
     renames: ClassVar[Mapping[str, str]] = {"transformer": "dit"}
-    """Modules of diffusers → what nnsight calls them."""
+    """Modules of diffusers → their names in nnsight."""
     kernel: ClassVar[Callable[..., Any]]
     """Function that is sent, and follows the plan there."""
     nnsight: Any

@@ -1,10 +1,10 @@
-"""The code that runs inside an nnsight trace of any other pipeline (`kernel` says what holds for
+"""The code that runs inside an nnsight trace of any other pipeline (`kernel` has the rules for
 it).
 
 Streams are inputs and outputs of blocks' modules. Queries, keys, values and z are those of the call
 of the attention kernel inside a module's processor; latents and the guided prediction, those of the
-pipeline's own call of `scheduler.step`: nnsight reaches both by `.source`. Of a pattern, only what
-a hook or a sum needs is computed, from queries and keys.
+pipeline's own call of `scheduler.step`: nnsight reaches both by `.source`. A pattern is
+computed from queries and keys, only where a hook or a sum needs it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CallWalk(Walk):
 
     def call(self, transformer: Any, tracer: Any, items: list, branches: tuple, text: dict) -> None:
         """Go through the call: `items` in the order in which it reaches them."""
-        # counts calls from the run's beginning, as what is inside an attention does not
+        # counts calls from the run's beginning, unlike points inside an attention
         args, kwargs = transformer.inputs
         if self.hooks("hook_text"):
             self.text(transformer, args, kwargs, text)

@@ -161,7 +161,7 @@ def _reached(tap: Any) -> list[str]:
 def _item(
     tap: Any, path: str, name: str, draft: PipelineInputs, call: Call, seen: Events
 ) -> tuple[int, dict[str, Any]]:
-    """A tap's place in the order of a call, and what the kernel needs to know of it.
+    """A tap's place in the order of a call, and the kernel's arguments for it.
 
     Raises:
         ValueError: its module runs never, or too often.

@@ -1,4 +1,4 @@
-"""PixArt's part of the code that runs inside an nnsight trace (`kernel` says what holds for it).
+"""PixArt's part of the code that runs inside an nnsight trace (`kernel` has the rules for it).
 
 Only inputs and outputs of modules are touched. Tensors between them inside a diffusers block are
 computed again here, and only if a hook needs them: the pattern (from q and k), the gate's output, a

@@ -42,8 +42,8 @@ class _CleanRun(Mapping[str, Tensor]):
 
 
 CLEAN = _CleanRun()
-"""`Intervention(…, action=Replace(CLEAN))`: put there what the clean run of
-`RemoteTextToImage.patch` had.
+"""`Intervention(…, action=Replace(CLEAN))`: put the activation of
+`RemoteTextToImage.patch`'s clean run there.
 """
 
 

@@ -119,7 +119,7 @@ class Cluster:
         self.ray, self.plan, self.workers = ray, plan, workers
         self.actors: list[Any] = []
         self.arguments: tuple[Any, ...] = ()
-        """Of `Worker`; kept, for a worker that is lost is made of them again."""
+        """Arguments of `Worker`; kept, for a worker that is lost is made of them again."""
 
     def __enter__(self) -> Self:
         return self

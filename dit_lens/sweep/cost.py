@@ -45,7 +45,7 @@ class Cost:
     forks: int
     batch: int
     clean_layers: int
-    """Row-layers of the runs without intervention, and of what forks begin with."""
+    """Row-layers of the runs without intervention, and of the states that forks begin with."""
     fork_layers: int
     """Row-layers of the forks."""
     naive_layers: int

@@ -59,7 +59,7 @@ class Estimates:
         """Expected magnitudes given the estimates, by which cells are chosen; 0 if not run.
 
         Effects in units of a scene's standard deviation are taken as normal around 0, with a
-        variance from all cells (empirical Bayes). Of two equal estimates, the noisier one is
+        variance from all cells (empirical Bayes). If two estimates are equal, the noisier one is
         expected to be larger: it is run on new scenes, which decide.
         """
         run = (self.scenes > 0) & (np.nan_to_num(self.error) > 0)

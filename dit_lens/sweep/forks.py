@@ -40,7 +40,7 @@ class ForkBatch:
     conditions: Sequence[Condition]
     forks: Sequence[Fork]
     hooked: tuple[Any, dict[tuple[str, str, Branch | None], RowEdits]] = ((), {})
-    """The edits of the step before, and what they were made from: steps are often alike."""
+    """The edits of the step before, and their sources: steps are often alike."""
 
     def __post_init__(self) -> None:
         sizes = [len(fork.rows) for fork in self.forks]

@@ -41,7 +41,7 @@ class Read(NamedTuple):
     inner: str
     """`hook_image`, `latent` (after the last step), or one of `BETWEEN`."""
     step: int | None = None
-    """`FIRST_TOUCHED`, or a denoising step; None for what comes after the last."""
+    """`FIRST_TOUCHED`, or a denoising step; None for tensors after the last."""
 
     def at(self, own: int) -> Read:
         """The same with the step in place of `FIRST_TOUCHED`."""

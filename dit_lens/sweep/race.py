@@ -105,7 +105,7 @@ class Race:
     """Scenes of the exact runs."""
     alive: Cells = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     known: tuple[float, Estimates] | None = field(default=None, init=False, repr=False)
-    """Estimates at what was spent then."""
+    """Estimates at the cost spent by then."""
 
     @property
     def estimates(self) -> Estimates:

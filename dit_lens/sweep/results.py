@@ -28,7 +28,7 @@ from .halves import split_half
 LARGEST = 10
 """Effects whose split-half stability a result carries."""
 FLUSH_SECONDS = 10.0
-"""How often a shard is written: what is lost at most when a run is killed."""
+"""How often a shard is written: the most that a killed run loses."""
 
 
 class Results:

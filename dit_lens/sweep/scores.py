@@ -50,7 +50,7 @@ class Question:
     """Metric of the plan, whose tensor `metric` is given."""
     metric: Metric
     column: str
-    """Of a metric with several values, one of them."""
+    """Name of one value, for a metric with several."""
     by: Method
     conditions: tuple[int, ...] = ()
     """Places of those that are scored."""
@@ -82,7 +82,7 @@ def scores_of_rows(
 
 
 def has_score(condition: Condition, read: Read, by: Method) -> bool:
-    """True if a condition can be scored on what a metric reads."""
+    """True if a condition can be scored on the tensor that a metric reads."""
     return _method(condition, read, by) is not None
 
 

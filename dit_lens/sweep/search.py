@@ -8,7 +8,7 @@ prompts and seeds are drawn from.
     print(found)     # the guarantee, in words
 
 A sweep of few prompts ranks noise. At the cost of such a sweep, a search scores all conditions,
-runs the promising ones, and gives what is left of the money to fewer and fewer, on new scenes
+runs the promising ones, and spends the rest of the budget on fewer and fewer, on new scenes
 (pairs of a prompt and a seed): see `dit_lens.sweep.race`. Scores: `dit_lens.sweep.scores`.
 """
 
@@ -357,7 +357,7 @@ class Numbers:
             raise
 
     def close(self) -> None:
-        """Write what is not on disk yet."""
+        """Write the results that are not on disk yet."""
         if self.store is not None:
             self.store.close()
         if hasattr(self, "results"):

@@ -62,7 +62,7 @@ RELATION_WORDS = tuple(
         }
     )
 )
-"""Every word of the 22 phrases, "to", "the" and "of" included: what "fused" moves."""
+"""Every word of the 22 phrases, "to", "the" and "of" included: the words that "fused" moves."""
 
 
 def build_pipeline(

@@ -31,7 +31,7 @@ from .attention_maps import Maps, pooled, side_of_squares
 Run = tuple[GenerationCache, Float[Tensor, "prompt 3 height width"]]
 Patched = Mapping[tuple[str, int], Float[Tensor, "prompt 3 height width"]]
 ALL = -2
-"""Of `beside` in the page's address: every other entry."""
+"""Value of `beside` in the page's address: every other entry."""
 THUMBNAIL = 256
 """Pixels of the longer side of a patched image."""
 LARGEST = 25_000_000

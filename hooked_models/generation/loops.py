@@ -2,7 +2,7 @@
 
     latents = loop(inputs, visitor, until)
 
-A loop takes latents from noise to image by its scheduler, and leaves to a visitor what happens at
+A loop takes latents from noise to image by its scheduler, and leaves to a visitor the work at
 each step: `visitor.latent`, `visitor.denoise` and `visitor.out` are given tensors and return those
 to go on with. Hooks, records and gradients are visitors; no loop knows of them. Source:
 `PixArtSigmaPipeline.__call__` (diffusers 0.42), to which latents are equal.
@@ -29,7 +29,7 @@ class Call:
     step: int
     branches: tuple[Branch, ...]
     rows: int
-    """Of each branch."""
+    """Rows of each branch."""
 
     def index(self, rows: Int[Tensor, " row"]) -> Int[Tensor, " branch_row"]:
         """The rows of the call's batch that belong to some rows of the run."""

@@ -1,7 +1,7 @@
 """A whole text-to-image generation as a hooked model: text encoder → denoiser at every step →
 scheduler → decoder.
 
-`HookedTextToImage` has all that models share. The two kinds of models answer what it leaves open:
+`HookedTextToImage` has all that models share. The two kinds of models implement the rest:
 `pixart.HookedPixArt` and, for any other pipeline, `pipeline.HookedPipeline`.
 """
 
@@ -43,7 +43,7 @@ from .views import StepView
 Prompts = str | Sequence[str] | Int[Tensor, "batch text_pos"]
 DEFAULT_STEPS = 14
 DEFAULT_GUIDANCE = 4.5
-"""Of PixArt; other pipelines have their own."""
+"""Guidance of PixArt; other pipelines have their own."""
 
 
 class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
@@ -73,7 +73,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
     prompt_texts: Any
     to_str_tokens: Any
     default_guidance: float
-    """Of a run whose guidance is not given."""
+    """Guidance of a run by default."""
     text_keys_are_constant = False
     """True if no step changes the text's keys and values in cross-attention."""
     behind_nnsight = False
@@ -149,7 +149,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         latents: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """The inputs of a run whose text may not be encoded yet: enough to know what it computes.
+        """The inputs of a run whose text may not be encoded yet: enough to know its computations.
 
         Arguments as in `forward`.
         """
@@ -238,8 +238,8 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
             seed: an int gives every prompt the same noise (a paired design), a sequence one seed
                 each; see `seeded_noise`.
             guidance: classifier-free guidance; at 1 or below no unconditional branch is run. By
-                default `default_guidance`. Of a model that is distilled with guidance, the number
-                that it is told.
+                default `default_guidance`. In a model that is distilled with guidance, the number
+                that it is given.
             latents: initial noise, instead of `seed`.
             options: further arguments of a pipeline's own call, such as `height` and
                 `negative_prompt`; PixArt has none.
@@ -373,10 +373,10 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         returns: Literal["images", "x0", "out"] = "images",
         **options: Any,
     ) -> tuple[StepView, Int[Tensor, "batch pos"]]:
-        """`(view, tokens)`: what TransformerLens' tools take as `model` and `tokens`, for
+        """`(view, tokens)`: the `model` and `tokens` that TransformerLens' tools take, for
         generations hooked at one step.
 
-        What comes before the step is computed once, here, for all prompts, and is a constant to
+        Steps before this one are computed once, here, for all prompts, and are a constant to
         gradients.
 
         Args:
@@ -384,7 +384,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
             pos: the positions that a sweep "by position" goes over: of the image, of the text, or,
                 in models whose streams hold both, all of them ("joint", the image's first). Hooks
                 of a view of the text see such streams' text positions alone.
-            returns: what metrics get: the final images, or this step's x0 or guided network output.
+            returns: argument of metrics: the final images, or this step's x0 or guided output.
 
         Raises:
             ValueError: the run has no such step or branch, or its scheduler forms no x0.
@@ -431,7 +431,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
     ) -> tuple[Float[Tensor, "batch 3 height width"], GenerationCache]:
         """`(images, cache)` of one generation.
 
-        What is generated is said as in `forward`, what is kept by the rest.
+        The first arguments are `forward`'s; the others select what is cached.
 
         Args:
             names_filter: a full name, a name in the denoiser (then at every chosen step and
@@ -440,7 +440,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
             heads: of per-head tensors only these, "L2H8", (2, 8), a head of every layer, or
                 several; layers without any are left out. Their patterns are computed for them
                 alone.
-            patterns: what to keep of patterns: all, or, computed in chunks, each query's `entropy`
+            patterns: kept parts of patterns: all, or, computed in chunks, each query's `entropy`
                 or `largest` entry [batch head query], or the attention that each key has `received`
                 from all queries [batch head key].
             out: a folder, to which each step is written as it ends; the cache then reads from

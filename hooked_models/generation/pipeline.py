@@ -119,8 +119,8 @@ class HookedPipeline(HookedTextToImage):
         return torch.device(self.pipe._execution_device)
 
     def digest(self) -> str:
-        """Hash of what decides a generation: every component's configuration and weights, and
-        `options`.
+        """Hash of everything that decides a generation: the configuration and weights of every
+        component, and `options`.
         """
         parts: list[str | Tensor] = [
             type(self.pipe).__name__,

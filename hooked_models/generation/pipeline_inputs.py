@@ -109,7 +109,7 @@ class PipelineInputs:
     layouts: Mapping[Branch, Layout] = field(default_factory=dict, repr=False)
     """Positions of each branch's rows."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
-    """Of the tensors between calls, by hook; "cond.hook_text" of a branch's text."""
+    """Shapes of the tensors between calls, by hook; "cond.hook_text" is a branch's text."""
     weights: Stamp = ()
 
     def __len__(self) -> int:
@@ -131,8 +131,8 @@ class PipelineInputs:
         return slice(0, len(self))
 
     def bias(self, attention: str, branch: Branch, scores: Any) -> Tensor | None:
-        """As in `trajectory.Inputs`: what the kernel of the running call adds, in the branch's
-        rows.
+        """As in `trajectory.Inputs`: the bias that the kernel of the running call adds, in the
+        branch's rows.
         """
         found = scores.bias()
         if found is None or len(found) <= len(self):

@@ -4,7 +4,7 @@ arithmetic.
 Every run gets a fresh copy of the prepared scheduler and goes through all of its steps, so its
 memory of earlier steps (multistep solvers) and its noise (ancestral ones) simply happen again.
 Before a scheduler is used it is tried on a few numbers with a known answer: one that does not draw,
-or whose rows depend on one another, is refused by what it does, not by its name.
+or whose rows depend on one another, is refused by its behavior, not by its name.
 """
 
 from __future__ import annotations

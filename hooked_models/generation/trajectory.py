@@ -74,7 +74,7 @@ class Inputs:
 
         Args:
             attention: its name in the denoiser.
-            scores: the hooked attention, which knows what a call adds where the text does not.
+            scores: the hooked attention, which knows the bias of a call where the text does not.
         """
         text = self.text.bias if attention.endswith("cross_attn") else None
         return None if text is None else text[self.rows(branch), None]

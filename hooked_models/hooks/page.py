@@ -11,21 +11,23 @@ from .table import HOOKS, Hook, axis_sizes
 EXAMPLE = "t5-micro"
 INTRODUCTION = f"""# Every hook and its shape
 
-Written from the table `HOOKS` (`python -m hooked_models.hooks.page > docs/hooks.md`); a test compares it with runs.
+Written from the table `HOOKS` (`python -m hooked_models.hooks.page > docs/hooks.md`); a test
+compares it with runs.
 
-Names are full names, as `model.hook_dict`, caches, `run_with_hooks` and `names_filter` use them: `{{s}}` is a denoising
-step from 0, `{{branch}}` is `cond` or `uncond`, `{{l}}` a layer. Within a denoiser (`model.dit`, `cache.at(step=…)`) and
-as the site of an `Intervention` they are used without `steps.{{s}}.{{branch}}.`. The unconditional prompt's encoder is
-`null_text_encoder.…`.
+Names are full names, as `model.hook_dict`, caches, `run_with_hooks` and `names_filter` use them:
+`{{s}}` is a denoising step from 0, `{{branch}}` is `cond` or `uncond`, `{{l}}` a layer. Within a
+denoiser (`model.dit`, `cache.at(step=…)`) and as the site of an `Intervention` they are used
+without `steps.{{s}}.{{branch}}.`. The unconditional prompt's encoder is `null_text_encoder.…`.
 
-Axis 0 is the prompts, one row each, whatever the guidance. `pos` are image positions, row by row; `text_pos` are tokens.
-In models with joint attention (FLUX, SD3, …) `pos`, `query_pos` and `key_pos` hold image positions and then tokens.
-`model.dit.axes("blocks.0.attn.hook_q")` gives a hook's axes in code, and calls such positions `joint_pos`.
+Axis 0 is the prompts, one row each, whatever the guidance. `pos` are image positions, row by row;
+`text_pos` are tokens. In models with joint attention (FLUX, SD3, …) `pos`, `query_pos` and
+`key_pos` hold image positions and then tokens. `model.dit.axes("blocks.0.attn.hook_q")` gives a
+hook's axes in code, and calls such positions `joint_pos`.
 
-Every hook may be read and written. One with a flag fires after `model.dit.set_FLAG(True)`, for the text encoder after
-`model.text_encoder.set_FLAG(True)`. A model has those of these names that its architecture computes: `model.hook_dict`
-lists them. `steps.{{s}}.eps`, the noise that a prediction implies, stands in caches only.
-Sizes are those of `{EXAMPLE}` for 2 prompts of 9 tokens.
+Every hook may be read and written. One with a flag fires after `model.dit.set_FLAG(True)`, for the
+text encoder after `model.text_encoder.set_FLAG(True)`. A model has those of these names that its
+architecture computes: `model.hook_dict` lists them. `steps.{{s}}.eps`, the noise that a prediction
+implies, stands in caches only. Sizes are those of `{EXAMPLE}` for 2 prompts of 9 tokens.
 """
 HEADINGS = {
     "text_encoder": "Text encoder (T5, random tokens)",

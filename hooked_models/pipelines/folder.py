@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 """Component, without its number → the classes that it may have."""
 PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 TRANSFORMERS = ("PixArtTransformer2DModel", "Transformer2DModel")
-"""Of PixArt. The second is what checkpoints of 2024 name; diffusers opens them as the first."""
+"""Transformers of PixArt. Checkpoints of 2024 name the second, opened as the first."""
 
 
 class Contents(NamedTuple):

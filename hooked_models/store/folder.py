@@ -41,7 +41,7 @@ class Index:
 
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
-    """Decide what is in the folder."""
+    """Decide the state of the folder."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Go with it."""
     files: dict[str, list[Entry]] = field(default_factory=dict)

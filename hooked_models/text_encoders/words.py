@@ -91,7 +91,7 @@ class EncodedText:
         spans: Sequence[Sequence[int]],
         mask: Sequence[int],
     ) -> EncodedText:
-        """From what a tokenizer returned for one text: ids, offsets and attention mask."""
+        """From a tokenizer's result for one text: ids, offsets and attention mask."""
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
 
         def kind(token: int, attended: int) -> TokenKind:

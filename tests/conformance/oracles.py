@@ -1,4 +1,4 @@
-"""What the tools are checked against: plain hooks, written here by hand, on the model itself."""
+"""Oracles of the tools: plain hooks, written here by hand, on the model itself."""
 
 from __future__ import annotations
 

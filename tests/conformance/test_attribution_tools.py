@@ -131,7 +131,7 @@ def test_node_scores_at_one_step_of_a_generation(
 
 
 def write_of(cache: Any, node: Node) -> Tensor:
-    """What a writer adds to the residual stream at its position."""
+    """The tensor that a writer adds to the residual stream at its position."""
     name = {"embed": "hook_embed", "mlp_out": f"blocks.{node.layer}.hook_mlp_out"}.get(
         node.kind, f"blocks.{node.layer}.attn.hook_result"
     )
@@ -141,7 +141,7 @@ def write_of(cache: Any, node: Node) -> Tensor:
 
 @pytest.fixture
 def flags(bound: Bound) -> Any:
-    """What TransformerLens' edge tools switch on, switched on to look at the same tensors."""
+    """Switch on the flags of TransformerLens' edge tools, to look at the same tensors."""
     switches = (
         bound.dit.set_use_attn_result,
         bound.dit.set_use_split_qkv_input,

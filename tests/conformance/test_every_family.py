@@ -553,7 +553,7 @@ def test_transformer_lens_patches_a_view_of_one_step(case: Case) -> None:
         return hook
 
     def double(at: int) -> Tensor:
-        """Of the view of both streams, one position twice as long."""
+        """View of both streams with one position twice as long."""
         return view.run_with_hooks(tokens[1:], [(name, double_at(at))])
 
     found = view.run_with_hooks(tokens[1:], [(name, patch)])

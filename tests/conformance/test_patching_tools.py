@@ -290,7 +290,7 @@ PROMPTS = ("red circle", "blue square")
 
 
 def generated(model: HookedTextToImage, returns: str, hooks: list[Any]) -> Tensor:
-    """What the step view returns for the second prompt, by full names on the whole generation."""
+    """Result of the step view for the second prompt, by full names on the whole generation."""
     found: list[Tensor] = []
     read = (
         []

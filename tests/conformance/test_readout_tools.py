@@ -77,7 +77,7 @@ def test_logit_lens(bound: Bound, folded: Bound) -> None:
 
 
 def after(write: str, residual: str) -> bool:
-    """Whether a write comes after a point of the residual stream."""
+    """True if a write comes after a point of the residual stream."""
     order = ["pre", "attn_out", "mid", "cross_attn_out", "mid_cross", "mlp_out", "post"]
 
     def place(name: str) -> tuple[int, int]:

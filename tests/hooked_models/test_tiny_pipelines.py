@@ -47,7 +47,7 @@ def test_a_tiny_pipeline_draws_by_its_prompts_and_survives_its_folder(
 
 
 FRAMES = {"Wan": 2, "LTX-Video": 2, "CogVideoX": 3, "HunyuanVideo": 2}
-"""Of latents."""
+"""Shape of latents."""
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -1,4 +1,4 @@
-"""What strengthens a circuit does what its formula says; doses are chosen where they should be."""
+"""Methods that strengthen a circuit follow their formulas; doses are chosen where they should be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line adds to the functions that it calls: a table, a way to go on, and no
+"""Additions of the command line to the functions that it calls: a table, a way to go on, and no
 waiting for torch.
 """
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_help_waits_for_nothing_heavy():
-    """Of any command: tyro reads all of them."""
+    """Lines of any command's help: tyro reads all of them."""
     code = (
         "import sys; sys.argv = ['dit-lens', 'sweep', '--help']\nfrom dit_lens import cli\ntry: "
         "cli.main()\n"

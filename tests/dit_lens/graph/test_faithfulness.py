@@ -103,7 +103,7 @@ def test_circuits_do_not_disturb_each_other(model, edges):
 
 @pytest.mark.slow
 def test_a_planted_circuits_doors_suffice_and_are_necessary(planted_model):
-    """Of all edges from the relation word, those that were planted keep the whole relation, and
+    """Among all edges from the relation word, those that were planted keep the whole relation, and
     nothing is left without them.
     """
     model, truth = planted_model("two-stage", 0)

@@ -35,7 +35,7 @@ GROUPS = {
 def by_hand(
     model, cache, sublayer: str, branch: str, image: Tensor, keys: Tensor, reduce: str
 ) -> np.ndarray:
-    """Of [prompt pos] masks or shares: [prompt layer head step], entry by entry of the whole
+    """Attention between [prompt pos] masks or shares: [prompt layer head step], entry by entry of the whole
     pattern.
     """
     pattern = torch.stack(

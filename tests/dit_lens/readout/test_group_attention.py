@@ -66,7 +66,7 @@ class PatternsMade(TorchDispatchMode):
 
 @pytest.mark.parametrize("sublayer", ["cross_attn", "attn"])
 def test_no_pattern_is_ever_made(sublayer):
-    """Of more keys than a head has channels (8): a smaller one is smaller than the queries."""
+    """Take more keys than a head has channels (8): a smaller one is smaller than the queries."""
     # 36 positions, which nothing else is
     model = HookedTextToImage.from_pipeline(tiny_pipeline(grid=12))
     prompts = ["red circle is above left of above left of blue square"] * 3

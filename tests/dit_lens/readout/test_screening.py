@@ -288,7 +288,7 @@ def test_chance_is_of_the_mean_of_words_of_one_direction(model):
 
 
 def test_only_the_tokens_of_a_phrase_are_compared():
-    """Of a T5, whose other tokens differ, too."""
+    """Screen a T5, whose other tokens differ, too."""
     model = HookedTextToImage.from_pretrained("t5-micro")
     ends = []
     for word in ("below", "above"):

@@ -1,4 +1,4 @@
-"""What goes wrong between here and a server, and what is said then."""
+"""Failures between here and a server, and their messages."""
 
 from __future__ import annotations
 

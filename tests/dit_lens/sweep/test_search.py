@@ -249,7 +249,7 @@ def test_a_search_runs_few_conditions_on_many_scenes(model):
 
 
 def test_a_search_without_scores_runs_everything_first(model):
-    """Of a distance from the run without intervention, which has no slope there."""
+    """Score a distance from the run without intervention, which has no slope there."""
     moved = sweep.Metric(sweep.displacement, on="latent", given=["baseline"])
     plan = sweep.plan(model, PROMPTS, SEEDS, heads(range(STEPS)), {"m": moved}, num_steps=STEPS)
     with pytest.raises(ValueError, match="no slope"):

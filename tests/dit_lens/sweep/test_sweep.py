@@ -168,7 +168,7 @@ def assert_equal_to_hook_runs(
 
 
 def differs(found: xr.Dataset, names: Sequence[str]) -> xr.DataArray:
-    """Whether some prompt and seed of each condition is not the clean run's."""
+    """True if some prompt and seed of each condition is not the clean run's."""
     parts = [abs(found[name] - found[f"{name}_baseline"]).max(["prompt", "seed"]) for name in names]
     return xr.concat(parts, "part").max("part") > 1e-6
 
@@ -261,7 +261,7 @@ def test_hooks_behind_a_flag():
 
 
 def test_metrics_on_what_one_step_predicts(model):
-    """Of the first touched step, or of a step that is named; nothing after it is run."""
+    """Metrics of the first touched step, or of a step that is named; nothing after it is run."""
     cells = {
         "late": Intervention("blocks.1.cross_attn.hook_z", steps=2),
         "early": Intervention("blocks.0.attn.hook_z", steps=[0, 1], branch="uncond"),
@@ -682,7 +682,7 @@ def test_a_metric_is_another_when_what_it_reads_changes():
 
 
 def test_a_full_disk_costs_no_results(model, tmp_path, monkeypatch):
-    """What cannot be written is kept, tried again, reported at last, and computed by the next
+    """Results that cannot be written are kept, tried again, reported at last, and computed by the next
     call.
     """
     write, calls = pd.DataFrame.to_parquet, itertools.count(1)

@@ -24,7 +24,7 @@ CENTRES = ("x1", "y1", "x2", "y2")
 LOOSELY = {
     r: {r, *r.replace("upper", "above").replace("lower", "below").split("_")} for r in RELATIONS
 }
-"""What `relation_loose` accepts when the centres are further than 5 px apart and strictly have a
+"""Relations that `relation_loose` accepts when the centres are further than 5 px apart and strictly have a
 relation.
 """
 SCENE = Scene("triangle", "red", 30, 40, "square", "blue", 90, 42, "left", "left of")
@@ -65,7 +65,7 @@ def disc(radius: int) -> np.ndarray:
 
 
 def block_low_pass(images: np.ndarray) -> np.ndarray:
-    """What a linear patch codec leaves: the lowest 3 × 3 cosine components of every 8 × 8 block and
+    """Remainder of a linear patch codec: the lowest 3 × 3 cosine components of every 8 × 8 block and
     channel.
     """
     blocks = images.reshape(*images.shape[:2], 16, 8, 16, 8)

@@ -1,4 +1,4 @@
-"""What is recorded while a model learns: against planted circuits, whose abilities and heads are
+"""Records made while a model learns: against planted circuits, whose abilities and heads are
 known, and made-up courses.
 """
 

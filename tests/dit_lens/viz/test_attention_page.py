@@ -436,7 +436,7 @@ def test_all_prompts_side_by_side(generation: Any, browser: Any, tmp_path: Path)
 
 
 def test_a_cell_opens_its_image(generation: Any, browser: Any, tmp_path: Path) -> None:
-    """Of the chosen prompt, beside the image as it is, with a text for screen readers."""
+    """Images of the chosen prompt, beside the image as it is, with a text for screen readers."""
     _, images, cache = generation
     dims = {"layer": [0, 1], "head": [0, 1], "step": [0, 1, 2]}
     values = xr.DataArray(np.ones((2, 2, 3)), dims=tuple(dims), coords=dims, name="moved")

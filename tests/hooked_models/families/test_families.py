@@ -342,7 +342,7 @@ def test_axes_are_those_of_the_tensors(case) -> None:
 
 
 def test_gradients_through_writes_are_those_of_finite_differences(case) -> None:
-    """Of the output's sum, in what a hook scales: a stream that enters, queries, z, and what a
+    """Gradients of the output's sum, in what a hook scales: a stream that enters, queries, z, and what a
     module gives.
     """
     model, inputs = case

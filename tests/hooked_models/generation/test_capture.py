@@ -1,4 +1,4 @@
-"""What caches keep: chosen heads, summaries of patterns, tensors on disk; always against the whole
+"""Content of caches: chosen heads, summaries of patterns, tensors on disk; always against the whole
 cache in memory.
 """
 
@@ -58,7 +58,7 @@ def whole(model: HookedTextToImage) -> GenerationCache:
 
 
 def is_watched(name: str) -> bool:
-    """Of each kind one or two, so that the tests stay quick."""
+    """Names, one or two of each kind, so that the tests stay quick."""
     kinds = (
         "attn.hook_k",
         "attn.hook_v",

@@ -22,7 +22,7 @@ CONFIGS = json.loads((Path(__file__).parents[2] / "data" / "large_models.json").
 """Model → its pipeline class and the public configuration of each component, without tokenizers."""
 PROMPT = "red circle is above blue square"
 SECONDS = 10
-"""Of CPU time, for opening and estimating."""
+"""Seconds of CPU time, for opening and estimating."""
 EXPECTED: dict[str, tuple[int, int, int, int | None]] = {
     "FLUX.1-dev": (11_901_408_320, 57, 24, 512),
     "SD3.5-large": (8_056_627_520, 38, 38, 77 + 256),

@@ -327,7 +327,7 @@ def return_edited(tensor: Tensor, hook: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_hook_edits_the_output(name: str, dit: HookedDiT, inputs: dict[str, Any]) -> None:
-    """Of its own row only; in place or by return value; alike whatever the flags; and nothing of it
+    """Edit its own row only; in place or by return value; alike whatever the flags; and nothing of it
     stays behind.
     """
     attn_in = name.endswith("attn_in")

@@ -41,7 +41,7 @@ ADVICE = (
     ),
     *("writes one", "has no model_index.json", "give a"),
 )
-"""What to do, in our sentences; the last three are of folders that hold nothing yet."""
+"""Remedies, in our sentences; the last three are of folders that hold nothing yet."""
 RIGHT, SENTENCE = "right", "sentence"
 
 
@@ -101,7 +101,7 @@ def outcome(work: Callable[[], Any], same: Callable[[Any], object], folder: Path
 
 
 def is_sentence(error: Exception, folder: Path) -> bool:
-    """Whether an error names a path in the folder and what to do, and was worded by us."""
+    """True if an error names a path in the folder and what to do, and was worded by us."""
     text = str(error)
     ours = (
         isinstance(error, (OSError, ValueError, MemoryError))
@@ -120,7 +120,7 @@ def is_sentence(error: Exception, folder: Path) -> bool:
 
 
 def forked(work: Callable[[], Any], kill_after: float | None = None) -> Any:
-    """What `work` returns in a process of its own; "killed" if that dies by SIGKILL."""
+    """Result of `work` in a process of its own; "killed" if that dies by SIGKILL."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -396,6 +396,6 @@ def start_two(user: User, expected: Any, at: Path, times: int, tally: Tally) -> 
 
 
 def go_on(user: User, expected: Any, folder: Path) -> str:
-    """What a run comes to that goes on in a folder: here, the right result alone will do."""
+    """Outcome of a run that goes on in a folder: here, the right result alone will do."""
     found = outcome(lambda: user.work(folder), lambda found: user.same(found, expected), folder)
     return found if found != SENTENCE else "does not go on"

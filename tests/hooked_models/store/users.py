@@ -156,7 +156,7 @@ def of_saving(model: HookedTextToImage) -> User:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the model in a folder, every tensor."""
+    """Every tensor of the model in a folder."""
     model = HookedTextToImage.from_pretrained(folder)
     parts = {"dit": model.dit, "codec": model.codec, "text_encoder": model.text_encoder}
     return {

@@ -159,7 +159,7 @@ def test_output_is_that_of_transformers(
 
 @torch.no_grad()
 def test_distance_matters_up_to_the_last_bucket_and_pads_do_not() -> None:
-    """What the oracle test would miss if random weights hid it."""
+    """Parts that the oracle test would miss if random weights hid it."""
     t5, ids = set_flags(build("gated", torch.float64)), tiny_text("300")["input_ids"]
     whole = t5(ids)[0]
     assert not torch.allclose(t5(ids.roll(1, dims=1))[0].roll(-1, dims=1), whole, atol=1e-3)
