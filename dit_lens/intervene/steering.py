@@ -7,7 +7,8 @@
 
 Vectors are added in the conditional branch, at every step, before ("text") or after ("caption") the
 caption projection. Text is encoded once; hooks on its copies in the denoiser make the projection
-run again, so this works with any text encoder.
+run again, so this works with any text encoder. A pipeline of another family has "text" alone, as it
+enters its denoiser.
 
 Source: Wang, Fan, Pan (arXiv 2601.06338), section on T5: e − V_from + k·V_to on the second object's
 word. Here both vectors are multiplied by k, so k = 0 is no change. The doses and the controls are
@@ -118,8 +119,24 @@ def steer(
     images = []
     for start in _batches(len(texts), batch_size, "steering"):
         rows = slice(start, start + batch_size)
+        check_places(model, texts, texts[rows])
         images.append(_generate(model, texts[rows], k * added[rows], at, seeds[rows], drawing))
     return torch.cat(images)
+
+
+def check_places(model: HookedTextToImage, texts: Sequence[str], some: Sequence[str]) -> None:
+    """Raise ValueError unless the tokens of `some` prompts stand where they do among all `texts`:
+    a pipeline that pads at the left moves them.
+    """
+    if model.text_encoder is not None or set(texts) == set(some):
+        return
+    whole = dict(zip(texts, model.encoded_texts(list(texts)), strict=True))
+    for text, here in zip(some, model.encoded_texts(list(some)), strict=True):
+        if list(whole[text].spans)[: len(here.spans)] != list(here.spans):
+            raise ValueError(
+                f"The tokens of {text!r} stand at other positions in a smaller batch: take prompts "
+                f"of equally many tokens, or batch_size={len(texts)}."
+            )
 
 
 def _generate(
@@ -263,7 +280,9 @@ def dose_response(
         for (name, k), row, seed in itertools.product(drawn, range(len(texts)), seeds)
     ]
     starts = _batches(len(jobs), batch_size, "dose and response")
-    parts = [_draw_and_judge(model, jobs[start : start + batch_size], at, how) for start in starts]
+    parts = [
+        _draw_and_judge(model, jobs[start : start + batch_size], texts, at, how) for start in starts
+    ]
 
     shape = (len(drawn), len(texts), len(seeds))
     of_dose = {dose: place for place, dose in enumerate(drawn)}
@@ -281,12 +300,16 @@ def dose_response(
 def _draw_and_judge(
     model: HookedTextToImage,
     jobs: Sequence[tuple[Tensor, Scene, Relation, int]],
+    whole: Sequence[str],
     at: Space,
     drawing: Drawing,
 ) -> dict[str, np.ndarray]:
-    """Verdicts of one batch of (added vectors, scene, relation to go to, seed)."""
+    """Verdicts of one batch of (added vectors, scene, relation to go to, seed); `whole`: all
+    captions, among which vectors have their positions.
+    """
     added, drawn, goals, seeds = zip(*jobs, strict=True)
     texts = [caption(scene) for scene in drawn]
+    check_places(model, whole, texts)
     images = _generate(model, texts, torch.stack(added), at, seeds, drawing)
     return _judge(images, drawn, goals)
 

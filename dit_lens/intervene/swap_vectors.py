@@ -17,10 +17,10 @@ from ..text.prompts import RELATION_WORDS, Role, token_mask
 from ..text.variance import (
     Space,
     effect_vectors,
-    encode,
+    encode_prompts,
     factorial_prompts,
     factors_of,
-    phrase_span,
+    phrase_of,
     word_vectors,
 )
 
@@ -35,8 +35,8 @@ def swap_vectors(
     tokens: Target = "phrase",
     at: Space = "text",
 ) -> Float[Tensor, "prompt text_pos d"]:
-    """V_to − V_from for every token of `model.to_tokens(prompts)`; zero for tokens that do not
-    change.
+    """V_to − V_from for every token of `model.to_tokens(prompts)`, or for every text position of a
+    pipeline's denoiser; zero for tokens that do not change.
 
     Args:
         to: relation or phrase to go to, for each prompt.
@@ -63,10 +63,9 @@ def swap_vectors(
         (torch.Size([1, 8, 256]), [0, 0, 0, 1, 0, 0, 0, 0])
     """
     said = [factors_of(model, prompt) for prompt in prompts]
-    width = encode(model, model.to_tokens(prompts[:1]), at).shape[-1]
-    vectors = torch.zeros(
-        *model.to_tokens(prompts).shape, width, device=model.device, dtype=model.dit.dtype
-    )
+    places = len(prompts), model.layout(list(prompts)).text_mask.shape[1]
+    width = encode_prompts(model, list(prompts)[:1], at).shape[-1]
+    vectors = torch.zeros(*places, width, device=model.device, dtype=model.dit.dtype)
     if tokens != "phrase" and tokens != "relation":
         samples, factors = word_vectors(model, factorial_prompts(), tokens, at)
         effects = effect_vectors(samples, factors[["shape1", "color1", "shape2", "relation"]])[
@@ -90,16 +89,19 @@ def swap_vectors(
             model, phrase, _counterpart(model, phrase, target, tokens == "phrase"), at
         )
 
-    for row, prompt, own, target in zip(vectors, prompts, said, to, strict=True):
-        row[phrase_span(model, prompt)] = word_difference(own["phrase"], target)
+    texts = model.encoded_texts(list(prompts))  # of this batch: some pipelines pad at the left
+    for row, encoded, own, target in zip(vectors, texts, said, to, strict=True):
+        row[phrase_of(encoded)] = word_difference(own["phrase"], target)
     return vectors
 
 
 def _counterpart(model: HookedTextToImage, phrase: str, to: str, whole: bool) -> str:
     """Phrase of `to` that replaces `phrase` token by token: the one with most tokens in common."""
 
-    def pieces(wording: str) -> list[str]:
-        return model.to_str_tokens(wording)[:-1]
+    def pieces(wording: str) -> list[int]:
+        """Tokens of a phrase, in a sentence."""
+        encoded = model.encoded_texts(factorial_prompts([wording])[0])[0]
+        return [encoded.ids[position] for position in phrase_of(encoded)]
 
     def common(other: str) -> int:
         return sum(a == b for a, b in zip(pieces(phrase), pieces(other), strict=False))
@@ -138,9 +140,14 @@ def _word_difference(
     means = []
     for wording in (phrase, target):
         sentences = factorial_prompts([wording])
-        encoded = encode(model, model.to_tokens(sentences), at)
-        spans = [phrase_span(model, sentence) for sentence in sentences]
+        encoded = encode_prompts(model, sentences, at)
+        places = [phrase_of(one) for one in model.encoded_texts(sentences)]
+        if len({len(own) for own in places}) > 1:
+            raise ValueError(
+                f"{wording!r} has other numbers of tokens in other sentences: some are cut off; "
+                "raise max_sequence_length in model.options."
+            )
         means.append(
-            torch.stack([row[span] for row, span in zip(encoded, spans, strict=True)]).mean(dim=0)
+            torch.stack([row[own] for row, own in zip(encoded, places, strict=True)]).mean(dim=0)
         )
     return means[1] - means[0]

@@ -26,15 +26,26 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from .word_vectors import Space, encode, factorial_prompts, factors_of, phrase_span, word_vectors
+from .word_vectors import (
+    Space,
+    encode,
+    encode_prompts,
+    factorial_prompts,
+    factors_of,
+    phrase_of,
+    phrase_span,
+    word_vectors,
+)
 
 __all__ = [
     "Space",
     "effect_vectors",
     "encode",
+    "encode_prompts",
     "factorial_prompts",
     "factors_of",
     "partition",
+    "phrase_of",
     "phrase_span",
     "word_vectors",
 ]

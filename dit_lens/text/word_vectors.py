@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.text_encoders.random_tokens import PAD_ID
+from hooked_models.text_encoders.words import EncodedText
 
 from ..task import COLORS, PHRASES, SHAPES, Scene, caption
 from ..task.scene import other_color
-from .prompts import Role, token_roles
+from .roles import Role, roles_of_text, roles_of_words
 
 Space = Literal["text", "caption"]
 """Before or after the caption projection."""
@@ -59,7 +60,8 @@ def word_vectors(
         prompts: prompts of the two-object task, or scenes, whose captions are used.
         at: "text" for the encoder's output, "caption" for the input of cross-attention (after the
             caption projection).
-        pool: "last" or "mean" over the role's tokens, if it has several in a prompt.
+        pool: "last" or "mean" over the role's tokens, if it has several in a prompt (or in several
+            text encoders of a pipeline).
 
     Returns:
         Vectors [prompt d], d = d_text or d_model, and factors, one row a prompt: color1 shape1
@@ -77,16 +79,16 @@ def word_vectors(
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     texts = [caption(prompt) if isinstance(prompt, Scene) else prompt for prompt in prompts]
-    tokens = model.to_tokens(texts)
     vectors, rows = [], []
-    for text, encoded in zip(texts, encode(model, tokens, at), strict=True):
-        sentence = _Sentence(model, text)
-        roles = sentence.roles
+    read = model.encoded_texts(texts)
+    for text, one, encoded in zip(texts, read, encode_prompts(model, texts, at), strict=True):
+        sentence = _Sentence(one)
+        roles = roles_of_text(sentence.encoded)
         positions = [position for position, found in enumerate(roles) if found == role]
         if not positions:
+            named = ", ".join(dict.fromkeys(roles))
             raise ValueError(
-                f"{text!r} has no {role} token: leave the prompt out, or choose among "
-                f"{', '.join(roles)}."
+                f"{text!r} has no {role} token: leave the prompt out, or choose among {named}."
             )
         vectors.append(encoded[positions[-1]] if pool == "last" else encoded[positions].mean(dim=0))
         rows.append(sentence.factors() | {"position": positions[-1]})
@@ -118,17 +120,58 @@ def encode(
     return text if at == "text" else model.dit.project_caption(text)
 
 
-def phrase_span(model: HookedTextToImage, prompt: str) -> slice:
-    """Tokens of a prompt's relation phrase: all between the first object (and "is") and the second.
+def encode_prompts(
+    model: HookedTextToImage, prompts: Sequence[str], at: Space = "text"
+) -> Float[Tensor, "prompt text_pos d"]:
+    """Text vectors of prompts at the denoiser's text positions, as `encode` gives them; of a
+    pipeline, those that enter its denoiser.
+
+    Raises:
+        ValueError: "caption" of a pipeline, whose denoiser has no projection of that name.
+
+    Example:
+        >>> model = HookedTextToImage.from_pretrained("rte-nano")
+        >>> encode_prompts(model, ["red circle is above blue square"]).shape
+        torch.Size([1, 7, 256])
+    """
+    if model.text_encoder is not None:
+        return encode(model, model.to_tokens(list(prompts)), at)
+    if at != "text":
+        raise ValueError(f"at={at!r}: of this pipeline there is only 'text', as it enters.")
+    entering: Any = model
+    return entering.text_entering(prompts)
+
+
+def phrase_of(encoded: EncodedText) -> list[int]:
+    """Text positions that spell a text's relation phrase: all words between the first object (and
+    "is") and the second, in the tokens of each text encoder.
 
     Raises:
         ValueError: the prompt does not name two objects.
 
     Example:
+        >>> phrase_of(model.encoded_texts("red circle is to the left of blue square")[0])
+        [3, 4, 5, 6]
+    """
+    return encoded.tokens_between(*_Sentence(encoded).phrase())
+
+
+def phrase_span(model: HookedTextToImage, prompt: str) -> slice:
+    """`phrase_of` a prompt, as a slice.
+
+    Raises:
+        ValueError: the prompt does not name two objects, or several text encoders spell the phrase.
+
+    Example:
         >>> phrase_span(model, "red circle is to the left of blue square")
         slice(3, 7, None)
     """
-    return _Sentence(model, prompt).phrase_span()
+    found = phrase_of(model.encoded_texts(prompt)[0])
+    if found != list(range(found[0], found[0] + len(found))):
+        raise ValueError(
+            f"The relation of {prompt!r} stands in several text encoders: take phrase_of."
+        )
+    return slice(found[0], found[-1] + 1)
 
 
 def factors_of(model: HookedTextToImage, prompt: str) -> dict[str, str]:
@@ -142,44 +185,39 @@ def factors_of(model: HookedTextToImage, prompt: str) -> dict[str, str]:
         >>> found["color1"], found["color2"], found["relation"], found["phrase"]
         ('red', '', 'left', 'left of')
     """
-    return _Sentence(model, prompt).factors()
+    return _Sentence(model.encoded_texts(prompt)[0]).factors()
 
 
 class _Sentence:
-    """Tokens of a prompt and their roles."""
+    """Tokens of a prompt, and the roles of its words."""
 
-    def __init__(self, model: HookedTextToImage, prompt: str) -> None:
-        self.prompt = prompt
-        self.strings, self.roles = model.to_str_tokens(prompt), token_roles(model, prompt)
+    def __init__(self, encoded: EncodedText) -> None:
+        self.encoded = encoded
+        self.roles = roles_of_words(self.encoded.words)
 
-    def phrase_span(self) -> slice:
-        roles = self.roles
+    def phrase(self) -> tuple[int, int]:
+        """Characters (start, end) of the relation phrase."""
+        words, roles = self.encoded.words, self.roles
         if "shape1" not in roles or "shape2" not in roles:
             raise ValueError(
-                f"{self.prompt!r} does not name two objects, as 'red circle is above blue square' "
-                "does."
+                f"{self.encoded.text!r} does not name two objects, as 'red circle is above blue "
+                "square' does."
             )
-        start = len(roles) - roles[::-1].index("shape1")
-        start += self.strings[start] == "▁is"
-        stop = next(
-            position
-            for position in range(start, len(roles))
-            if roles[position] in ("color2", "shape2")
-        )
-        return slice(start, stop)
+        start = roles.index("shape1") + 1
+        start += words[start].normal == "is"
+        stop = next(n for n in range(start, len(roles)) if roles[n] in ("color2", "shape2"))
+        return words[start].start, words[max(start, stop - 1)].end
 
     def factors(self) -> dict[str, str]:
         parts: tuple[Role, ...] = ("color1", "shape1", "relation", "color2", "shape2")
-        tokens = list(zip(self.strings, self.roles, strict=True))
+        text, words = self.encoded.text, list(zip(self.encoded.words, self.roles, strict=True))
         said = {
-            str(part): _words([string for string, role in tokens if role == part]) for part in parts
+            str(part): " ".join(text[word.start : word.end] for word, role in words if role == part)
+            for part in parts
         }
-        phrase = _words(self.strings[self.phrase_span()])
+        start, end = self.phrase()
+        phrase = text[start:end]
         return said | {
             "relation": RELATION_OF.get(phrase, said["relation"].replace(" ", "_")),
             "phrase": phrase,
         }
-
-
-def _words(strings: Sequence[str]) -> str:
-    return "".join(strings).replace("▁", " ").strip()

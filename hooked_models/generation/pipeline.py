@@ -18,6 +18,7 @@ from .. import families
 from ..arguments import integer, number
 from ..hooks.layout import Layout
 from ..hooks.table import Axes
+from ..hooks.texts import joined_text
 from ..hooks.wrapping import stamp
 from ..pipelines.weightless import has_weights_on, weightless
 from ..store import digest
@@ -28,7 +29,7 @@ from .names import IMAGE_HOOK, Branch, GenerationNames, Site
 from .pipeline_inputs import Bound, PipelineInputs
 from .pipeline_loop import PipelineLoop
 from .sampling import Seeds, Solver, seed_of_each
-from .text_positions import encoded_at_positions
+from .text_positions import encoded_at_positions, text_arguments
 from .trajectory import Run
 
 REMEMBERED = 4
@@ -314,6 +315,20 @@ class HookedPipeline(HookedTextToImage):
         found = encoded_at_positions(self.draft(prompts, 0, 1, **options), self.dit.family.text)
         longest = max(length or 0, *(len(one.ids) for one in found))
         return [padded(one, longest) for one in found]
+
+    @torch.no_grad()
+    def text_entering(
+        self, prompts: str | Sequence[str], **options: Any
+    ) -> Float[Tensor, "prompt text_pos d_text"]:
+        """The text that enters the denoiser, one encoder's positions after the other's: the tensor
+        at `hook_text`, without a run.
+
+        Raises:
+            UnknownHookError: latents and text enter as one sequence.
+        """
+        self.dit.canonical_name("hook_text")  # raises
+        inputs = self.draft(prompts, 0, 1, **options)
+        return joined_text(text_arguments(inputs), self.dit.family.text, len(inputs))
 
     def axes(self, site: Site) -> Axes:
         """As in HookedTextToImage; tensors between calls have the pipeline's own axes."""

@@ -106,14 +106,20 @@ def encoded_at_positions(inputs: PipelineInputs, text: str) -> list[EncodedText]
     ]
     encoders = [part for part in encoders if part is not pipe.transformer]
     with torch.no_grad(), _marking(encoders, trace):
-        try:
-            Running(replace(inputs, pipe=pipe, encoded=()), _FirstCall(), 1).run(
-                output_type="latent"
-            )
-        except _Reached as reached:
-            arguments = reached.arguments
+        arguments = text_arguments(replace(inputs, pipe=pipe, encoded=()))
     marks = _marks(arguments, text)
     return [_joined(prompt, row, trace) for prompt, row in zip(inputs.prompts, marks, strict=True)]
+
+
+def text_arguments(inputs: PipelineInputs) -> Mapping[str, Any]:
+    """Arguments of the first conditional call of a run's transformer, latents left out; the call
+    itself is not computed.
+    """
+    try:
+        Running(inputs, _FirstCall(), 1).quiet().run(output_type="latent")
+    except _Reached as reached:
+        return reached.arguments
+    raise AssertionError("a run has a conditional call in its first step")
 
 
 def _is_tokenizer(part: Any) -> bool:

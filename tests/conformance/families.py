@@ -50,6 +50,7 @@ TOOLS = {
     "hook_text": paths.test_the_text_that_enters,
     "paths from text": paths.test_paths_from_the_text,
     "steering": paths.test_steering_in_text_space,
+    "swaps and doses": experiments.test_relations_swapped_in_text_space,
     "synopsis": tests.test_a_synopsis_is_the_patterns_sums,
 }
 """Column → the test that establishes it."""
@@ -69,7 +70,8 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *estimates*: bytes before a run equal those of its cache.
 - *at(step)*, *bind*: TransformerLens' patching on one step, and on one denoiser call, over the positions of image, text or both.
   *paths in a call*: path patching and attribution between two calls.
-- *steering*: vectors added to a word's text.
+- *steering*: vectors added to a word's text. *swaps and doses*: `swap_vectors` against means of the text that enters,
+  `dose_response` against runs with these vectors.
 - *gradients*: autograd through all later steps against finite differences.
 - *attribution*, *path patching*, *paths from text*, *synopsis*: against gradients, patches and sums of patterns by hand.
 - *direct paths*: one head with all else held, against torch's own hooks. *sums of paths*: direct effects add up to that of all at

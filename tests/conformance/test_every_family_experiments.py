@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from dit_lens import Intervention, Scale, ablation, prompts, scenes, sweep
+from dit_lens import Intervention, Scale, ablation, prompts, scenes, steering, sweep, variance
 
 from ..hooked_models.pipelines import PROMPTS
 from .family_cases import LAST, SEEDS, STEPS, Case, case_of, close
@@ -157,6 +158,56 @@ def test_ablation_effects_are_those_of_runs_with_hooks(case: Case, monkeypatch: 
     effect = float(found["color_effect"].sel(condition="head")[0])
     assert effect == pytest.approx(np.mean(changes), abs=2e-5)
     assert abs(effect) > 1e-6
+
+
+@pytest.mark.slow
+def test_relations_swapped_in_text_space(case: Case, monkeypatch: Any) -> None:
+    """`swap_vectors` against means of what hooks read in sentences written out here; doses of
+    `dose_response` against runs with the vectors added by hand. Images' means stand in for
+    verdicts.
+    """
+    name = "steps.0.cond.hook_text"
+    drawn = [scene for scene in scenes.sample(60, seed=0) if scene.relation == "above"][:2]
+    drawn = [replace(scene, phrase="above") for scene in drawn]
+    texts = [scenes.caption(scene) for scene in drawn]
+    assert all(" above " in text for text in texts)
+    ours = steering.swap_vectors(case.model, texts, ["below"] * 2)
+    read: list[tuple[Tensor, list[bool]]] = []
+    means = []
+    for word in ("above", "below"):
+        sentences = variance.factorial_prompts([word])
+        run = (sentences, 0, 1, case.guidance)
+        _, cache = case.model.run_with_cache(*run, names_filter=["hook_text"])
+        mask = prompts.token_mask(case.model, sentences, prompts.word(word))
+        read = list(zip(cache[name], mask.tolist(), strict=True))
+        means.append(torch.stack([x[torch.tensor(at)] for x, at in read]).mean(0))
+    by_hand = torch.zeros_like(ours)
+    by_hand[prompts.token_mask(case.model, texts, prompts.word("above"))] = torch.cat(
+        [means[1] - means[0]] * 2
+    )
+    assert close(ours, by_hand, 1e-4)
+    assert float(by_hand.norm()) > 1e-3
+
+    def judge(images: Tensor, *scenes_: Any) -> dict[str, Any]:
+        return dict.fromkeys(steering.METRICS, mean_of(images).double().numpy())
+
+    monkeypatch.setattr(steering, "_judge", judge)
+    how: Any = {"num_steps": STEPS, "draws": 1, "seeds": SEEDS[:1], "ks": (0, 2.0)}
+    how |= {} if case.guidance is None else {"guidance": case.guidance}
+    found = steering.dose_response(case.model, drawn, "below", **how)["color"].isel(seed=0)
+    for k in (0.0, 2.0):
+        hooks = [
+            (f"steps.{step}.cond.hook_text", lambda text, hook, k=k: text + k * by_hand)
+            for step in range(STEPS)
+        ]
+        run = (texts, SEEDS[0], STEPS, case.guidance)
+        images = case.model.run_with_hooks(*run, fwd_hooks=hooks)
+        dose = torch.from_numpy(found.sel(condition="steered", k=k).values)
+        assert close(dose, mean_of(images).double(), 1e-4)
+    changed = found.sel(k=2.0) - found.sel(k=0)
+    assert float(abs(changed).min()) > 0
+    controls = {str(name).rpartition(" ")[0] for name in found["condition"].values[1:]}
+    assert controls == {"random_vector", "wrong_token"}
 
 
 def test_prompts_of_unequal_length_are_as_alone(case: Case) -> None:

@@ -27,7 +27,7 @@ PIECES = (
     "▁",
     *",:\n",
     *"abcdefghijklmnopqrstuvwxyz",
-    *("▁" + word for word in WORDS),
+    *("▁" + word for word in (*WORDS, "below", "triangle")),
 )
 CHAT = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor "
