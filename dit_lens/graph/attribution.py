@@ -39,12 +39,14 @@ from hooked_models.hooks.table import IMAGE_POSITIONS, JOINT_POSITIONS, TEXT_POS
 
 from ..runs.gradients import Chain, Metric, gradients, modulates
 from ..runs.pairs import Pair, pair
+from .block_edges import BlockEdges
 from .edge_graph import all_receivers, all_senders, edge_flags, index_of, input_hook, output_hook
 from .nodes import Node
 from .verification import Attribution, Patch, Verification, labelled, ranked
 
 __all__ = [
     "NODES",
+    "BlockEdges",
     "EdgeAttribution",
     "NodeAttribution",
     "Pair",
@@ -260,17 +262,13 @@ def _checked(dit: Any, name: str) -> str:
     return canonical
 
 
-def _contexts_of(pair: Pair, step: int) -> list[tuple[int, str]]:
-    return [(i, context.prefix) for i, context in enumerate(pair.contexts) if context.step == step]
-
-
 def _node_products(
     pair: Pair, names: Sequence[str], path: list[tuple[Chain, float]], metric: Metric
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(context, name, difference · gradient)."""
-    wanted = _in_contexts(pair, names)
+    wanted = pair.in_contexts(names)
     for step, found, differences in _gradients(pair, path, (wanted, wanted), metric):
-        for i, prefix in _contexts_of(pair, step):
+        for i, prefix in pair.contexts_of(step):
             yield from (
                 (i, name, differences[prefix + name] * found[prefix + name]) for name in names
             )
@@ -311,13 +309,6 @@ def _along_activations(
                     *_, (_, found) = gradients([(moved, weight)], {step: [full]}, metric)
                 total += found.gradients[full]
             yield i, name, difference * total
-
-
-def _in_contexts(pair: Pair, names: Sequence[str]) -> dict[int, list[str]]:
-    wanted: dict[int, list[str]] = {}
-    for context in pair.contexts:
-        wanted.setdefault(context.step, []).extend(context.prefix + name for name in names)
-    return wanted
 
 
 # Edges
@@ -361,12 +352,12 @@ class EdgeAttribution(Attribution):
         return edge_flags(self.pair.dit)
 
 
-def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
+def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution | BlockEdges:
     """Edge attribution patching (EAP): (source − original) of the sender's output · ∂metric/∂(the
     receiver's input).
 
     An edge leads from one denoiser call to the same call; its effect on later steps is in the
-    gradient.
+    gradient. Of models other than PixArt, blocks are the nodes (`BlockEdges`).
 
     Args:
         pair: two trajectories, or two denoiser calls.
@@ -374,7 +365,7 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
 
     Raises:
         TypeError, ValueError: as in `nodes`; or cfg.use_attn_in is on, which excludes separate q, k
-            and v inputs.
+            and v inputs; or another model's stream is changed between its blocks.
 
     Example:
         >>> edges(pair(below, above, steps=0), red).table().columns.tolist()
@@ -382,10 +373,7 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
     """
     dit, path, found = pair.dit, _path(pair, ig_steps), {}
     if not isinstance(dit, HookedDiT):
-        raise ValueError(
-            f"{dit.family.name} has no edges: its blocks run as diffusers wrote them, with no copy "
-            "of the residual stream for each reader; take attribution.nodes."
-        )
+        return BlockEdges.of(pair, path, metric)
     senders, receivers = all_senders(dit, pair.original.n_text), all_receivers(dit)
     columns: dict[str, list[int]] = {}
     for j, node in enumerate(receivers):
@@ -393,9 +381,9 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution:
     written = list(dict.fromkeys(output_hook(dit, node) for node in senders))
 
     with edge_flags(dit):
-        at, changing = _in_contexts(pair, list(columns)), _in_contexts(pair, written)
+        at, changing = pair.in_contexts(list(columns)), pair.in_contexts(written)
         for step, gradient, change in _gradients(pair, path, (at, changing), metric):
-            for i, prefix in _contexts_of(pair, step):
+            for i, prefix in pair.contexts_of(step):
                 here = [
                     {name.removeprefix(prefix): t for name, t in group.items()}
                     for group in (change, gradient)

@@ -65,6 +65,10 @@ class Patch(NamedTuple):
     receiver_part: tuple[Any, ...]
     sender: str
     sender_part: tuple[Any, ...]
+    minus: str | None = None
+    """Hook whose own difference is taken from the sender's."""
+    undo: str | None = None
+    """Hook at which the addition is taken away again."""
 
 
 @dataclass(frozen=True)
@@ -112,18 +116,14 @@ class Attribution:
         with self._flags():
             for context in self.pair.contexts:
                 here = [i for i, other in enumerate(contexts) if other is context]
-                read = list(dict.fromkeys(context.prefix + patches[i].sender for i in here))
-                differences = self.pair.differences(context.step, read) if read else {}
+                names = [(patches[i].sender, patches[i].minus) for i in here]
+                read = [context.prefix + name for pair in names for name in pair if name]
+                differences = (
+                    self.pair.differences(context.step, list(dict.fromkeys(read))) if read else {}
+                )
                 for i in here:
-                    patch = patches[i]
-                    hook = partial(
-                        _add,
-                        patch.receiver_part,
-                        differences[context.prefix + patch.sender][patch.sender_part],
-                    )
-                    run = self.pair.original.replay(
-                        context.step, [(context.prefix + patch.receiver, hook)]
-                    )
+                    hooks = _hooks(patches[i], context.prefix, differences)
+                    run = self.pair.original.replay(context.step, hooks)
                     values[i] = checked_metric(self.metric, run.output)
         return torch.stack([values[i] for i in range(len(cells))])
 
@@ -139,10 +139,34 @@ class Attribution:
         )
 
 
+def _hooks(patch: Patch, prefix: str, differences: Mapping[str, Tensor]) -> list[Any]:
+    change = differences[prefix + patch.sender]
+    if patch.minus is not None:
+        change = change - fitted(differences[prefix + patch.minus], change)
+    change = change[patch.sender_part]
+    hooks = [(prefix + patch.receiver, partial(_add, patch.receiver_part, change))]
+    if patch.undo is not None:
+        hooks.append((prefix + patch.undo, partial(_add, patch.receiver_part, -change)))
+    return hooks
+
+
 def _add(index: tuple[Any, ...], change: Tensor, tensor: Tensor, hook: Any) -> Tensor:
     edited = tensor.clone()
-    edited[index] += change
+    edited[index] += fitted(change, edited[index])
     return edited
+
+
+def fitted(x: Tensor, like: Tensor) -> Tensor:
+    """`x` with as many positions as another, of which the image's come first: some last blocks give
+    no text.
+
+    Example:
+        >>> fitted(torch.ones(1, 5, 2), torch.ones(1, 3, 2)).shape
+        torch.Size([1, 3, 2])
+    """
+    if x.shape == like.shape:
+        return x
+    return torch.nn.functional.pad(x, (0, 0, 0, like.shape[1] - x.shape[1]))
 
 
 def labelled(

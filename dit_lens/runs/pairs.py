@@ -62,6 +62,17 @@ class Pair:
             )
         return self.original.between(self.source, alpha)
 
+    def contexts_of(self, step: int) -> list[tuple[int, str]]:
+        """Number and prefix of each context of a step."""
+        return [(i, each.prefix) for i, each in enumerate(self.contexts) if each.step == step]
+
+    def in_contexts(self, names: Sequence[str]) -> dict[int, list[str]]:
+        """Step → full names of the denoiser's hooks in its contexts."""
+        wanted: dict[int, list[str]] = {}
+        for context in self.contexts:
+            wanted.setdefault(context.step, []).extend(context.prefix + name for name in names)
+        return wanted
+
     def differences(
         self, step: int, names: Sequence[str], original: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:

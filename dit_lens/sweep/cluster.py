@@ -5,15 +5,17 @@ Scheduling, transport and replacing lost workers are Ray's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from torch import nn
 
 from hooked_models import HookedTextToImage
 from hooked_models.hooks.module import HookedModule
@@ -42,21 +44,27 @@ class Worker:
         model: Source | tuple[Any, ...],
         device: str,
         dtype: torch.dtype,
-        flags: Flags,
+        settings: Settings,
         fetch: Callable[[Any], Any],
     ) -> None:
-        """`model`: where to load it from, or the modules that `parts_of` gives; `fetch`: gives the
-        object of a key in the object store.
+        """`model`: where to load it from, or what `parts_of` gives; `fetch`: gives the object of a
+        key in the object store.
         """
         if isinstance(model, Source):
             name = model.folder if model.commit is None else model.name
             loaded = HookedTextToImage.from_pretrained(
                 name, revision=model.commit, dtype=dtype, check=False
             )
+        elif len(model) == 1:
+            loaded = HookedTextToImage.from_pipeline(*model)
         else:
             loaded = HookedTextToImage(*model).eval()
         self.model = loaded.to(device)
-        for module, switched in zip(_flagged(self.model), flags, strict=True):
+        if settings.options is not None:
+            pipeline: Any = self.model
+            pipeline.pipe.to(device)
+            pipeline.options = settings.options
+        for module, switched in zip(_flagged(self.model), settings.flags, strict=True):
             for flag, on in switched.items():
                 if getattr(module.cfg, flag) != on:
                     getattr(module, f"set_{flag}")(on)
@@ -97,7 +105,13 @@ class Worker:
         return self.held[1].on(self.model, clean.on(self.model, self.inputs)).rows(forks)
 
 
-Flags = list[dict[str, bool]]
+class Settings(NamedTuple):
+    """State of a model besides its weights."""
+
+    flags: list[dict[str, bool]]
+    """The hooks that are switched on, in the denoiser and in the text encoder."""
+    options: dict[str, Any] | None
+    """Arguments of a pipeline's call; None for a PixArt."""
 
 
 class Cluster:
@@ -163,11 +177,6 @@ class Cluster:
 
     def _start(self, count: int) -> None:
         model = self.plan.model
-        if not model.enters_at_layers:
-            raise ValueError(
-                "Workers of a cluster open PixArt models only: choose executor='local' for this "
-                "pipeline."
-            )
         if not self.ray.is_initialized():
             self.ray.init()
         found = model.source  # the workers' working directory may be another
@@ -178,7 +187,7 @@ class Cluster:
             else self.ray.put(parts_of(model)),
             model.device.type,
             model.dit.dtype,
-            flags_of(model),
+            settings_of(model),
             self.ray.get,
         )
         gpus = int(model.device.type == "cuda")
@@ -248,9 +257,32 @@ def shares(rows: Rows, workers: int, batch: int) -> list[Rows]:
 
 
 def parts_of(model: HookedTextToImage) -> tuple[Any, ...]:
-    """The modules that a model is made around, to make an equal one."""
+    """The modules, or the pipeline, that a model is made around, to make an equal one."""
+    if model.text_encoder is None:
+        return (_without_recorders(model.as_diffusers()),)
     encoder = getattr(model.text_encoder, "wrapped", model.text_encoder)
     return model.dit.wrapped, encoder, model.tokenizer, model.codec, model.scheduler
+
+
+RECORDERS = "transformers.utils.output_capturing"
+
+
+def _without_recorders(pipe: Any) -> Any:
+    """A pipeline with the same weights, without the hooks by which transformers' encoders record
+    hidden states: they cannot be pickled, and are installed again in the next call.
+    """
+    found = copy.copy(pipe)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            shared = [*part.parameters(), *part.buffers()]
+            vars(found)[name] = one = copy.deepcopy(part, {id(tensor): tensor for tensor in shared})
+            for module in one.modules():
+                hooks = module._forward_hooks
+                for key in [key for key, hook in hooks.items() if hook.__module__ == RECORDERS]:
+                    del hooks[key]
+                if getattr(module, "_output_capturing_hooks_installed", False):
+                    module._output_capturing_hooks_installed = False  # type: ignore[assignment]
+    return found
 
 
 def _flagged(model: HookedTextToImage) -> list[HookedModule]:
@@ -259,9 +291,10 @@ def _flagged(model: HookedTextToImage) -> list[HookedModule]:
     ]
 
 
-def flags_of(model: HookedTextToImage) -> Flags:
-    """Which hooks are switched on."""
-    return [
+def settings_of(model: HookedTextToImage) -> Settings:
+    """All that a worker's model has to be told of."""
+    flags = [
         {flag: getattr(module.cfg, flag) for flag in set(module.hook_flags.values())}
         for module in _flagged(model)
     ]
+    return Settings(flags, getattr(model, "options", None))

@@ -32,6 +32,7 @@ TOOLS = {
     "every action": tests.test_every_action,
     "words": tests.test_a_word_knocked_out,
     "sweeps": tests.test_a_sweeps_cell_is_a_run_of_its_own,
+    "workers": experiments.test_a_clusters_worker_gives_cells_as_alone,
     "unequal prompts": experiments.test_prompts_of_unequal_length_are_as_alone,
     "search": experiments.test_a_searchs_scores_and_effects,
     "ablation": experiments.test_ablations_by_hand,
@@ -46,6 +47,7 @@ TOOLS = {
     "attribution": tests.test_attribution_is_first_order_patching,
     "path patching": tests.test_a_path_patch_is_the_patch_by_hand,
     "direct paths": paths.test_a_direct_path_is_that_of_torchs_hooks,
+    "edges": paths.test_edges_between_blocks,
     "sums of paths": paths.test_direct_effects_add_up,
     "hook_text": paths.test_the_text_that_enters,
     "paths from text": paths.test_paths_from_the_text,
@@ -64,7 +66,8 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *residual streams*, *heads*: an `Intervention` equals the same edit made by a torch hook in diffusers' own module.
 - *branches*: out = uncond + s · (cond − uncond); *one branch alone*: an edit of one leaves the other's prediction bitwise.
 - *every action*, *words*: against functions and sums written out; *identity edits* change nothing.
-- *sweeps*: a cell equals its own `run_with_hooks`. *unequal prompts*: and the run of its prompt alone.
+- *sweeps*: a cell equals its own `run_with_hooks`. *workers*: also where a worker of a cluster (`executor="ray"`) has got the
+  model and its cells through a pickle; FLUX.1 is swept on a Ray cluster as well. *unequal prompts*: and the run of its prompt alone.
 - *search*: scores of `search` equal a change times autograd's slope, by hand.
 - *ablation*: heads at a mean and hidden words equal hooks by hand. *ablation_effects*: each image is that of a run with hooks.
 - *estimates*: bytes before a run equal those of its cache.
@@ -76,6 +79,7 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *attribution*, *path patching*, *paths from text*, *synopsis*: against gradients, patches and sums of patterns by hand.
 - *direct paths*: one head with all else held, against torch's own hooks. *sums of paths*: direct effects add up to that of all at
   once, and to the whole difference of two runs where gates are equal.
+- *edges*: between blocks, against the streams' scores as nodes, finite differences and exact patches.
 - *hook_text*: the text as it enters the denoiser, read and changed, against a hook on the transformer's arguments.
 """
 PIXART = (
@@ -90,7 +94,7 @@ def page() -> str:
     reasons: list[str] = []
 
     def cell(family: str, tool: str) -> str:
-        reason = tests.UNABLE.get((family, tool))
+        reason = cases.UNABLE.get((family, tool))
         if reason is None:
             return "✓"
         reasons.extend([] if reason in reasons else [reason])

@@ -34,6 +34,38 @@ ADD_NOT_UP = ("AuraFlow", "HunyuanDiT", "Krea 2")
 """A norm over stream and attention together, skips that pass a norm, and gates inside attention
 that follow the stream: contributions do not add up there.
 """
+ONE_BRANCH = (
+    "it is distilled with guidance, and every step is one call: there is no unconditional branch"
+)
+NO_ORACLE = "direct paths run, and add up; the hand-made check does not know its modules"
+NOT_ADDED = (
+    "its stream passes a norm or a long skip, or gates inside its attention follow the stream also "
+    "where z is held, so that contributions do not add up"
+)
+ONE_PROMPT = (
+    "its loop guides one prompt at a time: batches run without guidance, with no unconditional "
+    "branch"
+)
+UNABLE: dict[tuple[str, str], str] = {
+    **{
+        (name, tool): ONE_BRANCH
+        for name in ("FLUX.1", "HunyuanVideo")
+        for tool in ("branches", "one branch alone")
+    },
+    **{("PRX", tool): ONE_PROMPT for tool in ("branches", "one branch alone")},
+    **{
+        (name, "direct paths"): NO_ORACLE
+        for name in PIPELINES
+        if name not in (*KNOWN_MODULES, *LEFT_OUT)
+    },
+    **{(name, "sums of paths"): NOT_ADDED for name in ADD_NOT_UP},
+    ("HunyuanDiT", "edges"): "long skips carry streams past the blocks between",
+    (
+        "AuraFlow",
+        "path patching",
+    ): "attention reaches the residual stream through the MLP alone, so no direct path does; others do",
+}
+"""(pipeline, tool of `families.TOOLS`) → why it has none."""
 OTHERS = tuple(name for name in PIPELINES if name not in (*FIRST, *LEFT_OUT))
 
 

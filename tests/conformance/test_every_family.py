@@ -32,58 +32,9 @@ from hooked_models.families.adapter import submodule
 from hooked_models.generation.cache import CacheTooLargeError, estimate
 
 from ..hooked_models.pipelines import PROMPTS
-from ..hooked_models.tiny_pipelines import PIPELINES
-from .family_cases import (
-    ADD_NOT_UP,
-    KNOWN_MODULES,
-    LAST,
-    LEFT_OUT,
-    SEEDS,
-    STEPS,
-    Case,
-    case_of,
-    close,
-)
+from .family_cases import LAST, SEEDS, STEPS, UNABLE, Case, case_of, close
 
-ONE_BRANCH = (
-    "it is distilled with guidance, and every step is one call: there is no unconditional branch"
-)
-NO_ORACLE = "direct paths run, and add up; the hand-made check does not know its modules"
-NOT_ADDED = (
-    "its stream passes a norm or a long skip, or gates inside its attention follow the stream also "
-    "where z is held, so that contributions do not add up"
-)
-ONE_PROMPT = (
-    "its loop guides one prompt at a time: batches run without guidance, with no unconditional "
-    "branch"
-)
-UNABLE: dict[tuple[str, str], str] = {
-    **{
-        (name, tool): ONE_BRANCH
-        for name in ("FLUX.1", "HunyuanVideo")
-        for tool in ("branches", "one branch alone")
-    },
-    **{("PRX", tool): ONE_PROMPT for tool in ("branches", "one branch alone")},
-    **{
-        (name, "direct paths"): NO_ORACLE
-        for name in PIPELINES
-        if name not in (*KNOWN_MODULES, *LEFT_OUT)
-    },
-    **{(name, "sums of paths"): NOT_ADDED for name in ADD_NOT_UP},
-    (
-        "AuraFlow",
-        "path patching",
-    ): "attention reaches the residual stream through the MLP alone, so no direct path does; others do",
-}
-"""(pipeline, tool of `families.TOOLS`) → why it has none."""
 NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "attribution of edges": (
-        "blocks run as diffusers wrote them, with no copy of the residual stream for each reader",
-        lambda case: attribution.edges(
-            attribution.pair(case.run, case.run, steps=[0]),
-            lambda images: images.flatten(1).mean(1),
-        ),
-    ),
     "hooks and interventions in text encoders": (
         "text encoders are transformers' own modules, of many kinds, and run without hooks",
         lambda case: case.act("text_encoder.blocks.0.hook_resid_post"),
@@ -91,17 +42,6 @@ NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "token ids in place of prompts": (
         "a pipeline may have several text encoders, each with its own tokens",
         lambda case: case.model.to_tokens(PROMPTS),
-    ),
-    "sweeps on a Ray cluster": (
-        "workers open PixArt models only",
-        lambda case: sweep.run(
-            case.model,
-            PROMPTS[:1],
-            0,
-            Intervention("blocks.0.hook_resid_post"),
-            {"m": torch.mean},
-            executor="ray",
-        ),
     ),
 }
 """Tool → why no other family than PixArt has it, and a call that says so."""
@@ -719,6 +659,7 @@ def test_the_page_is_up_to_date() -> None:
 
 
 PAGE_TESTS = (
+    "test_a_sweep_on_ray_is_the_local_one",
     "test_guidance_that_ends_early_says_so",
     "test_a_tool_that_no_family_has_says_so",
     "test_the_page_is_up_to_date",

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 import xarray as xr
+from ray import cloudpickle
 from torch import Tensor
 
 from dit_lens import Intervention, Scale, ablation, prompts, scenes, steering, sweep, variance
+from dit_lens.sweep import cluster
 
 from ..hooked_models.pipelines import PROMPTS
 from .family_cases import LAST, SEEDS, STEPS, Case, case_of, close
@@ -208,6 +211,81 @@ def test_relations_swapped_in_text_space(case: Case, monkeypatch: Any) -> None:
     assert float(abs(changed).min()) > 0
     controls = {str(name).rpartition(" ")[0] for name in found["condition"].values[1:]}
     assert controls == {"random_vector", "wrong_token"}
+
+
+class OneWorker:
+    """Stands for a cluster: pickles, as Ray does, all that a worker is sent and sends back."""
+
+    def __init__(self, plan: sweep.Plan) -> None:
+        sent = (
+            replace(plan, model=None),
+            cluster.parts_of(plan.model),
+            "cpu",
+            torch.float32,
+            cluster.settings_of(plan.model),
+            lambda key: key,
+        )
+        self.worker = cluster.Worker(*cloudpickle.loads(cloudpickle.dumps(sent)))
+        assert self.worker.digest() == plan.model.digest()
+
+    def batch(self, rows: int, most: int) -> int:
+        return most
+
+    def team(self, jobs: int) -> OneWorker:
+        return self
+
+    def sample(self, *args: Any) -> Any:
+        return cloudpickle.loads(cloudpickle.dumps(self.worker.sample(*args)))
+
+    def tables(self, work: Any, jobs: Any) -> Iterator[Any]:
+        shared = cloudpickle.loads(cloudpickle.dumps(work.on(None, None)))
+        for forks in jobs:
+            clean = cloudpickle.loads(cloudpickle.dumps(work.clean.left_by(forks)))
+            yield self.worker.rows([shared], clean, forks)
+
+
+def test_a_clusters_worker_gives_cells_as_alone(case: Case) -> None:
+    """A sweep by a worker that has got its model and each batch through a pickle, against runs of
+    their own.
+    """
+    cells = {
+        "head": Intervention(f"blocks.0.{case.attention}.hook_z", heads=[1], steps=1),
+        "late": Intervention("blocks.1.hook_resid_post", steps=LAST, action=Scale(0.5)),
+    }
+    plan = plan_of(case, cells, {"m": sweep.Metric(mean_of)})
+    worker: Any = OneWorker(plan)
+    found = plan.run_by(worker, None)
+    assert (found["error"] == "").all()
+    for number, seed in enumerate(SEEDS):
+        for label, one in cells.items():
+            hooks = one.hooks(case.model, list(PROMPTS), num_steps=STEPS)
+            run = (PROMPTS, seed, STEPS, case.guidance)
+            exact = mean_of(case.model.run_with_hooks(*run, fwd_hooks=hooks)).double()
+            cell = found["m"].sel(intervention=label).isel(seed=number).values
+            assert close(torch.from_numpy(cell), exact), label
+
+
+@pytest.mark.slow
+def test_a_sweep_on_ray_is_the_local_one() -> None:
+    """A pipeline that is sent to two workers of a cluster on this machine."""
+    ray.init(
+        num_cpus=2,
+        num_gpus=0,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    try:
+        case = case_of("FLUX.1")
+        cell = Intervention("blocks.0.attn.hook_z", heads=[1], steps=1)
+        plan = plan_of(case, {"head": cell}, {"m": sweep.Metric(lambda x: x.flatten(1).mean(1))})
+        here, there = plan.run(), plan.run(executor="ray", workers=2)
+    finally:
+        ray.shutdown()
+    xr.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
+    assert float(abs(there["m"] - there["m_baseline"]).max()) > 1e-5
 
 
 def test_prompts_of_unequal_length_are_as_alone(case: Case) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_lens import Add, patching, prompts, steering
+from dit_lens import Add, attribution, patching, prompts, steering
 from hooked_models.families.adapter import submodule
 from hooked_models.hooks.texts import text_parts
 
 from ..hooked_models.pipelines import PROMPTS
-from .family_cases import ADD_NOT_UP, KNOWN_MODULES, LAST, SEEDS, STEPS, Case, close
+from .family_cases import ADD_NOT_UP, KNOWN_MODULES, LAST, SEEDS, STEPS, UNABLE, Case, close
 
 HELD = ("attn2", "ff", "ff_context", "feed_forward", "img_mlp", "txt_mlp", "act_mlp")
 """Modules of blocks that write to the stream, besides `attn`."""
@@ -132,6 +133,51 @@ def test_a_direct_path_is_that_of_torchs_hooks(case: Case) -> None:
         assert abs(change) > 1e-5
         rounding = 5e-7 * float(clean.abs().max())  # copies share a batch
         assert ours == pytest.approx(change, rel=1e-3, abs=rounding)
+
+
+def test_edges_between_blocks(case: Case) -> None:
+    """Scores of edges add up to those of the streams as nodes; one of them against the slope of
+    runs in which a block reads a little more of another's contribution, which passes it by no more;
+    and its exact patch.
+    """
+    original, source = (case.model.trajectory(text, 3, STEPS, case.guidance) for text in TEXTS)
+    pair = attribution.pair(original, source, steps=1, returns="out")  # smooth: no clamp
+    n = case.model.cfg.n_layers
+    if (case.name, "edges") in UNABLE:
+        with pytest.raises(ValueError, match="has no edges"):
+            attribution.edges(pair, flat_mean)
+        return
+    found: Any = attribution.edges(pair, flat_mean)
+    scores = found.scores.isel(step=0, branch=0, prompt=0)
+    nodes = attribution.nodes(pair, flat_mean, ["resid_pre", "resid_post"]).scores.squeeze()
+    for layer in range(n):
+        passing = scores.isel(sender=slice(0, layer + 1), receiver=slice(layer, None))
+        by_node = float(nodes["resid_pre"].sel(layer=layer))
+        assert float(passing.sum()) == pytest.approx(by_node, rel=1e-3, abs=2e-7)
+    leaving = float(nodes["resid_post"].sel(layer=n - 1))
+    assert float(scores.sel(receiver="output").sum()) == pytest.approx(leaving, rel=1e-3, abs=2e-7)
+    streams = [f"steps.1.cond.blocks.{layer}.hook_resid_pre" for layer in range(2)]
+    after = "steps.1.cond.blocks.1.hook_resid_post"
+    kept: list[dict[str, Tensor]] = [{}, {}]
+    for into, run in zip(kept, (original, source), strict=True):
+        keep = lambda x, hook, into=into: into.__setitem__(hook.name, x.clone())  # noqa: E731
+        run.fork(1, [(name, keep) for name in streams], until=2)
+    first, second = (kept[1][name] - kept[0][name] for name in streams)
+    contribution = second - first
+
+    def metric_with(size: float) -> float:
+        def more(x: Tensor, hook: Any, sign: int) -> Tensor:
+            return x + sign * size * contribution[:, : x.shape[1]]
+
+        hooks = [(streams[1], partial(more, sign=1)), (after, partial(more, sign=-1))]
+        return float(flat_mean(original.fork(1, hooks, until=2).record.outs[1]))
+
+    score = float(scores.sel(sender="block.L0", receiver="block.L1"))
+    slope = (metric_with(0.01) - metric_with(-0.01)) / 0.02
+    assert score == pytest.approx(slope, rel=0.05, abs=3e-6)  # float32
+    checked = found.verify(k=len(found.table()), sample=2).table.set_index(["sender", "receiver"])
+    exact = checked[checked["drawn"] == "top"].loc[("block.L0", "block.L1"), "exact"]
+    assert float(exact) == pytest.approx(metric_with(1.0) - metric_with(0.0), rel=1e-3, abs=1e-6)
 
 
 def test_direct_effects_add_up(case: Case) -> None:

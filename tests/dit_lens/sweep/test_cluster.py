@@ -55,7 +55,7 @@ class InThisProcess:
             cluster.parts_of(model),
             model.device.type,
             model.dit.dtype,
-            cluster.flags_of(model),
+            cluster.settings_of(model),
             pickle.loads,
         )
         shared = cloudpickle.dumps(replace(self.plan, model=None))
