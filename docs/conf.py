@@ -61,12 +61,15 @@ def _plain_docstring(
     app: object, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
     """Read indented paragraphs of a module's docstring as code, and bars around a word as absolute
-    values.
+    values; add the picture of what is drawn (`docs/gallery.py`).
     """
     text = re.sub(r"\|(\w+)\|", r"\\|\1\\|", "\n".join(lines))
     if what == "module":
         text = re.sub(r"(?<=\n)\n((?: {4}.*\n?)+)", r"\n::\n\n\1", text)
     lines[:] = text.split("\n")
+    if what in ("function", "class") and name.startswith(("dit_lens.viz.", "dit_lens.lab.")):
+        for picture in (HERE / "_static/viz").glob(f"{name.rpartition('.')[2]}.*"):
+            lines += ["", f".. image:: /_static/viz/{picture.name}", f"   :alt: {name}, drawn", ""]
 
 
 def setup(app: object) -> None:

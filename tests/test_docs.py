@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dit_lens import viz
 from hooked_models import HookedTextToImage
 
 from .hooked_models.tiny_pipelines import tiny_pipeline
@@ -69,3 +70,14 @@ def test_your_model_runs_on_other_families(
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_the_reference_has_a_picture_of_all_that_is_drawn() -> None:
+    """Vectors of figures, photographs of pages; nothing else."""
+    drawn = {name for name in viz.__all__ if callable(getattr(viz, name))}
+    drawn -= {"Effects", "bare", "name_rows", "show"}  # the last shows the attention page
+    pictures = {path.stem: path for path in (ROOT / "docs/_static/viz").iterdir()}
+    assert set(pictures) == drawn | {"Lab"}
+    for name, path in pictures.items():
+        assert path.suffix == (".webp" if name in ("Lab", "attention_page", "report") else ".svg")
+        assert path.stat().st_size < 250_000
