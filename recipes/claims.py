@@ -121,7 +121,7 @@ def report(
     family: bool = False,
     **facts: object,
 ) -> None:
-    """Print the table; write claims.json (with `facts`) and claims.parquet into `out`.
+    """Print the table; write claims.json (with `facts`), claims.parquet and claims.csv into `out`.
 
     Args:
         basis: that of the claims that state none.
@@ -142,23 +142,29 @@ def report(
         | {"contrast": str(c.contrast or ""), "basis": c.told_basis, "verdict": c.verdict}
         for c in claims
     ]
-    table = Table(
+    shown_table = Table(
         "claim", "paper", "here [95 %]", "predicted", "control", "basis", "verdict", title=title
     )
     for claim in claims:
         shown = "–" if np.isnan(claim.here.mean) else str(claim.here)
         expected = f"{claim.predicted[0]:g} … {claim.predicted[1]:g}" if claim.predicted else "–"
-        table.add_row(
+        shown_table.add_row(
             claim.what, claim.paper, shown, expected, claim.control, claim.told_basis, claim.verdict
         )
-    Console(width=170).print(table)
+    Console(width=170).print(shown_table)
     clean = [
         {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
         for row in rows
     ]
     with Store(out, {}, wait=True) as store:
         store.put_json("claims.json", {"title": title, **facts, "claims": clean})
-        store.put("claims.parquet", lambda path: pd.DataFrame(rows).to_parquet(path, index=False))
+        table = pd.DataFrame(rows)
+        store.put("claims.parquet", lambda path: table.to_parquet(path, index=False))
+        bounds = pd.DataFrame([row["predicted"] or [None, None] for row in rows])
+        flat = table.drop(columns="predicted").assign(
+            predicted_low=bounds[0], predicted_high=bounds[1]
+        )
+        store.put("claims.csv", lambda path: flat.to_csv(path, index=False))
 
 
 def evaluation_of(model: str, n: int, out: Path) -> pd.DataFrame:

@@ -1,4 +1,5 @@
-"""Run every recipe at its default settings, and write recipes/README.md from their results.
+"""Run every recipe at its default settings, and write recipes/README.md, and claims.csv with its
+numbers, from their results.
 
 `python -m recipes.run_all`
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tyro
 from PIL import Image
 from rich.console import Console
@@ -56,6 +58,12 @@ FIGURES = {
 """Every recipe that states claims, in the order of the page → the figure of its that is shown
 there.
 """
+COLUMNS = (
+    *("recipe", "claim", "paper", "mean", "low", "high"),
+    *("predicted_low", "predicted_high", "control", "verdict"),
+)
+"""Of claims.csv."""
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|-?inf")
 STUDIES = ("text_carrier", "held_out_diagonal", "sparsity")
 """Recipes that read study models, which are not bundled (docs/training.md)."""
 
@@ -107,7 +115,9 @@ def main(config: Config) -> None:
     readme = HERE / "README.md"
     reports = {name: json.loads(whole(at, "claims.json").read_text()) for name, at in found.items()}
     older = kept(readme.read_text(), hashes)
-    write_whole(readme, lambda path: path.write_text(page(reports, hashes, older)))
+    text = page(reports, hashes, older)
+    write_whole(readme, lambda path: path.write_text(text))
+    write_whole(HERE / "claims.csv", lambda path: numbers(text).to_csv(path, index=False))
     if gone := [name for name in FIGURES if name not in {*reports, *older}]:
         console.print(
             "Not on the page, since they have left no results here and their models have changed: "
@@ -194,7 +204,7 @@ Wang, Fan, Pan, *Circuit Mechanisms for Spatial Relation Generation in Diffusion
 are larger and whose data differ (docs/scenes.md).
 
 What they say together is on [one page](../docs/findings.md); predictions that are not in a docstring are in
-[PREDICTIONS.md](PREDICTIONS.md).
+[PREDICTIONS.md](PREDICTIONS.md). The tables below as numbers: [claims.csv](claims.csv).
 
 {chr(10).join(overview)}
 
@@ -208,6 +218,23 @@ Python {platform.python_version()}, {versions}.
 {models}
 
 {chr(10).join(whole for _, whole in shown)}"""
+
+
+def numbers(text: str) -> pd.DataFrame:
+    """The tables of a page as numbers, to three decimals as they stand there; `claims.parquet` in a
+    recipe's results has all.
+    """
+    rows = []
+    for name, section in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S):
+        for line in re.findall(r"^\| (.*\*\*) \|$", section, flags=re.M):
+            claim, paper, here, predicted, control, verdict = re.split(r" (?<!\\)\| ", line)
+            mean, low, high = (*(float(x) for x in NUMBER.findall(here)), *[np.nan] * 3)[:3]
+            if "[" not in here:
+                low = high = mean
+            bounds = (*(float(x) for x in NUMBER.findall(predicted)), np.nan, np.nan)[:2]
+            found = [name, claim.replace("\\|", "|"), paper, mean, low, high, *bounds]
+            rows.append([*found, control.replace("\\|", "|"), verdict.strip("*")])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def question(name: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pkgutil
 import re
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import recipes
@@ -63,6 +66,34 @@ def test_a_page_has_verdicts_numbers_and_escaped_bars(tmp_path, capsys):
     assert "| c | – | – | 0 … 1 |  | **not run here** |" in page
     assert "| `m` | `0123456789abcdef` |" in page
     assert "replicates 1, exploratory 1, not run here 1" in page
+
+
+def test_the_tables_stand_as_numbers_beside_the_page(tmp_path, capsys):
+    """Each row of each table, and the same numbers; of a recipe, with all digits."""
+    text, stored = (run_all.HERE / "README.md").read_text(), run_all.HERE / "claims.csv"
+    pd.testing.assert_frame_equal(pd.read_csv(stored, keep_default_na=True), as_read(text))
+    assert len(pd.read_csv(stored)) == text.count("** |\n")
+    claims = [
+        Claim("a|b", ".5", Interval(0.5123456, -0.45, 0.55), (-0.4, 0.6), "x 3"),
+        Claim("d", "–", finite(18), None),
+        Claim("c", "–", Interval(*[float("nan")] * 3), (0, 1)),
+    ]
+    report("title", claims, tmp_path)
+    whole = pd.read_csv(tmp_path / "claims.csv")
+    found = run_all.numbers(
+        run_all.page({"t5_fusion": json.loads((tmp_path / "claims.json").read_text())}, {})
+    )
+    assert found["claim"].tolist() == whole["claim"].tolist() == ["a|b", "d", "c"]
+    columns = ["mean", "low", "high", "predicted_low", "predicted_high"]
+    assert all(
+        np.issubdtype(table[name].dtype, np.number) for table in (found, whole) for name in columns
+    )
+    np.testing.assert_allclose(found[columns], whole[columns].to_numpy(float), atol=5e-4)
+    assert whole["mean"][0] == 0.5123456
+
+
+def as_read(text):
+    return pd.read_csv(io.StringIO(run_all.numbers(text).to_csv(index=False)))
 
 
 def test_recipes_that_were_not_run_again_stay_on_the_page_while_weights_are_the_same():
