@@ -27,6 +27,17 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(code, str(page), "exec"), names)
 
 
+def test_what_a_user_comes_for_takes_no_more_than_15_lines() -> None:
+    """Heads of one's own model and prompt, a task, an experiment with hooks, a result to send, a walk
+    through a run: no block of these pages, all of them run above, is longer.
+    """
+    for name in ("your_model.md", "extending/task.md", "start.md", "share.md", "explore.md"):
+        page = ROOT / "docs" / name
+        assert page in EXECUTED
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
+            assert len([line for line in code.splitlines() if line.strip()]) <= 15, name
+
+
 @pytest.mark.parametrize("family", ["FLUX.1", "SD3", "Qwen-Image", "SANA"])
 def test_your_model_runs_on_other_families(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

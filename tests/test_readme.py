@@ -46,3 +46,13 @@ def test_one_screen_and_a_picture() -> None:
     assert str(PICTURE.relative_to(ROOT)) in text
     assert PICTURE.stat().st_size <= 1_000_000
     assert getattr(Image.open(PICTURE), "n_frames", 1) == 15
+
+
+def test_what_readers_are_asked_stands_on_the_page() -> None:
+    """Each call in an answer of CONTRIBUTING.md is one that README names."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Read the first page anew")[1]
+    answers = re.findall(r"^\| .*\? \| (.*) \|$", table, flags=re.M)
+    assert len(answers) == 10
+    called = [name for answer in answers for name in re.findall(r"`([\w.]+|make demo)[(`]", answer)]
+    assert len(called) > 8
+    assert not [name for name in called if name not in README.read_text()]
