@@ -26,6 +26,7 @@ import tyro
 from jaxtyping import Float
 
 from dit_lens.sweep.race import Prices, Race, Rules, run_race
+from dit_lens.sweep.search import CHAIN
 
 from .measuring import record
 
@@ -33,8 +34,6 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "searches.md"
 LAYERS, STEPS, BRANCHES = 6, 14, 2
 CLEAN = float(LAYERS * STEPS * BRANCHES)
-CHAIN = 5.0
-"""As in `dit_lens.sweep.search`; measured: a gradient through a run takes 5.0 runs' time."""
 K, SWEPT, MOST = 10, 8, 150
 OTHER_NOISE = 1000
 """Added to the number of a caption's scene with noise 0 in the place of its own."""

@@ -80,7 +80,7 @@ def of_scene(
         score = np.full(len(cells), np.nan)
         if name in SCORED:
             question = Question(name, metric, "", "attribution", tuple(range(len(cells))))
-            score = scores_of_rows(plan, plan.inputs(), question, np.arange(1))[:, 0]
+            score = scores_of_rows(plan, plan.inputs(), question, np.arange(1))[0][:, 0]
         parts.append(
             pd.DataFrame(
                 {

@@ -88,9 +88,11 @@ def table(config: Config) -> str:
         block_flops(c.width, c.image_tokens, c.text_tokens, c.mlp_ratio),
     )
     share = (c.top + c.sample) / cells
-    gradients = 2 * c.layers * c.steps * (1 + 1 + 3)  # sample, replay, forward again and backward
+    gradients = (
+        2 * c.layers * c.steps * 3
+    )  # forward again and backward, of the run that forks leave
     scoring = {
-        "attribution": gradients + 2 * c.layers * c.steps,  # activations are kept once more
+        "attribution": gradients,
         "one step exactly": gradients + c.layers * c.steps + work.forked_step,
     }
     rows = {

@@ -78,14 +78,24 @@ class CleanRuns:
     def left_by(self, forks: Sequence[Fork]) -> CleanRuns:
         """The runs that some forks leave, without the model and the inputs."""
         rows = np.unique(np.concatenate([fork.rows for fork in forks]))
-        at = torch.from_numpy(np.searchsorted(self.rows, rows)).to(self.latent.device)
+        return self.on(None, None).at(np.searchsorted(self.rows, rows))
+
+    def at(self, places: Int[np.ndarray, " row"]) -> CleanRuns:
+        """The same with the runs at some places alone."""
+        index = torch.from_numpy(places).to(self.latent.device)
         return replace(
-            self.on(None, None),
-            rows=rows,
-            record=self.record.take(at),
-            latent=self.latent[at],
-            found={read: tensor[at] for read, tensor in self.found.items()},
+            self,
+            rows=self.rows[places],
+            record=self.record.take(index),
+            latent=self.latent[index],
+            found={read: tensor[index] for read, tensor in self.found.items()},
         )
+
+    @staticmethod
+    def merged(parts: Sequence[CleanRuns]) -> CleanRuns:
+        """Join samples of any rows, each row once and in ascending order, before any fork."""
+        joined = replace(CleanRuns.join(parts), layers={}, residuals={})
+        return joined.at(np.unique(joined.rows, return_index=True)[1])
 
     @staticmethod
     def join(parts: Sequence[CleanRuns]) -> CleanRuns:
@@ -123,6 +133,7 @@ class CleanRuns:
             done: called with the number of rows after each denoising step.
         """
         runs: list[Trajectory] = []
+        clean = not (model.attached or model.has_hooks_inside)  # hooks below only read
         found: dict[Read, list[Tensor]] = {read: [] for read in reads}
         wanted = sorted(
             {(read.step, hook) for read in reads if read.step is not None for hook in read.hooks}
@@ -146,7 +157,7 @@ class CleanRuns:
             inputs,
             seeds,
             rows,
-            Record.join([run.record for run in runs]),
+            replace(Record.join([run.record for run in runs]), clean=clean),
             torch.cat([run.latent for run in runs]),
             {read: torch.cat(parts) for read, parts in found.items()},
         )

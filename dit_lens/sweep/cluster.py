@@ -82,12 +82,15 @@ class Worker:
         clean = CleanRuns.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch)
         return clean.on(None, None)
 
-    def scores(self, question: Question, rows: Rows) -> Float[np.ndarray, "condition row"]:
-        """As `scores.scores_of_rows`."""
+    def scores(
+        self, question: Question, rows: Rows
+    ) -> tuple[Float[np.ndarray, "condition row"], CleanRuns]:
+        """As `scores.scores_of_rows`; runs are sent back without the model and the inputs."""
         from .scores import scores_of_rows
 
         with torch.no_grad():
-            return scores_of_rows(self.plan, self.inputs, question, rows)
+            values, clean = scores_of_rows(self.plan, self.inputs, question, rows)
+        return values, clean.on(None, None)
 
     @torch.no_grad()
     def rows(self, shared: Sequence[Any], clean: CleanRuns, forks: Sequence[Fork]) -> pd.DataFrame:
@@ -226,8 +229,8 @@ class Team:
 
     def scores(
         self, question: Question, groups: Sequence[Rows]
-    ) -> Iterator[Float[np.ndarray, "condition row"]]:
-        """The scores of each group of rows, in order."""
+    ) -> Iterator[tuple[Float[np.ndarray, "condition row"], CleanRuns]]:
+        """As `execute.Workers`."""
         from ray.util import ActorPool
 
         yield from ActorPool(self.actors).map(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -129,8 +128,8 @@ class Workers(Protocol):
 
     def scores(
         self, question: Question, groups: Sequence[Rows]
-    ) -> Iterable[Float[np.ndarray, "condition row"]]:
-        """The scores of each group of rows (`scores.scores_of_rows`), in order."""
+    ) -> Iterable[tuple[Float[np.ndarray, "condition row"], CleanRuns]]:
+        """The scores of each group of rows, and its runs (`scores.scores_of_rows`), in order."""
         ...
 
     def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
@@ -154,7 +153,7 @@ class Here:
 
     def scores(
         self, question: Question, groups: Sequence[Rows]
-    ) -> Iterator[Float[np.ndarray, "condition row"]]:
+    ) -> Iterator[tuple[Float[np.ndarray, "condition row"], CleanRuns]]:
         """As in `Workers`."""
         inputs = self.plan.inputs()
         return (scores_of_rows(self.plan, inputs, question, rows) for rows in groups)
@@ -165,10 +164,20 @@ class Here:
 
 
 class Execution:
-    """One run of a plan, for the cells that have no result yet."""
+    """One run of a plan, for the cells that have no result yet.
 
-    def __init__(self, plan: Plan, results: Results, done: Bool[np.ndarray, " cell"]) -> None:
-        self.plan, self.results, self.done = plan, results, done
+    Args:
+        known: runs without intervention that are there already, of any rows.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        results: Results,
+        done: Bool[np.ndarray, " cell"],
+        known: CleanRuns | None = None,
+    ) -> None:
+        self.plan, self.results, self.done, self.known = plan, results, done, known
         self.pending = [fork for fork in plan.forks if not done[plan.cells_of(fork)].all()]
         forked = np.zeros(plan.cells, dtype=bool)
         for fork in plan.forks:
@@ -205,7 +214,7 @@ class Execution:
                 if cluster is not None and jobs
                 else Here(plan, advance.rows)
             )
-            clean = workers.sample(self.rows, self.steps_read, self.batch)
+            clean = self.clean(workers)
             clean.expect(self.pending)
             shared = SweepContext(plan, clean, self.baselines(clean), self.batch)
             if away:
@@ -219,11 +228,14 @@ class Execution:
                 if away:
                     advance.rows(int(steps[table["cell"]].sum()))
 
-    @cached_property
-    def steps_read(self) -> set[Read]:
-        """Tensors that metrics read, with their steps."""
-        firsts = {condition.first for condition in self.plan.conditions}
-        return {read.at(first) for read in self.plan.reads.values() for first in firsts}
+    def clean(self, workers: Workers) -> CleanRuns:
+        """The runs without intervention; those that are not known are sampled."""
+        known = [] if self.known is None else [self.known]
+        missing = np.setdiff1d(self.rows, [row for part in known for row in part.rows])
+        if len(missing):
+            known.insert(0, workers.sample(missing, self.plan.reads_at_steps, self.batch))
+        merged = CleanRuns.merged(known)
+        return merged.at(np.searchsorted(merged.rows, self.rows))
 
     def baselines(self, clean: CleanRuns) -> dict[tuple[str, int | None], Measured]:
         """As in `SweepContext`: a metric that cannot work is found out here.

@@ -69,6 +69,12 @@ class Plan:
         return len(self.prompts) * len(self.seeds)
 
     @property
+    def reads_at_steps(self) -> set[Read]:
+        """Tensors that metrics read, with their steps."""
+        firsts = {condition.first for condition in self.conditions}
+        return {read.at(first) for read in self.reads.values() for first in firsts}
+
+    @property
     def cells(self) -> int:
         """Number of cells: one for each condition, prompt and seed."""
         return len(self.conditions) * self.runs

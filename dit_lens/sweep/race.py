@@ -54,9 +54,16 @@ class Prices:
     score: Float[np.ndarray, " cell"]
     """One score, …"""
     slope: float
-    """… and for all scores of a scene together."""
+    """… and for all scores of a scene together, with the run without intervention, which exact runs
+    leave, too.
+    """
     clean: float
-    """The run without intervention."""
+    """This run alone, of a scene without scores."""
+
+    @property
+    def scene(self) -> float:
+        """Before any cell is scored or run."""
+        return self.slope or self.clean
 
     @property
     def exhaustive(self) -> float:
@@ -236,7 +243,7 @@ def score_all(oracle: Oracle, race: Race, scored: Cells) -> None:
     rules, prices = race.rules, race.prices
     if not len(scored):
         return
-    one = float(prices.score[scored].sum()) + prices.slope + prices.clean
+    one = float(prices.score[scored].sum()) + prices.scene
     most = int(SCORING * rules.budget * prices.exhaustive / one)
     scenes = range(min(max(most, LEAST_SCORED), rules.scenes))
     race.scores[scored, scenes.start : scenes.stop] = oracle.scores(scored, scenes)
@@ -253,7 +260,7 @@ def entrants_of(race: Race, unscored: Cells) -> Cells:
     size = np.abs(scores).sum(axis=1) + np.abs(scores.sum(axis=1))
     order = np.argsort(-size, kind="stable")
     order = np.concatenate([unscored, order[~np.isin(order, unscored)]])
-    scene = np.cumsum(prices.exact[order]) + prices.slope + prices.clean
+    scene = np.cumsum(prices.exact[order]) + prices.scene
     judged = int((scene * LEAST_SCENES <= race.left * (1 - SAMPLING) / ROUNDS).sum())
     tried = min(int((scene * FEWEST <= race.left / 2).sum()), 2 * FINALISTS * k)
     return order[: max(min(max(judged, tried, k), ENTRANTS * k), len(unscored))]
@@ -262,7 +269,7 @@ def entrants_of(race: Race, unscored: Cells) -> Cells:
 def scenes_of_round(race: Race, cells: Cells, rounds: int) -> range:
     """New scenes, as many as this round's share of the money pays for."""
     prices = race.prices
-    one = float((prices.exact + prices.score)[cells].sum()) + prices.slope + prices.clean
+    one = float((prices.exact + prices.score)[cells].sum()) + prices.scene
     least = 1 if rounds == ROUNDS or race.left >= one else 0
     count = max(int(race.left / rounds / one), least)
     return range(race.drawn, min(race.drawn + count, race.rules.scenes))
@@ -309,7 +316,8 @@ def run_round(oracle: Oracle, race: Race, scenes: range) -> None:
         race.scores[scored, new.start : new.stop] = oracle.scores(scored, new)
         race.pay((float(prices.score[scored].sum()) + prices.slope) * len(new))
     race.exact[cells, columns] = oracle.exact(cells, scenes)
-    race.pay((float(prices.exact[cells].sum()) + prices.clean) * len(scenes))
+    clean = 0.0 if len(scored) and prices.slope else prices.clean
+    race.pay((float(prices.exact[cells].sum()) + clean) * len(scenes))
     race.lasted[cells] += 1
     race.drawn = scenes.stop
 

@@ -58,8 +58,9 @@ class Question:
 
 def scores_of_rows(
     plan: Plan, inputs: Any, question: Question, rows: Rows
-) -> Float[np.ndarray, "condition row"]:
-    """Score the question's conditions on some rows; NaN for conditions that have no score.
+) -> tuple[Float[np.ndarray, "condition row"], CleanRuns]:
+    """Score the question's conditions on some rows, NaN for conditions that have no score; and the
+    runs that they were scored at, with all that the plan's metrics read.
 
     Args:
         inputs: of the plan's prompts, `plan.inputs()`.
@@ -70,7 +71,8 @@ def scores_of_rows(
     methods = [_method(plan.conditions[place], read, question.by) for place in places]
     scored = np.array([one is not None for one in methods])
     found = np.where(scored[:, None], np.zeros((len(methods), len(rows))), np.nan)
-    reads = {OUT.at(step) for step in range(plan.steps)} if "step" in methods else set()
+    reads = plan.reads_at_steps
+    reads |= {OUT.at(step) for step in range(plan.steps)} if "step" in methods else set()
     clean = CleanRuns.sample(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
     for first, some in _by_first_step(plan, read, places[scored]):
         here = np.flatnonzero(np.isin(places, some))
@@ -78,7 +80,7 @@ def scores_of_rows(
         found[here] = _ScoringPass(
             plan, read, question.metric, question.column, clean, first, places[here], chosen
         ).scores()
-    return found
+    return found, clean
 
 
 def has_score(condition: Condition, read: Read, by: Method) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_lens import sweep
 from dit_lens.intervene.interventions import Intervention, Replace, Scale
 from dit_lens.stats import count_bound
+from dit_lens.sweep.clean import CleanRuns
 from dit_lens.sweep.execute import Execution
 from dit_lens.sweep.scores import Method, Question, scores_of_rows
 from hooked_models import HookedTextToImage
@@ -36,7 +37,7 @@ def scored(plan: sweep.Plan, score: Method, by: Any = None) -> pd.DataFrame:
     metric = plan.metrics["m"] if by is None else sweep.Metric(by)
     question = Question("m", metric, "", score, tuple(range(len(plan.conditions))))
     with torch.no_grad():
-        values = scores_of_rows(plan, plan.inputs(), question, np.arange(plan.runs))
+        values, _ = scores_of_rows(plan, plan.inputs(), question, np.arange(plan.runs))
     exact = plan.run()["m_effect"].sel(interval="mean").values
     return pd.DataFrame(
         {"score": values.mean(axis=1), "exact": exact}, [one.label for one in plan.conditions]
@@ -348,3 +349,25 @@ def test_the_planted_circuit_stands_at_the_top(planted_model):
         assert (whole.drop(top) > missed.beyond).sum() <= missed.most
         if score == "step":
             assert set(whole.index[: len(needed)]) <= set(top)
+
+
+@pytest.mark.parametrize("score", ["step", "attribution"])
+def test_a_scenes_run_is_sampled_once(model, score, monkeypatch):
+    """For its scores and for its exact effects, which are those of a plan that samples again."""
+    cells = sweep.grid(
+        Intervention("blocks.*.attn.hook_z"), layers=range(2), heads=range(2), steps=range(STEPS)
+    )
+    metrics = {"m": sweep.Metric(energy, on="latent")}
+    plan = sweep.plan(model, PROMPTS, SEEDS, cells, metrics, num_steps=STEPS, batch=3)
+    sample, sampled = CleanRuns.sample, []
+
+    def counted(model: Any, inputs: Any, seeds: Any, rows: Any, *rest: Any) -> CleanRuns:
+        sampled.extend(rows.tolist())
+        return sample(model, inputs, seeds, rows, *rest)
+
+    monkeypatch.setattr(CleanRuns, "sample", counted)
+    found = sweep.search(plan, "m", k=2, sample=2, budget=4.0, score=score).found
+    assert len(sampled) == len(set(sampled)) > 1
+    expected = plan.run().sel(intervention=found["intervention"])
+    ran = found["m"].notnull()
+    np.testing.assert_allclose(found["m"].where(ran), expected["m"].where(ran), rtol=1e-6)
