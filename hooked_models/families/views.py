@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from ..generation.loops import rows_of
 from ..hooks.texts import text_parts
 from ..pixart.views import (
-    HookList,
     Positions,
     Tokens,
     View,
@@ -72,14 +70,6 @@ class FamilyView(View):
                 some[name] = _opened(some[name])
         found = self.dit(**some, return_dict=False)[0]
         return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
-
-    @contextmanager
-    def hooks(
-        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
-    ) -> Iterator[View]:
-        """`FamilyModel.hooks`."""
-        with self.dit.hooks(self.placed(fwd_hooks), self.placed(bwd_hooks), **kwargs):
-            yield self
 
 
 def _opened(value: Any) -> Any:

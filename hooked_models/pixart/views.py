@@ -185,9 +185,9 @@ class View(LanguageToolGuard):
     def hooks(
         self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
     ) -> Iterator[View]:
-        """Attach hooks by canonical name."""
-        raise NotImplementedError
-        yield self
+        """Attach hooks by canonical name, as `HookedModule.hooks` does."""
+        with self.dit.hooks(self.placed(fwd_hooks), self.placed(bwd_hooks), **kwargs):
+            yield self
 
     def run_with_hooks(
         self,
@@ -317,14 +317,6 @@ class DenoiserView(View):
             return_dict=False,
         )[0]
         return out if self.returns == "out" else self.dit.patches(out)
-
-    @contextmanager
-    def hooks(
-        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
-    ) -> Iterator[View]:
-        """`HookedDiT.hooks`."""
-        with self.dit.hooks(fwd_hooks, bwd_hooks, **kwargs):
-            yield self
 
 
 def with_gradient(tensor: Tensor) -> Tensor:
