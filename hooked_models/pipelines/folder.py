@@ -245,24 +245,20 @@ def weight_files(
         FileNotFoundError: there are none, or a shard is missing.
         ValueError: the index of the shards is damaged.
     """
-    folder, stem = (
-        source.folder / component,
-        "model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model",
-    )
-    for suffix in dict.fromkeys((f".{variant}" if variant else "", "")):
-        if (single := folder / f"{stem}{suffix}.safetensors").is_file():
-            yield single
-            return
-        index = folder / f"{stem}.safetensors.index{suffix}.json"
-        if index.is_file():
-            for shard in _shards(index):
-                if not (folder / shard).is_file():
-                    raise FileNotFoundError(
-                        f"{source.name} lacks {component}/{shard}, one of several shards: download "
-                        "it again."
-                    )
-                yield folder / shard
-            return
+    folder, stem = source.folder / component, _stem(cls)
+    single, index = _weights(folder, stem, own_variant(source, component, cls, variant))
+    if single.is_file():
+        yield single
+        return
+    if index.is_file():
+        for shard in _shards(index):
+            if not (folder / shard).is_file():
+                raise FileNotFoundError(
+                    f"{source.name} lacks {component}/{shard}, one of several shards: download "
+                    "it again."
+                )
+            yield folder / shard
+        return
     there = sorted(
         path.name
         for path in folder.iterdir()
@@ -273,6 +269,23 @@ def weight_files(
         f"{', '.join(there) or 'no weight file'}). Pickled weights are not opened: save the "
         "pipeline once with safe_serialization=True. For *.fp16.safetensors pass variant='fp16'."
     )
+
+
+def own_variant(source: Source, component: str, cls: Any, variant: str | None) -> str | None:
+    """Return the variant if the component has files of it, else None."""
+    files = _weights(source.folder / component, _stem(cls), variant)
+    return variant if any(file.is_file() for file in files) else None
+
+
+def _stem(cls: Any) -> str:
+    return "model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model"
+
+
+def _weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
+    """The one file of a module's weights, and the index of several."""
+    suffix = f".{variant}" if variant else ""
+    index = folder / f"{stem}.safetensors.index{suffix}.json"
+    return folder / f"{stem}{suffix}.safetensors", index
 
 
 def _shards(index: Path) -> list[str]:

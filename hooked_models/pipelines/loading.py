@@ -7,7 +7,6 @@ autoencoder whose configuration has `force_upcast`.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..lazy_imports import renamed
-from .folder import has_weights, inspect_folder, weight_files
+from .folder import has_weights, inspect_folder, own_variant
 from .hub import Source
 from .quiet import quiet_loading
 
 __getattr__ = renamed(
     __name__,
     {
+        "weight_files": "hooked_models.pipelines.folder:weight_files",
         "check_libraries": "hooked_models.pipelines.folder:check_libraries",
         "component_class": "hooked_models.pipelines.folder:component_class",
         "read_index": "hooked_models.pipelines.folder:read_index",
@@ -93,10 +93,8 @@ def load_component(
     source: Source, name: str, cls: Any, variant: str | None, dtype: torch.dtype
 ) -> nn.Module:
     """Load one module of a pipeline's folder; see `load_whole`."""
-    file = next(weight_files(source, name, cls, variant))
-    if variant and not re.search(rf"\.{re.escape(variant)}[.-]", file.name):  # "-" in shards' names
-        variant = None
-    return load_whole(cls, file.parent, f"{source.name}'s {name}", variant=variant, dtype=dtype)
+    own, place = own_variant(source, name, cls, variant), source.folder / name
+    return load_whole(cls, place, f"{source.name}'s {name}", variant=own, dtype=dtype)
 
 
 def load_whole(cls: Any, place: str | Path, what: str, **how: Any) -> Any:
