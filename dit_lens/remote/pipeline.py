@@ -26,6 +26,8 @@ class RemotePipeline(RemoteTextToImage, HookedPipeline):
     """
 
     kernel = staticmethod(pipeline_kernel.run)
+    order: pipeline_plan.Events | None = None
+    """Order of the modules in a denoiser call, once a plan has needed it."""
 
     @classmethod
     def opens(cls, pipeline_class: str) -> bool:

@@ -42,7 +42,7 @@ def make(model: Any, draft: PipelineInputs, request: Request) -> dict[str, Any]:
     """The plan of a run.
 
     Args:
-        model: a hooked pipeline, with weights or without.
+        model: a `RemotePipeline`, whose `order` is set where it is needed.
         draft: inputs of the run.
 
     Raises:
@@ -100,7 +100,9 @@ def _events(
     """Events of the run that a hook, a kept tensor or a sum acts in, in order."""
     places = {*actions, *(("call", number) for number in sums)} - {("images", 0)}
     inside = any(kind == "call" for kind, _ in places)
-    seen = order_of(model, draft) if inside else Events({}, {})
+    if inside and model.order is None:
+        model.order = order_of(model, draft)
+    seen = model.order or Events({}, {})
 
     def when(place: tuple[str, int]) -> tuple[int, int]:
         kind, number = place

@@ -28,6 +28,11 @@ class TextTap:
     """Name of the argument that holds the latents."""
     layer: int = -1
     fired: bool = field(default=False, init=False)
+    signature: inspect.Signature = field(init=False)
+
+    def __post_init__(self) -> None:
+        # of the class: on a live module something else may stand in for it
+        self.signature = inspect.signature(type(self.module).forward)
 
     def has_hooks(self) -> bool:
         return has_hooks(self.point)
@@ -44,8 +49,7 @@ class TextTap:
 
     def _enter(self, module: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
         self.fired = True
-        # of the class: on a live module something else may stand in for it
-        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        bound = self.signature.bind(module, *args, **kwargs).arguments
         given = dict(list(bound.items())[1:])
         more = given.pop("kwargs", {})
         new = same_shape(self.point, joined_text(given, self.text, len(given[self.image])))

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..hooks.layout import Layout
-from ..hooks.texts import joined_text
+from ..hooks.texts import text_size
 from ..pipelines.weightless import has_weights_on, moved
 from .loops import Call, Visitor
 from .names import BRANCHES, IMAGE_HOOK, Branch
@@ -42,6 +42,7 @@ class _Transformer:
 
     def __init__(self, running: Running, module: Any, image: str) -> None:
         self._running, self._module, self._image = running, module, image
+        self._signature = inspect.signature(type(module).forward)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -59,11 +60,7 @@ class _Transformer:
             self._running.named = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = (
-            inspect.signature(type(self._module).forward)
-            .bind(self._module, *args, **kwargs)
-            .arguments
-        )
+        bound = self._signature.bind(self._module, *args, **kwargs).arguments
         bound.pop("self")
         returns_dict = bound.pop("return_dict", True)
         latents = bound.pop(self._image, None)
@@ -280,8 +277,8 @@ class PipelineLoop:
                     part = call.part(branch)
                     layouts[branch] = whole.take(torch.arange(part.start, part.stop))
                     if not family.packed_joint:
-                        joined = joined_text(text.arguments, family.text, len(x))
-                        texts[f"{branch}.hook_text"] = (len(inputs), *joined.shape[1:])
+                        size = text_size(text.arguments, family.text)
+                        texts[f"{branch}.hook_text"] = (len(inputs), *size)
         first = [
             branch for call, *_ in running.calls_made if call.step == 0 for branch in call.branches
         ]

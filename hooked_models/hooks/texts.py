@@ -48,6 +48,23 @@ def batched(value: Any, rows: int) -> Tensor:
 
 
 @no_type_check
+def text_size(arguments: Mapping[str, Any], text: str) -> tuple[int, int]:
+    """Positions and width of all text of a call, as `joined_text` joins it.
+
+    Example:
+        >>> texts = {"text": torch.ones(2, 3, 4), "text_t5": [torch.ones(5, 6), torch.ones(2, 6)]}
+        >>> text_size(texts, "text")
+        (8, 6)
+    """
+    length = width = 0
+    for value in text_parts(arguments, text).values():
+        rows = value[:1] if isinstance(value, Tensor) else value
+        length += max(row.shape[0] for row in rows)
+        width = max(width, rows[0][:1].numel())
+    return length, width
+
+
+@no_type_check
 def joined_text(arguments: Mapping[str, Any], text: str, rows: int) -> Tensor:
     """All text of a call [batch text_pos d_text], one encoder's positions after the other's.
 
