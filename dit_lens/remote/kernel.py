@@ -15,6 +15,8 @@ from typing import Any, no_type_check
 
 import torch
 
+from hooked_models.hooks.masks import pattern_of
+
 from ..intervene.portable_ops import edited, sums_of_attention, sums_of_pattern
 
 
@@ -112,6 +114,20 @@ class Walk:
         return attention in self.sums or self.hooks(
             f"{attention}.hook_attn_scores", f"{attention}.hook_pattern"
         )
+
+    def edited_pattern(self, name: str, read: dict, bias: Any, scale: float) -> Any:
+        """The pattern if hooks may have changed it or the scores, else None; shows both to them."""
+        if not self.hooks(f"{name}.hook_attn_scores", f"{name}.hook_pattern"):
+            return None
+        q, k = (read[leaf].transpose(1, 2) for leaf in ("q", "k"))
+        scores = q @ k.transpose(-1, -2) * scale
+        scores = scores if bias is None else scores + bias
+        new_scores = self.apply(f"{name}.hook_attn_scores", scores)
+        pattern = pattern_of(scores if new_scores is None else new_scores)
+        new_pattern = self.apply(f"{name}.hook_pattern", pattern)
+        if new_pattern is not None:
+            return new_pattern
+        return None if new_scores is None else pattern
 
     def add_up(self, name: str, read: dict, pattern: Any, bias: Any, scale: float) -> None:
         """Sums of the pattern between groups."""

@@ -14,6 +14,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from hooked_models.hooks.masks import as_bias, finite_bias
 from hooked_models.hooks.streams import joined, parted, permute
 from hooked_models.hooks.texts import joined_text, parted_text
 
@@ -139,10 +140,8 @@ class CallWalk(Walk):
         """The pattern if hooks may have changed it or the scores, else None; sums are added up."""
         name, scale = item["name"], given.get("scale") or read["q"].shape[-1] ** -0.5
         bias = self.bias(given, item, read["q"], read["k"])
-        pattern = self.pattern(name, read, bias, scale)
-        if bias is not None:  # as in the fused kernel, a query that may look at no key gets no NaN
-            bias = bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
-        self.add_up(name, read, pattern, bias, scale)
+        pattern = self.edited_pattern(name, read, bias, scale)
+        self.add_up(name, read, pattern, finite_bias(bias), scale)
         return pattern
 
     def values(self, op: Any, item: dict, read: dict, pattern: Any) -> None:
@@ -189,35 +188,15 @@ class CallWalk(Walk):
 
     def bias(self, given: dict, item: dict, q: Tensor, k: Tensor) -> Any:
         """Mask as a bias of the scores [#batch #head #query key], positions as hooks see them."""
-        mask = given.get("attn_mask")
-        if given.get("is_causal"):
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+        mask, keys = given.get("attn_mask"), k.shape[1]
+        if mask is not None and item["pos_first"] and mask.shape == (len(q), keys):
+            mask = mask[:, None, None]
+        mask = as_bias(mask, bool(given.get("is_causal")), q.transpose(1, 2), keys)
         if mask is None:
             return None
-        if item["pos_first"] and mask.ndim == 2 and mask.shape == (len(q), k.shape[1]):
-            mask = mask[:, None, None]
-        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         for dim, (there, _) in zip((2, 3), item["orders"], strict=True):
             mask = permute(mask, there, dim) if mask.shape[dim] > 1 else mask
         return mask
-
-    def pattern(self, name: str, read: dict, bias: Any, scale: float) -> Any:
-        """The pattern if hooks may have changed it or the scores, else None."""
-        if not self.hooks(f"{name}.hook_attn_scores", f"{name}.hook_pattern"):
-            return None
-        q, k = (read[leaf].transpose(1, 2) for leaf in ("q", "k"))
-        scores = q @ k.transpose(-1, -2) * scale
-        scores = scores if bias is None else scores + bias
-        new_scores = self.apply(f"{name}.hook_attn_scores", scores)
-        scores = scores if new_scores is None else new_scores
-        dead = (scores == -torch.inf).all(-1, keepdim=True)
-        pattern = scores.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
-        new_pattern = self.apply(f"{name}.hook_pattern", pattern)
-        if new_pattern is not None:
-            return new_pattern
-        return None if new_scores is None else pattern
 
 
 @no_type_check

@@ -81,20 +81,6 @@ class PixArtWalk(Walk):
                     read[leaf] = written
         return read
 
-    def edited_pattern(self, name: str, read: dict, bias: Any, scale: float) -> Any:
-        """The pattern if hooks have changed it or the scores, else None; shows it to its hooks."""
-        if not self.hooks(f"{name}.hook_attn_scores", f"{name}.hook_pattern"):
-            return None
-        q, k = (read[leaf].transpose(1, 2) for leaf in ("q", "k"))
-        scores = q @ k.transpose(-1, -2) * scale
-        scores = scores if bias is None else scores + bias
-        new_scores = self.apply(f"{name}.hook_attn_scores", scores)
-        pattern = (scores if new_scores is None else new_scores).softmax(dim=-1)
-        new_pattern = self.apply(f"{name}.hook_pattern", pattern)
-        if new_pattern is not None:
-            return new_pattern
-        return None if new_scores is None else pattern
-
     def modulation(self, block: Any, prefix: str) -> Tensor:
         """[row 6 d_model]: shift, scale and gate of the attention, then of the MLP."""
         table, t_mod = block.scale_shift_table, block.inputs[1]["timestep"]

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName
 from jaxtyping import Float
@@ -24,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from ..hooks.layout import Layout
+from ..hooks.masks import as_bias, finite_bias, pattern_of
 from ..hooks.module import has_hooks
 from ..hooks.streams import Axes, batch_first, joined, parted
 from ..pixart.attention import AttentionCore, fused_attention
@@ -55,13 +55,6 @@ class Tap(Protocol):
 
     def silent(self) -> list[str]:
         """Names of hooked points that have not fired since `attach`."""
-
-
-def _legible(bias: Tensor | None) -> Tensor | None:
-    """Bias of the scores, 0 for a query that may look at no key."""
-    if bias is None:
-        return None
-    return bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 class FamilyHeads(AttentionCore):
@@ -124,7 +117,7 @@ class FamilyHeads(AttentionCore):
             bias = self._bias(layout, attn_mask, is_causal, query, key)
         with_sums = None
         if self.on_qk is not None:
-            with_sums = self.on_qk(q.transpose(1, 2), k.transpose(1, 2), _legible(bias))
+            with_sums = self.on_qk(q.transpose(1, 2), k.transpose(1, 2), finite_bias(bias))
         if not explicit:
 
             def ordered(sums: Tensor | None) -> None:
@@ -145,10 +138,7 @@ class FamilyHeads(AttentionCore):
             return self._through(self.hook_z, z, layout, self.queries)
         scores = q @ k.mT * self.scale
         scores = self.hook_attn_scores(scores if bias is None else scores + bias)
-        # as in torch, a query that may look at no key gets zeros
-        dead = (scores == -torch.inf).all(-1, keepdim=True)
-        pattern = scores.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
-        z = self.hook_pattern(pattern) @ layout.image_first(value, (self.keys,), dim=2)
+        z = self.hook_pattern(pattern_of(scores)) @ layout.image_first(value, (self.keys,), dim=2)
         z = self.hook_z(z.transpose(1, 2)).transpose(1, 2)
         return layout.as_model(z, (self.queries,), dim=2)
 
@@ -218,15 +208,9 @@ class FamilyHeads(AttentionCore):
         """Mask as a bias of the scores [#batch #head query_pos key_pos], positions [image,
         text].
         """
-        if causal:
-            mask = torch.ones(
-                query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
-            ).tril()
+        mask = as_bias(mask, causal, query, key.shape[2])
         if mask is None:
             return None
-        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         for dim, stream in ((2, self.queries), (3, self.keys)):
             mask = layout.image_first(mask, (stream,), dim=dim) if mask.shape[dim] > 1 else mask
         return mask
