@@ -77,6 +77,14 @@ class Family:
     """Attentions that have no pattern, and why."""
     cond_first: bool = False
     """True if a call with both guidance branches has the conditional rows first."""
+    latents: Callable[[Any, Mapping[str, Any]], tuple[int, ...]] | None = None
+    """Of a pipeline that draws its noise without `prepare_latents`: shape of a row of latents, from
+    the pipeline and the arguments of its call.
+    """
+    handed: Callable[[Any], Any] = lambda encoded: encoded
+    """Result of the pipeline's `encode_prompt` once its rows were chosen, where some of it is of
+    all rows together.
+    """
     notes: str = ""
 
 

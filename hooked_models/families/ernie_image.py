@@ -48,6 +48,13 @@ def small() -> Any:
 
 BLOCKS = one_stream("layers", "self_attention", enters="x", mlp_out="mlp")
 WRITES = {**BLOCKS.writes, "mlp_out_pre_gate": Write("mlp", ("joint",), axes="pos batch d")}
+
+
+def latents(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    sides = (arguments.get(side, 1024) // pipe.vae_scale_factor for side in ("height", "width"))
+    return (pipe.transformer.config.in_channels, *sides)
+
+
 FAMILY = Family(
     name="ERNIE-Image",
     transformer="ErnieImageTransformer2DModel",
@@ -57,4 +64,5 @@ FAMILY = Family(
     small=small,
     sizes=width_sizes("num_attention_heads", "hidden_size"),
     text="text_bth",
+    latents=latents,
 )

@@ -66,6 +66,14 @@ ATTENTIONS = {
 }
 PARTS = {"attn": "self_attention", "cross_attn": "cross_attention", "mlp": "feed_forward"}
 WRITES = {f"{name}_out_pre_gate": Write(path, ("image",)) for name, path in PARTS.items()}
+
+
+def handed(encoded: Any) -> Any:
+    """Text, pooled text and the sums of the rows' lengths, which are all those of the text."""
+    text, pooled, sums = encoded
+    return text, pooled, torch.arange(len(text) + 1).to(sums) * text.shape[1]
+
+
 FAMILY = Family(
     name="Kandinsky 5",
     transformer="Kandinsky5Transformer3DModel",
@@ -83,4 +91,5 @@ FAMILY = Family(
         live.config.model_dim,
     ),
     axes="fhwc",
+    handed=handed,
 )

@@ -68,7 +68,7 @@ class FamilyView(View):
         if torch.is_grad_enabled():  # a graph of its own, so that every call can be differentiated
             for name in self.opened:
                 some[name] = _opened(some[name])
-        found = self.dit(**some, return_dict=False)[0]
+        found = self.dit(**some)[0]  # some give no tuple for return_dict=False
         return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
 
 

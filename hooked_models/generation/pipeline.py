@@ -69,7 +69,7 @@ class HookedPipeline(HookedTextToImage):
     """
 
     def __init__(self, pipe: Any) -> None:
-        for needed in ("transformer", "scheduler", "prepare_latents", "encode_prompt"):
+        for needed in ("transformer", "scheduler", "encode_prompt"):
             if getattr(pipe, needed, None) is None:
                 raise TypeError(
                     f"{type(pipe).__name__} has no {needed}: HookedTextToImage takes PixArt and "

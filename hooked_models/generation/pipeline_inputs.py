@@ -43,7 +43,7 @@ class Bound:
 
     def call(self, module: Any, latents: Tensor) -> Tensor:
         """The prediction of `module`, its rows stacked."""
-        found = module(**self.given(latents), return_dict=False)[0]
+        found = module(**self.given(latents))[0]  # some give no tuple for return_dict=False
         return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
 
     def opened(self, text: str) -> Bound:

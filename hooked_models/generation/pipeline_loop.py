@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..families.views import TIMES
 from ..hooks.layout import Layout
 from ..hooks.texts import text_size
 from ..pipelines.weightless import has_weights_on, moved
@@ -97,7 +98,8 @@ class Running:
         own["scheduler"] = copy.deepcopy(inputs.pipe.scheduler)
         own["transformer"] = _Transformer(self, inputs.pipe.transformer, inputs.dit.family.image)
         own["encode_prompt"] = self._encoding(pipe.encode_prompt)
-        own["prepare_latents"] = self._preparing(pipe.prepare_latents)
+        if inputs.dit.family.latents is None:
+            own["prepare_latents"] = self._preparing(pipe.prepare_latents)
         own["scheduler"].step = self._stepping(own["scheduler"].step)
         self.pipe = pipe
 
@@ -108,6 +110,12 @@ class Running:
 
     def run(self, **more: Any) -> Any:
         """The pipeline's output, or the latents before step `until`."""
+        try:
+            return self._run(**more)
+        except _Stop as stop:
+            return stop.latent
+
+    def _run(self, **more: Any) -> Any:
         inputs, call = self.inputs, type(self.inputs.pipe).__call__
         if torch.is_grad_enabled():
             call = getattr(call, "__wrapped__", call)
@@ -118,18 +126,30 @@ class Running:
         }
         if inputs.latents is not None:
             arguments["latents"] = inputs.latents
+        if inputs.dit.family.latents is not None:
+            arguments["latents"] = self._preparing(self._drawn)(arguments)
         if not any(key.startswith("prompt_embeds") for key in arguments):
             arguments["prompt"] = list(inputs.prompts)
-        try:
-            return call(self.pipe, **arguments)
-        except _Stop as stop:
-            return stop.latent
+        return call(self.pipe, **arguments)
+
+    def _drawn(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Noise of a pipeline that has no function for it."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        if arguments.get("latents") is not None:
+            return arguments["latents"]
+        pipe: Any = self.inputs.pipe
+        shape = self.inputs.dit.family.latents(pipe, arguments)  # type: ignore[misc]
+        how = {"device": pipe._execution_device, "dtype": pipe.transformer.dtype}
+        return randn_tensor((len(self.inputs), *shape), arguments["generator"], **how)
 
     def _encoding(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             known = self.inputs.encoded
             found = (
-                known[self.encodings] if self.encodings < len(known) else encode(*args, **kwargs)
+                self.inputs.dit.family.handed(known[self.encodings])
+                if self.encodings < len(known)
+                else encode(*args, **kwargs)
             )
             self.encodings += 1
             self.encoded.append(found)
@@ -192,9 +212,7 @@ class Running:
         self.calls += 1
         call = Call(self.step, branches, n)
         self.calls_made.append((call, text, x))
-        timestep = next(
-            (text.arguments[name] for name in ("timestep", "t") if name in text.arguments), None
-        )
+        timestep = next((text.arguments[name] for name in TIMES if name in text.arguments), None)
         return self.visitor.denoise(call, x, timestep, text)  # type: ignore[arg-type]
 
 
@@ -317,7 +335,7 @@ class PipelineLoop:
 
         scheduler.step = answered
         output = running.run(output_type="pt")
-        return output.images if hasattr(output, "images") else output.frames
+        return next(iter(output.values()))  # images, frames, …, in pipelines' own words
 
 
 def image_shape(inputs: PipelineInputs) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def test_transformer_lens_patches_one_call(case: Case) -> None:
     dit, name, place = case.model.dit, "blocks.1.hook_resid_pre", 3
     given = arguments_of(case, case.model.trajectory(TEXTS, SEEDS, STEPS, case.guidance))
     joint = "joint_pos" in dit.axes(name)
-    whole = rows_of_output(case.pipe.transformer(**given, return_dict=False)[0])
+    whole = rows_of_output(case.pipe.transformer(**given)[0])
     layout = dit.layout_of(**given)
     n_text, metric = layout.text_mask.shape[1], lambda out: out.double().mean()
     start = {"joint": 0, "text": layout.n_image, "image": 0}
@@ -64,9 +64,7 @@ def test_transformer_lens_patches_one_call(case: Case) -> None:
             tensor[1, start[pos] + place] = kept[0, place]
             return tensor
 
-        by_hand = rows_of_output(
-            dit.run_with_hooks(**given, return_dict=False, fwd_hooks=[(name, patch)])[0]
-        )
+        by_hand = rows_of_output(dit.run_with_hooks(**given, fwd_hooks=[(name, patch)])[0])
         assert float(found[0]) == pytest.approx(float(metric(by_hand[1])), rel=1e-4, abs=1e-6)
         assert not torch.equal(by_hand[1], whole[1])
 
@@ -91,9 +89,7 @@ def test_paths_and_scores_of_one_call(case: Case) -> None:
         return z
 
     def run(given: dict[str, Any], hook: Any) -> Tensor:
-        return rows_of_output(
-            dit.run_with_hooks(**given, return_dict=False, fwd_hooks=[(name, hook)])[0]
-        )
+        return rows_of_output(dit.run_with_hooks(**given, fwd_hooks=[(name, hook)])[0])
 
     run(source, keep)
     by_hand = flat_mean(run(original, patch))

@@ -193,20 +193,8 @@ def flux2() -> Any:
         guidance_embeds=False,
         **sizes,
     )
-    blocks = {
-        "block_out_channels": (4, 4),
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 1,
-    }
-    types = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
     encoder = decoder(T.Qwen3ForCausalLM, T.Qwen3Config, layers=28)
-    return D.Flux2KleinPipeline(
-        flow(), D.AutoencoderKLFlux2(**blocks, **types), encoder, tokenizer(), model
-    )
+    return D.Flux2KleinPipeline(flow(), flux2_vae(), encoder, tokenizer(), model)
 
 
 def sd3() -> Any:
@@ -649,6 +637,64 @@ def krea2() -> Any:
     )
 
 
+def flux2_vae() -> Any:
+    blocks = {
+        "block_out_channels": (4, 4),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 1,
+    }
+    types = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    return D.AutoencoderKLFlux2(**blocks, **types)
+
+
+def ernie_image() -> Any:
+    sizes = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_layers": 2,
+        "ffn_hidden_size": 32,
+        "rope_axes_dim": (4, 6, 6),
+    }
+    model = D.ErnieImageTransformer2DModel(
+        in_channels=16, out_channels=16, patch_size=1, text_in_dim=D_TEXT, **sizes
+    )
+    encoder = decoder(T.Qwen3Model, T.Qwen3Config)
+    return D.ErnieImagePipeline(model, flux2_vae(), encoder, tokenizer(), flow())
+
+
+class Processor(T.T5Tokenizer):
+    """A tokenizer that takes images, and none are given."""
+
+    def __call__(self, text: Any = None, images: Any = None, videos: Any = None, **how: Any) -> Any:
+        return super().__call__(text, **how)
+
+
+def kandinsky5() -> Any:
+    size = {
+        "model_dim": 32,
+        "ff_dim": 64,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 2,
+        "axes_dims": (4, 6, 6),
+        "time_dim": 16,
+    }
+    model = D.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=D_TEXT, in_text_dim2=8, **size
+    )
+    words = tokenizer()
+    words.__class__ = Processor
+    pipe = D.Kandinsky5T2IPipeline(
+        model, vae(4, blocks=4), qwen_vl(), words, clip(length=77), tokenizer(), flow()
+    )
+    pipe.prompt_template, pipe.prompt_template_encode_start_idx = "{}", 0
+    pipe.resolutions = [(32, 32)]
+    return pipe
+
+
 SQUARE = {"height": 16, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "FLUX.1": (flux, {**SQUARE, "guidance_scale": 3.5, "max_sequence_length": 12}),
@@ -756,6 +802,8 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         },
     ),
     "Krea 2": (krea2, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 200}),
+    "ERNIE-Image": (ernie_image, {**SQUARE, "guidance_scale": 4.0}),
+    "Kandinsky 5": (kandinsky5, {**SQUARE, "height": 32, "width": 32, "guidance_scale": 4.0}),
 }
 """Name → how the pipeline is built, and the arguments of its call.
 
@@ -764,6 +812,7 @@ PRX's own loop guides one prompt at a time.
 NO_FOLDER = {
     "PRX": "its text cleaning needs ftfy",
     "LongCat-Image": "its folder must hold a processor of images",
+    "Kandinsky 5": "its folder must hold a processor of images",
 }
 """Pipelines that cannot be opened again after they were saved, and why."""
 
