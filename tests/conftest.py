@@ -8,6 +8,7 @@ after this file is read.
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,6 +32,17 @@ hypothesis.settings.load_profile("untimed")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--shard k/n`: every n-th test, from the k-th."""
     parser.addoption("--shard", default="1/1", help="k/n: every n-th test, from the k-th")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let only the tests of a GPU see one, and start autograd without threads for it.
+
+    With such threads a forked child cannot differentiate. In a CUDA build of torch they also start
+    without a GPU if the first backward pass comes after torch.compile's imports.
+    """
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.hookimpl(trylast=True)  # after deselection by markers
