@@ -20,16 +20,6 @@ LAST = STEPS - 1
 FIRST = ("FLUX.1", "FLUX.1 true CFG", "SD3", "SANA DPM++", "Qwen-Image")
 LEFT_OUT = ("SANA",)
 """Pipelines of a family that another one stands for."""
-KNOWN_MODULES = (
-    "FLUX.1",
-    "FLUX.1 true CFG",
-    "SD3",
-    "Qwen-Image",
-    "Chroma",
-    "Z-Image",
-    "Lumina 2",
-)
-"""Pipelines whose modules the oracle of direct paths knows."""
 ADD_NOT_UP = ("AuraFlow", "HunyuanDiT", "Krea 2")
 """A norm over stream and attention together, skips that pass a norm, and gates inside attention
 that follow the stream: contributions do not add up there.
@@ -37,7 +27,6 @@ that follow the stream: contributions do not add up there.
 ONE_BRANCH = (
     "it is distilled with guidance, and every step is one call: there is no unconditional branch"
 )
-NO_ORACLE = "direct paths run, and add up; the hand-made check does not know its modules"
 NOT_ADDED = (
     "its stream passes a norm or a long skip, or gates inside its attention follow the stream also "
     "where z is held, so that contributions do not add up"
@@ -53,17 +42,13 @@ UNABLE: dict[tuple[str, str], str] = {
         for tool in ("branches", "one branch alone")
     },
     **{("PRX", tool): ONE_PROMPT for tool in ("branches", "one branch alone")},
-    **{
-        (name, "direct paths"): NO_ORACLE
-        for name in PIPELINES
-        if name not in (*KNOWN_MODULES, *LEFT_OUT)
-    },
     **{(name, "sums of paths"): NOT_ADDED for name in ADD_NOT_UP},
     ("Kandinsky 5", "bfloat16"): "the model itself multiplies float32 times by bfloat16 weights",
     (
         "Kandinsky 5",
         "unequal prompts",
     ): "its attention sees the pads of a shorter prompt, which a run of that prompt alone lacks",
+    ("Krea 2", "direct paths"): NOT_ADDED,
     ("HunyuanDiT", "edges"): "long skips carry streams past the blocks between",
     (
         "AuraFlow",

@@ -348,8 +348,9 @@ def test_what_no_trace_reaches_is_said_before_anything_is_sent(
     name = "steps.1.cond.blocks.1.hook_resid_post"
     with pytest.raises(NotImplementedError, match="No gradients"):
         ours.run_with_hooks(PROMPTS, bwd_hooks=[(name, nudge)])
-    with pytest.raises(ValueError, match="keeps whole tensors, in memory"):
-        ours.run_with_cache(PROMPTS, names_filter=name, heads="L1H0")
+    for less in ({"heads": "L1H0"}, {"patterns": "received"}, {"out": "nowhere"}):
+        with pytest.raises(ValueError, match="keeps whole tensors, in memory"):
+            ours.run_with_cache(PROMPTS, names_filter=name, **less)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"steps.7.*goes over steps 0 to 2"):
         ours.run_with_hooks(PROMPTS, num_steps=3, fwd_hooks=[(name.replace("1", "7", 1), nudge)])
     with pytest.raises(ValueError, match="equally many"):
