@@ -19,7 +19,6 @@ from transformer_lens.patching import get_act_patch_direct_path
 
 from dit_lens.graph.path_patching import (
     VARIANTS,
-    Node,
     Nodes,
     head_matrix,
     path_patch,
@@ -708,20 +707,6 @@ def test_a_matrix_across_steps_holds_the_single_results(runs):
 def test_what_has_no_meaning_is_refused_in_a_sentence(pair, senders, receivers, message):
     with pytest.raises(ValueError, match=message):
         path_patch(*pair, senders, receivers, weighted)
-
-
-def test_nodes_of_other_forms_are_refused():
-    for wrong in (
-        {"kind": "attn"},
-        {"kind": "mlp", "layer": 1, "head": 0},
-        {"kind": "embed", "tokens": (1,)},
-    ):
-        with pytest.raises(ValueError, match="is no node"):
-            Node(**wrong)
-    with pytest.raises(ValueError, match="set is empty"):
-        Nodes([])
-    assert Node.parse("cross_attn.L2H1.k") == Node("cross_attn", 2, 1, "k")
-    assert str(Node.parse("text[4,5]")) == "text[4,5]"
 
 
 def test_runs_that_do_not_fit_together_are_refused(dit, calls, pair, model, runs):

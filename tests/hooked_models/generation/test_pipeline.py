@@ -1,0 +1,51 @@
+"""`HookedPipeline`: one interface around every pipeline; families are compared in
+tests/conformance.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hooked_models import HookedTextToImage
+from hooked_models.generation.pipeline import HookedPipeline
+
+from ..pipelines import PROMPTS
+from ..tiny_pipelines import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def sd3() -> HookedTextToImage:
+    pipe, call = tiny_pipeline("SD3")
+    model = HookedTextToImage.from_pipeline(pipe)
+    model.call = call
+    return model
+
+
+@torch.no_grad()
+def test_images_are_the_pipelines_by_seed_and_guidance(sd3):
+    call = dict(sd3.call)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    expected = sd3.pipe(list(PROMPTS), generator=generators, **call).images
+    steps, guidance = call.pop("num_inference_steps"), call.pop("guidance_scale", None)
+    call.pop("output_type")
+    found = sd3(list(PROMPTS), (3, 4), steps, guidance, **call)
+    assert isinstance(sd3, HookedPipeline)
+    assert torch.equal(found, expected)
+
+
+def test_what_pixart_alone_has_is_refused_in_a_sentence(sd3):
+    for name in ("noise", "encode", "decode"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(sd3, name)
+    with pytest.raises(TypeError, match="has no transformer"):
+        HookedTextToImage.from_pipeline(object())
+
+
+@torch.no_grad()
+def test_the_digest_tells_weights_apart(sd3):
+    before = sd3.digest()
+    weight = next(sd3.pipe.transformer.parameters())
+    weight += 1
+    assert sd3.digest() != before
+    weight -= 1
