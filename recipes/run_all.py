@@ -62,7 +62,7 @@ COLUMNS = (
     *("recipe", "claim", "paper", "mean", "low", "high"),
     *("predicted_low", "predicted_high", "control", "verdict"),
 )
-"""Of claims.csv."""
+"""Columns of claims.csv."""
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|-?inf")
 STUDIES = ("text_carrier", "held_out_diagonal", "sparsity")
 """Recipes that read study models, which are not bundled (docs/training.md)."""

@@ -282,7 +282,7 @@ def _gradients(
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
     """(step, gradients along the path at the first of `names`, source − original at the second).
 
-    Of a path that is the original run alone, its tensors are those of the backward pass.
+    Tensors of a path that is the original run alone are those of the backward pass.
     """
     at, changing = names
     alone = path[0][0] is pair.original
@@ -357,7 +357,7 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution |
     receiver's input).
 
     An edge leads from one denoiser call to the same call; its effect on later steps is in the
-    gradient. Of models other than PixArt, blocks are the nodes (`BlockEdges`).
+    gradient. In models other than PixArt, blocks are the nodes (`BlockEdges`).
 
     Args:
         pair: two trajectories, or two denoiser calls.

@@ -127,6 +127,9 @@ def steer(
 def check_places(model: HookedTextToImage, texts: Sequence[str], some: Sequence[str]) -> None:
     """Raise ValueError unless the tokens of `some` prompts stand where they do among all `texts`:
     a pipeline that pads at the left moves them.
+
+    Example:
+        >>> check_places(model, ["red circle", "red"], ["red"])
     """
     if model.text_encoder is not None or set(texts) == set(some):
         return

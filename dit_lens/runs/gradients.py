@@ -324,11 +324,13 @@ class _RunBackward:
             found |= at
             if x.requires_grad and towards_x is not None:
                 self._add(x, towards_x)
-        for name in names:
-            if name in self.kept:
-                gradient = self.cotangents.get(id(self.kept[name]))
-                found[name] = torch.zeros_like(self.kept[name]) if gradient is None else gradient
-        return Pulled(found, values)
+        return Pulled(found | self._written(names), values)
+
+    def _written(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """∂ objective / ∂ tensor at the hooks between calls."""
+        kept = {name: self.kept[name] for name in names if name in self.kept}
+        zeros = {name: torch.zeros_like(x) for name, x in kept.items()}
+        return {name: self.cotangents.get(id(x), zeros[name]) for name, x in kept.items()}
 
     def _call(
         self,

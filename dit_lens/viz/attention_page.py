@@ -185,24 +185,16 @@ def page_text(
                 f"{name!r} has other heads or steps than the first run: cache the same of each run."
             )
     rows, columns = first.grid((images.shape[-2], images.shape[-1]))
-    entries: list[dict[str, Any]] = []
     factor = max(
         side_of_squares(maps, row, (rows, columns), largest)
         for maps in read.values()
         for row in range(len(prompts))
     )
-    for name, (_, drawn) in runs.items():
-        for row, text in enumerate(prompts):
-            maps = read[name]
-            stored = gzip.compress(pooled(maps, row, (rows, columns), factor).tobytes(), 6, mtime=0)
-            label = f"{name}: {text}" if name else text
-            entry = {
-                "text": text,
-                "label": label,
-                "tokens": maps.tokens[row],
-                "image": _png(drawn[row]),
-            }
-            entries.append(entry | {"pattern": base64.b64encode(stored).decode()})
+    entries = [
+        _entry(name, text, read[name], row, drawn[row], (rows, columns), factor)
+        for name, (_, drawn) in runs.items()
+        for row, text in enumerate(prompts)
+    ]
     about = (
         f"{len(first.heads)} heads, {len(first.steps)} denoising steps, {rows} × {columns} places"
     )
@@ -229,10 +221,53 @@ def page_text(
     )
 
 
+def _entry(
+    name: str,
+    text: str,
+    maps: Maps,
+    row: int,
+    image: Float[Tensor, "3 height width"],
+    grid: tuple[int, int],
+    factor: int,
+) -> dict[str, Any]:
+    """One prompt of one run: its words, image and maps."""
+    stored = gzip.compress(pooled(maps, row, grid, factor).tobytes(), 6, mtime=0)
+    return {
+        "text": text,
+        "label": f"{name}: {text}" if name else text,
+        "tokens": maps.tokens[row],
+        "image": _png(image),
+        "pattern": base64.b64encode(stored).decode(),
+    }
+
+
 def _begin(
     maps: Maps, entries: Sequence[Mapping[str, Any]], start: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The view at the beginning, as the page's address says it."""
+    _check_start(maps, entries, start)
+    row, word = start.get("prompt", 0), start.get("word")
+    tokens = entries[row]["tokens"]
+    # by default, the largest difference between places, at the first step
+    step = start.get("step", maps.steps[0])
+    spread = maps.pattern[row % len(maps.pattern), maps.steps.index(step)].std(dim=1)
+    spread = spread[:, : len(tokens)].clone()
+    if "head" in start:
+        spread = spread[[maps.heads.index(start["head"])]]
+    if word is not None:
+        word = tokens.index(word) if isinstance(word, str) else word
+        spread = spread[:, [word]]
+    head, best = divmod(int(spread.argmax()), spread.shape[1])
+    found = {"head": maps.heads[head], "step": maps.steps[0], **start}
+    if start.get("beside") == "all":
+        found["beside"] = ALL
+    return found | {"word": best if word is None else word}
+
+
+def _check_start(
+    maps: Maps, entries: Sequence[Mapping[str, Any]], start: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for a view that is not on the page."""
     known = {"prompt", "beside", "head", "step", "word", "opacity"}
     if unknown := set(start) - known:
         raise ValueError(f"start has no {unknown.pop()!r}: choose {', '.join(sorted(known))}.")
@@ -257,24 +292,6 @@ def _begin(
         raise ValueError(
             f"start: {word!r} is no token of the prompt, which has {', '.join(tokens)}."
         )
-    # where nothing is said: the largest difference between places, at the first step
-    spread = maps.pattern[
-        row % len(maps.pattern), maps.steps.index(start.get("step", maps.steps[0]))
-    ].std(dim=1)
-    spread = spread[:, : len(tokens)].clone()
-    if "head" in start:
-        spread = spread[[maps.heads.index(start["head"])]]
-    if word is not None:
-        word = tokens.index(word) if isinstance(word, str) else word
-        spread = spread[:, [word]]
-    head, best = divmod(int(spread.argmax()), spread.shape[1])
-    return {
-        "head": maps.heads[head],
-        "step": maps.steps[0],
-        **start,
-        **({"beside": beside} if "beside" in start else {}),
-        "word": best if word is None else word,
-    }
 
 
 def _effects(effects: xr.DataArray, maps: Maps) -> dict[str, Any]:
