@@ -26,7 +26,7 @@ import tyro
 from jaxtyping import Float
 
 from dit_lens.sweep.race import Prices, Race, Rules, run_race
-from dit_lens.sweep.search import CHAIN
+from dit_lens.sweep.numbers import CHAIN
 
 from .measuring import record
 

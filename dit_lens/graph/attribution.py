@@ -161,7 +161,7 @@ def _dims(dit: Any, name: str) -> tuple[str, ...]:
 
 
 def _reduce(
-    products: Float[Tensor, "batch *rest"], dims: tuple[str, ...], keep_positions: bool
+    products: Float[Tensor, " batch *rest"], dims: tuple[str, ...], keep_positions: bool
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Difference times gradient, summed over all that is not labelled: dims (prompt, head, pos)."""
     array = xr.DataArray(
