@@ -25,8 +25,8 @@ import pandas as pd
 import tyro
 from jaxtyping import Float
 
-from dit_lens.sweep.race import Prices, Race, Rules, run_race
 from dit_lens.sweep.numbers import CHAIN
+from dit_lens.sweep.race import Prices, Race, Rules, run_race
 
 from .measuring import record
 

@@ -280,7 +280,7 @@ class _Reader:
         self,
         q: Float[Tensor, "row pos head d_head"],
         k: Float[Tensor, "row key_pos head d_head"],
-        bias: Float[Tensor, "row #head _ key_pos"] | None,
+        bias: Float[Tensor, " row #head _ key_pos"] | None,
     ) -> None:
         """Read the last rows of the batch, whose prompts are not empty.
 
