@@ -13,6 +13,20 @@
 # `model.run_with_cache` on a whole image generation: every denoising step, both guidance branches,
 # by TransformerLens' names.
 
+# %% [markdown]
+# Without the library, such as on Colab: there is no public address to install it from yet, so
+# upload this notebook and the wheel that `python -m build` makes; the next cell installs it.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("dit_lens") is None:
+    wheel = next(Path().glob("dit_lens-*.whl"), None) or sys.exit("Upload the wheel first.")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{wheel}[viz]"], check=True)
+
 # %%
 import os
 

@@ -15,6 +15,20 @@
 # and an *object head* reads that label to put each object there. Here on the bundled `rte-micro`;
 # `python -m recipes.relation_heads` and `recipes.object_heads` have more images and controls.
 
+# %% [markdown]
+# Without the library, such as on Colab: there is no public address to install it from yet, so
+# upload this notebook and the wheel that `python -m build` makes; the next cell installs it.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("dit_lens") is None:
+    wheel = next(Path().glob("dit_lens-*.whl"), None) or sys.exit("Upload the wheel first.")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{wheel}[viz]"], check=True)
+
 # %%
 import os
 

@@ -14,7 +14,10 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "own_task" else ()) for name in NAMES],
+)
 def test_a_notebook_runs(name, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.setenv("DIT_LENS_SMALL", "1")
@@ -31,9 +34,26 @@ def test_the_executed_notebook_is_that_of_the_text(name):
     code = [cell for cell in shown.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
-    assert path.stat().st_size < 300_000
+    assert path.stat().st_size < 500_000
     assert "/tmp/" not in path.read_text()
 
 
-def test_there_are_three():
-    assert NAMES == ["activation_cache", "circuits", "transformer_lens_patching"]
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_code_cell_installs_the_wheel_where_there_is_none(name, monkeypatch, tmp_path):
+    """As on Colab: the wheel beside the notebook, or a sentence."""
+    code = [cell for cell in jupytext.read(FOLDER / f"{name}.py").cells if cell.cell_type == "code"]
+    monkeypatch.chdir(tmp_path)
+    called = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: called.append(command))
+    exec(code[0].source, {})
+    assert not called
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="Upload the wheel"):
+        exec(code[0].source, {})
+    (tmp_path / "dit_lens-0.1.0-py3-none-any.whl").touch()
+    exec(code[0].source, {})
+    assert called[0][-1] == "dit_lens-0.1.0-py3-none-any.whl[viz]"
+
+
+def test_there_are_four():
+    assert NAMES == ["activation_cache", "circuits", "own_task", "transformer_lens_patching"]
