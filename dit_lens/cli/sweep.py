@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -60,7 +60,8 @@ def sweep_command(
         layers: layers that are covered, such as 1 2; all by default.
         heads: heads that are covered, such as 0 2; all by default.
         steps: denoising steps that are covered, such as 0 1 2 3; all by default.
-        tokens: role of the tokens that are edited, such as relation; all tokens by default.
+        tokens: role of the tokens that are edited, such as relation, or a word of all prompts; all
+            tokens by default.
         action: edit made there.
         branch: guidance branch that is edited.
         metric: displacement from the run without, offset along the scene's relation, or the judge's
@@ -97,7 +98,7 @@ def sweep_command(
         "relation": sweep.relation_metric(drawn),
         "scene": sweep.scene_metric(drawn),
     }
-    whole = Intervention(site, heads, tokens, steps, branch, action)
+    whole = Intervention(site, heads, _tokens(tokens), steps, branch, action)
     axes = {
         "layer": layers or range(hooked.cfg.n_layers),
         "head": heads or range(hooked.cfg.n_heads),
@@ -146,6 +147,13 @@ def sweep_command(
             f"{failed} cells failed; the first: "
             f"{next(filter(None, found['error'].values.flatten().tolist()))}"
         )
+
+
+def _tokens(text: str | None) -> Any:
+    """A role, or a word."""
+    from ..text.prompts import Role, word
+
+    return text if text is None or text in get_args(Role) else word(text)
 
 
 def _cells(whole: Intervention, axes: Mapping[str, Sequence[int]]) -> dict[str, Intervention]:

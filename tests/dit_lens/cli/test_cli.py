@@ -180,6 +180,26 @@ def test_prompts_of_ones_own(folder, monkeypatch, capsys, tmp_path):
     assert table.loc["color", "mean"] == score["color"].values.mean()
 
 
+def test_a_sweep_hides_a_word_of_ones_own_prompts(folder, monkeypatch, capsys, tmp_path):
+    site = "blocks.*.cross_attn.hook_pattern"
+    options = ["--prompts", PROMPTS[0], "--site", site, "--action", "knockout", "--each", "layer"]
+    options += ["--num-steps", "2", "--out", str(tmp_path / "a.csv")]
+    dit_lens(monkeypatch, "sweep", folder, *options, "--tokens", "square")
+    capsys.readouterr()
+    hide = Intervention(site, tokens=prompts.word("square"), action="knockout")
+    expected = sweep.run(
+        HookedTextToImage.from_pretrained(folder),
+        PROMPTS[0],
+        0,
+        sweep.grid(hide, layers=[0, 1]),
+        {"moved": sweep.Metric(sweep.displacement, given=["baseline"])},
+        num_steps=2,
+    )["moved"]
+    found = pd.read_csv(tmp_path / "a.csv")["mean"]
+    np.testing.assert_allclose(sorted(found), sorted(expected.values.ravel()), rtol=1e-4)
+    assert (found > 0).all()
+
+
 def test_a_run_folder_stands_for_its_pipeline(folder, monkeypatch, capsys, tmp_path):
     (tmp_path / "pipeline").symlink_to(folder, target_is_directory=True)
     dit_lens(
