@@ -4,7 +4,7 @@ one tensor.
 `python -m benchmarks.disk` keeps z and the patterns of every attention at every step, of the
 conditional branch, in memory and in a folder, and compares both. A thread writes a step while the
 next one runs, so a second core hides most of the writing; seconds are those of the clock, so run it
-on an idle machine.
+on an idle machine. The processor's seconds, of both threads, stand beside them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from hooked_models import GenerationCache, HookedTextToImage
 
-from .measuring import agree, ratio, record, turns
+from .measuring import Times, agree, ratio, record, turns
 
 PROMPT = "red circle is above blue square"
 
@@ -64,12 +65,16 @@ def main(config: Config) -> None:
             "in memory": lambda: model.run_with_cache(prompts, names_filter=keep, **options)[0],
             "on disk": on_disk,
         }
+        worked: Times = {side: [] for side in sides}
+        sides = {side: _counted(run, worked[side]) for side, run in sides.items()}
         times, values = turns(sides, config.repeats, config.device, wall=True)
+        worked = {side: spent[1:] for side, spent in worked.items()}
         rows = [
             {
                 "side": side,
                 "seconds": statistics.median(spent),
                 "ratio to plain": ratio(times, side, "plain sampling"),
+                "of the processor": ratio(worked, side, "plain sampling"),
                 "difference": agree(side, values[side], values["plain sampling"]),
             }
             for side, spent in times.items()
@@ -77,6 +82,18 @@ def main(config: Config) -> None:
         size = sum(path.stat().st_size for path in at.iterdir())
         rows[-1] |= {"GB": size / 1e9, "ms a read": 1e3 * read_time(model, at, config.reads)}
     record("disk", config, pd.DataFrame(rows), config.out)
+
+
+def _counted(run: Callable[[], Tensor], spent: list[float]) -> Callable[[], Tensor]:
+    """A call that appends the processor's seconds of all threads."""
+
+    def call() -> Tensor:
+        start = time.process_time()
+        value = run()
+        spent.append(time.process_time() - start)
+        return value
+
+    return call
 
 
 def read_time(model: HookedTextToImage, folder: Path, reads: int) -> float:
