@@ -332,16 +332,19 @@ def _wrong_file(path: Path, entry: Entry) -> Path | None:
         (
             file
             for file, known in listed.items()
-            if not file.is_file() or digest_file(file) != known
+            if not file.is_file() or digest_file(file, len(known)) != known
         ),
         None,
     )
 
 
-def digest_file(path: Path) -> str:
-    """The digest of a file's bytes: 32 hexadecimal digits."""
+def digest_file(path: Path, digits: int = 40) -> str:
+    """The digest of a file's bytes, in hexadecimal digits: SHA-256, which processors compute at
+    twice the speed of BLAKE2; with 32 digits BLAKE2, as in folders of version 0.1.
+    """
+    older = partial(hashlib.blake2b, digest_size=16)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, older if digits == 32 else "sha256").hexdigest()[:digits]
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -200,3 +201,16 @@ def test_errors_of_rust_are_sentences_too_and_others_stay(tmp_path):
     assert error.value.errno == errno.ENOSPC
     with pytest.raises(ZeroDivisionError):
         write_whole(tmp_path / "t", lambda path: 1 / 0)
+
+
+def test_digests_are_sha256_and_those_of_older_folders_still_hold(tmp_path):
+    with Store(tmp_path, {}) as store:
+        store.put("a.bin", lambda path: path.write_bytes(b"bytes"))
+        (entry,) = store.files["a.bin"]
+        assert entry == hashlib.sha256(b"bytes").hexdigest()[:40]
+    older = [hashlib.blake2b(b"bytes", digest_size=16).hexdigest()]
+    listed = Index(tmp_path, {}, {}, {"a.bin": older}, "")
+    assert listed.path("a.bin").read_bytes() == b"bytes"
+    (tmp_path / "a.bin").write_bytes(b"other")
+    with pytest.raises(OSError, match="damaged"):
+        Index(tmp_path, {}, {}, {"a.bin": older}, "").path("a.bin")
