@@ -20,6 +20,7 @@ beyond them; the DiTs, there and here, were trained on the plain captions alone.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,6 +182,7 @@ def the_second(text: str) -> str:
     return " ".join([*words[:at], "the", *words[at:]])
 
 
+@functools.lru_cache(maxsize=8)
 @torch.no_grad()
 def shift(model: HookedTextToImage, role: Role) -> Float[Tensor, " d"]:
     """Mean change, over the 264 prompts, of a word's vector by "the" before the second object (text

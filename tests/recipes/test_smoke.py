@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ SMOKE: dict[str, dict[str, Any]] = {
     "three_objects": {"model": "rte-micro", "scenes": 2, "knockouts": 2, "shares": 2, "served": 2},
 }
 """Recipe → its smallest settings."""
+STEPS = 6
+"""Of every generation, in the place of 14; recipes look at steps 0 to 3 and from 4 on."""
 DRAWS_AGAIN = ("edge_circuit", "object_heads")
 """Recipes that run the model for a figure, after all that they measure."""
 
@@ -44,6 +47,12 @@ DRAWS_AGAIN = ("edge_circuit", "object_heads")
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch):
     """Counts that are no settings."""
+    solver = HookedTextToImage.solver
+    monkeypatch.setattr(
+        HookedTextToImage,
+        "solver",
+        lambda model, num_steps: replace(solver(model, STEPS), num_steps=num_steps),
+    )
     monkeypatch.setattr(edge_circuit, "SHARES", (0.05, 0.5))
     monkeypatch.setattr(edge_circuit, "HALVINGS", 1)
     monkeypatch.setattr(edge_circuit, "RELATIONS", ("above", "left"))
