@@ -11,8 +11,16 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from hooked_models import PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
 
@@ -62,6 +70,21 @@ def xl_blocks(
     return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
 
 
+def small_vae() -> AutoencoderKL:
+    """A small decoder of 16 latent channels, 8 pixels each."""
+    return AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        shift_factor=0.1,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
 def flux_blocks(
     double: int, single: int, text_tokens: int, heads: int = 24
 ) -> tuple[FluxPipeline, str]:
@@ -86,28 +109,61 @@ def flux_blocks(
     t5 = T5Config(
         vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=1
     )
-    vae = AutoencoderKL(
-        block_out_channels=(4,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=16,
-        shift_factor=0.1,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     denoiser = FluxTransformer2DModel(
         num_layers=double, num_single_layers=single, num_attention_heads=heads, guidance_embeds=True
     )
     pipe = FluxPipeline(
         FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae.eval(),
+        small_vae(),
         CLIPTextModel(clip).eval(),
         tokenizer,
         T5EncoderModel(t5).eval(),
         tokenizer,
         denoiser.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
+
+
+def sd3_blocks(
+    layers: int, text_tokens: int, heads: int = 24
+) -> tuple[StableDiffusion3Pipeline, str]:
+    """A pipeline with blocks as wide as SD3-medium's at 24 heads; and a prompt of `text_tokens`
+    tokens, which the CLIPs and T5 have as many positions for.
+    """
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(WORDS, max_length=text_tokens)
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        intermediate_size=64,
+        projection_dim=768,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        max_position_embeddings=text_tokens,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    t5 = T5Config(
+        vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=1
+    )
+    denoiser = SD3Transformer2DModel(
+        num_layers=layers,
+        num_attention_heads=heads,
+        caption_projection_dim=64 * heads,
+        pooled_projection_dim=1536,
+    )
+    clips = [CLIPTextModelWithProjection(clip).eval() for _ in range(2)]
+    pipe = StableDiffusion3Pipeline(
+        denoiser.eval(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        small_vae(),
+        clips[0],
+        tokenizer,
+        clips[1],
+        tokenizer,
+        T5EncoderModel(t5).eval(),
+        tokenizer,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
