@@ -85,6 +85,8 @@ class Family:
     """Result of the pipeline's `encode_prompt` once its rows were chosen, where some of it is of
     all rows together.
     """
+    alone: str = ""
+    """Why its pipeline's whole generations are not followed, if they are not."""
     notes: str = ""
 
 

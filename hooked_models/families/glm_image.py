@@ -55,4 +55,8 @@ FAMILY = Family(
     inputs=inputs,
     small=small,
     notes="one MLP serves both streams: mlp_out is its first call, text_mlp_out its second",
+    alone=(
+        "a language model draws its image tokens before the loop, and "
+        "the text that enters it is that in quotation marks alone"
+    ),
 )

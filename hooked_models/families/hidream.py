@@ -79,4 +79,8 @@ FAMILY = Family(
     notes=(
         "text positions are T5's, the last Llama layer's, and those of the block's own Llama layer"
     ),
+    alone=(
+        "a Llama layer each enters each of its blocks, so that rows are not the "
+        "first axis of its text, and the text of a prompt has no fixed positions"
+    ),
 )

@@ -72,4 +72,8 @@ FAMILY = Family(
     small=small,
     packed_joint=True,
     notes="positions are [image, text, padding]; outputs pass a norm, then a tanh gate",
+    alone=(
+        "a second transformer computes its unconditional branch, and its text encoder "
+        "is run layer by layer, where no hook sees its tokens"
+    ),
 )

@@ -77,6 +77,12 @@ class HookedPipeline(HookedTextToImage):
                 )
         super().__init__()
         self.__dict__["pipe"] = pipe
+        family = families.SUPPORTED.get(type(pipe.transformer).__name__)
+        if family is not None and family.alone:
+            raise ValueError(
+                f"{type(pipe).__name__}'s generations are not followed: {family.alone}. "
+                "hooked_models.families.hook(pipe.transformer) hooks its denoiser, call by call."
+            )
         live = has_weights_on(pipe.transformer)
         self.dit = families.hook(pipe.transformer, check=live)
         self.__dict__["drafted"] = pipe if live else weightless(pipe)
@@ -96,7 +102,8 @@ class HookedPipeline(HookedTextToImage):
         gradients.
 
         Raises:
-            ValueError: its transformer is of no known family; the message names those that are.
+            ValueError: its transformer is of no known family, and the message names those that
+                are; or generations of its family are not followed, and the message says why.
             TypeError: it has no transformer, or no loop of denoiser calls that can be followed.
         """
         return cls(pipe)

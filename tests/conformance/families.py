@@ -86,7 +86,6 @@ PIXART = (
     "PixArt-α and PixArt-Σ have all of these and more (text encoders, edges, weights): "
     "[TransformerLens' tools](transformer_lens.md)."
 )
-FULL_NAMES = {"SD3": "Stable Diffusion 3"}
 
 
 def page() -> str:
@@ -117,17 +116,9 @@ def page() -> str:
         "",
     ]
     lines += [f"- {tool}: {reason}." for tool, (reason, _) in tests.NOWHERE.items()]
-    others = sorted(
-        {family.name for family in families.SUPPORTED.values()}
-        - {FULL_NAMES.get(name, name.split(" true")[0]) for name in PIPELINES}
-    )
-    lines += [
-        "",
-        "## Hooked call by call",
-        "",
-        f"Tested as denoisers alone (`model.dit`): {', '.join(others)}.",
-        "",
-    ]
+    others = {family.name: family.alone for family in families.SUPPORTED.values() if family.alone}
+    lines += ["", "## Hooked call by call", "", "Tested as denoisers alone (`families.hook`):", ""]
+    lines += [*(f"- {name}: {why}." for name, why in sorted(others.items())), ""]
     return INTRODUCTION + "\n" + "\n".join(lines)
 
 

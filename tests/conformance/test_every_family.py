@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,12 @@ from dit_lens import (
     sweep,
     synopsis,
 )
-from hooked_models import GenerationCache, UnknownHookError
+from hooked_models import GenerationCache, HookedTextToImage, UnknownHookError, families
 from hooked_models.families.adapter import submodule
 from hooked_models.generation.cache import CacheTooLargeError, estimate
 
 from ..hooked_models.pipelines import PROMPTS
+from ..hooked_models.tiny_pipelines import PIPELINES, tiny_pipeline
 from .family_cases import LAST, SEEDS, STEPS, UNABLE, Case, case_of, close
 
 NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -655,19 +657,29 @@ def test_a_tool_that_no_family_has_says_so(tool: str) -> None:
     assert len(str(error.value)) > 20
 
 
-def test_the_page_is_up_to_date() -> None:
-    from . import families  # which reads this module
+@pytest.mark.slow
+def test_every_family_generates_or_says_why_not() -> None:
+    drawn = {type(tiny_pipeline(name)[0].transformer).__name__ for name in PIPELINES}
+    for kind, family in families.SUPPORTED.items():
+        assert (kind in drawn) != bool(family.alone), kind
+        if family.alone:
+            parts = {"transformer": family.small(), "scheduler": 1, "encode_prompt": 1}
+            with pytest.raises(ValueError, match="generations are not followed"):
+                HookedTextToImage.from_pipeline(SimpleNamespace(**parts))
 
-    modules = (globals(), *map(vars, (families.experiments, families.paths, families.calls)))
+
+def test_the_page_is_up_to_date() -> None:
+    from . import families as pages  # which reads this module
+
+    modules = (globals(), *map(vars, (pages.experiments, pages.paths, pages.calls)))
     written = {name for module in modules for name in module if name.startswith("test_")}
-    assert {test.__name__ for test in families.TOOLS.values()} == written - set(PAGE_TESTS)
-    assert {tool for _, tool in UNABLE} <= set(families.TOOLS)
-    assert families.PAGE.read_text() == families.page(), (
-        "run `python -m tests.conformance.families`"
-    )
+    assert {test.__name__ for test in pages.TOOLS.values()} == written - set(PAGE_TESTS)
+    assert {tool for _, tool in UNABLE} <= set(pages.TOOLS)
+    assert pages.PAGE.read_text() == pages.page(), "run `python -m tests.conformance.families`"
 
 
 PAGE_TESTS = (
+    "test_every_family_generates_or_says_why_not",
     "test_a_sweep_on_ray_is_the_local_one",
     "test_guidance_that_ends_early_says_so",
     "test_a_tool_that_no_family_has_says_so",
