@@ -20,7 +20,7 @@ PRIOR_SCENES = 4.0
 """Scenes that the common slope and the common variance count for, beside a cell's own."""
 
 
-LEAST_SCENES = 6
+LEAST_SCENES = 8
 """Scenes without which a cell has no interval."""
 LEAST_SPREAD = 1e-3
 """Least variance of effects, in units of a scene's."""

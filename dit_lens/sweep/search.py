@@ -115,7 +115,7 @@ class Search:
     """One row a condition, the top first: `intervention`, `layer`, `head`, `step`; `score`, the
     mean; `drawn`: "top", "entrant" or "sample" for those that were run, "" for others; `exact`,
     the estimated effect over the population, with `low` and `high`, widened for the number of
-    conditions (Bonferroni), infinite on fewer than six scenes; heavier tails than Student's make
+    conditions (Bonferroni), infinite on fewer than eight scenes; heavier tails than Student's make
     them too short for some; `scenes` and `rounds` that it was run on; and `close`, True if it
     left for the budget's sake while its interval still reached into the top.
     """
