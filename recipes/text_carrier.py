@@ -40,6 +40,7 @@ from dit_lens import scenes, variance, viz
 from dit_lens.intervene.interchange import Interchange
 from dit_lens.readout.screening import AXES, ENDS
 from dit_lens.stats import Interval, clustered_mean, finite, paired_difference, proportion
+from dit_lens.store import Index
 from dit_lens.task import DIRECTIONS, PHRASES
 from dit_lens.text.prompts import Role
 from dit_lens.training.dynamics import layout
@@ -119,7 +120,9 @@ def finished(run: Path) -> bool:
     if not (run / "pipeline").exists():
         return False
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return bool(steps[-1] == json.loads((run / "settings.json").read_text())["steps"])
+    index = Index.read(run)  # None: a run of version 0.1
+    settings = index.settings if index else json.loads((run / "settings.json").read_text())
+    return bool(steps[-1] == settings["steps"])
 
 
 @torch.no_grad()

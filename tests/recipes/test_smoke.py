@@ -15,6 +15,7 @@ import pytest
 from matplotlib import pyplot
 
 from dit_lens import screening
+from dit_lens.store import Store
 from hooked_models import HookedTextToImage
 from hooked_models.pipelines.hub import ZOO
 from recipes import edge_circuit, held_out_diagonal, relation_head, run_all
@@ -64,10 +65,9 @@ def study_models(folder: Path) -> Path:
     """A folder of finished runs, each of them rte-nano; gains of heads are made up."""
     for name in (*held_out_diagonal.RUNS, "heads-3-decay-0", "heads-3-decay-0.5"):
         run = folder / name
-        run.mkdir(parents=True)
+        Store(run, {"steps": 2}).close()
         (run / "pipeline").symlink_to(ZOO / "rte-nano")
         (run / "metrics.jsonl").write_text('{"step": 2}\n')
-        (run / "settings.json").write_text('{"steps": 2}')
         gains = [
             {"samples": samples, "quantity": f"gain_{axis}", "source": "words", "layer": 0}
             | {"head": head, "value": 1.0 + head * samples}
