@@ -85,7 +85,7 @@ def claims_of(courses: dict[tuple[int, str], pd.DataFrame]) -> list[Claim]:
                 "–",
                 of(last.get(some, 0) - last.get(none, 0), none, some),
                 (-100.0, 0.0),
-                f"{last.get(some, np.nan):.2f} against {last.get(none, np.nan):.2f}",
+                f"{last[some]:.2f} against {last[none]:.2f}" if {none, some} <= set(last) else "",
                 basis="weights of 1 run each",
             )
         )
