@@ -22,8 +22,6 @@ import xarray as xr
 from PIL import Image
 
 from dit_lens import viz
-from dit_lens.viz.attention_maps import Maps, pooled, side_of_squares
-from dit_lens.viz.attention_page import LARGEST
 from hooked_models import HookedTextToImage
 
 from ...hooked_models import tiny_pipelines
@@ -185,25 +183,6 @@ def test_a_prompt_never_takes_more_than_its_bytes(generation: Any, tmp_path: Pat
         )
     with pytest.raises(ValueError, match="take more than largest=10 bytes"):
         viz.attention_page(cache, PROMPTS, images, tmp_path / "page.html", largest=10)
-
-
-@pytest.mark.slow
-def test_a_prompt_of_pixart_sigma_at_512_pixels() -> None:
-    """Patterns without any order, which compress least: 28 layers × 16 heads, 20 steps, 32 × 32
-    places, 20 words.
-    """
-    generator = torch.Generator().manual_seed(0)
-    maps = Maps(
-        torch.rand(1, 20, 28 * 16, 32 * 32, 20, generator=generator).div_(10),
-        [f"L{layer}H{head}" for layer in range(28) for head in range(16)],
-        list(range(20)),
-        [["word"] * 20],
-        (32, 32),
-    )
-    factor = side_of_squares(maps, 0, (32, 32), LARGEST)
-    stored = gzip.compress(pooled(maps, 0, (32, 32), factor).tobytes(), 6)
-    assert len(base64.b64encode(stored)) <= 25_000_000
-    assert factor == 4
 
 
 def json_entries(path: Path) -> list[dict[str, Any]]:
