@@ -204,7 +204,7 @@ def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
     _wait(model.device)
     seconds = (time.perf_counter() - start) / rows
     with FlopCounterMode(display=False) as counter:
-        model.images_of(run.take([0]))  # type: ignore[arg-type]
+        model.images_of(run.take(torch.tensor([0])))
     return seconds, float(counter.get_total_flops())
 
 

@@ -27,8 +27,7 @@ def test_rows_are_taken_from_all_that_has_rows():
 def test_latents_go_in_by_their_name_and_a_list_comes_back_stacked():
     latents = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0))
 
-    def double(hidden_states, encoder_hidden_states, ids, scale, return_dict):
-        assert return_dict is False
+    def double(hidden_states, encoder_hidden_states, ids, scale):
         if isinstance(hidden_states, list):
             return ([scale * row for row in hidden_states],)
         return (scale * hidden_states,)
