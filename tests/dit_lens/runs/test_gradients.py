@@ -158,7 +158,9 @@ def test_a_run_without_hooks_is_not_run_again(
     monkeypatch.setattr(model, "denoise", lambda *given: calls.append(given[0]) or denoise(*given))
     with torch.no_grad():
         assert torch.equal(attribution.pair(one, other).original.output, one.images)
-        assert torch.equal(attribution.pair(one.take(torch.tensor([0, 1])), other).original.output, one.images)
+        assert torch.equal(
+            attribution.pair(one.take(torch.tensor([0, 1])), other).original.output, one.images
+        )
         assert calls == []
         half = [(every, lambda x, hook: 0.5 * x)]
         moved = one.fork(0, half)
