@@ -63,5 +63,5 @@ FAMILY = Family(
     inputs=inputs,
     small=small,
     notes="layers count the image's own blocks first, which have image_attn",
-    alone=("diffusers 0.42 has no text-to-image pipeline of it"),
+    alone="diffusers 0.42 has modular pipelines of it alone, which have no loop of their own",
 )

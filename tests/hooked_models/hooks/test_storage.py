@@ -108,8 +108,37 @@ def test_packed_weights_are_no_weights_to_view() -> None:
         weight_of(packed)
 
 
-def test_torchao_weights_are_hooked() -> None:
+def to_int8(transformer: nn.Module) -> None:
+    """torchao's int8 weights."""
     quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(transformer, quantization.Int8WeightOnlyConfig())
+
+
+def to_gguf(transformer: nn.Module) -> None:
+    """The Linears and parameters that diffusers' GGUF loader makes of Q8_0 weights."""
+    gguf = pytest.importorskip("gguf")
+    utils = pytest.importorskip("diffusers.quantizers.gguf.utils")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    linears = {
+        name: module
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and module.in_features % 32 == 0
+    }
+    packed = {
+        f"{name}.weight": utils.GGUFParameter(
+            torch.from_numpy(gguf.quants.quantize(module.weight.detach().numpy(), kind)),
+            quant_type=kind,
+        )
+        for name, module in linears.items()
+    }
+    utils._replace_with_gguf_linear(transformer, torch.float32, packed)
+    for name, module in linears.items():
+        made: Any = transformer.get_submodule(name)
+        made.weight, made.bias = packed[f"{name}.weight"], module.bias
+
+
+@pytest.mark.parametrize("pack", [to_int8, to_gguf])
+def test_packed_weights_are_hooked(pack: Callable[[nn.Module], None]) -> None:
     pipe, call = tiny_pipeline("FLUX.1")
     options = {
         key: value
@@ -117,7 +146,7 @@ def test_torchao_weights_are_hooked() -> None:
         if key not in ("num_inference_steps", "output_type")
     }
     before = plain(pipe, call)
-    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    pack(pipe.transformer)
     model = HookedTextToImage.from_pipeline(pipe)
     drawn = plain(pipe, call)
     assert not torch.equal(drawn, before)
