@@ -33,7 +33,7 @@ test-core: $(READY)
 	$(PYTEST) tests/hooked_models tests/dit_lens tests/conformance tests/test_readme.py
 
 # on one core and, at the end, two; results/bench/*.json. GPU rows: benchmarks/gpu.sh
-BENCHMARKS := imports forward generation caching disk synopsis sweep search_race attribution wide scaling
+BENCHMARKS := imports forward generation caching disk synopsis sweep search_race attribution wide heat_maps scaling
 bench: $(READY)
 	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --out results/bench/training.json
