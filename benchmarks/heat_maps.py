@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import warnings
@@ -143,8 +142,14 @@ def _memory(config: Config, name: Name, side: str) -> float:
     if side == TRACE:
         run()  # the folder's own copy of the weights
     before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    (peak,) = (
+        line.split()[1]
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    return (int(peak) * 1024 - before) / 2**20
 
 
 @torch.no_grad()
@@ -160,6 +165,7 @@ def compared(config: Config, name: Name) -> list[dict[str, Any]]:
             "seconds": statistics.median(times[side]),
             "ratio to plain": ratio(times, side, PLAIN),
             "MB added": added[side],
+            "memory to plain": added[side] / added[PLAIN] if config.memory else None,
             "difference": None if side == PLAIN else agree(side, values[side], values[OURS], 1e-4),
         }
         for side in times
