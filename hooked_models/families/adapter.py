@@ -78,8 +78,8 @@ class Family:
     cond_first: bool = False
     """True if a call with both guidance branches has the conditional rows first."""
     latents: Callable[[Any, Mapping[str, Any]], tuple[int, ...]] | None = None
-    """Of a pipeline that draws its noise without `prepare_latents`: shape of a row of latents, from
-    the pipeline and the arguments of its call.
+    """Shape of a row of latents, from the pipeline and the arguments of its call, for one that draws
+    its noise without `prepare_latents`.
     """
     handed: Callable[[Any], Any] = lambda encoded: encoded
     """Result of the pipeline's `encode_prompt` once its rows were chosen, where some of it is of

@@ -40,7 +40,7 @@ SMOKE: dict[str, dict[str, Any]] = {
 }
 """Recipe → its smallest settings."""
 STEPS = 6
-"""Of every generation, in the place of 14; recipes look at steps 0 to 3 and from 4 on."""
+"""Steps of every generation, in the place of 14; recipes look at steps 0 to 3 and from 4 on."""
 DRAWS_AGAIN = ("edge_circuit", "object_heads")
 """Recipes that run the model for a figure, after all that they measure."""
 
