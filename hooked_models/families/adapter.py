@@ -78,7 +78,7 @@ class Family:
     cond_first: bool = False
     """True if a call with both guidance branches has the conditional rows first."""
     latents: Callable[[Any, Mapping[str, Any]], tuple[int, ...]] | None = None
-    """Shape of a row of latents, from the pipeline and the arguments of its call, for one that draws
+    """Shape of a row of latents, from the pipeline and the arguments of its call, where it draws
     its noise without `prepare_latents`.
     """
     handed: Callable[[Any], Any] = lambda encoded: encoded
