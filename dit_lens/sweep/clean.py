@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hooked_models import HookedTextToImage, Trajectory
+from hooked_models.generation.loops import RunInputs
 from hooked_models.generation.names import Branch
 from hooked_models.generation.sampling import Solver
 from hooked_models.generation.trajectory import Record
@@ -120,7 +121,7 @@ class CleanRuns:
     def sample(
         cls,
         model: HookedTextToImage,
-        inputs: Any,
+        inputs: RunInputs,
         seeds: Sequence[int],
         rows: Rows,
         reads: Collection[Read],
@@ -237,7 +238,7 @@ class CleanRuns:
         return kept
 
 
-def inputs_of(model: HookedTextToImage, inputs: Any, seeds: Sequence[int], rows: Rows) -> Any:
+def inputs_of(model: HookedTextToImage, inputs: RunInputs, seeds: Sequence[int], rows: Rows) -> Any:
     """The inputs of rows, each with the noise of its seed, from those of the prompts."""
     n = len(inputs)
     return model.reseeded(

@@ -41,9 +41,35 @@ class Call:
         return slice(start, start + self.rows)
 
 
-Text = Any
-"""Text of a denoiser call: PixArt's `TextState`, or the arguments of another pipeline's transformer
-(`pipeline_loop.Bound`)."""
+@runtime_checkable
+class Text(Protocol):
+    """Text of a denoiser call: PixArt's `TextState`, or the arguments of another pipeline's
+    transformer (`pipeline_inputs.Bound`).
+    """
+
+    def take(self, rows: Int[Tensor, " row"], /) -> Any:
+        """The text of some rows; rows may repeat."""
+
+
+@runtime_checkable
+class RunInputs(Protocol):
+    """Everything that a generation is computed from: PixArt's `trajectory.Inputs`, or the
+    `PipelineInputs` of another pipeline.
+    """
+
+    @property
+    def solver(self) -> Any:
+        """The scheduler's steps, a `sampling.Solver`."""
+
+    @property
+    def extent(self) -> Any:
+        """Tensors that the run computes, a `hooks.Extent`."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def take(self, rows: Int[Tensor, " row"], /) -> Any:
+        """The inputs of some rows; rows may repeat."""
 
 
 @runtime_checkable

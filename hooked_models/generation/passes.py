@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..hooks.module import has_hooks
 from .hooks import AttachedHook, Buckets, attach
-from .loops import Call, Text, rows_of
+from .loops import Call, RunInputs, Text, rows_of
 from .names import Branch
 from .trajectory import Record
 
@@ -39,7 +39,6 @@ class Pass:
     an earlier one.
 
     Args:
-        inputs: `trajectory.Inputs`, or the `PipelineInputs` of another pipeline.
         hooks: resolved or predicates, in the order in which they act.
         rows: step → the rows that are computed there; the others take latents and predictions from
             `record`.
@@ -50,7 +49,7 @@ class Pass:
     def __init__(
         self,
         model: HookedTextToImage,
-        inputs: Any,
+        inputs: RunInputs,
         hooks: Sequence[AttachedHook],
         record: Record | None = None,
         rows: Callable[[int], Rows] = lambda step: None,
