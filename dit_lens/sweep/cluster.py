@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -138,7 +138,7 @@ class Cluster:
         self.arguments: tuple[Any, ...] = ()
         """Arguments of `Worker`; kept, for a worker that is lost is made of them again."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
