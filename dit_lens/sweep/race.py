@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -37,6 +37,7 @@ SAMPLING = 0.15
 Cells = Int[np.ndarray, " cell"]
 
 
+@runtime_checkable
 class Oracle(Protocol):
     """Numbers of a search: scenes are places in a random order."""
 
