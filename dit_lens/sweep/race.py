@@ -259,7 +259,7 @@ def score_all(oracle: Oracle, race: Race, scored: Cells) -> None:
     race.pay(one * len(scenes))
 
 
-def entrants_of(race: Race, unscored: Cells) -> Cells:
+def entrants_of(race: Race, unscored: Int[np.ndarray, " unscored"]) -> Int[np.ndarray, " entrant"]:
     """The cells of the first round: those with the largest scores (magnitude of the mean, and mean
     magnitude, for the larger of noisy means are those of noisier cells), as many as this round can
     give an interval; of a small budget more, without one.
