@@ -24,7 +24,7 @@ from hooked_models.hooks.module import HookFunction
 
 from .metrics import Read
 
-Rows = Int[np.ndarray, " row"]
+Rows = Int[np.ndarray, " _row"]
 """Pairs of prompt and seed, numbered seed by seed: row = seed index · prompts + prompt."""
 
 

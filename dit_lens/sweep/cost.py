@@ -138,7 +138,7 @@ def _begun(forks: Sequence[Fork]) -> set[tuple[int, Branch, int]]:
     }
 
 
-def _seconds_of_calls(plan: Plan, rows: Sequence[float], most: int) -> float:
+def _seconds_of_calls(plan: Plan, rows: Sequence[int | float], most: int) -> float:
     """Seconds of denoising steps of these rows (of both branches), from one row and from `most`."""
     timed = [seconds_of_step(plan, size) for size in sorted({1, most})]
     slope = (timed[-1] - timed[0]) / max(most - 1, 1)

@@ -34,7 +34,7 @@ SCORING = 0.1
 LEAST_SCORED = 2
 SAMPLING = 0.15
 """Largest share of the first round that goes into the random sample."""
-Cells = Int[np.ndarray, " cell"]
+Cells = Int[np.ndarray, " _cell"]
 
 
 @runtime_checkable

@@ -271,7 +271,7 @@ def _rules(plan: Plan, k: int, how: Searching) -> Rules:
             f"budget={budget}, level={level}, tolerance={tolerance}: the budget has to be above "
             "0, the level between 0 and 1, and the tolerance not below 0."
         )
-    return Rules(k, plan.runs, budget, sample, tolerance, level, how.get("rng", 0))
+    return Rules(k, plan.runs, float(budget), sample, tolerance, level, how.get("rng", 0))
 
 
 def _table(plan: Plan, race: Race) -> pd.DataFrame:
