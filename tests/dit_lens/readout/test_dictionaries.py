@@ -42,8 +42,8 @@ class Sparse:
         return features @ self.up
 
 
-def first_off(features: Tensor) -> Tensor:
-    return features * torch.tensor([0.0, 1.0, 1.0])
+def first_up(features: Tensor) -> Tensor:
+    return features + torch.tensor([3.0, 0.0, 0.0])
 
 
 def first_reversed(features: Tensor) -> Tensor:
@@ -86,12 +86,11 @@ def test_features_are_read_and_edited_beside_an_error_that_stays(family: str, na
         )
         assert torch.equal(same, own)
         edited = model.run_with_hooks(
-            PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(first_off, branch="cond"), **options
+            PROMPTS, SEEDS, n_steps, fwd_hooks=ours.edit(first_up, branch="cond"), **options
         )
 
         def by_hand(x: Tensor, hook: object) -> Tensor:
-            features = sae.encode(x)
-            return x - features[..., :1] * sae.up[0]
+            return x + 3.0 * sae.up[0]
 
         def chosen(there: str) -> bool:
             return there == name or (
