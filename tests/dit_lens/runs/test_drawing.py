@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from dit_lens.runs.drawing import Drawing, Planning
 
 @pytest.mark.parametrize("kind", [Drawing, Planning])
 def test_every_argument_is_described(kind):
-    described = re.findall(r"^ {8}(\w+): ", kind.__doc__, flags=re.M)
+    described = re.findall(r"^ {4}(\w+): ", inspect.getdoc(kind), flags=re.M)
     assert described == list(kind.__annotations__)
 
 
