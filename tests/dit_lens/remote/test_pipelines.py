@@ -310,22 +310,25 @@ def test_every_family(name: str, folders, tmp_path_factory) -> None:
     folder = folder_of(name, folders, tmp_path_factory)
     dtype = torch.float32 if name in FLOAT32_LATENTS else torch.float64
     both = pair(RemoteTextToImage(folder, dtype=dtype), folder, name, dtype)
-    close(both.ours(PROMPTS, **RUN), both.oracle(PROMPTS, **RUN))
+    part = 2e-5 if name in FLOAT32_LATENTS else 1e-5
+    close(both.ours(PROMPTS, **RUN), both.oracle(PROMPTS, **RUN), part)
     names = [name for name in firing(both.oracle, 0, 2) if readable(both.ours, name)]
     _, cache = both.oracle.run_with_cache(PROMPTS, **RUN, branch="both", names_filter=names)
     _, found = both.ours.run_with_cache(PROMPTS, **RUN, branch="both", names_filter=names)
     for key, tensor in cache.items():
-        close(found[key], tensor)
+        close(found[key], tensor, part)
     hooks = [(name, nudge) for name in names]
     expected = both.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks)
     assert (expected - both.oracle(PROMPTS, **RUN)).abs().max() > 1e-3
-    close(both.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks), expected)
+    close(both.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks), expected, part)
 
 
 def readable(model: RemoteTextToImage, name: str) -> bool:
-    """True unless CogVideoX's loop, which calls its scheduler in two places, hides the name."""
+    """True unless the pipeline's loop hides the name: CogVideoX calls its scheduler in two places,
+    ERNIE-Image draws its latents itself.
+    """
     return not (
-        type(model.pipe).__name__ == "CogVideoXPipeline"
+        type(model.pipe).__name__ in ("CogVideoXPipeline", "ErnieImagePipeline")
         and name.endswith(("hook_latent", "hook_out", "hook_x0"))
     )
 
