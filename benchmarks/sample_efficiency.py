@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +85,7 @@ def variants(base: TrainConfig) -> dict[str, TrainConfig]:
         "warm-up five times as long": replace(base, warmup_steps=5 * base.warmup_steps),
         "Muon's rate halved": replace(base, muon_lr=base.muon_lr / 2),
         "Muon's rate doubled": replace(base, muon_lr=2 * base.muon_lr),
+        "Muon with three iterations": base,
         "AdamW's rate halved": replace(base, adam_lr=base.adam_lr / 2),
         "AdamW's rate doubled": replace(base, adam_lr=2 * base.adam_lr),
     }
@@ -92,15 +94,17 @@ def variants(base: TrainConfig) -> dict[str, TrainConfig]:
 @contextmanager
 def exchanged(name: str) -> Iterator[None]:
     """The training loop with one part replaced, for the time of the block."""
-    optimizers, objective = loop.build_optimizers, OBJECTIVES["x0"]
+    optimizers, objective, muon = loop.build_optimizers, OBJECTIVES["x0"], loop.muon
     if name == "AdamW for every parameter":
         loop.build_optimizers = adamw_alone
     if name == "noise levels uniform":
         OBJECTIVES["x0"] = UniformNoiseLevels
+    if name == "Muon with three iterations":
+        loop.muon = partial(muon, iterations=3)
     try:
         yield
     finally:
-        loop.build_optimizers, OBJECTIVES["x0"] = optimizers, objective
+        loop.build_optimizers, OBJECTIVES["x0"], loop.muon = optimizers, objective, muon
 
 
 def main(config: Config) -> None:

@@ -32,10 +32,20 @@ def muon(
     lr: float,
     precision: Precision,
     weight_decay: float = 0.0,
+    iterations: int = 5,
 ) -> torch.optim.Muon:
-    """Muon of torch with decoupled weight decay, its update scaled to AdamW's root mean square."""
+    """Muon of torch with decoupled weight decay, its update scaled to AdamW's root mean square.
+
+    `iterations`: of Newton and Schulz, which orthogonalise the update.
+    """
     kind = torch.optim.Muon if precision == "bf16" else Float32Muon
-    return kind(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return kind(
+        parameters,
+        lr=lr,
+        weight_decay=weight_decay,
+        ns_steps=iterations,
+        adjust_lr_fn="match_rms_adamw",
+    )
 
 
 class Float32Muon(torch.optim.Muon):
