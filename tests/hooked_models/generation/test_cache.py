@@ -4,38 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from transformer_lens import ActivationCache
 
 from hooked_models import CacheTooLargeError, HookedTextToImage
 from hooked_models.generation.cache import estimate
 
-from ..pipelines import PROMPTS, tiny_pipeline
-
-SCHEDULERS = {
-    "flow": DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True),
-    "epsilon": DPMSolverMultistepScheduler(),
-    "third order": DPMSolverMultistepScheduler(solver_order=3),
-    "unipc": UniPCMultistepScheduler(),
-    "ddim": DDIMScheduler(),
-    "euler": EulerDiscreteScheduler(),
-}
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline())
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+from ..pipelines import PROMPTS, SCHEDULERS, tiny_pipeline
 
 
 def test_cache_shorthands(model):

@@ -8,70 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from hooked_models import CacheTooLargeError, GenerationCache, HookedTextToImage
 
 from ...killing import killed
-from ..pipelines import PROMPTS, tiny_pipeline
-
-SCHEDULERS = [
-    DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True),
-    pytest.param(DPMSolverMultistepScheduler(solver_order=3), marks=pytest.mark.slow),
-    UniPCMultistepScheduler(),
-    pytest.param(DDIMScheduler(), marks=pytest.mark.slow),
-    pytest.param(EulerDiscreteScheduler(), marks=pytest.mark.slow),
-]
-STEPS = 2
+from ..pipelines import PROMPTS, SCHEDULERS, tiny_pipeline
+from .watching import STEPS, is_pattern, is_watched, run
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    """In float64, because an attention that is looked at sums in another order than the fused
-    one.
-    """
-    return HookedTextToImage.from_pipeline(tiny_pipeline("t5", dtype=torch.float64, grid=8))
-
-
-@pytest.fixture(scope="module")
-def whole(model: HookedTextToImage) -> GenerationCache:
-    with torch.no_grad():
-        return run(model, branch="both", names_filter=is_watched)
-
-
-def is_watched(name: str) -> bool:
-    """Names, one or two of each kind, so that the tests stay quick."""
-    kinds = (
-        "attn.hook_k",
-        "attn.hook_v",
-        "attn.hook_z",
-        "attn.hook_attn_scores",
-        "attn.hook_pattern",
-    )
-    return name.endswith((*kinds, "resid_post", "hook_latent", "hook_x0", "text_encoder.hook_out"))
-
-
-def is_pattern(name: str) -> bool:
-    return name.startswith("steps.") and name.endswith("hook_pattern")
-
-
-def run(model: HookedTextToImage, **settings: Any) -> GenerationCache:
-    return model.run_with_cache(PROMPTS, num_steps=STEPS, **settings)[1]
-
-
-def test_a_cache_on_disk_is_the_one_in_memory(model, whole, tmp_path: Path) -> None:
-    cache = run(model, branch="both", names_filter=is_watched, out=tmp_path / "run")
+def test_a_cache_on_disk_is_the_one_in_memory(exact, whole, tmp_path: Path) -> None:
+    cache = run(exact, branch="both", names_filter=is_watched, out=tmp_path / "run")
     assert set(cache) == set(whole)
     assert all(torch.equal(cache[name], whole[name]) for name in whole)
     assert torch.equal(
@@ -114,12 +60,19 @@ def test_a_folder_opens_without_the_model(tmp_path: Path) -> None:
         GenerationCache.load(tmp_path / "other")
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "flow",
+        "unipc",
+        *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("third order", "ddim", "euler")),
+    ],
+)
 def test_a_killed_run_goes_on_where_it_was(
     tmp_path: Path, scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, total, killed_at = (
-        HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=scheduler)),
+        HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=SCHEDULERS[scheduler])),
         5,
         3,
     )
@@ -186,27 +139,27 @@ def test_a_folder_of_another_generation_is_refused(tmp_path: Path, change, named
         model.run_with_cache(**settings | change)
 
 
-def test_hooks_are_recorded_but_cannot_be_compared(model, tmp_path: Path) -> None:
+def test_hooks_are_recorded_but_cannot_be_compared(exact, tmp_path: Path) -> None:
     settings = {"num_steps": 1, "names_filter": "steps.0.hook_x0", "out": tmp_path}
-    with model.hooks([("steps.0.hook_latent", lambda latent, hook: 2 * latent)]):
-        _, cache = model.run_with_cache(PROMPTS, **settings)
+    with exact.hooks([("steps.0.hook_latent", lambda latent, hook: 2 * latent)]):
+        _, cache = exact.run_with_cache(PROMPTS, **settings)
         assert not torch.equal(
             cache["steps.0.hook_x0"],
-            run(model, names_filter="steps.0.hook_latent")["steps.0.hook_latent"],
+            run(exact, names_filter="steps.0.hook_latent")["steps.0.hook_latent"],
         )
         with pytest.raises(ValueError, match=r"with hooks on steps\.0\.hook_latent, and whether"):
-            model.run_with_cache(PROMPTS, **settings)
+            exact.run_with_cache(PROMPTS, **settings)
     with pytest.raises(ValueError, match="with other hooks"):
-        model.run_with_cache(PROMPTS, **settings)
+        exact.run_with_cache(PROMPTS, **settings)
 
 
 def test_a_full_disk_is_noticed_before_running(
-    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    monkeypatch.setattr(model, "run", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr(exact, "run", lambda *args: pytest.fail("it ran"))
     with pytest.raises(CacheTooLargeError, match="1000 B are free"):
-        run(model, out=tmp_path / "not" / "there")
+        run(exact, out=tmp_path / "not" / "there")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])

@@ -17,49 +17,9 @@ from hooked_models.generation.cache import estimate
 from hooked_models.generation.capture import heads_by_layer
 
 from ..pipelines import PROMPTS, tiny_pipeline
+from .watching import STEPS, is_pattern, run
 
-STEPS = 2
 SUBLAYERS = ("attn", "cross_attn")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    """In float64, because an attention that is looked at sums in another order than the fused
-    one.
-    """
-    return HookedTextToImage.from_pipeline(tiny_pipeline("t5", dtype=torch.float64, grid=8))
-
-
-@pytest.fixture(scope="module")
-def whole(model: HookedTextToImage) -> GenerationCache:
-    with torch.no_grad():
-        return run(model, branch="both", names_filter=is_watched)
-
-
-def is_watched(name: str) -> bool:
-    """Names, one or two of each kind, so that the tests stay quick."""
-    kinds = (
-        "attn.hook_k",
-        "attn.hook_v",
-        "attn.hook_z",
-        "attn.hook_attn_scores",
-        "attn.hook_pattern",
-    )
-    return name.endswith((*kinds, "resid_post", "hook_latent", "hook_x0", "text_encoder.hook_out"))
-
-
-def is_pattern(name: str) -> bool:
-    return name.startswith("steps.") and name.endswith("hook_pattern")
-
-
-def run(model: HookedTextToImage, **settings: Any) -> GenerationCache:
-    return model.run_with_cache(PROMPTS, num_steps=STEPS, **settings)[1]
 
 
 # Heads and summaries
@@ -69,11 +29,11 @@ def run(model: HookedTextToImage, **settings: Any) -> GenerationCache:
     ("heads", "kept"),
     [((0, 1), {0: [1]}), (["L0H0", "L1H1", "L1H0"], {0: [0], 1: [0, 1]})],
 )
-def test_chosen_heads_are_those_of_the_whole_cache(model, whole, heads, kept) -> None:
+def test_chosen_heads_are_those_of_the_whole_cache(exact, whole, heads, kept) -> None:
     others = {name for name in whole if name.endswith("resid_post") or "text_encoder." in name}
     per_head = {name for name in whole if "attn.hook_" in name} - others
     cache = run(
-        model, heads=heads, branch="both", names_filter=lambda name: name in per_head | others
+        exact, heads=heads, branch="both", names_filter=lambda name: name in per_head | others
     )
     assert set(cache) == others | {name for name in per_head if int(name.split(".")[4]) in kept}
     for name, tensor in cache.items():
@@ -85,7 +45,7 @@ def test_chosen_heads_are_those_of_the_whole_cache(model, whole, heads, kept) ->
         assert torch.allclose(tensor, expected, rtol=1e-9, atol=1e-9), name
 
 
-def test_ways_to_name_heads(model) -> None:
+def test_ways_to_name_heads(exact) -> None:
     assert heads_by_layer(None, 2, 2) is None
     assert heads_by_layer("L1H0", 2, 2) == heads_by_layer((1, 0), 2, 2) == {1: [0]}
     assert heads_by_layer(1, 2, 2) == {0: [1], 1: [1]}
@@ -94,17 +54,17 @@ def test_ways_to_name_heads(model) -> None:
         with pytest.raises(
             ValueError, match=f"There is no head {head}: the model has 2 layers of 2 heads"
         ):
-            run(model, heads=head)
+            run(exact, heads=head)
     with pytest.raises(ValueError, match="no tensor in common"):
-        run(model, heads="L1H0", names_filter="blocks.0.attn.hook_z")
+        run(exact, heads="L1H0", names_filter="blocks.0.attn.hook_z")
 
 
 @pytest.mark.parametrize(
     ("patterns", "heads"),
     [("entropy", None), ("largest", "L1H1"), ("received", None), ("received", "L1H1")],
 )
-def test_summaries_are_those_of_whole_patterns(model, whole, patterns, heads) -> None:
-    cache = run(model, names_filter=is_pattern, branch="both", patterns=patterns, heads=heads)
+def test_summaries_are_those_of_whole_patterns(exact, whole, patterns, heads) -> None:
+    cache = run(exact, names_filter=is_pattern, branch="both", patterns=patterns, heads=heads)
     assert len(cache) == (2 if heads is None else 1) * len(SUBLAYERS) * 2 * STEPS
     for name, summary in cache.items():
         pattern = whole[name].double() if heads is None else whole[name][:, [1]].double()
@@ -117,9 +77,9 @@ def test_summaries_are_those_of_whole_patterns(model, whole, patterns, heads) ->
         assert (summary - expected).abs().max() < 1e-5, name  # kept in float32
 
 
-def test_scores_have_no_summary(model) -> None:
+def test_scores_have_no_summary(exact) -> None:
     with pytest.raises(ValueError, match="scores before the softmax have no such summary"):
-        run(model, names_filter="blocks.0.attn.hook_attn_scores", patterns="entropy")
+        run(exact, names_filter="blocks.0.attn.hook_attn_scores", patterns="entropy")
 
 
 class Largest(TorchDispatchMode):
@@ -155,10 +115,10 @@ def test_no_pattern_is_made_to_be_summarised(settings) -> None:
     assert summarised.numel <= plain.numel < 2 * 2 * 256**2 <= explicit.numel
 
 
-def test_a_summary_is_of_the_pattern_that_others_have_edited(model, whole) -> None:
+def test_a_summary_is_of_the_pattern_that_others_have_edited(exact, whole) -> None:
     name = "steps.1.cond.blocks.0.cross_attn.hook_pattern"
-    with model.hooks([(name, lambda pattern, hook: torch.ones_like(pattern) / pattern.shape[-1])]):
-        cache = run(model, names_filter=[name], patterns="largest", heads="L0H1")
+    with exact.hooks([(name, lambda pattern, hook: torch.ones_like(pattern) / pattern.shape[-1])]):
+        cache = run(exact, names_filter=[name], patterns="largest", heads="L0H1")
     assert torch.equal(
         cache[name], torch.full_like(whole[name][:, [1], :, 0], 1 / whole[name].shape[-1])
     )
@@ -167,14 +127,14 @@ def test_a_summary_is_of_the_pattern_that_others_have_edited(model, whole) -> No
 # The text's keys and values
 
 
-def test_keys_and_values_of_the_text_are_kept_once(model, whole) -> None:
+def test_keys_and_values_of_the_text_are_kept_once(exact, whole) -> None:
     names = ["blocks.1.cross_attn.hook_k", "blocks.1.cross_attn.hook_v"]
-    cache = run(model, names_filter=names)
+    cache = run(exact, names_filter=names)
     assert len(cache) == 2 * STEPS
     assert cache["k", 1, "cross_attn", 1].data_ptr() == cache["k", 1, "cross_attn", 0].data_ptr()
     assert cache.nbytes == sum(cache[name, 1, "cross_attn", 0].nbytes for name in ("k", "v"))
-    with model.hooks([("steps.1.cond.blocks.1.cross_attn.hook_k", lambda k, hook: 2 * k)]):
-        edited = run(model, names_filter=names)
+    with exact.hooks([("steps.1.cond.blocks.1.cross_attn.hook_k", lambda k, hook: 2 * k)]):
+        edited = run(exact, names_filter=names)
     assert torch.allclose(edited["k", 1, "cross_attn", 1], 2 * whole["k", 1, "cross_attn", 1])
     assert torch.allclose(edited["k", 1, "cross_attn", 0], whole["k", 1, "cross_attn", 0])
 
@@ -225,11 +185,11 @@ def test_the_estimate_is_what_is_used(tmp_path: Path, grid, prompts, dtype, sett
     assert max(file.stat().st_size for file in files) <= expected.largest_step + headers
 
 
-def test_a_plan_needs_no_weights_and_no_prompt(model) -> None:
-    by_text = estimate(model, PROMPTS, names_filter=is_pattern)
-    by_size = estimate(model, (2, model.to_tokens(PROMPTS).shape[1]), names_filter=is_pattern)
+def test_a_plan_needs_no_weights_and_no_prompt(exact) -> None:
+    by_text = estimate(exact, PROMPTS, names_filter=is_pattern)
+    by_size = estimate(exact, (2, exact.to_tokens(PROMPTS).shape[1]), names_filter=is_pattern)
     assert by_text == by_size
     assert (
-        estimate(model, PROMPTS, names_filter=is_pattern, grid=(8, 16)).nbytes > 2 * by_text.nbytes
+        estimate(exact, PROMPTS, names_filter=is_pattern, grid=(8, 16)).nbytes > 2 * by_text.nbytes
     )
     assert "hook_pattern" in str(by_text)

@@ -10,24 +10,12 @@ import torch
 
 from dit_lens import Intervention
 from dit_lens.intervene.edits import Replace
-from hooked_models import GenerationCache, HookedTextToImage
+from hooked_models import GenerationCache
 from hooked_models.generation.sampling import seed_of_each
 
-from ..pipelines import PROMPTS, tiny_pipeline
+from ..pipelines import PROMPTS
 
 Z = "blocks.1.cross_attn.hook_z"
-
-
-@pytest.fixture(scope="module")
-def shared() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline())
-
-
-@pytest.fixture
-def model(shared):
-    with torch.no_grad():
-        yield shared
-    shared.reset_hooks(including_permanent=True)
 
 
 def is_z(name: str) -> bool:

@@ -14,18 +14,6 @@ from hooked_models import HookedTextToImage
 
 from ..pipelines import PROMPTS, tiny_pipeline
 
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline())
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
 # Names and hooks
 
 

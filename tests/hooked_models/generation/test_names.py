@@ -5,20 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hooked_models import HookedTextToImage, UnknownHookError
+from hooked_models import UnknownHookError
 
-from ..pipelines import PROMPTS, tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline())
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+from ..pipelines import PROMPTS
 
 
 def test_hook_dict_lists_what_a_default_run_fires(model):

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from hooked_models import HookedTextToImage
 
-from ..pipelines import PROMPTS, tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline())
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def noise(seed: int = 3, batch: int = 2, grid: int = 4) -> torch.Tensor:
-    return torch.randn(batch, 4, grid, grid, generator=torch.Generator().manual_seed(seed))
+from ..pipelines import PROMPTS, noise, tiny_pipeline
 
 
 def every_name(model: HookedTextToImage, steps: int) -> list[str]:

@@ -4,40 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from hooked_models import HookedTextToImage
 
-from ..pipelines import CALL, PROMPTS, tiny_pipeline
-
-SCHEDULERS = {
-    "flow": DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True),
-    "epsilon": DPMSolverMultistepScheduler(),
-    "third order": DPMSolverMultistepScheduler(solver_order=3),
-    "unipc": UniPCMultistepScheduler(),
-    "ddim": DDIMScheduler(),
-    "euler": EulerDiscreteScheduler(),
-}
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline())
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def noise(seed: int = 3, batch: int = 2, grid: int = 4) -> torch.Tensor:
-    return torch.randn(batch, 4, grid, grid, generator=torch.Generator().manual_seed(seed))
+from ..pipelines import CALL, PROMPTS, SCHEDULERS, noise, tiny_pipeline
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])

@@ -67,12 +67,6 @@ def model_with(scheduler: Any) -> HookedTextToImage:
     return HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=scheduler))
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
 def test_most_schedulers_are_usable_and_both_kinds_are_among_them():
     assert len(CLASSES) >= 40
     assert len(USABLE) >= 25

@@ -5,20 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hooked_models import HookedTextToImage
-
-from ..pipelines import PROMPTS, tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline())
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+from ..pipelines import PROMPTS
 
 
 @pytest.mark.parametrize("step", [0, 5, 13])

@@ -18,6 +18,7 @@ def model() -> HookedTextToImage:
     return HookedTextToImage.from_pipeline(tiny_pipeline("t5"))
 
 
+@torch.enable_grad()
 def test_views_give_gradients_of_frozen_models(model):
     view, tokens = model.at(1, PROMPTS, num_steps=STEPS, returns="out")
     _, cache = view.run_with_cache(tokens[:1], names_filter="blocks.0.attn.hook_z")

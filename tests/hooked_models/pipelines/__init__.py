@@ -5,7 +5,14 @@ zeros proves nothing.
 from __future__ import annotations
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    UniPCMultistepScheduler,
+)
 from transformers import T5Config, T5EncoderModel
 
 from hooked_models import PatchCodec, RandomTokenEncoder, RandomTokenEncoderConfig, word_tokenizer
@@ -18,6 +25,20 @@ CALL = {
     "clean_caption": False,
     "output_type": "pt",
 }
+SCHEDULERS = {
+    "flow": DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True),
+    "epsilon": DPMSolverMultistepScheduler(),
+    "third order": DPMSolverMultistepScheduler(solver_order=3),
+    "unipc": UniPCMultistepScheduler(),
+    "ddim": DDIMScheduler(),
+    "euler": EulerDiscreteScheduler(),
+}
+"""Schedulers that draw no noise of their own."""
+
+
+def noise(seed: int = 3, batch: int = 2, grid: int = 4) -> torch.Tensor:
+    """Latents for a tiny pipeline, [batch channel height width]."""
+    return torch.randn(batch, 4, grid, grid, generator=torch.Generator().manual_seed(seed))
 
 
 def randomise(module: torch.nn.Module, scale: float, seed: int = 0) -> None:
