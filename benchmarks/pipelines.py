@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -70,19 +72,49 @@ def xl_blocks(
     return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
 
 
-def small_vae() -> AutoencoderKL:
-    """A small decoder of 16 latent channels, 8 pixels each."""
+def small_vae(levels: int = 2, **config: Any) -> AutoencoderKL:
+    """A random autoencoder of 4 channels, 2 ** (levels - 1) pixels to a latent."""
+    sizes = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 1, **config}
     return AutoencoderKL(
-        block_out_channels=(4,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=16,
-        shift_factor=0.1,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        block_out_channels=(4,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **sizes,
     ).eval()
+
+
+def flow_parts(
+    text_tokens: int, clips: list[type[CLIPTextModel | CLIPTextModelWithProjection]], layers: int
+) -> tuple[list[Any], str]:
+    """A scheduler, a decoder of 16 latent channels, text encoders of the widths of FLUX.1 and SD3,
+    each followed by its tokenizer; and a prompt of `text_tokens` tokens.
+
+    Args:
+        layers: of the CLIPs.
+    """
+    tokenizer = word_tokenizer(WORDS, max_length=text_tokens)
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        intermediate_size=64,
+        projection_dim=768,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        max_position_embeddings=text_tokens,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    t5 = T5Config(
+        vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=1
+    )
+    convolutions = {"use_quant_conv": False, "use_post_quant_conv": False}
+    parts = [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        small_vae(4, latent_channels=16, shift_factor=0.1, **convolutions),
+    ]
+    for encoder in (*(kind(clip) for kind in clips), T5EncoderModel(t5)):
+        parts += [encoder.eval(), tokenizer]
+    return parts, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
 
 
 def flux_blocks(
@@ -95,34 +127,13 @@ def flux_blocks(
         double, single: numbers of blocks of either kind.
     """
     torch.manual_seed(0)
-    tokenizer = word_tokenizer(WORDS, max_length=text_tokens)
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=768,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=text_tokens,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    t5 = T5Config(
-        vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=1
-    )
+    parts, prompt = flow_parts(text_tokens, [CLIPTextModel], layers=1)
     denoiser = FluxTransformer2DModel(
         num_layers=double, num_single_layers=single, num_attention_heads=heads, guidance_embeds=True
     )
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(shift=3.0),
-        small_vae(),
-        CLIPTextModel(clip).eval(),
-        tokenizer,
-        T5EncoderModel(t5).eval(),
-        tokenizer,
-        denoiser.eval(),
-    )
+    pipe = FluxPipeline(*parts, denoiser.eval())
     pipe.set_progress_bar_config(disable=True)
-    return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
+    return pipe, prompt
 
 
 def sd3_blocks(
@@ -132,38 +143,13 @@ def sd3_blocks(
     tokens, which the CLIPs and T5 have as many positions for.
     """
     torch.manual_seed(0)
-    tokenizer = word_tokenizer(WORDS, max_length=text_tokens)
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=768,
-        intermediate_size=64,
-        projection_dim=768,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        max_position_embeddings=text_tokens,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    t5 = T5Config(
-        vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=1
-    )
+    parts, prompt = flow_parts(text_tokens, [CLIPTextModelWithProjection] * 2, layers=2)
     denoiser = SD3Transformer2DModel(
         num_layers=layers,
         num_attention_heads=heads,
         caption_projection_dim=64 * heads,
         pooled_projection_dim=1536,
     )
-    clips = [CLIPTextModelWithProjection(clip).eval() for _ in range(2)]
-    pipe = StableDiffusion3Pipeline(
-        denoiser.eval(),
-        FlowMatchEulerDiscreteScheduler(shift=3.0),
-        small_vae(),
-        clips[0],
-        tokenizer,
-        clips[1],
-        tokenizer,
-        T5EncoderModel(t5).eval(),
-        tokenizer,
-    )
+    pipe = StableDiffusion3Pipeline(denoiser.eval(), *parts)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, " ".join(WORDS[i % len(WORDS)] for i in range(text_tokens - 1))
+    return pipe, prompt

@@ -14,10 +14,11 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel
 
+from benchmarks.pipelines import small_vae
 from hooked_models import word_tokenizer
 
 from .pipelines import WORDS, randomise
-from .tiny import tiny_transformer, tiny_vae
+from .tiny import tiny_transformer
 
 # transformer/config.json of PixArt-Sigma-XL-2-512-MS, class name included, without
 # num_attention_heads and num_layers
@@ -82,7 +83,7 @@ def write_folder(
     }
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).eval()
     randomise(encoder, 0.3)
-    vae = tiny_vae(vae_levels, sample_size=16, scaling_factor=5.0)
+    vae = small_vae(vae_levels, sample_size=16, scaling_factor=5.0)
     with torch.no_grad():
         vae.decoder.conv_out.weight.mul_(0.15)  # so that images saturate nowhere
     settings = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from diffusers import PixArtTransformer2DModel
 
 from hooked_models.pixart.dit import HookedDiT
 
@@ -35,17 +35,6 @@ def tiny_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
             is_weight = parameter.ndim > 1 and not name.endswith("scale_shift_table")
             parameter.copy_(noise / parameter[0].numel() ** 0.5 if is_weight else noise / 2)
     return transformer
-
-
-def tiny_vae(levels: int = 2, **config: Any) -> AutoencoderKL:
-    """A random autoencoder, 2 ** (levels - 1) pixels to a latent."""
-    sizes = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2, **config}
-    return AutoencoderKL(
-        block_out_channels=(4,) * levels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        **sizes,
-    ).eval()
 
 
 def tiny_inputs(

@@ -18,8 +18,9 @@ import torch
 import transformers as T
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
+from benchmarks.pipelines import small_vae
+
 from .pipelines import WORDS, randomise
-from .tiny import tiny_vae
 
 PIECES = (
     "<|im_start|>",
@@ -119,10 +120,9 @@ def qwen_vl() -> Any:
 
 
 def vae(channels: int, blocks: int = 2, **more: Any) -> Any:
-    return tiny_vae(
+    return small_vae(
         blocks,
         latent_channels=channels,
-        norm_num_groups=1,
         shift_factor=0.06,
         scaling_factor=1.5,
         use_quant_conv=False,

@@ -24,11 +24,12 @@ from transformers import (
     T5Tokenizer,
 )
 
+from benchmarks.pipelines import small_vae
 from dit_lens import detection
 from dit_lens.store import Store
 from recipes import pixart_sigma
 from recipes.pixart_sigma import NONE, OBJECTS, Config, asked, located
-from tests.hooked_models.tiny import tiny_transformer, tiny_vae
+from tests.hooked_models.tiny import tiny_transformer
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
     PixArtSigmaPipeline(
         tokenizer,
         T5EncoderModel(T5Config(vocab_size=len(pieces), **sizes)).eval(),
-        tiny_vae(4, sample_size=64),
+        small_vae(4, sample_size=64),
         tiny_transformer(caption_channels=12, num_layers=3),
         DPMSolverMultistepScheduler(),
     ).save_pretrained(path)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.pipelines import small_vae
 from dit_lens.remote import RemoteTextToImage
 from hooked_models import HookedTextToImage
 
 from ...hooked_models.pipelines import randomise, tiny_pipeline
-from ...hooked_models.tiny import tiny_vae
 from .served import Served
 
 nnsight = pytest.importorskip("nnsight")
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of public classes alone: T5, PixArt with a learned variance, AutoencoderKL."""
     pipe = tiny_pipeline("t5", learned_sigma=True)
     torch.manual_seed(3)
-    pipe.vae = tiny_vae(sample_size=8)
+    pipe.vae = small_vae(sample_size=8)
     randomise(pipe.text_encoder, 0.1)
     path = tmp_path_factory.mktemp("pipeline")
     pipe.save_pretrained(path)
