@@ -62,7 +62,7 @@ class Config:
     """Trios whose words are hidden."""
     shares: int = 48
     """Trios whose words are exchanged."""
-    served: int = 24
+    served: int = 96
     """Trios drawn with one relation's words exchanged in the heads found by axis, and in all but
     one of them.
     """
