@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import gallery  # noqa: E402
 
 project = "dit_lens"
 author = "the dit_lens maintainers"
@@ -55,6 +59,7 @@ def _copy_notebooks() -> None:
 
 
 _copy_notebooks()
+gallery.draw_missing()
 
 
 def _plain_docstring(

@@ -3,8 +3,9 @@ bundled models.
 
     python docs/gallery.py
 
-Functions that draw a figure give docs/_static/viz/NAME.svg; pages and the lab, opened in a headless
-Chromium, NAME.webp. docs/conf.py puts each picture under its function.
+Functions that draw a figure give docs/_static/viz/NAME.svg, which docs/conf.py draws where it is
+missing or older than this file, and puts under its function; the command above opens pages and the
+lab in a headless Chromium and gives NAME.webp, which stand in the repository.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def variance_bars(run: Generation) -> Figure:
 
 
 def dose_response_curves(run: Generation) -> Figure:
-    """Steering in eight scenes: too few for a claim, enough for a picture."""
-    wanted = scenes.sample(8, seed=0, color_words="both")
+    """Steering in two scenes: too few for a claim, enough for a picture."""
+    wanted = scenes.sample(2, seed=0, color_words="both")
     doses = steering.dose_response(run.model, wanted, doses=(0.0, 0.5, 1.0, 1.5), draws=1)
     return viz.dose_response_curves(steering.summarise(doses))
 
@@ -197,16 +198,27 @@ def photographed(addresses: dict[str, str]) -> None:
         browser.quit()
 
 
-def main() -> None:
-    """Draw all."""
+def draw_figures(run: Generation) -> None:
+    """Write every figure."""
     OUT.mkdir(parents=True, exist_ok=True)
-    run = Generation()
     for name, draw in FIGURES.items():
         figure = draw(run)
         if faults := viz.style.problems(figure):
             raise SystemExit(f"{name}: {'; '.join(faults)}")
         viz.style.save(figure, OUT / f"{name}.svg")
         plt.close(figure)
+
+
+def draw_missing() -> None:
+    """Write the figures, unless all are there and newer than this file."""
+    written = [OUT / f"{name}.svg" for name in FIGURES]
+    changed = Path(__file__).stat().st_mtime
+    if not all(path.exists() and path.stat().st_mtime > changed for path in written):
+        draw_figures(Generation())
+
+
+def photograph_pages(run: Generation) -> None:
+    """Write the picture of every page, and of the lab."""
     server = serve(Lab(run.model, "rte-micro"), port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory() as folder:
@@ -219,4 +231,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    whole = Generation()
+    draw_figures(whole)
+    photograph_pages(whole)
