@@ -49,6 +49,8 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -75,6 +77,9 @@ Run = Trajectory | CallView
 
 
 NodesLike = str | Node | Sequence[str | Node] | Nodes
+
+PROGRESS_FROM = 4
+"""Senders from which a progress bar is shown."""
 
 REFERENCE, SENT, CARRIED = 0, 1, 2
 """Copies of the batch; the module describes them."""
@@ -504,7 +509,11 @@ def path_patch_matrix(
             or len(nodes.nodes) == len(experiment.places(nodes, sends=False)) == 1
         )
 
-    for i, sender in enumerate(rows):
+    quiet = len(rows) < PROGRESS_FROM
+    console = Console(stderr=True)
+    for i, sender in enumerate(
+        track(rows, "senders", transient=True, disable=quiet, console=console)
+    ):
         reached = [
             j
             for j, receiver in enumerate(columns)
