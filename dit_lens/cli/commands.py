@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..store import Store, write_whole
 from ..training.config import PretrainConfig, TrainConfig
-from .output import TABLES, first_line, save, say, show
+from .output import TABLES, first_line, save, say, show, step_bar
 
 if TYPE_CHECKING:
     from hooked_models import HookedTextToImage
@@ -95,24 +95,29 @@ def pretrain_command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) 
 
 def generate(
     model: Name,
-    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
     machine: On,
+    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = None,
+    prompts: Prompts = (),
     seed: int = 0,
     num_steps: int = 14,
     guidance: float = 4.5,
+    batch_size: int = 16,
     out: Path = Path("image.png"),
 ) -> None:
-    """Draw one prompt and save the picture: `dit-lens generate rte-micro "red circle is above blue
-    square"`.
+    """Draw a prompt, or several from one noise, and save the pictures: `dit-lens generate rte-micro
+    "red circle is above blue square"`.
 
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
-        prompt: text to draw.
+        prompt: text to draw, such as "red circle is above blue square".
+        prompts: several texts instead, such as "a red cube" "a blue ball", or a text file with one
+            a line, such as prompts.txt.
         seed: seed of the noise.
         num_steps: denoising steps.
         guidance: scale of classifier-free guidance; 1 switches it off.
-        out: picture file; its suffix names the format.
+        batch_size: prompts at once.
+        out: picture file; its suffix names the format. Several pictures are numbered: image-0.png.
     """
     import torch
     from PIL import Image
@@ -122,13 +127,25 @@ def generate(
             f"--out {out}: name a picture file, such as "
             f"{out / 'image.png' if out.is_dir() else out}.png."
         )
-    with torch.no_grad():
-        image = machine.load(model)(prompt, seed, num_steps, guidance)[0]
-    write_whole(
-        out,
-        Image.fromarray((image.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()).save,
-    )
-    say(f"Saved {out}")
+    if (prompt is None) == (not prompts):
+        raise ValueError('give one PROMPT, or --prompts "a red cube" "a blue ball".')
+    texts = [prompt] if prompt is not None else read_prompts(prompts)
+    hooked = machine.load(model)
+    starts = range(0, len(texts), batch_size)
+    with torch.no_grad(), step_bar(len(starts) * hooked.count_steps(num_steps)) as advance:
+        for start in starts:
+            images = hooked.run_with_hooks(
+                texts[start : start + batch_size],
+                seed,
+                num_steps,
+                guidance,
+                fwd_hooks=[(lambda name: name.endswith(".hook_latent"), advance)],
+            )
+            for i, image in enumerate(images, start):
+                pixels = (image.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()
+                path = out if prompt is not None else out.with_stem(f"{out.stem}-{i}")
+                write_whole(path, Image.fromarray(pixels).save)
+                say(f"Saved {path}")
 
 
 def evaluate(
@@ -140,8 +157,8 @@ def evaluate(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
-        prompts: captions of scenes to score instead, such as "red circle is above blue square", the
-            i-th drawn from noise i.
+        prompts: captions of scenes to score instead, such as "red circle is above blue square", or
+            a text file with one a line; the i-th is drawn from noise i.
         n: scenes of each split.
         out: table file, such as accuracies.csv (or .parquet, .json, .html), or a folder for
             evaluation.parquet (one row an image) and evaluation.md, in which a stopped evaluation
@@ -153,9 +170,9 @@ def evaluate(
     if n < 1:
         raise ValueError(f"--n {n}: score at least one scene.")
     if prompts:
-        drawn = [scenes.from_caption(prompt) for prompt in prompts]
+        drawn = [scenes.from_caption(prompt) for prompt in read_prompts(prompts)]
         table = evaluation.summarise(evaluation.score(machine.load(model), drawn)).reset_index()
-        show(table, out, f"{model}, {len(prompts)} images")
+        show(table, out, f"{model}, {len(drawn)} images")
         return
     folder = None if out is None or out.suffix in TABLES else out
     rows = evaluation.evaluate_model(machine.load(model), n, out=folder and folder / "batches")
@@ -213,8 +230,8 @@ def synopsis_command(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
-        prompts: prompts of your own, such as "a red cube" "a blue ball", whose only region is the
-            whole "image"; by default `num_scenes` scenes.
+        prompts: prompts of your own, such as "a red cube" "a blue ball", or a text file with one a
+            line; their only region is the whole "image"; by default `num_scenes` scenes.
         image_group: region that attends, such as object1, object2 (the default) or background of a
             scene, or image.
         key_group: role of the words attended to ("relation" by default), or a word of all prompts,
@@ -264,9 +281,28 @@ def scenes_of(prompts: Sequence[str], n: int, seed: int) -> tuple[list[Scene], l
     from .. import task as scenes
 
     if prompts:
-        return [], list(prompts)
+        return [], read_prompts(prompts)
     drawn = scenes.sample(n, seed=seed, split="all", color_words="both")
     return drawn, [scenes.caption(scene) for scene in drawn]
+
+
+def read_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts; the name of a text file (.txt) stands for its lines.
+
+    Raises:
+        ValueError: a file has no prompts.
+        OSError: a file cannot be read.
+    """
+    texts: list[str] = []
+    for prompt in prompts:
+        if not prompt.endswith(".txt"):
+            texts.append(prompt)
+            continue
+        lines = [line.strip() for line in Path(prompt).read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"--prompts {prompt}: the file is empty; write one prompt a line.")
+        texts += lines
+    return texts
 
 
 def folder_or_file(out: Path | None) -> tuple[Path | None, Path | None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..store import write_whole
 
@@ -44,6 +46,27 @@ def save(table: pd.DataFrame, out: Path) -> None:
     if out.suffix not in writers:
         raise ValueError(f"--out {out}: name a file that ends in {', '.join(TABLES)}.")
     write_whole(out, writers[out.suffix])
+
+
+@contextmanager
+def step_bar(total: int) -> Iterator[Callable[..., None]]:
+    """Denoising steps, steps/s and time left, on stderr; what is given is called once a step,
+    and can be a hook.
+    """
+    columns = (
+        *(BarColumn(), MofNCompleteColumn(), TextColumn("steps, {task.fields[rate]:.1f}/s,")),
+        *(TimeRemainingColumn(), TextColumn("left")),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("steps", total=total, rate=0.0)
+
+        def advance(*_: Any, **__: Any) -> None:
+            shown = progress.tasks[0]
+            progress.update(
+                task, advance=1, rate=(shown.completed + 1) / max(shown.elapsed or 0.0, 1e-3)
+            )
+
+        yield advance
 
 
 def first_line(error: BaseException) -> str:

@@ -52,8 +52,8 @@ def sweep_command(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
-        prompts: prompts that are drawn, such as "a red cube" "a blue ball"; by default `num_scenes`
-            scenes.
+        prompts: prompts that are drawn, such as "a red cube" "a blue ball", or a text file with one
+            a line; by default `num_scenes` scenes.
         site: hook that is edited; * stands for the layer.
         each: axes along which there is one condition for each value; values of the others are
             edited together.

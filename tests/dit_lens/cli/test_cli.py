@@ -4,6 +4,7 @@ waiting for torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import re
@@ -219,6 +220,36 @@ def test_a_run_folder_stands_for_its_pipeline(folder, monkeypatch, capsys, tmp_p
     np.testing.assert_array_equal(saved, (image.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
+def test_pictures_of_a_file_of_prompts(folder, monkeypatch, capsys, tmp_path):
+    """In two batches; the bar counts each step once."""
+    (tmp_path / "two.txt").write_text("\n".join([PROMPTS[0], "", f"{PROMPTS[1]} "]) + "\n")
+    prompts = ["--prompts", str(tmp_path / "two.txt"), PROMPTS[0]]
+    given = ["--num-steps", "2", "--batch-size", "2", "--out", str(tmp_path / "a.png")]
+    bars = []
+
+    @contextlib.contextmanager
+    def recorded(total, bar=cli.commands.step_bar):
+        with bar(total) as advance:
+            bars.append([total, 0])
+
+            def counted(*seen, **named):
+                bars[-1][1] += 1
+                return advance(*seen, **named)
+
+            yield counted
+
+    monkeypatch.setattr(cli.commands, "step_bar", recorded)
+    dit_lens(monkeypatch, "generate", folder, *prompts, *given)
+    paths = [tmp_path / f"a-{i}.png" for i in range(3)]
+    assert capsys.readouterr().out.splitlines() == [f"Saved {path}" for path in paths]
+    assert bars == [[4, 4]]
+    with torch.no_grad():
+        images = HookedTextToImage.from_pretrained(folder)([*PROMPTS, PROMPTS[0]], num_steps=2)
+    for path, image in zip(paths, images, strict=True):
+        expected = (image.permute(1, 2, 0) * 255).round().byte().numpy()
+        assert np.abs(np.asarray(Image.open(path)).astype(int) - expected).max() <= 1
+
+
 def test_quiet_prints_the_result_alone(folder, tmp_path):
     command = [
         sys.executable,
@@ -330,6 +361,10 @@ def damaged(folder: str, path: Path) -> Path:
             "--device nowhere: torch cannot use it",
         ),
         (["generate", "{folder}", "green"], "green"),
+        (["generate", "{folder}"], "give one PROMPT, or --prompts"),
+        (["generate", "{folder}", "red", "--prompts", "blue"], "give one PROMPT, or --prompts"),
+        (["generate", "{folder}", "--prompts", "{tmp}/empty.txt"], "one prompt a line"),
+        (["sweep", "{folder}", "--prompts", "{tmp}/no.txt"], "No such file.*no.txt"),
         (["screen", "{folder}", "--words", "green"], "green"),
         (["screen", "{folder}", "--words", "left", "--out", "{tmp}/a.txt"], r"ends in \.csv"),
         (["evaluate", "{folder}", "--n", "0"], "at least one scene"),
@@ -343,6 +378,7 @@ def damaged(folder: str, path: Path) -> Path:
 )
 def test_errors_are_one_line(arguments, message, folder, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "empty.txt").write_text("\n")
     places = {"tmp": str(tmp_path), "file": str(tmp_path / "file"), "folder": folder}
     if "{damaged}" in arguments:
         places["damaged"] = str(damaged(folder, tmp_path / "copy"))
