@@ -14,28 +14,27 @@ interval and random heads and tokens as controls.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Int
-from rich.console import Console
-from rich.progress import track
+from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer
-from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.lazy_imports import renamed_arguments
 
 from ..readout.circuits import parse_head
-from ..runs.drawing import Planning
+from ..runs.drawing import Experiment
 from ..stats import paired_difference
 from ..task import Scene, Trio, caption, evaluate
+from ..task.scene import IMAGE_SIZE
 from ..text.prompts import Tokens
-from .edits import Edit
 from .interventions import Action, Intervention, Steps
 from .random_controls import random_heads, random_tokens
+from .verdicts import verdicts
 
 __all__ = ["ablate_heads", "ablation_effects", "knockout_role", "random_heads", "random_tokens"]
 
@@ -48,9 +47,6 @@ VERDICTS = (
     "relation_given_both",
 )
 """The verdicts of `scenes.evaluate` whose change is an effect."""
-BATCH = 64
-PROGRESS_FROM = 10
-"""Batches from which a progress bar is shown."""
 
 Branches = Literal["cond", "uncond", "both"]
 
@@ -135,14 +131,10 @@ def _by_layer(heads: str | Sequence[str]) -> dict[int, list[int]]:
     return found
 
 
-# Controls
-
-
 # Effects
 
 
 @renamed_arguments(wanted="scenes")
-@torch.no_grad()
 def ablation_effects(
     model: HookedTextToImage,
     scenes: Sequence[Scene | Trio],
@@ -151,23 +143,23 @@ def ablation_effects(
     *,
     controls: int = 2,
     exclude: Sequence[str] = (),
-    **how: Unpack[Planning],
+    **how: Unpack[Experiment],
 ) -> xr.Dataset:
     """Verdicts of scenes under each condition, and their paired change from no intervention.
 
-    All conditions draw the same scenes from the same noise, in the same batches. A condition whose
-    interventions name heads is repeated `controls` times on random heads (`random_heads`), one
-    whose interventions name tokens on random tokens of the same prompts (`random_tokens`).
+    All conditions draw the same scenes from the same noise, as a sweep (`sweep.run`). A condition
+    whose interventions name heads is repeated `controls` times on random heads (`random_heads`),
+    one whose interventions name tokens on random tokens of the same prompts (`random_tokens`).
 
     Args:
         scenes: one prompt each (`scenes.caption`).
-        conditions: name → interventions, applied together.
+        conditions: name → interventions, applied together; "mean" and "resample" are over all
+            scenes, with one seed each.
         seeds: of the noise; the same for all scenes, or for each its own.
         controls: draws of each kind; every one costs as much as a condition.
         exclude: heads never drawn as controls, see `random_heads`.
-        **how: `num_steps`, `guidance`, `batch` (images drawn at once, 64 by default; "mean" and
-            "resample" are over these) and `rng` (seed of controls and "resample"); see
-            `runs.drawing.Planning`.
+        **how: `num_steps`, `guidance`, `batch`, `rng` (seed of controls and "resample"), and
+            `out`, `executor` and `workers` of `sweep.run`; see `runs.drawing.Experiment`.
 
     Returns:
         A Dataset with dims (condition, scene, seed). It has every variable of `scenes.evaluate`,
@@ -186,106 +178,48 @@ def ablation_effects(
         >>> found["condition"].values.tolist()
         ['none', 'hide', 'hide | random tokens 1']
     """
-    controls, batch = (
-        integer("controls", controls, 0),
-        integer("batch", how.get("batch") or BATCH, 1),
-    )
-    num_steps, rng = how.get("num_steps", DEFAULT_STEPS), how.get("rng", 0)
     if "none" in conditions:
         raise ValueError("The condition 'none' is added by itself: give yours another name.")
-    if np.ndim(seeds) not in (1, 2) or (np.ndim(seeds) == 2 and len(seeds) != len(scenes)):
-        raise ValueError(
-            f"seeds has shape {np.shape(seeds)}: give seeds for all scenes, [seed], or each its "
-            f"own, [{len(scenes)} seed]."
-        )
-    noise = np.broadcast_to(np.asarray(seeds), (len(scenes), np.shape(seeds)[-1]))
+    controls, rng = integer("controls", controls, 0), np.random.default_rng(how.get("rng", 0))
     texts = [caption(scene) for scene in scenes]
-    plans = _plans(model, texts, conditions, controls, exclude, np.random.default_rng(rng))
-    edits = {
-        name: [e for i in plan for e in i.resolve(model, texts, num_steps=num_steps, seed=rng)]
-        for name, _, _, plan in plans
+    plans = _plans(model, texts, conditions, controls, exclude, rng)
+
+    def judge(images: Tensor, prompt: np.ndarray) -> dict[str, np.ndarray]:
+        found = evaluate(images, [scenes[row] for row in prompt])
+        return {str(name): found[name].values for name in found}
+
+    whole = {name: interventions for name, _, _, interventions in plans}
+    values = verdicts(model, texts, seeds, whole, judge, **how)
+    numbers = np.atleast_1d(np.asarray(seeds))
+    noise = np.broadcast_to(numbers, (len(scenes), numbers.shape[-1]))
+    blank = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    first = evaluate(blank.expand(len(scenes), -1, -1, -1), scenes)
+    effects = {
+        f"{name}_effect": (
+            ("condition", "interval"),
+            [paired_difference(v[0].astype(float), after.astype(float)) for after in v],
+        )
+        for name, v in values.items()
+        if name in VERDICTS
     }
-    draft = model.draft(texts, 0, num_steps, how.get("guidance"))
-    judged = _judged(model, draft, edits, scenes, noise, batch)
-    coords = {
-        "condition": list(edits),
-        "kind": ("condition", [kind for _, kind, _, _ in plans]),
-        "control_for": ("condition", [of for _, _, of, _ in plans]),
-        "seed": np.asarray(seeds) if np.ndim(seeds) == 1 else np.arange(noise.shape[1]),
-    }
-    return _with_effects(judged, noise, coords)
-
-
-def _judged(
-    model: HookedTextToImage,
-    draft: Any,
-    edits: Mapping[str, Sequence[Edit]],
-    scenes: Sequence[Scene | Trio],
-    noise: Int[np.ndarray, "scene seed"],
-    batch: int,
-) -> dict[str, xr.Dataset]:
-    """Verdicts of all images under each condition, one seed after the other."""
-    row_scene, row_seed = np.tile(np.arange(len(scenes)), noise.shape[1]), noise.T.ravel()
-    chunks = [
-        np.arange(start, min(start + batch, len(row_scene)))
-        for start in range(0, len(row_scene), batch)
-    ]
-    jobs = [(name, chunk) for name in edits for chunk in chunks]
-    judged: dict[str, list[xr.Dataset]] = {name: [] for name in edits}
-    console = Console(stderr=True)
-    for name, chunk in track(
-        jobs,
-        "generating ablated scenes",
-        transient=True,
-        disable=len(jobs) < PROGRESS_FROM,
-        console=console,
-    ):
-        rows = torch.from_numpy(row_scene[chunk])
-        hooks = [
-            (part.site.name, part)
-            for edit in edits[name]
-            if bool((part := edit.take(rows)).where.any())
-        ]
-        inputs = model.reseeded(draft.take(rows), row_seed[chunk].tolist())
-        with model.hooks(hooks):
-            images = model.draw(inputs)
-        judged[name].append(evaluate(images, [scenes[row] for row in rows.tolist()]))
-    return {name: xr.concat(parts, "image") for name, parts in judged.items()}
-
-
-def _with_effects(
-    judged: Mapping[str, xr.Dataset],
-    noise: Int[np.ndarray, "scene seed"],
-    coords: Mapping[str, Any],
-) -> xr.Dataset:
-    """Verdicts with dims (condition, scene, seed), and their paired changes from "none"."""
-    first, n = judged["none"], len(noise)
-    values = {
-        str(name): np.stack([one[name].values.reshape(noise.T.shape).T for one in judged.values()])
-        for name in first
-    }
-    found = xr.Dataset(
+    parts = {str(part): ("scene", first[part].values) for part in first.coords if part != "image"}
+    return xr.Dataset(
         {
             name: (("condition", "scene", "seed"), value, first[name].attrs)
             for name, value in values.items()
-        },
+        }
+        | effects,
         coords={
-            **coords,
-            "scene": np.arange(n),
+            "condition": list(whole),
+            "kind": ("condition", [kind for _, kind, _, _ in plans]),
+            "control_for": ("condition", [of for _, _, of, _ in plans]),
+            "seed": numbers if numbers.ndim == 1 else np.arange(noise.shape[1]),
+            "scene": np.arange(len(scenes)),
             "interval": ["mean", "low", "high"],
             "noise_seed": (("scene", "seed"), noise),
-            **{
-                str(part): ("scene", first[part].values[:n])
-                for part in first.coords
-                if part != "image"
-            },
+            **parts,
         },
     )
-    for verdict in VERDICTS:
-        before, *_ = value = values[verdict].astype(float)
-        effects = [paired_difference(before, after) for after in value]
-        found[f"{verdict}_effect"] = (("condition", "interval"), np.array(effects))
-    return found
 
 
 def _plans(

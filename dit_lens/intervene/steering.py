@@ -37,7 +37,7 @@ from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.sampling import Seeds, seed_of_each
 from hooked_models.lazy_imports import renamed_arguments
 
-from ..runs.drawing import Drawing
+from ..runs.drawing import Drawing, Experiment, Keeping
 from ..stats import clustered_mean
 from ..task import DIRECTIONS, OPPOSITE, Scene, caption, evaluate
 from ..task.scene import Relation
@@ -45,6 +45,7 @@ from ..text.prompts import Tokens, role_mask, token_mask
 from ..text.variance import Space, factors_of
 from .interventions import Add, Intervention
 from .swap_vectors import Target, swap_vectors
+from .verdicts import verdicts
 
 SITES: dict[Space, str] = {"text": "hook_text", "caption": "hook_caption"}
 JUDGED = {
@@ -58,8 +59,9 @@ PROGRESS_FROM = 5
 """Smallest number of batches that gets a progress bar."""
 
 
-class Swap(Drawing, total=False):
-    """Keyword arguments of `dose_response`: those of drawing, and two of `swap_vectors`.
+class Swap(Drawing, Keeping, total=False):
+    """Keyword arguments of `dose_response`: those of drawing, of keeping results, and two of
+    `swap_vectors`.
 
     Example:
         >>> Swap(tokens="relation", num_steps=2)
@@ -216,7 +218,6 @@ def swap_relation(
 
 
 @renamed_arguments(wanted="scenes", ks="doses")
-@torch.no_grad()
 def dose_response(
     model: HookedTextToImage,
     scenes: Sequence[Scene],
@@ -245,7 +246,7 @@ def dose_response(
         draws: controls of each kind.
         control_seed: of the controls.
         **how: `tokens` and `at` as in `swap_vectors`; `num_steps`, `guidance` and `batch_size` as
-            in `runs.drawing.Drawing`.
+            in `runs.drawing.Drawing`; `out`, `executor` and `workers` as in `sweep.run`.
 
     Returns:
         Dims (condition, k, scene, seed), with `kind` as a coordinate of conditions: "steered" or a
@@ -265,6 +266,7 @@ def dose_response(
         (['steered', 'random_vector 0', 'wrong_token 0'], [0, 1])
     """
     tokens, at = how.get("tokens", "phrase"), how.get("at", "text")
+    others: Any = {key: value for key, value in how.items() if key in Experiment.__annotations__}
     batch_size = integer("batch_size", how.get("batch_size", BATCH), 1)
     goals = _goals(scenes, to)
     texts = [caption(scene) for scene in scenes]
@@ -274,47 +276,20 @@ def dose_response(
         **_controls(steered, role_mask(model, texts, "pad"), draws, control_seed),
     }
 
-    # a dose of 0 is the same for all
-    drawn = [(name, k) for name in conditions for k in doses if k != 0] + [("steered", 0.0)] * (
-        0 in doses
-    )
-    jobs = [
-        (k * conditions[name][row], scenes[row], goals[row], seed)
-        for (name, k), row, seed in itertools.product(drawn, range(len(texts)), seeds)
-    ]
-    starts = _batches(len(jobs), batch_size, "dose and response")
-    parts = [
-        _draw_and_judge(model, jobs[start : start + batch_size], texts, at, how) for start in starts
-    ]
+    def judge(images: Tensor, prompt: np.ndarray) -> dict[str, np.ndarray]:
+        return _judge(images, [scenes[row] for row in prompt], [goals[row] for row in prompt])
 
-    shape = (len(drawn), len(texts), len(seeds))
-    of_dose = {dose: place for place, dose in enumerate(drawn)}
-    places = [
-        [of_dose[("steered", 0.0) if k == 0 else (name, k)] for k in doses] for name in conditions
-    ]
-    values = {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
-    dims = ("condition", "k", "scene", "seed")
+    added = {
+        f"{name} × {k} ({place})": [Intervention(SITES[at], action=Add(k * vectors))] if k else []
+        for name, vectors in conditions.items()
+        for place, k in enumerate(doses)
+    }
+    values = verdicts(model, texts, seeds, added, judge, batch=batch_size, **others)
+    dims, shape = ("condition", "k", "scene", "seed"), (len(conditions), len(doses))
     return xr.Dataset(
-        {name: (dims, value.reshape(shape)[places]) for name, value in values.items()},
+        {name: (dims, v.reshape(*shape, *v.shape[1:])) for name, v in values.items()},
         {"k": list(doses), "seed": list(seeds), **_labels(conditions, scenes, goals)},
     )
-
-
-def _draw_and_judge(
-    model: HookedTextToImage,
-    jobs: Sequence[tuple[Tensor, Scene, Relation, int]],
-    whole: Sequence[str],
-    at: Space,
-    drawing: Drawing,
-) -> dict[str, np.ndarray]:
-    """Verdicts of one batch of (added vectors, scene, relation to go to, seed); `whole`: all
-    captions, among which vectors have their positions.
-    """
-    added, drawn, goals, seeds = zip(*jobs, strict=True)
-    texts = [caption(scene) for scene in drawn]
-    check_places(model, whole, texts)
-    images = _generate(model, texts, torch.stack(added), at, seeds, drawing)
-    return _judge(images, drawn, goals)
 
 
 def _labels(

@@ -60,10 +60,11 @@ class RemoteTextToImage(HookedTextToImage):
     `HookedTextToImage` does in one run.
 
     It has calls, `run_with_cache`, `run_with_hooks`, `hooks`, every `Intervention`,
-    `synopsis.attention_synopsis`, `heatmap`, `ablation.ablation_effects`, and `patch`. Hook
-    functions are sent along as source, with everything they refer to, and run where the model is:
-    they get rows and `hook` as ever, but cannot write to variables here. A few tensors have limits,
-    which an error explains.
+    `synopsis.attention_synopsis`, `heatmap`, `sweep.run` on images (and so
+    `ablation.ablation_effects` and `steering.dose_response`), and `patch`. Hook functions are sent
+    along as source, with everything they refer to, and run where the model is: they get rows and
+    `hook` as ever, but cannot write to variables here. A few tensors have limits, which an error
+    explains.
 
     Args:
         repo_or_path: a hub id, a pipeline folder or a bundled name. A server opens it under the

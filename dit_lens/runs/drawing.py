@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypedDict
 
 
@@ -24,7 +25,7 @@ class Drawing(TypedDict, total=False):
 
 
 class Planning(TypedDict, total=False):
-    """Keyword arguments of sweeps and ablations, which choose their batches themselves.
+    """Keyword arguments of sweeps, which choose their batches themselves.
 
     Attributes:
         num_steps: denoising steps; 14 by default.
@@ -41,3 +42,30 @@ class Planning(TypedDict, total=False):
     guidance: float | None
     batch: int | None
     rng: int
+
+
+class Keeping(TypedDict, total=False):
+    """Keyword arguments of experiments that a sweep runs: where, and where its results are kept.
+
+    Attributes:
+        out: a folder for results, from which a call that was stopped goes on when it is repeated.
+        executor: "local" by default, or "ray", as in `sweep.run`.
+        workers: of "ray", as in `sweep.run`.
+
+    Example:
+        >>> Keeping(out="results/heads")
+        {'out': 'results/heads'}
+    """
+
+    out: str | Path | None
+    executor: str
+    workers: int | None
+
+
+class Experiment(Planning, Keeping, total=False):
+    """Keyword arguments of ablations: those of `Planning` and of `Keeping`.
+
+    Example:
+        >>> Experiment(num_steps=2, out="results/heads")
+        {'num_steps': 2, 'out': 'results/heads'}
+    """

@@ -21,13 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
+import numpy as np
 import xarray as xr
+from jaxtyping import Int
 
 from hooked_models import HookedTextToImage
-from hooked_models.arguments import integer, integers, mapping, number
+from hooked_models.arguments import integer, integers, is_several, mapping, number
 from hooked_models.generation.model import DEFAULT_STEPS
+from hooked_models.generation.names import IMAGE_HOOK
 
 from ..runs.drawing import Planning
 from .conditions import Interventions, grid, resolve
@@ -64,6 +67,7 @@ __all__ = [
 ]
 
 Metrics = Mapping[str, Metric | Callable[..., Values]]
+NoiseSeeds = int | Sequence[int] | Int[np.ndarray, "..."]
 
 
 def _checked_metrics(metrics: Metrics) -> dict[str, Metric]:
@@ -90,10 +94,28 @@ def _checked_metrics(metrics: Metrics) -> dict[str, Metric]:
     }
 
 
+def _seeds(seeds: NoiseSeeds, prompts: int) -> list[int | Sequence[int]]:
+    """Seeds of a plan, each one for all prompts or one a prompt."""
+    several: Any = list(seeds) if is_several(seeds) else seeds  # type: ignore[arg-type]
+    own = is_several(several) and bool(several) and all(map(is_several, several))
+    if own and (len(several) != prompts or len(set(map(len, several))) > 1):
+        raise ValueError(
+            f"seeds has rows of length {[len(row) for row in several]}: give seeds for all "
+            f"prompts, [seed], or equally many for each, [{prompts} seed]."
+        )
+    rows = [
+        list(integers("seeds", row, -(2**63), 2**64 - 1)) for row in (several if own else [several])
+    ]
+    for row in rows:
+        if not row or len(set(row)) < len(row):
+            raise ValueError(f"seeds={row}: give at least one, and each once.")
+    return list(zip(*rows, strict=True)) if own else list(rows[0])
+
+
 def plan(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
-    seeds: int | Sequence[int],
+    seeds: NoiseSeeds,
     interventions: Interventions,
     metrics: Metrics,
     **how: Unpack[Planning],
@@ -103,9 +125,9 @@ def plan(
 
     Args:
         prompts: "mean" and "resample" look at all of them (with the same seed's noise).
-        seeds: every prompt is run with each.
-        interventions: one each, or several that are made together; a mapping names them. `grid`
-            makes many.
+        seeds: every prompt is run with each; or for each prompt its own, [prompt seed].
+        interventions: one each, or several that are made together (none: the run without); a
+            mapping names them. `grid` makes many.
         metrics: name → function of images [batch 3 height width] in [0, 1] → [batch], or a `Metric`
             on something else.
         **how: `num_steps`, `guidance`, `batch` and `rng`; see `Planning`.
@@ -129,9 +151,7 @@ def plan(
         how.get("rng", 0),
     )
     guidance = number("guidance", model.default_guidance if guidance is None else guidance)
-    numbers = list(integers("seeds", seeds, -(2**63), 2**64 - 1))
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise ValueError(f"seeds={numbers}: give at least one, and each once.")
+    numbers = _seeds(seeds, len(texts))
     wrapped = _checked_metrics(metrics)
     model.check_no_hooks("A sweep compares with the model as it is")
     batch = how.get("batch")
@@ -139,6 +159,8 @@ def plan(
     draft = model.draft(texts, 0, num_steps, guidance)
     extent, steps = draft.extent, len(draft.solver)
     reads = {name: metric.read(extent) for name, metric in wrapped.items()}
+    if model.behind_nnsight and any(read.inner != IMAGE_HOOK for read in reads.values()):
+        raise ValueError("Runs behind nnsight go from noise to image: take metrics on the image.")
     conditions = resolve(model, texts, interventions, draft, rng)
     for name, read in reads.items():
         if read.step == FIRST_TOUCHED and (
@@ -167,7 +189,7 @@ def plan(
 def run(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
-    seeds: int | Sequence[int],
+    seeds: NoiseSeeds,
     interventions: Interventions,
     metrics: Metrics,
     out: str | Path | None = None,

@@ -52,7 +52,8 @@ class CleanRuns:
     """As in a plan."""
     inputs: Any
     """Text states of the prompts, one row each."""
-    seeds: Sequence[int]
+    noise: Sequence[int]
+    """The seed of each row."""
     rows: Rows
     record: Record
     latent: Float[Tensor, "row ..."]
@@ -114,7 +115,7 @@ class CleanRuns:
     def take(self, rows: Rows) -> Trajectory:
         """The runs of some rows, in the order given."""
         at = self.index(rows)
-        inputs = inputs_of(self.model, self.inputs, self.seeds, rows)
+        inputs = inputs_of(self.model, self.inputs, self.noise, rows)
         return Trajectory(self.model, inputs, self.record.take(at), self.latent[at])
 
     @classmethod
@@ -122,7 +123,7 @@ class CleanRuns:
         cls,
         model: HookedTextToImage,
         inputs: RunInputs,
-        seeds: Sequence[int],
+        noise: Sequence[int],
         rows: Rows,
         reads: Collection[Read],
         batch: int,
@@ -144,7 +145,7 @@ class CleanRuns:
             kept: dict[tuple[int, str], Tensor] = {}
             with model.hooks(capturing(wanted, kept)):
                 run = model.run(
-                    inputs_of(model, inputs, seeds, some),
+                    inputs_of(model, inputs, noise, some),
                     after=lambda step, record, latent: done(len(latent)),
                 )
             for read, parts in found.items():
@@ -156,7 +157,7 @@ class CleanRuns:
         return cls(
             model,
             inputs,
-            seeds,
+            noise,
             rows,
             replace(Record.join([run.record for run in runs]), clean=clean),
             torch.cat([run.latent for run in runs]),
@@ -238,12 +239,10 @@ class CleanRuns:
         return kept
 
 
-def inputs_of(model: HookedTextToImage, inputs: RunInputs, seeds: Sequence[int], rows: Rows) -> Any:
+def inputs_of(model: HookedTextToImage, inputs: RunInputs, noise: Sequence[int], rows: Rows) -> Any:
     """The inputs of rows, each with the noise of its seed, from those of the prompts."""
-    n = len(inputs)
-    return model.reseeded(
-        inputs.take(as_index(rows % n, model)), [seeds[row // n] for row in rows.tolist()]
-    )
+    some = inputs.take(as_index(rows % len(inputs), model))
+    return model.reseeded(some, [noise[row] for row in rows.tolist()])
 
 
 def metric_input(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Solver) -> Tensor:

@@ -79,7 +79,7 @@ class Worker:
     @torch.no_grad()
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
         """Sample rows without intervention; sent back without the model and the inputs."""
-        clean = CleanRuns.sample(self.model, self.inputs, self.plan.seeds, rows, reads, batch)
+        clean = CleanRuns.sample(self.model, self.inputs, self.plan.noise, rows, reads, batch)
         return clean.on(None, None)
 
     def scores(

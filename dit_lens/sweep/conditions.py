@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -30,7 +29,7 @@ Interventions = (
     | Mapping[str, Intervention | Sequence[Intervention]]
 )
 """One entry a condition: an intervention, or several that are made together; a mapping names
-them.
+them. An empty list is the run without intervention.
 """
 
 
@@ -105,12 +104,8 @@ class Condition:
     @cached_property
     def prompts(self) -> Bool[np.ndarray, " prompt"]:
         """Which prompts it changes anything for."""
-        return (
-            torch.stack([edit.where.flatten(1).any(dim=1) for edit in self.edits])
-            .any(dim=0)
-            .cpu()
-            .numpy()
-        )
+        touched = [edit.where.flatten(1).any(dim=1).cpu().numpy() for edit in self.edits]
+        return np.any(touched, axis=0) if touched else np.zeros(0, dtype=bool)
 
     @cached_property
     def before(self) -> tuple[Edit, ...]:
@@ -190,10 +185,8 @@ def _conditions(interventions: Any) -> Iterable[Any]:
 
 def _is_condition(one: Any) -> bool:
     several = [one] if isinstance(one, Intervention) else one
-    return (
-        isinstance(several, (list, tuple))
-        and bool(several)
-        and all(isinstance(each, Intervention) for each in several)
+    return isinstance(several, (list, tuple)) and all(
+        isinstance(each, Intervention) for each in several
     )
 
 

@@ -177,7 +177,7 @@ def seconds_of_step(plan: Plan, rows: int) -> float:
     several, after a warm-up.
     """
     model, inputs = plan.model, plan.inputs()
-    some = inputs_of(model, inputs, range(rows), np.arange(rows) * len(inputs))
+    some = inputs_of(model, inputs, [0], np.zeros(rows, dtype=np.int64))
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -191,7 +191,7 @@ def seconds_of_step(plan: Plan, rows: int) -> float:
 def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
     """Seconds and operations of one image."""
     model, inputs = plan.model, plan.inputs()
-    some = inputs_of(model, inputs, range(rows), np.arange(rows) * len(inputs))
+    some = inputs_of(model, inputs, [0], np.zeros(rows, dtype=np.int64))
     run = Run(
         model,
         some,
@@ -229,7 +229,7 @@ def _bytes_of_row(plan: Plan) -> int:
     image.
     """
     model, branches = plan.model, 1 + plan.extent.guided
-    one, cfg, size = plan.inputs(), model.cfg, model.dit.dtype.itemsize
+    one, cfg, size = plan.draft(), model.cfg, model.dit.dtype.itemsize
     pos = model.layout(one).length(
         "joint" if model.dit.axes("blocks.0.hook_resid_post")[1] == "joint_pos" else "image"
     )

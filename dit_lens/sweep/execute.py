@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .clean import CleanRuns, Fork, Rows
+from hooked_models.generation.trajectory import Record
+
+from ..intervene.edits import Edit
+from .clean import CleanRuns, Fork, Rows, inputs_of
 from .forks import ForkBatch
 from .metrics import FIRST_TOUCHED, Metric, Read
 from .progress import progress_bar
@@ -148,7 +152,7 @@ class Here:
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
         """As in `Workers`."""
         return CleanRuns.sample(
-            self.plan.model, self.plan.inputs(), self.plan.seeds, rows, reads, batch, self.advance
+            self.plan.model, self.plan.inputs(), self.plan.noise, rows, reads, batch, self.advance
         )
 
     def scores(
@@ -161,6 +165,42 @@ class Here:
     def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
         """As in `Workers`."""
         return (work.rows(forks, self.advance) for forks in jobs)
+
+
+class WholeRuns(Here):
+    """This process, for a model whose runs cannot be left at a step: each cell is a whole
+    generation, and metrics read images alone.
+    """
+
+    def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
+        """As in `Workers`, without a record."""
+        plan, draft, no_latent = self.plan, self.plan.draft(), torch.empty(len(rows), 0)
+        parts = [self._draw(draft, rows[i : i + batch], ()) for i in range(0, len(rows), batch)]
+        found = dict.fromkeys(reads, torch.cat(parts))
+        return CleanRuns(plan.model, draft, plan.noise, rows, Record(), no_latent, found)
+
+    def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
+        """As in `Workers`; a batch has one condition."""
+        plan, reads = self.plan, set(self.plan.reads.values())
+        forks = sorted((fork for job in jobs for fork in job), key=lambda fork: fork.condition)
+        for number, group in groupby(forks, key=lambda fork: fork.condition):
+            condition, own = plan.conditions[number], list(group)
+            batches = [[f] for f in own] if condition.joint else plan.batches(own, work.batch)
+            for some in batches:
+                batch = ForkBatch(work.clean, plan.conditions, some)
+                images = self._draw(work.clean.inputs, batch.rows, condition.edits)
+                cells = np.concatenate([plan.cells_of(fork) for fork in some])
+                yield work.table(cells, batch, dict.fromkeys(reads, images))
+
+    def _draw(
+        self, draft: Any, rows: Rows, edits: Sequence[Edit]
+    ) -> Float[Tensor, "row 3 height width"]:
+        model, prompts = self.plan.model, torch.from_numpy(rows % len(draft))
+        own = [part for edit in edits if bool((part := edit.take(prompts)).where.any())]
+        with model.hooks([(edit.site.name, edit) for edit in own]):
+            images = model.draw(inputs_of(model, draft, self.plan.noise, rows))
+        self.advance(len(rows) * self.plan.steps)
+        return images
 
 
 class Execution:
@@ -212,7 +252,7 @@ class Execution:
             workers: Workers = (
                 cluster.team(len(jobs))
                 if cluster is not None and jobs
-                else Here(plan, advance.rows)
+                else (WholeRuns if plan.model.behind_nnsight else Here)(plan, advance.rows)
             )
             clean = self.clean(workers)
             clean.expect(self.pending)

@@ -42,7 +42,8 @@ class Plan:
     model: Any
     """A HookedTextToImage; None while a plan travels to a worker that has its own."""
     prompts: Sequence[str]
-    seeds: Sequence[int]
+    seeds: Sequence[int | Sequence[int]]
+    """One for all prompts, or several: one a prompt."""
     conditions: Sequence[Condition]
     metrics: Mapping[str, Metric]
     reads: Mapping[str, Read]
@@ -67,6 +68,13 @@ class Plan:
     def runs(self) -> int:
         """Pairs of prompt and seed."""
         return len(self.prompts) * len(self.seeds)
+
+    @cached_property
+    def noise(self) -> list[int]:
+        """The seed of each row."""
+        n = len(self.prompts)
+        every = [[one] * n if isinstance(one, int) else one for one in self.seeds]
+        return [seed for several in every for seed in several]
 
     @property
     def reads_at_steps(self) -> set[Read]:
@@ -163,13 +171,22 @@ class Plan:
         """By which a folder of results is known."""
         return {
             "model": self.model.digest(),
-            "prompts": digest(*self.prompts, self.inputs().settings["text"]),
+            "prompts": digest(*self.prompts, *self._encoding),
             "seeds": digest(str(list(self.seeds))),
             "interventions": digest(*(condition.digest for condition in self.conditions)),
             "metrics": fingerprint(self.metrics),
             "num_steps": self.num_steps,
             "guidance": self.guidance,
         }
+
+    @property
+    def _encoding(self) -> list[str]:
+        """Hash of the encoded prompts, where the encoder is not on another machine."""
+        return [] if self.model.behind_nnsight else [self.inputs().settings["text"]]
+
+    def draft(self) -> Any:
+        """Inputs of a run of the prompts, one row each, whose text may not be encoded yet."""
+        return self.model.draft(self.prompts, 0, self.num_steps, self.guidance)
 
     @torch.no_grad()
     def inputs(self) -> Any:
@@ -206,8 +223,11 @@ def cluster_of(
     """The cluster of an executor; None for "local".
 
     Raises:
-        ValueError: there is no such executor, or "local" is given a number of workers.
+        ValueError: there is no such executor, "local" is given a number of workers, or "ray" a
+            model behind nnsight.
     """
+    if executor == "ray" and plan.model.behind_nnsight:
+        raise ValueError("A model behind nnsight draws where it is: choose executor='local'.")
     if executor == "ray":
         return Cluster(plan, workers)
     if executor != "local":

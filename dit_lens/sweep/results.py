@@ -123,7 +123,7 @@ def dataset(
     table: pd.DataFrame,
     conditions: Sequence[Condition],
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    seeds: Sequence[int | Sequence[int]],
     own: Mapping[str, bool],
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
@@ -154,11 +154,14 @@ def dataset(
                 for name in ("layer", "head", "step")
             },
             "prompt": list(prompts),
-            "seed": list(seeds),
+            "seed": [one if isinstance(one, int) else place for place, one in enumerate(seeds)],
             "interval": ["mean", "low", "high"],
         },
         attrs=dict(attrs),
     )
+    if any(not isinstance(one, int) for one in seeds):
+        found["noise_seed"] = (dims[1:], np.transpose(np.array(seeds)))
+        found = found.set_coords("noise_seed")
     for name in names:
         after, before = laid_out(name, np.nan), laid_out(f"{name}_baseline", np.nan)
         found[name] = (dims, after)

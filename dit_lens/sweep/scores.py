@@ -73,7 +73,7 @@ def scores_of_rows(
     found = np.where(scored[:, None], np.zeros((len(methods), len(rows))), np.nan)
     reads = plan.reads_at_steps
     reads |= {OUT.at(step) for step in range(plan.steps)} if "step" in methods else set()
-    clean = CleanRuns.sample(plan.model, inputs, plan.seeds, rows, reads, plan.batch)
+    clean = CleanRuns.sample(plan.model, inputs, plan.noise, rows, reads, plan.batch)
     for first, some in _by_first_step(plan, read, places[scored]):
         here = np.flatnonzero(np.isin(places, some))
         chosen = [methods[place] for place in here.tolist()]

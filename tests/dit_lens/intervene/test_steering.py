@@ -127,19 +127,33 @@ def mirrored(scene: Scene) -> Scene:
     return replace(scene, x1=scene.x2, y1=scene.y2, x2=scene.x1, y2=scene.y1, relation=relation)
 
 
+def judged_by_hand(draw):
+    """`verdicts` with `draw(texts, added, seeds)` in the place of a model."""
+
+    def verdicts(model, texts, seeds, conditions, judge, **how):
+        parts = []
+        vectors = [[one.action.vector for one in several] for several in conditions.values()]
+        none = torch.zeros_like(next(own[0] for own in vectors if own))
+        for own in vectors:
+            added, rows = (*own, none)[0], np.arange(len(texts))
+            by_seed = [judge(draw(texts, added, [seed] * len(texts)), rows) for seed in seeds]
+            parts.append({n: np.stack([one[n] for one in by_seed], 1) for n in by_seed[0]})
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    return verdicts
+
+
 def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monkeypatch):
-    calls = []
     by_caption = {scenes.caption(scene): scene for scene in WANTED}
     swaps = {
         t: steering.swap_vectors(micro, [t], [scenes.OPPOSITE[s.relation]])[0]
         for t, s in by_caption.items()
     }
 
-    def draw(model, texts, added, at, seeds, drawing):
+    def draw(texts, added, seeds):
         """Draws the opposite of what is said if all of V_to − V_from is there, in odd seeds; else
         what is said.
         """
-        calls.append(len(texts))
         images = []
         for text, row, seed in zip(texts, added, seeds, strict=True):
             here = torch.zeros_like(row)
@@ -148,10 +162,8 @@ def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monk
             images.append(mirrored(by_caption[text]) if moved else by_caption[text])
         return scenes.render(images)
 
-    monkeypatch.setattr(steering, "_generate", draw)
-    found = steering.dose_response(
-        micro, WANTED, doses=(0, 1, 2), seeds=(4, 7), draws=2, batch_size=7
-    )
+    monkeypatch.setattr(steering, "verdicts", judged_by_hand(draw))
+    found = steering.dose_response(micro, WANTED, doses=(0, 1, 2), seeds=(4, 7), draws=2)
     assert dict(found.sizes) == {"condition": 5, "k": 3, "scene": 6, "seed": 2}
     assert list(found.kind.values) == [
         "steered",
@@ -173,18 +185,17 @@ def test_doses_are_given_as_said_and_each_image_is_judged_as_its_own(micro, monk
         expected = xr.where(moved.isel(scene=i), -offset, offset)
         # centres are measured to a pixel each
         np.testing.assert_allclose(found.offset.isel(scene=i), expected, atol=2.01)
-    assert sum(calls) == (5 * 2 + 1) * 6 * 2  # a dose of 0 is drawn once for all conditions
 
 
 def test_controls_have_the_same_norms_at_the_same_or_at_other_tokens(micro, monkeypatch):
     given = {}
 
-    def record(model, texts, added, at, seeds, drawing):
+    def record(texts, added, seeds):
         for text, row in zip(texts, added, strict=True):
             given.setdefault(text, []).append(row)
         return torch.zeros(len(texts), 3, 128, 128)
 
-    monkeypatch.setattr(steering, "_generate", record)
+    monkeypatch.setattr(steering, "verdicts", judged_by_hand(record))
     steering.dose_response(micro, WANTED, doses=(2.0,), draws=2)
     for scene in WANTED:
         text = scenes.caption(scene)

@@ -8,13 +8,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xarray as xr
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from dit_lens import Add, Intervention, Replace, Scale, readout, synopsis
+from dit_lens import Add, Intervention, Replace, Scale, readout, sweep, synopsis
 from dit_lens.remote import CLEAN, RemoteTextToImage
 from hooked_models import HookedTextToImage, UnknownHookError, list_models
 
@@ -415,6 +416,32 @@ def test_another_scheduler_is_set_in_this_process(folder, kind: Any) -> None:
         expected = oracle(PROMPTS, **RUN)
     assert (expected - plain).abs().max() > 1e-3
     close(ours(PROMPTS, **RUN), expected)
+
+
+def test_a_sweep_of_images_is_that_of_the_local_model(folder) -> None:
+    """Conditions that mix prompts run each seed by itself; metrics between steps are refused."""
+
+    def upper(images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0, : images.shape[-1] // 2].mean(dim=(1, 2))
+
+    conditions: dict[str, Any] = {
+        "none": [],
+        "half": Intervention("blocks.1.hook_mlp_out", action=Scale(0.5), steps=1),
+        "mean": Intervention("blocks.0.cross_attn.hook_z", heads=[0], action="mean"),
+    }
+    how: dict[str, Any] = {"num_steps": 2, "batch": 3}
+    ours, oracle = (
+        sweep.run(model, PROMPTS, [3, 4], conditions, {"upper": upper}, **how)
+        for model in (RemoteTextToImage(folder), HookedTextToImage.from_pretrained(folder))
+    )
+    np.testing.assert_allclose(ours["upper"], oracle["upper"], atol=1e-5)
+    assert (abs(ours["upper"] - ours["upper_baseline"])[1:] > 1e-6).all()
+    moved = {"moved": sweep.Metric(sweep.displacement, "x0", ["baseline"])}
+    with pytest.raises(ValueError, match="metrics on the image"):
+        sweep.plan(RemoteTextToImage(folder), PROMPTS, [0], conditions, moved)
+    plan = sweep.plan(RemoteTextToImage(folder), PROMPTS, [0], conditions, {"upper": upper})
+    with pytest.raises(ValueError, match="'local'"):
+        plan.run(executor="ray")
 
 
 @pytest.mark.slow

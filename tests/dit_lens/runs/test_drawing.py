@@ -8,10 +8,10 @@ import re
 import pytest
 
 from dit_lens import ablation, scenes, steering
-from dit_lens.runs.drawing import Drawing, Planning
+from dit_lens.runs.drawing import Drawing, Keeping, Planning
 
 
-@pytest.mark.parametrize("kind", [Drawing, Planning])
+@pytest.mark.parametrize("kind", [Drawing, Planning, Keeping])
 def test_every_argument_is_described(kind):
     described = re.findall(r"^ {4}(\w+): ", inspect.getdoc(kind), flags=re.M)
     assert described == list(kind.__annotations__)
