@@ -1,15 +1,17 @@
 """A word's heat map of FLUX.1 and SD3 blocks of real width, against the plain pipeline and two peers
 on the same images: attention-map-diffusers 1.0, and a trace of nnsight that sums the map there.
 
-`python -m benchmarks.heat_maps` prints seconds, memory added by a call (peak of a process of its
-own) and ratios to the plain pipeline; all maps are compared. FLUX.1 has its double blocks alone,
+`python -m benchmarks.heat_maps` prints seconds, the most memory that torch allocates in a call and
+ratios to the plain pipeline; all maps are compared. FLUX.1 has its double blocks alone,
 for attention-map-diffusers reads no others. Without that package (`pip install --no-deps
 attention-map-diffusers==1.0.0`) its rows are left out.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import json
 import multiprocessing
 import statistics
 import tempfile
@@ -21,10 +23,10 @@ from typing import Any, Literal
 
 import nnsight
 import pandas as pd
-import psutil
 import torch
 import tyro
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from dit_lens import prompts
 from dit_lens.readout.heat_maps import heatmap
@@ -45,10 +47,10 @@ class Config:
     """Settings of the benchmark."""
 
     models: tuple[Name, ...] = ("flux", "sd3")
-    layers: int = 2
+    layers: int = 1
     heads: int = 24
-    side: int = 32
-    """Side of the latents: 256 image positions."""
+    side: int = 64
+    """Side of the latents: 1,024 image positions."""
     text_tokens: int = 64
     steps: int = 2
     repeats: int = 3
@@ -128,7 +130,7 @@ class Case:
 
 
 def memory_of(config: Config, name: Name, side: str) -> float:
-    """MB that a call adds to a process of its own, at most."""
+    """MB that torch allocates in a call, at most, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_memory, (config, name, side))
 
@@ -141,15 +143,26 @@ def _memory(config: Config, name: Name, side: str) -> float:
     case.plain()
     if side == TRACE:
         run()  # the folder's own copy of the weights
-    before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
-    run()
-    (peak,) = (
-        line.split()[1]
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return (int(peak) * 1024 - before) / 2**20
+    return allocated(run)
+
+
+def allocated(run: Callable[[], Any]) -> float:
+    """MB of tensors that a call allocates on a CPU, at most at one time.
+
+    Counted by torch's own allocator: resident memory also depends on the memory that the C library
+    keeps from earlier calls.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    found = [(e["ts"], e["args"]) for e in events if e.get("name") == "[memory]"]
+    found.sort(key=lambda event: event[0])
+    before = found[0][1]["Total Allocated"] - found[0][1]["Bytes"]
+    return (max(args["Total Allocated"] for _, args in found) - before) / 2**20
 
 
 @torch.no_grad()

@@ -265,6 +265,7 @@ class KernelTap:
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             if scopes:
                 scopes.pop().close()
+            vars(self.heads).pop("bias", None)  # holds queries and keys
 
         return [
             self.module.register_forward_pre_hook(here(enter)),

@@ -91,7 +91,6 @@ class Running:
         self.latent: Any = None
         self.encoded: list[Any] = []
         self.solver: Solver | None = None
-        self.calls_made: list[tuple[Call, Bound, Tensor]] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         pipe = copy.copy(inputs.pipe)
         own = vars(pipe)
@@ -109,11 +108,14 @@ class Running:
         return self
 
     def run(self, **more: Any) -> Any:
-        """The pipeline's output, or the latents before step `until`."""
+        """The pipeline's output, or the latents before step `until`; it runs once."""
         try:
             return self._run(**more)
         except _Stop as stop:
             return stop.latent
+        finally:  # stand-ins refer to this object, which would keep its tensors with them
+            vars(vars(self.pipe)["scheduler"]).pop("step", None)
+            vars(self.pipe).clear()
 
     def _run(self, **more: Any) -> Any:
         inputs, call = self.inputs, type(self.inputs.pipe).__call__
@@ -211,7 +213,6 @@ class Running:
         branches = together if len(x) == 2 * n else (self.named or BRANCHES[self.calls],)
         self.calls += 1
         call = Call(self.step, branches, n)
-        self.calls_made.append((call, text, x))
         timestep = next((text.arguments[name] for name in TIMES if name in text.arguments), None)
         return self.visitor.denoise(call, x, timestep, text)  # type: ignore[arg-type]
 
@@ -224,12 +225,14 @@ class Trial:
     def __init__(self, transformer: Any = None, channels: tuple[int, ...] | None = None) -> None:
         self.transformer, self.shape = transformer, channels
         """`transformer`: computes one prediction, for its shape."""
+        self.calls: list[tuple[Call, Bound, Tensor]] = []
 
     def latent(self, step: int, latent: Tensor) -> Tensor:
         return latent
 
     def denoise(self, call: Call, x: Tensor, timestep: Any, text: Any) -> Tensor:
         like = x
+        self.calls.append((call, text, x))
         if self.transformer is not None and self.shape is None:
             if not has_weights_on(self.transformer):
                 text, x = replace(text, arguments=moved(text.arguments, "meta")), x.to("meta")
@@ -287,7 +290,7 @@ class PipelineLoop:
         uncond: set[int] = set()
         texts: dict[str, tuple[int, ...]] = {}
         family = inputs.dit.family
-        for call, text, x in running.calls_made:
+        for call, text, x in trial.calls:
             uncond |= {call.step} if "uncond" in call.branches else set()
             if not set(call.branches) <= set(layouts):
                 whole = inputs.dit.layout_of(**text.expanded().given(x))
@@ -297,16 +300,14 @@ class PipelineLoop:
                     if not family.packed_joint:
                         size = text_size(text.arguments, family.text)
                         texts[f"{branch}.hook_text"] = (len(inputs), *size)
-        first = [
-            branch for call, *_ in running.calls_made if call.step == 0 for branch in call.branches
-        ]
-        predicted = (len(inputs), *(trial.shape or running.calls_made[0][2].shape[1:]))
+        first = [branch for call, *_ in trial.calls if call.step == 0 for branch in call.branches]
+        predicted = (len(inputs), *(trial.shape or trial.calls[0][2].shape[1:]))
         shapes = running.shapes | dict.fromkeys(("hook_out_cond", "hook_out_uncond"), predicted)
         return replace(
             inputs,
             encoded=tuple(running.encoded),
             solver=running.solver,
-            calls=tuple(call for call, *_ in running.calls_made),
+            calls=tuple(call for call, *_ in trial.calls),
             branches=tuple(first),
             uncond=frozenset(uncond),
             layouts=layouts,

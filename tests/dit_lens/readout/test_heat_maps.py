@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_lens import Intervention, prompts
 from dit_lens.readout.heat_maps import heatmap
@@ -14,6 +15,7 @@ from hooked_models import HookedTextToImage
 from hooked_models.families import taps
 from hooked_models.pixart import attention
 
+from ...hooked_models.hooks.test_scopes import PeakBytes
 from ...hooked_models.pipelines import PROMPTS
 from ...hooked_models.pipelines import tiny_pipeline as tiny_pixart
 from ...hooked_models.tiny_pipelines import tiny_pipeline
@@ -174,3 +176,30 @@ def test_sums_of_the_fused_kernel() -> None:
     hidden[0, 0, 0] = False  # a query that attends to nothing
     attention.fused_attention(q, k, v, hidden, with_sums=told.append)
     assert told[-1] is None
+
+
+@pytest.mark.parametrize("name", ["FLUX.1", "SD3"])
+def test_a_heat_map_takes_a_plain_calls_memory_and_keeps_nothing(name: str) -> None:
+    model, n_steps, options = opened(name)
+    weights = nn.ModuleList(
+        part for part in model.pipe.components.values() if isinstance(part, nn.Module)
+    )
+
+    @torch.no_grad()
+    def counted(run: Any) -> PeakBytes:
+        run()  # drafts and the layout of the last call are kept
+        gc.collect()
+        gc.disable()
+        try:
+            with PeakBytes(weights) as found:
+                run()
+            kept = found.now
+            gc.collect()
+            assert found.now == kept, "tensors in cycles of references"
+            return found
+        finally:
+            gc.enable()
+
+    mapped = counted(lambda: heatmap(model, PROMPTS, "circle", SEEDS, n_steps, **options))
+    plain = counted(lambda: model(PROMPTS, SEEDS, n_steps, **options))
+    assert mapped.peak <= 1.1 * plain.peak

@@ -49,3 +49,19 @@ def test_the_digest_tells_weights_apart(sd3):
     weight += 1
     assert sd3.digest() != before
     weight -= 1
+
+
+@torch.no_grad()
+def test_the_text_is_encoded_once_for_runs_of_any_length(sd3, monkeypatch):
+    encode, calls = sd3.pipe.encode_prompt, []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(sd3.pipe, "encode_prompt", counted, raising=False)
+    drafts = [sd3.draft(["red circle"], 0, steps) for steps in (1, 2)]
+    assert len(calls) == 1
+    assert [len(draft.solver) for draft in drafts] == [1, 2]
+    expected = encode("red circle", None, None)[0]
+    assert all(torch.equal(draft.encoded[0][0], expected) for draft in drafts)
