@@ -14,12 +14,12 @@ interval and random heads and tokens as controls.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
@@ -190,6 +190,21 @@ def ablation_effects(
 
     whole = {name: interventions for name, _, _, interventions in plans}
     values = verdicts(model, texts, seeds, whole, judge, **how)
+    return _labelled(values, scenes, seeds).assign_coords(
+        condition=list(whole),
+        kind=("condition", [kind for _, kind, _, _ in plans]),
+        control_for=("condition", [of for _, _, of, _ in plans]),
+    )
+
+
+def _labelled(
+    values: Mapping[str, Shaped[np.ndarray, "condition scene seed"]],
+    scenes: Sequence[Scene | Trio],
+    seeds: Any,
+) -> xr.Dataset:
+    """Verdicts with the attributes and coordinates of `evaluate`, and their paired changes from
+    the first condition.
+    """
     numbers = np.atleast_1d(np.asarray(seeds))
     noise = np.broadcast_to(numbers, (len(scenes), numbers.shape[-1]))
     blank = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -210,9 +225,6 @@ def ablation_effects(
         }
         | effects,
         coords={
-            "condition": list(whole),
-            "kind": ("condition", [kind for _, kind, _, _ in plans]),
-            "control_for": ("condition", [of for _, _, of, _ in plans]),
             "seed": numbers if numbers.ndim == 1 else np.arange(noise.shape[1]),
             "scene": np.arange(len(scenes)),
             "interval": ["mean", "low", "high"],

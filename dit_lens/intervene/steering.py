@@ -118,8 +118,10 @@ def steer(
     else:
         added = token_mask(model, texts, tokens).to(vector)[..., None] * vector
     seeds = seed_of_each(seed, len(texts))
-    images = []
-    for start in _batches(len(texts), batch_size, "steering"):
+    images, starts = [], range(0, len(texts), batch_size)
+    quiet = len(starts) < PROGRESS_FROM
+    bar = track(starts, "steering", transient=True, disable=quiet, console=Console(stderr=True))
+    for start in bar:
         rows = slice(start, start + batch_size)
         check_places(model, texts, texts[rows])
         images.append(_generate(model, texts[rows], k * added[rows], at, seeds[rows], drawing))
@@ -161,12 +163,6 @@ def _generate(
     return model.run_with_hooks(
         texts, seed=seeds, num_steps=num_steps, guidance=guidance, fwd_hooks=hooks
     )
-
-
-def _batches(n: int, batch_size: int, what: str) -> Iterable[int]:
-    starts = range(0, n, batch_size)
-    quiet = len(starts) < PROGRESS_FROM
-    return track(starts, what, transient=True, disable=quiet, console=Console(stderr=True))
 
 
 # From one relation to another

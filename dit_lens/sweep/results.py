@@ -146,22 +146,7 @@ def dataset(
         return whole.reshape(shape).swapaxes(1, 2)
 
     dims = ("intervention", "prompt", "seed")
-    found = xr.Dataset(
-        coords={
-            "intervention": [one.label for one in conditions],
-            **{
-                name: ("intervention", [one.coords[name] for one in conditions])
-                for name in ("layer", "head", "step")
-            },
-            "prompt": list(prompts),
-            "seed": [one if isinstance(one, int) else place for place, one in enumerate(seeds)],
-            "interval": ["mean", "low", "high"],
-        },
-        attrs=dict(attrs),
-    )
-    if any(not isinstance(one, int) for one in seeds):
-        found["noise_seed"] = (dims[1:], np.transpose(np.array(seeds)))
-        found = found.set_coords("noise_seed")
+    found = xr.Dataset(coords=_coords(conditions, prompts, seeds), attrs=dict(attrs))
     for name in names:
         after, before = laid_out(name, np.nan), laid_out(f"{name}_baseline", np.nan)
         found[name] = (dims, after)
@@ -176,6 +161,25 @@ def dataset(
             }
     found["error"] = (dims, laid_out("error", "").astype(str))
     return found
+
+
+def _coords(
+    conditions: Sequence[Condition],
+    prompts: Sequence[str],
+    seeds: Sequence[int | Sequence[int]],
+) -> dict[str, Any]:
+    own = [one for one in seeds if not isinstance(one, int)]
+    return {
+        "intervention": [one.label for one in conditions],
+        **{
+            name: ("intervention", [one.coords[name] for one in conditions])
+            for name in ("layer", "head", "step")
+        },
+        "prompt": list(prompts),
+        "seed": list(range(len(own))) if own else list(seeds),
+        **({"noise_seed": (("seed", "prompt"), np.array(own))} if own else {}),
+        "interval": ["mean", "low", "high"],
+    }
 
 
 def effects(

@@ -522,6 +522,8 @@ def test_a_metric_that_fails_in_one_cell_is_reported_with_it(model):
     ("arguments", "message"),
     [
         ({"seeds": [1, 1]}, "each once"),
+        ({"seeds": [[1], [2], [3], [4]]}, r"for each, \[\d seed\]"),
+        ({"seeds": np.zeros((1, 1, 1), dtype=int)}, "seed"),
         ({"interventions": []}, "interventions is empty"),
         ({"metrics": {}}, "nothing is measured"),
         ({"metrics": {"m": sweep.Metric(pixels, on="hook_z")}}, "choose image"),
