@@ -47,8 +47,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal, SupportsIndex, TypeAlias
 
-import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
@@ -65,13 +64,10 @@ from ..text.prompts import (
     Tokens,
     Word,
     as_choice,
-    check_found,
-    position_mask,
-    token_counts,
-    token_mask,
 )
-from .edits import Action, Add, Edit, Replace, Scale, along
-from .targets import Layout, Positions, counts_from_the_end, find_hooks, layout_of, positions_there
+from .edits import Action, Add, Edit, Replace, Scale
+from .resolution import Resolution
+from .targets import counts_from_the_end, find_hooks
 
 __all__ = ["Action", "Add", "Edit", "Intervention", "Replace", "Scale"]
 
@@ -143,20 +139,21 @@ class Intervention:
         object.__setattr__(self, name, value)
 
     @property
-    def _choice(self) -> TokenChoice:
+    def choice(self) -> TokenChoice:
+        """Tokens, in one form; empty for all."""
         return self.tokens or ()  # type: ignore[return-value]
 
     @property
     def names_words(self) -> bool:
         """True if tokens are chosen by role or word, in each prompt its own."""
-        return bool(self._choice) and isinstance(self._choice[0], (str, Word))
+        return bool(self.choice) and isinstance(self.choice[0], (str, Word))
 
     @property
-    def _in_order(self) -> bool:
+    def in_order(self) -> bool:
         """True if the k-th selected token of one prompt corresponds to the k-th of another; else
         equal positions do.
         """
-        return bool(self._choice) and isinstance(self._choice[0], (str, Word, tuple))
+        return bool(self.choice) and isinstance(self.choice[0], (str, Word, tuple))
 
     def hooks(
         self,
@@ -226,7 +223,7 @@ class Intervention:
                 for site in sites
                 if (site.branch == "uncond" or site.part == "null_text_encoder") == uncond
             ]:
-                edits += self._edits(model, here, texts, uncond, seed)
+                edits += Resolution(self, model, texts, here[0], uncond).edits(here, seed)
         if counts_from_the_end(self.steps):
             edits = [
                 replace(edit, num_steps=num_steps) if edit.site.step is not None else edit
@@ -247,14 +244,9 @@ class Intervention:
         In the conditional branch, unless `branch` is "uncond". Raises ValueError for a site without
         positions.
         """
-        site, branch = (
-            replace(self, steps=None)._sites(model, 1)[0],
-            "uncond" if self.branch == "uncond" else "cond",
-        )
-        axes, positions = layout_of(model, site), model.layout(prompts, branch)  # type: ignore[arg-type]
-        read = model.texts_read(prompts, branch)  # type: ignore[arg-type]
-        selected = self._selected(model, axes, site, read, positions)
-        return selected, positions_there(positions, axes, positions.text_mask.cpu())
+        site = replace(self, steps=None)._sites(model, 1)[0]
+        here = Resolution(self, model, prompts, site, self.branch == "uncond")
+        return here.selected, here.there
 
     def _sites(self, model: HookedTextToImage, num_steps: int) -> list[Site]:
         part, inners = find_hooks(model, self.site)
@@ -276,177 +268,6 @@ class Intervention:
             Site("dit", inner, step, branch)
             for step, branch, inner in product(steps, branches, inners)
         ]
-
-    def _edits(
-        self,
-        model: HookedTextToImage,
-        sites: Sequence[Site],
-        texts: Sequence[str],
-        uncond: bool,
-        seed: int,
-    ) -> list[Edit]:
-        """Edits for sites that differ in step and layer only, in runs of `texts`."""
-        site, n = sites[0], len(texts)
-        layout, branch = layout_of(model, site), BRANCHES[uncond]
-        read, positions = model.texts_read(texts, branch), model.layout(texts, branch)
-        words = positions.text_mask.cpu()
-        selected = (
-            None if self.tokens is None else self._selected(model, layout, site, read, positions)
-        )
-        if (
-            selected is not None
-            and self.missing == "error"
-            and not (uncond and self.branch == "both")
-        ):
-            check_found(
-                model,
-                read,
-                self._choice,
-                selected,
-                ", or say missing='ignore' to leave such prompts as they are",
-            )
-        if self.action == "knockout":
-            self._check_some_key_is_left(site, selected, positions_there(positions, layout, words))
-        where = torch.ones(n, *[1] * (layout.ndim - 1), dtype=torch.bool)
-        if selected is not None:
-            where = where & along(selected, layout.ndim, 0, layout.token)
-        if self.heads is not None:
-            where = where & along(self._head_mask(model, layout, site), layout.ndim, layout.head)
-        if not where.any():
-            return []
-        ordered_axis, exchange_group = self._exchangeable(
-            model, layout, site, read, words, selected
-        )
-        prompt = torch.tensor([texts.index(text) for text in texts])
-        shared = Edit(
-            site, self.action, where.to(model.device), prompt, exchange_group, ordered_axis, seed
-        )
-        shared.check()
-        n_heads = None if layout.head is None else model.names.module(site.part).cfg.n_heads
-        return [
-            replace(shared, site=one, values=self._values(one, layout, n, n_heads)) for one in sites
-        ]
-
-    def _check_some_key_is_left(
-        self,
-        site: Site,
-        selected: Bool[Tensor, "prompt pos"] | None,
-        there: Bool[Tensor, "prompt pos"],
-    ) -> None:
-        if selected is None or bool((~there | selected).all(dim=1).any()):
-            raise ValueError(
-                f"{self} would mask every key of {site.name} for some prompt, so that nothing is "
-                "left to attend to: "
-                "say which tokens=…, or silence the heads by action='zero' on hook_z."
-            )
-
-    def _exchangeable(
-        self,
-        model: HookedTextToImage,
-        layout: Layout,
-        site: Site,
-        read: Sequence[str],
-        words: Bool[Tensor, "prompt text_pos"],
-        selected: Bool[Tensor, "prompt pos"] | None,
-    ) -> tuple[int | None, Int[Tensor, " prompt"]]:
-        """For "mean" and "resample": the axis along which tokens correspond in order (or None), and
-        groups of like prompts.
-        """
-        if layout.kind not in ("text", "joint") or self.action not in ("mean", "resample"):
-            return None, torch.zeros(len(read), dtype=torch.long)
-        if selected is not None and self._in_order:
-            return layout.token, self._counts(model, read, selected)
-        exchange_group = words.sum(dim=1)
-        if self.action == "mean" and len(exchange_group.unique()) > 1:
-            raise ValueError(
-                "These prompts have different numbers of tokens, so equal positions of "
-                f"{site.name} mean different words: "
-                "take the mean over a role, tokens='relation', or Replace(reference)."
-            )
-        return None, exchange_group
-
-    def _selected(
-        self,
-        model: HookedTextToImage,
-        layout: Layout,
-        site: Site,
-        texts: Sequence[str],
-        positions: Positions,
-    ) -> Bool[Tensor, "prompt pos"]:
-        if layout.token is None:
-            raise ValueError(f"{site.name} has no positions: leave tokens out.")
-        words = positions.text_mask.cpu()
-        there = positions_there(positions, layout, words)
-        mask = position_mask(self._choice, len(texts), there.shape[1], site.name)
-        if mask is not None:
-            return mask
-        if layout.kind == "image":
-            named = ", ".join(map(str, self._choice))
-            raise ValueError(
-                f"{site.name} has image positions, but tokens={named} names words: give positions."
-            )
-        of_text = token_mask(model, texts, self._choice, length=words.shape[1], missing="ignore")
-        image = positions.n_image if layout.kind == "joint" else 0  # before the words
-        return torch.nn.functional.pad(of_text, (image, there.shape[1] - image - words.shape[1]))
-
-    def _head_mask(
-        self, model: HookedTextToImage, layout: Layout, site: Site
-    ) -> Bool[Tensor, " head"]:
-        if layout.head is None:
-            raise ValueError(
-                f"{site.name} has no head axis: leave heads out, or take hook_z or hook_result of "
-                "an attention."
-            )
-        n_heads = model.names.module(site.part).cfg.n_heads
-        if outside := [head for head in self.heads or () if head not in range(n_heads)]:
-            raise ValueError(
-                f"There is no head {outside[0]} in {site.name}: it has heads 0 to {n_heads - 1}."
-            )
-        return torch.isin(torch.arange(n_heads), torch.tensor(self.heads))
-
-    def _counts(
-        self, model: HookedTextToImage, texts: Sequence[str], selected: Bool[Tensor, "prompt pos"]
-    ) -> Int[Tensor, " prompt"]:
-        """Equal numbers for prompts with equally many selected tokens, of every role and word."""
-        counts = selected.sum(dim=1, keepdim=True)
-        if self.names_words:
-            counts = torch.tensor(token_counts(model, texts, self._choice, selected.shape[1]))
-        return counts.unique(dim=0, return_inverse=True)[1]
-
-    def _values(self, site: Site, layout: Layout, n: int, n_heads: int | None) -> Tensor | None:
-        ndim = layout.ndim
-        if isinstance(self.action, Add):
-            values: Any = self.action.vector
-        elif isinstance(self.action, Replace):
-            values = self.action.value
-            if not isinstance(values, Tensor):
-                values = _entry(values, site, layout, n_heads)
-        else:
-            return None
-        if values.ndim > ndim or (values.ndim == ndim and len(values) not in (1, n)):
-            raise ValueError(
-                f"The value for {site.name} has shape {list(values.shape)}, but {site.name} has "
-                f"{ndim} axes and {n} rows: give a row for each prompt, one for all, or a tensor "
-                "that broadcasts to the last axes."
-            )
-        return values
-
-
-def _entry(values: Any, site: Site, layout: Layout, n_heads: int | None) -> Tensor:
-    """The tensor of a site in a cache or dict."""
-    key = site.name if site.name in values.keys() else site.inner  # noqa: SIM118
-    if key not in values.keys():  # noqa: SIM118
-        raise ValueError(
-            f"Replace has no value for {site.name}: cache it (names_filter, steps, branch), or "
-            "name the site."
-        )
-    value, ndim, head = values[key], layout.ndim, layout.head
-    if head is not None and value.ndim >= ndim - head and value.shape[head - ndim] != n_heads:
-        raise ValueError(
-            f"The cache has {value.shape[head - ndim]} of the {n_heads} heads of {site.name}, and "
-            "does not say which: cache all (without heads=…)."
-        )
-    return value
 
 
 # Fields, each in one form
