@@ -37,7 +37,8 @@ from torch import Tensor
 from hooked_models import HookedDiT, UnknownHookError
 from hooked_models.hooks.table import IMAGE_POSITIONS, JOINT_POSITIONS, TEXT_POSITIONS
 
-from ..runs.gradients import Chain, Metric, gradients, modulates
+from ..runs.chains import Chain
+from ..runs.gradients import Metric, gradients, modulates
 from ..runs.pairs import Pair, pair
 from .block_edges import BlockEdges
 from .edge_graph import all_receivers, all_senders, edge_flags, index_of, input_hook, output_hook

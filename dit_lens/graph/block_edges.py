@@ -20,7 +20,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from ..runs.gradients import Chain, Metric, gradients
+from ..runs.chains import Chain
+from ..runs.gradients import Metric, gradients
 from ..runs.pairs import Pair
 from .verification import Attribution, Patch, fitted, labelled, ranked
 

@@ -10,7 +10,7 @@ one checkpoint a call). The result equals plain autograd.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,72 +21,17 @@ from rich.progress import track
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models import Trajectory
 from hooked_models.generation.loops import Call
-from hooked_models.generation.names import IMAGE_HOOK, Branch
-from hooked_models.generation.trajectory import Record
+from hooked_models.generation.names import IMAGE_HOOK
 
-from .repeated_runs import CallView
+from .chains import LATENT, CallChain, Chain, Hooks, RunChain, hooks_between, keep_copy
 
 Metric = Callable[[Tensor], Tensor]
 """Differentiable; from the output [batch …] to one number for each prompt [batch] (a scalar will do
 for a single prompt).
 """
-Hooks = Sequence[tuple[str, Callable[..., Any]]]
 PROGRESS_FROM = 4
 """Steps from which a progress bar is shown."""
-LATENT = "latent"
-"""The latents that a denoising step ends with, in `chain`; no hook has them."""
-
-
-@dataclass(frozen=True)
-class CallChain:
-    """One denoiser call for each row: a chain of a single step."""
-
-    view: CallView
-    output: Float[Tensor, "batch ..."]
-    last = 0
-
-    @classmethod
-    def of(cls, view: CallView, fwd_hooks: Hooks = ()) -> CallChain:
-        """The call without a graph."""
-        with torch.no_grad(), view.dit.hooks(fwd_hooks):
-            return cls(view, view(view.to_tokens()))
-
-    @property
-    def model(self) -> Any:
-        """The model that hooks are attached to."""
-        return self.view.dit
-
-    @property
-    def n_text(self) -> int:
-        """Number of text positions."""
-        return int(self.view.text_mask.shape[1])
-
-    @property
-    def lengths(self) -> list[list[bool]]:
-        """Mask of the tokens of each row."""
-        return self.view.text_mask.tolist()
-
-    def replay(self, step: int = 0, fwd_hooks: Hooks = ()) -> CallChain:
-        """The same call with hooks."""
-        return CallChain.of(self.view, fwd_hooks)
-
-    def activations(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Copies of the tensors at hooks."""
-        kept: dict[str, Tensor] = {}
-        CallChain.of(self.view, [(name, partial(_copy, kept=kept, name=name)) for name in names])
-        return kept
-
-    def between(self, other: CallChain, alpha: float) -> CallChain:
-        """The call whose text and latents lie at self + α·(other − self)."""
-        return CallChain.of(self.view.between(other.view, alpha))  # type: ignore[arg-type]
-
-    def backward(
-        self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]
-    ) -> _CallBackward:
-        """Gradients of `objective(output)`, a scalar, at hooks."""
-        return _CallBackward(self, objective)
 
 
 @dataclass(frozen=True)
@@ -104,134 +49,6 @@ class _CallBackward:
         return Pulled(_gradients(total, None, kept), values)
 
 
-@dataclass(frozen=True)
-class RunChain:
-    """A generation from step `first` on, up to the tensors that a metric reads."""
-
-    run: Trajectory
-    first: int
-    last: int
-    """The step whose tensors a metric reads; the number of steps for the image."""
-    read: tuple[str, ...]
-    """Hooks between denoiser calls at step `last` ("hook_x0"); "latent", the latents it ends with;
-    or "hook_image".
-    """
-    combine: Callable[[Mapping[str, Tensor]], Tensor]
-    """From these tensors to the one that a metric is given."""
-    output: Float[Tensor, "batch ..."] = field(repr=False)
-
-    @property
-    def model(self) -> Any:
-        """The model that hooks are attached to."""
-        return self.run.model
-
-    @property
-    def n_text(self) -> int:
-        """Number of text positions."""
-        return int(self.run.inputs.text.text.shape[1])
-
-    @property
-    def lengths(self) -> list[list[int]]:
-        """Number of tokens in each row, branch by branch."""
-        inputs: Any = self.run.inputs
-        branches: tuple[Branch, ...] = ("cond", "uncond") if inputs.guided else ("cond",)
-        return [self.run.model.layout(inputs, branch).n_text for branch in branches]
-
-    @property
-    def until(self) -> int:
-        """The step that the run stops before."""
-        return min(self.last + 1, len(self.run))
-
-    def replay(self, step: int | None = None, fwd_hooks: Hooks = ()) -> RunChain:
-        """Run again without a graph from `step` on, with hooks; the steps before are shared."""
-        return chain(self.run, self.first, self.last, self.read, self.combine, fwd_hooks, step)
-
-    def activations(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Copies of the tensors at hooks of one step."""
-        kept: dict[str, Tensor] = {}
-        with torch.no_grad():
-            self.run.fork(
-                step,
-                [(name, partial(_copy, kept=kept, name=name)) for name in names],
-                until=step + 1,
-            )
-        return kept
-
-    def between(self, other: RunChain, alpha: float) -> RunChain:
-        """The run whose text, latents and record before `first` lie at self + α·(other − self)."""
-        ours, theirs = self.run, other.run
-        with torch.no_grad():
-            inputs = ours.model.between(ours.inputs, theirs.inputs, alpha)
-            record = _lerp(ours.record, theirs.record, alpha, self.first)
-        return chain(
-            replace(ours, inputs=inputs, record=record),
-            self.first,
-            self.last,
-            self.read,
-            self.combine,
-        )
-
-    def backward(
-        self, objective: Callable[[Tensor], Tensor], names: Mapping[int, Sequence[str]]
-    ) -> _RunBackward:
-        """Gradients of `objective(output)`, a scalar, at hooks: `pull` is called for the last step
-        first.
-
-        Args:
-            names: step → all hooks that `pull` will be called with.
-        """
-        return _RunBackward(self, objective, names)
-
-
-def chain(
-    run: Trajectory,
-    first: int,
-    last: int,
-    read: Sequence[str],
-    combine: Callable[[Mapping[str, Tensor]], Tensor],
-    fwd_hooks: Hooks = (),
-    step: int | None = None,
-) -> RunChain:
-    """A generation from the latents before step `first` on, without a graph.
-
-    Arguments as the fields of `RunChain`.
-    """
-    seen: dict[str, Tensor] = {}
-    start, until = first if step is None else step, min(last + 1, len(run))
-    made, reading = run, _reading(run, last, read, seen, _copy)
-    with torch.no_grad():
-        if start < until and (fwd_hooks or not _repeats(run, until)):
-            made = run.fork(start, [*fwd_hooks, *reading], until=until)
-        elif start < until:
-            run.check_fork(start, until)
-            if reading:
-                run.fork(last, reading, until=until)
-        if IMAGE_HOOK in read:
-            seen[IMAGE_HOOK] = made.images
-        output = combine({**seen, LATENT: made.latents[until]})
-    return RunChain(made, first, last, tuple(read), combine, output)
-
-
-def _repeats(run: Trajectory, until: int) -> bool:
-    """True if a run made now, with the hooks that are attached, would be the record."""
-    hooked = run.model.attached or run.model.has_hooks_inside
-    return run.record.clean and len(run.record) >= until and not hooked
-
-
-def _reading(
-    run: Trajectory,
-    last: int,
-    read: Sequence[str],
-    seen: dict[str, Tensor],
-    keep: Callable[..., Any],
-) -> Hooks:
-    return [
-        (f"steps.{last}.{n}", partial(keep, kept=seen, name=n))
-        for n in read
-        if n not in (LATENT, IMAGE_HOOK)
-    ]
-
-
 class Pulled(NamedTuple):
     """Gradients at hooks of one step, and the tensors there.
 
@@ -246,7 +63,11 @@ class Pulled(NamedTuple):
 
 class _RunBackward:
     """The scheduler's arithmetic as a graph over recorded predictions, and cotangents that are
-    completed step by step.
+    completed step by step: `pull` is called for the last step first.
+
+    Args:
+        objective: a scalar of the chain's output.
+        names: step → all hooks that `pull` will be called with.
     """
 
     def __init__(
@@ -268,7 +89,7 @@ class _RunBackward:
         ]
         seen: dict[str, Tensor] = {}
         keepers: Hooks = [(name, partial(_keep, kept=self.kept, name=name)) for name in between]
-        hooks: Hooks = [*keepers, *_reading(run, chain.last, chain.read, seen, _keep)]
+        hooks: Hooks = [*keepers, *hooks_between(chain.last, chain.read, seen, _keep)]
         none = torch.arange(0)
         with torch.enable_grad(), model.hooks(hooks):
             rows = lambda step: none if step < chain.first else None  # noqa: E731
@@ -369,12 +190,8 @@ def _keeping(
     """Hooks that leave the tensors at `names` in `kept`, to be differentiated by, and copies of
     those at `read` in `values`.
     """
-    copying = [(name, partial(_copy, kept=values, name=name)) for name in read]
+    copying = [(name, partial(keep_copy, kept=values, name=name)) for name in read]
     return [*copying, *((name, partial(_keep, kept=kept, name=name)) for name in names)]
-
-
-def _copy(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -> None:
-    kept[name] = tensor.detach().clone()
 
 
 def _keep(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -> Tensor:
@@ -383,25 +200,6 @@ def _keep(tensor: Tensor, hook: HookPoint, kept: dict[str, Tensor], name: str) -
         tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
     )
     return kept[name]
-
-
-def _lerp(a: Record, b: Record, alpha: float, steps: int) -> Record:
-    calls = {
-        key: torch.lerp(each, b.predictions[key], alpha)
-        for key, each in a.predictions.items()
-        if key[0] < steps
-    }
-    latents = [
-        torch.lerp(one, other, alpha)
-        for one, other in zip(a.latents[:steps], b.latents, strict=False)
-    ]
-    outs = [
-        torch.lerp(one, other, alpha) for one, other in zip(a.outs[:steps], b.outs, strict=False)
-    ]
-    return Record(tuple(latents), calls, tuple(outs))
-
-
-Chain = CallChain | RunChain
 
 
 def checked_metric(metric: Metric, output: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
@@ -449,27 +247,33 @@ def gradients(
 
     Each prompt's metric depends on its own row alone, so row b of a gradient is that of prompt b.
     """
+
+    def total(output: Tensor) -> Tensor:
+        return checked_metric(metric, output).sum()
+
     passes = [
-        (one.backward(lambda output: checked_metric(metric, output).sum(), names), weight)
+        (
+            _RunBackward(one, total, names)
+            if isinstance(one, RunChain)
+            else _CallBackward(one, total),
+            weight,
+        )
         for one, weight in chains
     ]
-    last = max(
-        min(one.last, one.until - 1) if isinstance(one, RunChain) else 0 for one, _ in chains
-    )
-    steps = range(last, min(names) - 1, -1)
+    steps = range(max(one.last_call for one, _ in chains), min(names) - 1, -1)
     quiet = len(steps) < PROGRESS_FROM
     for step in track(
         steps, "gradients", transient=True, disable=quiet, console=Console(stderr=True)
     ):
         here, also = names.get(step, ()), (read or {}).get(step, ())
-        total = Pulled({}, {})
+        summed = Pulled({}, {})
         for one, weight in passes:
             pulled = one.pull(step, here, also)
-            for sums, parts in zip(total, pulled, strict=True):
+            for sums, parts in zip(summed, pulled, strict=True):
                 for name, part in parts.items():
                     sums[name] = weight * part + sums[name] if name in sums else weight * part
         if here:
-            yield step, total
+            yield step, summed
 
 
 def modulates(name: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooked_models import Trajectory
 from hooked_models.generation.names import IMAGE_HOOK
 
-from .gradients import CallChain, Chain, chain
+from .chains import CallChain, Chain, chain
 from .repeated_runs import CallView
 
 

@@ -29,7 +29,8 @@ from hooked_models.generation.names import IMAGE_HOOK
 from hooked_models.generation.sampling import Solver
 
 from ..intervene.edits import Edit
-from ..runs.gradients import LATENT, chain, gradients, modulates
+from ..runs.chains import LATENT, chain
+from ..runs.gradients import gradients, modulates
 from .clean import CleanRuns, Rows, as_index, metric_input
 from .conditions import Condition
 from .forks import ForkBatch

@@ -37,7 +37,7 @@ def test_they_are_those_of_runs_with_hooks(trained_nano):
 
 
 def test_a_stopped_call_goes_on(trained_nano, tmp_path, monkeypatch):
-    """What a folder holds is not drawn again: with a judge of the same name that cannot work."""
+    """Cells that a folder holds are not drawn again."""
     first = verdicts(trained_nano, PROMPTS, [0], CONDITIONS, judge, out=tmp_path, **RUN)
     monkeypatch.setattr(type(trained_nano), "run", None)
     monkeypatch.setattr("dit_lens.sweep.execute.Execution.run", None)
