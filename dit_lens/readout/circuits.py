@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Literal
 
 import numpy as np
@@ -14,12 +15,15 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import composition_scores as factored_composition_scores
 
 from hooked_models import HookedDiT, HookedTextToImage, NotFoldedError
+from hooked_models.families import FamilyModel
 from hooked_models.generation.names import Head, parse_head
 
 Sublayer = Literal["attn", "cross_attn"]
 
 
 def _cross_head(dit: HookedDiT, head: Head) -> tuple[int, int]:
+    if isinstance(dit, FamilyModel):
+        dit.check_linear()
     layer, index = parse_head(head)
     if not (layer < dit.cfg.n_layers and index < dit.cfg.n_heads):
         raise ValueError(
@@ -71,7 +75,7 @@ def position_word_map(dit: HookedDiT, head: Head, vector: Float[Tensor, " d_text
         {'y': 8, 'x': 8}
     """
     layer, index = _cross_head(dit, head)
-    side = dit.cfg.sample_size // dit.cfg.patch_size
+    side = isqrt(len(dit.W_pos))
     with torch.no_grad():
         values = position_word_maps(dit, vector[None])[layer, index, 0].reshape(side, side)
     return xr.DataArray(values.float().cpu().numpy(), dims=("y", "x"), name="position_word_score")
@@ -233,10 +237,10 @@ def two_head_maps(
         {'text_pos': 7, 'y': 8, 'x': 8}
     """
     dit = model.dit
+    layer, index = _cross_head(dit, receiver)
     tokens = model.to_tokens(prompt)
     text = model.text_encoder(tokens, attention_mask=torch.ones_like(tokens))[0].to(dit.dtype)
     caption = dit.project_caption(text)[0]
-    layer, index = _cross_head(dit, receiver)
     listed = (
         [senders]
         if isinstance(senders, str) or (senders and isinstance(senders[0], int))
@@ -266,7 +270,7 @@ def two_head_maps(
             @ attn.W_O[number]
         )
         content = content + gain * written
-    side = dit.cfg.sample_size // dit.cfg.patch_size
+    side = isqrt(len(dit.W_pos))
 
     def picture(stream: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
         found = scores((layer, index), stream)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal
 
 import numpy as np
@@ -178,7 +179,7 @@ def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"
         >>> f"L{first['layer']}H{first['head']}", round(float(first["share"]), 1)
         ('L2H2', 0.9)
     """
-    side = dit.cfg.sample_size // dit.cfg.patch_size
+    side = isqrt(len(dit.W_pos))
     position = dit.W_pos.double().cpu()
     position = position - position.mean(0)
     # [layer head d_model d_head]
@@ -341,7 +342,7 @@ def screen_heads(
         )
     if not vectors:
         raise ValueError("There is no word to screen with.")
-    side = dit.cfg.sample_size // dit.cfg.patch_size
+    side = isqrt(len(dit.W_pos))
     words = torch.stack(list(vectors.values())).to(dit.device, dit.dtype)
     caption = (dit.project_caption(words) if at == "text" else words).double().cpu()
     maps = _HeadMaps.of(dit)

@@ -26,6 +26,7 @@ from ..hooks.table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
 from .blocks import Blocks
+from .circuits import NORM_BEFORE, WeightCircuits
 from .taps import FamilyHeads, KernelTap, SilentHookError, StreamTap, Tap
 from .text import TextTap
 from .views import TIMES, FamilyView
@@ -85,6 +86,14 @@ class Family:
     """Result of the pipeline's `encode_prompt` once its rows were chosen, where some of it is of
     all rows together.
     """
+    nonlinear: Callable[[Any], str] = lambda live: NORM_BEFORE
+    """Why scores of attention to the text are not linear in the residual stream; empty where they
+    are.
+    """
+    position: Callable[[Any], Tensor | None] = lambda live: None
+    """Position code [pos d_model] that is added to the image's stream, if there is one."""
+    caption: Callable[[Any, Tensor], Tensor] = lambda live, text: text
+    """Text as keys and values of cross-attention are made of it."""
     alone: str = ""
     """Why its pipeline's whole generations are not followed, if they are not."""
     notes: str = ""
@@ -135,7 +144,7 @@ class FamilyBlock(nn.Module):
         self.taps.append(StreamTap(module, point, layer, *args, **kwargs))
 
 
-class FamilyModel(LanguageToolGuard, HookedModule):
+class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
     """A live transformer of a known family, with names for its attentions, residual streams and
     everything added to them.
 

@@ -11,6 +11,7 @@ from diffusers import LTXVideoTransformer3DModel
 
 from .adapter import Family
 from .blocks import cross_attending
+from .circuits import OWN_NORMS
 from .layout import in_order
 from .samples import normal, text_mask, times
 
@@ -48,4 +49,5 @@ FAMILY = Family(
     ),
     inputs=inputs,
     small=small,
+    nonlinear=lambda live: OWN_NORMS,
 )

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from diffusers import SanaTransformer2DModel
+from torch import Tensor
 
 from .adapter import Family
 from .blocks import Write, cross_attending
+from .circuits import OWN_NORMS
 from .layout import in_order, patches
 from .samples import normal, patch_pixels, text_mask, times
 
@@ -46,6 +48,11 @@ def small() -> Any:
     )
 
 
+def position(live: Any) -> Tensor | None:
+    code = live.patch_embed.pos_embed
+    return None if code is None else code[0]
+
+
 FAMILY = Family(
     name="SANA",
     transformer="SanaTransformer2DModel",
@@ -59,6 +66,11 @@ FAMILY = Family(
     inputs=inputs,
     small=small,
     mixers=("attn1", "ff"),
+    nonlinear=lambda live: "" if live.config.qk_norm is None else OWN_NORMS,
+    position=lambda live: (
+        None if live.patch_embed.pos_embed is None else live.patch_embed.pos_embed[0]
+    ),
+    caption=lambda live, text: live.caption_norm(live.caption_projection(text)),
     no_pattern={
         "attn": (
             "SANA's attention within the image is linear (ReLU kernels, no softmax), so there is "

@@ -181,6 +181,10 @@ class FamilyHeads(AttentionCore):
         return self.weights.get("O")
 
     @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        return self.weights.bias("Q")
+
+    @property
     def W_Q_text(self) -> Float[Tensor, "head d_in d_head"]:
         return self.weights.get("Q", text=True)
 

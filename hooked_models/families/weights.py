@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pixart.attention import weight_of
+from ..pixart.attention import bias_of, weight_of
 
 OWN = {"Q": "to_q", "K": "to_k", "V": "to_v", "O": "to_out"}
 OF_TEXT = {"Q": "add_q_proj", "K": "add_k_proj", "V": "add_v_proj", "O": "to_add_out"}
@@ -61,6 +61,15 @@ class Weights:
             if per_head == self.n_heads
             else split.repeat_interleave(self.n_heads // per_head, dim=0)
         )
+
+    def bias(self, which: str) -> Float[Tensor, "..."]:
+        """Bias of the attention's own Linear, [head d_head], of the output's [d_model]; zeros where
+        it has none.
+        """
+        linear: Any = getattr(self.attention, OWN[which])
+        linear = linear[0] if which == "O" else linear
+        bias = bias_of(linear)
+        return bias if which == "O" else rearrange(bias, "(head d) -> head d", head=self.n_heads)
 
     def _heads_of(self, weight: Tensor) -> int:
         d_head = self.get("Q").shape[-1]

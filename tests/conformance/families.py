@@ -17,6 +17,7 @@ from . import test_every_family as tests
 from . import test_every_family_calls as calls
 from . import test_every_family_experiments as experiments
 from . import test_every_family_paths as paths
+from . import test_every_family_weights as weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TOOLS = {
@@ -53,6 +54,7 @@ TOOLS = {
     "paths from text": paths.test_paths_from_the_text,
     "steering": paths.test_steering_in_text_space,
     "swaps and doses": experiments.test_relations_swapped_in_text_space,
+    "screening, circuits of weights": weights.test_screening_and_circuits_of_weights,
     "synopsis": tests.test_a_synopsis_is_the_patterns_sums,
 }
 """Column → the test that establishes it."""
@@ -80,6 +82,8 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *direct paths*: one head with all else held, against torch's own hooks. *sums of paths*: direct effects add up to that of all at
   once, and to the whole difference of two runs where gates are equal.
 - *edges*: between blocks, against the streams' scores as nodes, finite differences and exact patches.
+- *screening, circuits of weights*: maps of positions and words, gains along an axis and head outputs, against the model's own
+  scores; refused, with a reason that is tested too, where scores are not linear in the stream.
 - *hook_text*: the text as it enters the denoiser, read and changed, against a hook on the transformer's arguments.
 """
 PIXART = (

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_lens import Intervention
 from hooked_models import HookedTextToImage
+from hooked_models.families.circuits import NORM_BEFORE, OWN_NORMS
 
 from ..hooked_models.pipelines import PROMPTS
 from ..hooked_models.tiny_pipelines import PIPELINES, tiny_pipeline
@@ -43,6 +44,11 @@ UNABLE: dict[tuple[str, str], str] = {
     },
     **{("PRX", tool): ONE_PROMPT for tool in ("branches", "one branch alone")},
     **{(name, "sums of paths"): NOT_ADDED for name in ADD_NOT_UP},
+    **{
+        (name, "screening, circuits of weights"): OWN_NORMS if name == "LTX-Video" else NORM_BEFORE
+        for name in PIPELINES
+        if not name.startswith("SANA")
+    },
     ("Kandinsky 5", "bfloat16"): "the model itself multiplies float32 times by bfloat16 weights",
     (
         "Kandinsky 5",

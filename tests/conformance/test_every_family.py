@@ -671,7 +671,7 @@ def test_every_family_generates_or_says_why_not() -> None:
 def test_the_page_is_up_to_date() -> None:
     from . import families as pages  # which reads this module
 
-    modules = (globals(), *map(vars, (pages.experiments, pages.paths, pages.calls)))
+    modules = (globals(), *map(vars, (pages.experiments, pages.paths, pages.calls, pages.weights)))
     written = {name for module in modules for name in module if name.startswith("test_")}
     assert {test.__name__ for test in pages.TOOLS.values()} == written - set(PAGE_TESTS)
     assert {tool for _, tool in UNABLE} <= set(pages.TOOLS)
@@ -681,6 +681,7 @@ def test_the_page_is_up_to_date() -> None:
 PAGE_TESTS = (
     "test_every_family_generates_or_says_why_not",
     "test_a_sweep_on_ray_is_the_local_one",
+    "test_sana_without_a_code_of_positions_or_with_norms_says_so",
     "test_guidance_that_ends_early_says_so",
     "test_a_tool_that_no_family_has_says_so",
     "test_the_page_is_up_to_date",

@@ -263,6 +263,7 @@ def sana(scheduler: Any = None) -> Any:
         caption_channels=D_TEXT,
         sample_size=8,
         patch_size=1,
+        interpolation_scale=1,
         **sizes,
     )
     return D.SanaPipeline(
