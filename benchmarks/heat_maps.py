@@ -1,5 +1,5 @@
-"""A word's heat map of FLUX.1 and SD3 blocks of real width, against the plain pipeline and two peers
-on the same images: attention-map-diffusers 1.0, and a trace of nnsight that sums the map there.
+"""A word's heat map of FLUX.1 and SD3 blocks, against the plain pipeline and two peers on the same
+images: attention-map-diffusers 1.0, and a trace of nnsight that sums the map there.
 
 `python -m benchmarks.heat_maps` prints seconds, the most memory that torch allocates in a call and
 ratios to the plain pipeline; all maps are compared. FLUX.1 has its double blocks alone,
@@ -48,7 +48,7 @@ class Config:
 
     models: tuple[Name, ...] = ("flux", "sd3")
     layers: int = 1
-    heads: int = 24
+    heads: int = 8
     side: int = 64
     """Side of the latents: 1,024 image positions."""
     text_tokens: int = 64

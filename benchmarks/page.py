@@ -8,7 +8,7 @@ Without `--take` only the table is written again.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,21 @@ def _swept(peer: str, metric: str = "image") -> tuple[Cell, ...]:
 def _raced(grid: str, budget: float) -> tuple[Cell, ...]:
     where = {"metric": "relation", "grid": grid, "truth": "population", "budget": budget}
     return Cell("share", where, "{:.2f}"), Cell("swept share", where, "(sweep {:.2f})")
+
+
+def _mapped(column: str, form: str, side: str = "heatmap") -> tuple[Cell, ...]:
+    return tuple(Cell(column, {"model": name, "side": side}, form) for name in ("flux", "sd3"))
+
+
+def _mapped_beside(column: str, form: str) -> tuple[Cell, ...]:
+    (flux, sd3), (flux_, sd3_) = (
+        _mapped(column, form, side) for side in ("nnsight", "attention-map-diffusers")
+    )
+    return (
+        *_mapped(column, form),
+        *(replace(flux, form=f"(nnsight {form}"), replace(sd3, form=f"{form},")),
+        *(replace(flux_, form=f"attention-map-diffusers {form}"), replace(sd3_, form=f"{form})")),
+    )
 
 
 ROWS = (
@@ -185,6 +200,18 @@ ROWS = (
         "≤ 1.10",
         "synopsis",
         tuple(Cell("memory ratio", {"batch": n, "condition": SYNOPSIS}, "{:.2f}") for n in (1, 8)),
+    ),
+    *(
+        Row(f"{what}, FLUX.1, SD3", peer, "≤ 1.10", "heat_maps", _mapped_beside(column, form), " ")
+        for what, peer, column, form in (
+            (
+                "heat map of a word, 8 heads, 1,024 image tokens, time",
+                "plain pipeline",
+                "ratio to plain",
+                "{:.3f}",
+            ),
+            ("… most memory that torch allocates in the call", "", "memory to plain", "{:.2f}"),
+        )
     ),
     Row(
         "`import hooked_models`, which loads nothing yet / `from hooked_models import HookedTextToImage`",
