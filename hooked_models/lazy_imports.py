@@ -120,6 +120,39 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]
     return decorate
 
 
+class RenamedAttribute:
+    """Attribute of a class under its old name, with a DeprecationWarning.
+
+    Args:
+        new: the name of the attribute now.
+
+    Example:
+        >>> import warnings
+        >>> class Edit:
+        ...     exchange_group = 3
+        ...     alike = RenamedAttribute("exchange_group")
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     Edit().alike
+        3
+        >>> str(caught[-1].message)
+        'Edit.alike is now exchange_group; the old name goes in version 0.3.'
+    """
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        message = f"{owner.__name__}.{self.old} is now {self.new}"
+        warnings.warn(
+            f"{message}; the old name goes in version 0.3.", DeprecationWarning, stacklevel=2
+        )
+        return getattr(owner if instance is None else instance, self.new)
+
+
 def redirect(package: str, moved: Mapping[str, str]) -> None:
     """Keep old import paths of a package working, with a DeprecationWarning that names the new one.
 

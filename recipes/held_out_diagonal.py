@@ -29,12 +29,12 @@ from dit_lens import scenes
 from dit_lens.readout import screening
 from dit_lens.stats import Interval, finite, proportion
 from dit_lens.task.scene import Relation
+from dit_lens.training import finished
 from dit_lens.viz import intervals, style
 from hooked_models import HookedTextToImage
 
 from .claims import Claim, independent, report, stage
 from .recurrence import screening_by_axis
-from .text_carrier import finished
 
 RUNS = ("without-upper-left-0", "without-upper-left-1")
 UNREAD: Relation = "upper_left"

@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 
 from dit_lens.readout.screening import AXES
 from dit_lens.stats import Interval, finite
+from dit_lens.training import finished
 from dit_lens.viz import style
 
 from .claims import Claim, report
-from .text_carrier import finished
 
 HEADS, DECAYS = (2, 3, 6, 12), ("0", "0.5")
 

@@ -19,7 +19,6 @@ at least .5. Prompts of each axis alone.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +39,9 @@ from dit_lens import scenes, variance, viz
 from dit_lens.intervene.interchange import Interchange
 from dit_lens.readout.screening import AXES, ENDS
 from dit_lens.stats import Interval, clustered_mean, finite, paired_difference, proportion
-from dit_lens.store import Index
 from dit_lens.task import DIRECTIONS, PHRASES
 from dit_lens.text.prompts import Role
+from dit_lens.training import finished
 from dit_lens.training.dynamics import layout
 from hooked_models import HookedTextToImage
 
@@ -113,16 +112,6 @@ def main(config: Config) -> None:
     images.to_parquet(config.out / "images.parquet", index=False)
     table.to_parquet(config.out / "text_carrier.parquet", index=False)
     viz.style.save(figure(table), config.out / "text_carrier.png")
-
-
-def finished(run: Path) -> bool:
-    """True if a training run has done all its steps; a pipeline is there before that, too."""
-    if not (run / "pipeline").exists():
-        return False
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    index = Index.read(run)  # None: a run of version 0.1
-    settings = index.settings if index else json.loads((run / "settings.json").read_text())
-    return bool(steps[-1] == settings["steps"])
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models.arguments import number, shown
 from hooked_models.generation.names import Site
 from hooked_models.hooks.module import HookFunction
+from hooked_models.lazy_imports import RenamedAttribute
 
 from .portable_ops import edited
 
@@ -117,6 +118,7 @@ class Edit:
     """Values of `Replace` and `Add`: one for each row if it has all axes, else one for all."""
     num_steps: int | None = None
     """Number of steps of the run, if the intervention's steps depend on it; else None."""
+    alike = RenamedAttribute("exchange_group")
 
     # TransformerLens calls repr of every hook, and printing tensors takes longer than a step
     def __repr__(self) -> str:

@@ -87,10 +87,10 @@ class Lab:
                 self.model,
                 state.prompt,
                 [[place] for place, _ in tokens],
-                state.seed,
-                state.num_steps,
-                steps=0,
                 by=("layer", "head"),
+                steps=0,
+                seed=state.seed,
+                num_steps=state.num_steps,
             )
             assert run is not None
             attention = found[0].stack(name=("layer", "head")).transpose("name", "word", ...)

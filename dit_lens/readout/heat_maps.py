@@ -78,7 +78,8 @@ def heatmap(
         >>> dict(found.sizes)
         {'prompt': 1, 'word': 2, 'layer': 3, 'y': 8, 'x': 8}
     """
-    return heatmap_and_run(model, prompts, words, seed, num_steps, by=by, steps=steps, **options)[0]
+    run: dict[str, Any] = {"seed": seed, "num_steps": num_steps, **options}
+    return heatmap_and_run(model, prompts, words, by, steps, **run)[0]
 
 
 @torch.no_grad()
@@ -86,30 +87,24 @@ def heatmap_and_run(
     model: HookedTextToImage,
     prompts: str | Sequence[str],
     words: str | Word | Sequence[str | Word | Sequence[int]],
-    seed: Seeds = 0,
-    num_steps: int = DEFAULT_STEPS,
-    *,
     by: Sequence[By] = (),
     steps: Steps = None,
-    **options: Any,
+    **run: Any,
 ) -> tuple[xr.DataArray, Run | None]:
-    """`heatmap`, and the generation that it was read in; None behind nnsight.
+    """`heatmap`, and the generation that it was read in; None behind nnsight. `run`: arguments of
+    the model's call.
 
     Example:
-        >>> maps, run = heatmap_and_run(model, "red circle", "circle", num_steps=1)
-        >>> run.images.shape
+        >>> maps, made = heatmap_and_run(model, "red circle", "circle", num_steps=1)
+        >>> made.images.shape
         torch.Size([1, 3, 128, 128])
     """
     by = kept_dims(by, get_args(By))
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     several = [words] if isinstance(words, (str, Word)) else list(words)
-    masks = _word_masks(model, texts, several, options)
+    masks = _word_masks(model, texts, several, run)
     remote = isinstance(model, RemoteTextToImage)
-    inputs = (
-        model.draft(texts, seed, num_steps, **options)
-        if remote
-        else model.trajectory(texts, seed, num_steps, until=0, **options).inputs
-    )
+    inputs = model.draft(texts, **run) if remote else model.trajectory(texts, until=0, **run).inputs
     n_steps = len(inputs.solver)
     at_steps = list(chosen_steps(steps, n_steps))
     places = [at_steps.index(s) if s in at_steps else None for s in range(n_steps)]
@@ -120,13 +115,13 @@ def heatmap_and_run(
             {each.attention: each for each in maps.readers(call)} if call.step in at_steps else {}
         )
 
-    run = None
+    made = None
     if isinstance(model, RemoteTextToImage):
         maps.ask(model, texts, inputs)
     else:
-        run = run_reading(model, inputs, readers)
+        made = run_reading(model, inputs, readers)
     names = [one if isinstance(one, str) else str(one) for one in several]
-    return maps.labelled(texts, names, at_steps, model.layout(inputs).grid), run
+    return maps.labelled(texts, names, at_steps, model.layout(inputs).grid), made
 
 
 def kept_dims(by: Any, known: Sequence[str]) -> list[Any]:
@@ -138,13 +133,12 @@ def _word_masks(
     model: HookedTextToImage,
     texts: Sequence[str],
     words: Sequence[str | Word | Sequence[int]],
-    options: Mapping[str, Any],
+    run: Mapping[str, Any],
 ) -> Bool[Tensor, "prompt text_pos word"]:
+    known = ("seed", "num_steps", "guidance", "latents")
     of_call: dict[str, Any] = {}
     if hasattr(model.dit, "layout"):
-        of_call = {
-            name: value for name, value in options.items() if name not in ("guidance", "latents")
-        }
+        of_call = {name: value for name, value in run.items() if name not in known}
     chosen = [word(one) if isinstance(one, str) else one for one in words]
     return torch.stack([token_mask(model, texts, one, **of_call) for one in chosen], dim=-1)
 

@@ -100,12 +100,12 @@ class RunChain:
     @property
     def n_text(self) -> int:
         """Number of text positions."""
-        return int(self.run.inputs.text.text.shape[1])
+        return int(self.run.model.layout(self.run.inputs).text_mask.shape[1])
 
     @property
     def lengths(self) -> list[list[int]]:
         """Number of tokens in each row, branch by branch."""
-        inputs: Any = self.run.inputs
+        inputs = self.run.inputs
         branches: tuple[Branch, ...] = ("cond", "uncond") if inputs.guided else ("cond",)
         return [self.run.model.layout(inputs, branch).n_text for branch in branches]
 

@@ -50,7 +50,7 @@ class CleanRuns:
 
     model: Any
     """As in a plan."""
-    inputs: Any
+    inputs: RunInputs
     """Text states of the prompts, one row each."""
     noise: Sequence[int]
     """The seed of each row."""
@@ -230,10 +230,11 @@ class CleanRuns:
         }
         if last in self.layers[step, branch]:
             names[last] = f"blocks.{last - 1}.hook_resid_post"
-        some = run.inputs.rows(branch)
-        text = run.inputs.text.take(torch.arange(some.start, some.stop, device=model.device))
-        x = run.inputs.solver.scaled(step, run.record.latents[step])
-        timestep = run.inputs.solver.timestep(step).expand(len(x)).to(x.device)
+        inputs: Any = run.inputs
+        some = inputs.rows(branch)
+        text = inputs.text.take(torch.arange(some.start, some.stop, device=model.device))
+        x = inputs.solver.scaled(step, run.record.latents[step])
+        timestep = inputs.solver.timestep(step).expand(len(x)).to(x.device)
         with model.dit.hooks([(name, partial(keep, layer=layer)) for layer, name in names.items()]):
             model.denoise(x, timestep, text)
         return kept

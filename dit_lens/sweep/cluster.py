@@ -97,15 +97,14 @@ class Worker:
         """As `SweepContext.rows`.
 
         Args:
-            shared: the key of the `SweepContext`, without model and runs; in a list, so that it is
-                fetched
-                once by each process.
+            shared: the key of the `SweepContext`, without the model; in a list, so that it is
+                fetched once by each process.
             clean: the runs that the forks leave.
         """
         (key,) = shared
         if self.held is None or self.held[0] != key:
             self.held = key, self.fetch(key)
-        return self.held[1].on(self.model, clean.on(self.model, self.inputs)).rows(forks)
+        return self.held[1].on(self.model).rows(clean.on(self.model, self.inputs), forks)
 
 
 class Settings(NamedTuple):
@@ -237,13 +236,15 @@ class Team:
             lambda actor, rows: actor.scores.remote(question, rows), list(groups)
         )
 
-    def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
+    def tables(
+        self, work: SweepContext, clean: CleanRuns, jobs: Sequence[Sequence[Fork]]
+    ) -> Iterator[pd.DataFrame]:
         """The rows of every job's cells, in the order in which they are ready."""
         from ray.util import ActorPool
 
-        shared = [self.ray.put(work.on(None, None))]
+        shared = [self.ray.put(work.on(None))]
         yield from ActorPool(self.actors).map_unordered(
-            lambda actor, forks: actor.rows.remote(shared, work.clean.left_by(forks), forks),
+            lambda actor, forks: actor.rows.remote(shared, clean.left_by(forks), forks),
             list(jobs),
         )
 

@@ -42,25 +42,29 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepContext:
-    """Context of a batch of forks: the plan, the runs without intervention, and their metrics."""
+    """Context of a batch of forks: the plan, and the metrics of the runs without intervention."""
 
     plan: Plan
-    clean: CleanRuns
     baselines: Mapping[tuple[str, int | None], Measured]
     """(metric, step that it is taken at) → its values, [prompt · seed]."""
     batch: int
 
-    def on(self, model: Any, clean: Any) -> SweepContext:
-        """The same with another model, which has to be an equal one, and its runs; None for both,
-        to send it elsewhere without.
+    def on(self, model: Any) -> SweepContext:
+        """The same with another model, which has to be an equal one; None to send it elsewhere
+        without.
         """
-        return replace(self, plan=replace(self.plan, model=model), clean=clean)
+        return replace(self, plan=replace(self.plan, model=model))
 
     def rows(
-        self, forks: Sequence[Fork], advance: Callable[[int], None] = lambda rows: None
+        self,
+        clean: CleanRuns,
+        forks: Sequence[Fork],
+        advance: Callable[[int], None] = lambda rows: None,
     ) -> pd.DataFrame:
-        """Run forks together, in halves if memory does not suffice: the rows of their cells."""
-        batch = ForkBatch(self.clean, self.plan.conditions, forks)
+        """Run forks of clean runs together, in halves if memory does not suffice: the rows of their
+        cells.
+        """
+        batch = ForkBatch(clean, self.plan.conditions, forks)
         try:
             found = batch.run(set(self.plan.reads.values()), advance)
         except torch.OutOfMemoryError:
@@ -68,7 +72,7 @@ class SweepContext:
                 raise
             half = len(forks) // 2
             return pd.concat(
-                [self.rows(forks[:half], advance), self.rows(forks[half:], advance)],
+                [self.rows(clean, some, advance) for some in (forks[:half], forks[half:])],
                 ignore_index=True,
             )
         return self.table(
@@ -136,7 +140,9 @@ class Workers(Protocol):
         """The scores of each group of rows, and its runs (`scores.scores_of_rows`), in order."""
         ...
 
-    def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
+    def tables(
+        self, work: SweepContext, clean: CleanRuns, jobs: Sequence[Sequence[Fork]]
+    ) -> Iterable[pd.DataFrame]:
         """The rows of every job's cells, in the order in which they are ready."""
         ...
 
@@ -162,9 +168,11 @@ class Here:
         inputs = self.plan.inputs()
         return (scores_of_rows(self.plan, inputs, question, rows) for rows in groups)
 
-    def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterable[pd.DataFrame]:
+    def tables(
+        self, work: SweepContext, clean: CleanRuns, jobs: Sequence[Sequence[Fork]]
+    ) -> Iterable[pd.DataFrame]:
         """As in `Workers`."""
-        return (work.rows(forks, self.advance) for forks in jobs)
+        return (work.rows(clean, forks, self.advance) for forks in jobs)
 
 
 class WholeRuns(Here):
@@ -179,7 +187,9 @@ class WholeRuns(Here):
         found = dict.fromkeys(reads, torch.cat(parts))
         return CleanRuns(plan.model, draft, plan.noise, rows, Record(), no_latent, found)
 
-    def tables(self, work: SweepContext, jobs: Sequence[Sequence[Fork]]) -> Iterator[pd.DataFrame]:
+    def tables(
+        self, work: SweepContext, clean: CleanRuns, jobs: Sequence[Sequence[Fork]]
+    ) -> Iterator[pd.DataFrame]:
         """As in `Workers`; a batch has one condition."""
         plan, reads = self.plan, set(self.plan.reads.values())
         forks = sorted((fork for job in jobs for fork in job), key=lambda fork: fork.condition)
@@ -187,8 +197,8 @@ class WholeRuns(Here):
             condition, own = plan.conditions[number], list(group)
             batches = [[f] for f in own] if condition.joint else plan.batches(own, work.batch)
             for some in batches:
-                batch = ForkBatch(work.clean, plan.conditions, some)
-                images = self._draw(work.clean.inputs, batch.rows, condition.edits)
+                batch = ForkBatch(clean, plan.conditions, some)
+                images = self._draw(clean.inputs, batch.rows, condition.edits)
                 cells = np.concatenate([plan.cells_of(fork) for fork in some])
                 yield work.table(cells, batch, dict.fromkeys(reads, images))
 
@@ -256,13 +266,13 @@ class Execution:
             )
             clean = self.clean(workers)
             clean.expect(self.pending)
-            shared = SweepContext(plan, clean, self.baselines(clean), self.batch)
+            shared = SweepContext(plan, self.baselines(clean), self.batch)
             if away:
                 advance.rows(len(self.rows) * plan.steps)
             if len(self.unchanged):
                 self.results.add(shared.table(self.unchanged, None, {}))
                 advance.cells(len(self.unchanged))
-            for table in workers.tables(shared, jobs):
+            for table in workers.tables(shared, clean, jobs):
                 self.results.add(table)
                 advance.cells(len(table))
                 if away:

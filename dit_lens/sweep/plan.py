@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from hooked_models.generation.hooks import Extent
 from hooked_models.generation.names import IMAGE_HOOK
+from hooked_models.lazy_imports import RenamedAttribute
 
 from ..store import digest, fingerprint
 from .clean import Fork
@@ -57,6 +58,7 @@ class Plan:
     """Tensors that a run computes."""
     rng: int
     chosen_batch: int | None = None
+    treatments = RenamedAttribute("conditions")
 
     def __repr__(self) -> str:
         return (

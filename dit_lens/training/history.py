@@ -25,6 +25,23 @@ from ..store import Index, Store, disk_errors, write_whole
 CHECKPOINT, METRICS, COURSE = "checkpoint.safetensors", "metrics.jsonl", "dynamics.parquet"
 
 
+def finished(run: str | Path) -> bool:
+    """True if the training run in a folder has done all its steps; a pipeline is there before that,
+    too.
+
+    Example:
+        >>> finished("runs/none")
+        False
+    """
+    run = Path(run)
+    if not (run / "pipeline").exists() or not (run / METRICS).exists():
+        return False
+    steps = [json.loads(line)["step"] for line in (run / METRICS).read_text().splitlines()]
+    index = Index.read(run)  # None: a run of version 0.1
+    settings = index.settings if index else json.loads((run / "settings.json").read_text())
+    return bool(steps) and steps[-1] == settings["steps"]
+
+
 @dataclass
 class History:
     """Measurements of a run, in order.

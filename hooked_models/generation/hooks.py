@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from ..arguments import shown
 from ..hooks.module import HookedModule, HookFunction, as_hooks, has_hooks
 from ..hooks.scopes import lookup, scope, scopes
+from ..lazy_imports import RenamedAttribute
 from .names import Branch, GenerationHookPoint, GenerationNames, Site
 from .sampling import Solver, solver_of
 
@@ -333,6 +334,8 @@ class HookedGeneration(HookedRootModule):
         """
         if self.attached or self.has_hooks_inside:
             raise ValueError(f"{why}, and hooks are attached to the model: reset_hooks() first.")
+
+    refuse_hooks = RenamedAttribute("check_no_hooks")
 
     @contextmanager
     def hooks(

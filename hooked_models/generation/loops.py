@@ -65,6 +65,28 @@ class RunInputs(Protocol):
     def extent(self) -> Any:
         """Tensors that the run computes, a `hooks.Extent`."""
 
+    @property
+    def num_steps(self) -> int:
+        """As requested of the scheduler."""
+
+    @property
+    def guidance(self) -> float:
+        """Classifier-free guidance, or the number that a distilled model is given."""
+
+    @property
+    def guided(self) -> bool:
+        """True if some step has an unconditional branch."""
+
+    @property
+    def weights(self) -> Any:
+        """Stamp of the denoiser's weights."""
+
+    def same_noise(self, other: Any) -> bool:
+        """True if both runs have the same noise, that of the steps included."""
+
+    def rows(self, branch: Branch) -> slice:
+        """The rows of a branch in the denoiser's batch."""
+
     def __len__(self) -> int:
         """Rows."""
 

@@ -17,7 +17,7 @@ from ..hooks.wrapping import Stamp, stamp
 from ..pixart.text_state import TextState
 from ..store import digest
 from .hooks import AttachedHook, Extent, Hooks
-from .loops import branches_of
+from .loops import RunInputs, branches_of
 from .names import Branch
 from .sampling import Solver
 
@@ -201,8 +201,7 @@ class Run:
     """
 
     model: HookedTextToImage
-    inputs: Any
-    """`Inputs`, or the `PipelineInputs` of another pipeline."""
+    inputs: RunInputs
     record: Record
     latent: Float[Tensor, "batch ..."]
     """After the last recorded step."""

@@ -237,11 +237,11 @@ class OneWorker:
     def sample(self, *args: Any) -> Any:
         return cloudpickle.loads(cloudpickle.dumps(self.worker.sample(*args)))
 
-    def tables(self, work: Any, jobs: Any) -> Iterator[Any]:
-        shared = cloudpickle.loads(cloudpickle.dumps(work.on(None, None)))
+    def tables(self, work: Any, clean: Any, jobs: Any) -> Iterator[Any]:
+        shared = cloudpickle.loads(cloudpickle.dumps(work.on(None)))
         for forks in jobs:
-            clean = cloudpickle.loads(cloudpickle.dumps(work.clean.left_by(forks)))
-            yield self.worker.rows([shared], clean, forks)
+            runs = cloudpickle.loads(cloudpickle.dumps(clean.left_by(forks)))
+            yield self.worker.rows([shared], runs, forks)
 
 
 def test_a_clusters_worker_gives_cells_as_alone(case: Case) -> None:

@@ -110,3 +110,18 @@ def test_arguments_that_changed_say_their_new_name():
         pytest.raises(TypeError, match="missing 1 required positional argument: 'scenes'"),
     ):
         dit_lens.steering.dose_response(None, ks=(0, 1))
+
+
+def test_attributes_that_changed_say_their_new_name():
+    """A method, and fields of two dataclasses."""
+    model = hooked_models.HookedTextToImage.from_pretrained("rte-nano", weights=False)
+    red = dit_lens.Intervention("blocks.0.hook_mlp_out", steps=0)
+    plan = dit_lens.sweep.plan(model, "red circle", 0, red, {"m": len}, num_steps=1, batch=1)
+    (edit,) = plan.conditions[0].edits
+    for one, old, new in (
+        (model, "refuse_hooks", "check_no_hooks"),
+        (plan, "treatments", "conditions"),
+        (edit, "alike", "exchange_group"),
+    ):
+        with pytest.warns(DeprecationWarning, match=rf"\.{old} is now {new}; the old"):
+            assert getattr(one, old) == getattr(one, new)

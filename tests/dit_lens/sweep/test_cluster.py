@@ -78,11 +78,11 @@ class InThisProcess:
         ]
         return CleanRuns.join([pickle.loads(part) for part in sent])
 
-    def tables(self, work: Any, jobs: Any) -> Iterator[pd.DataFrame]:
-        shared = cloudpickle.dumps(work.on(None, None))
-        self.sent.append((len(cloudpickle.dumps(work.clean)), work.clean.inputs))
+    def tables(self, work: Any, clean: Any, jobs: Any) -> Iterator[pd.DataFrame]:
+        shared = cloudpickle.dumps(work.on(None))
+        self.sent.append((len(cloudpickle.dumps(clean)), clean.inputs))
         for i in reversed(range(len(jobs))):
-            sent = cloudpickle.dumps(work.clean.left_by(jobs[i]))
+            sent = cloudpickle.dumps(clean.left_by(jobs[i]))
             runs = pickle.loads(sent)
             self.sent.append((len(sent), runs.inputs))
             yield self.actors[i % self.count].rows([shared], runs, jobs[i])

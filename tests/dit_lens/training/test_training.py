@@ -22,7 +22,15 @@ from safetensors.torch import load_file, save_file
 
 from dit_lens import scenes
 from dit_lens.task.sentences import all_captions
-from dit_lens.training import PRESETS, TrainConfig, build_pipeline, dynamics, loop, train
+from dit_lens.training import (
+    PRESETS,
+    TrainConfig,
+    build_pipeline,
+    dynamics,
+    finished,
+    loop,
+    train,
+)
 from dit_lens.training.data import encode_captions
 from dit_lens.training.history import open_run
 from dit_lens.training.objectives import CleanImageObjective, NoiseObjective
@@ -131,6 +139,7 @@ def test_other_settings_are_refused_before_the_first_checkpoint(tmp_path):
     config = TrainConfig(out=tmp_path, steps=2, **TINY)
     with open_run(tmp_path, {"size": "nano", "seed": 0}, ()) as run:
         loop.start_pipeline(config, run)
+    assert not finished(tmp_path)  # though it has a pipeline
     with pytest.raises(ValueError, match=r"seed \(0, now 7\)"):
         open_run(tmp_path, {"size": "nano", "seed": 7}, ())
 
@@ -140,6 +149,7 @@ def test_the_history_is_the_checkpoints_whatever_becomes_of_the_files(tmp_path):
         out=tmp_path, steps=4, **{**TINY, "dynamics_points": 2, "evaluate_every": 2}
     )
     train(config)
+    assert finished(tmp_path)
     log, course = tmp_path / "metrics.jsonl", tmp_path / "dynamics.parquet"
     whole, points = log.read_text(), pd.read_parquet(course)
     assert len(whole.splitlines()) == 2
