@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from ..hooked_models.tiny_pipelines import PIPELINES, tiny_pipeline
 
 STEPS, SEEDS = 3, [3, 4]
 LAST = STEPS - 1
+TEXTS = ("blue circle is above red square", "red circle is above blue square")
+"""A prompt and its counterfactual."""
 FIRST = ("FLUX.1", "FLUX.1 true CFG", "SD3", "SANA DPM++", "Qwen-Image")
 LEFT_OUT = ("SANA",)
 """Pipelines of a family that another one stands for."""
@@ -86,9 +88,24 @@ class Case:
             PROMPTS, SEEDS, STEPS, self.guidance, fwd_hooks=list(hooks)
         )
 
-    @property
-    def run(self) -> Any:
-        return self.model.trajectory(PROMPTS, SEEDS, STEPS, self.guidance)
+    def run(self, texts: Any = PROMPTS, seed: Any = SEEDS) -> Any:
+        return self.model.trajectory(texts, seed, STEPS, self.guidance)
+
+    @cached_property
+    def clean(self) -> Any:
+        """The run without hooks, made once, as the others here."""
+        return self.run()
+
+    @cached_property
+    def alone(self) -> dict[int, Any]:
+        """Seed → the run of all prompts from it."""
+        return {seed: self.run(seed=seed) for seed in SEEDS}
+
+    @cached_property
+    def counterfactuals(self) -> tuple[Any, Any]:
+        """The runs of `TEXTS`, from one noise."""
+        original, source = (self.run(text, 3) for text in TEXTS)
+        return original, source
 
     def cached(self, names: Any, **how: Any) -> Any:
         return self.model.run_with_cache(
@@ -106,9 +123,9 @@ class Case:
     @property
     def together(self) -> bool:
         """True if both branches are one call."""
-        return len(self.run.record.predictions) == STEPS and len(self.branches) == 2
+        return len(self.clean.record.predictions) == STEPS and len(self.branches) == 2
 
-    @property
+    @cached_property
     def branches(self) -> tuple[str, ...]:
         return (
             ("cond", "uncond")

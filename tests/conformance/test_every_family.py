@@ -149,7 +149,7 @@ def test_a_block_scaled_by_a_torch_hook(case: Case) -> None:
         ):
             theirs = case.plain()
         assert close(ours, theirs), branch
-        assert not close(ours, case.images())
+        assert not close(ours, case.clean.images)
 
 
 def half_of(tensor: Tensor, rows: Tensor, axis: int) -> Tensor:
@@ -177,7 +177,7 @@ def test_a_head_switched_off_by_a_torch_hook(case: Case) -> None:
     with halved(case, [(out, True) for out in outs], "cond", without):
         theirs = case.plain()
     assert close(ours, theirs)
-    assert not torch.equal(ours, case.images())
+    assert not torch.equal(ours, case.clean.images)
 
 
 @contextmanager
@@ -229,14 +229,14 @@ def halved(
 
 
 def test_a_fork_is_bitwise_a_full_run(case: Case) -> None:
-    run = case.run
+    run = case.clean
     hooks = case.act("blocks.1.hook_resid_pre", steps=1, action=Scale(0.5))
     full = case.model
     assert torch.equal(run.fork(2).images, run.images)
     for step in (0, 1):
         assert torch.equal(run.fork(step, hooks).images, case.images(hooks))
     with full.hooks(hooks):
-        edited = case.run
+        edited = case.run()
     # nothing before its step
     assert all(torch.equal(a, b) for a, b in zip(edited.latents[:2], run.latents[:2], strict=True))
     assert not torch.equal(edited.latents[2], run.latents[2])
@@ -292,7 +292,7 @@ def test_an_edit_stays_in_its_branch(case: Case) -> None:
 
 
 def test_identity_edits_change_nothing(case: Case) -> None:
-    reference, site = case.images(), f"blocks.0.{case.attention}.hook_z"
+    reference, site = case.clean.images, f"blocks.0.{case.attention}.hook_z"
     kept = case.cached(site)
     for action in (Scale(1.0), Replace(kept), Add(torch.zeros(1))):
         assert torch.equal(case.images(case.act(site, action=action)), reference), action
@@ -319,7 +319,7 @@ def test_every_action(case: Case) -> None:
     lengths = set(case.model.layout(PROMPTS).text_mask.sum(1).tolist())
     # else queries are the image's
     alike = "joint_pos" not in case.model.dit.axes(site) or len(lengths) == 1
-    reference = case.images()
+    reference = case.clean.images
     for action, change in by_hand:
         if action in ("mean", "resample") and not alike:
             with pytest.raises(ValueError, match=r"different numbers of tokens|no other one"):
@@ -513,7 +513,7 @@ def test_transformer_lens_patches_a_view_of_one_step(case: Case) -> None:
             view, tokens[1:], cache, lambda out: out.flatten()[7]
         )
         assert close(table[1, place], found.flatten()[7])
-    ours = case.run.take(torch.tensor([1])).fork(1, [(f"steps.1.cond.{name}", patch)], until=2)
+    ours = case.clean.take(torch.tensor([1])).fork(1, [(f"steps.1.cond.{name}", patch)], until=2)
     assert close(found, ours.record.outs[1])
     if not joint:
         with pytest.raises(ValueError, match="positions in this model"):
@@ -532,7 +532,7 @@ def test_gradients_are_autograds(case: Case) -> None:
     steps.
     """
     name = f"steps.1.cond.blocks.0.{case.attention}.hook_z"
-    run = case.run
+    run = case.clean
     seen: dict[str, Tensor] = {}
 
     def open_(tensor: Tensor, hook: Any) -> Tensor:
@@ -555,12 +555,7 @@ def test_attribution_is_first_order_patching(case: Case) -> None:
     """Scores against autograd by hand, and their exact verification against a run with the
     patch.
     """
-    words = [("red circle is above blue square", "blue circle is above red square")]
-    (source_text, original_text), *_ = words
-    original, source = (
-        case.model.trajectory(text, 3, STEPS, case.guidance)
-        for text in (original_text, source_text)
-    )
+    original, source = case.counterfactuals
     pair = attribution.pair(original, source, steps=[1])
     kinds = [case.attention, "resid_post"]
     with torch.enable_grad():
@@ -588,8 +583,7 @@ def test_attribution_is_first_order_patching(case: Case) -> None:
 
 def test_a_path_patch_is_the_patch_by_hand(case: Case) -> None:
     """All paths from one head: its value of the source run, in the original run."""
-    texts = ("blue circle is above red square", "red circle is above blue square")
-    original, source = (case.model.trajectory(text, 3, STEPS, case.guidance) for text in texts)
+    original, source = case.counterfactuals
     site, kept = f"steps.1.cond.blocks.0.{case.attention}.hook_z", []
     source.fork(1, [(site, lambda z, hook: kept.append(z.clone()))], until=2)
 

@@ -14,8 +14,8 @@ from transformer_lens import patching as tl_patching
 
 from dit_lens import attribution, patching
 
-from .family_cases import SEEDS, STEPS, Case, close
-from .test_every_family_paths import TEXTS, arguments_of, flat_mean, rows_of_output
+from .family_cases import TEXTS, Case, close
+from .test_every_family_paths import arguments_of, flat_mean, rows_of_output
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_transformer_lens_patches_one_call(case: Case) -> None:
     position of a stream replaced by a torch hook's own record.
     """
     dit, name, place = case.model.dit, "blocks.1.hook_resid_pre", 3
-    given = arguments_of(case, case.model.trajectory(TEXTS, SEEDS, STEPS, case.guidance))
+    given = arguments_of(case, case.run(TEXTS))
     joint = "joint_pos" in dit.axes(name)
     whole = rows_of_output(case.pipe.transformer(**given)[0])
     layout = dit.layout_of(**given)
@@ -74,9 +74,7 @@ def test_paths_and_scores_of_one_call(case: Case) -> None:
     a run with that edit by hand, and autograd's slope there.
     """
     dit, name = case.model.dit, f"blocks.0.{case.attention}.hook_z"
-    original, source = (
-        arguments_of(case, case.model.trajectory(text, 3, STEPS, case.guidance)) for text in TEXTS
-    )
+    original, source = (arguments_of(case, run) for run in case.counterfactuals)
     kept: dict[str, Tensor] = {}
 
     def keep(z: Tensor, hook: Any) -> None:

@@ -19,7 +19,7 @@ from hooked_models.families.adapter import submodule
 from hooked_models.hooks.texts import text_parts
 
 from ..hooked_models.pipelines import PROMPTS
-from .family_cases import ADD_NOT_UP, LAST, SEEDS, STEPS, UNABLE, Case, close
+from .family_cases import ADD_NOT_UP, LAST, SEEDS, STEPS, TEXTS, UNABLE, Case, close
 
 ATTENTIONS = ("attn", "attn1", "attn2", "attention", "self_attention", "cross_attention")
 MLPS = ("ff", "ffn", "ff_context", "feed_forward", "img_mlp", "txt_mlp", "mlp", "act_mlp")
@@ -28,7 +28,6 @@ HELD = (*ATTENTIONS, *MLPS, "down_proj")
 OUTS = ("to_out", "to_add_out", "out_layer")
 """Projections of heads in an attention; where it has none, the block's own `proj_out`."""
 TEXT = "steps.0.cond.hook_text"
-TEXTS = ("blue circle is above red square", "red circle is above blue square")
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +130,7 @@ def test_a_direct_path_is_that_of_torchs_hooks(case: Case) -> None:
     """One head, first layer and last, into the prediction; everything else held."""
     if (case.name, "direct paths") in UNABLE:
         return
-    original, source = (case.model.trajectory(text, 3, STEPS, case.guidance) for text in TEXTS)
+    original, source = case.counterfactuals
     mine, theirs = ByHand(case, original), ByHand(case, source)
     clean = rows_of_output(mine.model(**mine.arguments)[0])
     for layer in {0, case.model.cfg.n_layers - 1}:
@@ -149,7 +148,7 @@ def test_edges_between_blocks(case: Case) -> None:
     runs in which a block reads a little more of another's contribution, which passes it by no more;
     and its exact patch.
     """
-    original, source = (case.model.trajectory(text, 3, STEPS, case.guidance) for text in TEXTS)
+    original, source = case.counterfactuals
     pair = attribution.pair(original, source, steps=1, returns="out")  # smooth: no clamp
     n = case.model.cfg.n_layers
     if (case.name, "edges") in UNABLE:
@@ -197,9 +196,7 @@ def test_direct_effects_add_up(case: Case) -> None:
     if case.name in ADD_NOT_UP:
         return
     dit, n = case.model.dit, case.model.cfg.n_layers
-    original, source = (
-        case.model.trajectory(TEXTS[0], seed, STEPS, case.guidance) for seed in (3, 4)
-    )
+    original, source = case.counterfactuals[0], case.run(TEXTS[0], 4)
     kinds = sorted({name.split(".")[2] for name in dit.hook_dict if name.endswith(".hook_z")})
     names = [f"{kind}.L{layer}" for kind in [*kinds, "mlp"] for layer in range(n)]
     sends = [name for name in names if sending(original, name)]
@@ -261,7 +258,7 @@ def test_the_text_that_enters(case: Case) -> None:
             given[key] = new if isinstance(value, list) else torch.stack(new)
         return (), given
 
-    run, model = case.run, case.model
+    run, model = case.clean, case.model
 
     def by_hand(call: Any, rows: Any, x: Tensor, timestep: Any, text: Any) -> Tensor:
         if "cond" not in call.branches or call.step != LAST:
@@ -286,7 +283,7 @@ def test_the_text_that_enters(case: Case) -> None:
 
 def test_paths_from_the_text(case: Case) -> None:
     """All paths from two words: their vectors of the source run, in the original run's text."""
-    original, source = (case.model.trajectory(text, 3, STEPS, case.guidance) for text in TEXTS)
+    original, source = case.counterfactuals
     name, kept = "steps.0.cond.hook_text", []
     source.fork(0, [(name, lambda text, hook: kept.append(text.clone()))])
     words = [prompts.word("blue"), prompts.word("red")]
@@ -324,5 +321,5 @@ def test_steering_in_text_space(case: Case) -> None:
         word = prompts.word("circle")
         drawn.append(steering.steer(case.model, PROMPTS, vector, word, k=k, seed=SEEDS, **how))
         assert close(drawn[-1], case.images(hooks), 1e-4)
-    assert torch.equal(drawn[0], case.images())
+    assert torch.equal(drawn[0], case.clean.images)
     assert not torch.equal(drawn[1], drawn[2])

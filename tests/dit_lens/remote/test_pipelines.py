@@ -4,6 +4,8 @@ the local hooked model.
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +130,12 @@ def nudge_in_place(tensor: Tensor, hook: Any) -> None:
     tensor[:, 0] *= 0.9
 
 
+def nudge_row(tensor: Tensor, hook: Any, row: int) -> Tensor:
+    changed = tensor.clone()
+    changed[row] = 1.01 * tensor[row] + 0.02
+    return changed
+
+
 def firing(model: HookedTextToImage, *steps: int) -> list[str]:
     """Names that a run fires at some steps, and the image."""
     extent = model.draft(PROMPTS, **RUN).extent
@@ -144,16 +152,25 @@ def test_all_names_are_written_at_once(exact: Pair, function: Any) -> None:
 
 
 def test_names_are_written_one_by_one(exact: Pair) -> None:
-    """Every kind of name in the conditional branch; an effect of each, the same as locally."""
-    without_effect = []
-    names = [name for name in firing(exact.oracle, 1) if ".uncond." not in name]
-    plain = exact.oracle(PROMPTS, **RUN)
-    for name in names:
-        expected = exact.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=[(name, nudge)])
-        close(exact.ours.run_with_hooks(PROMPTS, **RUN, fwd_hooks=[(name, nudge)]), expected, 1e-9)
-        without_effect += [name] if torch.equal(expected, plain) else []
-    # the text that leaves a last block is read by nothing
-    assert all("text" in name or name.endswith("resid_post") for name in without_effect)
+    """Every kind of name in the conditional branch by itself, a row for each of its layers; an
+    effect of each, the same as locally.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in firing(exact.oracle, 1):
+        if ".uncond." not in name:
+            kinds.setdefault(re.sub(r"blocks\.\d+", "blocks", name), []).append(name)
+    plain = {}
+    for names in kinds.values():
+        rows = {"prompts": PROMPTS[:1] * len(names), "seed": 3, "num_steps": 3}
+        if len(names) not in plain:
+            plain[len(names)] = exact.oracle(**rows)
+        hooks = [(name, partial(nudge_row, row=row)) for row, name in enumerate(names)]
+        expected = exact.oracle.run_with_hooks(**rows, fwd_hooks=hooks)
+        close(exact.ours.run_with_hooks(**rows, fwd_hooks=hooks), expected, 1e-9)
+        same = (expected == plain[len(names)]).flatten(1).all(1).tolist()
+        # the text that leaves a last block is read by nothing
+        unread = [name for name, alike in zip(names, same, strict=True) if alike]
+        assert all("text" in name or name.endswith("resid_post") for name in unread)
 
 
 def test_a_hook_function_is_sent(served: Pair) -> None:
@@ -208,12 +225,7 @@ def actions(model: Any) -> list[Intervention]:
 
 
 def test_interventions(served: Pair) -> None:
-    """All at once on the server; each by itself acts."""
-    plain = served.oracle(PROMPTS, **RUN)
-    for each in actions(served.oracle):
-        hooks = each.hooks(served.oracle, PROMPTS, num_steps=3)
-        images = served.oracle.run_with_hooks(PROMPTS, **RUN, fwd_hooks=hooks)
-        assert not torch.equal(images, plain), each
+    """All at once on the server."""
     hooks = [
         [hook for each in actions(one) for hook in each.hooks(one, PROMPTS, num_steps=3, seed=2)]
         for one in served
@@ -225,11 +237,14 @@ def test_interventions(served: Pair) -> None:
 
 
 def test_interventions_one_by_one(exact: Pair) -> None:
+    """Each by itself acts, and equally."""
+    plain = exact.oracle(PROMPTS, **RUN)
     for each in actions(exact.oracle):
         ours, oracle = (
             one.run_with_hooks(PROMPTS, **RUN, fwd_hooks=each.hooks(one, PROMPTS, num_steps=3))
             for one in exact
         )
+        assert not torch.equal(oracle, plain), each
         close(ours, oracle, 1e-9)
 
 
