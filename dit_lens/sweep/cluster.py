@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import nn
+from transformers import PreTrainedModel
 
 from hooked_models import HookedTextToImage
 from hooked_models.hooks.module import HookedModule
@@ -56,6 +57,7 @@ class Worker:
                 name, revision=model.commit, dtype=dtype, check=False
             )
         elif len(model) == 1:
+            _register_recorders(*model)
             loaded = HookedTextToImage.from_pipeline(*model)
         else:
             loaded = HookedTextToImage(*model).eval()
@@ -287,6 +289,16 @@ def _without_recorders(pipe: Any) -> Any:
                 if getattr(module, "_output_capturing_hooks_installed", False):
                     module._output_capturing_hooks_installed = False  # type: ignore[assignment]
     return found
+
+
+def _register_recorders(pipe: Any) -> None:
+    """Make an empty encoder of each class: transformers registers then which hidden states a class
+    records, and unpickling makes none.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, PreTrainedModel):
+            with torch.device("meta"):
+                type(part)(part.config)
 
 
 def _flagged(model: HookedTextToImage) -> list[HookedModule]:

@@ -69,7 +69,7 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *branches*: out = uncond + s · (cond − uncond); *one branch alone*: an edit of one leaves the other's prediction bitwise.
 - *every action*, *words*: against functions and sums written out; *identity edits* change nothing.
 - *sweeps*: a cell equals its own `run_with_hooks`. *workers*: also where a worker of a cluster (`executor="ray"`) has got the
-  model and its cells through a pickle; FLUX.1 is swept on a Ray cluster as well. *unequal prompts*: and the run of its prompt alone.
+  model and its cells through a pickle; FLUX.1 and Qwen-Image are swept on a Ray cluster as well. *unequal prompts*: and the run of its prompt alone.
 - *search*: scores of `search` equal a change times autograd's slope, by hand.
 - *ablation*: heads at a mean and hidden words equal hooks by hand. *ablation_effects*: each image is that of a run with hooks.
 - *estimates*: bytes before a run equal those of its cache.

@@ -39,7 +39,10 @@ from .family_cases import LAST, SEEDS, STEPS, UNABLE, Case, case_of, close
 
 NOWHERE: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "hooks and interventions in text encoders": (
-        "text encoders are transformers' own modules, of many kinds, and run without hooks",
+        "text encoders are transformers' own modules, of many kinds, without names here; torch's "
+        "own hooks on their layers (`readout.text_layers.blocks_of(pipe.text_encoder)`, with "
+        "`prepend=True`) act in every run, for the text is encoded again when they change, and what "
+        "encoders give is read and written at `hook_text`",
         lambda case: case.act("text_encoder.blocks.0.hook_resid_post"),
     ),
     "token ids in place of prompts": (

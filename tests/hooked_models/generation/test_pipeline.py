@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dit_lens.readout.text_layers import blocks_of
 from hooked_models import HookedTextToImage
 from hooked_models.generation.pipeline import HookedPipeline
 
@@ -65,3 +66,27 @@ def test_the_text_is_encoded_once_for_runs_of_any_length(sd3, monkeypatch):
     assert [len(draft.solver) for draft in drafts] == [1, 2]
     expected = encode("red circle", None, None)[0]
     assert all(torch.equal(draft.encoded[0][0], expected) for draft in drafts)
+
+
+@pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_3"])
+@torch.no_grad()
+def test_torchs_hooks_on_a_text_encoders_layer_act_in_the_next_run(sd3, encoder):
+    call = dict(sd3.call)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    options = {key: value for key, value in call.items() if key != "output_type"}
+    options["num_steps"] = options.pop("num_inference_steps")
+    before, text = sd3(list(PROMPTS), (3, 4), **options), sd3.text_entering(list(PROMPTS))
+    layer, kept = blocks_of(getattr(sd3.pipe, encoder))[0], []
+
+    def halved(module, args, output):
+        kept.append(output)
+        return (output[0] / 2, *output[1:]) if isinstance(output, tuple) else output / 2
+
+    handle = layer.register_forward_hook(halved, prepend=True)  # before transformers' recorders
+    found = sd3(list(PROMPTS), (3, 4), **options)
+    assert kept
+    assert torch.equal(found, sd3.pipe(list(PROMPTS), generator=generators, **call).images)
+    assert not torch.equal(sd3.text_entering(list(PROMPTS)), text)
+    handle.remove()
+    assert not torch.equal(found, before)
+    assert torch.equal(sd3(list(PROMPTS), (3, 4), **options), before)
