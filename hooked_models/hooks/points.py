@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from .scopes import Scope, call_apart, lookup, scopes
@@ -105,10 +106,22 @@ class ScopedHookPoint(HookPoint):
             _PINNED.reset(token)
 
     def __call__(self, x: Tensor) -> Tensor:
+        state = self.hook_state()
+        if not (
+            state["fwd_hooks"]
+            or state["bwd_hooks"]
+            or state["_forward_hooks"]
+            or state["_backward_hooks"]
+            or self._forward_pre_hooks
+            or self._backward_pre_hooks
+            or "forward" in self.__dict__
+            or _has_any_global_hook()
+        ):
+            return x  # as torch would, which reads the state five times more
         if (
             torch.is_grad_enabled()
             and not x.requires_grad
-            and self.bwd_hooks
+            and state["bwd_hooks"]
             and x.is_floating_point()
         ):
             x = x.detach().requires_grad_().clone()  # no leaf, into which a hook could not write

@@ -30,6 +30,12 @@ def is_foreign(hook: Callable[..., Any]) -> bool:
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """True if one of a module's forward hooks or pre-hooks is foreign."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(map(is_foreign, hooks))
+
+
 class Wrapped:
     """The submodules of a wrapped module when it was wrapped, and which of them the hooked module
     never calls.
@@ -75,8 +81,10 @@ class Wrapped:
                 )
         for path, part in self.bypassed:
             own = vars(part)
-            hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-            if any(map(is_foreign, hooks)) or ("forward" in own and part is not self.module):
+            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+            if (hooked and has_foreign_hooks(part)) or (
+                "forward" in own and part is not self.module
+            ):
                 raise ValueError(
                     f"{path or kind} of the wrapped {kind} has a torch hook or a forward of its "
                     "own, and the hooked model would "

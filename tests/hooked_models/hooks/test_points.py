@@ -5,7 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
+
+from hooked_models.hooks.points import ScopedHookPoint
 
 from ..pipelines import PROMPTS
 from .zeroed import PATTERN, STEPS, Z, zero
@@ -67,3 +70,28 @@ def test_levels_are_those_of_transformer_lens(model):
             owner.reset_hooks(level=1)
             model(PROMPTS, num_steps=1, guidance=1.0)
         assert calls == ["one", "none"]
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward pre", "backward", "backward pre", "global"])
+def test_every_hook_of_torch_is_called(kind: str) -> None:
+    """A point without hooks does nothing, not even torch's call of a module; one with any does."""
+    point, called = ScopedHookPoint(), []
+
+    def hook(*args: object) -> None:
+        called.append(kind)
+
+    attach = {
+        "forward": point.register_forward_hook,
+        "forward pre": point.register_forward_pre_hook,
+        "backward": point.register_full_backward_hook,
+        "backward pre": point.register_full_backward_pre_hook,
+        "global": torch.nn.modules.module.register_module_forward_hook,
+    }[kind]
+    x = torch.zeros(2, requires_grad=True)
+    assert point(x) is x
+    handle = attach(hook)
+    point(x).sum().backward()
+    assert called == [kind]
+    handle.remove()
+    assert point(x) is x
+    assert called == [kind]
