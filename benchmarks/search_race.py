@@ -180,7 +180,8 @@ def write(found: pd.DataFrame, scenes: int, config: Config) -> None:
         "found), of the search / of the exhaustive sweep of 8 scenes. *Population*: scenes drawn "
         "with replacement, the truth is the mean over all. *Held out*: the search draws from the "
         "scenes of half the captions, the others are the truth. *Broken*: share of searches whose "
-        "statement (gap / missed) was wrong, at most 5 % if it holds. *Covered*: share of joint "
+        "statement (gap / missed) was wrong: at most 5 % where it speaks of the truth (population); "
+        "held out, the truth is of other captions, and more may be. *Covered*: share of joint "
         "intervals that hold the truth.",
         "",
         "| metric | cells | truth | cost, in sweeps of a scene | share | signed | broken | covered "
