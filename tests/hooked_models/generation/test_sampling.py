@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -63,8 +64,16 @@ def usable(name: str) -> bool:
 USABLE = [name for name in CLASSES if usable(name)]
 
 
+@cache
+def shared() -> HookedTextToImage:
+    return HookedTextToImage.from_pipeline(tiny_pipeline())
+
+
 def model_with(scheduler: Any) -> HookedTextToImage:
-    return HookedTextToImage.from_pipeline(tiny_pipeline(scheduler=scheduler))
+    """The one model of these tests, with another scheduler."""
+    model = shared()
+    model.scheduler = scheduler
+    return model
 
 
 def test_most_schedulers_are_usable_and_both_kinds_are_among_them():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +59,23 @@ def write_folder(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Models by name, each opened once."""
+
+    @cache
+    def open_(name: str) -> Any:
+        folder = write_folder(name, tmp_path_factory.mktemp("model"))
+        return HookedTextToImage.from_pretrained(folder, weights=False, dtype=torch.bfloat16)
+
+    return open_
+
+
 @pytest.mark.parametrize("name", EXPECTED)
-def test_names_and_estimates_cost_seconds(name: str, tmp_path: Path) -> None:
-    folder = write_folder(name, tmp_path)
+def test_names_and_estimates_cost_seconds(name: str, opened: Callable[[str], Any]) -> None:
     parameters, n_layers, n_heads, n_text = EXPECTED[name]
     start = time.process_time()
-    model: Any = HookedTextToImage.from_pretrained(folder, weights=False, dtype=torch.bfloat16)
+    model = opened(name)
     size = estimate(model, PROMPT, 28, names_filter=lambda name: name.endswith("attn.hook_pattern"))
     assert time.process_time() - start < SECONDS
     assert sum(parameter.numel() for parameter in model.pipe.transformer.parameters()) == parameters
@@ -86,10 +99,10 @@ def test_names_and_estimates_cost_seconds(name: str, tmp_path: Path) -> None:
     assert stream.nbytes == 3 * (64 * 64 + text) * model.cfg.d_model * 2
 
 
-def test_words_are_found_without_weights_and_nothing_is_drawn(tmp_path: Path) -> None:
-    model: Any = HookedTextToImage.from_pretrained(
-        write_folder("SD3.5-large", tmp_path), weights=False
-    )
+def test_words_are_found_without_weights_and_nothing_is_drawn(
+    opened: Callable[[str], Any],
+) -> None:
+    model = opened("SD3.5-large")
     mask = prompts.token_mask(model, PROMPT, prompts.word("circle"))
     assert mask[0].nonzero().flatten().tolist() == [1, 77 + 1]
     with pytest.raises(ValueError, match="opened without weights"):
