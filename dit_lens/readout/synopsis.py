@@ -32,7 +32,7 @@ its synopsis too, and `rank_heads` gives intervals and a control.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,13 +42,13 @@ from typing import Any, Literal, Unpack, get_args
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
-from hooked_models.arguments import integer, mapping, one_of, shown
+from hooked_models.arguments import integer, one_of
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import BRANCHES, Branch
 from hooked_models.generation.sampling import Seeds, seed_of_each
@@ -61,8 +61,14 @@ from ..runs.drawing import Drawing
 from ..runs.repeated_runs import RepeatedRun
 from ..store import Store, digest, fingerprint
 from ..task.image_groups import image_groups_from_images, image_groups_from_scenes
-from ..text.prompts import Role, Word, by_role, roles_of, token_mask
 from .group_attention import Sublayer, attention_between
+from .position_groups import (
+    Groups,
+    TextGroups,
+    TextKeys,
+    stacked,
+    text_keys,
+)
 from .ranking import rank_heads
 
 __all__ = [
@@ -74,11 +80,6 @@ __all__ = [
 ]
 
 Reduce = Literal["sum", "mass", "mean", "max"]
-Groups = Mapping[str, Shaped[Tensor, "*prompt pos"]]
-"""Name → positions, [pos] or [prompt pos]: booleans, or shares in [0, 1]."""
-TextGroups = Mapping[str, Shaped[Tensor, "*prompt pos"] | Role | Word | Sequence[Role | Word]]
-"""Name → its text positions, as in `Groups`, or roles and words (`prompts.word`)."""
-
 BATCH = 16
 
 
@@ -146,7 +147,7 @@ def attention_synopsis(
     guidance = model.default_guidance if guidance is None else guidance
     draft = model.draft(texts, seeds, num_steps, guidance)
     branches = BRANCHES if draft.guided else BRANCHES[:1]
-    groups = partial(_text_keys, model, texts, draft, branches, text_groups)
+    groups = partial(text_keys, model, texts, draft, branches, text_groups)
     plan = _Plan.make(model, draft, branches, sublayer, image_groups, groups, reduce)
 
     settings: dict[str, Any] = {}
@@ -235,69 +236,12 @@ def trajectory_synopsis(
     """
     model, inputs, run = trajectory.model, trajectory.inputs, RepeatedRun(trajectory)
 
-    def groups() -> _Keys:
-        if text_groups is None:
-            return _keys_by_role(model, run.roles(), inputs, run.branches)
-        return _keys_of(model, text_groups, inputs, run.branches)
+    def groups() -> TextKeys:
+        roles = run.roles() if text_groups is None else None
+        return text_keys(model, run.texts, inputs, run.branches, text_groups, roles)
 
     plan = _Plan.make(model, inputs, run.branches, sublayer, image_groups, groups, reduce)
     return plan.label(plan.measure(trajectory), run.texts)
-
-
-# Groups
-
-_Keys = tuple[list[str], dict[Branch, Float[Tensor, "prompt text_pos group"]]]
-"""Names of text groups, and their positions by branch."""
-
-
-def _text_keys(
-    model: HookedTextToImage,
-    texts: Sequence[str],
-    inputs: Any,
-    branches: Sequence[Branch],
-    text_groups: TextGroups | None,
-) -> _Keys:
-    length = model.layout(inputs).text_mask.shape[1]
-    if text_groups is None:
-        return _keys_by_role(model, roles_of(model.encoded_texts(texts, length)), inputs, branches)
-    mapping("text_groups", text_groups, "positions, a role or prompts.word('…')")
-    positions = {
-        name: group if isinstance(group, Tensor) else token_mask(model, texts, group, length=length)
-        for name, group in text_groups.items()
-    }
-    return _keys_of(model, positions, inputs, branches)
-
-
-def _keys_by_role(
-    model: HookedTextToImage, roles: list[list[Role]], inputs: Any, branches: Sequence[Branch]
-) -> _Keys:
-    """Groups of all roles; the unconditional branch has those of the text that it reads."""
-    keys, n = {}, len(inputs)
-    for branch in branches:
-        length = model.layout(inputs, branch).text_mask.shape[1]
-        read = (
-            roles
-            if branch == "cond"
-            else roles_of(model.encoded_texts(model.texts_read([""] * n, branch), length))
-        )
-        # a branch's text may be padded to another branch's
-        fitted = [[*row[:length], *["pad"] * (length - len(row))] for row in read]
-        keys[branch] = _stack(by_role(fitted), n, length, "text")  # type: ignore[arg-type]
-    return list(get_args(Role)), keys
-
-
-def _keys_of(
-    model: HookedTextToImage, groups: Groups, inputs: Any, branches: Sequence[Branch]
-) -> _Keys:
-    """Given groups; the unconditional branch has none of their positions."""
-    keys, n = {}, len(inputs)
-    for branch in branches:
-        length = model.layout(inputs, branch).text_mask.shape[1]
-        given = _stack(groups, n, length, "text") if branch == "cond" else None
-        keys[branch] = (
-            torch.zeros(n, length, len(groups), dtype=torch.float64) if given is None else given
-        )
-    return list(groups), keys
 
 
 @dataclass(frozen=True)
@@ -319,7 +263,7 @@ class _Plan:
         branches: Sequence[Branch],
         sublayer: Sublayer,
         image_groups: Groups | None,
-        text_keys: Callable[[], _Keys],
+        text_keys: Callable[[], TextKeys],
         reduce: Reduce,
     ) -> _Plan:
         one_of("sublayer", sublayer, get_args(Sublayer))
@@ -328,7 +272,7 @@ class _Plan:
         image_groups = (
             {"image": torch.ones(pos, dtype=torch.bool)} if image_groups is None else image_groups
         )
-        image = _stack(image_groups, n, pos, "image")
+        image = stacked(image_groups, n, pos, "image")
         names, keys = list(image_groups), dict.fromkeys(branches, image)
         if sublayer == "cross_attn":
             names, keys = text_keys()
@@ -416,23 +360,3 @@ class _Plan:
             },
             name=f"{self.sublayer} {self.reduce}",
         )
-
-
-def _stack(
-    groups: Mapping[Any, Tensor], n: int, pos: int, what: str
-) -> Float[Tensor, "{n} {pos} group"]:
-    if not groups:
-        raise ValueError(f"There is no {what} group: name at least one.")
-    columns = []
-    for name, positions in groups.items():
-        if not isinstance(positions, Tensor):
-            raise ValueError(
-                f"The {what} group {name!r} is {shown(positions)}: give a tensor of its positions."
-            )
-        if tuple(positions.shape) not in ((pos,), (n, pos)):
-            raise ValueError(
-                f"The {what} group {name!r} has shape {tuple(positions.shape)}: for {n} prompts "
-                f"with {pos} {what} positions it must be ({pos},) or ({n}, {pos})."
-            )
-        columns.append(positions.detach().cpu().double().expand(n, pos))
-    return torch.stack(columns, dim=-1)

@@ -64,7 +64,7 @@ def paper_verdicts(
     )
 
 
-def _judge(objects: Sequence[Found], scene: Scene) -> tuple[float, ...]:
+def _judge(objects: Sequence[Found], scene: Scene) -> tuple[int | float, ...]:
     color = {scene.color1, scene.color2} <= {found.color for found in objects}
     shape = {scene.shape1, scene.shape2} <= {found.shape for found in objects}
     first, second = (
