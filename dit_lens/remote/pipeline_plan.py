@@ -54,7 +54,7 @@ def make(model: Any, draft: PipelineInputs, request: Request) -> dict[str, Any]:
         place = _place(draft, site)
         actions.setdefault(place, {}).setdefault(site.inner, []).append(sent)
     if between := [site for site, _ in request.actions if site.inner in BETWEEN]:
-        _check_between(type(model.pipe), between[0])
+        check_between(type(model.pipe), between[0])
     sums: dict[int, dict[str, list[Any]]] = {}
     for each in request.sums:
         number = _number(draft, each.step, each.branch)
@@ -256,8 +256,16 @@ def _order_in(draft: PipelineInputs, call: Call, streams: Sequence[str]) -> tupl
     return (there, back), positions
 
 
-def _check_between(pipeline: Any, site: Site) -> None:
-    """Raise ValueError where nnsight cannot tell a pipeline's calls between steps."""
+def check_between(pipeline: type, site: Site) -> None:
+    """Raise where nnsight cannot tell a pipeline's calls between steps.
+
+    Raises:
+        ValueError: the pipeline calls its scheduler or draws latents in several places, or in none.
+
+    Example:
+        >>> from diffusers import FluxPipeline
+        >>> check_between(FluxPipeline, Site("sampler", "hook_latent", 0))
+    """
     source = inspect.getsource(pipeline.__call__)
     for call in ("self.scheduler.step(", "self.prepare_latents("):
         if (found := source.count(call)) != 1:

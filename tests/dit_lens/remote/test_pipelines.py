@@ -298,8 +298,9 @@ def test_a_heat_map_is_summed_there(served: Pair, by: Any) -> None:
     )
     assert ours.dims == oracle.dims
     assert all(ours[dim].equals(oracle[dim]) for dim in ours.coords)
+    largest = float(oracle.max())
     torch.testing.assert_close(
-        torch.tensor(ours.values), torch.tensor(oracle.values), rtol=0, atol=5e-6
+        torch.tensor(ours.values), torch.tensor(oracle.values), rtol=0, atol=1e-5 * largest
     )
 
 
@@ -307,6 +308,13 @@ def test_a_heat_map_is_summed_there(served: Pair, by: Any) -> None:
 
 FLOAT32_LATENTS = ("CogView4", "Wan", "HunyuanVideo")
 """Their latents begin in float32 in a model of any dtype, and the oracle keeps them so."""
+ROUNDING = 2 * 3 * 2 * 32 * 2**-24
+"""Of float32, if all of it adds up: of both sides, in 3 steps of 2 blocks, each of some 32 operations
+one after the other."""
+BETWEEN_HIDDEN = ("CogVideoX", "ERNIE-Image")
+"""Their loops hide tensors between calls: the first calls its scheduler in two places, the second
+draws its latents itself.
+"""
 
 
 OTHERS = [name for name in PIPELINES if name not in (*NO_FOLDER, *SERVED)]
@@ -325,9 +333,15 @@ def test_every_family(name: str, folders, tmp_path_factory) -> None:
     folder = folder_of(name, folders, tmp_path_factory)
     dtype = torch.float32 if name in FLOAT32_LATENTS else torch.float64
     both = pair(RemoteTextToImage(folder, dtype=dtype), folder, name, dtype)
-    part = 2e-5 if name in FLOAT32_LATENTS else 1e-5
+    part = ROUNDING if name in FLOAT32_LATENTS else 1e-5
     close(both.ours(PROMPTS, **RUN), both.oracle(PROMPTS, **RUN), part)
-    names = [name for name in firing(both.oracle, 0, 2) if readable(both.ours, name)]
+    fired = firing(both.oracle, 0, 2)
+    names = [name for name in fired if readable(both.ours, name)]
+    hidden = [name for name in fired if name not in names]
+    assert bool(hidden) == (name in BETWEEN_HIDDEN)
+    for each in hidden:
+        with pytest.raises(ValueError, match="not within nnsight's reach"):
+            both.ours.run_with_cache(PROMPTS, **RUN, names_filter=[each])
     _, cache = both.oracle.run_with_cache(PROMPTS, **RUN, branch="both", names_filter=names)
     _, found = both.ours.run_with_cache(PROMPTS, **RUN, branch="both", names_filter=names)
     for key, tensor in cache.items():
@@ -339,13 +353,13 @@ def test_every_family(name: str, folders, tmp_path_factory) -> None:
 
 
 def readable(model: RemoteTextToImage, name: str) -> bool:
-    """True unless the pipeline's loop hides the name: CogVideoX calls its scheduler in two places,
-    ERNIE-Image draws its latents itself.
-    """
-    return not (
-        type(model.pipe).__name__ in ("CogVideoXPipeline", "ErnieImagePipeline")
-        and name.endswith(("hook_latent", "hook_out", "hook_x0"))
-    )
+    """True unless the plan of a trace refuses the name."""
+    if (inner := name.rpartition(".")[2]) in pipeline_plan.BETWEEN:
+        try:
+            pipeline_plan.check_between(type(model.pipe), Site("sampler", inner, 0))
+        except ValueError:
+            return False
+    return True
 
 
 # What cannot be
