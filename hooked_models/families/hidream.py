@@ -80,7 +80,7 @@ FAMILY = Family(
         "text positions are T5's, the last Llama layer's, and those of the block's own Llama layer"
     ),
     alone=(
-        "a Llama layer each enters each of its blocks, so that rows are not the "
-        "first axis of its text, and the text of a prompt has no fixed positions"
+        "a Llama layer of its own enters each of its blocks: rows are the second axis of that "
+        "text, and a prompt's tokens stand at three places of the stream"
     ),
 )
