@@ -197,7 +197,7 @@ def test_relations_swapped_in_text_space(case: Case, monkeypatch: Any) -> None:
         return dict.fromkeys(steering.METRICS, mean_of(images).double().numpy())
 
     monkeypatch.setattr(steering, "_judge", judge)
-    how: Any = {"num_steps": STEPS, "draws": 1, "seeds": SEEDS[:1], "ks": (0, 2.0)}
+    how: Any = {"num_steps": STEPS, "draws": 1, "seeds": SEEDS[:1], "doses": (0, 2.0)}
     how |= {} if case.guidance is None else {"guidance": case.guidance}
     found = steering.dose_response(case.model, drawn, "below", **how)["color"].isel(seed=0)
     for k in (0.0, 2.0):

@@ -128,7 +128,7 @@ def scores_of_positions(dit: Any, words: Tensor) -> Tensor:
 
 
 def written_by(dit: Any, head: int, words: Tensor) -> Tensor:
-    """What one head adds to the stream [word d_model], when each query attends to one word."""
+    """Contribution of one head to the stream [word d_model], when each query attends to one word."""
     name, n = f"blocks.{LAYER}", len(words)
 
     def alone(pattern: Tensor, hook: Any) -> Tensor:
