@@ -120,7 +120,7 @@ class RemoteTextToImage(HookedTextToImage):
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         api_key: str | None = None,
-        timeout: float = 600.0,
+        timeout: int | float = 600.0,
     ) -> None:
         nnsight = import_nnsight()
         # the server has neither: the parts it needs travel as source

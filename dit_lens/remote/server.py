@@ -65,7 +65,7 @@ class Server:
         ValueError: the address has no scheme, or `timeout` is no positive number.
     """
 
-    def __init__(self, host: str | None, api_key: str | None, timeout: float) -> None:
+    def __init__(self, host: str | None, api_key: str | None, timeout: int | float) -> None:
         nnsight = import_nnsight()
         self.host: str = (host or nnsight.CONFIG.API.HOST).rstrip("/")
         if not self.host.startswith(("http://", "https://")):
