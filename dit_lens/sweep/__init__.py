@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 Metrics = Mapping[str, Metric | Callable[..., Values]]
-NoiseSeeds = int | Sequence[int] | Int[np.ndarray, "..."]
+NoiseSeeds = int | Sequence[int] | Sequence[Sequence[int]] | Int[np.ndarray, "..."]
 
 
 def _checked_metrics(metrics: Metrics) -> dict[str, Metric]:
