@@ -52,8 +52,16 @@ def test_the_first_code_cell_installs_the_wheel_where_there_is_none(name, monkey
         exec(code[0].source, {})
     (tmp_path / "dit_lens-0.1.0-py3-none-any.whl").touch()
     exec(code[0].source, {})
-    assert called[0][-1] == "dit_lens-0.1.0-py3-none-any.whl[viz]"
+    extras = "viz,remote" if name == "remote" else "viz"
+    assert called[0][-1] == f"dit_lens-0.1.0-py3-none-any.whl[{extras}]"
 
 
-def test_there_are_four():
-    assert NAMES == ["activation_cache", "circuits", "own_task", "transformer_lens_patching"]
+def test_there_are_six():
+    assert NAMES == [
+        "activation_cache",
+        "circuits",
+        "own_task",
+        "remote",
+        "transformer_lens_patching",
+        "your_model",
+    ]
