@@ -112,11 +112,13 @@ class CleanRuns:
             },
         )
 
-    def take(self, rows: Rows) -> Trajectory:
-        """The runs of some rows, in the order given."""
+    def take(self, rows: Rows, until: int | None = None) -> Trajectory:
+        """The runs of some rows, in the order given; their records up to a step, if one is
+        given.
+        """
         at = self.index(rows)
         inputs = inputs_of(self.model, self.inputs, self.noise, rows)
-        return Trajectory(self.model, inputs, self.record.take(at), self.latent[at])
+        return Trajectory(self.model, inputs, self.record.take(at, until), self.latent[at])
 
     @classmethod
     def sample(

@@ -72,7 +72,7 @@ class ForkBatch:
         """
         clean, model, last = self.clean, self.model, int(max(self.until))
         clean.prepare(self.forks)
-        run = clean.take(self.rows)
+        run = clean.take(self.rows, last)
         found = {read: self.clean_tensor(read) for read in reads}
         kept: dict[tuple[int, str], Tensor] = {}
         hooks: list[tuple[str, Any]] = []

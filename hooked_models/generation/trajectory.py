@@ -158,18 +158,21 @@ class Record:
                 return prediction.chunk(len(branches))[branches.index(branch)]
         raise KeyError(f"There is no prediction of step {step}, branch {branch!r}.")
 
-    def take(self, rows: Int[Tensor, " row"]) -> Record:
-        """Some rows of the batch; rows may repeat."""
+    def take(self, rows: Int[Tensor, " row"], until: int | None = None) -> Record:
+        """Some rows of the batch, of all steps or of those before `until`; rows may repeat."""
 
-        def some(tensor: Tensor) -> Tensor:
-            return tensor[rows.to(tensor.device)]
+        def some(tensor: Tensor, branches: int = 1) -> Tensor:
+            size = len(tensor) // branches
+            index = torch.cat([rows + i * size for i in range(branches)])
+            return tensor[index.to(tensor.device)]
 
         calls = {
-            key: torch.cat([some(part) for part in each.chunk(len(key[1]))])
+            key: some(each, len(key[1]))
             for key, each in self.predictions.items()
+            if until is None or key[0] < until
         }
-        outs = tuple(map(some, self.outs))
-        return Record(tuple(map(some, self.latents)), calls, outs, self.clean)
+        latents, outs = (tuple(map(some, each[:until])) for each in (self.latents, self.outs))
+        return Record(latents, calls, outs, self.clean)
 
     @staticmethod
     def join(records: Sequence[Record]) -> Record:
