@@ -19,7 +19,10 @@ def stamp(module: nn.Module) -> Stamp:
     through `.data`).
     """
     return tuple(
-        (id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers())
+        (id(tensor), tensor._version)
+        for part in module.modules()
+        for tensor in (*part._parameters.values(), *part._buffers.values())
+        if tensor is not None
     )
 
 
