@@ -121,8 +121,8 @@ ROWS = (
             "≤ 1.10, < nnsight",
             "caching",
             (
-                Cell("ratio to raw", {"what": what, "side": "hooked"}),
-                Cell("ratio to raw", {"what": what, "side": "nnsight"}, "(nnsight trace: {:.3f})"),
+                Cell("ratio to raw", {"what": what.rstrip("s"), "side": "hooked"}),
+                Cell("ratio to raw", {"what": what.rstrip("s"), "side": "nnsight"}, "(nnsight trace: {:.3f})"),
             ),
             " ",
         )
