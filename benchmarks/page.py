@@ -122,7 +122,11 @@ ROWS = (
             "caching",
             (
                 Cell("ratio to raw", {"what": what.rstrip("s"), "side": "hooked"}),
-                Cell("ratio to raw", {"what": what.rstrip("s"), "side": "nnsight"}, "(nnsight trace: {:.3f})"),
+                Cell(
+                    "ratio to raw",
+                    {"what": what.rstrip("s"), "side": "nnsight"},
+                    "(nnsight trace: {:.3f})",
+                ),
             ),
             " ",
         )
