@@ -8,7 +8,7 @@ Without `--take` only the table is written again.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,14 @@ def _raced(grid: str, budget: float) -> tuple[Cell, ...]:
     return Cell("share", where, "{:.2f}"), Cell("swept share", where, "(sweep {:.2f})")
 
 
-def _mapped(column: str, form: str, side: str = "heatmap") -> tuple[Cell, ...]:
-    return tuple(Cell(column, {"model": name, "side": side}, form) for name in ("flux", "sd3"))
-
-
-def _mapped_beside(column: str, form: str) -> tuple[Cell, ...]:
-    (flux, sd3), (flux_, sd3_) = (
-        _mapped(column, form, side) for side in ("nnsight", "attention-map-diffusers")
-    )
-    return (
-        *_mapped(column, form),
-        *(replace(flux, form=f"(nnsight {form}"), replace(sd3, form=f"{form},")),
-        *(replace(flux_, form=f"attention-map-diffusers {form}"), replace(sd3_, form=f"{form})")),
+def _mapped(column: str, form: str) -> tuple[Cell, ...]:
+    """FLUX.1 and SD3 with our heat map, and in parentheses with those of the peers."""
+    peers = "attention-map-diffusers"
+    sides = (("heatmap", "", ""), ("nnsight", "(nnsight ", ","), (peers, f"{peers} ", ")"))
+    return tuple(
+        Cell(column, {"model": model, "side": side}, words)
+        for side, before, after in sides
+        for model, words in (("flux", before + form), ("sd3", form + after))
     )
 
 
@@ -116,21 +112,17 @@ ROWS = (
     ),
     *(
         Row(
-            f"caching {what} of every layer and step",
+            f"caching {words} of every layer and step",
             "raw PyTorch hooks",
             "≤ 1.10, < nnsight",
             "caching",
             (
-                Cell("ratio to raw", {"what": what.rstrip("s"), "side": "hooked"}),
-                Cell(
-                    "ratio to raw",
-                    {"what": what.rstrip("s"), "side": "nnsight"},
-                    "(nnsight trace: {:.3f})",
-                ),
+                Cell("ratio to raw", {"what": what, "side": "hooked"}),
+                Cell("ratio to raw", {"what": what, "side": "nnsight"}, "(nnsight trace: {:.3f})"),
             ),
             " ",
         )
-        for what in ("z", "patterns")
+        for words, what in (("z", "z"), ("patterns", "pattern"))
     ),
     *(
         Row(f"sweep, {metric}, against {peer}", "", aim, "sweep", _swept(peer, metric), ", ")
@@ -206,7 +198,7 @@ ROWS = (
         tuple(Cell("memory ratio", {"batch": n, "condition": SYNOPSIS}, "{:.2f}") for n in (1, 8)),
     ),
     *(
-        Row(f"{what}, FLUX.1, SD3", peer, "≤ 1.10", "heat_maps", _mapped_beside(column, form), " ")
+        Row(f"{what}, FLUX.1, SD3", peer, "≤ 1.10", "heat_maps", _mapped(column, form), " ")
         for what, peer, column, form in (
             (
                 "heat map of a word, 8 heads, 1,024 image tokens, time",

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import gallery  # noqa: E402
+from sphinx.application import Sphinx  # noqa: E402
 
 project = "dit_lens"
 author = "the dit_lens maintainers"
@@ -51,15 +52,12 @@ suppress_warnings = [
 ]
 
 
-def _copy_notebooks() -> None:
-    """Sphinx reads below its own folder only."""
+def _prepare(app: object) -> None:
+    """Copy notebooks, since Sphinx reads below its own folder only, and draw missing pictures."""
     target = HERE / "tutorials"
     for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
         shutil.copy(notebook, target / notebook.name)
-
-
-_copy_notebooks()
-gallery.draw_missing()
+    gallery.draw_missing()
 
 
 def _plain_docstring(
@@ -77,6 +75,7 @@ def _plain_docstring(
             lines += ["", f".. image:: /_static/viz/{picture.name}", f"   :alt: {name}, drawn", ""]
 
 
-def setup(app: object) -> None:
+def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("autodoc-process-docstring", _plain_docstring, priority=400)  # type: ignore[attr-defined]
+    app.connect("builder-inited", _prepare)
+    app.connect("autodoc-process-docstring", _plain_docstring, priority=400)

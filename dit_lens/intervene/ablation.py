@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Int, Shaped
 from torch import Tensor
@@ -30,7 +29,7 @@ from ..readout.circuits import parse_head
 from ..runs.drawing import Experiment
 from ..stats import paired_difference
 from ..task import Scene, Trio, caption, evaluate
-from ..task.scene import IMAGE_SIZE
+from ..task.judge import ATTRIBUTES, parts_of_scenes
 from ..text.prompts import Tokens
 from .interventions import Action, Intervention, Steps
 from .random_controls import random_heads, random_tokens
@@ -207,8 +206,6 @@ def _labelled(
     """
     numbers = np.atleast_1d(np.asarray(seeds))
     noise = np.broadcast_to(numbers, (len(scenes), numbers.shape[-1]))
-    blank = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    first = evaluate(blank.expand(len(scenes), -1, -1, -1), scenes)
     effects = {
         f"{name}_effect": (
             ("condition", "interval"),
@@ -217,10 +214,9 @@ def _labelled(
         for name, v in values.items()
         if name in VERDICTS
     }
-    parts = {str(part): ("scene", first[part].values) for part in first.coords if part != "image"}
     return xr.Dataset(
         {
-            name: (("condition", "scene", "seed"), value, first[name].attrs)
+            name: (("condition", "scene", "seed"), value, ATTRIBUTES[name])
             for name, value in values.items()
         }
         | effects,
@@ -229,7 +225,7 @@ def _labelled(
             "scene": np.arange(len(scenes)),
             "interval": ["mean", "low", "high"],
             "noise_seed": (("scene", "seed"), noise),
-            **parts,
+            **{name: ("scene", words) for name, words in parts_of_scenes(scenes).items()},
         },
     )
 

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from scipy import ndimage
 from torch import Tensor
 
@@ -64,8 +64,16 @@ DESCRIPTIONS = {
     "y2": "measured centre of the scene's second object, from the top; NaN without unique_binding",
     "n_stray": "regions of one of the colours that have none of the shapes",
     "n_objects": "objects: regions that have one of the shapes and one of the colours",
+    "relation1_loose": "of a trio: relation_loose of its first and second object",
+    "relation2_loose": "of a trio: relation_loose of its first and third object",
+    "x3": "measured centre of a trio's third object, from the left; NaN without unique_binding",
+    "y3": "measured centre of a trio's third object, from the top; NaN without unique_binding",
 }
-"""The `description` attribute of each variable of `evaluate`'s Dataset."""
+ATTRIBUTES = {
+    name: {"description": text} | ({"units": "px"} if name[0] in "xy" else {})
+    for name, text in DESCRIPTIONS.items()
+}
+"""The attributes of each variable of `evaluate`'s Dataset."""
 
 
 def evaluate(
@@ -165,40 +173,50 @@ def _relation_verdicts(
     return strict, unique & beyond.all(axis=1)
 
 
-def _labelled(scenes: Sequence[Scene], values: Mapping[str, np.ndarray]) -> xr.Dataset:
-    """Verdicts with their descriptions and units, and the scenes' parts as coordinates."""
-    attributes = {name: {"description": text} for name, text in DESCRIPTIONS.items()}
-    for name in ("x1", "y1", "x2", "y2"):
-        attributes[name]["units"] = "px"
-    parts_of_scene = ("relation", "phrase", "shape1", "color1", "shape2", "color2")
+def _labelled(scenes: Sequence[Scene | Trio], values: Mapping[str, np.ndarray]) -> xr.Dataset:
+    """Verdicts with their attributes, and the scenes' parts as coordinates."""
     return xr.Dataset(
-        {name: ("image", value, attributes[name]) for name, value in values.items()},
+        {name: ("image", value, ATTRIBUTES[name]) for name, value in values.items()},
         coords={"image": np.arange(len(scenes))}
-        | {
-            part: ("image", np.array([getattr(s, part) for s in scenes], dtype=str))
-            for part in parts_of_scene
-        },
+        | {name: ("image", parts) for name, parts in parts_of_scenes(scenes).items()},
     )
+
+
+def parts_of_scenes(scenes: Sequence[Scene | Trio]) -> dict[str, Shaped[np.ndarray, " scene"]]:
+    """The words of scenes, by their name: the coordinates of `evaluate`'s Dataset.
+
+    Example:
+        >>> from dit_lens.task import sample
+        >>> words = parts_of_scenes(sample(1, seed=0))
+        >>> str(words["color1"][0]), str(words["shape1"][0]), str(words["relation"][0])
+        ('red', 'circle', 'lower_left')
+    """
+    trios = [scene for scene in scenes if isinstance(scene, Trio)]  # scenes or trios, not both
+    pairs = [scene.first if isinstance(scene, Trio) else scene for scene in scenes]
+    names = ("relation", "phrase", "shape1", "color1", "shape2", "color2")
+    found = {name: [getattr(scene, name) for scene in pairs] for name in names}
+    if trios:
+        added = {"relation2": "relation", "phrase2": "phrase", "shape3": "shape2"}
+        for new, old in (added | {"color3": "color2"}).items():
+            found[new] = [getattr(trio.second, old) for trio in trios]
+    return {name: np.array(words, dtype=str) for name, words in found.items()}
 
 
 def _evaluate_trios(
     images: Float[Tensor, "image 3 height width"], trios: Sequence[Trio]
 ) -> xr.Dataset:
-    found, second = (
+    first, second = (
         evaluate(images, [getattr(trio, part) for trio in trios]) for part in ("first", "second")
     )
-    found = found.assign(
-        relation1_loose=found["relation_loose"], relation2_loose=second["relation_loose"].variable
-    )
+    values = {str(name): first[name].values for name in first}
+    values["relation1_loose"] = first["relation_loose"].values
+    values["relation2_loose"] = second["relation_loose"].values
+    values |= {"x3": second["x2"].values, "y3": second["y2"].values}
     for name in ("color", "shape", "unique_binding", "relation_strict", "relation_loose"):
-        found[name] = found[name].copy(data=found[name].values & second[name].values)
-    given_both = np.where(
-        found["unique_binding"], found["relation_loose"].values.astype(float), np.nan
-    )
-    found["relation_given_both"] = found["relation_given_both"].copy(data=given_both)
-    found = found.assign(x3=second["x2"].variable, y3=second["y2"].variable)
-    renamed = {"relation2": "relation", "phrase2": "phrase", "shape3": "shape2", "color3": "color2"}
-    return found.assign_coords({new: second[old].variable for new, old in renamed.items()})
+        values[name] = values[name] & second[name].values
+    loose = values["relation_loose"].astype(float)
+    values["relation_given_both"] = np.where(values["unique_binding"], loose, np.nan)
+    return _labelled(trios, values)
 
 
 def _indices(vocabulary: tuple[str, ...], words: Sequence[str]) -> Int[np.ndarray, " image"]:
