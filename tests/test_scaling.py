@@ -74,7 +74,9 @@ def test_the_schedule_does_all_the_work_and_stands_in_the_document():
         begun = len(schedule.jobs(small, image, 1)) * 4 * 64 / 16 * unit
         expected = 12 * (work.forked_step + later) * unit + images + begun
         assert schedule.jobs(small, image, 1).sum() == pytest.approx(expected)
-        alone = schedule.makespan(small, image, 1)
+        alone = schedule.sweeping(small, image, 1)
         assert alone == pytest.approx(12 * 2 * 4 * 3 * unit + expected)
-        assert alone / 2 <= schedule.makespan(small, image, 2) < alone
+        assert alone / 2 <= schedule.sweeping(small, image, 2) < alone
+    alone, exhaustive = schedule.searching(small, 1), schedule.sweeping(small, True, 1)
+    assert alone / 3 <= schedule.searching(small, 3) < alone < exhaustive
     assert schedule.table(schedule.Config()) in xl_cost.DOCUMENT.read_text()

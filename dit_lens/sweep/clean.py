@@ -77,10 +77,9 @@ class CleanRuns:
         """
         return replace(self, model=model, inputs=inputs)
 
-    def left_by(self, forks: Sequence[Fork]) -> CleanRuns:
-        """The runs that some forks leave, without the model and the inputs."""
-        rows = np.unique(np.concatenate([fork.rows for fork in forks]))
-        return self.on(None, None).at(np.searchsorted(self.rows, rows))
+    def alone(self, row: int) -> CleanRuns:
+        """The run of one row, without the model and the inputs."""
+        return self.on(None, None).at(np.searchsorted(self.rows, [row]))
 
     def at(self, places: Int[np.ndarray, " row"]) -> CleanRuns:
         """The same with the runs at some places alone."""

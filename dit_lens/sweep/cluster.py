@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -46,10 +46,10 @@ class Worker:
         device: str,
         dtype: torch.dtype,
         settings: Settings,
-        fetch: Callable[[Any], Any],
+        fetch: Callable[[Sequence[Any]], list[Any]],
     ) -> None:
-        """`model`: where to load it from, or what `parts_of` gives; `fetch`: gives the object of a
-        key in the object store.
+        """`model`: where to load it from, or what `parts_of` gives; `fetch`: gives the objects of
+        keys in the object store.
         """
         if isinstance(model, Source):
             name = model.folder if model.commit is None else model.name
@@ -72,7 +72,7 @@ class Worker:
                     getattr(module, f"set_{flag}")(on)
         self.plan, self.fetch = replace(plan, model=self.model), fetch
         self.inputs = self.plan.inputs()
-        self.held: tuple[Any, SweepContext] | None = None
+        self.held: tuple[Sequence[Any], SweepContext] | None = None
 
     def digest(self) -> str:
         """Digest of the model."""
@@ -95,18 +95,20 @@ class Worker:
         return values, clean.on(None, None)
 
     @torch.no_grad()
-    def rows(self, shared: Sequence[Any], clean: CleanRuns, forks: Sequence[Fork]) -> pd.DataFrame:
-        """As `SweepContext.rows`.
+    def rows(
+        self, shared: Sequence[Any], runs: Sequence[Any], forks: Sequence[Fork]
+    ) -> pd.DataFrame:
+        """As `SweepContext.rows`. Keys stand in lists, or Ray would fetch their objects before the
+        call.
 
         Args:
-            shared: the key of the `SweepContext`, without the model; in a list, so that it is
-                fetched once by each process.
-            clean: the runs that the forks leave.
+            shared: the key of the `SweepContext`, without the model; fetched once.
+            runs: keys of the runs that the forks leave, in the order of their rows.
         """
-        (key,) = shared
-        if self.held is None or self.held[0] != key:
-            self.held = key, self.fetch(key)
-        return self.held[1].on(self.model).rows(clean.on(self.model, self.inputs), forks)
+        if self.held is None or self.held[0] != shared:
+            self.held = shared, *self.fetch(shared)
+        clean = CleanRuns.join(self.fetch(runs)).on(self.model, self.inputs)
+        return self.held[1].on(self.model).rows(clean, forks)
 
 
 class Settings(NamedTuple):
@@ -241,14 +243,21 @@ class Team:
     def tables(
         self, work: SweepContext, clean: CleanRuns, jobs: Sequence[Sequence[Fork]]
     ) -> Iterator[pd.DataFrame]:
-        """The rows of every job's cells, in the order in which they are ready."""
+        """The rows of every job's cells, in the order in which they are ready.
+
+        Each machine fetches a row's run without intervention once, however many of its batches
+        leave it.
+        """
         from ray.util import ActorPool
 
         shared = [self.ray.put(work.on(None))]
-        yield from ActorPool(self.actors).map_unordered(
-            lambda actor, forks: actor.rows.remote(shared, clean.left_by(forks), forks),
-            list(jobs),
-        )
+        put = cache(lambda row: self.ray.put(clean.alone(row)))
+
+        def send(actor: Any, forks: Sequence[Fork]) -> Any:
+            rows = np.unique(np.concatenate([fork.rows for fork in forks])).tolist()
+            return actor.rows.remote(shared, [put(row) for row in rows], forks)
+
+        yield from ActorPool(self.actors).map_unordered(send, list(jobs))
 
 
 def shares(rows: Rows, workers: int, batch: int) -> list[Rows]:

@@ -234,7 +234,7 @@ class OneWorker:
             "cpu",
             torch.float32,
             cluster.settings_of(plan.model),
-            lambda key: key,
+            list,
         )
         with empty(output_capturing._CAN_RECORD_REGISTRY):  # as in a process that made no encoder
             self.worker = cluster.Worker(*cloudpickle.loads(cloudpickle.dumps(sent)))
@@ -252,7 +252,8 @@ class OneWorker:
     def tables(self, work: Any, clean: Any, jobs: Any) -> Iterator[Any]:
         shared = cloudpickle.loads(cloudpickle.dumps(work.on(None)))
         for forks in jobs:
-            runs = cloudpickle.loads(cloudpickle.dumps(clean.left_by(forks)))
+            rows = np.unique(np.concatenate([fork.rows for fork in forks])).tolist()
+            runs = cloudpickle.loads(cloudpickle.dumps([clean.alone(row) for row in rows]))
             yield self.worker.rows([shared], runs, forks)
 
 
