@@ -9,13 +9,14 @@ denoiser, which without weights computes nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hooked_models.families.adapter import Family
 from hooked_models.families.taps import HEAD_POINTS, KernelTap, StreamTap
 from hooked_models.generation.loops import Call
 from hooked_models.generation.names import IMAGE_HOOK, Site
@@ -48,6 +49,7 @@ def make(model: Any, draft: PipelineInputs, request: Request) -> dict[str, Any]:
     Raises:
         ValueError: a tensor that no trace reaches, or an edit made for other prompts.
     """
+    check_text(model.dit.family, [site for site, _ in request.actions])
     actions: dict[tuple[str, int], dict[str, list[Any]]] = {}
     for site, action in request.actions:
         sent = action_of(model, draft, site, action, request.patching)
@@ -135,6 +137,23 @@ def _text(dit: Any) -> dict[str, Any]:
     """Names of the denoiser's parameters, and of those that hold its text and its latents."""
     parameters = list(inspect.signature(type(dit.wrapped).forward).parameters)[1:]
     return {"parameters": parameters, "text": dit.family.text, "image": dit.family.image}
+
+
+def check_text(family: Family, sites: Iterable[Site]) -> None:
+    """Raise ValueError for a hook on text whose arguments a trace would have to arrange anew.
+
+    Example:
+        >>> from hooked_models import families
+        >>> hidream = families.SUPPORTED["HiDreamImageTransformer2DModel"]
+        >>> check_text(hidream, [Site("dit", "hook_text", 0, "cond")])
+        Traceback (most recent call last):
+        ValueError: hook_text is not within nnsight's reach in HiDream: ...
+    """
+    if family.by_row is not Family.by_row and any(site.inner == "hook_text" for site in sites):
+        raise ValueError(
+            f"hook_text is not within nnsight's reach in {family.name}: its text does not enter "
+            "row by row; open the model here, or hook blocks.0.hook_resid_pre."
+        )
 
 
 def _items(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,8 +72,8 @@ class Family:
     """Streams in which one token's input reaches the others before the first block ("image",
     "text").
     """
-    no_gradient: str = ""
-    """Why gradients through the model are wrong, if they are."""
+    differentiable: Callable[[Any], AbstractContextManager[Any]] = lambda live: nullcontext()
+    """Context in which a live model's gradients are right, where diffusers cuts them."""
     no_pattern: Mapping[str, str] = field(default_factory=dict)
     """Attentions that have no pattern, and why."""
     cond_first: bool = False
@@ -82,10 +82,18 @@ class Family:
     """Shape of a row of latents, from the pipeline and the arguments of its call, where it draws
     its noise without `prepare_latents`.
     """
-    handed: Callable[[Any], Any] = lambda encoded: encoded
-    """Result of the pipeline's `encode_prompt` once its rows were chosen, where some of it is of
-    all rows together.
+    sides: Callable[[Any, int, int], tuple[int, int]] = lambda pipe, height, width: (height, width)
+    """Height and width of the images that a pipeline draws, from those of its call."""
+    by_row: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = lambda live, given: dict(given)
+    """Arguments of a call with rows as every first axis, and an argument for each place that text
+    has in the stream, in order; from the live model and the arguments as diffusers takes them.
     """
+    as_called: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = lambda live, rows: dict(rows)
+    """Inverse of `by_row`."""
+    kept: Callable[[Any], Any] = lambda encoded: encoded
+    """Result of the pipeline's `encode_prompt`, with rows as every first axis."""
+    handed: Callable[[Any], Any] = lambda encoded: encoded
+    """Inverse of `kept`, once rows were chosen; makes anew what is of all rows together."""
     nonlinear: Callable[[Any], str] = lambda live: NORM_BEFORE
     """Why scores of attention to the text are not linear in the residual stream; empty where they
     are.
@@ -184,7 +192,7 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
         self._taps: list[Tap] = [tap for block in self.blocks for tap in block.taps]
         if not family.packed_joint:
             self.hook_text = HookPoint()  # [batch text_pos d_text]
-            self._taps.insert(0, TextTap(transformer, self.hook_text, family.text, family.image))
+            self._taps.insert(0, TextTap(transformer, self.hook_text, family))
         self.cfg = HookedConfig(
             d_model=d_model,
             d_head=d_head,
@@ -222,12 +230,6 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
             f"{self.family.name} is hooked here as a denoiser alone, one call at a time, and has "
             f"no {what}: for prompts, steps, "
             "interventions and sweeps open its pipeline with HookedTextToImage.from_pipeline(pipe)."
-        )
-
-    def _raise_on_gradient(self, gradient: Tensor) -> None:
-        raise NotImplementedError(
-            f"{self.family.name} has no gradients to trust: {self.family.no_gradient}; use "
-            "patching instead."
         )
 
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -324,8 +326,13 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
         Raises:
             SilentHookError: a hook point that has a hook was not reached.
             LayoutError: a tensor has other positions than the family declares.
-            NotImplementedError: in a backward pass, where the family's gradients are wrong.
         """
+        if torch.is_grad_enabled():
+            with self.family.differentiable(self.wrapped):
+                return self._watched(args, kwargs)
+        return self._watched(args, kwargs)
+
+    def _watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         taps = [tap for tap in self._taps if tap.has_hooks()]
         if not taps:
             return self.wrapped(*args, **kwargs)
@@ -339,8 +346,6 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
                 # compiled code would pass the hooks by
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             output = self.wrapped(*args, **kwargs)
-        if self.family.no_gradient and output[0].requires_grad:
-            output[0].register_hook(self._raise_on_gradient)
         _check_all_fired(taps, given)
         return output
 

@@ -1,25 +1,78 @@
 """HiDream: [image, text] in one attention; each block brings a text of its own along.
 
-Source: `HiDreamImageTransformer2DModel` and `HiDreamAttnProcessor` (diffusers 0.42). Trap: latents
-that are not square are padded to `max_resolution`; MLPs are mixtures of experts.
+Source: `HiDreamImageTransformer2DModel` and `HiDreamAttnProcessor` (diffusers 0.42). The text of a
+block is T5's, the last Llama layer's, and that of the block's own Llama layer: a prompt's tokens
+stand in three places, and enter as three arguments here. Trap: latents that are not square are
+padded to `max_resolution`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import HiDreamImageTransformer2DModel
+from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
+from torch import Tensor
 
 from .adapter import Family
 from .blocks import one_stream, two_streams, weight
 from .layout import Layout, ordered, patches
 from .samples import normal, times
 
+T5, LLAMA = "encoder_hidden_states_t5", "encoder_hidden_states_llama3"
+LAST, OTHERS = f"{T5}_last_layer", f"{T5}_other_layers"
+"""Text [row pos d] of the last block's Llama layer, and [row pos layer d] of all others."""
+
+
+def by_row(live: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    rows, layers = dict(given), given[LLAMA].unbind()
+    del rows[LLAMA]
+    last = live.config.llama_layers[-1] % len(layers)
+    others = [layer for number, layer in enumerate(layers) if number != last]
+    return rows | {LAST: layers[last], OTHERS: torch.stack(others, dim=2)}
+
+
+def as_called(live: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in rows.items() if name not in (LAST, OTHERS)}
+    layers = list(rows[OTHERS].unbind(2))
+    last = live.config.llama_layers[-1] % (len(layers) + 1)
+    return given | {LLAMA: torch.stack([*layers[:last], rows[LAST], *layers[last:]])}
+
+
+def turned(encoded: Any) -> Any:
+    """Llama's text [layer row pos d] as [row layer pos d], and back."""
+    return tuple(
+        one.transpose(0, 1) if isinstance(one, Tensor) and one.ndim == 4 else one for one in encoded
+    )
+
+
+def sides(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """Of as many pixels as the pipeline's default, whatever is asked."""
+    of, whole = 2 * pipe.vae_scale_factor, pipe.default_sample_size * pipe.vae_scale_factor
+    scale = math.sqrt(whole**2 / (width * height))
+    return int(height * scale // of * of), int(width * scale // of * of)
+
+
+@contextmanager
+def experts_with_gradients(live: Any) -> Iterator[None]:
+    """Let experts run as in training: their inference is without gradients."""
+    experts: list[Any] = [one for one in live.modules() if isinstance(one, MOEFeedForwardSwiGLU)]
+    before = [(one, one.training, one._force_inference_output) for one in experts]
+    try:
+        for one in experts:
+            one.training, one._force_inference_output = True, False
+        yield
+    finally:
+        for one, training, forced in before:
+            one.training, one._force_inference_output = training, forced
+
 
 def layout(live: Any, given: Mapping[str, Any]) -> Layout:
-    t5, llama = given["encoder_hidden_states_t5"], given["encoder_hidden_states_llama3"]
+    t5, llama = given[T5], given[LLAMA]
     rows, columns, _ = grid = patches(live, given)
     text = torch.ones(len(t5), t5.shape[1] + 2 * llama.shape[2], dtype=torch.bool, device=t5.device)
     padding = 0 if rows == columns else live.max_seq - rows * columns
@@ -31,10 +84,8 @@ def inputs(transformer: Any) -> dict[str, Any]:
     return {
         "hidden_states": normal(transformer, 2, config.in_channels, side, side),
         "timesteps": times(transformer, 1000),
-        "encoder_hidden_states_t5": normal(transformer, 2, 5, config.caption_channels[0]),
-        "encoder_hidden_states_llama3": normal(
-            transformer, max(config.llama_layers) + 1, 2, 5, config.caption_channels[1]
-        ),
+        T5: normal(transformer, 2, 5, config.caption_channels[0]),
+        LLAMA: normal(transformer, max(config.llama_layers) + 1, 2, 5, config.caption_channels[1]),
         "pooled_embeds": normal(transformer, 2, config.text_emb_dim),
     }
 
@@ -74,13 +125,14 @@ FAMILY = Family(
     layout=layout,
     inputs=inputs,
     small=small,
-    text="encoder_hidden_states_t5",
-    no_gradient="diffusers runs its experts without them",
+    text=T5,
+    by_row=by_row,
+    as_called=as_called,
+    kept=turned,
+    handed=turned,
+    sides=sides,
+    differentiable=experts_with_gradients,
     notes=(
         "text positions are T5's, the last Llama layer's, and those of the block's own Llama layer"
-    ),
-    alone=(
-        "a Llama layer of its own enters each of its blocks: rows are the second axis of that "
-        "text, and a prompt's tokens stand at three places of the stream"
     ),
 )

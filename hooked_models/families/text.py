@@ -22,10 +22,8 @@ class TextTap:
 
     module: nn.Module
     point: HookPoint
-    text: str
-    """Name of the (first) argument."""
-    image: str
-    """Name of the argument that holds the latents."""
+    family: Any
+    """A `Family`, which names the arguments that hold text and latents."""
     layer: int = -1
     fired: bool = field(default=False, init=False)
     signature: inspect.Signature = field(init=False)
@@ -51,6 +49,8 @@ class TextTap:
         self.fired = True
         bound = self.signature.bind(module, *args, **kwargs).arguments
         given = dict(list(bound.items())[1:])
-        more = given.pop("kwargs", {})
-        new = same_shape(self.point, joined_text(given, self.text, len(given[self.image])))
-        return (), {**given, **parted_text(given, self.text, new), **more}
+        more, family = given.pop("kwargs", {}), self.family
+        rows = family.by_row(module, given)
+        new = same_shape(self.point, joined_text(rows, family.text, len(rows[family.image])))
+        rows |= parted_text(rows, family.text, new)
+        return (), {**family.as_called(module, rows), **more}

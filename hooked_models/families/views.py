@@ -29,8 +29,8 @@ class FamilyView(View):
     """One denoiser call for each row of a table of inputs; made by `FamilyModel.bind`."""
 
     def __init__(self, dit: Any, given: Mapping[str, Any], pos: PositionsOrBoth) -> None:
-        self.given = dict(given)
-        """Arguments of the transformer's forward, by name."""
+        self.given = dit.family.by_row(dit.wrapped, given)
+        """Arguments of the transformer's forward, by name; rows are every first axis."""
         self.n_rows = len(given[dit.family.image])
         layout = dit.layout_of(**given)
         self.text_mask: Bool[Tensor, "row text_pos"] = layout.text_mask
@@ -59,7 +59,10 @@ class FamilyView(View):
             return [torch.lerp(x, y, alpha) for x, y in zip(a, b, strict=True)]
 
         new = {name: mixed(self.given[name], other.given[name]) for name in self.opened}
-        return FamilyView(self.dit, {**self.given, **new}, self.asked)
+        return FamilyView(self.dit, self._as_called({**self.given, **new}), self.asked)
+
+    def _as_called(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+        return self.dit.family.as_called(self.dit.wrapped, rows)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """The prediction, as the transformer gives it; rows of a list are stacked."""
@@ -68,7 +71,7 @@ class FamilyView(View):
         if torch.is_grad_enabled():  # a graph of its own, so that every call can be differentiated
             for name in self.opened:
                 some[name] = _opened(some[name])
-        found = self.dit(**some)[0]  # some give no tuple for return_dict=False
+        found = self.dit(**self._as_called(some))[0]  # some give no tuple for return_dict=False
         return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
 
 

@@ -4,7 +4,7 @@ its transformer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,10 @@ class Bound:
     """Argument that holds the latents."""
     listed: bool = False
     """True if latents come and go as a list of rows."""
+    as_called: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """Makes of these arguments, in which rows are every first axis, those that the transformer
+    takes.
+    """
 
     def take(self, index: Int[Tensor, " row"]) -> Bound:
         """Those of some rows."""
@@ -38,8 +42,9 @@ class Bound:
         return replace(self, arguments=some, rows=len(index))
 
     def given(self, latents: Tensor) -> dict[str, Any]:
-        """All arguments, latents included."""
-        return {self.image: list(latents) if self.listed else latents, **self.arguments}
+        """All arguments as the transformer takes them, latents included."""
+        latents_ = list(latents) if self.listed else latents
+        return self.as_called({self.image: latents_, **self.arguments})
 
     def call(self, module: Any, latents: Tensor) -> Tensor:
         """The prediction of `module`, its rows stacked."""

@@ -13,13 +13,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..families.adapter import Family
 from ..families.views import TIMES
 from ..hooks.layout import Layout
 from ..hooks.texts import text_size
@@ -41,8 +42,10 @@ class _Stop(Exception):
 class _Transformer:
     """Stands in for the transformer of a running pipeline."""
 
-    def __init__(self, running: Running, module: Any, image: str) -> None:
-        self._running, self._module, self._image = running, module, image
+    def __init__(self, running: Running, module: Any, family: Family) -> None:
+        self._running, self._module, self._image = running, module, family.image
+        self._by_row = partial(family.by_row, module)
+        self._as_called = partial(family.as_called, module)
         self._signature = inspect.signature(type(module).forward)
 
     def __getattr__(self, name: str) -> Any:
@@ -66,14 +69,13 @@ class _Transformer:
         returns_dict = bound.pop("return_dict", True)
         latents = bound.pop(self._image, None)
         if isinstance(latents, list):
-            prediction: Any = list(
-                self._running.denoise(
-                    torch.stack(latents), Bound(dict(bound), len(latents), self._image, True)
-                )
-            )
+            text = Bound(dict(bound), len(latents), self._image, listed=True)
+            prediction: Any = list(self._running.denoise(torch.stack(latents), text))
         else:
             rows = len(latents) if isinstance(latents, Tensor) else 0
-            prediction = self._running.denoise(latents, Bound(dict(bound), rows, self._image))
+            arguments = self._by_row(dict(bound))
+            text = Bound(arguments, rows, self._image, as_called=self._as_called)
+            prediction = self._running.denoise(latents, text)
         if not returns_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -95,7 +97,7 @@ class Running:
         pipe = copy.copy(inputs.pipe)
         own = vars(pipe)
         own["scheduler"] = copy.deepcopy(inputs.pipe.scheduler)
-        own["transformer"] = _Transformer(self, inputs.pipe.transformer, inputs.dit.family.image)
+        own["transformer"] = _Transformer(self, inputs.pipe.transformer, inputs.dit.family)
         own["encode_prompt"] = self._encoding(pipe.encode_prompt)
         if inputs.dit.family.latents is None:
             own["prepare_latents"] = self._preparing(pipe.prepare_latents)
@@ -147,14 +149,15 @@ class Running:
 
     def _encoding(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            known = self.inputs.encoded
-            found = (
-                self.inputs.dit.family.handed(known[self.encodings])
-                if self.encodings < len(known)
-                else encode(*args, **kwargs)
-            )
+            known, family = self.inputs.encoded, self.inputs.dit.family
+            if self.encodings < len(known):
+                kept = known[self.encodings]
+                found = family.handed(kept)
+            else:
+                found = encode(*args, **kwargs)
+                kept = family.kept(found)
             self.encodings += 1
-            self.encoded.append(found)
+            self.encoded.append(kept)
             return found
 
         return encode_prompt
@@ -343,6 +346,7 @@ def image_shape(inputs: PipelineInputs) -> tuple[int, ...]:
     """Shape of the images, from the pipeline's arguments and its default size."""
     pipe = inputs.pipe
     default = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
-    sides = (int(inputs.options.get(side) or default) for side in ("height", "width"))
+    asked = (int(inputs.options.get(side) or default) for side in ("height", "width"))
+    sides = inputs.dit.family.sides(pipe, *asked)
     frames = inputs.options.get("num_frames")
     return (len(inputs), *([] if frames is None else [int(frames)]), 3, *sides)

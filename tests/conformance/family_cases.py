@@ -58,6 +58,7 @@ UNABLE: dict[tuple[str, str], str] = {
     ): "its attention sees the pads of a shorter prompt, which a run of that prompt alone lacks",
     ("Krea 2", "direct paths"): NOT_ADDED,
     ("HunyuanDiT", "edges"): "long skips carry streams past the blocks between",
+    ("HiDream", "edges"): "each block reads a text of its own, which enters between blocks",
     (
         "AuraFlow",
         "path patching",

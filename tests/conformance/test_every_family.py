@@ -166,7 +166,9 @@ def test_a_head_switched_off_by_a_torch_hook(case: Case) -> None:
     attention = submodule(
         case.pipe.transformer.get_submodule(where.path)[0], where.attentions[name].path
     )
-    outs = [getattr(attention, path, None) for path in ("to_out", "to_add_out", "out_layer")]
+    outs = [
+        getattr(attention, path, None) for path in ("to_out", "to_add_out", "out_layer", "to_out_t")
+    ]
     outs = [
         out[0] if isinstance(out, torch.nn.ModuleList) else out for out in outs if out is not None
     ]

@@ -96,8 +96,6 @@ def test_paths_and_scores_of_one_call(case: Case) -> None:
     exact = patching.path_patch(*views, sender, "output", flat_mean, "exact")
     assert exact["patched"].item() == pytest.approx(float(by_hand), rel=1e-4, abs=1e-6)
     assert abs((exact["patched"] - exact["original"]).item()) > 1e-7
-    if dit.family.no_gradient:
-        return
     found = attribution.nodes(attribution.pair(*views), flat_mean, [case.attention])
 
     def open_(z: Tensor, hook: Any) -> Tensor:

@@ -23,9 +23,9 @@ from .family_cases import ADD_NOT_UP, LAST, SEEDS, STEPS, TEXTS, UNABLE, Case, c
 
 ATTENTIONS = ("attn", "attn1", "attn2", "attention", "self_attention", "cross_attention")
 MLPS = ("ff", "ffn", "ff_context", "feed_forward", "img_mlp", "txt_mlp", "mlp", "act_mlp")
-HELD = (*ATTENTIONS, *MLPS, "down_proj")
+HELD = (*ATTENTIONS, *MLPS, "down_proj", "block.ff_i", "block.ff_t")
 """Modules of blocks that write to the stream, in diffusers' names."""
-OUTS = ("to_out", "to_add_out", "out_layer")
+OUTS = ("to_out", "to_add_out", "out_layer", "to_out_t")
 """Projections of heads in an attention; where it has none, the block's own `proj_out`."""
 TEXT = "steps.0.cond.hook_text"
 
@@ -248,6 +248,7 @@ def test_the_text_that_enters(case: Case) -> None:
 
     def change(module: Any, args: Any, kwargs: Any) -> Any:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        given = family.by_row(module, given)
         seen.append(given)
         start = 0
         for key, value in text_parts(given, family.text).items():
@@ -257,7 +258,7 @@ def test_the_text_that_enters(case: Case) -> None:
                 x[chosen] += vector[: x.flatten(1).shape[-1]].reshape(x.shape[1:])
             start += max(map(len, new))
             given[key] = new if isinstance(value, list) else torch.stack(new)
-        return (), given
+        return (), family.as_called(module, given)
 
     run, model = case.clean, case.model
 

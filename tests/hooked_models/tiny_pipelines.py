@@ -696,6 +696,34 @@ def kandinsky5() -> Any:
     return pipe
 
 
+def hidream() -> Any:
+    sizes = {
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "num_routed_experts": 2,
+        "num_activated_experts": 1,
+        "axes_dims_rope": (4, 2, 2),
+        "max_resolution": (8, 8),
+    }
+    model = D.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        caption_channels=[D_TEXT, D_TEXT],
+        text_emb_dim=16,
+        llama_layers=(0, 1, 1),
+        **sizes,
+    )
+    llama = decoder(T.LlamaForCausalLM, T.LlamaConfig, attn_implementation="eager")
+    clips = [each for _ in range(2) for each in (clip(True), tokenizer())]
+    words = tokenizer()
+    pipe = D.HiDreamImagePipeline(flow(), vae(4), *clips, t5(), tokenizer(), llama, words, model)
+    pipe.default_sample_size = 8
+    return pipe
+
+
 SQUARE = {"height": 16, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "FLUX.1": (flux, {**SQUARE, "guidance_scale": 3.5, "max_sequence_length": 12}),
@@ -805,6 +833,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "Krea 2": (krea2, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 200}),
     "ERNIE-Image": (ernie_image, {**SQUARE, "guidance_scale": 4.0}),
     "Kandinsky 5": (kandinsky5, {**SQUARE, "height": 32, "width": 32, "guidance_scale": 4.0}),
+    "HiDream": (hidream, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
 }
 """Name → how the pipeline is built, and the arguments of its call.
 
@@ -814,6 +843,7 @@ NO_FOLDER = {
     "PRX": "its text cleaning needs ftfy",
     "LongCat-Image": "its folder must hold a processor of images",
     "Kandinsky 5": "its folder must hold a processor of images",
+    "HiDream": "images take its default number of pixels, which no folder records",
 }
 """Pipelines that cannot be opened again after they were saved, and why."""
 
