@@ -8,6 +8,9 @@ Each function returns `fwd_hooks` for any hooked text-to-image model. Sources: b
 text disabled (factor 0) or enhanced (2), arXiv 2601.02211; attention replaced by the identity,
 perturbed-attention guidance (arXiv 2403.17377), in degrees and in chosen heads, SoftPAG (arXiv
 2506.10978).
+
+Hooks are sent to a server as source with the variables they close over, which a run-time type
+checker's wrapper would hide: `no_type_check` keeps it away.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -108,9 +111,11 @@ def remove_blocks(
     """
     where, held = places(model, layers, steps, branch), {}
 
+    @no_type_check
     def keep(x: Tensor, hook: HookPoint) -> None:
         held[hook.name] = x.clone()
 
+    @no_type_check
     def give_back(x: Tensor, hook: HookPoint) -> Tensor:
         before = held.pop(str(hook.name).replace("resid_post", "resid_pre"))
         return before[:, : x.shape[1]]  # a last block may return the image's stream alone
@@ -158,6 +163,7 @@ def scale_text(
             "nnsight: scale them by an Intervention on hook_resid_pre, with tokens=…."
         )
 
+    @no_type_check
     def scaled_stream(x: Tensor, hook: HookPoint) -> Tensor:
         layout: Any = dit.layout
         scaled = x.clone()
@@ -171,6 +177,7 @@ def scale_text(
         for which in ("k", "v"):
             bias = text_bias(dit.get_submodule(f"blocks.{layer}.cross_attn"), which.upper())
 
+            @no_type_check
             def scaled_projection(x: Tensor, hook: HookPoint, bias: Tensor | None = bias) -> Tensor:
                 return factor * x if bias is None else bias + factor * (x - bias)
 
@@ -244,9 +251,11 @@ def toward_identity(
         )
     where, held = places(model, layers, steps, branch), {}
 
+    @no_type_check
     def keep(v: Tensor, hook: HookPoint) -> None:
         held[hook.name] = v.clone()
 
+    @no_type_check
     def moved(z: Tensor, hook: HookPoint) -> Tensor:
         # queries may be the image's alone
         v = held.pop(str(hook.name).replace("hook_z", "hook_v"))[:, : z.shape[1]]
