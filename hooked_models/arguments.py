@@ -45,7 +45,9 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
 
     Args:
         name: of the argument, for the message.
-        low, high: the smallest and the largest that is allowed.
+        value: the argument as it was given.
+        low: smallest value that is allowed; by default none.
+        high: largest value that is allowed; by default none.
 
     Raises:
         ValueError: it is no integer, or lies outside.

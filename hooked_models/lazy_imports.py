@@ -157,6 +157,7 @@ def redirect(package: str, moved: Mapping[str, str]) -> None:
     """Keep old import paths of a package working, with a DeprecationWarning that names the new one.
 
     Args:
+        package: absolute name of the package, such as its `__name__`.
         moved: old module → new module, both relative to the package.
 
     Example:

@@ -110,6 +110,7 @@ def generate(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
+        machine: device and precision, see `Machine`.
         prompt: text to draw, such as "red circle is above blue square".
         prompts: several texts instead, such as "a red cube" "a blue ball", or a text file with one
             a line, such as prompts.txt.
@@ -157,6 +158,7 @@ def evaluate(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
+        machine: device and precision, see `Machine`.
         prompts: captions of scenes to score instead, such as "red circle is above blue square", or
             a text file with one a line; the i-th is drawn from noise i.
         n: scenes of each split.
@@ -198,6 +200,7 @@ def screen(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
+        machine: device and precision, see `Machine`.
         words: direction words.
         out: table file, such as heads.csv (or .parquet, .json, .html).
     """
@@ -230,6 +233,7 @@ def synopsis_command(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
+        machine: device and precision, see `Machine`.
         prompts: prompts of your own, such as "a red cube" "a blue ball", or a text file with one a
             line; their only region is the whole "image"; by default `num_scenes` scenes.
         image_group: region that attends, such as object1, object2 (the default) or background of a

@@ -15,6 +15,7 @@ def lab(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
+        machine: device and precision, see `Machine`.
         host: address to listen at; by default, this machine alone can reach the page.
         port: port; 0 for any that is free.
         names: further host names under which the page is visited, such as me-lab.hf.space.

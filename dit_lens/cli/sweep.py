@@ -52,6 +52,7 @@ def sweep_command(
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
             id.
+        machine: device and precision, see `Machine`.
         prompts: prompts that are drawn, such as "a red cube" "a blue ball", or a text file with one
             a line; by default `num_scenes` scenes.
         site: hook that is edited; * stands for the layer.

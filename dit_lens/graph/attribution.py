@@ -189,6 +189,7 @@ def nodes(
 
     Args:
         pair: two trajectories, or two denoiser calls.
+        metric: differentiable; the tensor that the pair returns [batch …] → [batch].
         kinds: of `NODES`, or any hook of the denoiser ("blocks.1.attn.hook_v",
             "blocks.{layer}.attn.hook_v"); by default heads, MLPs and words, where the denoiser has
             them. Layers without a kind are NaN.
@@ -362,6 +363,7 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution |
 
     Args:
         pair: two trajectories, or two denoiser calls.
+        metric: differentiable; the tensor that the pair returns [batch …] → [batch].
         ig_steps: 1 is EAP; m > 1 is EAP-IG, as `nodes(ig_over="inputs")`.
 
     Raises:
@@ -406,9 +408,11 @@ def _edge_scores(
     without an edge.
 
     Args:
+        dit: denoiser of both runs.
         ends: senders and receivers.
         columns: input hook → the receivers that it belongs to.
-        change, gradient: by hook.
+        change: sender's hook → source − original [batch pos …].
+        gradient: input hook → gradient of the metric, of its shape.
     """
     senders, receivers = ends
     residual = [node for node in senders if node.kind != "text"]

@@ -57,7 +57,9 @@ class BlockEdges(Attribution):
         """(Source − original) of each sender's contribution · ∂metric/∂(each receiver's reading).
 
         Args:
+            pair: two trajectories, or two denoiser calls.
             path: the runs whose gradients are averaged, with their weights.
+            metric: differentiable; the tensor that the pair returns [batch …] → [batch].
 
         Raises:
             TypeError, ValueError: as in `attribution.nodes`; or the stream is changed between

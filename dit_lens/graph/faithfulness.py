@@ -53,6 +53,7 @@ def candidate_edges(
     Edges of words are one edge a role ("text[relation]"): prompts differ in where it stands.
 
     Args:
+        model: the model that was attributed; its tokenizer finds the roles.
         prompts: of the original run that `scores` belong to, in order.
         scores: of `attribution.edges` on trajectories, conditional branch.
 
@@ -109,10 +110,14 @@ def run_circuits(
     the corrupt ones.
 
     Args:
+        model: a PixArt model, whose edges are cut.
+        clean: prompts to draw, one row each.
         corrupt: for each clean prompt its counterpart, of as many tokens, with the same noise.
+        seeds: seed of each clean prompt's noise.
         edges: columns step, sender and receiver, as `candidate_edges` gives them; edges not listed
             are never cut.
         kept: which edges each circuit has.
+        num_steps: denoising steps of the generation.
         together: circuits that go through the model at once.
 
     Raises:

@@ -73,11 +73,12 @@ def path_patch(
     (see the module).
 
     Args:
-        original, source: `model.trajectory(prompts, seed=0)` and the same of the counterfactual
-            (another prompt, or noise), or two calls of one denoiser, `dit.bind(latents, timestep,
-            text)[0]`. No step before the senders' first is run again.
-        senders, receivers: nodes as text (`Node` lists the forms), or `Nodes`, which says the steps
-            (all of them unless said) and the branch (the conditional one).
+        original: `model.trajectory(prompts, seed=0)`, or one call of a denoiser, `dit.bind(latents,
+            timestep, text)[0]`. No step before the senders' first is run again.
+        source: the same of the counterfactual: another prompt, or noise.
+        senders: nodes as text (`Node` lists the forms), or `Nodes`, which give the steps (by
+            default all) and the branch (by default the conditional one).
+        receivers: nodes whose inputs take what the senders changed, in the same forms.
         metric: a tensor [batch …] → [batch].
         variant: ``direct``, ``through_mlps``, ``exact``, or the kinds of components to freeze.
         metric_on: the hook whose tensor the metric is given, such as "steps.3.hook_x0"; nothing

@@ -72,6 +72,8 @@ def knockout_role(
             `Intervention`.
         heads: "L2H8", or several.
         layers: one or several, in place of heads.
+        steps: denoising steps that are edited; by default all.
+        branch: guidance branch that is edited.
         missing: "ignore" leaves prompts alone that have no such token.
         sublayer: "attn" of models that join image and text in one attention.
 
@@ -109,6 +111,9 @@ def ablate_heads(
     Args:
         heads: "L2H8", or several.
         action: "zero", "mean", "resample", ….
+        sublayer: the attention that the heads belong to.
+        steps: denoising steps that are edited; by default all.
+        branch: guidance branch that is edited.
 
     Raises:
         ValueError: a head is misspelt.
@@ -151,6 +156,7 @@ def ablation_effects(
     one whose interventions name tokens on random tokens of the same prompts (`random_tokens`).
 
     Args:
+        model: model that draws; no hooks may be attached.
         scenes: one prompt each (`scenes.caption`).
         conditions: name → interventions, applied together; "mean" and "resample" are over all
             scenes, with one seed each.

@@ -102,8 +102,10 @@ def remove_blocks(
     """Let blocks hand on the residual streams, image and text, as they receive them.
 
     Args:
+        model: any hooked text-to-image model; its layers are checked.
         layers: one or several, counted through all lists of blocks.
         steps: from 0; by default all.
+        branch: guidance branches that are edited.
 
     Example:
         >>> model.run_with_hooks("red circle", num_steps=1, fwd_hooks=remove_blocks(model, 1)).shape
@@ -137,8 +139,11 @@ def scale_text(
     text itself is scaled, so that biases of keys and values stay as they are.
 
     Args:
+        model: any hooked text-to-image model; biases of its keys and values are read.
         layers: one or several; None for all.
         factor: 0 removes the text's content, 2 doubles it.
+        steps: from 0; by default all.
+        branch: guidance branches that are edited.
 
     Raises:
         NotImplementedError: the model joins its streams, and is behind nnsight.
@@ -225,8 +230,12 @@ def toward_identity(
     fused.
 
     Args:
+        model: any hooked text-to-image model with self-attention.
         heads: "L2H8", a head of every layer by its number, or several; None for all heads.
         strength: 0 changes nothing; 1 is the identity, which perturbed-attention guidance uses.
+        sublayer: "attn", or "image_attn" of blocks that have a second one for the image alone.
+        steps: from 0; by default all.
+        branch: guidance branches that are edited.
 
     Raises:
         ValueError: the model has no such attention, or no such head.

@@ -54,6 +54,7 @@ class Interchange:
         """Encode both.
 
         Args:
+            model: the model that draws; its tokens are compared.
             scenes: scenes, or prompts of any task, that are drawn.
             sources: as many, whose words are read instead.
 

@@ -33,7 +33,14 @@ def edited(
     `intervene.edits.Edit`, which makes them.
 
     Args:
+        tensor: the activation; it is not written to.
+        hook: not read; every hook function is given one.
         kind: "zero", "mean", "resample", "knockout", "scale", "replace" or "add".
+        where: booleans, broadcast to `tensor`.
+        factor: of "scale".
+        values: new entries of "replace" or addend of "add", broadcast to `tensor`.
+        ordered_axis: axis of tokens that correspond in order, for "mean" and "resample"; None where
+            positions correspond by number.
         donors: for "resample", the row that each row takes its values from; and the position along
             the axis `ordered_axis`, where tokens correspond in order.
     """
@@ -72,7 +79,9 @@ def sums_of_pattern(pattern: Tensor, queries: Tensor, keys: Tensor, reduce: str)
     key_group].
 
     Args:
-        queries, keys: weight of each position in each group.
+        pattern: weights that sum to 1 over key_pos.
+        queries: weight of each query position in each group [batch pos group].
+        keys: weight of each key position in each group [batch key_pos key_group].
         reduce: "sum" over pairs of positions, or the "max" among pairs of non-zero weights.
     """
     if reduce == "max":

@@ -32,6 +32,8 @@ def random_heads(
     all heads stay as they are.
 
     Args:
+        model: the model whose other heads are drawn from.
+        interventions: each is repeated once, in order.
         rng: generator of the draw.
         exclude: heads ("L2H1") never drawn as controls, unless too few others exist.
 

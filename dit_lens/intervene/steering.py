@@ -86,6 +86,8 @@ def steer(
     """Images in [0, 1] of prompts with k · vector added to their words.
 
     Args:
+        model: the model that draws.
+        prompts: one prompt or several, one image each.
         vector: one for the chosen tokens of all prompts, or one for every text position (token of
             `model.to_tokens(prompts)`).
         tokens: roles, words (`prompts.word`), positions or a mask that the vector is added to; None
@@ -184,10 +186,14 @@ def swap_relation(
     `swap_vectors`.
 
     Args:
+        model: the model that draws.
+        prompts: one prompt or several, one image each.
         from_: relation of the prompts ("upper_left"), or one phrase of it.
         to: relation or phrase to draw instead.
         k: dose.
         seed: as in the model's own call.
+        tokens: words that carry the change: see `swap_vectors`.
+        at: the space of the change: before or after the caption projection.
         **drawing: `num_steps`, `guidance` and `batch_size`; see `runs.drawing.Drawing`.
 
     Raises:
@@ -234,6 +240,7 @@ def dose_response(
     - "wrong_token": the same vectors at as many other tokens of the prompt (EOS included).
 
     Args:
+        model: the model that draws, with words of the two-object task.
         scenes: scenes to draw.
         to: a relation, a relation for each of the scenes' relations, or None for each one's
             opposite.

@@ -39,6 +39,8 @@ def swap_vectors(
     pipeline's denoiser; zero for tokens that do not change.
 
     Args:
+        model: the model whose text encoder gives the words' vectors.
+        prompts: prompts of the two-object task.
         to: relation or phrase to go to, for each prompt.
         tokens: words that carry the change:
 
@@ -53,6 +55,8 @@ def swap_vectors(
 
         The first two are means of the words' differences over the 12 pairs of objects, so they are
         the difference of two sum-to-zero effects, with equal position codes.
+        at: "text", the encoder's output (d = d_text), or "caption", after the caption projection (d
+            = d_model).
 
     Raises:
         ValueError: there is no such phrase, or nothing to change.

@@ -33,7 +33,10 @@ def verdicts(
     """A judge's verdicts of the images of each condition, prompt and seed, by `sweep.run`.
 
     Args:
-        seeds, conditions: as the seeds and interventions of `sweep.run`.
+        model: the model that draws; no hooks may be attached.
+        prompts: one row each for every seed and condition.
+        seeds: as in `sweep.run`.
+        conditions: the interventions of `sweep.run`.
         judge: its verdicts keep their types.
         **how: see `runs.drawing.Experiment`.
 

@@ -147,6 +147,7 @@ def serve(
     were sent to must be one of `names`: a page of another site can neither read nor start anything.
 
     Args:
+        lab: the model and its page; one request draws at a time.
         host: the address to listen at; by default, this machine alone can reach it.
         port: 0 for any that is free.
         names: host names under which the server is visited.

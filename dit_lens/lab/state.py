@@ -191,6 +191,7 @@ class State:
         """Python that draws the same image with the library's own calls, as `image`.
 
         Args:
+            model: the open model, in which heads and words are found.
             name: by which `from_pretrained` opens the model.
 
         Example:

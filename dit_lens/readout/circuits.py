@@ -91,6 +91,8 @@ def content_word_scores(
     """Scores of residual-stream directions (queries) with words (keys) in one cross-attention head.
 
     Args:
+        dit: a PixArt denoiser; only its weights are read.
+        head: "L2H1", or (2, 1).
         content: name → direction, such as a row of another head's `ov_outputs`, as a tensor.
         vectors: word → its vector in text-encoder space.
 
@@ -160,6 +162,7 @@ def logit_terms(cache: ActivationCache, head: Head, expand_heads: bool = False) 
     Args:
         cache: of one denoiser call (`cache.at(step=…)`, or a view's), with the outputs added to the
             residual stream and `hook_caption`.
+        head: "L2H1", or (2, 1).
         expand_heads: split the output of each earlier cross-attention into its heads ("cross_L1H0",
             biases apart); needs their z.
 

@@ -43,8 +43,12 @@ def concept_attention(
     other.
 
     Args:
+        model: a pipeline whose image and text share one attention.
+        prompt: text of the one image.
         concepts: at least two: text to encode, or `prompts.word("cat")` for the prompt's own
             tokens.
+        seed: seed of the noise.
+        num_steps: denoising steps of the generation.
         by: dims to keep; the shares are means over the others.
         steps: denoising steps that count, by default all.
         options: further arguments of the pipeline's call.

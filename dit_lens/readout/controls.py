@@ -47,8 +47,11 @@ def without_largest(
     """The k largest places of each layer and step, and the change of a run without them.
 
     Args:
+        run: generation that is run again with the places removed.
         names: hook → (number of layer and step), as of `names_of`.
+        sizes: size of each place, to be ranked along the last axis.
         without: makes the hook that takes places away.
+        k: number of places.
         draws: runs without k random other places of size > 0.
         seed: of these.
 

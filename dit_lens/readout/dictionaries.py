@@ -98,7 +98,12 @@ class Dictionary:
         """Features of a generation, reduced over positions as they are made.
 
         Args:
+            model: hooked model; hooks that are attached to it act.
+            prompts: one prompt or several.
+            seed: an int gives every prompt the same noise; a sequence has one seed a prompt.
+            num_steps: denoising steps of the generation.
             steps: from 0; by default all.
+            branch: guidance branch that is read.
             reduce: "max" or "mean" over positions, or "none" to keep the positions.
             options: further arguments of the model's call.
 
@@ -172,6 +177,8 @@ class Dictionary:
 
         Args:
             change: features → the features to go on with; must not write to its argument.
+            steps: from 0; by default all.
+            branch: guidance branches that are edited.
 
         Example:
             >>> found = dictionary("blocks.1.hook_resid_post", lambda x: x, lambda f: f)

@@ -36,8 +36,11 @@ def attention_between(
     """Re-run from the first state and sum each attention of the sublayer, after the attached hooks.
 
     Args:
-        queries, keys: weight of each position in each group. Text positions beyond the run's are
-            pads, which get no attention.
+        run: the run whose inputs are run again.
+        sublayer: "cross_attn", "attn" or "image_attn".
+        queries: weight of each image position in each group.
+        keys: branch → weight of each key position in each group. Text positions beyond the run's
+            are pads, which get no attention.
         reduce: "sum" over pairs of positions, each with the product of their weights, or "max", the
             largest entry among pairs of non-zero weights (0 if there is none).
 
@@ -133,7 +136,13 @@ def placed(
     the image first.
 
     Args:
+        model: the model that the inputs belong to.
         inputs: of a run of `model`, or a draft.
+        sublayer: "cross_attn", "attn" or "image_attn".
+        branch: guidance branch, whose text sets the positions.
+        queries: weight of each image position in each group.
+        keys: weight of each text position (of the prompt's tokens), or image position in "attn" of
+            PixArt.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -233,6 +242,7 @@ def run_reading(model: Any, inputs: Any, readers: Callable[[Call], Mapping[Any, 
 
     Args:
         model: a hooked text-to-image model; its attached hooks act.
+        inputs: inputs of a run of `model`, one row a prompt.
         readers: the readers of one call, by attention; empty for a call that does not count.
 
     Example:

@@ -53,8 +53,12 @@ def heatmap(
     text. Source: Tang et al. 2022, arXiv 2210.04885 (DAAM), without its upsampling.
 
     Args:
+        model: hooked model; hooks that are attached to it act.
+        prompts: one prompt or several, each with every word.
         words: a word or phrase, `prompts.word("cat", nth=2)`, or several of them or of lists of
             text positions; tokens of all text encoders that spell a word count.
+        seed: an int gives every prompt the same noise; a sequence has one seed a prompt.
+        num_steps: denoising steps of the generation.
         by: dims to keep; the map is the mean over the others.
         steps: denoising steps that count, by default all.
         options: further arguments of the model's call (`guidance`, `height`, `max_sequence_length`,

@@ -42,9 +42,14 @@ def massive_activations(
     smallest channels.
 
     Args:
+        model: hooked model; hooks that are attached to it act.
+        prompts: one prompt or several.
+        seed: an int gives every prompt the same noise; a sequence has one seed a prompt.
+        num_steps: denoising steps of the generation.
         k: number of channels.
         site: a hook of the blocks [batch pos d_model].
         draws: of random channels.
+        control_seed: seed of the random channels.
         options: further arguments of the model's call.
 
     Returns:

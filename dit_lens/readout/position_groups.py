@@ -35,7 +35,11 @@ def text_keys(
     """Text groups of runs, by default those of all roles.
 
     Args:
+        model: the model whose tokens are grouped.
         texts: the prompts.
+        inputs: inputs of the runs, or a draft, which give each branch's text positions.
+        branches: guidance branches to place the groups in.
+        text_groups: name → tokens, as in `attention_synopsis`; None for all roles.
         roles: of each prompt's tokens, if they are known.
 
     Example:

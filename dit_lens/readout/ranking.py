@@ -29,8 +29,13 @@ def rank_heads(
     groups win by their length.
 
     Args:
+        synopsis: of `attention_synopsis`, either sublayer.
+        image_group: group of queries.
+        text_group: group of keys.
         step: one denoising step, or the mean or maximum over all.
-        shuffles, seed: of the control.
+        branch: guidance branch.
+        shuffles: number of shuffles of the control.
+        seed: seed of the shuffles.
 
     Returns:
         Columns ``layer head mean low high control p``, largest mean first: mean over prompts (over

@@ -61,6 +61,7 @@ def word_vector(
     """Text-encoder output at the last token of a word in a prompt.
 
     Args:
+        model: the model whose tokenizer and text encoder read the sentence.
         word: replaces the {} of the sentence.
         sentence: the prompt, with {} in place of the word.
 
@@ -309,11 +310,14 @@ def screen_heads(
     softmax cancels, and is left out.
 
     Args:
+        dit: a denoiser with cross-attention and additive position codes; only weights are read.
         vectors: word → its vector, in text-encoder space or, with `at="caption"`, after the caption
             projection. Differences of vectors, such as effect vectors of a variance partition, are
             meaningful in caption space only: the projection to it is not linear.
         directions: word → (dx, dy), y down; by default, `WORD_DIRECTIONS`.
-        null_draws, seed: of the two controls behind `p`.
+        at: space of `vectors`, "text" or "caption".
+        null_draws: draws of each of the two controls behind `p`.
+        seed: seed of these draws.
 
     Returns:
         One row a head, largest |projection| first: layer, head, cosine (of map and ramp, mean over

@@ -47,9 +47,14 @@ def attention_sinks(
     masked run.
 
     Args:
+        model: hooked model; hooks that are attached to it act.
+        prompts: one prompt or several.
+        seed: an int gives every prompt the same noise; a sequence has one seed a prompt.
+        num_steps: denoising steps of the generation.
         k: number of keys.
         sublayer: "attn", "cross_attn" or "image_attn".
         draws: of random keys; 0 measures no change and draws once.
+        control_seed: seed of the random keys.
         options: further arguments of the model's call.
 
     Returns:

@@ -109,6 +109,8 @@ def attention_synopsis(
     """Attention between groups of tokens during whole generations, `batch_size` prompts at a time.
 
     Args:
+        model: hooked model; hooks that are attached to it act.
+        prompts: one prompt or several; all of them share the names of groups.
         seed: as in `HookedTextToImage.forward`: an int gives every prompt the same noise.
         sublayer: "cross_attn", image ← text, or "attn", image ← image, with the same groups for
             keys as for queries.

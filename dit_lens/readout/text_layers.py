@@ -34,8 +34,12 @@ def diffusion_lens(
     them, the final norm first, is the model's own. Source: Toker et al. 2024, arXiv 2403.05846.
 
     Args:
+        model: a model whose text encoder has layers (not the random-token one).
+        prompts: one prompt or several.
         layers: from 0, or (negative) from the end; by default all. The last one gives the model's
             own images.
+        seed: an int gives every prompt the same noise; a sequence has one seed a prompt.
+        num_steps: denoising steps of the generation.
         encoder: of a pipeline with several, its component ("text_encoder_2"); by default the last.
         options: further arguments of the model's call.
 

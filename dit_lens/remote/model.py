@@ -331,8 +331,13 @@ class RemoteTextToImage(HookedTextToImage):
         equally many tokens.
 
         Args:
+            clean: prompts of the run whose activations are put in.
+            corrupt: as many prompts, of the run that is changed.
             conditions: name → interventions, all at once; of the corrupt prompts.
-            seed, latents: the same noise for all runs.
+            seed: seed of the noise, the same for all runs.
+            num_steps: denoising steps of the generation.
+            guidance: scale of classifier-free guidance; by default the model's own.
+            latents: initial noise of all runs, instead of `seed`.
 
         Returns:
             Images by condition, and as "clean" and "corrupt".

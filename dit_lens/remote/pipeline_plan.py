@@ -45,6 +45,7 @@ def make(model: Any, draft: PipelineInputs, request: Request) -> dict[str, Any]:
     Args:
         model: a `RemotePipeline`, whose `order` is set where it is needed.
         draft: inputs of the run.
+        request: the hooks, sums and tensors that the client asked for.
 
     Raises:
         ValueError: a tensor that no trace reaches, or an edit made for other prompts.

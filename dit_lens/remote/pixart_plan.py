@@ -16,7 +16,9 @@ def make(model: HookedTextToImage, draft: Any, request: Request) -> dict[str, An
     """The plan of a run.
 
     Args:
+        model: a remote PixArt, which has names and no weights.
         draft: its inputs, before their text is encoded (`trajectory.Inputs`).
+        request: the hooks, sums and tensors that the client asked for.
 
     Raises:
         ValueError: a tensor that no trace reaches, or an edit made for other prompts.

@@ -79,6 +79,8 @@ class Pair:
         """Source minus original at the hooks `names` of one step.
 
         Args:
+            step: denoising step, from 0.
+            names: hooks within the denoiser.
             original: the tensors of the original run, if they are known.
         """
         original = self.original.activations(step, names) if original is None else original
@@ -103,6 +105,8 @@ def pair(
     tensor that the view returns, or that `returns` names.
 
     Args:
+        original: the run that scores are gradients of.
+        source: the run that it is compared with; as many rows.
         steps: denoising steps to attribute to; all of them by default.
         branch: and guidance branches.
         returns: the final "images" [batch 3 height width] in [0, 1] (clamped: a saturated pixel has

@@ -124,6 +124,7 @@ def plan(
     it.
 
     Args:
+        model: the model that draws; no hooks may be attached.
         prompts: "mean" and "resample" look at all of them (with the same seed's noise).
         seeds: every prompt is run with each; or for each prompt its own, [prompt seed].
         interventions: one each, or several that are made together (none: the run without); a
@@ -200,6 +201,11 @@ def run(
     """Every intervention on every prompt and seed, beside the run without.
 
     Args:
+        model: the model that draws; no hooks may be attached.
+        prompts: as in `plan`.
+        seeds: as in `plan`: every prompt is run with each, or [prompt seed].
+        interventions: as in `plan`: a sequence, or name → one or several made together.
+        metrics: as in `plan`: name → function [batch 3 height width] → [batch], or a `Metric`.
         out: a folder for results: a call that was stopped, even killed, goes on from there when it
             is repeated.
         executor: "local", this process and its device; "ray", the workers of a Ray cluster: of

@@ -133,6 +133,12 @@ class CleanRuns:
         """Sample `rows`, `batch` at a time, from `inputs` of the prompts, one row each.
 
         Args:
+            model: the model that draws.
+            inputs: prompts' inputs, one row a prompt; `noise` gives each run its own.
+            noise: seed of each run's noise.
+            rows: runs to sample: positions in prompts and noise.
+            reads: tensors to keep for metrics and interventions.
+            batch: rows at a time.
             done: called with the number of rows after each denoising step.
         """
         runs: list[Trajectory] = []

@@ -104,6 +104,7 @@ class Worker:
         Args:
             shared: the key of the `SweepContext`, without the model; fetched once.
             runs: keys of the runs that the forks leave, in the order of their rows.
+            forks: forks of one batch.
         """
         if self.held is None or self.held[0] != shared:
             self.held = shared, *self.fetch(shared)

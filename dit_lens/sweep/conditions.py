@@ -44,7 +44,10 @@ def grid(
     ones stay as they are.
 
     Args:
+        intervention: the one that is repeated; its site may have a `*` for the layer.
         layers: put in the place of the site's `*`.
+        heads: one condition each.
+        steps: denoising steps, one condition each; negative ones count from the end.
 
     Raises:
         ValueError: layers are given, but the site has no `*`; or nothing is given.

@@ -202,6 +202,9 @@ def run_race(oracle: Oracle, prices: Prices, rules: Rules, unscored: Sequence[in
     """Race all cells for the k places of the top.
 
     Args:
+        oracle: gives exact effects and cheap scores of cells on scenes.
+        prices: cost of each of these, in one unit.
+        rules: size of the top, scenes at most, budget and confidence.
         unscored: cells without scores, which all enter the first round.
 
     Example:

@@ -64,7 +64,9 @@ def scores_of_rows(
     runs that they were scored at, with all that the plan's metrics read.
 
     Args:
+        plan: plan of the sweep that is searched.
         inputs: of the plan's prompts, `plan.inputs()`.
+        question: conditions and how they are scored.
         rows: ascending; of conditions that mix prompts, all of each seed.
     """
     read = plan.reads[question.name]

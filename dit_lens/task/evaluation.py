@@ -131,6 +131,8 @@ def evaluate_model(
     scheduler and guidance 4.5.
 
     Args:
+        model: the model that draws.
+        n: scenes of each split.
         templates: names of `TEMPLATES`; by default, all `known_templates`. The trained one is
             always included.
         scene_seed: seed of the sequences of scenes.
@@ -217,6 +219,7 @@ def accuracies(
     Args:
         rows: of `evaluate_model`.
         by: columns that define the groups.
+        metrics: columns of verdicts, 0, 1, or NaN where a metric does not apply.
 
     Returns:
         Columns: those of `by`, metric, images (those the metric applies to), mean, low, high.
@@ -240,6 +243,7 @@ def template_effects(rows: pd.DataFrame, metrics: Sequence[str] = METRICS[:-1]) 
 
     Args:
         rows: of `evaluate_model`.
+        metrics: columns of verdicts, 0 or 1.
 
     Returns:
         One row a template and metric. Columns template, metric, images, mean, low, high: paired

@@ -74,6 +74,9 @@ class Task(Protocol):
         """Scenes `start` … `start + n − 1` of the endless sequence of a seed.
 
         Args:
+            n: number of scenes.
+            seed: seed of the sequence.
+            start: index of the first.
             split: "train", "held_out" (combinations that are never trained), or "all".
             step: training step, for a task with a curriculum; None for the whole distribution.
         """

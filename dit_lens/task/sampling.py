@@ -70,6 +70,9 @@ def sample(
     """Draw the scenes with indices `start` … `start + n − 1` of the endless sequence of `seed`.
 
     Args:
+        n: number of scenes.
+        seed: seed of the sequence.
+        start: index of the first.
         split: "train" leaves out the combinations of `HELD_OUT`, "held_out" draws only those.
         distribution: "balanced" draws the relation uniformly, and positions uniformly among those
             that realise it without overlap; "natural" is the original's (paper, data set

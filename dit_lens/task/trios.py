@@ -41,6 +41,9 @@ def sample_trios(n: int, seed: int, *, start: int = 0, split: Split = "train") -
     The two relations differ, the centres realise both, and no two objects overlap or touch.
 
     Args:
+        n: number of scenes.
+        seed: seed of the sequence.
+        start: index of the first.
         split: "train" leaves out the combinations of `HELD_OUT` in both relations; in "held_out"
             the first relation makes one of them.
 

@@ -86,6 +86,10 @@ def word_vectors(
     encoder's output.
 
     Args:
+        encoder: text encoder, called as in transformers.
+        tokenizer: the encoder's fast tokenizer.
+        captions: of `probe_captions`, one row a caption.
+        word: column of `captions` that names the word.
         layers: False for the output only, under the last layer's number (1 for an encoder without
             layers).
 

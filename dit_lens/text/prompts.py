@@ -90,6 +90,8 @@ def token_mask(
     Where several text encoders of a pipeline give tokens, a word is all that spell it.
 
     Args:
+        model: the model whose tokenizer splits the prompts.
+        prompts: one prompt or several.
         tokens: one of the forms of the module.
         length: of the tokens, by default that of the longest prompt.
         missing: "ignore" lets a prompt have none of them; by default that is an error.
@@ -200,6 +202,10 @@ def check_found(
     words and their roles.
 
     Args:
+        model: the model whose tokens the message lists.
+        texts: prompts, one row of `mask` each.
+        choice: tokens that were looked for, for the message.
+        mask: tokens that were found.
         fix: end of the message: another remedy.
 
     Example:
@@ -270,6 +276,7 @@ def role_groups(
     `tokens` of an edit.
 
     Args:
+        model: the model whose tokenizer splits the prompts.
         prompts: texts of a batch.
         roles: of each prompt, role → words of it; a task's `roles`.
 

@@ -173,10 +173,12 @@ def partition(
     components, and R² are shares of the total around the mean.
 
     Args:
+        vectors: [vector d].
         factors: name → a value for each vector. The order matters for the sequential column only.
         interactions: terms such as "shape1:relation" of two or more of the factors, or "all" for
             every pair.
-        permutations, seed: of the permutation test.
+        permutations: number of permutations of the test.
+        seed: seed of the permutations.
 
     Returns:
         One row a term, then `residual` and `total` (only df, sequential). Columns:

@@ -57,7 +57,9 @@ def word_vectors(
     """Text-encoder vectors at a role's tokens in each prompt, and the factors of the prompts.
 
     Args:
+        model: the model whose text encoder reads the prompts.
         prompts: prompts of the two-object task, or scenes, whose captions are used.
+        role: one of `ROLES`, such as "relation" or "shape2".
         at: "text" for the encoder's output, "caption" for the input of cross-attention (after the
             caption projection).
         pool: "last" or "mean" over the role's tokens, if it has several in a prompt (or in several

@@ -76,6 +76,10 @@ def build_pipeline(
     """An untrained pipeline for a task's images: 16 × 16 latents, patches of 2, so 64 image tokens.
 
     Args:
+        size: width, depth and number of heads of the denoiser.
+        encoder: "rte", "fused", a folder, …: see `build_text_encoder`.
+        objective: prediction that the scheduler is configured for.
+        seed: seed of the random weights.
         moved_share: see `build_text_encoder`.
         task: its words are the vocabulary of "rte", and its images fit the codec; two objects by
             default.

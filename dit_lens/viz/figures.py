@@ -44,7 +44,10 @@ def intervals(
     """Draw means with their intervals, a row each, or upright, a column each.
 
     Args:
+        ax: axes to draw on.
+        found: means with low and high ends, in the order of rows.
         at: places of the rows; 0, 1, … by default.
+        upright: columns with vertical intervals instead of rows.
         look: options of `Axes.errorbar`.
 
     Example:
@@ -143,6 +146,7 @@ def word_maps(
             positions of a square image, row by row.
         tokens: as `model.to_str_tokens(prompt)`.
         image: drawn first, and in gray below each map.
+        title: title of the whole figure; none by default.
 
     Raises:
         ValueError: maps and tokens differ in number.
@@ -198,6 +202,7 @@ def ramp_gallery(
 
     Args:
         maps: head → word → map with dims (y, x), from `circuits.position_word_map`.
+        title: title of the whole figure.
 
     Example:
         >>> values = xr.DataArray(np.eye(4), dims=("y", "x"))
@@ -329,6 +334,7 @@ def learning_curves(
         table: columns quantity, samples, value, low, high, source, layer, head.
         heads: source of the screening ("words", "shape1", "shape2") → (layer, head) of the heads to
             draw; one panel each.
+        title: title of the whole figure; none by default.
 
     Example:
         >>> names = ["quantity", "samples", "value", "low", "high", "source", "layer", "head"]

@@ -29,6 +29,8 @@ def relation_head_figure(
 
     Args:
         head: name in the titles.
+        prompts: labels of the rows.
+        images: in [0, 1], one a prompt.
         attention: dims (prompt, step, y, x), attention mass on the relation words; drawn on one
             scale from 0.
         weight_maps: word → (y, x) score map; each is centred and drawn on one symmetric scale.

@@ -103,6 +103,7 @@ def hook(transformer: nn.Module, check: bool = True) -> Any:
     """A live diffusers transformer as a hooked model; its weights are used, not copied.
 
     Args:
+        transformer: a transformer of a supported family, on any device.
         check: compare it with the original on a small random input, as at loading.
 
     Raises:

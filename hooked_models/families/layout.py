@@ -32,6 +32,7 @@ def in_order(
         first: as in `ordered`.
         grid: rows, columns and frames of a call.
         mask: argument with the text's mask, if there is one.
+        text: argument whose second axis is the text's length.
         registers: positions before the text's own, of a live model.
     """
 

@@ -76,6 +76,7 @@ class GenerationCache(ActivationCache):
         """Open the cache that `run_with_cache(…, out=folder)` wrote; a tensor is read on first use.
 
         Args:
+            folder: the folder of the cache; it is not written to.
             model: the one that it was made with; without it, a model without weights is opened,
                 which has all names.
 
@@ -326,7 +327,15 @@ def estimate(
     without weights will do.
 
     Args:
+        model: any hooked text-to-image model, with or without weights.
         prompts: as there, or (PixArt) their number and the tokens of the longest with EOS.
+        num_steps: as in `run_with_cache`.
+        guidance: as in `run_with_cache`.
+        names_filter: as in `run_with_cache`.
+        steps: as in `run_with_cache`.
+        branch: as in `run_with_cache`.
+        heads: as in `run_with_cache`.
+        patterns: as in `run_with_cache`.
         grid: rows and columns of PixArt's latents, of another size than the model's own.
         options: as there.
     """

@@ -81,6 +81,9 @@ def attach(
     for the block.
 
     Args:
+        hooks: resolved hooks, attached in order.
+        module: part → the module that holds its hook points.
+        rows: branch → its rows of the batch; None for all rows.
         contexts: by name, the `ctx` that all hooks of a name share.
     """
     per_point: dict[tuple[str, str, str], list[HookFunction]] = {}
@@ -225,6 +228,8 @@ class Extent:
         """The reason why `steps` of the run do not compute the tensor of a site; None if they do.
 
         Args:
+            site: a parsed hook name.
+            steps: steps that are run.
             encodes: False for a fork, which keeps the text.
         """
         if site.part.endswith("text_encoder") and not encodes:

@@ -198,6 +198,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         """Each prompt with one entry for each text position, by whose characters words are found.
 
         Args:
+            prompts: one prompt or several.
             length: of PixArt's text, by default that of the longest prompt.
             options: of a pipeline's call, such as `max_sequence_length`.
         """
@@ -237,6 +238,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
             prompts: one prompt, several, or (PixArt) token ids.
             seed: an int gives every prompt the same noise (a paired design), a sequence one seed
                 each; see `seeded_noise`.
+            num_steps: denoising steps; solvers that evaluate more often have more.
             guidance: classifier-free guidance; at 1 or below no unconditional branch is run. By
                 default `default_guidance`. In a model that is distilled with guidance, the number
                 that it is given.
@@ -296,11 +298,14 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         """The generation of `inputs`, with the hooks that are attached to the model.
 
         Args:
+            inputs: of `draft` or a run: conditions, noise and scheduler.
             record: of an earlier run of these inputs, of which the steps before `leave` are taken.
+            leave: first step that is computed.
             until: the step to stop before.
             rows: step → the rows that are computed there, in place of all from `leave` on; others
                 are taken from `record`.
-            denoise, after: see `passes.Pass`.
+            denoise: replaces the denoiser call; see `passes.Pass`.
+            after: called after each step; see `passes.Pass`.
         """
         hooks = self.attached
         clean = not (hooks or denoise or self.has_hooks_inside) and (record is None or record.clean)
@@ -326,8 +331,12 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         inside the denoiser at its step.
 
         Args:
+            inputs: inputs of the run.
+            call: its step, branches and rows.
             latents: as the scheduler scales them for the denoiser, of all rows of the call, branch
                 after branch.
+            timestep: of each row, as the denoiser takes it.
+            text: encoded text of all rows, as the loop prepared it.
         """
         return Pass(self, inputs, self.attached).call(call, None, latents, timestep, text)
 
@@ -380,11 +389,18 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         gradients.
 
         Args:
+            step: denoising step, from 0; negative ones count from the end.
+            prompts: as in `forward`.
+            seed: as in `forward`.
+            num_steps: as in `forward`.
+            guidance: as in `forward`.
+            latents: as in `forward`.
             branch: the guidance branch in which hooks act.
             pos: the positions that a sweep "by position" goes over: of the image, of the text, or,
                 in models whose streams hold both, all of them ("joint", the image's first). Hooks
                 of a view of the text see such streams' text positions alone.
             returns: argument of metrics: the final images, or this step's x0 or guided output.
+            options: as in `forward`.
 
         Raises:
             ValueError: the run has no such step or branch, or its scheduler forms no x0.
@@ -434,9 +450,15 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         The first arguments are `forward`'s; the others select what is cached.
 
         Args:
+            prompts: as in `forward`.
+            seed: as in `forward`.
+            num_steps: as in `forward`.
+            guidance: as in `forward`.
+            latents: as in `forward`.
             names_filter: a full name, a name in the denoiser (then at every chosen step and
                 branch), a list of either, or a predicate on full names; None for everything.
-            steps, branch: which denoising steps and guidance branches to keep.
+            steps: denoising steps to keep, negative ones from the end; by default all.
+            branch: guidance branches to keep.
             heads: of per-head tensors only these, "L2H8", (2, 8), a head of every layer, or
                 several; layers without any are left out. Their patterns are computed for them
                 alone.
@@ -451,6 +473,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
                 unless said.
             remove_batch_dim: not for a whole generation; there, so that who asks for it is told
                 what to do.
+            options: as in `forward`.
 
         Raises:
             CacheTooLargeError: with the estimate, and how to narrow it.

@@ -323,6 +323,7 @@ class HookedPipeline(HookedTextToImage):
         the denoiser.
 
         Args:
+            prompts: one prompt or several.
             length: in text positions, at least that of the longest prompt; the pipeline decides
                 where tokens stand.
             options: of the run's call, such as `max_sequence_length`.

@@ -74,6 +74,7 @@ class Inputs:
 
         Args:
             attention: its name in the denoiser.
+            branch: guidance branch, whose text is masked.
             scores: the hooked attention, which knows the bias of a call where the text does not.
         """
         text = self.text.bias if attention.endswith("cross_attn") else None
@@ -268,6 +269,9 @@ class Run:
         step)/T of its cost.
 
         Args:
+            step: first step that is computed, from 0; negative ones count from the end.
+            fwd_hooks: hooks of the fork, by full names.
+            bwd_hooks: hooks of its gradients.
             until: the step to stop before, as in `HookedTextToImage.trajectory`.
             how: further arguments of `HookedTextToImage.run`.
 

@@ -115,6 +115,8 @@ def ordered(
     """Layout of streams that are concatenated, the same way in each row.
 
     Args:
+        grid: rows, columns and frames of image positions.
+        text_mask: True at tokens that are attended to.
         first: "text" or "image", whichever begins the joint sequence.
         registers: positions before the text's own, in its stream.
         references: positions after the image's own, in its stream.
@@ -140,6 +142,8 @@ def ragged(
     """Layout of one joint sequence that differs from row to row.
 
     Args:
+        grid: rows, columns and frames of image positions.
+        text_mask: True at tokens that are attended to.
         rows: for each row, spans (label, length) in the model's order; shorter rows are padded at
             the end.
     """

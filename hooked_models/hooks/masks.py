@@ -19,6 +19,7 @@ def as_bias(mask: Any, causal: bool, query: Tensor, keys: int) -> Any:
         mask: bias, or booleans, True where a query attends to a key; up to four axes.
         causal: whether a query attends to no later key.
         query: queries [… query_pos d_head], for their number and type.
+        keys: number of key positions.
 
     Example:
         >>> as_bias(None, True, torch.zeros(1, 1, 2, 4), keys=2)

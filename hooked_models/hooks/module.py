@@ -395,6 +395,7 @@ class HookedModule(HookedRootModule):
         have no positions.
 
         Args:
+            name: hook within the module.
             of: image positions or text positions; by default the module's own, image positions in a
                 denoiser. Patterns have image queries, and text keys if they are cross-attention's.
         """

@@ -228,6 +228,7 @@ def axis_sizes(
 
     Args:
         cfg: its `HookedConfig`.
+        batch: rows of one call.
         text_pos: tokens of the longest prompt.
         grid: rows and columns of the latents.
         image: height and width in pixels.

@@ -156,6 +156,9 @@ def failures_of(
     """Compare a hooked module with the wrapped one, on one input.
 
     Args:
+        hooked: the hooked module.
+        original: the module that it wraps.
+        inputs: keyword arguments that both are called with.
         sublayers: the attentions of a block that have a pattern.
     """
     reference = original(**inputs)[0]

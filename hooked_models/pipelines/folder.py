@@ -54,8 +54,10 @@ def inspect_folder(
     """Read the folder's `model_index.json`, and look for everything that it names.
 
     Args:
+        source: the folder, as `fetch` returns it.
         variant: "fp16" for files such as `model.fp16.safetensors`, where there are any.
         given: components that the caller has.
+        weights: False for configurations alone.
 
     Raises:
         ValueError: the folder holds no pipeline that diffusers knows, one without a transformer or

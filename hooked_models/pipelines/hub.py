@@ -108,8 +108,8 @@ def recorded_source(name: object, commit: object) -> str | None:
     folder.
 
     Args:
-        name, commit: `Source.lasting_name` and `Source.commit`, as read from a file that anybody
-            may have written.
+        name: `Source.lasting_name`, as read from a file that anybody may have written.
+        commit: `Source.commit`, from the same file.
 
     Example:
         >>> recorded_source("rte-nano", None), recorded_source("../model", None)
@@ -136,6 +136,7 @@ def fetch(
     them.
 
     Args:
+        name: bundled name, local folder, or hub id.
         revision: a commit, tag or branch of a hub model.
         variant: "fp16" for files such as `model.fp16.safetensors`.
         weights: False for configurations, tokenizer and scheduler alone.

@@ -43,7 +43,9 @@ def open_pipeline(
     """Open the live pipeline of a folder.
 
     Args:
+        source: the folder, as `fetch` returns it.
         variant: "fp16" for files such as `model.fp16.safetensors`, where there are any.
+        dtype: of the weights.
         device_map: as in diffusers: a device, or "balanced" for whole components on several GPUs,
             for which files are read twice: diffusers does not say which weights it missed.
         components: used in place of the folder's; `transformer` may also be a folder or hub id that
@@ -103,6 +105,8 @@ def load_whole(cls: Any, place: str | Path, what: str, **how: Any) -> Any:
     diffusers and transformers draw such weights at random, and only log it.
 
     Args:
+        cls: class of diffusers or transformers.
+        place: folder of the module's files.
         what: the module, for the message.
         how: further arguments of `from_pretrained`.
 

@@ -144,7 +144,9 @@ class PipelineModel(nn.Module):
                 wrapped one (`pipelines.checks`).
             clean_caption: clean prompts as diffusers does where beautifulsoup4 and ftfy are
                 installed; see `to_tokens`.
-            token, cache_dir, local_files_only: for the hub, as in diffusers.
+            token: access token of the hub, as in diffusers.
+            cache_dir: folder of hub downloads, as in diffusers.
+            local_files_only: True never connects to the hub.
             components: used in place of the folder's (`text_encoder=…`); `transformer` may be a
                 folder or hub id.
 

@@ -63,7 +63,12 @@ def fused_attention(
     """`F.scaled_dot_product_attention`, bitwise; passes on the kernel's log-sum-exp of the scores.
 
     Args:
+        q: queries.
+        k: keys.
+        v: values.
         mask: bias of the scores, or booleans, True where a query attends to a key.
+        causal: a query attends to no later key.
+        scale: factor of the scores; 1 / √d_head by default.
         with_sums: called with [batch head query_pos], or None: on other devices than the CPU, in a
             graph, and where torch takes another kernel or a query attends to no key.
 
@@ -127,6 +132,9 @@ class AttentionCore(nn.Module):
         """Average the values under the pattern, for each query and head: ``z``.
 
         Args:
+            q: queries, not yet scaled.
+            k: keys.
+            v: values.
             bias: added to the scores: [batch (head) query_pos key_pos], the same for every head if
                 it has no such axis.
         """

@@ -238,9 +238,15 @@ class HookedDiT(PatchModel):
         """One denoiser call, as ``PixArtTransformer2DModel.forward``: latents in, prediction out.
 
         Args:
+            hidden_states: latents, as the scheduler scales them.
+            encoder_hidden_states: text features, before the caption projection.
+            timestep: of each row.
+            added_cond_kwargs: `resolution` and `aspect_ratio`, for models with size conditions.
+            cross_attention_kwargs: None: PixArt has none.
             attention_mask: which image tokens may be attended to (no pipeline passes it).
             encoder_attention_mask: which text tokens may be; a mask [batch text_pos], or a bias
                 [batch 1 text_pos].
+            return_dict: False for a tuple.
             text_state: from ``encode_text``; then ``encoder_hidden_states`` and its mask are not
                 read. Keys and values still pass through ``cross_attn.hook_k`` and ``hook_v``; while
                 ``text_hooks_active`` they are computed anew from its text, so the result never
@@ -313,6 +319,11 @@ class HookedDiT(PatchModel):
         ``model`` and ``tokens``.
 
         Args:
+            latents: one row an image.
+            timestep: of each row, or one for all.
+            text: text features, before the caption projection.
+            text_mask: 1 = attend; by default all.
+            added_cond_kwargs: as in `forward`.
             pos: the positions that a sweep "by position" goes over.
             returns: the tensor that metrics get: the output, or its patches [row pos d_vocab], as
                 logits are.

@@ -305,9 +305,11 @@ class HookedT5Encoder(HookedModule):
         """Text features, as ``T5EncoderModel.forward``.
 
         Args:
-            input_ids, inputs_embeds: one of the two.
+            input_ids: tokens, or None with `inputs_embeds`.
             attention_mask: 1 = attend.
+            inputs_embeds: embeddings, or None with `input_ids`.
             return_dict: False for a tuple; by default as in the wrapped module's config.
+            unsupported: further arguments of transformers; any but None or False is refused.
 
         Raises:
             ValueError: for a part of the wrapped module that was replaced since, in training mode,

@@ -206,6 +206,7 @@ def encode_text(tokenizer: Any, text: str, length: int | None = None) -> Encoded
     Args:
         tokenizer: any fast tokenizer of transformers.
         text: as the model encodes it.
+        length: positions of the result; longer texts are not cut. By default, the text's own.
 
     Raises:
         TypeError: the tokenizer keeps no character offsets.

@@ -27,9 +27,13 @@ def denoise_from(
     of their layers.
 
     Args:
+        dit: denoiser, whose hooks do not act.
+        hidden_states: latents of rows that enter at the first layer.
         residuals: layer → input of that block in rows that begin there; n_layers: output of the
             last block.
-        timestep, added_cond_kwargs, text_state: of all rows.
+        timestep: of all rows.
+        added_cond_kwargs: of all rows, as in `HookedDiT.forward`.
+        text_state: of all rows.
 
     Example:
         >>> dit = HookedTextToImage.from_pretrained("rte-nano").dit.requires_grad_(False)
