@@ -105,6 +105,7 @@ class NodeAttribution(Attribution):
     """
 
     def table(self) -> pd.DataFrame:
+        """Scores of all kinds, one row a node, the largest |score| first."""
         kinds = [ranked(self.scores[kind]).assign(node=kind) for kind in self.scores]
         return pd.concat(kinds).sort_values("score", key=np.abs, ascending=False, ignore_index=True)
 
@@ -339,6 +340,7 @@ class EdgeAttribution(Attribution):
     """
 
     def table(self) -> pd.DataFrame:
+        """Scores, one row an edge, the largest |score| first."""
         return ranked(self.scores)
 
     def _patch(self, row: Any) -> Patch:

@@ -79,6 +79,7 @@ class BlockEdges(Attribution):
         return cls(scores_, pair, metric)
 
     def table(self) -> pd.DataFrame:
+        """Scores, one row an edge, the largest |score| first."""
         return ranked(self.scores)
 
     def _patch(self, row: Any) -> Patch:

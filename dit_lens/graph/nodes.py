@@ -211,6 +211,7 @@ class Nodes:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
+        """The parsed nodes, in order."""
         names: Any = self.names if is_several(self.names) else [self.names]
         return tuple(map(Node.parse, names))
 

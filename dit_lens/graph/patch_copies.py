@@ -77,6 +77,11 @@ class Experiment:
         variant: str | Collection[str],
         metric_on: str | None,
     ) -> Experiment:
+        """Check that the runs fit together, and resolve variant and metric.
+
+        Raises:
+            ValueError: an unknown variant, or runs of other models, rows or conditions.
+        """
         kinds = sorted(VARIANTS["direct"])
         known = variant in VARIANTS if isinstance(variant, str) else set(kinds).issuperset(variant)
         if not known:
@@ -117,6 +122,7 @@ class Experiment:
         }
 
     def measure(self, tensor: Tensor) -> Float[np.ndarray, " prompt"]:
+        """The metric of a tensor [row …]; ValueError unless it is one number a row."""
         values = self.metric(tensor)
         if values.shape != (len(self.original),):
             raise ValueError(
@@ -241,6 +247,7 @@ class Experiment:
         return {copy: self.measure(result[row]) for copy, row in shown.items()}
 
     def last_step(self, receivers: Nodes) -> int:
+        """The last step at which the receivers read."""
         if any(node.kind == "image" for node in receivers.nodes):
             return self.original.num_steps - 1
         return max(place.step for place in self.places(receivers, sends=False))
@@ -314,6 +321,11 @@ class Experiment:
                 )
 
     def text_positions(self, node: Node, branch: Branch) -> Bool[Tensor, "batch text_pos"]:
+        """Positions of the tokens of a text node, the same in both runs.
+
+        Raises:
+            ValueError: the texts differ in length, or one masks a token that is sent.
+        """
         ours, theirs = self.original.text_bias(branch), self.source.text_bias(branch)
         if ours.shape != theirs.shape:
             lengths = f"{ours.shape[1]} and {theirs.shape[1]}"
@@ -335,6 +347,7 @@ class Experiment:
     def dataset(
         self, dims: Sequence[str], patched: Float[np.ndarray, "*dims"], **coords: Any
     ) -> xr.Dataset:
+        """Results over `dims`, with the two baselines and the normalised effect."""
         original, source = self.baselines["original"], self.baselines["source"]
         total = np.broadcast_to(source - original, patched.shape)
         effect = np.divide(

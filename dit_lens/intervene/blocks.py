@@ -54,6 +54,7 @@ class Where:
     branch: Branches
 
     def __call__(self, name: str) -> bool:
+        """True if the hook is one of them."""
         found = re.fullmatch(r"steps\.(\d+)\.(cond|uncond)\.blocks\.(\d+)\.(.+)", name)
         if found is None or found[4] != self.leaf or int(found[3]) not in self.layers:
             return False

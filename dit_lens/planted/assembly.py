@@ -36,6 +36,7 @@ class Head:
 
     @property
     def norms(self) -> tuple[float, ...]:
+        """Frobenius norms of q, k, v and o."""
         return tuple(float(w.norm()) for w in (self.q, self.k, self.v, self.o))
 
     def scaled_to(self, norms: Sequence[float]) -> Head:

@@ -34,6 +34,7 @@ class Space:
         """Directions that nothing of the circuit reads or writes."""
 
     def direction(self, name: str) -> Float[Tensor, " d"]:
+        """The unit vector of a name."""
         return self.frame[:, self.index[name]]
 
     def write(self, terms: Terms) -> Float[Tensor, " d"]:
@@ -84,6 +85,7 @@ class ResidualSpace(Space):
         """Factor of LayerNorm, nearly constant, because the constant direction dominates."""
 
     def read(self, terms: Terms) -> Float[Tensor, " d"]:
+        """As in `Space`, with "one", "x" and "y" among the features."""
         total = torch.zeros(self.d, dtype=torch.float64)
         for name, k in terms.items():
             if name == "one":

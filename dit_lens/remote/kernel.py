@@ -67,6 +67,7 @@ class Walk:
         return any(name.startswith(prefix) for name in (*self.actions, *self.sums))
 
     def hooks(self, *names: str) -> bool:
+        """True if a hook is attached at one of the names."""
         return any(name in self.actions for name in names)
 
     def apply(self, name: str, tensor: Any) -> Any:
@@ -96,12 +97,14 @@ class Walk:
     # A tensor that is some module's output, or its first input.
 
     def output(self, envoy: Any, name: str) -> None:
+        """Show a module's output to its hooks, and write it if they change it."""
         if self.hooks(name):
             written = self.apply(name, envoy.output)
             if written is not None:
                 envoy.output = written
 
     def input(self, envoy: Any, name: str) -> None:
+        """Show a module's first input to its hooks, and write it if they change it."""
         if self.hooks(name):
             written = self.apply(name, envoy.input)
             if written is not None:

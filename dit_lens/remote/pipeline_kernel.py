@@ -80,6 +80,7 @@ class CallWalk(Walk):
         return new
 
     def stream_in(self, envoy: Any, item: dict) -> None:
+        """Show the streams that enter a module to their hooks."""
         args, kwargs = envoy.inputs
         where = item["arguments"]
         new = self.stream([kwargs[n] if n in kwargs else args[i] for n, i in where], item)
@@ -93,6 +94,7 @@ class CallWalk(Walk):
             envoy.inputs = (tuple(args), kwargs)
 
     def stream_out(self, envoy: Any, item: dict) -> None:
+        """Show the streams that leave a module to their hooks."""
         output = envoy.output
         if not isinstance(output, (tuple, list)):
             new = self.stream([output], item)

@@ -50,10 +50,12 @@ class RepeatedCall:
 
     @property
     def dit(self) -> Any:
+        """The denoiser."""
         return self.view.dit
 
     @property
     def branches(self) -> tuple[Branch, ...]:
+        """One call has one branch."""
         return ("cond",)
 
     @property
@@ -113,18 +115,22 @@ class RepeatedRun:
 
     @property
     def dit(self) -> Any:
+        """The denoiser."""
         return self.trajectory.model.dit
 
     @property
     def num_steps(self) -> int:
+        """Denoiser evaluations of the run."""
         return len(self.trajectory)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
+        """Guidance branches of the run."""
         return BRANCHES if self.trajectory.inputs.guided else ("cond",)
 
     @property
     def conditions(self) -> dict[str, Tensor | None]:
+        """As in `RepeatedCall`: timesteps, and if there is guidance."""
         inputs = self.trajectory.inputs
         return {
             "timesteps": inputs.solver.scheduler.timesteps,
@@ -132,6 +138,11 @@ class RepeatedRun:
         }
 
     def step_of(self, name: str) -> int:
+        """As in `RepeatedCall`.
+
+        Raises:
+            ValueError: the tensor is computed before the first step.
+        """
         step = (
             self.num_steps - 1
             if name == IMAGE_HOOK
@@ -144,9 +155,11 @@ class RepeatedRun:
         return step
 
     def name(self, place: Place, inner: str) -> str:
+        """As in `RepeatedCall`: with step and branch."""
         return f"steps.{place.step}.{place.branch}.{hook_in(self.dit, inner)}"
 
     def text_bias(self, branch: Branch) -> Float[Tensor, "batch text_pos"]:
+        """As in `RepeatedCall`, in one branch."""
         inputs: Any = self.trajectory.inputs
         if hasattr(inputs, "layouts"):
             return _bias(inputs.layouts[branch].text_mask)
@@ -197,6 +210,7 @@ class RepeatedRun:
     def run(
         self, read: Collection[str], hooks: Hooks = (), copies: int = 1, first: int | None = None
     ) -> dict[str, Tensor]:
+        """As in `RepeatedCall`; steps before `first` are taken from the record."""
         inner = [name for name in read if name != IMAGE_HOOK]
         steps = [self.step_of(name) for name in inner]
         until = self.num_steps if IMAGE_HOOK in read else max(steps) + 1

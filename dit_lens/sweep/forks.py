@@ -56,6 +56,7 @@ class ForkBatch:
 
     @property
     def model(self) -> HookedTextToImage:
+        """The model of the clean runs."""
         return self.clean.model
 
     def active(self, step: int) -> np.ndarray:

@@ -250,5 +250,6 @@ class ShareOf:
         baseline: Float[Tensor, "batch ..."],
         prompt: Int[np.ndarray, " batch"],
     ) -> Float[Tensor, " batch"]:
+        """⟨tensor − baseline, whole⟩ / ‖whole‖² of each row."""
         whole = self.whole[torch.as_tensor(prompt, device=self.whole.device)].flatten(1)
         return ((tensor - baseline).flatten(1) * whole).sum(1) / whole.square().sum(1)

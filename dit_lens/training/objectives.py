@@ -25,7 +25,9 @@ class Objective(Protocol):
 
     def loss(
         self, predict: Predict, clean: Latents, generator: torch.Generator
-    ) -> Float[Tensor, ""]: ...
+    ) -> Float[Tensor, ""]:
+        """Loss of a batch, with gradient; the generator draws times and noise."""
+        ...
 
 
 class CleanImageObjective:

@@ -33,6 +33,11 @@ class Maps:
 
     @classmethod
     def read(cls, cache: GenerationCache, prompts: Sequence[str]) -> Maps:
+        """Attention of the image to the text, conditional branch, from a cache with its patterns.
+
+        Raises:
+            ValueError: the prompts are not as many as the rows of the cache.
+        """
         model: Any = cache.model
         joint = isinstance(model, HookedPipeline)
         sublayer, layers = _attention_to_text(cache, joint)

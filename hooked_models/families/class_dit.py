@@ -40,6 +40,7 @@ class ClassAdaLN(ModulationHooks):
     def forward(
         self, timestep: Shaped[Tensor, " batch"], labels: Int[Tensor, " batch"], dtype: torch.dtype
     ) -> Modulation:
+        """The modulation of one block, from timestep and class label."""
         cond = self.hook_cond(self.emb(timestep, labels, hidden_dtype=dtype))
         return self.split(self.linear(F.silu(cond)).unflatten(1, (6, -1)))
 
@@ -71,6 +72,7 @@ class ClassBlock(Block):
         timestep: Shaped[Tensor, " batch"],
         labels: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after the block; see the class."""
         mod = self.adaln(timestep, labels, x.dtype)
         x = self.hook_resid_pre(x)
         x = self.hook_resid_mid(x + self.hook_attn_out(self.self_attention(x, mod)))

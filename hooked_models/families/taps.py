@@ -166,38 +166,47 @@ class FamilyHeads(AttentionCore):
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the queries, one matrix a head; TypeError where no Linear makes them."""
         return self.weights.get("Q")
 
     @property
     def W_K(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the keys, one matrix a head; TypeError where no Linear makes them."""
         return self.weights.get("K")
 
     @property
     def W_V(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the values, one matrix a head; TypeError where no Linear makes them."""
         return self.weights.get("V")
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Weights of the output projection, by head; TypeError where no Linear follows."""
         return self.weights.get("O")
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """Bias of the queries; None where there is none."""
         return self.weights.bias("Q")
 
     @property
     def W_Q_text(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the text's queries, where it has its own projection."""
         return self.weights.get("Q", text=True)
 
     @property
     def W_K_text(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the text's keys, where it has its own projection."""
         return self.weights.get("K", text=True)
 
     @property
     def W_V_text(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the text's values, where it has its own projection."""
         return self.weights.get("V", text=True)
 
     @property
     def W_O_text(self) -> Float[Tensor, "head d_head d_model"]:
+        """Weights of the text's output projection, where it has its own."""
         return self.weights.get("O", text=True)
 
     def _through(self, point: HookPoint, x: Tensor, layout: Layout, stream: str) -> Tensor:
@@ -244,9 +253,11 @@ class KernelTap:
     layer: int
 
     def has_hooks(self) -> bool:
+        """As in `Tap`."""
         return self.heads.has_hooks()
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
+        """As in `Tap`."""
         queries, keys = {self.heads.queries}, {self.heads.keys}
         if point in (self.heads.hook_k, self.heads.hook_v):
             return keys, keys
@@ -257,6 +268,7 @@ class KernelTap:
         )
 
     def attach(self, layout: Layout) -> list[RemovableHandle]:
+        """As in `Tap`; the kernel is hooked between the module's start and end."""
         self.heads.calls = 0
         scopes: list[ExitStack] = []
 
@@ -277,6 +289,7 @@ class KernelTap:
         ]
 
     def silent(self) -> list[str]:
+        """As in `Tap`."""
         return [] if self.heads.calls else [f"{self.heads.place}.hook_*"]
 
 
@@ -322,13 +335,16 @@ class StreamTap:
     parameters: tuple[str, ...] = field(default=(), init=False)
 
     def has_hooks(self) -> bool:
+        """As in `Tap`."""
         return has_hooks(self.point)
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
+        """As in `Tap`."""
         streams = {stream for stream in self.streams if self.keeps_text or stream != "text"}
         return (streams, streams) if point is self.point else None
 
     def attach(self, layout: Layout) -> list[RemovableHandle]:
+        """As in `Tap`."""
         self.fired, self.calls = False, 0
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -343,6 +359,7 @@ class StreamTap:
         return [self.module.register_forward_hook(here(after))]
 
     def silent(self) -> list[str]:
+        """As in `Tap`."""
         return [] if self.fired else [str(self.point.name)]
 
     def _inputs(

@@ -33,16 +33,20 @@ class TextTap:
         self.signature = inspect.signature(type(self.module).forward)
 
     def has_hooks(self) -> bool:
+        """As in `Tap`."""
         return has_hooks(self.point)
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
+        """As in `Tap`."""
         return ({"text"}, {"text"}) if point is self.point else None
 
     def attach(self, layout: Layout) -> list[RemovableHandle]:
+        """As in `Tap`."""
         self.fired = False
         return [self.module.register_forward_pre_hook(here(self._enter), with_kwargs=True)]
 
     def silent(self) -> list[str]:
+        """As in `Tap`."""
         return [] if self.fired else [str(self.point.name)]
 
     def _enter(self, module: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:

@@ -281,6 +281,7 @@ class CacheEstimate:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors, those of the text once."""
         return sum(size for name, size in self.sizes.items() if name not in self.shared)
 
     @property

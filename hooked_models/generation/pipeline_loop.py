@@ -231,9 +231,11 @@ class Trial:
         self.calls: list[tuple[Call, Bound, Tensor]] = []
 
     def latent(self, step: int, latent: Tensor) -> Tensor:
+        """Latents of a step, unchanged."""
         return latent
 
     def denoise(self, call: Call, x: Tensor, timestep: Any, text: Any) -> Tensor:
+        """Record the call, and return zeros of the prediction's shape."""
         like = x
         self.calls.append((call, text, x))
         if self.transformer is not None and self.shape is None:
@@ -245,9 +247,11 @@ class Trial:
         )
 
     def out(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
+        """Guided output of a step, unchanged."""
         return out
 
     def after(self, step: int, latent: Tensor) -> None:
+        """End of a step; nothing to do."""
         pass
 
 

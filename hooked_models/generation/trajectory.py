@@ -57,6 +57,7 @@ class Inputs:
 
     @property
     def guided(self) -> bool:
+        """True if there is an unconditional branch."""
         return self.guidance > 1
 
     @property

@@ -106,6 +106,7 @@ class ScopedHookPoint(HookPoint):
             _PINNED.reset(token)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Pass the tensor through the hooks in scope; at once where there are none."""
         state = self.hook_state()
         if not (
             state["fwd_hooks"]

@@ -305,18 +305,22 @@ class Attention(AttentionCore):
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the queries, one matrix a head."""
         return self._read_weight(self.to_q)
 
     @property
     def W_K(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the keys, one matrix a head."""
         return self._read_weight(self.to_k)
 
     @property
     def W_V(self) -> Float[Tensor, "head d_in d_head"]:
+        """Weights of the values, one matrix a head."""
         return self._read_weight(self.to_v)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Weights of the output projection, one matrix a head."""
         return rearrange(
             weight_of(self.to_out),
             "d_model (head d_head) -> head d_head d_model",
@@ -330,12 +334,15 @@ class Attention(AttentionCore):
 
     @property
     def b_K(self) -> Float[Tensor, "head d_head"]:
+        """Bias of the keys."""
         return self._read_bias(self.to_k)
 
     @property
     def b_V(self) -> Float[Tensor, "head d_head"]:
+        """Bias of the values."""
         return self._read_bias(self.to_v)
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
+        """Bias of the output projection."""
         return bias_of(self.to_out)

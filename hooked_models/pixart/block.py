@@ -39,6 +39,7 @@ class LayerNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos *head d_model"]
     ) -> Float[Tensor, "batch pos *head d_model"]:
+        """Normalise over the last axis."""
         if not (has_hooks(self.hook_scale) or has_hooks(self.hook_normalized)):
             return self._fused(x)
         if x.ndim == 4:
@@ -91,6 +92,7 @@ class ModulationHooks(nn.Module):
         self.hook_gate_mlp = HookPoint()
 
     def split(self, rows: Float[Tensor, "batch 6 d_model"]) -> Modulation:
+        """Pass the six rows through their hooks."""
         # Sliced one by one: autograd forbids a hook to write in place into a view that chunk()
         # made.
         return Modulation(
@@ -116,6 +118,7 @@ class AdaLN(ModulationHooks):
         self.scale_shift_table.normal_().div_(self.scale_shift_table.shape[1] ** 0.5)
 
     def forward(self, t_mod: Float[Tensor, "batch six_d_model"]) -> Modulation:
+        """The modulation of one block, from that of all."""
         return self.split(self.scale_shift_table + t_mod.view(t_mod.shape[0], 6, -1))
 
 
@@ -133,23 +136,28 @@ class MLP(nn.Module):
         self.hook_post = HookPoint()  # [batch pos d_mlp]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Apply the MLP at each position."""
         pre = self.hook_pre(self.proj_in(x))
         return self.proj_out(self.hook_post(F.gelu(pre, approximate="tanh")))
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Weights of the first Linear, applied from the right."""
         return weight_of(self.proj_in).T
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
+        """Bias of the first Linear."""
         return bias_of(self.proj_in)
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Weights of the last Linear, applied from the right."""
         return weight_of(self.proj_out).T
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
+        """Bias of the last Linear."""
         return bias_of(self.proj_out)
 
 

@@ -408,10 +408,12 @@ class FoldedDiT(HookedDiT):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Weights of the unembedding, with the last modulation folded in."""
         return self.unembed.W_U
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Bias of the unembedding, with the last modulation folded in."""
         return self.unembed.b_U
 
     def tokens_to_residual_directions(

@@ -37,13 +37,16 @@ class Unembed(nn.Module):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Weights, applied from the right."""
         return weight_of(self.linear).T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Bias of each output."""
         return self.linear.bias
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """``x W_U + b_U``."""
         return self.linear(x)
 
 

@@ -52,6 +52,7 @@ class PatchModel(LanguageToolGuard, HookedModule):
 
     @property
     def cfg(self) -> DiTConfig:
+        """Sizes and flags, with the current device and dtype."""
         self._cfg.device, self._cfg.dtype = str(self.device), self.dtype
         return self._cfg
 
@@ -62,10 +63,12 @@ class PatchModel(LanguageToolGuard, HookedModule):
 
     @property
     def device(self) -> torch.device:
+        """Device of the patch embedding."""
         return self.patch_embed.proj.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the patch embedding's weights."""
         return self.patch_embed.proj.weight.dtype
 
     @property

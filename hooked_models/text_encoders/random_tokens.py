@@ -197,14 +197,17 @@ class HookedTokenEncoder(HookedModule):
 
     @property
     def config(self) -> RandomTokenEncoderConfig:
+        """The wrapped encoder's own configuration."""
         return self.wrapped.config
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the embedding."""
         return self.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the embedding."""
         return self.embed_tokens.weight.device
 
     @property

@@ -107,6 +107,7 @@ class MLP(nn.Module):
         self.hook_post = HookPoint()  # [batch pos d_mlp]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Apply the MLP, gated or not, at each position."""
         if self.proj_gate is None:
             post = self.act(self.hook_pre(self.proj_in(x)))
         else:
@@ -120,6 +121,7 @@ class MLP(nn.Module):
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Weights of the first Linear, applied from the right."""
         return weight_of(self.proj_in).T
 
     @property
@@ -129,6 +131,7 @@ class MLP(nn.Module):
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Weights of the last Linear, applied from the right."""
         return weight_of(self.proj_out).T
 
 
@@ -276,6 +279,7 @@ class HookedT5Encoder(HookedModule):
 
     @property
     def cfg(self) -> T5EncoderConfig:
+        """Sizes and flags, with the current device and dtype."""
         self._cfg.device, self._cfg.dtype = str(self.device), self.dtype
         return self._cfg
 
@@ -286,10 +290,12 @@ class HookedT5Encoder(HookedModule):
 
     @property
     def device(self) -> torch.device:
+        """Device of the embedding."""
         return self.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the embedding's weights."""
         return self.embed_tokens.weight.dtype
 
     # The model
@@ -368,6 +374,7 @@ class HookedT5Encoder(HookedModule):
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Token embedding."""
         return self.embed_tokens.weight
 
     @property

@@ -266,6 +266,7 @@ class Writer:
     # Words
 
     def phrase(self, a: Thing, b: Thing) -> str:
+        """Phrase of the relation of `a` to `b`: "to the left of"."""
         relation = relation_of(a, b)
         return self.pick((PHRASES if self.chance(0.65) else PARAPHRASES)[relation])
 
@@ -299,6 +300,7 @@ class Writer:
         return " ".join(word for word in (article, color, thing.shape) if word)
 
     def color_word(self, thing: Thing) -> str:
+        """A thing's color, sometimes as a synonym."""
         return (
             self.pick(SYNONYMS[thing.color])
             if self.chance(0.0 if self.plain else 0.2)
@@ -306,6 +308,7 @@ class Writer:
         )
 
     def general(self) -> str:
+        """A general noun: "shape" or "object"."""
         return self.pick(("shape", "object"))
 
     def pair(self, things: list[Thing]) -> tuple[Thing, Thing]:
@@ -324,9 +327,11 @@ class Writer:
         return thing, self.pick(words)
 
     def pick(self, options: Sequence[T]) -> T:
+        """One of the options, uniformly."""
         return options[int(self.rng.integers(len(options)))]
 
     def chance(self, probability: float) -> bool:
+        """True with this probability."""
         return bool(self.rng.random() < probability)
 
 
