@@ -112,7 +112,8 @@ def remove_blocks(
         >>> model.run_with_hooks("red circle", num_steps=1, fwd_hooks=remove_blocks(model, 1)).shape
         torch.Size([1, 3, 128, 128])
     """
-    where, held = places(model, layers, steps, branch), {}
+    held: dict[str, Tensor] = {}
+    where = places(model, layers, steps, branch)
 
     @no_type_check
     def keep(x: Tensor, hook: HookPoint) -> None:
@@ -259,7 +260,8 @@ def toward_identity(
             f"Layers {sorted(set(layers) - set(own)) or 'of this model'} have no {sublayer} with a "
             "pattern."
         )
-    where, held = places(model, layers, steps, branch), {}
+    held: dict[str, Tensor] = {}
+    where = places(model, layers, steps, branch)
 
     @no_type_check
     def keep(v: Tensor, hook: HookPoint) -> None:
