@@ -47,7 +47,17 @@ class RemotePipeline(RemoteTextToImage, HookedPipeline):
         return pipeline_plan.make(self, draft, request)
 
     def call_of(self, prompts: Prompts, draft: Any) -> dict[str, Any]:
-        """As in RemoteTextToImage: noise is drawn there, by generators that travel."""
+        """As in RemoteTextToImage: noise is drawn there, by generators that travel.
+
+        Raises:
+            ValueError: the pipeline also draws arguments, of all rows together.
+        """
+        if draft.drawn and len(draft) > 1:
+            names = ", ".join(f"{name}=" for name in draft.drawn)
+            raise ValueError(
+                f"{type(self.pipe).__name__} draws from one generator for all rows of a batch: "
+                f"give one prompt at a time, or {names}."
+            )
         given = {} if draft.latents is None else {"latents": draft.latents}
         if not any(name.startswith("prompt_embeds") for name in draft.options):
             given["prompt"] = list(draft.prompts)

@@ -94,6 +94,11 @@ class Family:
     """Result of the pipeline's `encode_prompt`, with rows as every first axis."""
     handed: Callable[[Any], Any] = lambda encoded: encoded
     """Inverse of `kept`, once rows were chosen; makes anew what is of all rows together."""
+    drawn: Callable[[Any, Mapping[str, Any], str, int | None], dict[str, Tensor]] | None = None
+    """Arguments [1 …] of the pipeline's call that it draws for a row before its loop, from the
+    pipeline, the call's other arguments, the row's prompt and its seed; without a seed, any of
+    their shape.
+    """
     nonlinear: Callable[[Any], str] = lambda live: NORM_BEFORE
     """Why scores of attention to the text are not linear in the residual stream; empty where they
     are.

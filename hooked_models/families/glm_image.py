@@ -1,14 +1,19 @@
 """GLM-Image: two streams in one attention, [text, image], with one MLP for both.
 
-Source: `GlmImageTransformer2DModel` and `GlmImageAttnProcessor` (diffusers 0.42).
+Source: `GlmImageTransformer2DModel` and `GlmImageAttnProcessor` (diffusers 0.42). A language model
+draws image tokens first, here for each row alone, as the pipeline does for one prompt; in a batch,
+the pipeline draws those of all rows from the first row's generator. The text is that in the
+prompt's quotation marks, which is to be written in the image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import GlmImageTransformer2DModel
+from torch import Tensor
 
 from .adapter import Family
 from .blocks import two_streams
@@ -47,6 +52,25 @@ def small() -> Any:
     )
 
 
+def drawn(
+    pipe: Any, options: Mapping[str, Any], prompt: str, seed: int | None
+) -> dict[str, Tensor]:
+    """Image tokens [1 token], four for each of the language model's, which are 32 pixels wide."""
+    height, width = options.get("height"), options.get("width")
+    if not height or not width:
+        raise ValueError(
+            "GLM-Image has no size of its own: give height= and width=, multiples of 32, or set "
+            "them in model.options."
+        )
+    if seed is None:
+        tokens = torch.zeros(1, 4 * (height // 32) * (width // 32), dtype=torch.long)
+        return {"prior_token_ids": tokens.to(pipe.transformer.device)}
+    with torch.no_grad(), torch.random.fork_rng():
+        generator = torch.Generator().manual_seed(seed)
+        tokens, *_ = pipe.generate_prior_tokens([prompt], height, width, generator=generator)
+    return {"prior_token_ids": tokens}
+
+
 FAMILY = Family(
     name="GLM-Image",
     transformer="GlmImageTransformer2DModel",
@@ -55,8 +79,5 @@ FAMILY = Family(
     inputs=inputs,
     small=small,
     notes="one MLP serves both streams: mlp_out is its first call, text_mlp_out its second",
-    alone=(
-        "a language model draws its image tokens before the loop, and "
-        "the text that enters it is that in quotation marks alone"
-    ),
+    drawn=drawn,
 )

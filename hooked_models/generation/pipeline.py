@@ -34,6 +34,8 @@ from .trajectory import Run
 
 REMEMBERED = 4
 """Drafts that are kept for the next run of the same prompts."""
+DRAWN = 4096
+"""Rows of which the arguments are kept that were drawn from their seeds."""
 GUIDANCE = ("true_cfg_scale", "guidance_scale")
 """Arguments of pipelines' calls that guide.
 
@@ -92,6 +94,7 @@ class HookedPipeline(HookedTextToImage):
         self.names = GenerationNames(self.dit, self.sampler_hooks, None, lambda: DEFAULT_STEPS)
         self.loop = PipelineLoop()
         self._drafts: OrderedDict[Any, tuple[Any, PipelineInputs]] = OrderedDict()
+        self._draws: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -211,6 +214,7 @@ class HookedPipeline(HookedTextToImage):
                 encoded=next(same_text, ()),
                 guidance=used,
             )
+            inputs = replace(inputs, drawn=self._drawn(inputs, [None] * len(texts)))
             # values in the key's ids are kept, so that no other object takes their place
             self._drafts[key] = (options, latents, self.pipe.scheduler), self.loop.prepare(inputs)
             while len(self._drafts) > REMEMBERED:
@@ -238,27 +242,58 @@ class HookedPipeline(HookedTextToImage):
         """Everything that a draft depends on but the number of steps: arguments, text encoders and
         scheduler.
         """
-        encoders = [
-            part for name, part in self.pipe.components.items() if name.startswith("text_encoder")
-        ]
-        stamps = tuple(
-            (stamp(part), _attached_to(part)) for part in encoders if isinstance(part, nn.Module)
-        )
         values = [
             (name, _key(value))
             for name, value in sorted(options.items())
             if name != "num_inference_steps"
         ]
         scheduler = self.pipe.scheduler
-        return (texts, *values, _key(latents), stamps, id(scheduler), str(scheduler.config))
+        return (
+            *(texts, *values, _key(latents), self._stamps()),
+            *(id(scheduler), str(scheduler.config)),
+        )
+
+    def _stamps(self) -> tuple[Any, ...]:
+        """Stamps of the weights and hooks of the models that read text."""
+        parts = [part for name, part in self.pipe.components.items() if "encoder" in name]
+        return tuple(
+            (stamp(part), _attached_to(part)) for part in parts if isinstance(part, nn.Module)
+        )
 
     def encoded(self, inputs: PipelineInputs) -> PipelineInputs:
-        """The inputs: a draft's text is encoded."""
-        return inputs
+        """As in HookedTextToImage: a draft's text is encoded; arguments that the pipeline draws
+        from its seeds are drawn here.
+        """
+        return replace(inputs, drawn=self._drawn(inputs, inputs.seeds)) if inputs.drawn else inputs
+
+    def _drawn(self, inputs: PipelineInputs, seeds: Sequence[int | None]) -> dict[str, Tensor]:
+        """Arguments of the pipeline's call that it draws for each row, those left out that the
+        call has; without a seed, any of their shape.
+        """
+        if self.dit.family.drawn is None:
+            return {}
+        rows = [
+            self._drawn_row(inputs.options, prompt, seed)
+            for prompt, seed in zip(inputs.prompts, seeds, strict=True)
+        ]
+        names = [name for name in rows[0] if inputs.options.get(name) is None]
+        return {name: torch.cat([row[name] for row in rows]) for name in names}
+
+    def _drawn_row(self, options: Any, prompt: str, seed: int | None) -> dict[str, Tensor]:
+        draw, cached = self.dit.family.drawn, self._draws
+        if seed is None:
+            return draw(self.pipe, options, prompt, seed)
+        sizes = options.get("height"), options.get("width")
+        key = prompt, seed, *sizes, self._stamps()
+        if key not in cached:
+            cached[key] = draw(self.pipe, options, prompt, seed)
+            while len(cached) > DRAWN:
+                cached.popitem(last=False)
+        return cached[key]
 
     def reseeded(self, inputs: PipelineInputs, seeds: Sequence[int]) -> PipelineInputs:
         """As in HookedTextToImage; noise that was given as `latents` goes."""
-        return replace(inputs, seeds=tuple(seeds), latents=None)
+        return self.encoded(replace(inputs, seeds=tuple(seeds), latents=None))
 
     def between(
         self, inputs: PipelineInputs, others: PipelineInputs, alpha: float

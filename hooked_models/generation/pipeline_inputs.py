@@ -101,6 +101,8 @@ class PipelineInputs:
     """The pipeline's own argument; None: drawn from each row's generator."""
     encoded: tuple[Any, ...] = ()
     """Results of `encode_prompt`, call by call."""
+    drawn: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """Further arguments of the pipeline's call, drawn for each row from its seed."""
     solver: Any = field(default=None, repr=False)
     """A `Solver`; None before the draft."""
     calls: tuple[Call, ...] = ()
@@ -180,6 +182,7 @@ class PipelineInputs:
             self,
             prompts=tuple(self.prompts[row] for row in some),
             options={key: rows_of(value, rows, of) for key, value in self.options.items()},
+            drawn=rows_of(dict(self.drawn), rows, of),
             seeds=tuple(self.seeds[row] for row in some),
             latents=None if self.latents is None else self.latents[rows.to(self.latents.device)],
             encoded=encoded,

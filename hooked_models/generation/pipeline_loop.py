@@ -125,6 +125,7 @@ class Running:
             call = getattr(call, "__wrapped__", call)
         arguments = {
             **inputs.options,
+            **inputs.drawn,
             **more,
             "generator": [torch.Generator().manual_seed(seed) for seed in inputs.seeds],
         }

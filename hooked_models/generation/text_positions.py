@@ -176,6 +176,9 @@ def _tokens_of(encoded: EncodedText, prompt: str) -> list[_Token]:
     )
     start, end = places[-1] if places else (0, 0)
     shift = start - words[0].start if words else 0
+    if not places and encoded.text.strip() and encoded.text in prompt:  # a part is encoded
+        end, shift = len(encoded.text), -prompt.index(encoded.text)
+        return [_token(encoded, i, 0, end, shift) for i in range(len(encoded.ids))]
     if [
         word.start - shift for word in encoded.words if start <= word.start and word.end <= end
     ] != [word.start for word in words]:

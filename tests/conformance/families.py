@@ -64,7 +64,8 @@ INTRODUCTION = """# Every family and every tool
 all of them. The table is written from `tests/conformance/test_every_family*.py` (`python -m tests.conformance.families`): a ✓ is a
 test that passes on a tiny random pipeline of the family, on a CPU in float32. No real weights were run.
 
-- *images, inert hooks*, *bfloat16*: bitwise the plain pipeline's. *forks*: bitwise a full run with the same hooks.
+- *images, inert hooks*, *bfloat16*: bitwise the plain pipeline's; GLM-Image's with the same image tokens, which are drawn for each
+  row alone, and which the pipeline draws for one prompt so, for a batch from its first generator. *forks*: bitwise a full run with the same hooks.
 - *residual streams*, *heads*: an `Intervention` equals the same edit made by a torch hook in diffusers' own module.
 - *branches*: out = uncond + s · (cond − uncond); *one branch alone*: an edit of one leaves the other's prediction bitwise.
 - *every action*, *words*: against functions and sums written out; *identity edits* change nothing.

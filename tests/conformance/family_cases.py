@@ -38,6 +38,9 @@ ONE_PROMPT = (
     "its loop guides one prompt at a time: batches run without guidance, with no unconditional "
     "branch"
 )
+SEES_PADS = (
+    "its attention sees the pads of a shorter prompt, which a run of that prompt alone lacks"
+)
 UNABLE: dict[tuple[str, str], str] = {
     **{
         (name, tool): ONE_BRANCH
@@ -52,10 +55,7 @@ UNABLE: dict[tuple[str, str], str] = {
         if not name.startswith("SANA")
     },
     ("Kandinsky 5", "bfloat16"): "the model itself multiplies float32 times by bfloat16 weights",
-    (
-        "Kandinsky 5",
-        "unequal prompts",
-    ): "its attention sees the pads of a shorter prompt, which a run of that prompt alone lacks",
+    **{(name, "unequal prompts"): SEES_PADS for name in ("Kandinsky 5", "GLM-Image")},
     ("Krea 2", "direct paths"): NOT_ADDED,
     ("HunyuanDiT", "edges"): "long skips carry streams past the blocks between",
     ("HiDream", "edges"): "each block reads a text of its own, which enters between blocks",
@@ -81,7 +81,8 @@ class Case:
     def plain(self, **more: Any) -> Tensor:
         """Images of the pipeline itself."""
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        found = self.pipe(prompt=list(PROMPTS), generator=generators, **{**self.call, **more})
+        options = {**self.call, **self.clean.inputs.drawn, **more}
+        found = self.pipe(prompt=list(PROMPTS), generator=generators, **options)
         return next(iter(found.values()))
 
     def images(self, hooks: Any = ()) -> Tensor:

@@ -36,7 +36,7 @@ def test_a_tiny_pipeline_draws_by_its_prompts_and_survives_its_folder(
     assert bool(drawn.isfinite().all())
     assert torch.equal(images(pipe, call), drawn)
     other = images(pipe, call, (PROMPTS[0], PROMPTS[0]))
-    if name != "Kandinsky 5":  # which sees the pads of a shorter prompt
+    if name not in ("Kandinsky 5", "GLM-Image"):  # which see the pads of a shorter prompt
         torch.testing.assert_close(other[0], drawn[0], rtol=0, atol=1e-5)
     assert (other[1] - drawn[1]).abs().max() > 1e-4
     if name in NO_FOLDER:

@@ -724,6 +724,74 @@ def hidream() -> Any:
     return pipe
 
 
+class GridProcessor(T.T5Tokenizer):
+    """A tokenizer of chats that adds the grids of the image tokens to draw, as GLM-Image's
+    processor does: the image's own, and a small one of one token.
+    """
+
+    def apply_chat_template(self, messages: Any, target_h: int, target_w: int, **how: Any) -> Any:
+        texts = [message[0]["content"][-1]["text"] for message in messages]
+        found = self(texts, padding=how["padding"], return_tensors="pt", padding_side="left")
+        grids = [[1, target_h // 32, target_w // 32], [1, 1, 1]] * len(texts)
+        return found | {
+            "image_grid_thw": torch.tensor(grids),
+            "images_per_sample": torch.tensor([2] * len(texts)),
+        }
+
+
+def every_word(prompt: Any) -> list[list[str]]:
+    """Takes whole prompts as if they stood in quotation marks."""
+    return [[one] for one in ([prompt] if isinstance(prompt, str) else prompt)]
+
+
+def glm_image() -> Any:
+    size = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "time_embed_dim": 8,
+        "condition_dim": 4,
+    }
+    model = D.GlmImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        text_embed_dim=D_TEXT,
+        prior_vq_quantizer_codebook_size=16,
+        **size,
+    )
+    text = {
+        "vocab_size": N_WORDS,
+        "vision_vocab_size": 16,
+        "hidden_size": D_TEXT,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32}
+    codes = {"embed_dim": 4, "num_embeddings": 16, "latent_channels": 16}
+    language = T.GlmImageForConditionalGeneration(
+        T.GlmImageConfig(
+            text_config=text,
+            vision_config=vision,
+            vq_config=codes,
+            image_token_id=2,
+            image_start_token_id=3,
+            image_end_token_id=4,
+        )
+    )
+    processor = tokenizer()
+    processor.__class__ = GridProcessor
+    codec = vae(4, blocks=4, latents_mean=[0.1] * 4, latents_std=[1.5] * 4)
+    pipe = D.GlmImagePipeline(tokenizer(), processor, t5(), language, codec, model, flow())
+    pipe.get_glyph_texts = every_word
+    return pipe
+
+
 SQUARE = {"height": 16, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "FLUX.1": (flux, {**SQUARE, "guidance_scale": 3.5, "max_sequence_length": 12}),
@@ -833,6 +901,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "Krea 2": (krea2, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 200}),
     "ERNIE-Image": (ernie_image, {**SQUARE, "guidance_scale": 4.0}),
     "Kandinsky 5": (kandinsky5, {**SQUARE, "height": 32, "width": 32, "guidance_scale": 4.0}),
+    "GLM-Image": (glm_image, {**SQUARE, "height": 64, "width": 64, "guidance_scale": 4.0}),
     "HiDream": (hidream, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
 }
 """Name → how the pipeline is built, and the arguments of its call.
@@ -843,6 +912,7 @@ NO_FOLDER = {
     "PRX": "its text cleaning needs ftfy",
     "LongCat-Image": "its folder must hold a processor of images",
     "Kandinsky 5": "its folder must hold a processor of images",
+    "GLM-Image": "its folder must hold a processor of images",
     "HiDream": "images take its default number of pixels, which no folder records",
 }
 """Pipelines that cannot be opened again after they were saved, and why."""

@@ -438,3 +438,16 @@ def test_another_scheduler_is_set_in_this_process(exact: Pair) -> None:
     finally:
         exact.ours.scheduler = exact.oracle.pipe.scheduler = kept
     close(exact.ours(PROMPTS, **RUN), plain, 1e-9)
+
+
+def test_rows_that_a_pipeline_draws_together_are_refused() -> None:
+    model = HookedTextToImage.from_pipeline(tiny_pipeline("GLM-Image")[0])
+    model.options = options("GLM-Image")
+    with pytest.raises(ValueError, match="give one prompt at a time, or prior_token_ids="):
+        RemotePipeline.call_of(model, PROMPTS, model.draft(PROMPTS))  # type: ignore[arg-type]
+    one = RemotePipeline.call_of(model, PROMPTS[0], model.draft(PROMPTS[0]))  # type: ignore[arg-type]
+    assert one["prompt"] == PROMPTS[:1]
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    draft = model.draft(PROMPTS, prior_token_ids=tokens)
+    sent = RemotePipeline.call_of(model, PROMPTS, draft)  # type: ignore[arg-type]
+    assert sent["prior_token_ids"] is tokens
