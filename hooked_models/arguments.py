@@ -231,19 +231,19 @@ def initial_latents(value: Any, batch: int, channels: int, patch_size: int) -> T
         >>> initial_latents(torch.zeros(2, 4, 8, 6), batch=2, channels=4, patch_size=2).shape
         torch.Size([2, 4, 8, 6])
     """
-    wanted = (
+    fix = (
         f"give a tensor [{batch} {channels} rows columns] of real numbers, rows and columns "
         f"multiples of {patch_size}"
     )
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ValueError(f"latents={shown(value)}: {wanted}.")
+        raise ValueError(f"latents={shown(value)}: {fix}.")
     sides = value.shape[2:]
     if (
         value.ndim != 4
         or value.shape[:2] != (batch, channels)
         or any(side < 1 or side % patch_size for side in sides)
     ):
-        raise ValueError(f"latents={shown(value)}: {wanted}.")
+        raise ValueError(f"latents={shown(value)}: {fix}.")
     if not bool(value.isfinite().all()):
         raise ValueError("latents hold numbers that are not finite: give finite ones.")
     return value

@@ -269,8 +269,8 @@ def _node_products(
     pair: Pair, names: Sequence[str], path: list[tuple[Chain, float]], metric: Metric
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(context, name, difference · gradient)."""
-    wanted = pair.in_contexts(names)
-    for step, found, differences in _gradients(pair, path, (wanted, wanted), metric):
+    hooks = pair.in_contexts(names)
+    for step, found, differences in _gradients(pair, path, (hooks, hooks), metric):
         for i, prefix in pair.contexts_of(step):
             yield from (
                 (i, name, differences[prefix + name] * found[prefix + name]) for name in names

@@ -65,9 +65,9 @@ class BlockEdges(Attribution):
             TypeError, ValueError: as in `attribution.nodes`; or the stream is changed between
                 blocks, or read elsewhere, so that contributions do not add up to it.
         """
-        found, wanted = {}, pair.in_contexts([*chain.from_iterable(_streams(pair.dit))])
-        for step, along in gradients(list(path), wanted, metric):
-            change = pair.differences(step, wanted[step])
+        found, names = {}, pair.in_contexts([*chain.from_iterable(_streams(pair.dit))])
+        for step, along in gradients(list(path), names, metric):
+            change = pair.differences(step, names[step])
             for i, prefix in pair.contexts_of(step):
                 groups = [
                     {name.removeprefix(prefix): x for name, x in group.items()}

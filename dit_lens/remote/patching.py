@@ -58,14 +58,14 @@ def patched(
         ]
         for name, condition in conditions.items()
     }
-    wanted = {
+    sites = {
         e.site.name: e.site
         for every in edits.values()
         for e in every
         if e.values is plan.FROM_CLEAN_RUN
     }
     attached = model.checked_hooks(source)
-    first = model.plan_of(source, plan.Request(attached, list(wanted.values()), to_cpu=False))
+    first = model.plan_of(source, plan.Request(attached, list(sites.values()), to_cpu=False))
     plans = {"corrupt": model.plan_of(target, plan.Request(attached))}
     for name, every in edits.items():
         with model.hooks([(edit.site.name, edit) for edit in every]):

@@ -68,10 +68,10 @@ class Pair:
 
     def in_contexts(self, names: Sequence[str]) -> dict[int, list[str]]:
         """Step → full names of the denoiser's hooks in its contexts."""
-        wanted: dict[int, list[str]] = {}
+        found: dict[int, list[str]] = {}
         for context in self.contexts:
-            wanted.setdefault(context.step, []).extend(context.prefix + name for name in names)
-        return wanted
+            found.setdefault(context.step, []).extend(context.prefix + name for name in names)
+        return found
 
     def differences(
         self, step: int, names: Sequence[str], original: Mapping[str, Tensor] | None = None

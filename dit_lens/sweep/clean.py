@@ -144,13 +144,13 @@ class CleanRuns:
         runs: list[Trajectory] = []
         clean = not (model.attached or model.has_hooks_inside)  # hooks below only read
         found: dict[Read, list[Tensor]] = {read: [] for read in reads}
-        wanted = sorted(
+        hooks = sorted(
             {(read.step, hook) for read in reads if read.step is not None for hook in read.hooks}
         )
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             kept: dict[tuple[int, str], Tensor] = {}
-            with model.hooks(capturing(wanted, kept)):
+            with model.hooks(capturing(hooks, kept)):
                 run = model.run(
                     inputs_of(model, inputs, noise, some),
                     after=lambda step, record, latent: done(len(latent)),
@@ -175,12 +175,12 @@ class CleanRuns:
         """Announce the forks, so that their starting points are computed for all of them at
         once.
         """
-        wanted: dict[tuple[int, Branch], set[int]] = {}
+        layers: dict[tuple[int, Branch], set[int]] = {}
         for fork in forks:
             for branch, layer in fork.starts:
                 if layer > 0:
-                    wanted.setdefault((fork.first, branch), set()).add(layer)
-        self.layers = {key: sorted(layers) for key, layers in wanted.items()}
+                    layers.setdefault((fork.first, branch), set()).add(layer)
+        self.layers = {key: sorted(some) for key, some in layers.items()}
 
     def index(self, rows: Rows) -> Int[Tensor, " row"]:
         """Where rows stand here."""
@@ -194,8 +194,8 @@ class CleanRuns:
                 if layer > 0:
                     needed.setdefault((fork.first, branch), set()).update(fork.rows.tolist())
         kept = {}
-        for key, wanted in needed.items():
-            rows = np.array(sorted(wanted))
+        for key, numbers in needed.items():
+            rows = np.array(sorted(numbers))
             have, tensors = self.residuals.get(key, (rows[:0], {}))
             missing = np.setdiff1d(rows, have)
             if len(missing):
@@ -265,14 +265,14 @@ def metric_input(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Sol
 
 
 def capturing(
-    wanted: Iterable[tuple[int, str]], kept: dict[tuple[int, str], Tensor]
+    hooks: Iterable[tuple[int, str]], kept: dict[tuple[int, str], Tensor]
 ) -> list[tuple[str, HookFunction]]:
     """Hooks that copy tensors between calls into `kept`, under (step, name)."""
 
     def keep(tensor: Tensor, hook: HookPoint, key: tuple[int, str]) -> None:
         kept[key] = tensor.clone()
 
-    return [(f"steps.{step}.{inner}", partial(keep, key=(step, inner))) for step, inner in wanted]
+    return [(f"steps.{step}.{inner}", partial(keep, key=(step, inner))) for step, inner in hooks]
 
 
 def as_index(values: np.ndarray, model: HookedTextToImage) -> Tensor:

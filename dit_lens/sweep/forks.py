@@ -85,8 +85,8 @@ class ForkBatch:
                 for (part, inner, _), edit in edits[step].items()
                 if part == "sampler"
             ]
-            wanted = {(step, hook) for read in self._read_at(step, reads) for hook in read.hooks}
-            hooks += capturing(sorted(wanted), kept)
+            reading = {(step, hook) for read in self._read_at(step, reads) for hook in read.hooks}
+            hooks += capturing(sorted(reading), kept)
         made = run
         if last > min(self.first):
             with model.hooks(hooks):

@@ -152,16 +152,16 @@ class Numbers:
     def exact(self, cells: Cells, scenes: range) -> Float[np.ndarray, "cell scene"]:
         """As in `race.Oracle`."""
         plan, rows = self.plan, self.rows[scenes.start : scenes.stop]
-        wanted = cells[:, None] * plan.runs + rows
+        numbers = cells[:, None] * plan.runs + rows
         done = np.ones(plan.cells, dtype=bool)
-        done[wanted.ravel()] = False
+        done[numbers.ravel()] = False
         done[self.results.done] = True
         if not done.all():
             Execution(plan, self.results, done, self.clean).run(self.cluster)
             self.results.flush()
         table = self.results.table.drop_duplicates("cell").set_index("cell")
         effects = table[self.metric] - table[f"{self.metric}_baseline"]
-        return effects.loc[wanted.ravel()].to_numpy(dtype=float).reshape(wanted.shape)
+        return effects.loc[numbers.ravel()].to_numpy(dtype=float).reshape(numbers.shape)
 
     def found(self) -> xr.Dataset:
         """Results of the conditions that were run."""

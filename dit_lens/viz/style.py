@@ -94,12 +94,12 @@ def head_color(head: str | tuple[int, int]) -> str:
     layer, number = head
     # turns by the golden ratio spread any number of hues evenly; the layer shifts them and
     # alternates the luminance
-    hue, wanted = (0.58 + number * 0.618034 + layer * 0.161) % 1, 0.23 if layer % 2 else 0.15
+    hue, target = (0.58 + number * 0.618034 + layer * 0.161) % 1, 0.23 if layer % 2 else 0.15
     low, high = 0.0, 1.0
-    for _ in range(20):  # lightness of the wanted luminance
+    for _ in range(20):  # lightness of the target luminance
         middle = (low + high) / 2
         found = colorsys.hls_to_rgb(hue, middle, 0.65)
-        low, high = (middle, high) if luminance(found) < wanted else (low, middle)
+        low, high = (middle, high) if luminance(found) < target else (low, middle)
     return mpl.colors.to_hex(found)
 
 

@@ -3,7 +3,7 @@ of them.
 
 At 1024 px a pattern of one layer of PixArt-XL is 16 × 4096² numbers for each prompt and branch.
 Where heads are chosen, or a summary is enough, patterns are computed from queries and keys, for the
-wanted rows and heads alone, in chunks that are never larger than the queries; the attention itself
+chosen rows and heads alone, in chunks that are never larger than the queries; the attention itself
 stays fused.
 """
 

@@ -329,7 +329,7 @@ class HookedDiT(PatchModel):
                 logits are.
         """
         times = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        with torch.no_grad():  # where a gradient is wanted, each call encodes its rows anew
+        with torch.no_grad():  # where gradients are taken, each call encodes its rows anew
             state = self.encode_text(text, text_mask)
         sizes = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
         view = DenoiserView(self, latents, times, state, sizes, pos, returns)

@@ -139,7 +139,7 @@ class Store(Index):
         wait: bool = False,
         remedy: str = AGAIN,
     ) -> None:
-        folder, wanted = Path(folder), json.loads(json.dumps(dict(settings)))
+        folder, plain = Path(folder), json.loads(json.dumps(dict(settings)))
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / LOCK, timeout=-1 if wait else 0, thread_local=False)
@@ -153,13 +153,13 @@ class Store(Index):
         try:
             found = Index.read(folder, remedy)
             if found is not None:
-                check_settings(folder, found.settings, wanted, may_change)
+                check_settings(folder, found.settings, plain, may_change)
             remove_parts(folder)
             kept = {} if found is None else found.files
             super().__init__(
-                folder, wanted, dict(facts or {}) if found is None else found.facts, kept, remedy
+                folder, plain, dict(facts or {}) if found is None else found.facts, kept, remedy
             )
-            if found is None or found.settings != wanted:
+            if found is None or found.settings != plain:
                 self._write_index(kept)
         except BaseException:
             self.close()

@@ -328,9 +328,9 @@ class HookedT5Encoder(HookedModule):
                 "HookedT5Encoder has no dropout: call .eval() on it (gradients flow in evaluation "
                 "mode too)"
             )
-        if wanted := [name for name, value in unsupported.items() if value]:
+        if names := [name for name, value in unsupported.items() if value]:
             raise ValueError(
-                f"HookedT5Encoder has no {', '.join(wanted)}: states and patterns are in "
+                f"HookedT5Encoder has no {', '.join(names)}: states and patterns are in "
                 "run_with_cache"
             )
         if (input_ids is None) == (inputs_embeds is None):

@@ -150,15 +150,15 @@ class EncodedText:
             >>> encode_text(tokenizer, "red circle, left of blue square").phrases("Left of")
             [(12, 19)]
         """
-        wanted = [word.normal for word in split_words(phrase)]
-        if not wanted:
+        normals = [word.normal for word in split_words(phrase)]
+        if not normals:
             raise ValueError(f"{phrase!r} contains no word.")
         found, first = [], 0
-        while first + len(wanted) <= len(self.words):
-            here = self.words[first : first + len(wanted)]
-            if [word.normal for word in here] == wanted:
+        while first + len(normals) <= len(self.words):
+            here = self.words[first : first + len(normals)]
+            if [word.normal for word in here] == normals:
                 found.append((here[0].start, here[-1].end))
-                first += len(wanted)
+                first += len(normals)
             else:
                 first += 1
         return found

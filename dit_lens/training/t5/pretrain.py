@@ -127,7 +127,7 @@ class PretrainData:
             corrupt_spans(ids[:-1], self.sentinels, rng) for ids in self.tokenizer(texts).input_ids
         ]
         inputs = _padded([[*given, eos] for given, _ in pairs], self.tokenizer.pad_token_id)
-        labels = _padded([[*wanted, eos] for _, wanted in pairs], IGNORED)
+        labels = _padded([[*target, eos] for _, target in pairs], IGNORED)
         return {
             "input_ids": inputs,
             "attention_mask": (inputs != self.tokenizer.pad_token_id).long(),
