@@ -107,7 +107,7 @@ def test_names_that_changed_say_their_new_one(module, old, new):
 def test_arguments_that_changed_say_their_new_name():
     with (
         pytest.warns(DeprecationWarning, match="dose_response: ks is now doses; the old name"),
-        pytest.raises(TypeError, match="missing .*: 'scenes'"),
+        pytest.raises(TypeError, match=r"missing .*: 'scenes'"),
     ):
         dit_lens.steering.dose_response(None, ks=(0, 1))
 
