@@ -29,7 +29,7 @@ from hooked_models import (
     RandomTokenEncoderConfig,
     word_tokenizer,
 )
-from hooked_models.generation.cache import estimate
+from hooked_models.generation.cache_estimate import estimate
 
 PROMPT = "red circle is above blue square"
 

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
-    from .generation.cache import CacheTooLargeError, GenerationCache
+    from .generation.cache import GenerationCache
+    from .generation.cache_estimate import CacheTooLargeError
     from .generation.model import HookedTextToImage
     from .generation.pipeline import HookedPipeline
     from .generation.pixart import HookedPixArt
@@ -63,7 +64,7 @@ __getattr__, __dir__ = attach(
         "ModelMixin": "/diffusers:ModelMixin",
         "PreTrainedModel": "/transformers:PreTrainedModel",
         "PatchCodec": "pipelines.codec:PatchCodec",
-        "CacheTooLargeError": "generation.cache:CacheTooLargeError",
+        "CacheTooLargeError": "generation.cache_estimate:CacheTooLargeError",
         "GenerationCache": "generation.cache:GenerationCache",
         "HookedTextToImage": "generation.model:HookedTextToImage",
         "HookedPixArt": "generation.pixart:HookedPixArt",

@@ -18,7 +18,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from transformers import T5Config, T5EncoderModel
 
 from hooked_models import HookedTextToImage, PatchCodec, word_tokenizer
-from hooked_models.generation.cache import estimate, human
+from hooked_models.generation.cache_estimate import estimate, human
 
 PAGE = Path(__file__).parents[1] / "docs/pretrained.md"
 BLOCK = re.compile(r"(<!-- memory: recipes.memory_plan -->\n).*?(<!-- end -->)", flags=re.S)

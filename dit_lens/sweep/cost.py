@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch.utils.flop_counter import FlopCounterMode
 
-from hooked_models.generation.cache import free_bytes, human
+from hooked_models.generation.cache_estimate import free_bytes, human
 from hooked_models.generation.names import IMAGE_HOOK, Branch, Site
 from hooked_models.generation.trajectory import Record, Run
 

@@ -23,13 +23,8 @@ from ..hooks.table import Axes
 from ..pipelines.folder import PIXART
 from ..pipelines.pipeline_model import PipelineModel
 from ..text_encoders.words import EncodedText
-from .cache import (
-    KEEPS_BATCH,
-    GenerationCache,
-    check_disk,
-    check_memory,
-    estimate_sites,
-)
+from .cache import KEEPS_BATCH, GenerationCache
+from .cache_estimate import check_disk, check_memory, estimate_sites
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer
 from .hooks import AttachedHook, HookedGeneration, attach, select

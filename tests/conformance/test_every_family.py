@@ -31,7 +31,7 @@ from dit_lens import (
 )
 from hooked_models import GenerationCache, HookedTextToImage, UnknownHookError, families
 from hooked_models.families.adapter import submodule
-from hooked_models.generation.cache import CacheTooLargeError, estimate
+from hooked_models.generation.cache_estimate import CacheTooLargeError, estimate
 
 from ..hooked_models.pipelines import PROMPTS
 from ..hooked_models.tiny_pipelines import PIPELINES, tiny_pipeline

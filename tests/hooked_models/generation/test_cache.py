@@ -6,10 +6,7 @@ import pytest
 import torch
 from transformer_lens import ActivationCache
 
-from hooked_models import CacheTooLargeError, HookedTextToImage
-from hooked_models.generation.cache import estimate
-
-from ..pipelines import PROMPTS, SCHEDULERS, tiny_pipeline
+from ..pipelines import PROMPTS
 
 
 def test_cache_shorthands(model):
@@ -69,31 +66,6 @@ def test_selection_by_step_branch_and_name(model):
         model.run_with_cache(PROMPTS, steps=14)
     with pytest.raises(ValueError, match="Nothing would be cached"):
         model.run_with_cache(PROMPTS, names_filter=lambda n: False)
-
-
-@pytest.mark.parametrize("text", ["rte", "t5"])
-@pytest.mark.parametrize("learned_sigma", [False, True])
-def test_the_estimate_is_what_is_used(text, learned_sigma):
-    model = HookedTextToImage.from_pipeline(
-        tiny_pipeline(text, learned_sigma, scheduler=SCHEDULERS["epsilon"])
-    )
-    model.dit.set_use_attn_result(True)
-    model.dit.set_use_split_qkv_input(True)
-    tokens = model.to_tokens(PROMPTS, length=9)
-    _, cache = model.run_with_cache(tokens, num_steps=2, branch="both")
-    expected = estimate(model, tokens, 2, branch="both")
-    assert {name: tensor.nbytes for name, tensor in cache.items()} == expected.sizes
-    # the text's keys and values are kept once
-    assert cache.nbytes == expected.nbytes < sum(expected.sizes.values())
-
-
-def test_a_cache_that_is_too_large_is_refused_before_running(model, monkeypatch):
-    monkeypatch.setattr(model, "trajectory", lambda *args, **kwargs: pytest.fail("it ran"))
-    with pytest.raises(CacheTooLargeError, match=r"names_filter=.*steps=.*branch="):
-        model.run_with_cache(PROMPTS, max_bytes=1000)
-    monkeypatch.setattr("hooked_models.generation.cache.free_bytes", lambda device: 4000)
-    with pytest.raises(CacheTooLargeError, match="a quarter of free memory"):
-        model.run_with_cache(PROMPTS)
 
 
 def test_cached_tensors_are_not_touched_by_later_hooks(model):

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_models import GenerationCache, HookedTextToImage
-from hooked_models.generation.cache import estimate
+from hooked_models.generation.cache_estimate import estimate
 from hooked_models.generation.capture import heads_by_layer
 
 from ..pipelines import PROMPTS, tiny_pipeline

@@ -10,7 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from hooked_models import HookedTextToImage, families
-from hooked_models.generation.cache import activation_shape
+from hooked_models.generation.cache_estimate import activation_shape
 from hooked_models.hooks.table import HOOKS, axis_sizes, hook_row
 
 from ..families.test_families import KINDS, small

@@ -15,7 +15,7 @@ import torch
 
 from dit_lens import prompts
 from hooked_models import HookedTextToImage
-from hooked_models.generation.cache import estimate
+from hooked_models.generation.cache_estimate import estimate
 
 from ..tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline, tokenizer
 from . import PROMPTS

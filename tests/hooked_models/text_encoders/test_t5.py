@@ -20,7 +20,7 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from hooked_models import HookedT5Encoder, HookedTextToImage, HookedTokenEncoder
-from hooked_models.generation.cache import estimate_recorded
+from hooked_models.generation.cache_estimate import estimate_recorded
 from hooked_models.generation.capture import Recorder
 from hooked_models.text_encoders.t5 import position_buckets
 
