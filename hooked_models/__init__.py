@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .generation.pipeline import HookedPipeline
     from .generation.pixart import HookedPixArt
     from .generation.trajectory import Trajectory
-    from .hooks.module import NotFoldedError, UnknownHookError
+    from .hooks.errors import NotFoldedError, UnknownHookError
     from .pipelines.checks import ModelCheckError
     from .pipelines.codec import PatchCodec
     from .pipelines.hub import list_models

@@ -36,7 +36,7 @@ too.
 """
 FOREIGN = {
     "hooked_models/pipelines/pipeline_model.py from_pretrained",  # diffusers'
-    "hooked_models/families/taps.py run",  # torch's scaled_dot_product_attention
+    "hooked_models/families/kernel_tap.py run",  # torch's scaled_dot_product_attention
 }
 """Functions that have the signature of another library's."""
 PRAGMA = re.compile(r"\s+# (type: ignore|noqa).*")

@@ -21,9 +21,7 @@ difference and are no nodes.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,15 +32,15 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models import HookedDiT, UnknownHookError
+from hooked_models import UnknownHookError
 from hooked_models.hooks.table import IMAGE_POSITIONS, JOINT_POSITIONS, TEXT_POSITIONS
 
 from ..runs.chains import Chain
 from ..runs.gradients import Metric, gradients, modulates
 from ..runs.pairs import Pair, pair
 from .block_edges import BlockEdges
-from .edge_graph import all_receivers, all_senders, edge_flags, index_of, input_hook, output_hook
-from .nodes import Node
+from .edge_attribution import EdgeAttribution, edges
+from .integration import gradients_along, quadrature, runs_between
 from .verification import Attribution, Patch, Verification, labelled, ranked
 
 __all__ = [
@@ -69,28 +67,6 @@ NODES = {
 """Kinds of nodes and the hook where each is read; `{layer}` stands for all layers."""
 DEFAULT = ("attn", "cross_attn", "mlp", "text")
 """Kinds that are attributed by default, where the denoiser has them."""
-
-
-def _path(pair: Pair, ig_steps: int) -> list[tuple[Chain, float]]:
-    """The runs whose gradients are averaged, with their weights."""
-    if ig_steps == 1:
-        return [(pair.original, 1.0)]
-    return [(pair.interpolated(alpha), weight) for alpha, weight in _quadrature(ig_steps)]
-
-
-def _quadrature(points: int) -> list[tuple[float, float]]:
-    """Gauss–Legendre on [0, 1], as in captum: far closer to the integral than EAP-IG's Riemann sum
-    of as many points.
-
-    Raises ValueError for less than one point.
-    """
-    if points < 1:
-        raise ValueError(f"ig_steps must be at least 1 (plain attribution), not {points}.")
-    places, weights = np.polynomial.legendre.leggauss(points)  # on [-1, 1]
-    return [((1 + float(x)) / 2, float(w) / 2) for x, w in zip(places, weights, strict=True)]
-
-
-# Nodes
 
 
 @dataclass(frozen=True)
@@ -218,7 +194,7 @@ def nodes(
     where = {kind: _names(pair.dit, kind) for kind in kinds}
     flat = list(dict.fromkeys(name for names in where.values() for name in names.values()))
     if ig_over == "inputs" or ig_steps == 1:
-        found = _node_products(pair, flat, _path(pair, ig_steps), metric)
+        found = _node_products(pair, flat, runs_between(pair, ig_steps), metric)
     else:
         found = _along_activations(pair, flat, ig_steps, metric)
     reduced = {
@@ -270,28 +246,11 @@ def _node_products(
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(context, name, difference · gradient)."""
     hooks = pair.in_contexts(names)
-    for step, found, differences in _gradients(pair, path, (hooks, hooks), metric):
+    for step, found, differences in gradients_along(pair, path, (hooks, hooks), metric):
         for i, prefix in pair.contexts_of(step):
             yield from (
                 (i, name, differences[prefix + name] * found[prefix + name]) for name in names
             )
-
-
-def _gradients(
-    pair: Pair,
-    path: list[tuple[Chain, float]],
-    names: tuple[Mapping[int, list[str]], Mapping[int, list[str]]],
-    metric: Metric,
-) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
-    """(step, gradients along the path at the first of `names`, source − original at the second).
-
-    Tensors of a path that is the original run alone are those of the backward pass.
-    """
-    at, changing = names
-    alone = path[0][0] is pair.original
-    for step, found in gradients(path, at, metric, changing if alone else None):
-        original = found.values if alone else None
-        yield step, found.gradients, pair.differences(step, changing[step], original)
 
 
 def _along_activations(
@@ -302,7 +261,7 @@ def _along_activations(
             full, step = context.prefix + name, context.step
             difference = pair.differences(step, [full])[full]
             total = torch.zeros_like(difference)
-            for alpha, weight in _quadrature(points):
+            for alpha, weight in quadrature(points):
 
                 def move(tensor: Tensor, hook: Any, by: Tensor = alpha * difference) -> Tensor:
                     return tensor + by
@@ -315,120 +274,3 @@ def _along_activations(
 
 
 # Edges
-
-
-@dataclass(frozen=True)
-class EdgeAttribution(Attribution):
-    """Scores of edges: a DataArray with dims (step, branch, prompt, sender, receiver), NaN where no
-    edge can be.
-
-    Senders and receivers are named as in `dit_lens.patching`: "embed", "attn.L0H1",
-    "cross_attn.L0H1", "mlp.L0", "text[0]" send; "attn.L1H0.q" (k, v), "cross_attn.L1H0.q" (k, v),
-    "mlp.L1" and "output", the final residual stream, receive. Cross-attention
-    reads the words as k and v, and nothing else.
-
-    A receiver's column adds up to (source − original) · gradient of its whole input, a sender's row
-    to its score as a node.
-
-    Example:
-        >>> found = edges(pair(below, above, steps=0), red)
-        >>> (
-        ...     "text[3]" in found.scores["sender"],
-        ...     bool(found.scores.sel(sender="embed", receiver="mlp.L1").notnull()),
-        ... )
-        (True, True)
-    """
-
-    def table(self) -> pd.DataFrame:
-        """Scores, one row an edge, the largest |score| first."""
-        return ranked(self.scores)
-
-    def _patch(self, row: Any) -> Patch:
-        sender, receiver, dit = Node.parse(row.sender), Node.parse(row.receiver), self.pair.dit
-        return Patch(
-            input_hook(dit, receiver),
-            index_of(receiver, sender.tokens),
-            output_hook(dit, sender),
-            index_of(sender, sender.tokens),
-        )
-
-    def _flags(self) -> AbstractContextManager[None]:
-        return edge_flags(self.pair.dit)
-
-
-def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution | BlockEdges:
-    """Edge attribution patching (EAP): (source − original) of the sender's output · ∂metric/∂(the
-    receiver's input).
-
-    An edge leads from one denoiser call to the same call; its effect on later steps is in the
-    gradient. In models other than PixArt, blocks are the nodes (`BlockEdges`).
-
-    Args:
-        pair: two trajectories, or two denoiser calls.
-        metric: differentiable; the tensor that the pair returns [batch …] → [batch].
-        ig_steps: 1 is EAP; m > 1 is EAP-IG, as `nodes(ig_over="inputs")`.
-
-    Raises:
-        TypeError, ValueError: as in `nodes`; or cfg.use_attn_in is on, which excludes separate q, k
-            and v inputs; or another model's stream is changed between its blocks.
-
-    Example:
-        >>> edges(pair(below, above, steps=0), red).table().columns.tolist()
-        ['step', 'branch', 'sender', 'receiver', 'score']
-    """
-    dit, path, found = pair.dit, _path(pair, ig_steps), {}
-    if not isinstance(dit, HookedDiT):
-        return BlockEdges.of(pair, path, metric)
-    senders, receivers = all_senders(dit, pair.original.n_text), all_receivers(dit)
-    columns: dict[str, list[int]] = {}
-    for j, node in enumerate(receivers):
-        columns.setdefault(input_hook(dit, node), []).append(j)
-    written = list(dict.fromkeys(output_hook(dit, node) for node in senders))
-
-    with edge_flags(dit):
-        at, changing = pair.in_contexts(list(columns)), pair.in_contexts(written)
-        for step, gradient, change in _gradients(pair, path, (at, changing), metric):
-            for i, prefix in pair.contexts_of(step):
-                here = [
-                    {name.removeprefix(prefix): t for name, t in group.items()}
-                    for group in (change, gradient)
-                ]
-                scores = _edge_scores(dit, (senders, receivers), columns, *here)
-                found[i] = ("prompt", "sender", "receiver"), scores.double().cpu().numpy()
-    labels = {"sender": list(map(str, senders)), "receiver": list(map(str, receivers))}
-    return EdgeAttribution(labelled(pair, found, labels), pair, metric)
-
-
-def _edge_scores(
-    dit: HookedDiT,
-    ends: tuple[Sequence[Node], Sequence[Node]],
-    columns: Mapping[str, list[int]],
-    change: Mapping[str, Tensor],
-    gradient: Mapping[str, Tensor],
-) -> Float[Tensor, "batch sender receiver"]:
-    """Change of each sender's output times gradient of each receiver's input, in one call; NaN
-    without an edge.
-
-    Args:
-        dit: denoiser of both runs.
-        ends: senders and receivers.
-        columns: input hook → the receivers that it belongs to.
-        change: sender's hook → source − original [batch pos …].
-        gradient: input hook → gradient of the metric, of its shape.
-    """
-    senders, receivers = ends
-    residual = [node for node in senders if node.kind != "text"]
-    sent = torch.stack([change[output_hook(dit, node)][index_of(node)] for node in residual], dim=1)
-    depths = [node.depth(dit.cfg) for node in residual]  # ascending
-    table = sent.new_full((len(sent), len(senders), len(receivers)), torch.nan)
-    for name, where in columns.items():
-        # [batch pos head d_model]
-        at = gradient[name] if gradient[name].ndim == 4 else gradient[name][:, :, None]
-        if name.endswith(("cross_attn.hook_k_input", "cross_attn.hook_v_input")):
-            table[:, len(depths) :, where] = torch.einsum(
-                "bwd,bwhd->bwh", change["hook_caption"], at
-            )
-        else:
-            earlier = bisect_left(depths, receivers[where[0]].depth(dit.cfg))
-            table[:, :earlier, where] = torch.einsum("bspd,bphd->bsh", sent[:, :earlier], at)
-    return table

@@ -34,7 +34,7 @@ from torch import Tensor
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer, number
 from hooked_models.generation.model import DEFAULT_STEPS
-from hooked_models.generation.sampling import Seeds, seed_of_each
+from hooked_models.generation.noise import Seeds, seed_of_each
 from hooked_models.lazy_imports import renamed_arguments
 
 from ..runs.drawing import Drawing, Experiment, Keeping

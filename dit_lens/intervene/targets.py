@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage
 from hooked_models.generation.names import Site
+from hooked_models.hooks.errors import unknown_hook
 from hooked_models.hooks.layout import Layout as Positions
-from hooked_models.hooks.module import unknown_hook
 from hooked_models.hooks.table import JOINT_POSITIONS, POSITIONS, TEXT_POSITIONS, HookPart, axis_of
 
 

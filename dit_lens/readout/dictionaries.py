@@ -24,8 +24,9 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integers, is_several, one_of
 from hooked_models.generation.model import DEFAULT_STEPS
-from hooked_models.generation.sampling import Seeds
-from hooked_models.hooks.module import HookFunction, unknown_hook
+from hooked_models.generation.noise import Seeds
+from hooked_models.hooks.errors import unknown_hook
+from hooked_models.hooks.module import HookFunction
 
 Branches = Literal["cond", "uncond", "both"]
 StepChoice = int | Sequence[int] | None

@@ -18,7 +18,7 @@ from hooked_models.arguments import chosen_steps, one_of
 from hooked_models.generation.loops import Call
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import Site
-from hooked_models.generation.sampling import Seeds
+from hooked_models.generation.noise import Seeds
 from hooked_models.generation.trajectory import Run
 from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 

@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integer
 from hooked_models.generation.model import DEFAULT_STEPS
-from hooked_models.generation.sampling import Seeds
+from hooked_models.generation.noise import Seeds
 from hooked_models.hooks.module import HookFunction
 
 from .controls import names_of, without_largest

@@ -17,7 +17,7 @@ from hooked_models.arguments import integer
 from hooked_models.generation.capture import score_rows
 from hooked_models.generation.loops import Call
 from hooked_models.generation.model import DEFAULT_STEPS
-from hooked_models.generation.sampling import Seeds
+from hooked_models.generation.noise import Seeds
 from hooked_models.hooks.module import HookFunction
 
 from ..intervene.portable_ops import MASKED

@@ -51,7 +51,7 @@ from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.arguments import integer, one_of
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import BRANCHES, Branch
-from hooked_models.generation.sampling import Seeds, seed_of_each
+from hooked_models.generation.noise import Seeds, seed_of_each
 
 from ..intervene.interventions import Intervention
 from ..remote.attention import attention_there

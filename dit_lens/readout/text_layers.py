@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from hooked_models import HookedTextToImage
 from hooked_models.arguments import integers, is_several
 from hooked_models.generation.model import DEFAULT_STEPS
-from hooked_models.generation.sampling import Seeds
+from hooked_models.generation.noise import Seeds
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models.generation.model import Prompts
-from hooked_models.generation.sampling import Seeds
+from hooked_models.generation.noise import Seeds
 
 from ..readout.group_attention import attentions_of, placed
 from . import plan

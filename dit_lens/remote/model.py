@@ -32,7 +32,7 @@ from hooked_models.generation.capture import Heads, Patterns, Recorder
 from hooked_models.generation.hooks import AttachedHook
 from hooked_models.generation.model import DEFAULT_STEPS, Prompts
 from hooked_models.generation.names import Branch, Site
-from hooked_models.generation.sampling import Seeds
+from hooked_models.generation.noise import Seeds
 from hooked_models.hooks.module import NameFilter
 from hooked_models.pipelines.folder import check_libraries
 from hooked_models.pipelines.hub import resolve

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hooked_models.families.adapter import Family
-from hooked_models.families.taps import HEAD_POINTS, KernelTap, StreamTap
+from hooked_models.families.kernel_tap import HEAD_POINTS, KernelTap
+from hooked_models.families.taps import StreamTap
 from hooked_models.generation.loops import Call
 from hooked_models.generation.names import IMAGE_HOOK, Site
 from hooked_models.generation.pipeline_inputs import PipelineInputs

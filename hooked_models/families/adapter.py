@@ -20,14 +20,16 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from ..hooks.errors import UnknownHookError
 from ..hooks.layout import Layout
-from ..hooks.module import HookedModule, LanguageToolGuard, UnknownHookError
+from ..hooks.module import HookedModule, LanguageToolGuard
 from ..hooks.table import IMAGE_POSITIONS, TEXT_POSITIONS, Axes
 from ..pixart.cache import DiTCache
 from ..pixart.config import HookedConfig
 from .blocks import Blocks
 from .circuits import NORM_BEFORE, WeightCircuits
-from .taps import FamilyHeads, KernelTap, SilentHookError, StreamTap, Tap
+from .kernel_tap import FamilyHeads, KernelTap
+from .taps import SilentHookError, StreamTap, Tap
 from .text import TextTap
 from .views import TIMES, FamilyView
 from .weights import Weights

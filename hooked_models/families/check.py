@@ -22,8 +22,8 @@ from transformer_lens.hook_points import HookPoint
 from ..hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 from ..pipelines.checks import TOLERANCE, random_pattern, rows_sum_to_one
 from .adapter import FamilyModel, submodule
+from .kernel_tap import native_backend
 from .layout import Layout, LayoutError
-from .taps import native_backend
 
 PLACES = ("hook_q", "hook_k", "hook_v", "hook_resid_pre", "hook_resid_post")
 """Hook points at which a token's own position changes when its input does."""

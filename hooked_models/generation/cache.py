@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from ..arguments import integer, one_of, shown
-from ..hooks.module import unknown_hook
+from ..hooks.errors import unknown_hook
 from ..lazy_imports import renamed
 from ..pipelines.hub import recorded_source
 from ..pixart.cache import DiTCache, expand_shorthand, look_up
@@ -67,7 +67,7 @@ class GenerationCache(ActivationCache):
 
     def __init__(
         self,
-        cache_dict: Mapping[str, Tensor],
+        cache_dict: Mapping[str, Any],  # tensors; no item is read to check its type
         model: HookedTextToImage,
         noise_levels: Sequence[tuple[float, float]] = (),
         heads: Mapping[int, Sequence[int]] | None = None,

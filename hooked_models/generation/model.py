@@ -30,8 +30,8 @@ from .capture import Heads, Patterns, Recorder, heads_by_layer
 from .hooks import AttachedHook, HookedGeneration, attach, select
 from .loops import Call
 from .names import BRANCHES, IMAGE_HOOK, Branch, GenerationNames, Site
+from .noise import Seeds
 from .passes import Denoise, Pass, Rows, from_step
-from .sampling import Seeds
 from .trajectory import Record, Run
 from .views import StepView
 

@@ -13,7 +13,8 @@ from typing import Any, Literal, SupportsIndex
 from transformer_lens.hook_points import HookPoint
 
 from ..arguments import chosen_steps, integer, one_of, shown
-from ..hooks.module import HookedModule, NameFilter, UnknownHookError, as_names, unknown_hook
+from ..hooks.errors import UnknownHookError, unknown_hook
+from ..hooks.module import HookedModule, NameFilter, as_names
 from ..hooks.table import Hook, hook_row, layer_of
 
 Branch = Literal["cond", "uncond"]

@@ -26,9 +26,10 @@ from ..text_encoders.words import EncodedText, padded
 from .hooks import SamplerHooks
 from .model import DEFAULT_STEPS, HookedTextToImage
 from .names import IMAGE_HOOK, Branch, GenerationNames, Site
+from .noise import Seeds, seed_of_each
 from .pipeline_inputs import Bound, PipelineInputs
 from .pipeline_loop import PipelineLoop
-from .sampling import Seeds, Solver, seed_of_each
+from .sampling import Solver
 from .text_positions import encoded_at_positions, text_arguments
 from .trajectory import Run
 

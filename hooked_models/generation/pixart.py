@@ -34,7 +34,7 @@ from .hooks import AttachedHook, SamplerHooks, attach
 from .loops import PixArtLoop, branches_of
 from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS, HookedTextToImage, Prompts
 from .names import Branch, GenerationNames, Part, Site
-from .sampling import Seeds, seed_of_each, seeded_noise
+from .noise import Seeds, seed_of_each, seeded_noise
 from .trajectory import Inputs, Run
 
 _TOKENIZING = threading.Lock()

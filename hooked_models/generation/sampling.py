@@ -15,7 +15,7 @@ import math
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex
@@ -24,11 +24,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import integer, integers, is_several
+from ..arguments import integer
+from ..lazy_imports import renamed
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Seeds": "hooked_models.generation.noise:Seeds",
+        "seed_of_each": "hooked_models.generation.noise:seed_of_each",
+        "seeded_noise": "hooked_models.generation.noise:seeded_noise",
+    },
+)
+
 
 Latents = Float[Tensor, "batch channel rows columns"]
-Seeds = SupportsIndex | Iterable[SupportsIndex]
-"""Seeds of noise: one integer for every prompt, or one for each."""
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 CHOOSE = "load the pipeline with another scheduler, such as DPMSolverMultistepScheduler"
@@ -370,37 +379,3 @@ def _goes_on_from_x0(solver: Solver) -> bool:
 
 
 # Noise
-
-
-def seed_of_each(seed: Seeds, batch: int) -> list[int]:
-    """One seed for each of `batch` prompts, from one for all or a sequence; numpy's and torch's
-    integers are integers, too.
-
-    Raises:
-        ValueError: another number of seeds, or something that is no integer from -2**63 to 2**64 -
-            1.
-
-    Example:
-        >>> seed_of_each(3, 2), seed_of_each([0, 1], 2)
-        ([3, 3], [0, 1])
-    """
-    seeds = list(integers("seed", seed, -(2**63), 2**64 - 1))
-    if not is_several(seed):
-        return seeds * batch
-    if len(seeds) != batch:
-        raise ValueError(
-            f"seed holds {len(seeds)} seeds for {batch} prompts: give one each, or a single one "
-            "for all."
-        )
-    return seeds
-
-
-def seeded_noise(
-    seeds: Sequence[int], shape: tuple[int, ...]
-) -> Float[Tensor, "batch channel rows columns"]:
-    """Standard normal float32, one fresh CPU generator a row: equal seeds give equal noise on every
-    machine.
-    """
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from ..lazy_imports import renamed
-from .module import (
-    HookedModule,
-    HookFunction,
-    LanguageToolGuard,
-    NameFilter,
-    NotFoldedError,
-    UnknownHookError,
-    has_hooks,
-    unknown_hook,
-)
+from .errors import NotFoldedError, UnknownHookError, unknown_hook
+from .module import HookedModule, HookFunction, LanguageToolGuard, NameFilter, has_hooks
 
 __getattr__ = renamed(__name__, {"NoLanguageModel": "hooked_models.hooks:LanguageToolGuard"})
 

@@ -7,8 +7,7 @@ like "this head does nothing". Here every name is resolved before anything is at
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
@@ -20,6 +19,7 @@ from transformer_lens.utilities import Slice
 
 from ..arguments import is_several, shown
 from ..lazy_imports import renamed
+from .errors import unknown_hook
 from .points import ScopedHookPoint
 from .scopes import scope, scopes
 from .table import POSITIONS, Axes, HookPart, axis_of, hook_row
@@ -27,6 +27,8 @@ from .table import POSITIONS, Axes, HookPart, axis_of, hook_row
 __getattr__ = renamed(
     __name__,
     {
+        "NotFoldedError": "hooked_models.hooks.errors:NotFoldedError",
+        "UnknownHookError": "hooked_models.hooks.errors:UnknownHookError",
         "NoLanguageModel": "hooked_models.hooks.module:LanguageToolGuard",
         "watched": "hooked_models.hooks.module:has_hooks",
     },
@@ -37,31 +39,6 @@ HookFunction = Callable[..., Tensor | None]
 
 NameFilter = str | Callable[[str], bool] | Iterable[str] | None
 """One name, a predicate on names, several names, or None for every hook that fires."""
-
-
-class UnknownHookError(KeyError):
-    """No hook has this name; the message suggests the nearest one.
-
-    Example:
-        >>> HookedTextToImage.from_pretrained("rte-nano").dit.add_hook("blocks.0.atn.hook_z", print)
-        Traceback (most recent call last):
-        ...
-        hooked_models.hooks.module.UnknownHookError: no hook is called 'blocks.0.atn.hook_z'; ...
-    """
-
-    def __str__(self) -> str:  # KeyError would print the repr of the sentence
-        return str(self.args[0])
-
-
-class NotFoldedError(ValueError):
-    """The request is exact only on a model whose timestep is folded into its weights.
-
-    Example:
-        >>> HookedTextToImage.from_pretrained("rte-nano").dit.W_U
-        Traceback (most recent call last):
-        ...
-        hooked_models.hooks.module.NotFoldedError: W_U ignores the timestep's shift, scale ...
-    """
 
 
 class LanguageToolGuard(nn.Module):
@@ -102,14 +79,6 @@ def has_hooks(point: HookPoint) -> bool:
         here["fwd_hooks"] or here["bwd_hooks"] or here["_forward_hooks"] or here["_backward_hooks"]
     )
     return bool(attached) or "forward" in vars(point)
-
-
-def unknown_hook(name: str, known: Collection[str]) -> UnknownHookError:
-    """The error for a name that is not among ``known``."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return UnknownHookError(
-        f"no hook is called {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
-    )
 
 
 def as_names(names: Any) -> list[str]:

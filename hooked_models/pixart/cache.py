@@ -13,7 +13,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from ..arguments import integer, shown
-from ..hooks.module import NotFoldedError
+from ..hooks.errors import NotFoldedError
 
 Stack = Float[Tensor, "component *batch_and_pos d_model"]
 

@@ -19,7 +19,8 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from ..arguments import number
-from ..hooks.module import NotFoldedError, has_hooks
+from ..hooks.errors import NotFoldedError
+from ..hooks.module import has_hooks
 from ..hooks.wrapping import Wrapped
 from .block import Block, BlockText, LayerNorm, modulate
 from .cache import DiTCache

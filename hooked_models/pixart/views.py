@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
+from ..hooks.errors import NotFoldedError
 from ..hooks.layout import Layout
-from ..hooks.module import HookFunction, LanguageToolGuard, NameFilter, NotFoldedError
+from ..hooks.module import HookFunction, LanguageToolGuard, NameFilter
 from ..hooks.table import JOINT_POSITIONS
 from ..hooks.wrapping import stamp
 from .cache import DiTCache

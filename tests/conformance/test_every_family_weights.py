@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_lens import circuits, screening
 from hooked_models import families
 from hooked_models.families.circuits import NORM_BEFORE, OWN_NORMS
-from hooked_models.families.taps import KernelTap
+from hooked_models.families.kernel_tap import KernelTap
 
 from .family_cases import UNABLE, Case, close
 

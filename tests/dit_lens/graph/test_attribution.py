@@ -15,7 +15,7 @@ from transformer_lens.tools.analysis.attribution_patching import (
     attribution_patch,
 )
 
-from dit_lens import attribution, patching, scenes
+from dit_lens import attribution, scenes
 from hooked_models import UnknownHookError
 
 from ...hooked_models.tiny import tiny_inputs
@@ -196,17 +196,6 @@ def test_one_step_is_that_of_the_step_view(model, returns):
     for layer, name in enumerate(names):
         expected = ((source[name] - original[name]) * gradient[name]).sum((1, 3)).detach()
         assert close(found["cross_attn"].sel(layer=layer), expected, 1e-10)
-
-
-def test_path_patching_finds_the_same_effects_under_the_same_names(model, images):
-    original, source = generations(model)
-    table = attribution.edges(images, metric).verify(k=4, sample=0).table
-    for row in table.itertuples():
-        ends = [patching.Nodes(name, steps=int(row.step)) for name in (row.sender, row.receiver)]
-        found = patching.path_patch(original, source, *ends, metric)
-        assert row.exact == pytest.approx(
-            (found["patched"] - found["original"]).mean().item(), abs=1e-12
-        )
 
 
 def test_refusals(model, dit, calls, images):

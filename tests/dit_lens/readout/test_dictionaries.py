@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_lens.readout import dictionary
-from hooked_models.hooks.module import UnknownHookError
+from hooked_models.hooks.errors import UnknownHookError
 
 from ...hooked_models.pipelines import PROMPTS
 from .test_heat_maps import SEEDS, opened

@@ -18,7 +18,7 @@ from dit_lens.readout.heat_maps import text_attentions
 from dit_lens.remote import CLEAN, RemotePipeline, RemoteTextToImage, pipeline_plan
 from dit_lens.remote.plan import Request
 from hooked_models import HookedTextToImage
-from hooked_models.families.taps import KernelTap
+from hooked_models.families.kernel_tap import KernelTap
 from hooked_models.generation.names import Site
 
 from ...hooked_models.tiny_pipelines import NO_FOLDER, PIPELINES, tiny_pipeline

@@ -4,14 +4,12 @@ refused.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from dit_lens import Intervention
 from dit_lens.intervene.edits import Replace
 from hooked_models import GenerationCache
-from hooked_models.generation.sampling import seed_of_each
 
 from ..pipelines import PROMPTS
 
@@ -177,18 +175,7 @@ def test_steps_that_a_full_name_contradicts(model):
         model.run_with_cache(PROMPTS, num_steps=3, names_filter=f"steps.0.cond.{Z}", steps=2)
 
 
-@pytest.mark.parametrize(
-    "seed", [np.int64(3), torch.tensor(3), np.array([3, 3]), torch.tensor([3, 3]), (3, 3)]
-)
-def test_any_integers_are_seeds(model, seed):
-    assert torch.equal(model(PROMPTS, seed=seed, num_steps=1), model(PROMPTS, seed=3, num_steps=1))
-
-
-def test_what_is_no_seed_and_no_run(model):
-    for seed in (1.5, [0.5, 1.0]):
-        with pytest.raises(ValueError, match="give an integer"):
-            # past the type checker, as a user calls it
-            getattr(seed_of_each, "__wrapped__", seed_of_each)(seed, 2)
+def test_a_run_has_at_least_a_step(model):
     with pytest.raises(ValueError, match="num_steps=0: give an integer of at least 1"):
         model(PROMPTS, num_steps=0)
 

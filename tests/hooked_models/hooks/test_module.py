@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_models.hooks.module import UnknownHookError
+from hooked_models.hooks.errors import UnknownHookError
 from hooked_models.pixart.dit import HookedDiT
 
 from ..tiny import GATED, NAMES, look, set_flags, ways
