@@ -108,10 +108,13 @@ def sums_of_attention(
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if reduce == "sum" and k.shape[2] <= k.shape[3] and q.dtype in (torch.float32, torch.float64):
         # A short text: the whole pattern is no larger than the queries, and faster made with keys
-        # before queries.
-        scores = (k * scale) @ q.mT
-        pattern = (scores if bias is None else scores + bias.mT).softmax(dim=2)
-        return _add_up(pattern.mT @ keys.to(pattern.dtype)[:, None], queries)
+        # before queries. Queries are summed first: their groups are the fewer.
+        pattern = (k.flatten(0, 1) @ q.flatten(0, 1).mT).unflatten(0, q.shape[:2]).mul_(scale)
+        pattern = (pattern if bias is None else pattern.add_(bias.mT)).softmax(dim=2)
+        if queries is None:
+            return pattern.mT @ keys.to(pattern.dtype)[:, None]
+        found = pattern.to(queries.dtype).flatten(1, 2) @ queries
+        return found.unflatten(1, pattern.shape[1:3]).mT @ keys.to(queries.dtype)[:, None]
     if reduce == "sum":
         # at 1024 px a few heads at a time, on small images all
         size = max(1, 2**20 // (q.shape[0] * q.shape[2] * q.shape[3]))

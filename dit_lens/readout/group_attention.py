@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,27 +13,28 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models import Trajectory
-from hooked_models.generation.loops import Call
+from hooked_models import HookedTextToImage
+from hooked_models.generation.loops import Call, RunInputs
 from hooked_models.generation.names import Branch
 from hooked_models.generation.trajectory import Run
 from hooked_models.hooks.module import HookedModule, has_hooks
 from hooked_models.hooks.scopes import scope
 from hooked_models.hooks.table import JOINT_POSITIONS, TEXT_POSITIONS
 
-from ..intervene.portable_ops import sums_of_attention, sums_of_pattern
+from .group_sums import CallSums, Groups
 
 Sublayer = Literal["cross_attn", "attn", "image_attn"]
 
 
 def attention_between(
-    run: Trajectory,
+    model: HookedTextToImage,
+    inputs: RunInputs,
     sublayer: Sublayer,
     queries: Float[Tensor, "batch pos group"],
     keys: Mapping[Branch, Float[Tensor, "batch key_pos key_group"]],
     reduce: Literal["sum", "max"],
 ) -> Float[Tensor, "batch layer head step branch group key_group"]:
-    """Re-run from the first state and sum each attention of the sublayer, after the attached hooks.
+    """Generate from `inputs` and sum each attention of the sublayer, after the attached hooks.
 
     Args:
         run: the run whose inputs are run again.
@@ -48,56 +49,45 @@ def attention_between(
         On the CPU, at least in float32. Branches as in `keys`.
 
     Example:
-        >>> run = model.trajectory("red circle is above blue square", num_steps=2)
+        >>> inputs = model.prepare("red circle is above blue square", num_steps=2)
         >>> image, text = torch.ones(1, 64, 1), torch.ones(1, 7, 1)
-        >>> attention_between(run, "cross_attn", image, {"cond": text}, "sum").shape
+        >>> attention_between(model, inputs, "cross_attn", image, {"cond": text}, "sum").shape
         torch.Size([1, 3, 3, 2, 1, 1, 1])
     """
-    model, cfg = run.model, run.model.cfg
+    cfg = model.cfg
     dtype = torch.promote_types(model.dit.dtype, torch.float32)
     places = {
-        branch: placed(
-            model, run.inputs, sublayer, branch, queries.to(dtype), keys[branch].to(dtype)
-        )
+        branch: placed(model, inputs, sublayer, branch, queries.to(dtype), keys[branch].to(dtype))
         for branch in keys
     }
-    shape = (
-        len(queries),
-        cfg.n_layers,
-        cfg.n_heads,
-        len(run),
-        queries.shape[-1],
-        next(iter(keys.values())).shape[-1],
-    )
+    attentions = attentions_of(model.dit, sublayer)
+    layers = list(attentions)
+    sizes = queries.shape[-1], next(iter(keys.values())).shape[-1]
+    shape = len(inputs.solver), cfg.n_layers, len(queries), cfg.n_heads, *sizes
     found = {
         branch: torch.full(shape, torch.nan, dtype=dtype, device=model.device) for branch in keys
     }
-    attentions = attentions_of(model.dit, sublayer)
+
+    @cache
+    def groups(branches: tuple[Branch, ...], device: torch.device) -> Groups:
+        ours, theirs = (
+            torch.cat([places[branch][side] for branch in branches]).to(device) for side in (0, 1)
+        )
+        return Groups(ours, theirs, reduce)
 
     def denoise(call: Call, rows: Any, x: Tensor, timestep: Tensor, text: Any) -> Tensor:
-        here = [branch for branch in call.branches if branch in keys]
-        if len(here) < len(call.branches):
+        if not set(call.branches) <= set(keys):
             return model.denoise(x, timestep, text)
-        ours, theirs = (
-            torch.cat([places[branch][side] for branch in here]).to(x.device) for side in (0, 1)
-        )
-        sums = {
-            layer: torch.zeros(len(ours), cfg.n_heads, *shape[4:], dtype=dtype, device=x.device)
-            for layer in attentions
-        }
-        readers = {
-            one: _Reader(ours, theirs, one, reduce, sums[layer])
-            for layer, one in attentions.items()
-        }
-        with reading(model.dit, readers):  # after the attached hooks
+        sums = CallSums(groups(call.branches, x.device), list(attentions.values()), cfg.n_heads)
+        with reading(model.dit, sums.readers):  # after the attached hooks
             prediction = model.denoise(x, timestep, text)
-        for layer, one in sums.items():
-            for branch in here:
-                found[branch][:, layer, :, call.step] = one[call.part(branch)]
+        for branch in call.branches:
+            here = sums.taken()[:, call.part(branch)]
+            found[branch][call.step, layers] = here.to(model.device)
         return prediction
 
-    run.fork(0, denoise=denoise)
-    return torch.stack([found[branch] for branch in keys], dim=4).cpu()
+    model.run(inputs, denoise=denoise)
+    return torch.stack([found[branch] for branch in keys]).permute(3, 2, 4, 1, 0, 5, 6).cpu()
 
 
 def attentions_of(dit: Any, sublayer: str) -> dict[int, Any]:
@@ -190,23 +180,23 @@ def attention_in_call(
     Positions of attention over both streams are [image, text]. Layers without this attention are
     NaN.
     """
-    cfg, device = model.cfg, queries.device
-    shape = (len(queries), cfg.n_layers, cfg.n_heads, queries.shape[-1], keys.shape[-1])
-    found = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
-    readers: dict[Any, _Reader] = {}
-    for layer in range(cfg.n_layers):
-        if f"blocks.{layer}.{sublayer}.hook_q" in model.hook_dict:
-            found[:, layer] = 0
-            attention: Any = model.get_submodule(f"blocks.{layer}.{sublayer}")
-            readers[attention] = _Reader(
-                queries.float(), keys.float(), attention, reduce, found[:, layer]
-            )
-    if not readers:
+    cfg = model.cfg
+    attentions = {
+        layer: model.get_submodule(f"blocks.{layer}.{sublayer}")
+        for layer in range(cfg.n_layers)
+        if f"blocks.{layer}.{sublayer}.hook_q" in model.hook_dict
+    }
+    if not attentions:
         model.canonical_name(f"blocks.0.{sublayer}.hook_q")  # raises, with the reason
-    with torch.no_grad(), reading(model, readers):
+    groups = Groups(queries.float(), keys.float(), reduce)
+    sums = CallSums(groups, list(attentions.values()), cfg.n_heads)
+    with torch.no_grad(), reading(model, sums.readers):
         model(**inputs)
+    shape = (len(queries), cfg.n_layers, cfg.n_heads, queries.shape[-1], keys.shape[-1])
+    found = torch.full(shape, torch.nan)
+    found[:, list(attentions)] = sums.taken().transpose(0, 1).cpu()
     dims = ("row", "layer", "head", "query_group", "key_group")
-    return xr.DataArray(found.cpu().numpy(), dims=dims, name=f"{sublayer} {reduce}")
+    return xr.DataArray(found.numpy(), dims=dims, name=f"{sublayer} {reduce}")
 
 
 @runtime_checkable
@@ -273,43 +263,3 @@ def cond_rows(call: Call, given: int) -> slice:
     """
     part, missing = call.part("cond"), call.rows * len(call.branches) - given
     return slice(part.start - missing, part.stop - missing)
-
-
-@dataclass(repr=False)  # TransformerLens calls repr of every hook, which would print the tensors
-class _Reader:
-    """Accumulates the group attention of one attention in one call."""
-
-    queries: Float[Tensor, "batch pos group"]
-    keys: Float[Tensor, "batch key_pos key_group"]
-    attention: Any
-    reduce: Literal["sum", "max"]
-    found: Float[Tensor, "batch head group key_group"]
-    """Accumulator, modified in place."""
-
-    def read(
-        self,
-        q: Float[Tensor, "row pos head d_head"],
-        k: Float[Tensor, "row key_pos head d_head"],
-        bias: Float[Tensor, " row #head _ key_pos"] | None,
-    ) -> None:
-        """Read the last rows of the batch, whose prompts are not empty.
-
-        In the rows before them, all attention is on the first key (`TextState.n_empty_prompts`).
-        """
-        n = len(self.found) - len(q)
-        # [row pos group 1], [row 1 1 key_group]
-        queries, first = self.queries[:n, :, :, None], self.keys[:n, :1, None]
-        alone = (
-            (queries * first).sum(1)
-            if self.reduce == "sum"
-            else ((queries != 0) & (first != 0)).any(1)
-        )
-        self.found[:n] = alone[:, None]
-        self.found[n:] = sums_of_attention(
-            q, k, bias, self.attention.scale, self.queries[n:], self.keys[n:], self.reduce
-        )
-
-    def read_pattern(
-        self, pattern: Float[Tensor, "batch head pos key_pos"], hook: HookPoint
-    ) -> None:
-        self.found[:] = sums_of_pattern(pattern, self.queries, self.keys, self.reduce)

@@ -31,8 +31,7 @@ its synopsis too, and `rank_heads` gives intervals and a control.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +48,7 @@ from torch import Tensor
 
 from hooked_models import HookedTextToImage, Trajectory
 from hooked_models.arguments import integer, one_of
+from hooked_models.generation.loops import RunInputs
 from hooked_models.generation.model import DEFAULT_STEPS
 from hooked_models.generation.names import BRANCHES, Branch
 from hooked_models.generation.noise import Seeds, seed_of_each
@@ -180,27 +180,21 @@ def attention_synopsis(
                 return plan.take(rows).measure_remotely(
                     model, texts[rows], seeds[rows], num_steps, guidance
                 )
-        # fire before the first step, at which a fork begins
-        on_text = ["text_encoder." in name for name, _ in hooks]
-        with model.hooks(itertools.compress(hooks, on_text)):
-            run = model.trajectory(texts[rows], seeds[rows], num_steps, guidance, until=0)
-        with model.hooks(hook for hook, early in zip(hooks, on_text, strict=True) if not early):
-            return plan.take(rows).measure(run)
+        whole = len(texts) <= batch_size
+        inputs = draft if whole else model.draft(texts[rows], seeds[rows], num_steps, guidance)
+        with model.hooks(hooks):
+            model.check_hooks(inputs.extent)
+            return plan.take(rows).measure(model, model.encoded(inputs))
 
-    starts = range(0, len(texts), batch_size)
-    bar = track(
-        starts,
-        "attention synopsis",
-        transient=True,
-        disable=len(starts) == 1,
-        console=Console(stderr=True),
-    )
+    bar: Iterable[int] = range(0, len(texts), batch_size)
+    if len(texts) > batch_size:
+        bar = track(bar, "attention synopsis", transient=True, console=Console(stderr=True))
     with nullcontext() if out is None else Store(out, settings) as store:
         parts = [
             measure(i) if store is None else store.array(f"{i:08d}.npy", partial(measure, i))
             for i in bar
         ]
-    return plan.label(np.concatenate(parts), texts).assign_coords(seed=("prompt", seeds))
+    return plan.label(np.concatenate(parts), texts, seeds)
 
 
 def _hooks(
@@ -243,7 +237,8 @@ def trajectory_synopsis(
         return text_keys(model, run.texts, inputs, run.branches, text_groups, roles)
 
     plan = _Plan.make(model, inputs, run.branches, sublayer, image_groups, groups, reduce)
-    return plan.label(plan.measure(trajectory), run.texts)
+    trajectory.check_fork(0)
+    return plan.label(plan.measure(model, inputs), run.texts)
 
 
 @dataclass(frozen=True)
@@ -296,11 +291,11 @@ class _Plan:
         )
 
     def measure(
-        self, run: Trajectory
+        self, model: HookedTextToImage, inputs: RunInputs
     ) -> Float[np.ndarray, "prompt layer head step branch image_group key_group"]:
-        """Reduced attention of a run; NaN for empty groups."""
+        """Reduced attention of the run of `inputs`; NaN for empty groups."""
         return self._reduced(
-            attention_between(run, self.sublayer, self.image, self.keys, self._kind)
+            attention_between(model, inputs, self.sublayer, self.image, self.keys, self._kind)
         )
 
     def measure_remotely(
@@ -342,7 +337,9 @@ class _Plan:
             .numpy()
         )
 
-    def label(self, values: np.ndarray, prompts: Sequence[str]) -> xr.DataArray:
+    def label(
+        self, values: np.ndarray, prompts: Sequence[str], seeds: Sequence[int] = ()
+    ) -> xr.DataArray:
         key_group = "text_group" if self.sublayer == "cross_attn" else "key_group"
         sizes = np.stack([keys.sum(dim=1).numpy() for keys in self.keys.values()], axis=1)
         return xr.DataArray(
@@ -359,6 +356,7 @@ class _Plan:
                 key_group: self.key_names,
                 "image_tokens": (("prompt", "image_group"), self.image.sum(dim=1).numpy()),
                 "key_tokens": (("prompt", "branch", key_group), sizes),
+                **({"seed": ("prompt", list(seeds))} if seeds else {}),
             },
             name=f"{self.sublayer} {self.reduce}",
         )

@@ -89,15 +89,15 @@ def test_a_trajectory_gives_what_its_prompts_give(model):
 def test_a_killed_run_goes_on_and_gives_the_same(model, tmp_path, monkeypatch):
     arguments = {**RUN, "image_groups": GROUPS, "batch_size": 1}
     straight = synopsis.attention_synopsis(model, PROMPTS, **arguments)
-    run, started = model.trajectory, []
+    encoded, started = model.encoded, []
 
-    def dies_at_the_second(prompts, *args, **kwargs):
-        started.append(prompts)
+    def dies_at_the_second(inputs):
+        started.append(model.tokenizer.batch_decode(inputs.tokens, skip_special_tokens=True))
         if len(started) == 2:
             raise KeyboardInterrupt
-        return run(prompts, *args, **kwargs)
+        return encoded(inputs)
 
-    monkeypatch.setattr(model, "trajectory", dies_at_the_second)
+    monkeypatch.setattr(model, "encoded", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         synopsis.attention_synopsis(model, PROMPTS, **arguments, out=tmp_path)
     resumed = synopsis.attention_synopsis(model, PROMPTS, **arguments, out=tmp_path)
