@@ -37,7 +37,8 @@ def attention_between(
     """Generate from `inputs` and sum each attention of the sublayer, after the attached hooks.
 
     Args:
-        run: the run whose inputs are run again.
+        model: a hooked text-to-image model; its attached hooks act.
+        inputs: of the run, with their text encoded.
         sublayer: "cross_attn", "attn" or "image_attn".
         queries: weight of each image position in each group.
         keys: branch → weight of each key position in each group. Text positions beyond the run's
