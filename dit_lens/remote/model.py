@@ -26,10 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import GenerationCache, HookedTextToImage
+from hooked_models.generation.attached import AttachedHook
 from hooked_models.generation.cache import KEEPS_BATCH
 from hooked_models.generation.cache_estimate import check_memory, estimate_sites
 from hooked_models.generation.capture import Heads, Patterns, Recorder
-from hooked_models.generation.hooks import AttachedHook
 from hooked_models.generation.model import DEFAULT_STEPS, Prompts
 from hooked_models.generation.names import Branch, Site
 from hooked_models.generation.noise import Seeds

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_models import HookedTextToImage
-from hooked_models.generation.hooks import AttachedHook
+from hooked_models.generation.attached import AttachedHook
 from hooked_models.generation.names import Branch, Site
 from hooked_models.generation.sampling import Solver
 

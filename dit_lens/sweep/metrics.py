@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_models.arguments import shown
-from hooked_models.generation.hooks import Extent
+from hooked_models.generation.attached import Extent
 from hooked_models.generation.names import IMAGE_HOOK
 from hooked_models.lazy_imports import renamed_arguments
 

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from jaxtyping import Int
 
-from hooked_models.generation.hooks import Extent
+from hooked_models.generation.attached import Extent
 from hooked_models.generation.names import IMAGE_HOOK
 from hooked_models.lazy_imports import RenamedAttribute
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..store import Index, Store, digest
-from .hooks import select
+from .attached import select
 from .trajectory import Record
 
 if TYPE_CHECKING:

@@ -23,11 +23,12 @@ from ..hooks.table import Axes
 from ..pipelines.folder import PIXART
 from ..pipelines.pipeline_model import PipelineModel
 from ..text_encoders.words import EncodedText
+from .attached import AttachedHook, attach, select
 from .cache import KEEPS_BATCH, GenerationCache
 from .cache_estimate import check_disk, check_memory, estimate_sites
 from .cache_store import record_to_folder
 from .capture import Heads, Patterns, Recorder, heads_by_layer
-from .hooks import AttachedHook, HookedGeneration, attach, select
+from .hooks import HookedGeneration
 from .loops import Call
 from .names import BRANCHES, IMAGE_HOOK, Branch, GenerationNames, Site
 from .noise import Seeds

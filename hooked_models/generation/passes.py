@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..hooks.module import has_hooks
-from .hooks import AttachedHook, Buckets, attach
+from .attached import AttachedHook, Buckets, attach
 from .loops import Call, RunInputs, Text, rows_of
 from .names import Branch
 from .trajectory import Record

@@ -23,7 +23,7 @@ from ..hooks.wrapping import stamp
 from ..pipelines.weightless import has_weights_on, weightless
 from ..store import digest
 from ..text_encoders.words import EncodedText, padded
-from .hooks import SamplerHooks
+from .attached import SamplerHooks
 from .model import DEFAULT_STEPS, HookedTextToImage
 from .names import IMAGE_HOOK, Branch, GenerationNames, Site
 from .noise import Seeds, seed_of_each

@@ -16,7 +16,7 @@ from ..families.adapter import FamilyModel
 from ..hooks.layout import Layout
 from ..hooks.wrapping import Stamp
 from ..store import digest
-from .hooks import Extent
+from .attached import Extent
 from .loops import Call, rows_of
 from .names import Branch
 

@@ -29,8 +29,8 @@ from ..pixart.text_state import TextState
 from ..text_encoders.random_tokens import PAD_ID, HookedTokenEncoder, RandomTokenEncoder
 from ..text_encoders.t5 import HookedT5Encoder
 from ..text_encoders.words import EncodedText, encode_text
+from .attached import AttachedHook, SamplerHooks, attach
 from .cache_estimate import activation_shape
-from .hooks import AttachedHook, SamplerHooks, attach
 from .loops import PixArtLoop, branches_of
 from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS, HookedTextToImage, Prompts
 from .names import Branch, GenerationNames, Part, Site

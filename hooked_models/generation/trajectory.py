@@ -16,7 +16,8 @@ from ..arguments import chosen_steps, integer, row_indices
 from ..hooks.wrapping import Stamp, stamp
 from ..pixart.text_state import TextState
 from ..store import digest
-from .hooks import AttachedHook, Extent, Hooks
+from .attached import AttachedHook, Extent
+from .hooks import Hooks
 from .loops import RunInputs, branches_of
 from .names import Branch
 from .sampling import Solver
