@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.utils import output_capturing
 
 from dit_lens import Intervention, Scale, ablation, prompts, scenes, steering, sweep, variance
+from dit_lens.intervene import doses
 from dit_lens.sweep import cluster
 
 from ..hooked_models.pipelines import PROMPTS
@@ -196,7 +197,7 @@ def test_relations_swapped_in_text_space(case: Case, monkeypatch: Any) -> None:
     def judge(images: Tensor, *scenes_: Any) -> dict[str, Any]:
         return dict.fromkeys(steering.METRICS, mean_of(images).double().numpy())
 
-    monkeypatch.setattr(steering, "_judge", judge)
+    monkeypatch.setattr(doses, "_judge", judge)
     how: Any = {"num_steps": STEPS, "draws": 1, "seeds": SEEDS[:1], "doses": (0, 2.0)}
     how |= {} if case.guidance is None else {"guidance": case.guidance}
     found = steering.dose_response(case.model, drawn, "below", **how)["color"].isel(seed=0)
