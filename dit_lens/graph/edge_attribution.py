@@ -38,6 +38,7 @@ class EdgeAttribution(Attribution):
     to its score as a node.
 
     Example:
+        >>> from dit_lens.graph.attribution import pair
         >>> found = edges(pair(below, above, steps=0), red)
         >>> (
         ...     "text[3]" in found.scores["sender"],
@@ -80,6 +81,7 @@ def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution |
             and v inputs; or another model's stream is changed between its blocks.
 
     Example:
+        >>> from dit_lens.graph.attribution import pair
         >>> edges(pair(below, above, steps=0), red).table().columns.tolist()
         ['step', 'branch', 'sender', 'receiver', 'score']
     """

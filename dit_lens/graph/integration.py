@@ -23,6 +23,7 @@ def runs_between(pair: Pair, ig_steps: int) -> list[tuple[Chain, float]]:
         ValueError: `ig_steps` is less than 1.
 
     Example:
+        >>> from dit_lens.graph.attribution import pair
         >>> [round(weight, 2) for _, weight in runs_between(pair(below, above), 2)]
         [0.5, 0.5]
     """
@@ -68,6 +69,7 @@ def gradients_along(
         metric: differentiable; the tensor that the pair returns [batch …] → [batch].
 
     Example:
+        >>> from dit_lens.graph.attribution import pair
         >>> two = pair(below, above, steps=0)
         >>> hooks = two.in_contexts(["blocks.1.hook_attn_out"])
         >>> [(step, gradient, change)] = gradients_along(
