@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_models import families
 from hooked_models.generation.model import Prompts
 from hooked_models.generation.pipeline import HookedPipeline
 from hooked_models.pipelines.folder import PIXART
@@ -36,6 +37,12 @@ class RemotePipeline(RemoteTextToImage, HookedPipeline):
 
     def open_parts(self, pipe: Any) -> None:
         """As in RemoteTextToImage."""
+        family = families.SUPPORTED.get(type(getattr(pipe, "transformer", None)).__name__)
+        if family is not None and family.second:
+            raise ValueError(
+                f"{type(pipe).__name__} draws with two transformers, of which a trace follows one: "
+                "open it here, with HookedTextToImage."
+            )
         HookedPipeline.__init__(self, pipe)
 
     def draw(self, inputs: Any) -> Float[Tensor, "batch 3 height width"]:

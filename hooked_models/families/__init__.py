@@ -99,12 +99,14 @@ __all__ = [
 ]
 
 
-def hook(transformer: nn.Module, check: bool = True) -> Any:
+def hook(transformer: nn.Module, check: bool = True, first: Any = None) -> Any:
     """A live diffusers transformer as a hooked model; its weights are used, not copied.
 
     Args:
         transformer: a transformer of a supported family, on any device.
         check: compare it with the original on a small random input, as at loading.
+        first: the hooked model of another transformer of the same shape, whose hooks act in this
+            one too.
 
     Raises:
         ValueError: its family is not supported; the message says which are.
@@ -120,7 +122,9 @@ def hook(transformer: nn.Module, check: bool = True) -> Any:
         )
     check_known(kind)
     model: Any = (
-        NATIVE[kind](transformer) if kind in NATIVE else FamilyModel(transformer, SUPPORTED[kind])
+        NATIVE[kind](transformer)
+        if kind in NATIVE
+        else FamilyModel(transformer, SUPPORTED[kind], first)
     )
     if check:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -64,8 +64,6 @@ class Family:
     """Axes of one row of latents: "nc" (tokens), "chw", "cfhw", "fchw" or "fhwc"; empty: by their
     number.
     """
-    packed_joint: bool = False
-    """Latents and text are both given as long as the joint sequence, each at its own positions."""
     text: str = "encoder_hidden_states"
     """Argument that holds the (first) text."""
     mixers: tuple[str, ...] = ()
@@ -78,6 +76,20 @@ class Family:
     """Context in which a live model's gradients are right, where diffusers cuts them."""
     no_pattern: Mapping[str, str] = field(default_factory=dict)
     """Attentions that have no pattern, and why."""
+    before: Callable[[Mapping[str, Any]], int] = lambda given: 0
+    """Number of positions before the image's in latents and predictions, from the arguments as
+    diffusers takes them; `by_row` leaves them away.
+    """
+    second: str = ""
+    """Name of the pipeline's transformer that computes the unconditional branch, where that is
+    another one than the conditional's.
+    """
+    layerwise: Callable[[Any], tuple[Any, Sequence[Any]]] | None = None
+    """Embedding and layers of a text encoder, where the pipeline runs them one by one."""
+    guidance: float = 1.0
+    """Guidance by default, where the pipeline's own argument has no number."""
+    completed: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda options: dict(options)
+    """Arguments of the pipeline's call, with those that follow from others."""
     cond_first: bool = False
     """True if a call with both guidance branches has the conditional rows first."""
     latents: Callable[[Any, Mapping[str, Any]], tuple[int, ...]] | None = None
@@ -127,21 +139,24 @@ class FamilyBlock(nn.Module):
     def __init__(self, block: Any, layer: int, where: Blocks, sizes: tuple[int, int, int]) -> None:
         super().__init__()
         n_heads, d_head, _ = sizes
-        self.taps: list[Tap] = []
+        self.layer, self.where = layer, where
         for ours, attention in where.attentions.items():
             if (found := submodule(block, attention.path)) is not None:
                 weights = Weights(block, found, n_heads, attention.weights)
                 heads = FamilyHeads(attention.queries, attention.keys, d_head**-0.5, weights)
                 self.add_module(ours, heads)
-                self.taps.append(KernelTap(found, heads, layer))
-        self._tap(
-            "resid_pre",
-            block,
-            layer,
-            tuple(where.enters.values()),
-            tuple(where.enters),
-            axes=where.axes,
-        )
+        self.taps = self.taps_on(block)
+
+    def taps_on(self, block: Any) -> list[Tap]:
+        """Taps that lead from a live block to these points."""
+        where = self.where
+        taps: list[Tap] = [
+            KernelTap(found, getattr(self, ours), self.layer)
+            for ours, attention in where.attentions.items()
+            if (found := submodule(block, attention.path)) is not None
+        ]
+        entering = tuple(where.enters.values()), tuple(where.enters)
+        taps.append(self._tap("resid_pre", block, *entering, axes=where.axes))
         textual = not where.text_if or submodule(block, where.text_if) is not None
         for leaf, write in where.writes.items():
             if (found := submodule(block, write.path)) is not None:
@@ -150,13 +165,15 @@ class FamilyBlock(nn.Module):
                     if textual
                     else tuple(stream for stream in write.streams if stream != "text")
                 )
-                self._tap(leaf, found, layer, streams, call=write.call, axes=write.axes)
-        self._tap("resid_post", block, layer, where.leaves, axes=where.axes, keeps_text=textual)
+                taps.append(self._tap(leaf, found, streams, call=write.call, axes=write.axes))
+        leaving = {"axes": where.axes, "keeps_text": textual}
+        return [*taps, self._tap("resid_post", block, where.leaves, **leaving)]
 
-    def _tap(self, leaf: str, module: nn.Module, layer: int, *args: Any, **kwargs: Any) -> None:
-        point = HookPoint()
-        self.add_module(f"hook_{leaf}", point)
-        self.taps.append(StreamTap(module, point, layer, *args, **kwargs))
+    def _tap(self, leaf: str, module: nn.Module, *args: Any, **kwargs: Any) -> StreamTap:
+        name = f"hook_{leaf}"
+        if name not in self._modules:
+            self.add_module(name, HookPoint())
+        return StreamTap(module, self._modules[name], self.layer, *args, **kwargs)
 
 
 class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
@@ -184,7 +201,12 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
     setup: Any
     mod_dict: Any
 
-    def __init__(self, transformer: nn.Module, family: Family) -> None:
+    def __init__(
+        self, transformer: nn.Module, family: Family, first: FamilyModel | None = None
+    ) -> None:
+        """`first`: of another transformer of the same shape, whose hook points this one leads to
+        as well.
+        """
         super().__init__()
         live: Any = transformer
         self.family = family
@@ -193,13 +215,19 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
         listed = [
             (block, where) for where in family.blocks for block in live.get_submodule(where.path)
         ]
-        self.blocks = nn.ModuleList(
-            FamilyBlock(block, layer, where, sizes) for layer, (block, where) in enumerate(listed)
+        self.blocks = (
+            first.blocks
+            if first is not None
+            else nn.ModuleList(
+                FamilyBlock(block, layer, where, sizes)
+                for layer, (block, where) in enumerate(listed)
+            )
         )
-        self._taps: list[Tap] = [tap for block in self.blocks for tap in block.taps]
-        if not family.packed_joint:
-            self.hook_text = HookPoint()  # [batch text_pos d_text]
-            self._taps.insert(0, TextTap(transformer, self.hook_text, family))
+        # [batch text_pos d_text]
+        self.hook_text: HookPoint = HookPoint() if first is None else first.hook_text
+        self._taps: list[Tap] = [TextTap(transformer, self.hook_text, family)]
+        for ours, (block, _) in zip(self.blocks, listed, strict=True):
+            self._taps += ours.taps if first is None else ours.taps_on(block)
         self.cfg = HookedConfig(
             d_model=d_model,
             d_head=d_head,
@@ -212,6 +240,8 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
         )
         self.setup()
         self.wrapped = live  # after setup(), which gives every module a name
+        self.second: Any = None
+        """Of the transformer that computes the unconditional branch, if that is another one."""
         self.train(transformer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -245,11 +275,6 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
 
     def canonical_name(self, name: str) -> str:
         """As in HookedModule; says why an attention without a pattern has no hooks."""
-        if name == "hook_text" and self.family.packed_joint:
-            raise UnknownHookError(
-                f"{self.family.name} has no 'hook_text': latents and text enter as one sequence, "
-                "each as long as both; read 'blocks.0.hook_resid_pre'."
-            )
         for sublayer, reason in self.family.no_pattern.items():
             if f".{sublayer}.hook_" in name and name not in self.mod_dict:
                 raise UnknownHookError(f"{self.family.name} has no {name!r}: {reason}")

@@ -205,43 +205,38 @@ def nudged_image(
     model: FamilyModel, layout: Layout, inputs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[int]]:
     """Inputs with one image token changed in each row, and which."""
-    name = model.family.image
-    rows = [row.clone() for row in inputs[name]]
+    family, live = model.family, model.wrapped
+    name, given = family.image, family.by_row(live, inputs)
+    rows = [row.clone() for row in given[name]]
     tokens = [(1 + row) % layout.n_image for row in range(len(rows))]
-    for row, (x, token) in enumerate(zip(rows, tokens, strict=True)):
-        patch = _image_token(model, layout, x, row, token)
+    for x, token in zip(rows, tokens, strict=True):
+        patch = _image_token(model, layout, x, token)
         patch += 1 + torch.rand(patch.shape, generator=torch.Generator().manual_seed(2)).to(patch)
-    return {**inputs, name: _as_given(rows, inputs[name])}, tokens
+    return family.as_called(live, {**given, name: _as_given(rows, given[name])}), tokens
 
 
 def nudged_text(
     model: FamilyModel, layout: Layout, inputs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[int]]:
     """Inputs with the last token of the (first) text changed in each row, and which."""
-    name = model.family.text
-    rows = [row.clone() for row in inputs[name]]
-    tokens = []
-    for row, x in enumerate(rows):
-        width = len(x)
-        tokens.append(int(layout.text_mask[row, :width].nonzero().max()))
-        place = (
-            _in_model(layout, row, layout.n_image + tokens[-1])
-            if model.family.packed_joint
-            else tokens[-1]
-        )
-        x[place] += 1 + torch.rand(x[0].shape, generator=torch.Generator().manual_seed(2)).to(x)
-    return {**inputs, name: _as_given(rows, inputs[name])}, tokens
+    family, live = model.family, model.wrapped
+    name, given = family.text, family.by_row(live, inputs)
+    rows = [row.clone() for row in given[name]]
+    tokens = [int(layout.text_mask[row, : len(x)].nonzero().max()) for row, x in enumerate(rows)]
+    for x, token in zip(rows, tokens, strict=True):
+        x[token] += 1 + torch.rand(x[0].shape, generator=torch.Generator().manual_seed(2)).to(x)
+    return family.as_called(live, {**given, name: _as_given(rows, given[name])}), tokens
 
 
 def _as_given(rows: list[Tensor], like: Any) -> Any:
     return rows if isinstance(like, list) else torch.stack(rows)
 
 
-def _image_token(model: FamilyModel, layout: Layout, x: Tensor, row: int, token: int) -> Tensor:
+def _image_token(model: FamilyModel, layout: Layout, x: Tensor, token: int) -> Tensor:
     """View of one image token in a row of latents: a position, or a patch of pixels."""
     axes = model.family.axes or {2: "nc", 3: "chw", 4: "cfhw"}[x.ndim]
     if axes == "nc":
-        return x[_in_model(layout, row, token) if model.family.packed_joint else token]
+        return x[token]
     rows, columns, frames = layout.grid
     place = {
         "f": (token // (rows * columns), frames),
@@ -253,9 +248,3 @@ def _image_token(model: FamilyModel, layout: Layout, x: Tensor, row: int, token:
         at, n = place.get(axis, (0, 1))
         index.append(slice(at * size // n, (at + 1) * size // n))
     return x[tuple(index)]
-
-
-def _in_model(layout: Layout, row: int, position: int) -> int:
-    """Position of a joint sequence in the model's own order."""
-    order = layout.order(("joint",))[0]
-    return position if order is None else int(order[row % len(order), position])

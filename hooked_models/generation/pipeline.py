@@ -88,7 +88,10 @@ class HookedPipeline(HookedTextToImage):
             )
         live = has_weights_on(pipe.transformer)
         self.dit = families.hook(pipe.transformer, check=live)
-        self.__dict__["drafted"] = pipe if live else weightless(pipe)
+        if family is not None and family.second:
+            second = getattr(pipe, family.second)
+            self.dit.second = families.hook(second, check=live, first=self.dit)
+        self.__dict__["drafted"] = pipe if live else weightless(pipe, self.dit.family.layerwise)
         self.text_encoder, self.codec = None, getattr(pipe, "vae", None)
         self.options = {}
         self.sampler_hooks = SamplerHooks()
@@ -156,14 +159,15 @@ class HookedPipeline(HookedTextToImage):
 
     @property
     def default_guidance(self) -> float:  # type: ignore[override]
-        """The default of the pipeline's own argument; 1 if it has none."""
+        """The default of the pipeline's own argument, or of its family; 1 if neither has one."""
         name = self.guide
         default = (
             None
             if name is None
             else inspect.signature(type(self.pipe).__call__).parameters[name].default
         )
-        return 1.0 if default in (None, inspect.Parameter.empty) else float(default)
+        own = self.dit.family.guidance
+        return own if default in (None, inspect.Parameter.empty) else float(default)
 
     @property
     def guide(self) -> str | None:
@@ -235,7 +239,8 @@ class HookedPipeline(HookedTextToImage):
         guidance = None if guidance is None else number("guidance", guidance)
         if guidance is not None and self.guide is not None:
             options[self.guide] = guidance
-        return options | {"num_inference_steps": integer("num_steps", num_steps, 1)}
+        options |= {"num_inference_steps": integer("num_steps", num_steps, 1)}
+        return self.dit.family.completed(options)
 
     def _draft_key(
         self, texts: tuple[str, ...], options: Mapping[str, Any], latents: Any
@@ -367,7 +372,7 @@ class HookedPipeline(HookedTextToImage):
         Raises:
             ValueError: the pipeline changes a prompt's words before it encodes them.
         """
-        found = encoded_at_positions(self.draft(prompts, 0, 1, **options), self.dit.family.text)
+        found = encoded_at_positions(self.draft(prompts, 0, 1, **options), self.dit.family)
         longest = max(length or 0, *(len(one.ids) for one in found))
         return [padded(one, longest) for one in found]
 
@@ -377,11 +382,7 @@ class HookedPipeline(HookedTextToImage):
     ) -> Float[Tensor, "prompt text_pos d_text"]:
         """The text that enters the denoiser, one encoder's positions after the other's: the tensor
         at `hook_text`, without a run.
-
-        Raises:
-            UnknownHookError: latents and text enter as one sequence.
         """
-        self.dit.canonical_name("hook_text")  # raises
         inputs = self.draft(prompts, 0, 1, **options)
         return joined_text(text_arguments(inputs), self.dit.family.text, len(inputs))
 

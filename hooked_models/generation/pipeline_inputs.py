@@ -36,6 +36,11 @@ class Bound:
     takes.
     """
 
+    before: int = 0
+    """Positions before the image's in the latents and predictions of the transformer itself."""
+    second: bool = False
+    """True for a call of the transformer that computes the unconditional branch alone."""
+
     def take(self, index: Int[Tensor, " row"]) -> Bound:
         """Those of some rows."""
         some = {key: rows_of(value, index, self.rows) for key, value in self.arguments.items()}
@@ -48,8 +53,10 @@ class Bound:
 
     def call(self, module: Any, latents: Tensor) -> Tensor:
         """The prediction of `module`, its rows stacked."""
+        module = (getattr(module, "second", None) or module) if self.second else module
         found = module(**self.given(latents))[0]  # some give no tuple for return_dict=False
-        return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
+        found = torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
+        return found[:, self.before :] if self.before else found
 
     def opened(self, text: str) -> Bound:
         """With the text as the beginning of a graph of its own."""

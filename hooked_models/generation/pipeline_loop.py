@@ -42,10 +42,8 @@ class _Stop(Exception):
 class _Transformer:
     """Stands in for the transformer of a running pipeline."""
 
-    def __init__(self, running: Running, module: Any, family: Family) -> None:
-        self._running, self._module, self._image = running, module, family.image
-        self._by_row = partial(family.by_row, module)
-        self._as_called = partial(family.as_called, module)
+    def __init__(self, running: Running, module: Any, family: Family, second: bool) -> None:
+        self._running, self._module, self._family, self._second = running, module, family, second
         self._signature = inspect.signature(type(module).forward)
 
     def __getattr__(self, name: str) -> Any:
@@ -66,16 +64,25 @@ class _Transformer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(self._module, *args, **kwargs).arguments
         bound.pop("self")
-        returns_dict = bound.pop("return_dict", True)
-        latents = bound.pop(self._image, None)
-        if isinstance(latents, list):
-            text = Bound(dict(bound), len(latents), self._image, listed=True)
-            prediction: Any = list(self._running.denoise(torch.stack(latents), text))
-        else:
-            rows = len(latents) if isinstance(latents, Tensor) else 0
-            arguments = self._by_row(dict(bound))
-            text = Bound(arguments, rows, self._image, as_called=self._as_called)
-            prediction = self._running.denoise(latents, text)
+        returns_dict, family = bound.pop("return_dict", True), self._family
+        before = family.before(bound)
+        arguments = family.by_row(self._module, bound)
+        latents = arguments.pop(family.image, None)
+        listed = isinstance(latents, list)
+        text = Bound(
+            arguments,
+            len(latents) if isinstance(latents, (Tensor, list)) else 0,
+            family.image,
+            listed,
+            partial(family.as_called, self._module),
+            before,
+            self._second,
+        )
+        prediction: Any = self._running.denoise(torch.stack(latents) if listed else latents, text)
+        if listed:
+            prediction = list(prediction)
+        elif before:
+            prediction = torch.nn.functional.pad(prediction, (0, 0, before, 0))
         if not returns_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -97,7 +104,11 @@ class Running:
         pipe = copy.copy(inputs.pipe)
         own = vars(pipe)
         own["scheduler"] = copy.deepcopy(inputs.pipe.scheduler)
-        own["transformer"] = _Transformer(self, inputs.pipe.transformer, inputs.dit.family)
+        family = inputs.dit.family
+        for name in filter(None, ("transformer", family.second)):
+            own[name] = _Transformer(
+                self, getattr(inputs.pipe, name), family, name == family.second
+            )
         own["encode_prompt"] = self._encoding(pipe.encode_prompt)
         if inputs.dit.family.latents is None:
             own["prepare_latents"] = self._preparing(pipe.prepare_latents)
@@ -214,7 +225,8 @@ class Running:
         together: tuple[Branch, ...] = (
             ("cond", "uncond") if self.inputs.dit.family.cond_first else ("uncond", "cond")
         )
-        branches = together if len(x) == 2 * n else (self.named or BRANCHES[self.calls],)
+        named = "uncond" if text.second else self.named or BRANCHES[self.calls]
+        branches = together if len(x) == 2 * n else (named,)
         self.calls += 1
         call = Call(self.step, branches, n)
         timestep = next((text.arguments[name] for name in TIMES if name in text.arguments), None)
@@ -305,9 +317,8 @@ class PipelineLoop:
                 for branch in call.branches:
                     part = call.part(branch)
                     layouts[branch] = whole.take(torch.arange(part.start, part.stop))
-                    if not family.packed_joint:
-                        size = text_size(text.arguments, family.text)
-                        texts[f"{branch}.hook_text"] = (len(inputs), *size)
+                    size = text_size(text.arguments, family.text)
+                    texts[f"{branch}.hook_text"] = (len(inputs), *size)
         first = [branch for call, *_ in trial.calls if call.step == 0 for branch in call.branches]
         predicted = (len(inputs), *(trial.shape or trial.calls[0][2].shape[1:]))
         shapes = running.shapes | dict.fromkeys(("hook_out_cond", "hook_out_uncond"), predicted)
@@ -350,8 +361,12 @@ class PipelineLoop:
 def image_shape(inputs: PipelineInputs) -> tuple[int, ...]:
     """Shape of the images, from the pipeline's arguments and its default size."""
     pipe = inputs.pipe
+    known = inspect.signature(type(pipe).__call__).parameters
     default = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
-    asked = (int(inputs.options.get(side) or default) for side in ("height", "width"))
+    asked = (
+        int(inputs.options.get(side) or known[side].default or default)
+        for side in ("height", "width")
+    )
     sides = inputs.dit.family.sides(pipe, *asked)
     frames = inputs.options.get("num_frames")
     return (len(inputs), *([] if frames is None else [int(frames)]), 3, *sides)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..families.adapter import Family
 from ..text_encoders.words import EncodedText, TokenKind, split_words
 from .loops import Call
 from .pipeline_inputs import PipelineInputs
@@ -78,13 +79,13 @@ NOTHING = _Token(-1, (0, 0), "pad", True, False)
 """A position that no token stands at."""
 
 
-def encoded_at_positions(inputs: PipelineInputs, text: str) -> list[EncodedText]:
+def encoded_at_positions(inputs: PipelineInputs, family: Family) -> list[EncodedText]:
     """Each prompt with one entry for each text position of the denoiser, of all text encoders.
 
     Args:
         inputs: of a run; nothing but its text is computed.
-        text: the transformer's argument that holds the (first) text; others whose names begin with
-            it follow.
+        family: names the transformer's argument that holds the (first) text; others whose names
+            begin with it follow.
 
     Raises:
         ValueError: the pipeline changes a prompt's words before it encodes them.
@@ -105,9 +106,9 @@ def encoded_at_positions(inputs: PipelineInputs, text: str) -> list[EncodedText]
         if isinstance(part, nn.Module) and hasattr(part, "get_input_embeddings")
     ]
     encoders = [part for part in encoders if part is not pipe.transformer]
-    with torch.no_grad(), _marking(encoders, trace):
+    with torch.no_grad(), _marking(encoders, trace, family):
         arguments = text_arguments(replace(inputs, pipe=pipe, encoded=()))
-    marks = _marks(arguments, text)
+    marks = _marks(arguments, family.text)
     return [_joined(prompt, row, trace) for prompt, row in zip(inputs.prompts, marks, strict=True)]
 
 
@@ -201,7 +202,7 @@ def _token(encoded: EncodedText, i: int, start: int, end: int, shift: int) -> _T
 
 
 @contextmanager
-def _marking(encoders: Sequence[nn.Module], trace: _Trace) -> Iterator[None]:
+def _marking(encoders: Sequence[nn.Module], trace: _Trace, family: Family) -> Iterator[None]:
     """Let text encoders return marks for the time of the block."""
 
     def mark(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -213,7 +214,10 @@ def _marking(encoders: Sequence[nn.Module], trace: _Trace) -> Iterator[None]:
 
     with ExitStack() as stack:
         for encoder in encoders:
-            stack.callback(encoder.register_forward_hook(mark, with_kwargs=True).remove)
+            embedding, layers = family.layerwise(encoder) if family.layerwise else (encoder, ())
+            stack.callback(embedding.register_forward_hook(mark, with_kwargs=True).remove)
+            for layer in layers:  # passes marks on
+                stack.callback(layer.register_forward_hook(lambda m, args, out: args[0]).remove)
         yield
 
 

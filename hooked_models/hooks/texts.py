@@ -60,7 +60,7 @@ def text_size(arguments: Mapping[str, Any], text: str) -> tuple[int, int]:
     for value in text_parts(arguments, text).values():
         rows = value[:1] if isinstance(value, Tensor) else value
         length += max(row.shape[0] for row in rows)
-        width = max(width, rows[0][:1].numel())
+        width = max(width, rows[0].shape[1:].numel())
     return length, width
 
 

@@ -22,24 +22,48 @@ def has_weights_on(module: nn.Module) -> bool:
     return all(parameter.device.type != "meta" for parameter in module.parameters())
 
 
-def weightless(pipe: Any) -> Any:
+def weightless(pipe: Any, layerwise: Any = None) -> Any:
     """A copy of a pipeline on the meta device that goes through its loop on the CPU, computing no
     text.
 
     The pipeline itself stays as it is.
+
+    Args:
+        pipe: any pipeline whose modules are on the meta device.
+        layerwise: embedding and layers of a text encoder whose layers the pipeline runs one by one,
+            from the encoder; None where it calls the encoder.
     """
     found = copy.copy(pipe)
     found.__class__ = _on_cpu(type(pipe), _execution_device=property(lambda self: CPU))
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
-            vars(found)[name] = _returning_zeros(part)
-        elif name == "vae":
-            vars(found)[name] = copy.deepcopy(part)
-            # a pipeline may read statistics of latents from there
-            for module in vars(found)[name].modules():
-                module._buffers.update(
-                    {key: moved(buffer, "cpu") for key, buffer in module._buffers.items()}
-                )
+            vars(found)[name] = (
+                _passing_zeros(part, layerwise) if layerwise else _returning_zeros(part)
+            )
+        elif name == "vae":  # a pipeline may read statistics of latents from there
+            vars(found)[name] = _with_buffers(part)
+    return found
+
+
+def _with_buffers(part: nn.Module) -> Any:
+    """A copy whose buffers are zeros on the CPU."""
+    found = copy.deepcopy(part)
+    for module in found.modules():
+        module._buffers.update(
+            {key: moved(buffer, "cpu") for key, buffer in module._buffers.items()}
+        )
+    return found
+
+
+def _passing_zeros(encoder: nn.Module, layerwise: Any) -> nn.Module:
+    """The encoder with an embedding of zeros, which its layers pass on."""
+    found = _with_buffers(encoder)
+    found.__class__ = _on_cpu(type(encoder))
+    embedding, layers = layerwise(found)
+    shape, dtype = (embedding.embedding_dim,), embedding.weight.dtype
+    vars(embedding)["forward"] = lambda ids: torch.zeros(*ids.shape, *shape, dtype=dtype)
+    for layer in layers:
+        vars(layer)["forward"] = lambda x, **how: x
     return found
 
 

@@ -127,6 +127,11 @@ class Case:
         """True if both branches are one call."""
         return len(self.clean.record.predictions) == STEPS and len(self.branches) == 2
 
+    def transformer(self, branch: str) -> Any:
+        """The module that computes a branch."""
+        second = self.model.dit.family.second
+        return getattr(self.pipe, second if second and branch == "uncond" else "transformer")
+
     @cached_property
     def branches(self) -> tuple[str, ...]:
         return (

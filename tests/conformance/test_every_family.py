@@ -139,8 +139,8 @@ def test_a_block_scaled_by_a_torch_hook(case: Case) -> None:
     a forward hook.
     """
     where = case.model.dit.family.blocks[0]
-    block = case.pipe.transformer.get_submodule(where.path)[0]
     for branch in case.branches:
+        block = case.transformer(branch).get_submodule(where.path)[0]
         ours = case.images(
             case.act("blocks.0.hook_resid_post", steps=LAST, branch=branch, action=Scale(0.5))
         )
@@ -197,14 +197,17 @@ def halved(
     """
     draft, n = case.model.draft(PROMPTS, SEEDS, STEPS, case.guidance), len(PROMPTS)
     together = case.together
+    one_call = together or len(case.branches) == 1 or case.model.dit.second is not None
 
     def edit(counts: dict[str, int], value: Any) -> Any:
         count = counts["calls"] = counts.get("calls", 0) + 1
         first = next(
             x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor)
         )
-        step, place = divmod(count - 1, 1 if together or len(case.branches) == 1 else 2)
+        step, place = divmod(count - 1, 1 if one_call else 2)
         here = draft.branches if together else (draft.branches[place],)
+        if case.model.dit.second is not None:
+            here = (branch,)
         if step != LAST or branch not in here:
             return None
         start = draft.branches.index(branch) * n if together else 0
@@ -255,11 +258,16 @@ def test_a_cache_has_what_the_transformer_returns(case: Case) -> None:
     names = [f"steps.{step}.hook_out_{branch}" for step in range(STEPS) for branch in case.branches]
     cache = case.cached([*names, "blocks.0.hook_resid_post"], branch="both")
     recorded: list[Tensor] = []
-    keep = case.pipe.transformer.register_forward_hook(
-        lambda module, args, output: recorded.append(output[0])
-    )
+
+    def keep(module: Any, args: Any, given: Any, output: Any) -> None:
+        start = case.model.dit.family.before(given)
+        recorded.append(output[0][:, start:] if start else output[0])
+
+    live = {case.transformer(branch) for branch in case.branches}
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in live]
     case.plain()
-    keep.remove()
+    for handle in handles:
+        handle.remove()
     order = case.model.draft(PROMPTS, SEEDS, STEPS, case.guidance).branches
     said = [
         torch.cat([cache[f"steps.{step}.hook_out_{branch}"] for branch in order])

@@ -623,6 +623,13 @@ def krea2() -> Any:
         **sizes,
         **text,
     )
+    return D.Krea2Pipeline(
+        *(flow(), qwen_image_vae(), qwen3_vl(), tokenizer(), model),
+        text_encoder_select_layers=(1, 2),
+    )
+
+
+def qwen3_vl(layers: int = 2) -> Any:
     vision = {
         "depth": 1,
         "hidden_size": 16,
@@ -630,12 +637,8 @@ def krea2() -> Any:
         "num_heads": 2,
         "out_hidden_size": D_TEXT,
     }
-    encoder = T.Qwen3VLModel(
-        T.Qwen3VLConfig(text_config={**qwen_text(), "head_dim": 8}, vision_config=vision)
-    )
-    return D.Krea2Pipeline(
-        flow(), qwen_image_vae(), encoder, tokenizer(), model, text_encoder_select_layers=(1, 2)
-    )
+    text = {**qwen_text(), "head_dim": 8, "num_hidden_layers": layers}
+    return T.Qwen3VLModel(T.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
 def flux2_vae() -> Any:
@@ -792,6 +795,24 @@ def glm_image() -> Any:
     return pipe
 
 
+def ideogram4() -> Any:
+    sizes = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "adaln_dim": 8,
+        "mrope_section": (4, 2, 2),
+    }
+    models = [
+        D.Ideogram4Transformer2DModel(in_channels=16, llm_features_dim=13 * D_TEXT, **sizes)
+        for _ in range(2)
+    ]
+    words = tokenizer(max_length=48)
+    words.chat_template = CHAT.replace("m['content']", "m['content'][0]['text']")
+    return D.Ideogram4Pipeline(flow(), flux2_vae(), qwen3_vl(layers=36), words, *models)
+
+
 SQUARE = {"height": 16, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "FLUX.1": (flux, {**SQUARE, "guidance_scale": 3.5, "max_sequence_length": 12}),
@@ -902,6 +923,15 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "ERNIE-Image": (ernie_image, {**SQUARE, "guidance_scale": 4.0}),
     "Kandinsky 5": (kandinsky5, {**SQUARE, "height": 32, "width": 32, "guidance_scale": 4.0}),
     "GLM-Image": (glm_image, {**SQUARE, "height": 64, "width": 64, "guidance_scale": 4.0}),
+    "Ideogram 4": (
+        ideogram4,
+        {
+            **SQUARE,
+            "guidance_scale": 4.0,
+            "guidance_schedule": None,
+            "max_sequence_length": 48,
+        },
+    ),
     "HiDream": (hidream, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
 }
 """Name → how the pipeline is built, and the arguments of its call.
@@ -925,8 +955,8 @@ def tiny_pipeline(name: str) -> tuple[Any, dict[str, Any]]:
     build, call = PIPELINES[name]
     torch.manual_seed(0)
     pipe = build()
-    for part in pipe.components.values():
+    for place, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
-            randomise(part.eval(), 0.2 if part is pipe.transformer else 0.1)
+            randomise(part.eval(), 0.2 if place.endswith("transformer") else 0.1)
     pipe.set_progress_bar_config(disable=True)
     return pipe, dict(call)

@@ -73,7 +73,9 @@ def texts_read(pipe: Any, prompt: str, options: dict[str, Any]) -> Tensor:
     handles = [pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)]
     for part in pipe.components.values():
         if hasattr(part, "get_input_embeddings") and isinstance(part, nn.Module):
-            handles.append(part.register_forward_hook(words_alone, with_kwargs=True))
+            read, layers = family.layerwise(part) if family.layerwise else (part, ())
+            handles.append(read.register_forward_hook(words_alone, with_kwargs=True))
+            handles += [one.register_forward_hook(lambda m, args, out: args[0]) for one in layers]
     pipe(prompt=prompt, num_inference_steps=1, output_type="latent", **options)
     for handle in handles:
         handle.remove()
