@@ -26,7 +26,7 @@ SCORED = ("relation", "strength")
 class Config:
     """Settings of the table."""
 
-    scenes: int = 16
+    scenes: int = 33
     seed: int = 3
     folder: Path = Path("results/search_table")
     out: Path = Path(__file__).parent / "search_race.parquet"
