@@ -63,9 +63,7 @@ def _prepare(app: object) -> None:
 def _plain_docstring(
     app: object, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Read indented paragraphs of a module's docstring as code, and bars around a word as absolute
-    values; add the picture of what is drawn (`docs/gallery.py`).
-    """
+    """Read indented paragraphs as code, |word| as it stands; add pictures (`docs/gallery.py`)."""
     text = re.sub(r"\|(\w+)\|", r"\\|\1\\|", "\n".join(lines))
     if what == "module":
         text = re.sub(r"(?<=\n)\n((?: {4}.*\n?)+)", r"\n::\n\n\1", text)

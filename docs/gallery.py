@@ -1,5 +1,6 @@
-"""Draws the pictures of the API reference: each function of `dit_lens.viz`, with numbers of the
-bundled models.
+"""Draws the pictures of the API reference.
+
+Each function of `dit_lens.viz`, with numbers of the bundled models:
 
     python docs/gallery.py
 

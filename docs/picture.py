@@ -1,5 +1,6 @@
-"""Draws the picture of the front page: one noise, one prompt, and four heads that read another
-word.
+"""Draws the picture of the front page.
+
+One noise, one prompt, and four heads that read another word:
 
     python docs/picture.py
 
@@ -33,8 +34,9 @@ STEPS = 14
 def generation(
     model: HookedTextToImage, swap: Interchange, heads: tuple[str, ...], seed: int
 ) -> tuple[Float[Tensor, "frame 3 height width"], Float[np.ndarray, "step head y x"]]:
-    """The decoded latent before each step and the final image; and what each of `HEADS` attends to
-    at the relation word.
+    """The decoded latent before each step and the final image, and attention of `HEADS`.
+
+    Attention is that of each image position to the relation word.
     """
     word = model.to_str_tokens(swap.texts[0]).index("▁above")
     with model.hooks(fwd_hooks=swap.hooks(heads)):

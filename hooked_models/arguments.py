@@ -25,8 +25,9 @@ RENAMED = {
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """A value for a message: its repr in one line of at most `length` characters, of arrays the
-    shape.
+    """A value for a message, in one line of at most `length` characters.
+
+    Its repr; of arrays the shape.
 
     Example:
         >>> shown(torch.zeros(3, 4)), shown("x" * 200, 10)
@@ -160,8 +161,9 @@ def one_of(name: str, value: Any, options: Sequence[Any]) -> Any:
 
 
 def chosen_steps(steps: Any, n: int, name: str = "steps") -> list[int]:
-    """Some of `n` denoising steps, ascending and each once: one, several or a slice, negative ones
-    from the end; None for all.
+    """Some of `n` denoising steps, ascending and each once.
+
+    One, several or a slice, negative ones from the end; None for all.
 
     Raises:
         ValueError: one of them is no integer, or lies outside of the run; or there is none.
@@ -289,10 +291,9 @@ def row_indices(value: Any, n: int) -> Tensor:
 
 
 def diffusers_names(function: Function) -> Function:
-    """A function that names our argument where it is called with that of diffusers' pipelines
-    (`num_inference_steps`).
+    """Name our argument where a function is called with that of diffusers' pipelines.
 
-    A method's object may take some names itself: its `own_names`.
+    Such as `num_inference_steps`. A method's object may take some names itself: its `own_names`.
 
     Example:
         >>> diffusers_names(lambda num_steps=1: num_steps)(num_steps=3)

@@ -52,8 +52,9 @@ def attach(
 
 
 def renamed(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
-    """Module-level `__getattr__` that finds names which moved, with a DeprecationWarning that gives
-    the new place.
+    """Module-level `__getattr__` that finds names which moved, with a DeprecationWarning.
+
+    It gives the new place.
 
     Args:
         module: the module's `__name__`.

@@ -65,10 +65,10 @@ On = Annotated[Machine, tyro.conf.arg(name="")]
 
 
 def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a model, or continue a run that was stopped: `dit-lens train --out runs/mine --size
-    nano`.
+    """Train a model, or continue a run that was stopped.
 
-    Several GPUs or nodes: `accelerate launch -m dit_lens.cli train …`.
+    `dit-lens train --out runs/mine --size nano`. Several GPUs or nodes: `accelerate launch -m
+    dit_lens.cli train …`.
     """
     import torch
 
@@ -85,8 +85,9 @@ def train_command(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> Non
 
 
 def pretrain_command(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Pre-train a small T5 encoder on a caption grammar, or continue a run that was stopped; `train
-    --encoder` reads it: `dit-lens pretrain-text-encoder --out runs/encoder`.
+    """Pre-train a small T5 encoder on a caption grammar, or continue a run that was stopped.
+
+    `train --encoder` reads it: `dit-lens pretrain-text-encoder --out runs/encoder`.
     """
     from ..training.t5.pretrain import pretrain
 
@@ -104,8 +105,9 @@ def generate(
     batch_size: int = 16,
     out: Path = Path("image.png"),
 ) -> None:
-    """Draw a prompt, or several from one noise, and save the pictures: `dit-lens generate rte-micro
-    "red circle is above blue square"`.
+    """Draw a prompt, or several from one noise, and save the pictures.
+
+    `dit-lens generate rte-micro "red circle is above blue square"`.
 
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
@@ -152,8 +154,9 @@ def generate(
 def evaluate(
     model: Name, machine: On, prompts: Prompts = (), n: int = 512, out: Path | None = None
 ) -> None:
-    """Score a model on held-out and trained scenes, by relation, phrase and template, with 95 %
-    intervals: `dit-lens evaluate rte-micro --n 64 --out accuracies.csv`.
+    """Score a model on held-out and trained scenes, with 95 % intervals.
+
+    By relation, phrase and template: `dit-lens evaluate rte-micro --n 64 --out accuracies.csv`.
 
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
@@ -192,9 +195,9 @@ def evaluate(
 def screen(
     model: Name, machine: On, words: tuple[str, ...] = DIRECTION_WORDS, out: Path | None = None
 ) -> None:
-    """Rank cross-attention heads by the match of their position-by-word maps with the words'
-    directions: `dit-lens screen rte-micro --words above below --out heads.csv`.
+    """Rank cross-attention heads by the match of their maps with words' directions.
 
+    The maps are position by word: `dit-lens screen rte-micro --words above below --out heads.csv`.
     Relation heads of the paper have |cosine| ≥ .5 and p ≤ .01.
 
     Args:
@@ -227,8 +230,10 @@ def synopsis_command(
     threshold: float | None = None,
     out: Path | None = None,
 ) -> None:
-    """Rank heads by the attention of an image region to words of the prompt (or, in "attn", to
-    another region): `dit-lens synopsis rte-micro --key-group relation --out attention.csv`.
+    """Rank heads by the attention of an image region to words of the prompt.
+
+    In "attn", to another region: `dit-lens synopsis rte-micro --key-group relation --out
+    attention.csv`.
 
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub
@@ -351,8 +356,9 @@ def _words(model: HookedTextToImage, texts: list[str], keys: str) -> Any:
 
 
 def models() -> None:
-    """List the bundled models, with size, text encoder and relation accuracy on held-out scenes:
-    `dit-lens models`.
+    """List the bundled models: `dit-lens models`.
+
+    With size, text encoder and relation accuracy on held-out scenes.
     """
     from hooked_models.pipelines.hub import ZOO, list_models
 

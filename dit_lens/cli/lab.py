@@ -9,7 +9,8 @@ from .output import say
 def lab(
     model: Name, machine: On, host: str = "127.0.0.1", port: int = 7860, names: tuple[str, ...] = ()
 ) -> None:
-    """Open a page on which clicks mask, exchange or scale heads, and the image is drawn anew:
+    """Open a page on which clicks mask, exchange or scale heads, and the image is drawn anew.
+
     `dit-lens lab rte-micro`.
 
     Args:

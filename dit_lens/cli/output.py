@@ -50,8 +50,9 @@ def save(table: pd.DataFrame, out: Path) -> None:
 
 @contextmanager
 def step_bar(total: int) -> Iterator[Callable[..., None]]:
-    """Denoising steps, steps/s and time left, on stderr; what is given is called once a step,
-    and can be a hook.
+    """Show denoising steps, steps/s and time left, on stderr.
+
+    The function that is given is called once a step, and can be a hook.
     """
     columns = (
         *(BarColumn(), MofNCompleteColumn(), TextColumn("steps, {task.fields[rate]:.1f}/s,")),

@@ -46,8 +46,10 @@ def sweep_command(
     workers: int | None = None,
     out: Path | None = None,
 ) -> None:
-    """Effects of switching off heads, layers or words, one condition at a time, the strongest
-    first, with 95 % intervals: `dit-lens sweep rte-micro --metric relation --out cells.csv`.
+    """Rank the effects of switching off heads, layers or words, with 95 % intervals.
+
+    One condition at a time, the strongest first: `dit-lens sweep rte-micro --metric relation --out
+    cells.csv`.
 
     Args:
         model: bundled name (`dit-lens models`), pipeline folder, folder of a training run, or hub

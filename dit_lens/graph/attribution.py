@@ -1,5 +1,6 @@
-"""Attribution: the effect of every node or edge, to first order, from two runs and one gradient;
-and how far that is true.
+"""Attribution: the effect of every node or edge, to first order, and how far that is true.
+
+From two runs and one gradient.
 
     original = model.trajectory("red circle is below blue square", seed=0)
     source = model.trajectory("red circle is above blue square", seed=0)
@@ -71,8 +72,9 @@ DEFAULT = ("attn", "cross_attn", "mlp", "text")
 
 @dataclass(frozen=True)
 class NodeAttribution(Attribution):
-    """Scores of nodes: a Dataset with one variable a kind, dims (step, branch, prompt, layer, head,
-    pos or text_pos).
+    """Scores of nodes, a Dataset with one variable a kind.
+
+    Dims (step, branch, prompt, layer, head, pos or text_pos).
 
     Example:
         >>> found = nodes(pair(below, above, steps=0), red, ["cross_attn", "mlp"])
@@ -159,10 +161,10 @@ def nodes(
     ig_steps: int = 1,
     ig_over: Literal["inputs", "activations"] = "inputs",
 ) -> NodeAttribution:
-    """Attribution patching of nodes: (source − original) · ∂metric/∂activation, by prompt, step,
-    branch, layer and head.
+    """Attribution patching of nodes: (source − original) · ∂metric/∂activation.
 
-    Gradients go through all later steps and the solver; memory is that of one step's graph.
+    Scores are by prompt, step, branch, layer and head. Gradients go through all later steps and the
+    solver; memory is that of one step's graph.
 
     Args:
         pair: two trajectories, or two denoiser calls.

@@ -1,10 +1,10 @@
-"""Edges between the blocks of any denoiser whose residual stream has names: what one block adds to
-the stream, as another reads it.
+"""Edges between the blocks of any denoiser whose residual stream has names.
 
-A block's contribution is the stream that leaves it minus the stream that enters it, and its reading
-the gradient at its input minus the gradient at its output: the rest passes by. So no copy of the
-stream is needed, and blocks run as diffusers wrote them. Heads and MLPs have no such edges there,
-for the gate between them and the stream is the block's own.
+An edge is what one block adds to the stream, as another reads it. A block's contribution is the
+stream that leaves it minus the stream that enters it, and its reading the gradient at its input
+minus the gradient at its output: the rest passes by. So no copy of the stream is needed, and blocks
+run as diffusers wrote them. Heads and MLPs have no such edges there, for the gate between them and
+the stream is the block's own.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class BlockEdges(Attribution):
-    """Scores of edges between blocks: a DataArray with dims (step, branch, prompt, sender,
-    receiver), NaN where no edge can be.
+    """Scores of edges between blocks.
 
+    A DataArray with dims (step, branch, prompt, sender, receiver), NaN where no edge can be.
     "embed", the stream that enters the first block, and "block.L0" … send; "block.L0" … and
     "output", the stream that leaves the last block, receive. A column of "output" adds up to the
     score of that stream as a node, a row to that of the sender's contribution.

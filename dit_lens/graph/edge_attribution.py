@@ -26,13 +26,12 @@ from .verification import Attribution, Patch, labelled, ranked
 
 @dataclass(frozen=True)
 class EdgeAttribution(Attribution):
-    """Scores of edges: a DataArray with dims (step, branch, prompt, sender, receiver), NaN where no
-    edge can be.
+    """Scores of edges, a DataArray, NaN where no edge can be.
 
-    Senders and receivers are named as in `dit_lens.patching`: "embed", "attn.L0H1",
-    "cross_attn.L0H1", "mlp.L0", "text[0]" send; "attn.L1H0.q" (k, v), "cross_attn.L1H0.q" (k, v),
-    "mlp.L1" and "output", the final residual stream, receive. Cross-attention
-    reads the words as k and v, and nothing else.
+    Dims (step, branch, prompt, sender, receiver). Senders and receivers are named as in
+    `dit_lens.patching`: "embed", "attn.L0H1", "cross_attn.L0H1", "mlp.L0", "text[0]" send;
+    "attn.L1H0.q" (k, v), "cross_attn.L1H0.q" (k, v), "mlp.L1" and "output", the final residual
+    stream, receive. Cross-attention reads the words as k and v, and nothing else.
 
     A receiver's column adds up to (source − original) · gradient of its whole input, a sender's row
     to its score as a node.
@@ -65,11 +64,11 @@ class EdgeAttribution(Attribution):
 
 
 def edges(pair: Pair, metric: Metric, *, ig_steps: int = 1) -> EdgeAttribution | BlockEdges:
-    """Edge attribution patching (EAP): (source − original) of the sender's output · ∂metric/∂(the
-    receiver's input).
+    """Edge attribution patching (EAP).
 
-    An edge leads from one denoiser call to the same call; its effect on later steps is in the
-    gradient. In models other than PixArt, blocks are the nodes (`BlockEdges`).
+    Scores are (source − original) of the sender's output · ∂metric/∂(the receiver's input). An edge
+    leads from one denoiser call to the same call; its effect on later steps is in the gradient. In
+    models other than PixArt, blocks are the nodes (`BlockEdges`).
 
     Args:
         pair: two trajectories, or two denoiser calls.
@@ -115,8 +114,9 @@ def _edge_scores(
     change: Mapping[str, Tensor],
     gradient: Mapping[str, Tensor],
 ) -> Float[Tensor, "batch sender receiver"]:
-    """Change of each sender's output times gradient of each receiver's input, in one call; NaN
-    without an edge.
+    """Change of each sender's output times gradient of each receiver's input, in one call.
+
+    NaN without an edge.
 
     Args:
         dit: denoiser of both runs.

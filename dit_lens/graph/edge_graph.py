@@ -1,9 +1,9 @@
-"""The edges of one denoiser call: which components send, which receive, and at which hooks that can
-be read and edited.
+"""The edges of one denoiser call.
 
-Everything that is written to the residual stream reaches everything that reads it later; the words
-reach cross-attention's keys and values. Source: the graphs of EAP (arXiv 2310.10348) and of
-TransformerLens' attribution patching, with cross-attention added.
+Lists the components that send, those that receive, and the hooks at which each can be read and
+edited. Everything that is written to the residual stream reaches everything that reads it later;
+the words reach cross-attention's keys and values. Source: the graphs of EAP (arXiv 2310.10348) and
+of TransformerLens' attribution patching, with cross-attention added.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def input_hook(dit: HookedDiT, node: Node) -> str:
 
 
 def index_of(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[Any, ...]:
-    """Index of a node's share of a tensor [batch pos (head) d_model]; with `words`, of the first of
-    them alone.
+    """Index of a node's share of a tensor [batch pos (head) d_model].
+
+    With `words`, of the first of them alone.
     """
     everywhere = slice(None) if words is None else words[0]
     return (slice(None), everywhere) if node.head is None else (slice(None), everywhere, node.head)
@@ -78,8 +79,9 @@ def index_of(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[An
 
 @contextmanager
 def edge_flags(dit: HookedDiT) -> Iterator[None]:
-    """A hook for every sender's contribution and every receiver's own input, in the runs that this
-    block makes.
+    """Give every sender's contribution and every receiver's own input a hook.
+
+    In the runs that this block makes.
 
     Raises:
         ValueError: cfg.use_attn_in is on, which excludes separate inputs.

@@ -47,10 +47,10 @@ RESAMPLES = 2000
 def candidate_edges(
     model: HookedTextToImage, prompts: Sequence[str], scores: xr.DataArray
 ) -> pd.DataFrame:
-    """The edges along which anything differs, the largest first: columns step, sender, receiver,
-    score (mean over prompts).
+    """The edges along which anything differs, the largest first.
 
-    Edges of words are one edge a role ("text[relation]"): prompts differ in where it stands.
+    Columns step, sender, receiver, score (mean over prompts). Edges of words are one edge a role
+    ("text[relation]"): prompts differ in where it stands.
 
     Args:
         model: the model that was attributed; its tokenizer finds the roles.
@@ -106,8 +106,9 @@ def run_circuits(
     num_steps: int = DEFAULT_STEPS,
     together: int = 4,
 ) -> Float[Tensor, "circuit prompt 3 height width"]:
-    """Images in [0, 1] that circuits draw of the clean prompts, all outside of them being as for
-    the corrupt ones.
+    """Images in [0, 1] that circuits draw of the clean prompts.
+
+    All outside of a circuit is as for the corrupt prompts.
 
     Args:
         model: a PixArt model, whose edges are cut.
@@ -307,8 +308,9 @@ def faithfulness(
 
 
 def areas(shares: Float[np.ndarray, " size"], curve: Float[np.ndarray, " size"]) -> Areas:
-    """CPR and CMD by the trapezoid rule, with the exact ends: the circuit of no edges (0) and of
-    all (1).
+    """CPR and CMD by the trapezoid rule, with the exact ends.
+
+    The circuit of no edges (0) and of all (1).
 
     Example:
         >>> areas(np.array([0.5]), np.array([1.0]))
@@ -319,8 +321,9 @@ def areas(shares: Float[np.ndarray, " size"], curve: Float[np.ndarray, " size"])
 
 
 def resampled(statistic: Callable[[np.ndarray], float], n: int, rng: int = 0) -> Interval:
-    """A statistic of `n` things (prompts, say), given by their numbers, with its 95 % bootstrap
-    interval over them.
+    """A statistic of `n` things with its 95 % bootstrap interval over them.
+
+    Things (prompts, say) are given by their numbers.
 
     Example:
         >>> heights = np.array([1.0, 2.0, 3.0, 4.0])
@@ -340,8 +343,9 @@ def random_circuits(
     rng: np.random.Generator,
     like: Bool[np.ndarray, "size edge"] | None = None,
 ) -> Bool[np.ndarray, "size edge"]:
-    """Nested random circuits of the given sizes; `like`: with as many edges at every step as these
-    have.
+    """Nested random circuits of the given sizes.
+
+    `like`: with as many edges at every step as these have.
 
     Example:
         >>> edges = pd.DataFrame({"step": [0, 0, 1]})

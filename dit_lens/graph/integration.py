@@ -33,8 +33,9 @@ def runs_between(pair: Pair, ig_steps: int) -> list[tuple[Chain, float]]:
 
 
 def quadrature(points: int) -> list[tuple[float, float]]:
-    """Gauss–Legendre on [0, 1], as in captum: far closer to the integral than EAP-IG's Riemann sum
-    of as many points.
+    """Gauss–Legendre on [0, 1], as in captum.
+
+    Far closer to the integral than EAP-IG's Riemann sum of as many points.
 
     Returns:
         (place, weight) of each point; weights sum to 1.

@@ -124,8 +124,9 @@ class Node:
             raise ValueError("text can only send: nothing in the denoiser writes to it.")
 
     def output_hooks(self, dit: Any) -> list[str]:
-        """The names in the denoiser of all tensors by which this node sends: an MLP of a model
-        with a stream for the text, two.
+        """The names in the denoiser of all tensors by which this node sends.
+
+        An MLP of a model with a stream for the text, two.
         """
         own, text = self.output_hook(dit.cfg), f"blocks.{self.layer}.hook_text_mlp_out_pre_gate"
         return [own, text] if self.kind == "mlp" and text in dit.mod_dict else [own]
@@ -149,9 +150,10 @@ class Node:
         return [f"blocks.{self.layer}.{self.kind}.hook_{part}" for part in self.part or "qkv"]
 
     def frozen_hooks(self, dit: Any) -> list[str]:
-        """The names in a denoiser of the tensors that hold a layer's sublayer, the node, at the
-        values of another run; none for an MLP that leaves as one tensor with the attention
-        (`path_patching` holds it there).
+        """Names of the tensors that hold this node, a layer's sublayer, at another run's values.
+
+        None for an MLP that leaves as one tensor with the attention (`path_patching` holds it
+        there).
         """
         block = f"blocks.{self.layer}."
         if self.kind != "mlp":
@@ -169,8 +171,9 @@ class Node:
 
     @property
     def index(self) -> Index:
-        """This node's share of a tensor that it reads or writes; text apart, whose positions depend
-        on the prompt.
+        """This node's share of a tensor that it reads or writes.
+
+        Text apart, whose positions depend on the prompt.
         """
         return ... if self.head is None else (..., self.head, slice(None))
 
@@ -188,8 +191,9 @@ def _outputs(block: str, kind: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Nodes:
-    """A set of nodes at some denoising steps and in a guidance branch; a single denoiser call has
-    neither.
+    """A set of nodes at some denoising steps and in a guidance branch.
+
+    A single denoiser call has neither.
 
     Example:
         >>> str(Nodes(["mlp.L0", "mlp.L1"], steps=[0, 1], branch="both"))

@@ -48,8 +48,9 @@ REFERENCE, SENT, CARRIED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Experiment:
-    """Two runs, a metric and the kinds of components that are frozen (all but senders and
-    receivers).
+    """Two runs, a metric and the kinds of components that are frozen.
+
+    Frozen are all but senders and receivers.
 
     Example:
         >>> one, other = (
@@ -132,8 +133,9 @@ class Experiment:
         return values.detach().double().cpu().numpy()
 
     def places(self, nodes: Nodes, sends: bool) -> list[Place]:
-        """The denoiser calls that a set means, up to the one that the metric is taken at; checks
-        the set on the way.
+        """The denoiser calls that a set means, up to the one that the metric is taken at.
+
+        Checks the set on the way.
         """
         for node in nodes.nodes:
             node.check(self.original.dit.cfg, sends)
@@ -172,8 +174,9 @@ class Experiment:
         return branches
 
     def why_no_path(self, senders: Nodes, receivers: Nodes) -> str | None:
-        """Why some sender reaches no receiver, or some receiver is not reached; None if all is
-        joined.
+        """Why some sender reaches no receiver, or some receiver is not reached.
+
+        None if all is joined.
         """
         dit = self.original.dit
         sent = list(product(senders.nodes, self.places(senders, sends=True)))
@@ -271,8 +274,9 @@ class Experiment:
     def hold_parallel_mlps(
         self, steps: Iterable[int], copies: int
     ) -> Iterator[tuple[str, HookFunction]]:
-        """Hooks that hold an MLP which is projected together with its block's attention: the
-        projection is linear, so it changes by the change of z alone.
+        """Hooks that hold an MLP which is projected together with its block's attention.
+
+        The projection is linear, so it changes by the change of z alone.
         """
         run, dit = self.original, self.original.dit
         joined = "blocks.{}.hook_attn_mlp_out_pre_gate"
@@ -310,8 +314,9 @@ class Experiment:
             yield name, index, values[name][index]
 
     def receive(self, receivers: Nodes, first: int) -> Iterator[tuple[str, Index]]:
-        """(hook, part of its tensor) of every input, from step `first` on; no path leads into
-        earlier steps.
+        """(hook, part of its tensor) of every input, from step `first` on.
+
+        No path leads into earlier steps.
         """
         run = self.original
         for place, node in product(self.places(receivers, sends=False), receivers.nodes):

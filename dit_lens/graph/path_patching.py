@@ -1,5 +1,6 @@
-"""Path patching: the effect of senders on a result *by way of* receivers, within a step and across
-steps.
+"""Path patching: the effect of senders on a result *by way of* receivers.
+
+Within a step and across steps.
 
     original = model.trajectory("red circle is above blue square", seed=0)
     source = model.trajectory("red circle is below blue square", seed=0)
@@ -69,8 +70,9 @@ def path_patch(
     variant: str | Collection[str] = "direct",
     metric_on: str | None = None,
 ) -> xr.Dataset:
-    """The effect of the senders' source values on a metric, along the paths through the receivers
-    (see the module).
+    """The effect of the senders' source values on a metric, along paths through the receivers.
+
+    See the module.
 
     Args:
         original: `model.trajectory(prompts, seed=0)`, or one call of a denoiser, `dit.bind(latents,
@@ -122,12 +124,11 @@ def path_patch_matrix(
     metric_on: str | None = None,
     receivers_per_run: int = 16,
 ) -> xr.Dataset:
-    """`path_patch` of every sender (or set) with every receiver (or set): patched and effect over
-    (sender, receiver, prompt).
+    """`path_patch` of every sender (or set) with every receiver (or set).
 
-    NaN where no path leads. One sender's receivers share a run, as further rows of its batch,
-    `receivers_per_run` at a time; a receiver of several nodes or calls shares only where nothing is
-    frozen.
+    Patched and effect over (sender, receiver, prompt). NaN where no path leads. One sender's
+    receivers share a run, as further rows of its batch, `receivers_per_run` at a time; a receiver
+    of several nodes or calls shares only where nothing is frozen.
 
     Example:
         >>> from hooked_models import HookedTextToImage
@@ -192,8 +193,9 @@ def head_matrix(
     receiver_steps: int | Sequence[int] | None = None,
     **how: Any,
 ) -> xr.Dataset:
-    """`path_patch_matrix` of all heads of a sublayer with (the q, k or v of) all heads of a
-    sublayer.
+    """`path_patch_matrix` of all heads of a sublayer with all heads of a sublayer.
+
+    Receivers are heads, or their q, k or v.
 
     Returns:
         patched and effect over (layer, head, receiver_layer, receiver_head, prompt). `how` is

@@ -57,9 +57,7 @@ class Verification:
 
 
 class Patch(NamedTuple):
-    """Adds the difference (source − original) at `sender[sender_part]` to
-    `receiver[receiver_part]`.
-    """
+    """Adds (source − original) at `sender[sender_part]` to `receiver[receiver_part]`."""
 
     receiver: str
     receiver_part: tuple[Any, ...]
@@ -89,10 +87,9 @@ class Attribution:
         raise NotImplementedError
 
     def verify(self, k: int = 10, sample: int = 30, seed: int = 0) -> Verification:
-        """Patch the `k` largest cells and a random `sample` of all, each exactly and alone, by
-        running the original again.
+        """Patch the `k` largest cells and a random `sample` of all, each exactly and alone.
 
-        Costs k + sample runs from the cell's step on.
+        The original is run again for each. Costs k + sample runs from the cell's step on.
         """
         table = self.table()
         drawn = np.sort(np.random.default_rng(seed).permutation(len(table))[:sample])
@@ -157,8 +154,9 @@ def _add(index: tuple[Any, ...], change: Tensor, tensor: Tensor, hook: Any) -> T
 
 
 def fitted(x: Tensor, like: Tensor) -> Tensor:
-    """`x` with as many positions as another, of which the image's come first: some last blocks give
-    no text.
+    """`x` with as many positions as another, of which the image's come first.
+
+    Some last blocks give no text.
 
     Example:
         >>> fitted(torch.ones(1, 5, 2), torch.ones(1, 3, 2)).shape
@@ -172,8 +170,9 @@ def fitted(x: Tensor, like: Tensor) -> Tensor:
 def labelled(
     pair: Pair, found: Mapping[int, tuple[tuple[str, ...], np.ndarray]], coords: Mapping[str, Any]
 ) -> xr.DataArray:
-    """The contexts' arrays (index of the context → dims, values) as one, with dims step and branch
-    in front, if it has any.
+    """The contexts' arrays as one, with dims step and branch in front, if it has any.
+
+    Arrays are given as index of the context → dims, values.
     """
     outer = {
         key: list(dict.fromkeys(c.coords[key] for c in pair.contexts))

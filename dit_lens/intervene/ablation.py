@@ -207,9 +207,7 @@ def _labelled(
     scenes: Sequence[Scene | Trio],
     seeds: Any,
 ) -> xr.Dataset:
-    """Verdicts with the attributes and coordinates of `evaluate`, and their paired changes from
-    the first condition.
-    """
+    """Verdicts labelled as by `evaluate`, with their paired changes from the first condition."""
     numbers = np.atleast_1d(np.asarray(seeds))
     noise = np.broadcast_to(numbers, (len(scenes), numbers.shape[-1]))
     effects = {

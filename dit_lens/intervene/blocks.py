@@ -1,5 +1,6 @@
-"""Whole blocks as places to intervene: remove them, scale their text, move patterns to the
-identity.
+"""Whole blocks as places to intervene.
+
+Remove them, scale their text, move patterns to the identity.
 
     with model.hooks(remove_blocks(model, 3) + scale_text(model, [4, 5], 2.0)):
         images = model(prompts, seed=0)

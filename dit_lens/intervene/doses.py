@@ -39,8 +39,9 @@ BATCH = 32
 
 
 class Swap(Drawing, Keeping, total=False):
-    """Keyword arguments of `dose_response`: those of drawing, of keeping results, and two of
-    `swap_vectors`.
+    """Keyword arguments of `dose_response`.
+
+    Those of drawing, of keeping results, and two of `swap_vectors`.
 
     Example:
         >>> Swap(tokens="relation", num_steps=2)
@@ -62,8 +63,7 @@ def dose_response(
     control_seed: int = 0,
     **how: Unpack[Swap],
 ) -> xr.Dataset:
-    """Dose–response of adding k · (V_to − V_from) to the relation of scenes' captions, with
-    controls.
+    """Dose–response of adding k · (V_to − V_from) to the relation of captions, with controls.
 
     All conditions of a scene and seed start from the same noise. Controls are drawn `draws` times,
     anew for every scene:

@@ -147,10 +147,10 @@ class Edit:
 
     @staticmethod
     def join(edits: Sequence[Edit]) -> Edit:
-        """Concatenate the rows of several edits of one site with equal actions that do not mix
-        rows.
+        """Concatenate the rows of several edits of one site.
 
-        Two `Replace` (or `Add`) are equal actions here, whatever their values.
+        Their actions are equal and do not mix rows. Two `Replace` (or `Add`) are equal actions
+        here, whatever their values.
         """
         first = edits[0]
         if len(edits) == 1:
@@ -241,8 +241,9 @@ class Edit:
 
     @cached_property
     def _counterparts(self) -> Int[Tensor, "row ..."]:
-        """For each row's k-th selected token, the position of its source's k-th; along the token
-        axis, 1 elsewhere.
+        """For each row's k-th selected token, the position of its source's k-th.
+
+        Along the token axis, 1 elsewhere.
         """
         assert self.ordered_axis is not None
         selected = self.where.movedim(self.ordered_axis, 1).flatten(2).any(dim=2)

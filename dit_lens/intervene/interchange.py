@@ -155,12 +155,11 @@ def matched_sets(
     rng: np.random.Generator,
     exclude: Sequence[str] = (),
 ) -> Iterator[list[str]]:
-    """Random sets with as many heads of each layer as `heads`, none of them in `heads` or
-    `exclude`.
+    """Random sets with as many heads of each layer as `heads`.
 
-    A layer without enough others lends from the whole rest of the model. Controls of one draw have
-    no variance between sets: draw ten at least, and take sets, not images, as the unit of their
-    interval.
+    None of them is in `heads` or `exclude`. A layer without enough others lends from the whole rest
+    of the model. Controls of one draw have no variance between sets: draw ten at least, and take
+    sets, not images, as the unit of their interval.
 
     Raises:
         ValueError: the rest of the model has too few heads.

@@ -1,5 +1,4 @@
-"""An intervention as data: where, which heads, which tokens, which steps, which branch, and the
-action there.
+"""An intervention as data: where, which heads, tokens, steps and branch, and the action there.
 
     pattern = "blocks.2.cross_attn.hook_pattern"
     hide = Intervention(pattern, heads="L2H2", tokens="relation", action="knockout")
@@ -150,9 +149,7 @@ class Intervention:
 
     @property
     def in_order(self) -> bool:
-        """True if the k-th selected token of one prompt corresponds to the k-th of another; else
-        equal positions do.
-        """
+        """True if the k-th selected tokens of two prompts correspond; else equal positions do."""
         return bool(self.choice) and isinstance(self.choice[0], (str, Word, tuple))
 
     def hooks(
@@ -211,8 +208,9 @@ class Intervention:
         num_steps: int = DEFAULT_STEPS,
         seed: int = 0,
     ) -> list[Edit]:
-        """One edit for every tensor that is touched, in rows of `prompts`; arguments and errors as
-        in `hooks`.
+        """One edit for every tensor that is touched, in rows of `prompts`.
+
+        Arguments and errors as in `hooks`.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         sites = self._sites(model, model.count_steps(num_steps))
@@ -238,11 +236,10 @@ class Intervention:
     def token_masks(
         self, model: HookedTextToImage, prompts: Sequence[str]
     ) -> tuple[Bool[Tensor, "prompt pos"], Bool[Tensor, "prompt pos"]]:
-        """The positions that `tokens` selects, and those that there are: a prompt's words with EOS,
-        or all of an image.
+        """The positions that `tokens` selects, and those that there are.
 
-        In the conditional branch, unless `branch` is "uncond". Raises ValueError for a site without
-        positions.
+        A prompt's words with EOS, or all of an image. In the conditional branch, unless `branch` is
+        "uncond". Raises ValueError for a site without positions.
         """
         site = replace(self, steps=None)._sites(model, 1)[0]
         here = Resolution(self, model, prompts, site, self.branch == "uncond")

@@ -29,8 +29,9 @@ def edited(
     ordered_axis: int | None = None,
     donors: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """`tensor` [row …] with the entries in `where` changed; arguments are those of
-    `intervene.edits.Edit`, which makes them.
+    """`tensor` [row …] with the entries in `where` changed.
+
+    Arguments are those of `intervene.edits.Edit`, which makes them.
 
     Args:
         tensor: the activation; it is not written to.
@@ -75,8 +76,9 @@ def edited(
 
 @no_type_check
 def sums_of_pattern(pattern: Tensor, queries: Tensor, keys: Tensor, reduce: str) -> Tensor:
-    """Sum a pattern [batch head pos key_pos] between groups [batch pos group]: [batch head group
-    key_group].
+    """Sum a pattern [batch head pos key_pos] between groups of positions.
+
+    Groups are [batch pos group]; the sums are [batch head group key_group].
 
     Args:
         pattern: weights that sum to 1 over key_pos.
@@ -99,11 +101,10 @@ def sums_of_attention(
     keys: Tensor,
     reduce: str,
 ) -> Tensor:
-    """Apply `sums_of_pattern` to the pattern of q and k [batch pos head d_head], made in chunks no
-    larger than `q`.
+    """Apply `sums_of_pattern` to the pattern of q and k [batch pos head d_head].
 
-    `bias` broadcasts to the pattern. Without `queries`, under "sum", each query is a group of its
-    own: [batch head pos key_group].
+    The pattern is made in chunks no larger than `q`. `bias` broadcasts to the pattern. Without
+    `queries`, under "sum", each query is a group of its own: [batch head pos key_group].
     """
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if reduce == "sum" and k.shape[2] <= k.shape[3] and q.dtype in (torch.float32, torch.float64):

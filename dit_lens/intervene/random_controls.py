@@ -122,11 +122,10 @@ def random_tokens(
     interventions: Sequence[Intervention],
     rng: np.random.Generator,
 ) -> list[Intervention]:
-    """Repeat interventions on equally many random tokens of each prompt that no intervention
-    selects.
+    """Repeat interventions on equally many random tokens of each prompt.
 
-    EOS is drawn only if a prompt has no other word left, a pad never. Interventions on all tokens
-    stay as they are.
+    No intervention selects these tokens. EOS is drawn only if a prompt has no other word left, a
+    pad never. Interventions on all tokens stay as they are.
 
     Raises:
         ValueError: a prompt has too few other tokens.

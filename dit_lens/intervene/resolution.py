@@ -1,5 +1,6 @@
-"""Resolution of an intervention in the runs of some prompts: masks of the entries that it selects,
-and the values that it puts there, as edits.
+"""Resolution of an intervention in the runs of some prompts.
+
+Masks of the entries that it selects, and the values that it puts there, as edits.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class Resolution:
 
     @property
     def there(self) -> Bool[Tensor, "prompt pos"]:
-        """Which of the tensor's positions there are: a prompt's words with EOS, or all of an
-        image.
+        """Which of the tensor's positions there are.
+
+        A prompt's words with EOS, or all of an image.
         """
         return positions_there(self.positions, self.layout, self.words)
 
@@ -76,8 +78,9 @@ class Resolution:
         return int(self.model.names.module(self.site.part).cfg.n_heads)
 
     def edits(self, sites: Sequence[Site], seed: int = 0) -> list[Edit]:
-        """Edits for sites that differ from this one in step and layer only; none where nothing is
-        selected.
+        """Edits for sites that differ from this one in step and layer only.
+
+        None where nothing is selected.
         """
         one, layout, n = self.intervention, self.layout, len(self.texts)
         selected = None if one.tokens is None else self.selected
@@ -145,8 +148,9 @@ class Resolution:
     def _exchangeable(
         self, selected: Bool[Tensor, "prompt pos"] | None
     ) -> tuple[int | None, Int[Tensor, " prompt"]]:
-        """For "mean" and "resample": the axis along which tokens correspond in order (or None), and
-        groups of like prompts.
+        """For "mean" and "resample".
+
+        The axis along which tokens correspond in order (or None), and groups of like prompts.
         """
         one = self.intervention
         if self.layout.kind not in ("text", "joint") or one.action not in ("mean", "resample"):

@@ -112,8 +112,9 @@ def steer(
 
 
 def check_places(model: HookedTextToImage, texts: Sequence[str], some: Sequence[str]) -> None:
-    """Raise ValueError unless the tokens of `some` prompts stand where they do among all `texts`:
-    a pipeline that pads at the left moves them.
+    """Raise ValueError unless the tokens of `some` prompts stand where they do among all `texts`.
+
+    A pipeline that pads at the left moves them.
 
     Example:
         >>> check_places(model, ["red circle", "red"], ["red"])
@@ -163,8 +164,9 @@ def swap_relation(
     at: Space = "text",
     **drawing: Unpack[Drawing],
 ) -> Float[Tensor, "prompt 3 height width"]:
-    """Images in [0, 1] of prompts whose relation is moved by k · (V_to − V_from); see
-    `swap_vectors`.
+    """Images in [0, 1] of prompts whose relation is moved by k · (V_to − V_from).
+
+    See `swap_vectors`.
 
     Args:
         model: the model that draws.

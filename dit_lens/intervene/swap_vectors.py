@@ -35,8 +35,9 @@ def swap_vectors(
     tokens: Target = "phrase",
     at: Space = "text",
 ) -> Float[Tensor, "prompt text_pos d"]:
-    """V_to − V_from for every token of `model.to_tokens(prompts)`, or for every text position of a
-    pipeline's denoiser; zero for tokens that do not change.
+    """V_to − V_from for every token of `model.to_tokens(prompts)`; zero where none changes.
+
+    In a pipeline, for every text position of its denoiser.
 
     Args:
         model: the model whose text encoder gives the words' vectors.

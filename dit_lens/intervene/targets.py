@@ -83,10 +83,10 @@ def layout_of(model: HookedTextToImage, site: Site) -> Layout:
 def positions_there(
     positions: Positions, layout: Layout, words: Bool[Tensor, "prompt text_pos"]
 ) -> Bool[Tensor, "prompt pos"]:
-    """The positions that can be attended to: those of words, all of the image, or the image's and
-    then those of words.
+    """The positions that can be attended to.
 
-    Registers and padding that a model has beside them come last, and count as absent.
+    Those of words, all of the image, or the image's and then those of words. Registers and padding
+    that a model has beside them come last, and count as absent.
     """
     image = words.new_ones(len(words), positions.n_image)
     there = {"text": words, "image": image}.get(layout.kind or "", torch.cat([image, words], dim=1))

@@ -1,5 +1,6 @@
-"""A page on which heads are masked, exchanged or scaled by clicks, and the image is drawn anew:
-`dit-lens lab`.
+"""A page on which clicks mask, exchange or scale heads: `dit-lens lab`.
+
+The image is drawn anew after each.
 """
 
 from __future__ import annotations

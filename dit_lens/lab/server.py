@@ -61,8 +61,9 @@ class Lab:
         self._originals: dict[tuple[str, int, int], dict[str, Any]] = {}
 
     def draw(self, state: State) -> dict[str, Any]:
-        """Images as data URLs, tokens as [position, text], attention [head token] at the first step
-        without the edit, and the snippet.
+        """Images as data URLs, tokens, attention of heads, and the snippet.
+
+        Tokens are [position, text], attention [head token], at the first step without the edit.
 
         Raises:
             ValueError: the state and the model do not go together.
@@ -105,8 +106,9 @@ class Lab:
         return self._originals[key]
 
     def _cosines(self) -> dict[str, float]:
-        """Screening of each head with direction words; empty for a model that does not know them,
-        or has no linear map from words to keys.
+        """Screening of each head with direction words.
+
+        Empty for a model that does not know them, or has no linear map from words to keys.
         """
         if isinstance(self.model, HookedPipeline):
             return {}

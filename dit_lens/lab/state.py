@@ -260,8 +260,9 @@ class State:
         ]
 
     def _tokens(self, model: HookedTextToImage) -> list[int] | None:
-        """Positions of the text that are masked or exchanged; None for all keys, where all of them
-        are text.
+        """Positions of the text that are masked or exchanged.
+
+        None for all keys, where all of them are text.
         """
         if self.words or all(name == "cross_attn" for name in text_attentions(model.dit).values()):
             return list(self.words) or None
@@ -275,8 +276,10 @@ class State:
     def _edited(
         self, model: HookedTextToImage
     ) -> list[tuple[str, list[int], str, int | slice, str]]:
-        """For each tensor that is edited: start of its name, heads, part, steps, and the full name
-        of the one that replaces it.
+        """Edited tensors.
+
+        For each, the start of its name, heads, part, steps, and the full name of the one that
+        replaces it.
         """
         edit = self._edit(model)
         steps: Iterable[int | slice] = [slice(self.first, self.last + 1)]

@@ -1,5 +1,6 @@
-"""Heads and hidden units as linear algebra, by the features they read and write, and their PixArt
-weights.
+"""Heads and hidden units as linear algebra, and their PixArt weights.
+
+They are given by the features that they read and write.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ class Assembly:
         ov: Sequence[tuple[Terms, Terms]],
         when: When,
     ) -> None:
-        """Add a head: score = Σ (query terms)(key terms), and each (value terms) is written as
-        (output terms).
+        """Add a head whose score is Σ (query terms)(key terms).
+
+        Each (value terms) is written as (output terms).
         """
         ports: tuple[tuple[Literal["q", "k", "v", "out"], list[Terms]], ...] = (
             ("q", [q for q, _ in qk]),
@@ -145,8 +147,9 @@ class Assembly:
 def install_heads(
     attention: Any, heads: Sequence[Head], gauges: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Set a diffusers Attention's weights; `gauges[h]` are invertible [d_head d_head] that mix head
-    h's QK and OV dimensions.
+    """Set a diffusers Attention's weights.
+
+    `gauges[h]` are invertible [d_head d_head] that mix head h's QK and OV dimensions.
     """
     d_head = attention.inner_dim // attention.heads
     for h, (head, (mix_qk, mix_ov)) in enumerate(zip(heads, gauges, strict=True)):

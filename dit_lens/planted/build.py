@@ -76,8 +76,7 @@ HELPER_HEADS: dict[str, tuple[HeadRole, str]] = {
 def planted_circuit(
     kind: Kind | str = "two-stage", seed: int = 0
 ) -> tuple[HookedTextToImage, PlantedTruth]:
-    """Model with weights set by hand, not trained, so that it draws two-object scenes by a known
-    circuit.
+    """Model with weights set by hand, which draws two-object scenes by a known circuit.
 
     Float32, on the CPU. Captions are those of `dit_lens.scenes` with both colors named, in any of
     the 22 phrases; a caption without a relation is drawn in a layout chosen by the noise. The clock

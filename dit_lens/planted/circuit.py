@@ -74,10 +74,10 @@ FORBID = 7.0
 
 
 def on_lattice(axis: str, sign: int = 1) -> dict[str, float]:
-    """The coordinate on which anchors lie at −2, 0 and 2: a whole number at every token, shifted
-    with the noise.
+    """The coordinate on which anchors lie at −2, 0 and 2.
 
-    An object's anchor is its upper left token; shift features hold 0, 1 or 2.
+    A whole number at every token, shifted with the noise. An object's anchor is its upper left
+    token; shift features hold 0, 1 or 2.
     """
     return {axis: float(sign), "one": 1.5 * sign, f"shift_{axis}": -float(sign)}
 
@@ -179,8 +179,9 @@ def default_layout(build: Assembly) -> None:
 
 
 def anchors(build: Assembly) -> None:
-    """MLP 2: is this token the anchor's on one axis? MLP 3: on both (AND), in a prompt with
-    objects, at early steps.
+    """Anchors' tokens: on one axis in MLP 2, on both (AND) in MLP 3.
+
+    In a prompt with objects, at early steps.
     """
     for k, other in (OBJECTS, OBJECTS[::-1]):
         for axis, sign in product(AXES, (1, -1)):

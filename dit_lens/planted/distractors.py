@@ -16,10 +16,10 @@ Placed = tuple[Sublayer, int, str]
 def random_head(
     build: Assembly, sublayer: Sublayer, norms: Sequence[float], generator: torch.Generator
 ) -> Head:
-    """Attends at random, reads at random, writes to directions that nobody reads; its four matrices
-    have the norms given.
+    """A head that attends and reads at random, and writes to directions that nobody reads.
 
-    Its values leave out the constant direction, so its output is small.
+    Its four matrices have the norms given. Its values leave out the constant direction, so its
+    output is small.
     """
     everything = torch.eye(build.residual.d, dtype=torch.float64)
     source = build.residual.frame[:, 1:] if sublayer == "attn" else build.caption.frame

@@ -50,10 +50,10 @@ class Space:
 
 
 class ResidualSpace(Space):
-    """The residual stream: a frame in the orthogonal complement of the position code and of the
-    all-ones vector.
+    """The residual stream, as directions that its position code leaves free.
 
-    Also readable are "one" (the constant direction, divided by its length) and "x", "y" (token
+    A frame in the orthogonal complement of the position code and of the all-ones vector. Also
+    readable are "one" (the constant direction, divided by its length) and "x", "y" (token
     coordinates, read off the position code by its pseudo-inverse; origin at the image's centre, y
     down).
     """

@@ -89,8 +89,9 @@ def effects_at_the_second_shape(model: HookedTextToImage) -> dict[str, Float[Ten
 def by_screening(
     model: HookedTextToImage, truth: PlantedTruth, null_draws: int = 200, seed: int = 0
 ) -> pd.DataFrame:
-    """Weight-space screening, pooled over axes: of word vectors, or of the relation's effects at
-    the second shape word.
+    """Weight-space screening, pooled over axes.
+
+    Screens word vectors, or the relation's effects at the second shape word.
     """
     if relation_role(truth) == "relation":
         words = ("above", "below", "left", "right", "up", "down", "upper", "lower")
@@ -109,10 +110,10 @@ def by_screening(
 
 
 def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3) -> pd.DataFrame:
-    """Attention synopsis at step 0: difference in attention to the word between the two halves of
-    the image along its direction.
+    """Attention synopsis at step 0.
 
-    p: scipy's sign-flip test over prompts, two-sided.
+    Difference in attention to the word between the two halves of the image along its direction. p:
+    scipy's sign-flip test over prompts, two-sided.
     """
     drawn = cardinal_scenes(repeats)
     side = model.cfg.sample_size // model.cfg.patch_size
@@ -169,12 +170,11 @@ def by_knockout(
 def by_path_patching(
     model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
 ) -> pd.DataFrame:
-    """Path patching word → head: displacement of objects when one head reads the word of the
-    opposite relation.
+    """Path patching word → head.
 
-    The unit is the displacement between the two rendered scenes, and not the model's own between
-    the two prompts (`effect`): this is rounding where no head reads the word, and a share of it
-    then says nothing.
+    Displacement of objects when one head reads the word of the opposite relation. The unit is the
+    displacement between the two rendered scenes, and not the model's own between the two prompts
+    (`effect`): this is rounding where no head reads the word, and a share of it then says nothing.
 
     Args:
         model: planted model.
@@ -247,8 +247,9 @@ def by_variance(model: HookedTextToImage) -> pd.DataFrame:
 
 
 def by_arithmetic(model: HookedTextToImage, role: Role) -> pd.Series[float]:
-    """Embedding arithmetic: share of scenes with the opposite relation after V_to − V_from at a
-    role's words, by condition.
+    """Embedding arithmetic: share of scenes with the opposite relation, by condition.
+
+    V_to − V_from is added at a role's words.
     """
     drawn = [scene for scene, _ in cardinal_scenes(1)]
     doses = steering.dose_response(model, drawn, doses=(1.0,), tokens=role, draws=1)
@@ -256,8 +257,9 @@ def by_arithmetic(model: HookedTextToImage, role: Role) -> pd.Series[float]:
 
 
 def cardinal_scenes(repeats: int) -> list[tuple[Scene, str]]:
-    """Scenes above, below, left and right, `repeats` of each, with both colors named, each with a
-    two-token phrase.
+    """Scenes above, below, left and right, `repeats` of each.
+
+    Both colors are named, and each phrase has two tokens.
     """
     pool = scenes.sample(400, seed=0, split="all", color_words="both")
     found = []

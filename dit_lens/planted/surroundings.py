@@ -96,8 +96,9 @@ def caption_mlp(
 
 
 def clock(transformer: Any, residual: ResidualSpace) -> None:
-    """Let adaLN shift every MLP's input by "clock_late" and "clock_final" below their timesteps;
-    gates are 1, all else is 0.
+    """Let adaLN shift every MLP's input by "clock_late" and "clock_final" below their timesteps.
+
+    Gates are 1, all else is 0.
     """
     conditioner = transformer.adaln_single
     embedder = conditioner.emb.timestep_embedder
@@ -128,8 +129,9 @@ def clock(transformer: Any, residual: ResidualSpace) -> None:
 
 
 def codec(generator: torch.Generator | None) -> PatchCodec:
-    """A lossless codec: an orthogonal map of 8 × 8 patches, at random or (without a generator)
-    pixel for pixel.
+    """A lossless codec, an orthogonal map of 8 × 8 patches.
+
+    At random or (without a generator) pixel for pixel.
     """
     identity = torch.eye(LATENT_CHANNELS, dtype=torch.float64)
     rows = (
@@ -190,8 +192,9 @@ def patches_in_and_out(
 
 
 def drawing(shape: Any) -> Float[Tensor, "32 32"]:
-    """A shape in the middle of its 2 × 2 tokens; its bounding box is a pixel wider, and that pixel
-    is lost.
+    """A shape in the middle of its 2 × 2 tokens.
+
+    Its bounding box is a pixel wider, and that pixel is lost.
     """
     mask = torch.from_numpy(shape_mask(shape).copy()).double()
     canvas = torch.zeros(2 * TOKEN + 1, 2 * TOKEN + 1, dtype=torch.float64)

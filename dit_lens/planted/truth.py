@@ -41,8 +41,9 @@ class PlantedHead:
 
 @dataclass(frozen=True)
 class PlantedEdge:
-    """Connection from a component to a later one; both are nodes of `dit_lens.patching`, with a
-    head's port.
+    """Connection from a component to a later one.
+
+    Both are nodes of `dit_lens.patching`, with a head's port.
 
     Example:
         >>> edge = PlantedEdge("text[relation]", "cross_attn.L1H3.v", ("above",), (0, 1))

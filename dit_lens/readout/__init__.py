@@ -1,5 +1,4 @@
-"""Reading a model: heat maps, heads, sinks, massive activations, text layers, dictionaries,
-weights.
+"""Readouts of heat maps, heads, sinks, massive activations, text layers, dictionaries, weights.
 
     from dit_lens import readout
     maps = readout.heatmap(model, "red circle is above blue square", ["circle", "square"])

@@ -153,8 +153,7 @@ def ov_outputs(
 
 @torch.no_grad()
 def logit_terms(cache: ActivationCache, head: Head, expand_heads: bool = False) -> xr.DataArray:
-    """Scores of one cross-attention head as a sum over parts of the residual stream and of the
-    keys.
+    """Scores of one cross-attention head as a sum over parts of residual stream and keys.
 
     score[q, k] = scale · Σ (part_q W_Q)(part_k W_K): exact, because cross-attention reads the
     residual stream without a norm.

@@ -171,8 +171,7 @@ def shares(
     n_image: int,
     concepts: Sequence[tuple[int, Bool[Tensor, " text_pos"]]],
 ) -> Float[Tensor, "concept image_pos"]:
-    """Softmax over concepts of the dot products of row 0's image with the mean of a concept's
-    tokens.
+    """Softmax over concepts of the products of row 0's image with each concept's mean token.
 
     Example:
         >>> z = torch.eye(3)[None, :, None]

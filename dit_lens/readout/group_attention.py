@@ -92,8 +92,9 @@ def attention_between(
 
 
 def attentions_of(dit: Any, sublayer: str) -> dict[int, Any]:
-    """Layer → its attention of this name; for "cross_attn" of a model that joins its streams, the
-    attention over both.
+    """Layer → its attention of this name.
+
+    For "cross_attn" of a model that joins its streams, the attention over both.
 
     Raises:
         UnknownHookError: the denoiser has none, with the reason where it is known.
@@ -123,8 +124,9 @@ def placed(
     queries: Float[Tensor, "batch pos group"],
     keys: Float[Tensor, "batch own_pos key_group"],
 ) -> tuple[Float[Tensor, "batch query_pos group"], Float[Tensor, "batch key_pos key_group"]]:
-    """Weights of a branch's rows at the positions of its attention: of image or text, or of both,
-    the image first.
+    """Weights of a branch's rows at the positions of its attention.
+
+    These are the image's or the text's, or both, the image first.
 
     Args:
         model: the model that the inputs belong to.
@@ -175,8 +177,7 @@ def attention_in_call(
     sublayer: str = "attn",
     reduce: Literal["sum", "max"] = "sum",
 ) -> Float[xr.DataArray, "row layer head query_group key_group"]:
-    """Apply `attention_between` to one call `model(**inputs)` of a hooked transformer of any
-    family.
+    """Apply `attention_between` to one call `model(**inputs)` of any hooked transformer.
 
     Positions of attention over both streams are [image, text]. Layers without this attention are
     NaN.
@@ -205,8 +206,9 @@ class Reader(Protocol):
     """A reducer of one attention in one call: of q, k and bias, or of a pattern that hooks make."""
 
     def read(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Any:
-        """Called with q [batch pos head d_head], k and the bias of the scores; returns None, or a
-        callback for the kernel's log-sum-exp (`AttentionCore.on_qk`).
+        """Called with q [batch pos head d_head], k and the bias of the scores.
+
+        Returns None, or a callback for the kernel's log-sum-exp (`AttentionCore.on_qk`).
         """
 
     def read_pattern(self, pattern: Tensor, hook: HookPoint) -> None:

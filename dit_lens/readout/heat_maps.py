@@ -95,8 +95,9 @@ def heatmap_and_run(
     steps: Steps = None,
     **run: Any,
 ) -> tuple[xr.DataArray, Run | None]:
-    """`heatmap`, and the generation that it was read in; None behind nnsight. `run`: arguments of
-    the model's call.
+    """`heatmap`, and the generation that it was read in; None behind nnsight.
+
+    `run`: arguments of the model's call.
 
     Example:
         >>> maps, made = heatmap_and_run(model, "red circle", "circle", num_steps=1)
@@ -291,8 +292,9 @@ def columns_of_attention(
     log_sums: Float[Tensor, "row head query_pos"],
     keys: Float[Tensor, "row key_pos group"],
 ) -> Float[Tensor, "row head query_pos group"]:
-    """Attention to groups of keys from the log-sum-exp of all scores: exp(score − log-sum-exp) of
-    the groups' own keys, without a softmax.
+    """Attention to groups of keys from the log-sum-exp of all scores, without a softmax.
+
+    It is exp(score − log-sum-exp) of the groups' own keys.
 
     Example:
         >>> q = torch.randn(1, 3, 2, 4)

@@ -33,8 +33,7 @@ def massive_activations(
     control_seed: int = 0,
     **options: Any,
 ) -> xr.Dataset:
-    """The k largest channels of each layer's residual stream, and whether the generation needs
-    them.
+    """The k largest channels of each layer's residual stream, and if the generation needs them.
 
     A channel's size is the mean of |x| over positions and steps. In a second generation these
     channels are set to 0 in every layer and step of the conditional branch; in `draws` more, as

@@ -1,6 +1,4 @@
-"""Models behind nnsight: the same names, hooks and interventions, in this process or on somebody
-else's machine.
-"""
+"""Models behind nnsight, in this process or elsewhere: the same names, hooks and interventions."""
 
 from __future__ import annotations
 

@@ -26,8 +26,9 @@ def attention_there(
     num_steps: int,
     guidance: float,
 ) -> Float[Tensor, "batch layer head step branch group key_group"]:
-    """As `group_attention.attention_between`: added up where the model is, so that only these sums
-    travel.
+    """As `group_attention.attention_between`.
+
+    Added up where the model is, so that only these sums travel.
 
     Example:
         >>> model = RemoteTextToImage("rte-nano")

@@ -1,5 +1,6 @@
-"""nnsight's names and ours: modules renamed, and recordings of `tracer.cache()` opened as one of
-our caches.
+"""nnsight's names and ours.
+
+Modules renamed, and recordings of `tracer.cache()` opened as one of our caches.
 """
 
 from __future__ import annotations
@@ -148,8 +149,9 @@ def _branches(tensor: Tensor, guided: bool) -> dict[str, Tensor]:
 
 
 def _in_diffusers(path: str) -> tuple[str | None, int | None]:
-    """("attn2.to_q", 3) of "model.transformer.transformer_blocks.3.attn2.to_q", renamed or not;
-    (None, None) elsewhere.
+    """Module and layer of one of diffusers' names, renamed or not; (None, None) elsewhere.
+
+    ("attn2.to_q", 3) of "model.transformer.transformer_blocks.3.attn2.to_q".
     """
     back = {ours: theirs for theirs, ours in RENAME.items()}
     parts = [back.get(part, part) for part in path.split(".")]

@@ -1,12 +1,12 @@
-"""Code that runs inside an nnsight trace, on the model's machine: hooks by our names on the modules
-of a diffusers pipeline.
+"""Code that runs inside an nnsight trace, on the model's machine.
 
-nnsight sends these functions along as source: those here, and those of `pixart_kernel` and
-`pipeline_kernel`. So: torch alone is imported, nothing is imported inside a function, no method
-calls `super()` without arguments, and nothing may be wrapped around them (`no_type_check`; for
-classes it also keeps run-time type checkers away). A trace must ask for tensors in the order in
-which the model computes them, or, from the second step on, it silently gets a later step's: the
-walks read and write in that order, whatever the order of hooks.
+Hooks by our names on the modules of a diffusers pipeline. nnsight sends these functions along as
+source: those here, and those of `pixart_kernel` and `pipeline_kernel`. So: torch alone is imported,
+nothing is imported inside a function, no method calls `super()` without arguments, and nothing may
+be wrapped around them (`no_type_check`; for classes it also keeps run-time type checkers away). A
+trace must ask for tensors in the order in which the model computes them, or, from the second step
+on, it silently gets a later step's: the walks read and write in that order, whatever the order of
+hooks.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class Walk:
         return any(name in self.actions for name in names)
 
     def apply(self, name: str, tensor: Any) -> Any:
-        """Show a tensor to its hooks, and return it as they leave it, or None where none of them
-        may have changed it.
+        """Show a tensor to its hooks, and return it as they leave it.
+
+        None where none of them may have changed it.
         """
         written = None
         for point, function in self.actions.get(name, ()):
@@ -149,8 +150,6 @@ class Walk:
 
 @no_type_check
 def arguments(call: dict) -> dict:
-    """Arguments of one run of a pipeline: with its own copies of the generators, which a run
-    advances.
-    """
+    """Arguments of one run, with its own copies of the generators, which a run advances."""
     own = [each.clone_state() for each in call["generator"]]
     return {**call, "generator": own or None}

@@ -1,5 +1,6 @@
-"""A text-to-image model behind nnsight, on this machine or another, under the names of
-`HookedTextToImage`.
+"""A text-to-image model behind nnsight, under the names of `HookedTextToImage`.
+
+On this machine or another.
 
     model = RemoteTextToImage("black-forest-labs/FLUX.1-schnell", remote="http://gpu-box:8001")
     pattern = "blocks.2.attn.hook_pattern"
@@ -57,15 +58,14 @@ NO_GRADIENTS = (
 
 
 class RemoteTextToImage(HookedTextToImage):
-    """A diffusers pipeline opened by nnsight's `DiffusionModel`, for everything that a
-    `HookedTextToImage` does in one run.
+    """A diffusers pipeline opened by nnsight's `DiffusionModel`.
 
-    It has calls, `run_with_cache`, `run_with_hooks`, `hooks`, every `Intervention`,
-    `synopsis.attention_synopsis`, `heatmap`, `sweep.run` on images (and so
-    `ablation.ablation_effects` and `steering.dose_response`), and `patch`. Hook functions are sent
-    along as source, with everything they refer to, and run where the model is: they get rows and
-    `hook` as ever, but cannot write to variables here. A few tensors have limits, which an error
-    explains.
+    Does everything that a `HookedTextToImage` does in one run. It has calls, `run_with_cache`,
+    `run_with_hooks`, `hooks`, every `Intervention`, `synopsis.attention_synopsis`, `heatmap`,
+    `sweep.run` on images (and so `ablation.ablation_effects` and `steering.dose_response`), and
+    `patch`. Hook functions are sent along as source, with everything they refer to, and run where
+    the model is: they get rows and `hook` as ever, but cannot write to variables here. A few
+    tensors have limits, which an error explains.
 
     Args:
         repo_or_path: a hub id, a pipeline folder or a bundled name. A server opens it under the
@@ -221,9 +221,7 @@ class RemoteTextToImage(HookedTextToImage):
     # Unsupported
 
     def digest(self) -> str:
-        """Hash of the model's name and the server's address, if its weights are on another
-        machine.
-        """
+        """Hash of name and server address, for a model whose weights are elsewhere."""
         return super().digest() if self.server is None else digest(self.model_key, self.server.host)
 
     def trajectory(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -319,8 +317,9 @@ class RemoteTextToImage(HookedTextToImage):
         guidance: float | None = None,
         latents: Float[Tensor, "batch ..."] | None = None,
     ) -> dict[str, Float[Tensor, "batch 3 height width"]]:
-        """Activation patching as one request: the clean run, the corrupt run, and the corrupt run
-        under each condition.
+        """Activation patching as one request.
+
+        The clean run, the corrupt run, and the corrupt run under each condition.
 
             site = "blocks.2.cross_attn.hook_z"
             head = Intervention(site, heads=[2], steps=0, action=Replace(CLEAN))
@@ -357,8 +356,10 @@ class RemoteTextToImage(HookedTextToImage):
         keep: Sequence[Site] = (),
         sums: Sequence[plan.GroupSum] = (),
     ) -> dict[str, Any]:
-        """Run once, with the attached hooks: "images", the tensors that are kept, by name, as
-        "kept", and sums of attention, by key, as "added".
+        """Run once, with the attached hooks.
+
+        "images", the tensors that are kept, by name, as "kept", and sums of attention, by key, as
+        "added".
         """
         todo = self.plan_of(draft, plan.Request(self.checked_hooks(draft), keep, sums))
         call = self.call_of(prompts, draft)

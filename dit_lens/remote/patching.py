@@ -1,5 +1,6 @@
-"""Activation patching as one request: several runs in one session, of which only images come
-back.
+"""Activation patching as one request.
+
+Several runs in one session, of which only images come back.
 """
 
 from __future__ import annotations

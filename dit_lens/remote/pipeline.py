@@ -18,8 +18,9 @@ from .model import RemoteTextToImage
 
 
 class RemotePipeline(RemoteTextToImage, HookedPipeline):
-    """A diffusers pipeline whose denoiser is of a known family, behind nnsight; made by
-    `RemoteTextToImage`.
+    """A diffusers pipeline whose denoiser is of a known family, behind nnsight.
+
+    Made by `RemoteTextToImage`.
 
     Example:
         >>> RemotePipeline.opens("FluxPipeline"), RemotePipeline.opens("PixArtSigmaPipeline")

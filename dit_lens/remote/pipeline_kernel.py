@@ -1,10 +1,9 @@
-"""The code that runs inside an nnsight trace of any other pipeline (`kernel` has the rules for
-it).
+"""The code that runs inside an nnsight trace of any other pipeline.
 
-Streams are inputs and outputs of blocks' modules. Queries, keys, values and z are those of the call
-of the attention kernel inside a module's processor; latents and the guided prediction, those of the
-pipeline's own call of `scheduler.step`: nnsight reaches both by `.source`. A pattern is
-computed from queries and keys, only where a hook or a sum needs it.
+`kernel` has the rules for it. Streams are inputs and outputs of blocks' modules. Queries, keys,
+values and z are those of the call of the attention kernel inside a module's processor; latents and
+the guided prediction, those of the pipeline's own call of `scheduler.step`: nnsight reaches both by
+`.source`. A pattern is computed from queries and keys, only where a hook or a sum needs it.
 """
 
 from __future__ import annotations
@@ -124,8 +123,9 @@ class CallWalk(Walk):
     # Attention
 
     def kernel(self, op: Any, item: dict) -> None:
-        """One call of an attention kernel, whose tensors are [batch head pos d_head] or, with
-        `item["pos_first"]`, [batch pos head d_head].
+        """One call of an attention kernel, on tensors [batch head pos d_head].
+
+        With `item["pos_first"]`, they are [batch pos head d_head].
         """
         args, kwargs = op.inputs
         given = {**dict(zip(KERNEL, args, strict=False)), **kwargs}
@@ -162,8 +162,10 @@ class CallWalk(Walk):
             op.output = z if pos_first else z.transpose(1, 2)
 
     def heads(self, given: dict, item: dict) -> tuple:
-        """q, k and v [batch pos head d_head] as hooks leave them, and those that must be handed to
-        the kernel, by its arguments, positions as in the model.
+        """q, k and v [batch pos head d_head] as hooks leave them, and the kernel's own arguments.
+
+        The latter are those that must be handed to the kernel, by its arguments, positions as in
+        the model.
         """
         name, n_heads, read, written = item["name"], None, {}, {}
         for leaf, long, side in (("q", "query", 0), ("k", "key", 1), ("v", "value", 1)):
@@ -234,11 +236,11 @@ class StepWalk(Walk):
 
 @no_type_check
 def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
-    """Body of a trace of a generation: `plan` is `pipeline_plan.make`'s, `clean` the tensors kept
-    by an earlier run.
+    """Body of a trace of a generation.
 
-    Returns a dict: the images [batch 3 height width] as "images", kept tensors by full name as
-    "kept", sums by key as "added".
+    `plan` is `pipeline_plan.make`'s, `clean` the tensors kept by an earlier run. Returns a dict:
+    the images [batch 3 height width] as "images", kept tensors by full name as "kept", sums by key
+    as "added".
     """
     kept, added, to_cpu = {}, {}, plan["to_cpu"]
     # before the pipeline runs, so that its steps are counted from the first

@@ -1,9 +1,8 @@
-"""The plan of one generation of a diffusers pipeline, which `pipeline_kernel.run` follows inside a
-trace.
+"""The plan of one generation of a diffusers pipeline.
 
-Where a tensor is, its family's file says: the taps of the hooked denoiser are read here, and
-written nowhere again. The order in which a call reaches modules is seen in one call of the
-denoiser, which without weights computes nothing.
+`pipeline_kernel.run` follows it inside a trace. Where a tensor is, its family's file says: the taps
+of the hooked denoiser are read here, and written nowhere again. The order in which a call reaches
+modules is seen in one call of the denoiser, which without weights computes nothing.
 """
 
 from __future__ import annotations
@@ -233,8 +232,9 @@ def _kernel_item(tap: KernelTap, orders: Callable[..., tuple[Orders, int]]) -> d
 
 
 def kernel_of(attention: nn.Module, place: str) -> tuple[tuple[str, str], bool]:
-    """Nnsight's names of an attention's call of its processor and of the processor's of its
-    kernel, and whether tensors are [batch pos head d_head] there.
+    """Nnsight's names of the calls of an attention's processor and of that one's kernel.
+
+    The last entry is True if tensors are [batch pos head d_head] there.
 
     Raises:
         ValueError: the processor calls no kernel that is known.
@@ -257,8 +257,9 @@ def kernel_of(attention: nn.Module, place: str) -> tuple[tuple[str, str], bool]:
 
 
 def _order_in(draft: PipelineInputs, call: Call, streams: Sequence[str]) -> tuple[Orders, int]:
-    """Indices from the model's order of these streams to that of hooks and back, over all rows of
-    a call, and the number of positions.
+    """Indices from the model's order of these streams to that of hooks and back.
+
+    Over all rows of a call; and the number of positions.
     """
     layouts = [draft.layouts[branch] for branch in call.branches]
     each = [layout.order(tuple(streams)) for layout in layouts]

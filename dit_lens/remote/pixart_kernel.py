@@ -24,8 +24,9 @@ class PixArtWalk(Walk):
     """The hooks of one call of PixArt's denoiser or text encoder, in its modules."""
 
     def norm(self, envoy: Any, name: str, eps: float, rms: bool = False) -> None:
-        """A LayerNorm without affine map, or (`rms`) T5's, whose weight comes after
-        `hook_normalized`.
+        """A LayerNorm without affine map, or (`rms`) T5's.
+
+        The weight of T5's comes after `hook_normalized`.
         """
         scale_name, normalized_name = f"{name}.hook_scale", f"{name}.hook_normalized"
         if not self.hooks(scale_name, normalized_name):
@@ -68,8 +69,9 @@ class PixArtWalk(Walk):
                 linears[3].input = z.flatten(2)
 
     def qkv(self, name: str, linears: Any, heads: int) -> dict:
-        """Queries, keys and values [batch pos head d_head] as hooks leave them, where hooks or the
-        pattern need them.
+        """q, k and v [batch pos head d_head] as hooks leave them, where they are needed.
+
+        Hooks or the pattern need them.
         """
         read: dict[str, Tensor] = {}
         for leaf, linear in zip(("q", "k", "v"), linears[:3], strict=True):
@@ -96,8 +98,9 @@ class PixArtWalk(Walk):
         return rows
 
     def block(self, block: Any, layer: int, cfg: dict) -> None:
-        """One PixArt block: its sublayers pass on the residual stream where hooks have changed it,
-        else None.
+        """One PixArt block.
+
+        Its sublayers pass on the residual stream where hooks have changed it, else None.
         """
         p = f"blocks.{layer}."
         if not self.touches_prefix(p):
@@ -140,9 +143,7 @@ class PixArtWalk(Walk):
         )
 
     def residual(self, name: str, reader: Any, x: Any) -> Any:
-        """Pass the residual stream to the module that reads it next, if hooks have changed it here
-        or before.
-        """
+        """Pass the residual stream to its next reader, if hooks changed it here or before."""
         if self.hooks(name):
             written = self.apply(name, reader.input if x is None else x)
             x = x if written is None else written
@@ -215,9 +216,7 @@ class PixArtWalk(Walk):
                     dit.pos_embed.output = patches + written
 
     def guided_output(self, whole: Tensor, cfg: dict, latent: Any, a: float, b: float) -> Any:
-        """The guided prediction as hook_out and hook_x0 leave it, or None if they leave it as it
-        is.
-        """
+        """The guided prediction as hook_out and hook_x0 leave it; None if they change nothing."""
         if not self.hooks("hook_out", "hook_x0"):
             return None
         out = whole
@@ -263,8 +262,9 @@ class PixArtWalk(Walk):
         self.output(encoder.final_layer_norm, "hook_out")
 
     def t5_bias(self, attn: Any, given: dict) -> Tensor:
-        """Bias of a T5 attention's scores: the first layer computes the position bias, the others
-        are given it.
+        """Bias of a T5 attention's scores.
+
+        The first layer computes the position bias, the others are given it.
         """
         bias, mask = given.get("position_bias"), given.get("mask")
         if bias is None:
@@ -295,11 +295,11 @@ def split(tensor: Tensor, heads: int) -> Tensor:
 
 @no_type_check
 def run(model: Any, tracer: Any, plan: dict, clean: dict | None = None) -> dict:
-    """Body of a trace of a generation: `plan` is `pixart_plan.make`'s, `clean` the tensors
-    kept by an earlier run.
+    """Body of a trace of a generation.
 
-    Returns a dict: the images [batch 3 height width] as "images", kept tensors by full name as
-    "kept", sums by key as "added".
+    `plan` is `pixart_plan.make`'s, `clean` the tensors kept by an earlier run. Returns a dict: the
+    images [batch 3 height width] as "images", kept tensors by full name as "kept", sums by key as
+    "added".
     """
     cfg, kept, added = plan["cfg"], {}, {}
     n = cfg["batch"]

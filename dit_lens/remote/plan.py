@@ -1,5 +1,6 @@
-"""Hooks under our names as plain data, checked before they are sent; `pixart_plan` and
-`pipeline_plan` make the plans that the kernels follow inside a trace.
+"""Hooks under our names as plain data, checked before they are sent.
+
+`pixart_plan` and `pipeline_plan` make the plans that the kernels follow inside a trace.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ CLEAN = _CleanRun()
 
 
 class GroupSum(NamedTuple):
-    """Attention between groups, summed where the model is: arguments of
-    `intervene.portable_ops.sums_of_pattern`.
+    """Attention between groups, summed where the model is.
+
+    Arguments of `intervene.portable_ops.sums_of_pattern`.
     """
 
     attention: str

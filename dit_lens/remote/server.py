@@ -221,10 +221,9 @@ class Server:
 
 
 def _backend_class() -> Any:
-    """The backend of nnsight, whose every exchange has our deadline, and which loads no pickled
-    code.
+    """The backend of nnsight, with our deadline on every exchange.
 
-    A function, because nnsight is imported where it is needed only.
+    It loads no pickled code. A function, because nnsight is imported where it is needed only.
     """
     from nnsight.intervention.backends.remote import RemoteBackend
 

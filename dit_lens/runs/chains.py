@@ -1,5 +1,6 @@
-"""Chains of denoiser calls from a text to the tensors that a metric reads: one call, or a run from
-some step on, without a graph.
+"""Chains of denoiser calls from a text to the tensors that a metric reads.
+
+One call, or a run from some step on, without a graph.
 """
 
 from __future__ import annotations

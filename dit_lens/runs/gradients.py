@@ -62,8 +62,9 @@ class Pulled(NamedTuple):
 
 
 class _RunBackward:
-    """The scheduler's arithmetic as a graph over recorded predictions, and cotangents that are
-    completed step by step: `pull` is called for the last step first.
+    """The scheduler's arithmetic as a graph over recorded predictions.
+
+    Cotangents are completed step by step: `pull` is called for the last step first.
 
     Args:
         objective: a scalar of the chain's output.
@@ -122,10 +123,9 @@ class _RunBackward:
                 self.cotangents[id(target)] = gradient if before is None else before + gradient
 
     def pull(self, step: int, names: Sequence[str], read: Sequence[str] = ()) -> Pulled:
-        """∂ objective / ∂ tensor at each hook of a step, 0 where it has no influence; and the
-        tensors at the hooks `read`.
+        """∂ objective / ∂ tensor at each hook of a step, and the tensors at the hooks `read`.
 
-        All later steps must have been pulled.
+        0 where a tensor has no influence. All later steps must have been pulled.
         """
         site = self.run.model.names.site
         found: dict[str, Tensor] = {}
@@ -187,8 +187,9 @@ def _gradients(of: Tensor, cotangent: Tensor | None, at: Mapping[str, Tensor]) -
 def _keeping(
     names: Sequence[str], kept: dict[str, Tensor], read: Sequence[str], values: dict[str, Tensor]
 ) -> Hooks:
-    """Hooks that leave the tensors at `names` in `kept`, to be differentiated by, and copies of
-    those at `read` in `values`.
+    """Hooks that leave tensors in `kept`, to be differentiated by, and copies in `values`.
+
+    Those at `names`, and those at `read`.
     """
     copying = [(name, partial(keep_copy, kept=values, name=name)) for name in read]
     return [*copying, *((name, partial(_keep, kept=kept, name=name)) for name in names)]
@@ -242,10 +243,11 @@ def gradients(
     metric: Metric,
     read: Mapping[int, Sequence[str]] | None = None,
 ) -> Iterator[tuple[int, Pulled]]:
-    """(step, ∂ Σ metric / ∂ each of `names[step]`), last step first, as the weighted sum over
-    `chains`; and the weighted sums of the tensors at `read[step]`, which cost no further run.
+    """(step, ∂ Σ metric / ∂ each of `names[step]`), last step first, summed over `chains`.
 
-    Each prompt's metric depends on its own row alone, so row b of a gradient is that of prompt b.
+    The sum is weighted. With it come the weighted sums of the tensors at `read[step]`, which cost
+    no further run. Each prompt's metric depends on its own row alone, so row b of a gradient is
+    that of prompt b.
     """
 
     def total(output: Tensor) -> Tensor:

@@ -49,8 +49,9 @@ class Pair:
     contexts: tuple[Context, ...]
 
     def interpolated(self, alpha: float) -> Chain:
-        """The run whose inputs lie at original + α·(source − original): the text, and the latents
-        where they differ.
+        """The run whose inputs lie at original + α·(source − original).
+
+        The text, and the latents where they differ.
 
         Raises:
             ValueError: the two texts differ in length, so that no run lies between them.
@@ -98,11 +99,11 @@ def pair(
     branch: Literal["cond", "uncond", "both"] = "cond",
     returns: Literal["images", "x0", "out"] = "images",
 ) -> Pair:
-    """Two runs of one model, row by row: `model.trajectory(prompts, seed=0)` or the view of
-    `dit.bind(…)`, for one call.
+    """Two runs of one model, row by row.
 
-    They differ in their text; the noise of two trajectories is the same. A metric is given the
-    tensor that the view returns, or that `returns` names.
+    `model.trajectory(prompts, seed=0)` or the view of `dit.bind(…)`, for one call. They differ in
+    their text; the noise of two trajectories is the same. A metric is given the tensor that the
+    view returns, or that `returns` names.
 
     Args:
         original: the run that scores are gradients of.

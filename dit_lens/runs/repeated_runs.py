@@ -1,6 +1,7 @@
-"""A denoiser call and a whole generation, run on several copies of their batch at once, so that
-hooks can pass values between the copies. Rows are copies of the batch, one after the other: [copy ·
-batch, …].
+"""A denoiser call and a whole generation, run on several copies of their batch at once.
+
+Hooks can so pass values between the copies. Rows are copies of the batch, one after the other:
+[copy · batch, …].
 """
 
 from __future__ import annotations

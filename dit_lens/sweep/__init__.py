@@ -120,8 +120,9 @@ def plan(
     metrics: Metrics,
     **how: Unpack[Planning],
 ) -> Plan:
-    """Plan a sweep without running it: `plan(…).explain()` gives its cost, `plan(…).run(out)` runs
-    it.
+    """Plan a sweep without running it.
+
+    `plan(…).explain()` gives its cost, `plan(…).run(out)` runs it.
 
     Args:
         model: the model that draws; no hooks may be attached.

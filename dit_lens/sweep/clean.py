@@ -1,5 +1,6 @@
-"""The runs that a sweep's forks leave: sampled once for every prompt and seed, with everything that
-forks begin with.
+"""The runs that a sweep's forks leave.
+
+Sampled once for every prompt and seed, with everything that forks begin with.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ Rows = Int[np.ndarray, " _row"]
 
 @dataclass(frozen=True)
 class Fork:
-    """One re-run: the rows of a condition, which run together, and where it departs from the clean
-    run.
+    """One re-run: the rows of a condition, and where it departs from the clean run.
+
+    The rows run together.
     """
 
     condition: int
@@ -72,8 +74,9 @@ class CleanRuns:
         return len(self.record)
 
     def on(self, model: Any, inputs: Any) -> CleanRuns:
-        """The same with another model, which has to be an equal one, and its inputs; None for
-        both, to send it elsewhere without.
+        """The same with another model, which has to be an equal one, and its inputs.
+
+        None for both, to send it elsewhere without.
         """
         return replace(self, model=model, inputs=inputs)
 
@@ -112,8 +115,9 @@ class CleanRuns:
         )
 
     def take(self, rows: Rows, until: int | None = None) -> Trajectory:
-        """The runs of some rows, in the order given; their records up to a step, if one is
-        given.
+        """The runs of some rows, in the order given.
+
+        Their records up to a step, if one is given.
         """
         at = self.index(rows)
         inputs = inputs_of(self.model, self.inputs, self.noise, rows)
@@ -172,9 +176,7 @@ class CleanRuns:
         )
 
     def expect(self, forks: Sequence[Fork]) -> None:
-        """Announce the forks, so that their starting points are computed for all of them at
-        once.
-        """
+        """Announce the forks, to compute their starting points all at once."""
         layers: dict[tuple[int, Branch], set[int]] = {}
         for fork in forks:
             for branch, layer in fork.starts:
@@ -254,8 +256,9 @@ def inputs_of(model: HookedTextToImage, inputs: RunInputs, noise: Sequence[int],
 
 
 def metric_input(kept: Mapping[tuple[int, str], Tensor], read: Read, solver: Solver) -> Tensor:
-    """A tensor that metrics read, from those at hooks between calls; `eps` as `GenerationCache`
-    derives it.
+    """A tensor that metrics read, from those at hooks between calls.
+
+    `eps` as `GenerationCache` derives it.
     """
     assert read.step is not None
     if read.inner != "eps":

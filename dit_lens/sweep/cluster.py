@@ -48,8 +48,10 @@ class Worker:
         settings: Settings,
         fetch: Callable[[Sequence[Any]], list[Any]],
     ) -> None:
-        """`model`: where to load it from, or what `parts_of` gives; `fetch`: gives the objects of
-        keys in the object store.
+        """Load the model on its device.
+
+        `model`: where to load it from, or what `parts_of` gives; `fetch`: gives the objects of keys
+        in the object store.
         """
         if isinstance(model, Source):
             name = model.folder if model.commit is None else model.name
@@ -98,8 +100,9 @@ class Worker:
     def rows(
         self, shared: Sequence[Any], runs: Sequence[Any], forks: Sequence[Fork]
     ) -> pd.DataFrame:
-        """As `SweepContext.rows`. Keys stand in lists, or Ray would fetch their objects before the
-        call.
+        """As `SweepContext.rows`.
+
+        Keys stand in lists, or Ray would fetch their objects before the call.
 
         Args:
             shared: the key of the `SweepContext`, without the model; fetched once.
@@ -122,9 +125,10 @@ class Settings(NamedTuple):
 
 
 class Cluster:
-    """The Ray cluster that is connected, else the one that RAY_ADDRESS names, else a new one on
-    this machine; its workers serve a plan and every selection of the plan's conditions, and end
-    with the `with` block.
+    """A Ray cluster: the one connected, the one of RAY_ADDRESS, or a new one on this machine.
+
+    Its workers serve a plan and every selection of the plan's conditions, and end with the `with`
+    block.
     """
 
     def __init__(self, plan: Plan, workers: int | None = None) -> None:
@@ -220,8 +224,9 @@ class Team:
     actors: list[Any]
 
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
-        """Sample the runs without intervention, each worker its share; a lost worker's share is
-        sampled again.
+        """Sample the runs without intervention, each worker its share.
+
+        A lost worker's share is sampled again.
         """
         from ray.util import ActorPool
 
@@ -284,8 +289,10 @@ RECORDERS = "transformers.utils.output_capturing"
 
 
 def _without_recorders(pipe: Any) -> Any:
-    """A pipeline with the same weights, without the hooks by which transformers' encoders record
-    hidden states: they cannot be pickled, and are installed again in the next call.
+    """A pipeline with the same weights, without recorders of hidden states.
+
+    transformers' encoders record by hooks, which cannot be pickled, and are installed again in the
+    next call.
     """
     found = copy.copy(pipe)
     for name, part in pipe.components.items():
@@ -302,8 +309,9 @@ def _without_recorders(pipe: Any) -> Any:
 
 
 def _register_recorders(pipe: Any) -> None:
-    """Make an empty encoder of each class: transformers registers then which hidden states a class
-    records, and unpickling makes none.
+    """Make an empty encoder of each class.
+
+    Transformers registers then which hidden states a class records, and unpickling makes none.
     """
     for part in pipe.components.values():
         if isinstance(part, PreTrainedModel):

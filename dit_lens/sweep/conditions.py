@@ -1,5 +1,6 @@
-"""Interventions of a sweep, resolved: the tensors that each touches, the first of them, and so the
-work shared with the clean run.
+"""Interventions of a sweep, resolved.
+
+The tensors that each touches, the first of them, and so the work shared with the clean run.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def grid(
     heads: Iterable[int] | None = None,
     steps: Iterable[int] | None = None,
 ) -> dict[str, Intervention]:
-    """Make one intervention for every combination of the arguments, by name ("L2H1 s3"); omitted
-    ones stay as they are.
+    """Make one intervention for every combination of the arguments, by name ("L2H1 s3").
+
+    Omitted ones stay as they are.
 
     Args:
         intervention: the one that is repeated; its site may have a `*` for the layer.
@@ -99,9 +101,7 @@ class Condition:
 
     @cached_property
     def joint(self) -> bool:
-        """True if a prompt's run depends on the other prompts' (of the same noise), so that they
-        must run together.
-        """
+        """True if a prompt's run depends on others' of the same noise: all run together."""
         return any(edit.depends_on_batch for edit in self.edits)
 
     @cached_property
@@ -131,14 +131,16 @@ class Condition:
 
     @cached_property
     def first(self) -> int:
-        """The first step that is not the clean run's; the number of steps where only the image is
-        touched.
+        """The first step that is not the clean run's.
+
+        The number of steps where only the image is touched.
         """
         return 0 if self.before else min(self.at, default=self.steps)
 
     def starts(self, layers: int, step: int) -> dict[Branch, int]:
-        """For a run that is clean up to `step`: branch → the layer from which on it differs there;
-        others do not.
+        """For a run that is clean up to `step`: branch → the layer from which on it differs there.
+
+        Others do not.
         """
         found: dict[Branch, int] = {}
         for edit in self.before:
@@ -174,8 +176,9 @@ class Condition:
 
 
 def _layer(site: Site, layers: int) -> int:
-    """The first block that a site of the denoiser has an influence on; `layers` for anything after
-    the last.
+    """The first block that a site of the denoiser has an influence on.
+
+    `layers` for anything after the last.
     """
     if found := re.match(r"blocks\.(\d+)\.", site.inner):
         return int(found[1])
@@ -200,8 +203,9 @@ def resolve(
     draft: Any,
     rng: int,
 ) -> list[Condition]:
-    """Every condition in rows of `texts`, checked as a run would check it; `draft`: the inputs of
-    such a run.
+    """Every condition in rows of `texts`, checked as a run would check it.
+
+    `draft`: the inputs of such a run.
 
     Raises:
         UnknownHookError, ValueError: as `Intervention.hooks` and a run with these hooks; or a name

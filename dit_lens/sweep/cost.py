@@ -1,5 +1,4 @@
-"""The cost of a sweep: work is counted, and its speed measured on a few denoising steps of random
-latents.
+"""The cost of a sweep: work is counted, its speed measured on a few steps of random latents.
 
 The unit is a *row-layer*: one block of the denoiser for one row of a batch. A fork that begins at
 layer 4 of 6 costs 2 of them at its first step, and all of them in both guidance branches at every
@@ -79,8 +78,9 @@ class Cost:
 
 
 def batch_size(plan: Plan) -> int:
-    """Rows that run together: as many as fit into half of the free memory, and no more than a
-    device gains from.
+    """Rows that run together.
+
+    As many as fit into half of the free memory, and no more than a device gains from.
     """
     device = plan.model.device
     most = LARGEST_BATCH.get(device.type, OTHERWISE_LARGEST)
@@ -88,8 +88,9 @@ def batch_size(plan: Plan) -> int:
 
 
 def cost_of(plan: Plan) -> Cost:
-    """Count the work, and time a step of one row and of a full batch; sizes between are
-    interpolated.
+    """Count the work, and time a step of one row and of a full batch.
+
+    Sizes between are interpolated.
     """
     branches: list[Branch] = ["cond", "uncond"] if plan.extent.guided else ["cond"]
     layers, steps = plan.model.cfg.n_layers, plan.steps
@@ -153,8 +154,9 @@ def _full_batches(rows: int, batch: int) -> list[int]:
 def _rows_at(
     forks: Sequence[Fork], branches: Sequence[Branch], layers: int
 ) -> list[Float[np.ndarray, " branch"]]:
-    """Rows of the denoiser in each step of a batch of forks; one that begins in the middle counts
-    in part.
+    """Rows of the denoiser in each step of a batch of forks.
+
+    One that begins in the middle counts in part.
     """
     found = []
     for step in range(min(fork.first for fork in forks), max(fork.until for fork in forks)):
@@ -173,8 +175,9 @@ def _rows_at(
 
 @torch.no_grad()
 def seconds_of_step(plan: Plan, rows: int) -> float:
-    """Seconds of one denoising step of n rows, sampler and guidance included: the median of
-    several, after a warm-up.
+    """Seconds of one denoising step of n rows, sampler and guidance included.
+
+    The median of several, after a warm-up.
     """
     model, inputs = plan.model, plan.inputs()
     some = inputs_of(model, inputs, [0], np.zeros(rows, dtype=np.int64))
@@ -210,10 +213,9 @@ def _decoding(plan: Plan, rows: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
-    """Operations of one row's denoiser call in "cond", and in "uncond" if there is guidance: an
-    empty text is less work.
+    """Operations of one row's denoiser call in "cond", and in "uncond" if there is guidance.
 
-    Counted by torch, which on a CPU does not see into fused attention.
+    An empty text is less work. Counted by torch, which on a CPU does not see into fused attention.
     """
     model, counted = plan.model, []
     for guidance in (1.0, plan.guidance) if plan.extent.guided else (plan.guidance,):
@@ -225,9 +227,7 @@ def _flops_of_rows(plan: Plan) -> Float[np.ndarray, " branch"]:
 
 
 def _bytes_of_row(plan: Plan) -> int:
-    """Peak bytes of the activations of one row of a batch, in all its guidance branches, and of its
-    image.
-    """
+    """Peak bytes of one row's activations, in all its guidance branches, and of its image."""
     model, branches = plan.model, 1 + plan.extent.guided
     one, cfg, size = plan.draft(), model.cfg, model.dit.dtype.itemsize
     pos = model.layout(one).length(

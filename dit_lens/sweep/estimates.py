@@ -1,10 +1,10 @@
-"""Effects of cells over the population that scenes are drawn from, from exact runs on some scenes
-and cheap scores on more.
+"""Effects of cells over the population that scenes are drawn from.
 
-The score is a control variate: λ · (mean score over all scored scenes) + (mean of exact − λ · score
-over the scenes that were run). λ is the slope of exact effects on scores within a cell, drawn
-toward that of all cells. Sources: Angelopoulos et al. 2023, Science 382, p. 669 (prediction-powered
-inference); Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3, article 3 (variances drawn toward a prior).
+From exact runs on some scenes and cheap scores on more. The score is a control variate: λ · (mean
+score over all scored scenes) + (mean of exact − λ · score over the scenes that were run). λ is the
+slope of exact effects on scores within a cell, drawn toward that of all cells. Sources:
+Angelopoulos et al. 2023, Science 382, p. 669 (prediction-powered inference); Smyth 2004, Stat.
+Appl. Genet. Mol. Biol. 3, article 3 (variances drawn toward a prior).
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def _variances(
     dof: Float[np.ndarray, " cell"],
     scale: Float[np.ndarray, " cell"],
 ) -> Float[np.ndarray, " cell"]:
-    """Variances from sums of squares, drawn up, never down, toward a common multiple of the mean
-    squared score: few scenes often miss the rare large effect.
+    """Variances from sums of squares, drawn up toward a multiple of the mean squared score.
+
+    Never down, and the multiple is common to all: few scenes often miss the rare large effect.
     """
     known = dof > 0
     if not known.any():

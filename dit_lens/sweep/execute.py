@@ -50,9 +50,7 @@ class SweepContext:
     batch: int
 
     def on(self, model: Any) -> SweepContext:
-        """The same with another model, which has to be an equal one; None to send it elsewhere
-        without.
-        """
+        """The same with another, equal model; None to send it elsewhere without."""
         return replace(self, plan=replace(self.plan, model=model))
 
     def rows(
@@ -61,9 +59,7 @@ class SweepContext:
         forks: Sequence[Fork],
         advance: Callable[[int], None] = lambda rows: None,
     ) -> pd.DataFrame:
-        """Run forks of clean runs together, in halves if memory does not suffice: the rows of their
-        cells.
-        """
+        """Run forks together, in halves if memory does not suffice: the rows of their cells."""
         batch = ForkBatch(clean, self.plan.conditions, forks)
         try:
             found = batch.run(set(self.plan.reads.values()), advance)
@@ -82,8 +78,9 @@ class SweepContext:
     def table(
         self, cells: Int[np.ndarray, " cell"], batch: ForkBatch | None, found: Mapping[Read, Tensor]
     ) -> pd.DataFrame:
-        """Rows of the results for the cells of a batch; without one, for cells that are those of
-        the clean run.
+        """Rows of the results for the cells of a batch, or for cells that are the clean run's.
+
+        The latter without a batch.
         """
         plan, rows = self.plan, cells % self.plan.runs
         firsts = np.array([plan.conditions[condition].first for condition in cells // plan.runs])
@@ -176,8 +173,9 @@ class Here:
 
 
 class WholeRuns(Here):
-    """This process, for a model whose runs cannot be left at a step: each cell is a whole
-    generation, and metrics read images alone.
+    """This process, for a model whose runs cannot be left at a step.
+
+    Each cell is a whole generation, and metrics read images alone.
     """
 
     def sample(self, rows: Rows, reads: set[Read], batch: int) -> CleanRuns:
@@ -318,9 +316,7 @@ class Execution:
 def measured(
     name: str, metric: Metric, tensor: Tensor, baseline: Tensor, prompts: np.ndarray, batch: int
 ) -> Measured:
-    """A metric, `batch` rows at a time; where it fails, row by row, so that the others have their
-    values.
-    """
+    """A metric, `batch` rows at a time; row by row where it fails, to keep the others' values."""
     parts = []
     for start in range(0, len(tensor), batch):
         some = slice(start, start + batch)

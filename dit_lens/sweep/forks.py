@@ -1,11 +1,11 @@
-"""Forks of clean runs as rows of shared batches: the prefix tree over (prompt, seed, step, layer),
-walked.
+"""Forks of clean runs as rows of shared batches.
 
-A run without intervention (`CleanRuns`) is sampled once a prompt and seed. A fork stands for
-one cell, or, where prompts look at each other ("mean", "resample"), for a condition's cells of one
-seed. It begins at the first step that its intervention touches and there, in each guidance branch,
-at the first layer; a branch that is not touched at this step takes the clean run's output. From
-then on it is rows of a batch like any other, with one hook a site for the edits of all of them.
+The prefix tree over (prompt, seed, step, layer), walked. A run without intervention (`CleanRuns`)
+is sampled once a prompt and seed. A fork stands for one cell, or, where prompts look at each other
+("mean", "resample"), for a condition's cells of one seed. It begins at the first step that its
+intervention touches and there, in each guidance branch, at the first layer; a branch that is not
+touched at this step takes the clean run's output. From then on it is rows of a batch like any
+other, with one hook a site for the edits of all of them.
 """
 
 from __future__ import annotations
@@ -60,16 +60,15 @@ class ForkBatch:
         return self.clean.model
 
     def active(self, step: int) -> np.ndarray:
-        """The rows that are computed at a step: those that have left their clean run, and that some
-        metric still needs.
-        """
+        """Rows computed at a step: they have left their clean run, and some metric needs them."""
         return np.flatnonzero((self.first <= step) & (self.until > step))
 
     def run(
         self, reads: Collection[Read], done: Callable[[int], None] = lambda rows: None
     ) -> dict[Read, Float[Tensor, "row ..."]]:
-        """The tensors that metrics read, for all rows; `done` is called with the number of rows
-        after each denoising step.
+        """The tensors that metrics read, for all rows.
+
+        `done` is called with the number of rows after each denoising step.
         """
         clean, model, last = self.clean, self.model, int(max(self.until))
         clean.prepare(self.forks)
@@ -127,9 +126,7 @@ class ForkBatch:
         return found
 
     def _rows_read(self, read: Read, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that a metric reads at a step: their places among the active ones, and their
-        numbers.
-        """
+        """Rows that a metric reads at a step: places among the active ones, and numbers."""
         active = self.active(step)
         rows = (
             np.flatnonzero(self.first[active] == step)
@@ -236,9 +233,7 @@ class ForkBatch:
         timestep: Tensor,
         text: Text,
     ) -> Tensor:
-        """The denoiser on the active rows of each branch, every one from where it leaves the clean
-        run.
-        """
+        """The denoiser on the active rows of each branch, from where each leaves the clean run."""
         model, step, active = self.model, call.step, self.active(call.step)
         joins = self.first[active] == step
         start = np.concatenate(
@@ -279,8 +274,9 @@ class ForkBatch:
     def _residuals(
         self, call: Call, rows: np.ndarray, start: np.ndarray
     ) -> dict[int, Float[Tensor, "row pos d_model"]]:
-        """Layer → the clean residual streams of the rows (of each branch in turn) that start
-        there.
+        """Layer → the clean residual streams of the rows that start there.
+
+        Rows of each branch in turn.
         """
         residuals = {}
         of_branch = dict(zip(call.branches, np.split(start, len(call.branches)), strict=True))
@@ -325,8 +321,9 @@ def _hooks_of_call(
 def _by_site(
     edits: Sequence[tuple[int, Edit, np.ndarray]], model: HookedTextToImage
 ) -> dict[Site, RowEdits]:
-    """One hook a site, for (place among the edits of its row there, edit, rows): equal actions of
-    different rows are one edit.
+    """One hook a site, for (place among the edits of its row there, edit, rows).
+
+    Equal actions of different rows are one edit.
     """
     groups: dict[Site, dict[Any, list[tuple[Edit, np.ndarray]]]] = {}
     for k, edit, rows in sorted(edits, key=lambda each: each[0]):

@@ -189,11 +189,11 @@ def scene_metric(
 
 @renamed_arguments(wanted="scenes")
 def relation_metric(scenes: Sequence[Scene]) -> Metric:
-    """Offset of the first object from the second along their relation, as a smooth function of the
-    image.
+    """Offset of the first object from the second along their relation.
 
-    The mean of (its color's channel − the other's) · a plane that rises along the relation:
-    differentiable, unlike verdicts, so that it can be attributed. `scenes` as in `scene_metric`.
+    A smooth function of the image. The mean of (its color's channel − the other's) · a plane that
+    rises along the relation: differentiable, unlike verdicts, so that it can be attributed.
+    `scenes` as in `scene_metric`.
 
     Example:
         >>> drawn = scenes.sample(2, seed=0)
@@ -230,11 +230,10 @@ def displacement(
 
 @dataclass(frozen=True)
 class ShareOf:
-    """Share of a whole change that an intervention causes: its own change projected on the whole,
-    in units of the whole.
+    """Share of a whole change that an intervention causes.
 
-    `Metric(ShareOf(corrupt - clean), on="x0", given=("baseline", "prompt"))`; each prompt has its
-    own whole change.
+    Its own change is projected on the whole, in units of the whole. `Metric(ShareOf(corrupt -
+    clean), on="x0", given=("baseline", "prompt"))`; each prompt has its own whole change.
 
     Example:
         >>> share = ShareOf(torch.tensor([[2.0, 0.0]]))

@@ -26,9 +26,7 @@ graph, and back (measured: 3.4 to 3.6 for 504 cells of 4 scenes).
 
 
 def prices(plan: Plan, question: Question) -> Prices:
-    """Cost of a search's parts in row-layers (`dit_lens.sweep.cost`), as they are counted before it
-    runs.
-    """
+    """Cost of a search's parts in row-layers (`dit_lens.sweep.cost`), before it runs."""
     layers, branches = plan.model.cfg.n_layers, 1 + plan.extent.guided
     clean = float(plan.steps * branches * layers)
     exact, score = np.zeros(len(plan.conditions)), np.zeros(len(plan.conditions))
@@ -52,8 +50,9 @@ def _starts(plan: Plan, place: int, step: int) -> list[int]:
 
 
 def order_of_scenes(prompts: int, seeds: int, rng: int) -> Int[np.ndarray, " row"]:
-    """Rows of a plan in the order in which a search draws them: all prompts at random, with
-    different seeds, before any comes again.
+    """Rows of a plan in the order in which a search draws them.
+
+    All prompts at random, with different seeds, before any comes again.
 
     Example:
         >>> order_of_scenes(3, 2, rng=0).tolist()
@@ -65,8 +64,10 @@ def order_of_scenes(prompts: int, seeds: int, rng: int) -> Int[np.ndarray, " row
 
 
 class Numbers:
-    """A plan as the race's oracle: scenes are its rows in a random order. Scores and results are on
-    disk if there is a folder, and are not computed again.
+    """A plan as the race's oracle.
+
+    Scenes are its rows in a random order. Scores and results are on disk if there is a folder, and
+    are not computed again.
     """
 
     def __init__(

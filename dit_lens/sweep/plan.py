@@ -91,9 +91,7 @@ class Plan:
 
     @cached_property
     def forks(self) -> list[Fork]:
-        """Runs to make, ordered so that neighbours share most; all other cells equal those of the
-        clean run.
-        """
+        """Runs to make, neighbours sharing most; other cells equal those of the clean run."""
         found: list[Fork] = []
         for number, condition in enumerate(self.conditions):
             if (until := self.until(condition)) is not None:
@@ -109,8 +107,9 @@ class Plan:
         return sorted(found, key=place)
 
     def forks_of(self, number: int, first: int, until: int, seeds: Iterable[int]) -> Iterator[Fork]:
-        """Forks of the condition of that number, clean up to step `first`: one a prompt, unless
-        prompts depend on each other.
+        """Forks of one condition, clean up to step `first`.
+
+        One a prompt, unless prompts depend on each other.
         """
         n, condition = len(self.prompts), self.conditions[number]
         branches = tuple(

@@ -142,8 +142,9 @@ class Race:
 
     @property
     def gap(self) -> float:
-        """Bound on how much larger a finalist outside of the top may be than the weakest in it;
-        infinite on fewer than `LEAST_FINAL` scenes.
+        """Bound on how much larger a finalist outside of the top may be than the weakest in it.
+
+        Infinite on fewer than `LEAST_FINAL` scenes.
         """
         if self.estimates.scenes[self.alive].min() < LEAST_FINAL:
             return float("inf")
@@ -263,9 +264,11 @@ def score_all(oracle: Oracle, race: Race, scored: Cells) -> None:
 
 
 def entrants_of(race: Race, unscored: Int[np.ndarray, " unscored"]) -> Int[np.ndarray, " entrant"]:
-    """The cells of the first round: those with the largest scores (magnitude of the mean, and mean
-    magnitude, for the larger of noisy means are those of noisier cells), as many as this round can
-    give an interval; of a small budget more, without one.
+    """The cells of the first round: those with the largest scores.
+
+    Scores count by the magnitude of their mean and by their mean magnitude, for the larger of noisy
+    means are those of noisier cells. There are as many as this round can give an interval; of a
+    small budget more, without one.
     """
     prices, k = race.prices, race.rules.k
     scores = np.nan_to_num(race.scores)

@@ -1,10 +1,10 @@
-"""Where a sweep's numbers go: a table, one row a cell, that survives being killed; and from it the
-Dataset.
+"""Where a sweep's numbers go.
 
-On disk the table is Parquet shards in a folder (`dit_lens.store`), which records hashes of its
-origin: model, prompts, seeds, interventions, metrics. Columns: `cell` = condition · (prompts ·
-seeds) + seed index · prompts + prompt; the metrics; `{metric}_baseline`, the same run's without
-intervention; `error`, empty where all went well.
+A table, one row a cell, that survives being killed; and from it the Dataset. On disk the table is
+Parquet shards in a folder (`dit_lens.store`), which records hashes of its origin: model, prompts,
+seeds, interventions, metrics. Columns: `cell` = condition · (prompts · seeds) + seed index ·
+prompts + prompt; the metrics; `{metric}_baseline`, the same run's without intervention; `error`,
+empty where all went well.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ class Results:
         self.unsaved, self.failure = [], None
 
     def close(self) -> None:
-        """Write the rest, and report cells that could not be written: in their rows, and by a
-        warning.
-        """
+        """Write the rest; report cells that could not be written, in rows and by a warning."""
         if self.folder is None:
             return
         self.flush()
@@ -127,8 +125,9 @@ def dataset(
     own: Mapping[str, bool],
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
-    """The table as a Dataset over (intervention, prompt, seed); `own`: metric → whether its
-    baseline depends on the condition.
+    """The table as a Dataset over (intervention, prompt, seed).
+
+    `own`: metric → True if its baseline depends on the condition.
     """
     shape = (len(conditions), len(seeds), len(prompts))
     names = [
@@ -186,8 +185,9 @@ def effects(
     before: Float[np.ndarray, "intervention prompt seed"],
     after: Float[np.ndarray, "intervention prompt seed"],
 ) -> Float[np.ndarray, "intervention bound"]:
-    """Mean over the pairs of a cell and its baseline, with a 95 % interval over prompts; of one
-    prompt, over seeds.
+    """Mean over the pairs of a cell and its baseline, with a 95 % interval.
+
+    Over prompts; of one prompt, over seeds.
     """
     difference = after - before
     clusters = difference.swapaxes(1, 2) if difference.shape[1] == 1 else difference

@@ -60,8 +60,9 @@ class Question:
 def scores_of_rows(
     plan: Plan, inputs: Any, question: Question, rows: Rows
 ) -> tuple[Float[np.ndarray, "condition row"], CleanRuns]:
-    """Score the question's conditions on some rows, NaN for conditions that have no score; and the
-    runs that they were scored at, with all that the plan's metrics read.
+    """Score the question's conditions on some rows, NaN for conditions that have no score.
+
+    Also returns the runs that they were scored at, with all that the plan's metrics read.
 
     Args:
         plan: plan of the sweep that is searched.
@@ -92,9 +93,7 @@ def has_score(condition: Condition, read: Read, by: Method) -> bool:
 
 
 def _method(condition: Condition, read: Read, by: Method) -> Method | None:
-    """Scoring method, or None if the touched tensors do not lie between the inputs and the
-    result.
-    """
+    """Scoring method; None if the touched tensors lie not between the inputs and the result."""
     if by == "none":
         return None
     sites = [edit.site for edit in condition.edits]
@@ -117,8 +116,9 @@ def _method(condition: Condition, read: Read, by: Method) -> Method | None:
 def _by_first_step(
     plan: Plan, read: Read, which: Int[np.ndarray, " _"]
 ) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
-    """(first step of a chain, conditions that it is about); where a metric is taken at the first
-    touched step, one each.
+    """(first step of a chain, conditions that it is about).
+
+    One each where a metric is taken at the first touched step.
     """
     firsts = np.array([plan.conditions[i].first for i in which.tolist()], dtype=np.int64)
     if read.step == FIRST_TOUCHED:
@@ -132,9 +132,7 @@ def _by_first_step(
 
 @dataclass(frozen=True)
 class _ScoringPass:
-    """Conditions that are scored with the gradients of one chain, from the state before step
-    `first` to the metric.
-    """
+    """Conditions scored with one chain's gradients, from before step `first` to the metric."""
 
     plan: Plan
     read: Read
@@ -209,8 +207,9 @@ class _ScoringPass:
     def _changes(
         self, step: int, places: Sequence[int]
     ) -> Iterator[tuple[int, Int[np.ndarray, " row"], Tensor]]:
-        """(place, rows of the clean run, change of the guided output there by its edits at this
-        step alone).
+        """(place, rows of the clean run, change of the guided output there).
+
+        The change is by its edits at this step alone.
         """
         plan, clean = self.plan, self.clean
         place_of = {int(self.conditions[place]): place for place in places}

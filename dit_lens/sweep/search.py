@@ -1,5 +1,6 @@
-"""Search of a plan for the conditions with the largest mean effects over the population that its
-prompts and seeds are drawn from.
+"""Search of a plan for the conditions with the largest mean effects.
+
+Over the population that its prompts and seeds are drawn from.
 
     plan = sweep.plan(model, prompts, seeds, cells, {"height": height})  # of many prompts
     found = sweep.search(plan, "height", k=10, budget=8)
@@ -138,8 +139,9 @@ class Search:
 
     @property
     def gap(self) -> float:
-        """Bound on how much larger than the weakest of the top another condition of the last round
-        may be over the population.
+        """Bound on how much larger than the weakest of the top another condition may be.
+
+        Over the population, among the conditions of the last round.
         """
         return self.race.gap
 
@@ -148,11 +150,12 @@ class Search:
         return sampled["score"].to_numpy(), sampled["exact"].to_numpy()
 
     def missed(self, rank: int | None = None) -> Missed:
-        """Bound the number of conditions outside of the top whose effect over the population is
-        larger than the estimate of the `rank`-th of the top (its smallest, by default).
+        """Bound the number of conditions outside of the top that belong to it.
 
-        Holds at the level of the search: half of the error is that of the joint intervals, half
-        that of the hypergeometric count of a random sample of the conditions that did not enter.
+        Their effect over the population is larger than the estimate of the `rank`-th of the top
+        (its smallest, by default). Holds at the level of the search: half of the error is that of
+        the joint intervals, half that of the hypergeometric count of a random sample of the
+        conditions that did not enter.
 
         Raises:
             ValueError: the top has no such rank.

@@ -1,5 +1,6 @@
-"""The two-object task (and its extension to three): scenes, images, captions, and a judge of
-generated images.
+"""The two-object task (and its extension to three).
+
+Scenes, images, captions, and a judge of generated images.
 """
 
 from __future__ import annotations

@@ -93,8 +93,9 @@ def read_boxes(path: Path) -> pd.DataFrame:
 
 
 def pair_positions(boxes: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
-    """Position of one object relative to another, by the centres of the highest-scoring box of
-    each.
+    """Position of one object relative to another, by the centres of their best boxes.
+
+    A best box has the highest score of its object.
 
     Args:
         boxes: columns `COLUMNS`.

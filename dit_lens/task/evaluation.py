@@ -123,12 +123,11 @@ def evaluate_model(
     scene_seed: int = 100,
     out: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Draw and judge `n` held-out scenes, `n` trained scenes, and `n` // 4 of the latter in each
-    other template.
+    """Draw and judge `n` held-out scenes and `n` trained ones.
 
-    Scene i has noise seed i under every template, so templates pair; images of one condition share
-    nothing, so their proportions have binomial intervals. Uses 14 steps of the model's own
-    scheduler and guidance 4.5.
+    `n` // 4 more trained ones come in each other template. Scene i has noise seed i under every
+    template, so templates pair; images of one condition share nothing, so their proportions have
+    binomial intervals. Uses 14 steps of the model's own scheduler and guidance 4.5.
 
     Args:
         model: the model that draws.
@@ -213,8 +212,9 @@ def _described(jobs: Sequence[_Job], prompts: Sequence[str]) -> pd.DataFrame:
 def accuracies(
     rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS
 ) -> pd.DataFrame:
-    """Share of images accepted by each metric, with its 95 % Wilson interval: one row a group and
-    metric.
+    """Share of images accepted by each metric, with its 95 % Wilson interval.
+
+    One row a group and metric.
 
     Args:
         rows: of `evaluate_model`.
@@ -238,8 +238,9 @@ def accuracies(
 
 
 def template_effects(rows: pd.DataFrame, metrics: Sequence[str] = METRICS[:-1]) -> pd.DataFrame:
-    """Change of each metric by each template, relative to the trained one on the same scenes and
-    noise.
+    """Change of each metric by each template, on the same scenes and noise.
+
+    Relative to the trained one.
 
     Args:
         rows: of `evaluate_model`.
@@ -315,8 +316,9 @@ def to_markdown(rows: pd.DataFrame) -> str:
 
 
 def wide(table: pd.DataFrame, key: str) -> str:
-    """Markdown table with one row for each value of `key`, and "mean [low, high]" in one column for
-    each metric.
+    """Markdown table: a row for each value of `key`, a column for each metric.
+
+    Entries are "mean [low, high]".
 
     Example:
         >>> rows = pd.DataFrame({"split": ["train"] * 4, "color": [1.0, 1.0, 1.0, 0.0]})

@@ -226,8 +226,9 @@ def _indices(vocabulary: tuple[str, ...], words: Sequence[str]) -> Int[np.ndarra
 def color_classes(
     images: Float[Tensor, "image 3 height width"],
 ) -> UInt8[np.ndarray, "image height width"]:
-    """Color class of each pixel: 1 + its index into `COLORS`, or 0 for background, by
-    `COLOR_MARGIN`.
+    """Color class of each pixel: 1 + its index into `COLORS`, or 0 (by `COLOR_MARGIN`).
+
+    0 is background.
     """
     pixels = images.detach().float().cpu().clamp(0, 1).numpy()
     red, blue, gray = pixels[:, 0], pixels[:, 2], pixels.mean(axis=1)
@@ -240,11 +241,10 @@ def color_classes(
 def _census(
     images: Float[Tensor, "image 3 height width"],
 ) -> tuple[Int[np.ndarray, "image shape color"], Float[np.ndarray, "image shape color xy"]]:
-    """Number of regions of each kind in each image, and the (x, y) of their centres in pixels,
-    summed if there are several.
+    """Number of regions of each kind in each image, and their centres (x, y) in pixels.
 
-    The last index of `shape` and of `color` means none of them; a region that has both is an
-    object.
+    Centres are summed if there are several. The last index of `shape` and of `color` means none of
+    them; a region that has both is an object.
     """
     pixels = images.float().cpu().clamp(0, 1).flatten(2).numpy()
     n, _, size = pixels.shape
@@ -284,14 +284,13 @@ def _census(
 def _classify(
     place: Int[np.ndarray, " pixel"], region: Int[np.ndarray, " pixel"], k: int
 ) -> tuple[Int[np.ndarray, " region"], Int[np.ndarray, "region xy"]]:
-    """The shape of each of `k` regions, as an index into `SHAPES` (beyond its end: none), and that
-    shape's centre (x, y).
+    """The shape of each of `k` regions, as an index into `SHAPES`, and its centre (x, y).
 
-    Each ideal shape is laid over the region with the region's own area and centre of mass; the one
-    that fits best is the region's if it fits and the area is right. Unlike a bounding box, area and
-    centre of mass hardly move when an apex is blurred away. Centres are whole pixels because a
-    scene's are: half a pixel of noise then costs nothing at the edge of the level band. `place` is
-    row · 128 + column.
+    An index beyond the end: none. Each ideal shape is laid over the region with the region's own
+    area and centre of mass; the one that fits best is the region's if it fits and the area is
+    right. Unlike a bounding box, area and centre of mass hardly move when an apex is blurred away.
+    Centres are whole pixels because a scene's are: half a pixel of noise then costs nothing at the
+    edge of the level band. `place` is row · 128 + column.
     """
     total = partial(np.bincount, region, minlength=k)
     xy = np.stack([place % IMAGE_SIZE, place // IMAGE_SIZE])

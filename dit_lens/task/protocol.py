@@ -63,9 +63,7 @@ class Task(Protocol):
 
     @property
     def contrasts(self) -> Mapping[str, tuple[str, str]]:
-        """Name → two phrases of opposite meaning and equal length, for
-        `screening.phrase_contrasts`.
-        """
+        """Name → two opposite phrases of equal length, for `screening.phrase_contrasts`."""
         ...
 
     def sample(

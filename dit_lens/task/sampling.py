@@ -182,8 +182,9 @@ def _balanced(
 
 
 def _place(rng: np.random.Generator, c: Combination, spread: float) -> tuple[int, int, int, int]:
-    """Uniform among the centres that realise the relation without overlap, by rejection (which
-    accepts more than half).
+    """Uniform among centres that realise the relation without overlap, by rejection.
+
+    More than half are accepted.
     """
     direction_x, direction_y = DIRECTIONS[c.relation]
     columns, rows = _centre_pairs(direction_x, spread), _centre_pairs(direction_y, spread)

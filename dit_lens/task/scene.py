@@ -241,8 +241,9 @@ def relation_between(x1: int, y1: int, x2: int, y2: int) -> Relation:
 
 
 def opposite(scene: Scene) -> Scene:
-    """Scene of the opposite relation, in the counterpart phrase of equal length, at the same
-    positions.
+    """Scene of the opposite relation, at the same positions.
+
+    In the counterpart phrase of equal length.
 
     Example:
         >>> scene = Scene("circle", "red", 64, 40, "square", "blue", 64, 90, "above", "higher than")

@@ -19,8 +19,9 @@ from .trios import TRIO_PHRASES
 
 
 def all_captions() -> list[str]:
-    """Every prompt of a scene: 6 ordered shape pairs × 22 phrases × 7 patterns of color words =
-    924.
+    """Every prompt of a scene, 924.
+
+    6 ordered shape pairs × 22 phrases × 7 patterns of color words.
 
     Example:
         >>> len(all_captions())
@@ -47,8 +48,9 @@ def all_captions() -> list[str]:
 
 
 def all_trio_captions() -> list[str]:
-    """Every prompt of a trio: orders of the shapes × color patterns × phrases of two different
-    relations.
+    """Every prompt of a trio.
+
+    Orders of the shapes × color patterns × phrases of two different relations.
 
     Example:
         >>> len(set(all_trio_captions())), all_trio_captions()[0]

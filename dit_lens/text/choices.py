@@ -46,8 +46,9 @@ FORMS = (
 
 
 def word(text: str, nth: SupportsIndex | None = None) -> Word:
-    """The tokens of a word or phrase, wherever a prompt has it as whole words, without regard to
-    case.
+    """The tokens of a word or phrase, wherever a prompt has it as whole words.
+
+    Without regard to case.
 
     Args:
         text: one word or several in order; punctuation between them is not compared.

@@ -26,8 +26,9 @@ SPLITS = ("captions", "combinations", "wordings", "never_read")
 
 
 def probe_captions() -> pd.DataFrame:
-    """The 264 captions that name both colors: 96 combinations × the wordings of their relation
-    (paper, prompt set b).
+    """The 264 captions that name both colors (paper, prompt set b).
+
+    96 combinations × the wordings of their relation.
 
     Returns:
         Columns text, shape1, color1, relation, shape2, color2, dx, dy (`scenes.DIRECTIONS`),
@@ -82,8 +83,9 @@ def word_vectors(
     word: Word,
     layers: bool = True,
 ) -> dict[int, Float[np.ndarray, "caption d_text"]]:
-    """Vectors of one word of every caption, by layer: 0 is the word embedding, the last is the
-    encoder's output.
+    """Vectors of one word of every caption, by layer.
+
+    Layer 0 is the word embedding, the last is the encoder's output.
 
     Args:
         encoder: text encoder, called as in transformers.
@@ -196,8 +198,7 @@ def probe_table(
 
 
 def place_score(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """R² of an object's own direction, seen from the other object, by one probe for both shape
-    words.
+    """R² of an object's direction from the other object, by one probe for both shape words.
 
     "circle" in "circle is above square" and in "square is below circle" have the same label, in
     "circle is below square" the opposite: vectors that hold the prompt's words, or the word's
@@ -222,8 +223,9 @@ def place_score(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def cosines(
     encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, word: Word = "shape2"
 ) -> pd.Series:
-    """Mean cosine between two captions' vectors of one word (encoder output), by the one respect in
-    which the captions differ.
+    """Mean cosine between two captions' vectors of one word (encoder output).
+
+    One mean for each respect in which two captions may differ.
 
     Returns:
         "only the wording", "only shape1", …, and "any two".

@@ -84,10 +84,10 @@ def token_mask(
     missing: Literal["error", "ignore"] = "error",
     **options: Any,
 ) -> Bool[Tensor, "prompt text_pos"]:
-    """The selected tokens of `model.to_tokens(prompts)`, or the selected text positions of a
-    pipeline's denoiser.
+    """The selected tokens of `model.to_tokens(prompts)`.
 
-    Where several text encoders of a pipeline give tokens, a word is all that spell it.
+    In a pipeline, the selected text positions of its denoiser. Where several text encoders of a
+    pipeline give tokens, a word is all that spell it.
 
     Args:
         model: the model whose tokenizer splits the prompts.
@@ -198,8 +198,9 @@ def check_found(
     mask: Bool[Tensor, "prompt pos"],
     fix: str = "",
 ) -> None:
-    """Raise ValueError for the first prompt whose row of `mask` is empty; the message lists its
-    words and their roles.
+    """Raise ValueError for the first prompt whose row of `mask` is empty.
+
+    The message lists its words and their roles.
 
     Args:
         model: the model whose tokens the message lists.
@@ -256,8 +257,9 @@ def role_mask(
 def phrase_mask(
     model: HookedTextToImage, prompts: str | Sequence[str], phrase: str
 ) -> Bool[Tensor, "prompt text_pos"]:
-    """Tokens of `model.to_tokens(prompts)` that spell a word or phrase: `token_mask` of
-    `word(phrase)`.
+    """Tokens of `model.to_tokens(prompts)` that spell a word or phrase.
+
+    `token_mask` of `word(phrase)`.
 
     Raises:
         ValueError: a prompt does not contain it.
@@ -272,8 +274,9 @@ def phrase_mask(
 def role_groups(
     model: HookedTextToImage, prompts: Sequence[str], roles: Sequence[Mapping[str, str]]
 ) -> dict[str, Bool[Tensor, "prompt text_pos"]]:
-    """Tokens by role, where each prompt has its own words for a role: text groups of a synopsis, or
-    `tokens` of an edit.
+    """Tokens by role, where each prompt has its own words for a role.
+
+    Text groups of a synopsis, or `tokens` of an edit.
 
     Args:
         model: the model whose tokenizer splits the prompts.

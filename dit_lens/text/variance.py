@@ -1,5 +1,6 @@
-"""Variance partition of word vectors over a factorial set of prompts, and the effect vector of each
-factor's level.
+"""Variance partition of word vectors over a factorial set of prompts.
+
+Also the effect vector of each factor's level.
 
     prompts = variance.factorial_prompts()
     vectors, factors = variance.word_vectors(model, prompts, role="shape2", at="caption")
@@ -313,8 +314,9 @@ def _aliases(term: _Term, terms: Sequence[_Term], own: Mapping[str, np.ndarray])
 def effect_vectors(
     vectors: Vectors, factors: Factors, interactions: Interactions = ()
 ) -> dict[str, xr.DataArray]:
-    """Effect vector of each level of each factor, by least squares; they sum to zero over the
-    levels.
+    """Effect vector of each level of each factor, by least squares.
+
+    They sum to zero over the levels.
 
     Returns:
         `"mean"`: the intercept, dims (d,), which is the mean of a balanced set; each factor: dims

@@ -100,8 +100,9 @@ def word_vectors(
 def encode(
     model: HookedTextToImage, tokens: Tensor, at: Space, batch_size: int = 64
 ) -> Float[Tensor, "prompt text_pos d"]:
-    """Text-encoder output for token ids [prompt text_pos], before ("text") or after ("caption") the
-    caption projection.
+    """Text-encoder output for token ids [prompt text_pos].
+
+    Before ("text") or after ("caption") the caption projection.
 
     Raises:
         ValueError: a space other than "text" and "caption".
@@ -125,8 +126,9 @@ def encode(
 def encode_prompts(
     model: HookedTextToImage, prompts: Sequence[str], at: Space = "text"
 ) -> Float[Tensor, "prompt text_pos d"]:
-    """Text vectors of prompts at the denoiser's text positions, as `encode` gives them; of a
-    pipeline, those that enter its denoiser.
+    """Text vectors of prompts at the denoiser's text positions, as `encode` gives them.
+
+    In a pipeline, those that enter its denoiser.
 
     Raises:
         ValueError: "caption" of a pipeline, whose denoiser has no projection of that name.
@@ -145,8 +147,10 @@ def encode_prompts(
 
 
 def phrase_of(encoded: EncodedText) -> list[int]:
-    """Text positions that spell a text's relation phrase: all words between the first object (and
-    "is") and the second, in the tokens of each text encoder.
+    """Text positions that spell a text's relation phrase.
+
+    All words between the first object (and "is") and the second, in the tokens of each text
+    encoder.
 
     Raises:
         ValueError: the prompt does not name two objects.

@@ -1,5 +1,6 @@
-"""Every choice of a training run, in one place; the command line is made from it, so nothing heavy
-is imported here.
+"""Every choice of a training run, in one place.
+
+The command line is made from it, so nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -103,9 +104,7 @@ class TrainConfig:
     """
 
     def spread(self, step: int) -> float:
-        """How far from the eight fixed layouts the scenes of a step may lie, in [0, 1]
-        (`scenes.sample`).
-        """
+        """Distance of a step's scenes from the eight fixed layouts, in [0, 1] (`scenes.sample`)."""
         if step < self.anchored_steps:
             return 0.0
         return min(1.0, (step - self.anchored_steps + 1) / max(self.spreading_steps, 1))

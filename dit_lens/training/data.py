@@ -19,8 +19,9 @@ from .curriculum import Curriculum
 
 
 class StepData:
-    """Clean latents, captions and the random generator of one step, for this process: a function of
-    the step alone.
+    """Clean latents, captions and the random generator of one step, for this process.
+
+    A function of the step alone.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class StepData:
 def encode_captions(
     pipe: PixArtSigmaPipeline, captions: Sequence[str], batch_size: int = 128
 ) -> tuple[Float[Tensor, "caption text_pos d_text"], Int[Tensor, "caption text_pos"]]:
-    """Text features and masks, cut to the longest caption (pads carry exactly no attention, so
-    nothing is lost).
+    """Text features and masks, cut to the longest caption.
+
+    Pads carry exactly no attention, so nothing is lost.
     """
     tokens = pipe.tokenizer(list(captions), padding="longest", return_tensors="pt").to(pipe.device)
     unknown = (tokens.input_ids == getattr(pipe.tokenizer, "unk_token_id", UNKNOWN_ID)).any(dim=1)

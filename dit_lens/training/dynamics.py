@@ -1,5 +1,6 @@
-"""Abilities and heads of a model while it learns: accuracies, the layout dipole and weight-space
-screening.
+"""Abilities and heads of a model while it learns.
+
+Accuracies, the layout dipole and weight-space screening.
 
 Source: Wang, Fan, Pan (arXiv 2601.06338) measure accuracies of checkpoints; the heads' screening
 scores over training are added.
@@ -96,13 +97,12 @@ def _as_table(rows: Sequence[dict[Any, Any]], step: int, samples: int) -> pd.Dat
 @renamed_arguments(wanted="scenes")
 @torch.no_grad()
 def dipole(model: HookedTextToImage, scenes: Sequence[Scene]) -> Float[np.ndarray, " scene"]:
-    """Cosine between where the caption puts the first object, seen from the second, and where one
-    look at pure noise puts it.
+    """Cosine between the layout of the caption and that of one look at pure noise.
 
-    The latter is `color_moment` of the clean image predicted at step 0, without guidance. It costs
-    one forward pass and moves long before any accuracy does: it is 0 until word order, relation and
-    colours are put together, however much the network has learnt of places. Scene i is looked at in
-    noise i.
+    A layout is where the first object is, seen from the second. The latter is `color_moment` of the
+    clean image predicted at step 0, without guidance. It costs one forward pass and moves long
+    before any accuracy does: it is 0 until word order, relation and colours are put together,
+    however much the network has learnt of places. Scene i is looked at in noise i.
     """
     prompts, noises = [caption(scene) for scene in scenes], list(range(len(scenes)))
     view, tokens = model.at(step=0, prompts=prompts, seed=noises, guidance=1.0, returns="x0")
@@ -113,8 +113,9 @@ def dipole(model: HookedTextToImage, scenes: Sequence[Scene]) -> Float[np.ndarra
 def layout(
     images: Float[Tensor, "scene 3 height width"], scenes: Sequence[Scene]
 ) -> Float[np.ndarray, " scene"]:
-    """Cosine between where the caption puts the first object, seen from the second, and where an
-    image does (`color_moment`).
+    """Cosine between the layout of the caption and that of an image (`color_moment`).
+
+    A layout is where the first object is, seen from the second.
     """
     moment = color_moment(images.double().cpu().numpy())
     moment *= np.array([1 if scene.color1 == "red" else -1 for scene in scenes])[:, None]
@@ -132,8 +133,9 @@ def color_moment(images: Float[np.ndarray, "image 3 height width"]) -> Float[np.
 
 
 def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
-    """Screening of every head with the relation words' vectors and with the relation's effect on
-    either shape word.
+    """Screening of every head with the relation words' vectors, and with effects.
+
+    These are the relation's effect on either shape word.
     """
     words = {word: screening.word_vector(model, word) for word in SCREENED_WORDS}
     found = {"words": screening.screen_heads(model.dit, words, null_draws=NULL_DRAWS)}
@@ -145,8 +147,9 @@ def screen(model: HookedTextToImage) -> dict[str, pd.DataFrame]:
 
 
 def axis_contrasts(model: HookedTextToImage) -> dict[str, dict[str, Float[Tensor, " d_model"]]]:
-    """By source (`SOURCES`): half the difference of the ends of the vertical and the horizontal
-    axis, in caption space.
+    """Half the difference of the ends of each axis in caption space, by source (`SOURCES`).
+
+    Axes are the vertical and the horizontal one.
     """
     words = screening.phrase_contrasts(
         model, {axis: screening.ENDS[axis] for axis in screening.AXES}
@@ -161,11 +164,10 @@ def axis_contrasts(model: HookedTextToImage) -> dict[str, dict[str, Float[Tensor
 def relation_vectors(
     model: HookedTextToImage, carrier: Role
 ) -> dict[str, Float[Tensor, " d_model"]]:
-    """Contribution of each relation to the mean caption vector of its words, over the paper's 264
-    prompts.
+    """Contribution of each relation to the mean caption vector of its words.
 
-    Exactly zero where it is rounding, as of words that an encoder does not mix: screening knows no
-    scale, and would find heads.
+    Over the paper's 264 prompts. Exactly zero where it is rounding, as of words that an encoder
+    does not mix: screening knows no scale, and would find heads.
     """
     vectors, factors = variance.word_vectors(
         model, variance.factorial_prompts(), carrier, at="caption", pool="mean"
@@ -182,8 +184,9 @@ def relation_vectors(
 
 
 def last_screening(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """Heads that `screen` found at the last step of a run's `dynamics.parquet` with one source, by
-    |projection|; or no rows.
+    """Heads that `screen` found at the last step of a run, by |projection|; or no rows.
+
+    The heads are one source's, from `dynamics.parquet`.
     """
     last = table[(table["step"] == table["step"].max()) & (table["source"] == source)]
     wide = last.pivot_table(
@@ -196,10 +199,9 @@ def last_screening(table: pd.DataFrame, source: str) -> pd.DataFrame:
 
 
 def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[int, int]]:
-    """(layer, head) of at most `n` heads whose maps project most on the ramps at the end of the
-    run, those with p ≤ .05 only.
+    """(layer, head) of at most `n` heads whose maps project most on the ramps at the end.
 
-    None of a run that was not screened so.
+    Those with p ≤ .05 only. None of a run that was not screened so.
     """
     last, of_words = last_screening(table, source), last_screening(table, "words")
     found = last[
@@ -211,13 +213,12 @@ def strongest_heads(table: pd.DataFrame, source: str, n: int = 4) -> list[tuple[
 
 
 def emergence(table: pd.DataFrame, level: float = 0.5) -> pd.DataFrame:
-    """When each thing came: the accuracies, the dipole, and by source the |cosine| of
-    `strongest_heads`.
+    """Steps at which abilities and heads came.
 
-    Columns what, samples (seen at the first point at which it is at least `level`; NA where it
-    never is), before (at the point before that one, 0 if there is none: it came in between) and
-    stays (at the first point from which on it never falls below again; NA if it is below at the
-    end).
+    The accuracies, the dipole, and by source the |cosine| of `strongest_heads`. Columns what,
+    samples (seen at the first point at which it is at least `level`; NA where it never is), before
+    (at the point before that one, 0 if there is none: it came in between) and stays (at the first
+    point from which on it never falls below again; NA if it is below at the end).
     """
     accuracies = table[table["layer"].isna()]
     courses = {

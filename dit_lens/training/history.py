@@ -26,8 +26,9 @@ CHECKPOINT, METRICS, COURSE = "checkpoint.safetensors", "metrics.jsonl", "dynami
 
 
 def finished(run: str | Path) -> bool:
-    """True if the training run in a folder has done all its steps; a pipeline is there before that,
-    too.
+    """True if the training run in a folder has done all its steps.
+
+    A pipeline is there before that, too.
 
     Example:
         >>> finished("runs/none")

@@ -295,11 +295,10 @@ class _Training:
 def start_pipeline(
     config: TrainConfig, run: Store | None, task: Task | None = None
 ) -> PixArtSigmaPipeline:
-    """The untrained pipeline of a run, made once by the process that writes to it, and kept in
-    `out/start/`.
+    """The untrained pipeline of a run, kept in `out/start/`.
 
-    A resumed run so keeps its own codec and text encoder, even if the code that makes them has
-    changed since.
+    Made once by the process that writes to it. A resumed run so keeps its own codec and text
+    encoder, even if the code that makes them has changed since.
 
     Raises:
         ValueError: `init_from` is a model of another kind than the settings say.
@@ -324,8 +323,9 @@ def start_pipeline(
 
 
 def check_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
-    """Raise ValueError unless the model to start from has the size, encoder and objective that the
-    card of the run will tell.
+    """Raise ValueError unless the model to start from is of the kind that its card will name.
+
+    The kind is size, encoder and objective.
     """
     its, size = pipe.transformer.config, PRESETS[config.size]
     width = its.num_attention_heads * its.attention_head_dim
@@ -359,8 +359,9 @@ def check_kind(config: TrainConfig, pipe: PixArtSigmaPipeline) -> None:
 def build_optimizers(
     model: PixArtTransformer2DModel, config: TrainConfig
 ) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the rest: about twice the sample efficiency of AdamW
-    alone (measured).
+    """Muon for the blocks' matrices, AdamW for the rest.
+
+    About twice the sample efficiency of AdamW alone (measured).
     """
     matrices = [m.weight for m in model.transformer_blocks.modules() if isinstance(m, nn.Linear)]
     taken = {id(p) for p in matrices}

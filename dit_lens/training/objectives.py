@@ -19,8 +19,9 @@ Predict = Callable[[Latents, Float[Tensor, " batch"]], Latents]
 
 @runtime_checkable
 class Objective(Protocol):
-    """`loss(predict, clean, generator)`: noise the clean latents, let `predict(noisy, timestep)`
-    answer, and score it.
+    """Loss of a batch, `loss(predict, clean, generator)`.
+
+    Noises the clean latents, lets `predict(noisy, timestep)` answer, and scores it.
     """
 
     def loss(
@@ -31,12 +32,11 @@ class Objective(Protocol):
 
 
 class CleanImageObjective:
-    """x0-prediction on the straight path x_t = (1 − t)·x0 + t·ε, squared error over t² (so it is
-    the velocity's error).
+    """x0-prediction on the straight path x_t = (1 − t)·x0 + t·ε, squared error over t².
 
-    t = logistic(0.8 + N(0, 1)) spends most samples where the layout is decided; t is clamped at 0.1
-    in the weight, so that the last, easy stretch does not dominate. The network is told 1000·t, as
-    by `DPMSolverMultistepScheduler(use_flow_sigmas=True)`.
+    It is the velocity's error. t = logistic(0.8 + N(0, 1)) spends most samples where the layout is
+    decided; t is clamped at 0.1 in the weight, so that the last, easy stretch does not dominate.
+    The network is told 1000·t, as by `DPMSolverMultistepScheduler(use_flow_sigmas=True)`.
     """
 
     def loss(

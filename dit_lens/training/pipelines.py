@@ -34,8 +34,9 @@ from ..task.protocol import Task, TwoObjects
 
 @dataclass(frozen=True)
 class Size:
-    """Depth, width and heads of a DiT; the sizes and their names are the paper's (arXiv 2601.06338,
-    model table).
+    """Depth, width and heads of a DiT.
+
+    The sizes and their names are the paper's (arXiv 2601.06338, model table).
     """
 
     layers: int
@@ -127,14 +128,14 @@ def build_pipeline(
 def build_text_encoder(
     encoder: str, moved_share: float = 1.0, words: Sequence[str] = scenes.WORDS
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Text encoder and tokenizer: "rte", "rte-nopos", "fused", "t5-scenes", or the folder or hub id
-    of a T5.
+    """Text encoder and tokenizer.
 
-    "fused" is "rte" with the share `moved_share` of every relation word's vector in the second
-    shape word instead of in its place (`FusedTokenEncoder`): at 1 the relation words hold nothing
-    but their places, at 0 it is "rte". A folder may hold both side by side, the tokenizer in
-    `tokenizer/`, or be a pipeline's (`text_encoder/`, `tokenizer/`). Folders are read in float32,
-    hub ids (T5-XXL: "google/t5-v1_1-xxl", 9 GB) in bfloat16: float16 gives T5 wrong embeddings.
+    "rte", "rte-nopos", "fused", "t5-scenes", or the folder or hub id of a T5. "fused" is "rte" with
+    the share `moved_share` of every relation word's vector in the second shape word instead of in
+    its place (`FusedTokenEncoder`): at 1 the relation words hold nothing but their places, at 0 it
+    is "rte". A folder may hold both side by side, the tokenizer in `tokenizer/`, or be a pipeline's
+    (`text_encoder/`, `tokenizer/`). Folders are read in float32, hub ids (T5-XXL:
+    "google/t5-v1_1-xxl", 9 GB) in bfloat16: float16 gives T5 wrong embeddings.
 
     Raises:
         FileNotFoundError: `encoder` is none of these.

@@ -1,5 +1,6 @@
-"""bfloat16 where the machine multiplies in it; a CPU that has to emulate it takes fifty times as
-long as in float32.
+"""bfloat16 where the machine multiplies in it.
+
+A CPU that has to emulate it takes fifty times as long as in float32.
 """
 
 from __future__ import annotations

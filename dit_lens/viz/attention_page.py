@@ -68,11 +68,11 @@ def attention_page(
     largest: int = LARGEST,
     effects: xr.DataArray | Effects | None = None,
 ) -> Path:
-    """Write a page to explore: heads, steps and words, prompts and runs side by side, a ranking of
-    heads, PNG and CSV.
+    """Write a page to explore attention.
 
-    It opens in any browser since 2023, fetches nothing, and shows prompts as text, never as markup.
-    Its address keeps the view.
+    Heads, steps and words, prompts and runs side by side, a ranking of heads, PNG and CSV. It opens
+    in any browser since 2023, fetches nothing, and shows prompts as text, never as markup. Its
+    address keeps the view.
 
     Args:
         cache: of one generation, with `hook_pattern` of the attention that reads the text

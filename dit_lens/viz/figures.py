@@ -1,5 +1,6 @@
-"""Figures for papers and notebooks, each from a labelled result of this package. All return a
-matplotlib Figure.
+"""Figures for papers and notebooks, each from a labelled result of this package.
+
+All return a matplotlib Figure.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
 
 @styled
 def head_step_map(values: xr.DataArray, label: str = "", top: int | None = None) -> Figure:
-    """Heat map of heads × steps. Signed values get a diverging scale around 0, others a scale from
-    0.
+    """Heat map of heads × steps.
+
+    Signed values get a diverging scale around 0, others a scale from 0.
 
     Args:
         values: dims layer, head, step and nothing else (average over prompts first); NaN stays
@@ -197,8 +199,9 @@ def ramp_gallery(
     maps: Mapping[str, Mapping[str, xr.DataArray]],
     title: str = "position code × word, from weights alone",
 ) -> Figure:
-    """Position-by-word score maps: one row a head, one column a word; each row is centred, with its
-    own symmetric scale.
+    """Position-by-word score maps: one row a head, one column a word.
+
+    Each row is centred, with its own symmetric scale.
 
     Args:
         maps: head → word → map with dims (y, x), from `circuits.position_word_map`.
@@ -288,8 +291,9 @@ def dose_response_curves(
     table: pd.DataFrame,
     metrics: Sequence[str] = ("target_loose", "original_loose", "unique_binding"),
 ) -> Figure:
-    """Curves of `steering.summarise`: each metric against the dose, steered and controls, with 95 %
-    bands.
+    """Curves of `steering.summarise`.
+
+    Each metric against the dose, steered and controls, with 95 % bands.
 
     Example:
         >>> rows = [("steered", k, "unique_binding", 1 - k, 0.9 - k, 1.0) for k in (0.0, 0.5)]
@@ -327,8 +331,9 @@ def dose_response_curves(
 def learning_curves(
     table: pd.DataFrame, heads: Mapping[str, Sequence[tuple[int, int]]], title: str = ""
 ) -> Figure:
-    """Curves of a run's `dynamics.parquet`, by samples seen: accuracies and the layout dipole
-    above, screening of heads below.
+    """Curves of a run's `dynamics.parquet`, by samples seen.
+
+    Accuracies and the layout dipole above, screening of heads below.
 
     Args:
         table: columns quantity, samples, value, low, high, source, layer, head.

@@ -24,8 +24,9 @@ def relation_head_figure(
     attention: xr.DataArray,
     weight_maps: Mapping[str, xr.DataArray],
 ) -> Figure:
-    """Rows of (prompt, image, attention to the relation words at some steps); below,
-    position-by-word maps of the weights.
+    """Rows of (prompt, image, attention to the relation words at some steps).
+
+    Below, position-by-word maps of the weights.
 
     Args:
         head: name in the titles.

@@ -50,8 +50,9 @@ def report(
     settings: Mapping[str, Any] | None = None,
     figures: Mapping[str, Figure] | None = None,
 ) -> Path:
-    """Write an experiment as one file to send to somebody: no script, nothing fetched, figures as
-    vectors.
+    """Write an experiment as one file to send to somebody.
+
+    No script, nothing fetched, figures as vectors.
 
     Args:
         result: the numbers. Labelled arrays become one row a cell; the page shows the first 200

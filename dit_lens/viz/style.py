@@ -71,8 +71,9 @@ def applied() -> Iterator[None]:
 
 
 def head_color(head: str | tuple[int, int]) -> str:
-    """Colour of a head: the same in every figure, unlike for the heads of a layer and for
-    neighbouring layers.
+    """Colour of a head, the same in every figure.
+
+    Unlike for the heads of a layer and for neighbouring layers.
 
     Args:
         head: "L2H1", or (layer, head).
@@ -149,8 +150,10 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def problems(figure: Figure) -> list[str]:
-    """Faults of a figure in plain words: small letters, texts that overlap or leave the figure, a
-    background, faint letters, lines and bars of a head in another color than the head's.
+    """Faults of a figure in plain words.
+
+    Small letters, texts that overlap or leave the figure, a background, faint letters, lines and
+    bars of a head in another color than the head's.
 
     Example:
         >>> import matplotlib.pyplot as plt
@@ -210,8 +213,9 @@ def _overlap(box: Any, other: Any) -> bool:
 
 
 def _labels_out_of_view(figure: Figure) -> Iterator[mpl.text.Text]:
-    """Labels of ticks beyond the limits of their axis, or of axes not drawn, which matplotlib keeps
-    and does not draw.
+    """Labels of ticks out of view, which matplotlib keeps and does not draw.
+
+    Beyond the limits of their axis, or of axes not drawn.
     """
     for ax in figure.findobj(mpl.axes.Axes):
         for axis in (ax.xaxis, ax.yaxis):

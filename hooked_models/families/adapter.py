@@ -1,10 +1,10 @@
-"""Other diffusion transformers, hooked from outside: `FamilyModel` runs diffusers' own forward and
-names the tensors inside.
+"""Other diffusion transformers, hooked from outside.
 
-A `Family` declares where blocks, attentions and MLPs are and which positions are text. Queries and
-keys are seen as the attention kernel receives them, after norms and rotary codes; residual streams
-and outputs, as modules receive and return them. No part of a model's arithmetic is written again. A
-model without hooks runs as it is.
+`FamilyModel` runs diffusers' own forward and names the tensors inside. A `Family` declares where
+blocks, attentions and MLPs are and which positions are text. Queries and keys are seen as the
+attention kernel receives them, after norms and rotary codes; residual streams and outputs, as
+modules receive and return them. No part of a model's arithmetic is written again. A model without
+hooks runs as it is.
 """
 
 from __future__ import annotations
@@ -177,11 +177,11 @@ class FamilyBlock(nn.Module):
 
 
 class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
-    """A live transformer of a known family, with names for its attentions, residual streams and
-    everything added to them.
+    """A live transformer of a known family, with names for its tensors.
 
-    `layout` has the positions of the last call that had a hook. Weights are the wrapped module's,
-    which is not changed, takes the same arguments and can be replaced by this one in its pipeline.
+    Its attentions, residual streams and everything added to them. `layout` has the positions of the
+    last call that had a hook. Weights are the wrapped module's, which is not changed, takes the
+    same arguments and can be replaced by this one in its pipeline.
 
     Example:
         >>> from hooked_models import families
@@ -204,9 +204,7 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
     def __init__(
         self, transformer: nn.Module, family: Family, first: FamilyModel | None = None
     ) -> None:
-        """`first`: of another transformer of the same shape, whose hook points this one leads to
-        as well.
-        """
+        """`first`: of another transformer of the same shape, whose hook points it shares."""
         super().__init__()
         live: Any = transformer
         self.family = family
@@ -245,8 +243,9 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
         self.train(transformer.training)
 
     def __getattr__(self, name: str) -> Any:
-        """Pass on the attributes that a pipeline reads of its transformer (`config`, `dtype`,
-        `cache_context`, …).
+        """Pass on the attributes that a pipeline reads of its transformer.
+
+        `config`, `dtype`, `cache_context`, ….
 
         Raises:
             AttributeError: the wrapped module has no such attribute; the message names the way to
@@ -305,8 +304,9 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
         pos: Literal["image", "text", "joint"] = "image",
         **arguments: Any,
     ) -> tuple[FamilyView, Int[Tensor, "row pos"]]:
-        """Bind the inputs of one denoiser call: ``(view, tokens)`` for TransformerLens' tools as
-        ``model`` and ``tokens``.
+        """Bind the inputs of one denoiser call.
+
+        ``(view, tokens)`` for TransformerLens' tools as ``model`` and ``tokens``.
 
         Args:
             latents: [row …] in the transformer's own layout, or a list of rows.
@@ -383,9 +383,7 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
 
 
 def _check_all_fired(taps: Sequence[Any], given: Mapping[str, Any]) -> None:
-    """Raise SilentHookError if a hooked point was not reached in a call with these
-    arguments.
-    """
+    """Raise SilentHookError if a hooked point was not reached in a call with these arguments."""
     skipped = set(given.get("skip_layers") or ())
     if silent := [name for tap in taps if tap.layer not in skipped for name in tap.silent()]:
         verb = "has a hook that" if len(silent) == 1 else "have hooks that"

@@ -120,8 +120,9 @@ class _Pinned(TorchFunctionMode):
 
 
 class _Pins:
-    """Everything that mixes positions in a model: attention kernels, and the modules that a family
-    lists as `mixers`.
+    """Everything that mixes positions in a model.
+
+    Attention kernels, and the modules that a family lists as `mixers`.
     """
 
     def __init__(self, model: FamilyModel) -> None:
@@ -154,8 +155,9 @@ class _Pins:
 
 
 def misplaced(model: FamilyModel, inputs: Mapping[str, Any]) -> list[str]:
-    """Hook points at which a token shows elsewhere than declared, for one image token and one text
-    token of each row.
+    """Hook points at which a token shows elsewhere than declared.
+
+    Tried on one image token and one text token of each row.
     """
     layout, pins = model.layout_of(**inputs), _Pins(model)
     names = model.names(lambda name: name.endswith(PLACES))

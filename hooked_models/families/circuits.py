@@ -27,8 +27,9 @@ class WeightCircuits:
     blocks: Any
 
     def check_linear(self) -> None:
-        """Raise TypeError unless scores of cross-attention are products of weights, the stream and
-        the projected text.
+        """Raise TypeError unless scores of cross-attention are linear in stream and text.
+
+        They are products of weights, the stream and the projected text.
 
         Example:
             >>> from hooked_models import families

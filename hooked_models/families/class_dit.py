@@ -1,5 +1,6 @@
-"""The class-conditional DiT, with a name for every tensor: PixArt's block without text, modulated
-by timestep and class.
+"""The class-conditional DiT, with a name for every tensor.
+
+PixArt's block without text, modulated by timestep and class.
 
 Source: `DiTTransformer2DModel` and `BasicTransformerBlock` with `norm_type="ada_norm_zero"`
 (diffusers 0.42); Peebles and Xie (arXiv 2212.09748). Traps: every block embeds timestep and class
@@ -80,11 +81,10 @@ class ClassBlock(Block):
 
 
 class HookedClassDiT(PatchModel):
-    """A `DiTTransformer2DModel` with a HookPoint on every tensor; names as in `HookedDiT`, less
-    those of the text.
+    """A `DiTTransformer2DModel` with a HookPoint on every tensor.
 
-    `blocks.{l}.adaln.hook_cond` is the embedding of timestep and class that the block makes for
-    itself.
+    Names as in `HookedDiT`, less those of the text. `blocks.{l}.adaln.hook_cond` is the embedding
+    of timestep and class that the block makes for itself.
     """
 
     cache_class = DiTCache

@@ -26,10 +26,10 @@ HEAD_POINTS = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern",
 
 
 class FamilyHeads(AttentionCore):
-    """One attention of a live model: inputs and output of its kernel, positions ordered [image,
-    text].
+    """One attention of a live model.
 
-    `queries` and `keys` name the streams of either side.
+    Inputs and output of its kernel, positions ordered [image, text]. `queries` and `keys` name the
+    streams of either side.
     """
 
     weights: Weights
@@ -59,8 +59,9 @@ class FamilyHeads(AttentionCore):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Float[Tensor, "batch head query_pos d_head"]:
-        """Stand in for `scaled_dot_product_attention`, with its arguments; bitwise the same where
-        hooks change nothing.
+        """Stand in for `scaled_dot_product_attention`, with its arguments.
+
+        Bitwise the same where hooks change nothing.
 
         Raises:
             NotImplementedError: dropout is on.
@@ -186,9 +187,7 @@ class FamilyHeads(AttentionCore):
     def _bias(
         self, layout: Layout, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor
     ) -> Tensor | None:
-        """Mask as a bias of the scores [#batch #head query_pos key_pos], positions [image,
-        text].
-        """
+        """Mask as a bias [#batch #head query_pos key_pos], positions [image, text]."""
         mask = as_bias(mask, causal, query, key.shape[2])
         if mask is None:
             return None
@@ -212,8 +211,9 @@ class _Kernel(TorchFunctionMode):
 
 @dataclass
 class KernelTap:
-    """An attention, hooked where it calls torch's kernel; it runs with diffusers' native backend
-    for the time of the call.
+    """An attention, hooked where it calls torch's kernel.
+
+    It runs with diffusers' native backend for the time of the call.
     """
 
     module: nn.Module
@@ -263,8 +263,9 @@ class KernelTap:
 
 @contextmanager
 def native_backend(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the attentions among `modules` call torch's own kernel, whatever backend is set, and set
-    that again at the end.
+    """Let the attentions among `modules` call torch's own kernel.
+
+    Whatever backend is set is set again at the end.
     """
     every: list[Any] = [getattr(module, "processor", None) for module in modules]
     processors = {id(one): one for one in every if hasattr(one, "_attention_backend")}.values()

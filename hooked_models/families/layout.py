@@ -1,5 +1,6 @@
-"""Layouts of calls as families declare them: streams concatenated, grids from latents or from
-position ids.
+"""Layouts of calls as families declare them.
+
+Streams concatenated, grids from latents or from position ids.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def patches(live: Any, given: Mapping[str, Any]) -> Grid:
 
 
 def ids(live: Any, given: Mapping[str, Any]) -> Grid:
-    """Grid of packed latents, from `img_ids` [pos axis]: rows in axis 1, columns in axis 2;
-    reference images differ in axis 0.
+    """Grid of packed latents, from `img_ids` [pos axis]: rows in axis 1, columns in axis 2.
+
+    Reference images differ in axis 0.
     """
     places = given["img_ids"]
     places = places[0] if places.ndim == 3 else places

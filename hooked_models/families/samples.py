@@ -1,5 +1,6 @@
-"""Parts of the small random inputs on which models are checked: two rows of 2 × 3 image tokens,
-texts of five and of three.
+"""Parts of the small random inputs on which models are checked.
+
+Two rows of 2 × 3 image tokens, texts of five and of three.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ def image_ids(live: Any, n_axes: int) -> Float[Tensor, "6 {n_axes}"]:
 
 
 def patch_pixels(live: Any, channels: int, frames: int = 0) -> Float[Tensor, "..."]:
-    """Latents of 2 × 3 patches: [2 channel row column], or with frames [2 channel frame row
-    column].
-    """
+    """Latents of 2 × 3 patches: [2 channel (frame) row column]."""
     patch = live.config.patch_size
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
     return normal(live, 2, channels, *([frames] if frames else []), 2 * patch[0], 3 * patch[1])

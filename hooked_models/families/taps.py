@@ -1,8 +1,7 @@
-"""The ways from a running module to a hook point and back: an attention kernel, a module's inputs,
-a module's outputs.
+"""The ways from a running module to a hook point and back.
 
-A tap exists for the time of one call, in which its hook point has a hook; a model whose points
-nobody watches runs as it is.
+An attention kernel, a module's inputs, a module's outputs. A tap exists for the time of one call,
+in which its hook point has a hook; a model whose points nobody watches runs as it is.
 """
 
 from __future__ import annotations
@@ -47,8 +46,9 @@ class Tap(Protocol):
         """Return True if a hook could see or change the tensor."""
 
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
-        """Streams of a point's (query) positions and of its key positions; None if it is not this
-        tap's.
+        """Streams of a point's (query) positions and of its key positions.
+
+        None if it is not this tap's.
         """
 
     def attach(self, layout: Layout) -> list[RemovableHandle]:
@@ -168,8 +168,9 @@ def same_shape(point: HookPoint, x: Tensor) -> Tensor:
 
 
 def here(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A torch hook that acts in the thread that made it: another thread may be in a call of the
-    same module.
+    """A torch hook that acts in the thread that made it.
+
+    Another thread may be in a call of the same module.
     """
     thread = threading.get_ident()
 

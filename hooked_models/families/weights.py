@@ -16,10 +16,9 @@ OF_TEXT = {"Q": "add_q_proj", "K": "add_k_proj", "V": "add_v_proj", "O": "to_add
 
 
 class Weights:
-    """`W_Q W_K W_V W_O` of one attention, views of the live Linears where they can be; `…_text` are
-    the text stream's own.
+    """`W_Q W_K W_V W_O` of one attention, views of the live Linears where they can be.
 
-    Keys and values that heads share are repeated.
+    `…_text` are the text stream's own. Keys and values that heads share are repeated.
     """
 
     def __init__(
@@ -63,8 +62,9 @@ class Weights:
         )
 
     def bias(self, which: str) -> Float[Tensor, "..."]:
-        """Bias of the attention's own Linear, [head d_head], of the output's [d_model]; zeros where
-        it has none.
+        """Bias of the attention's own Linear, [head d_head], of the output's [d_model].
+
+        Zeros where it has none.
         """
         linear: Any = getattr(self.attention, OWN[which])
         linear = linear[0] if which == "O" else linear

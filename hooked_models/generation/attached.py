@@ -62,8 +62,9 @@ def attach(
     rows: Callable[[Branch], slice] | None = None,
     contexts: dict[str, dict[str, Any]] | None = None,
 ) -> Iterator[None]:
-    """Attach hooks inside the `module` of their part, each restricted to the `rows` of its branch,
-    for the block.
+    """Attach hooks inside the `module` of their part, for the block.
+
+    Each is restricted to the `rows` of its branch.
 
     Args:
         hooks: resolved hooks, attached in order.
@@ -93,8 +94,9 @@ def attach(
 def chain_hooks(
     functions: Sequence[HookFunction], tensor: Tensor, hook: HookPoint
 ) -> Tensor | None:
-    """Compose hooks; each receives the previous one's output (torch would hand every backward hook
-    the first gradient).
+    """Compose hooks; each receives the previous one's output.
+
+    torch would hand every backward hook the first gradient.
     """
     changed = None
     for function in functions:
@@ -110,8 +112,9 @@ def restrict_to_rows(
     tensor: Tensor,
     hook: HookPoint,
 ) -> Tensor | None:
-    """`function` on some rows of a tensor, with `point` as its hook; works on activations and on
-    gradients.
+    """`function` on some rows of a tensor, with `point` as its hook.
+
+    Works on activations and on gradients.
     """
     seen = tensor if rows is None else tensor[rows]
     try:
@@ -174,8 +177,9 @@ class Buckets:
             self.by_step.setdefault(step, []).append((order, hook))
 
     def at(self, step: int, names: GenerationNames, extent: Extent) -> list[AttachedHook]:
-        """Those that fire at a step, in the order in which they were attached; predicates are asked
-        of the step's names.
+        """Those that fire at a step, in the order in which they were attached.
+
+        Predicates are asked of the step's names.
         """
         near = sorted(
             [*self.by_step.get(step, []), *self.by_step.get(None, [])], key=lambda each: each[0]
@@ -186,8 +190,9 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Extent:
-    """Tensors that a run computes: those of its steps, and of the steps in which guidance runs a
-    second branch.
+    """Tensors that a run computes.
+
+    Those of its steps, and of the steps in which guidance runs a second branch.
     """
 
     solver: Solver

@@ -182,8 +182,9 @@ class GenerationCache(ActivationCache):
         )
 
     def at(self, step: int, branch: Branch = "cond") -> DiTCache:
-        """The cache of one denoiser call, under canonical names, as TransformerLens' tools expect
-        it.
+        """The cache of one denoiser call, under canonical names.
+
+        As TransformerLens' tools expect it.
 
         Raises:
             KeyError: nothing was cached there.

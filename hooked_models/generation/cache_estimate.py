@@ -45,8 +45,9 @@ def activation_shape(
 
 
 def activation_dtype(site: Site, dtype: torch.dtype) -> torch.dtype:
-    """The type of a site's tensor in a model of type `dtype`: a norm's scale is never narrower than
-    float32.
+    """The type of a site's tensor in a model of type `dtype`.
+
+    A norm's scale is never narrower than float32.
     """
     return torch.promote_types(dtype, torch.float32) if site.inner.endswith("hook_scale") else dtype
 
@@ -114,8 +115,9 @@ def estimate(
     grid: Sequence[int] | None = None,
     **options: Any,
 ) -> CacheEstimate:
-    """Estimate the cache of `run_with_cache` with these arguments; nothing is run, and a model
-    without weights will do.
+    """Estimate the cache of `run_with_cache` with these arguments.
+
+    Nothing is run, and a model without weights will do.
 
     Args:
         model: any hooked text-to-image model, with or without weights.
@@ -212,9 +214,7 @@ def estimate_sites(
 
 
 def check_memory(estimate: CacheEstimate, max_bytes: int | None, device: torch.device) -> None:
-    """Raise CacheTooLargeError for a cache above `max_bytes`, by default a quarter of the free
-    memory.
-    """
+    """Raise CacheTooLargeError above `max_bytes`, by default a quarter of the free memory."""
     limit = free_bytes(device) // 4 if max_bytes is None else max_bytes
     if estimate.nbytes <= limit:
         return

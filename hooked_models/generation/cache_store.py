@@ -1,6 +1,6 @@
-"""A generation's cache on disk: a safetensors file for each step, written while the next step runs,
-read when a tensor is asked for.
+"""A generation's cache on disk.
 
+A safetensors file for each step, written while the next step runs, read when a tensor is asked for.
 `index.json` has the run's arguments and the names kept. While the run lasts, `state.safetensors`
 holds the record of the steps so far, so that a run which was killed goes on there and ends with the
 same numbers.
@@ -48,10 +48,10 @@ SIZES = {
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Full name → tensor, read from the files that a folder's index lists, each time it is asked
-    for.
+    """Full name → tensor, read from a folder's files each time it is asked for.
 
-    A file's bytes are compared with its digest when the first tensor is read from it.
+    The folder's index lists the files. A file's bytes are compared with its digest when the first
+    tensor is read from it.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -241,8 +241,9 @@ class CacheFolder:
     def write(
         self, part: str, tensors: Mapping[str, Tensor], same: Mapping[str, str] | None = None
     ) -> None:
-        """A file of tensors, whole or not at all; `same`: names whose tensor stands in an earlier
-        file.
+        """A file of tensors, whole or not at all.
+
+        `same`: names whose tensor stands in an earlier file.
         """
         same = {name: first for name, first in (same or {}).items() if name in tensors}
         own = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in same}

@@ -1,10 +1,9 @@
-"""The tensors that a cache keeps, chosen where they arise: some heads, and whole patterns or sums
-of them.
+"""The tensors that a cache keeps, chosen where they arise.
 
-At 1024 px a pattern of one layer of PixArt-XL is 16 × 4096² numbers for each prompt and branch.
-Where heads are chosen, or a summary is enough, patterns are computed from queries and keys, for the
-chosen rows and heads alone, in chunks that are never larger than the queries; the attention itself
-stays fused.
+Some heads, and whole patterns or sums of them. At 1024 px a pattern of one layer of PixArt-XL is 16
+× 4096² numbers for each prompt and branch. Where heads are chosen, or a summary is enough, patterns
+are computed from queries and keys, for the chosen rows and heads alone, in chunks that are never
+larger than the queries; the attention itself stays fused.
 """
 
 from __future__ import annotations
@@ -75,9 +74,7 @@ def entropy(pattern: Tensor) -> Tensor:
 
 @dataclass
 class Recorder:
-    """Hooks that keep the chosen part of each site's tensor, in `tensors`, until it is taken
-    away.
-    """
+    """Hooks that keep the chosen part of each site's tensor in `tensors`, until it is taken."""
 
     model: HookedTextToImage
     sites: Sequence[Site]
@@ -150,9 +147,7 @@ class Recorder:
     # Patterns without the explicit attention
 
     def _from_queries(self, site: Site) -> bool:
-        """True if only a part of the pattern is needed, and no other hook requires it as a
-        whole.
-        """
+        """True if only a part of the pattern is needed, and no hook requires it as a whole."""
         if (
             site.part != "dit"
             or not site.inner.endswith(PATTERN)
@@ -215,8 +210,9 @@ def score_rows(
     scale: float,
     bias: Float[Tensor, "#batch #head _ key"] | None,
 ) -> Iterator[Float[Tensor, "batch head row key"]]:
-    """Attention scores in chunks of queries, a quarter as large as `q`: scores, softmax and summary
-    are no more than it.
+    """Attention scores in chunks of queries, a quarter as large as `q`.
+
+    Scores, softmax and summary are no more than it.
     """
     start = 0
     for rows in q.split(max(1, q.shape[2] * q.shape[3] // (4 * k.shape[2])), dim=2):

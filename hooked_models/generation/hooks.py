@@ -38,8 +38,9 @@ _CONTEXTS: ContextVar[WeakKeyDictionary[Any, dict[str, dict[str, Any]]] | None] 
 
 
 class HookedGeneration(HookedRootModule):
-    """The side of `HookedTextToImage` that attaches hooks: by full name, and only where a run would
-    reach them.
+    """The side of `HookedTextToImage` that attaches hooks by full name.
+
+    Only where a run would reach them.
     """
 
     dit: Any
@@ -69,14 +70,16 @@ class HookedGeneration(HookedRootModule):
 
     @property
     def attached(self) -> tuple[AttachedHook, ...]:
-        """The hooks that a run made here has: those of the blocks that the caller is in, and those
-        that were added for good.
+        """The hooks that a run made here has.
+
+        Those of the blocks that the caller is in, and those that were added for good.
         """
         return tuple(lookup(("attached", self), self._kept, list))
 
     def contexts(self) -> dict[str, dict[str, Any]]:
-        """Name → the `ctx` that hooks of that name share in this thread, forward and backward,
-        until it is cleared.
+        """Name → the `ctx` that hooks of that name share in this thread, until it is cleared.
+
+        Forward and backward.
         """
         known = _CONTEXTS.get()
         if known is None:
@@ -84,9 +87,7 @@ class HookedGeneration(HookedRootModule):
         return known.setdefault(self, {})
 
     def _lists(self) -> Iterator[list[AttachedHook]]:
-        """The lists of attached hooks that count here: of the scopes around, and of those added for
-        good.
-        """
+        """The lists of attached hooks of the scopes around, and of those added for good."""
         yield from [
             each.values["attached", self] for each in scopes() if ("attached", self) in each.values
         ]
@@ -98,8 +99,9 @@ class HookedGeneration(HookedRootModule):
     def active_hooks(
         self, chosen: Callable[[Site], bool], sites: Callable[[], Iterable[Site]]
     ) -> Iterator[AttachedHook]:
-        """The attached hooks whose site is `chosen`, in the order of attachment; predicates are
-        asked of `sites`.
+        """The attached hooks whose site is `chosen`, in the order of attachment.
+
+        Predicates are asked of `sites`.
         """
         return select(self.attached, chosen, sites)
 
@@ -119,8 +121,9 @@ class HookedGeneration(HookedRootModule):
         )
 
     def check_no_hooks(self, why: str) -> None:
-        """Raise ValueError if anything is attached, here or to a module inside; `why` begins the
-        message.
+        """Raise ValueError if anything is attached, here or to a module inside.
+
+        `why` begins the message.
         """
         if self.attached or self.has_hooks_inside:
             raise ValueError(f"{why}, and hooks are attached to the model: reset_hooks() first.")
@@ -135,11 +138,11 @@ class HookedGeneration(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[HookedGeneration]:
-        """Attach hooks by full name (or by a predicate on full names) for the runs that this block
-        makes, in this thread.
+        """Attach hooks for the runs that this block makes, in this thread.
 
-        `fn(tensor, hook)` gets the rows of its branch, [batch …], and `hook` has the full `name`,
-        `step`, `branch` and `layer()`. It edits in place or returns the new value.
+        Names are full names, or predicates on them. `fn(tensor, hook)` gets the rows of its branch,
+        [batch …], and `hook` has the full `name`, `step`, `branch` and `layer()`. It edits in place
+        or returns the new value.
 
         A predicate is asked of the names that a run fires, at the steps and in the branches that it
         has.
@@ -179,8 +182,9 @@ class HookedGeneration(HookedRootModule):
         level: int | None = None,
         prepend: bool = False,
     ) -> None:
-        """Attach a hook until `reset_hooks()`, a permanent one until
-        `reset_hooks(including_permanent=True)`.
+        """Attach a hook until `reset_hooks()`.
+
+        A permanent one until `reset_hooks(including_permanent=True)`.
         """
         ((where, function),) = as_hooks([(name, hook)])
         new = AttachedHook(self._resolve(where), function, dir, is_permanent, level)
@@ -218,8 +222,9 @@ class HookedGeneration(HookedRootModule):
         reset_hooks_end: bool = True,
         **kwargs: Any,
     ) -> Float[Tensor, "batch 3 height width"]:
-        """`forward` with hooks attached: `fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z",
-        fn)]`.
+        """`forward` with hooks attached.
+
+        `fwd_hooks=[("steps.0.cond.blocks.2.cross_attn.hook_z", fn)]`.
         """
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end):
             return self(*args, **kwargs)
@@ -232,8 +237,9 @@ class HookedGeneration(HookedRootModule):
         return solver_of(self.scheduler, num_steps, self.device)
 
     def count_steps(self, num_steps: SupportsIndex) -> int:
-        """The steps of a run, which are evaluations of the denoiser: more than `num_steps` for
-        solvers of higher order.
+        """The steps of a run, which are evaluations of the denoiser.
+
+        More than `num_steps` for solvers of higher order.
 
         Example:
             >>> HookedTextToImage.from_pretrained("rte-nano").count_steps(14)
@@ -257,8 +263,9 @@ class HookedGeneration(HookedRootModule):
                 )
 
     def check_hooks(self, extent: Extent, part: range | None = None) -> None:
-        """Raise ValueError for hooks that a run, or `part` of its steps after the text has been
-        encoded, would never reach.
+        """Raise ValueError for hooks that a run would never reach.
+
+        `part`: its steps after the text has been encoded.
         """
         steps = range(len(extent.solver)) if part is None else part
         for where in [

@@ -22,8 +22,9 @@ from .names import Branch
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation of the denoiser: its step, and the guidance branches that its batch consists
-    of, one after the other.
+    """One evaluation of the denoiser: its step, and the guidance branches of its batch.
+
+    Branches stand one after the other.
     """
 
     step: int
@@ -43,8 +44,10 @@ class Call:
 
 @runtime_checkable
 class Text(Protocol):
-    """Text of a denoiser call: PixArt's `TextState`, or the arguments of another pipeline's
-    transformer (`pipeline_inputs.Bound`).
+    """Text of a denoiser call.
+
+    PixArt's `TextState`, or the arguments of another pipeline's transformer
+    (`pipeline_inputs.Bound`).
     """
 
     def take(self, rows: Int[Tensor, " row"], /) -> Any:
@@ -53,8 +56,9 @@ class Text(Protocol):
 
 @runtime_checkable
 class RunInputs(Protocol):
-    """Everything that a generation is computed from: PixArt's `trajectory.Inputs`, or the
-    `PipelineInputs` of another pipeline.
+    """Everything that a generation is computed from.
+
+    PixArt's `trajectory.Inputs`, or the `PipelineInputs` of another pipeline.
     """
 
     @property
@@ -96,8 +100,9 @@ class RunInputs(Protocol):
 
 @runtime_checkable
 class Visitor(Protocol):
-    """Everything that can happen at a step of a loop; each function returns the tensor to go on
-    with.
+    """Everything that can happen at a step of a loop.
+
+    Each function returns the tensor to go on with.
     """
 
     def latent(self, step: int, latent: Float[Tensor, "batch ..."]) -> Tensor:
@@ -116,13 +121,15 @@ class Visitor(Protocol):
 
 
 class PixArtLoop:
-    """PixArt's sampling loop: both branches of a step are one call, and the text is encoded once
-    for all steps.
+    """PixArt's sampling loop.
+
+    Both branches of a step are one call, and the text is encoded once for all steps.
     """
 
     def __init__(self, channels: int) -> None:
-        """`channels`: of the latents; a prediction has as many, or twice as many with a learned
-        variance, which nothing reads.
+        """Take the `channels` of the latents.
+
+        A prediction has as many, or twice as many with a learned variance, which nothing reads.
         """
         self.channels = channels
 

@@ -1,8 +1,8 @@
-"""A whole text-to-image generation as a hooked model: text encoder → denoiser at every step →
-scheduler → decoder.
+"""A whole text-to-image generation as a hooked model.
 
-`HookedTextToImage` has all that models share. The two kinds of models implement the rest:
-`pixart.HookedPixArt` and, for any other pipeline, `pipeline.HookedPipeline`.
+Text encoder → denoiser at every step → scheduler → decoder. `HookedTextToImage` has all that models
+share. The two kinds of models implement the rest: `pixart.HookedPixArt` and, for any other
+pipeline, `pipeline.HookedPipeline`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ DEFAULT_GUIDANCE = 4.5
 
 
 class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
-    """A text-to-image pipeline whose every tensor has a name at every denoising step and guidance
-    branch.
+    """A text-to-image pipeline with a name for every tensor at every step and branch.
 
     Names are `steps.{s}.{cond|uncond}.{name in the denoiser}`,
     `steps.{s}.hook_{latent,out_cond,out_uncond,out,x0}` and `hook_image`; of PixArt also
@@ -78,8 +77,9 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
     """True if a denoiser call can begin in the middle, from a residual stream."""
 
     def __new__(cls, *parts: Any, **named: Any) -> HookedTextToImage:
-        """A PixArt model of its parts, as `HookedPixArt`; `from_pretrained` and `from_pipeline`
-        open any pipeline.
+        """A PixArt model of its parts, as `HookedPixArt`.
+
+        `from_pretrained` and `from_pipeline` open any pipeline.
         """
         if cls is HookedTextToImage:
             from .. import HookedPixArt  # looked up in the table of public names
@@ -113,9 +113,7 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         )
 
     def check_wrapped(self) -> None:
-        """Raise ValueError if a wrapped module was changed in a way that this model would
-        ignore.
-        """
+        """Raise ValueError if a wrapped module was changed so that this model would ignore it."""
 
     @property
     def cfg(self) -> Any:
@@ -124,8 +122,9 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
 
     @property
     def hook_dict(self) -> GenerationNames:
-        """Every hook name of a generation of the default length, in order; values carry the name,
-        step and branch.
+        """Every hook name of a generation of the default length, in order.
+
+        Values carry the name, step and branch.
         """
         return self.names
 
@@ -176,8 +175,9 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         raise NotImplementedError
 
     def layout(self, prompts: Any, branch: Branch = "cond") -> Layout:
-        """Image grid, and the positions that hold text, in the runs of some prompts or inputs, rows
-        of one guidance branch.
+        """Image grid, and the positions that hold text, in rows of one guidance branch.
+
+        They are those of runs of some prompts or inputs.
 
         Raises:
             ValueError: such runs have no unconditional branch.
@@ -323,8 +323,9 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         timestep: Shaped[Tensor, " branch_batch"],
         text: Any,
     ) -> Float[Tensor, "branch_batch ..."]:
-        """One denoiser call of a run of `inputs`, with the hooks that are attached to the model
-        inside the denoiser at its step.
+        """One denoiser call of a run of `inputs`, with hooks.
+
+        The hooks are those that are attached to the model inside the denoiser at its step.
 
         Args:
             inputs: inputs of the run.
@@ -342,17 +343,13 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         return self.run(self.encoded(inputs)).images
 
     def images_of(self, run: Run) -> Float[Tensor, "batch 3 height width"]:
-        """The images of a finished run: with its own hooks on them, then with those attached to the
-        model by now.
-        """
+        """The images of a finished run, through its own hooks and then those attached by now."""
         return self.seen(self.pixels(run), run.hooks)
 
     def seen(
         self, images: Float[Tensor, "batch 3 height width"], hooks: Sequence[AttachedHook] = ()
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Images through `hook_image`: with `hooks`, then with those attached to the model by
-        now.
-        """
+        """Images through `hook_image`, with `hooks` and then those attached by now."""
         attached = self.active_hooks(
             lambda site: site.inner == IMAGE_HOOK, lambda: [Site("sampler", IMAGE_HOOK)]
         )
@@ -378,11 +375,10 @@ class HookedTextToImage(LanguageToolGuard, PipelineModel, HookedGeneration):
         returns: Literal["images", "x0", "out"] = "images",
         **options: Any,
     ) -> tuple[StepView, Int[Tensor, "batch pos"]]:
-        """`(view, tokens)`: the `model` and `tokens` that TransformerLens' tools take, for
-        generations hooked at one step.
+        """`(view, tokens)` for TransformerLens' tools, of generations hooked at one step.
 
-        Steps before this one are computed once, here, for all prompts, and are a constant to
-        gradients.
+        They are the `model` and `tokens` that the tools take. Steps before this one are computed
+        once, here, for all prompts, and are a constant to gradients.
 
         Args:
             step: denoising step, from 0; negative ones count from the end.

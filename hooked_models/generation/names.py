@@ -1,5 +1,6 @@
-"""The names of a whole generation: `steps.{s}.{cond|uncond}.{name in the denoiser}` and those
-around them.
+"""The names of a whole generation.
+
+`steps.{s}.{cond|uncond}.{name in the denoiser}` and those around them.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def parse_head(head: Head) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Site:
-    """One hookable tensor of a generation, and the module and name under which the hook is really
-    attached.
+    """One hookable tensor of a generation, and where its hook is attached.
+
+    The place is a module, and a name in it.
     """
 
     part: Part
@@ -87,8 +89,9 @@ class Site:
         return branch in ("both", self.branch or ("uncond" if self.needs_uncond else branch))
 
     def fires(self, guided: bool, forms_x0: bool) -> bool:
-        """True if a run with this guidance, by a solver with or without a known clean-image
-        prediction, computes it.
+        """True if a run with this guidance computes it.
+
+        The solver has a known clean-image prediction, or none.
         """
         return (guided or not self.needs_uncond) and (forms_x0 or self.inner != "hook_x0")
 
@@ -97,8 +100,9 @@ _TEMPLATE_POINT = HookPoint()
 
 
 class GenerationHookPoint(HookPoint):
-    """The `hook` argument of a hook function during a generation: the full `name`, `step`, `branch`
-    and a correct `layer()`.
+    """The `hook` argument of a hook function during a generation.
+
+    The full `name`, `step`, `branch` and a correct `layer()`.
     """
 
     step: int | None
@@ -122,9 +126,7 @@ class GenerationHookPoint(HookPoint):
         return self._layer
 
     def add_hook(self, *args: Any, **kwargs: Any) -> None:
-        """Raise TypeError: a generation's `hook_dict` holds names, of tensors that only a run
-        has.
-        """
+        """Raise TypeError: a `hook_dict` holds names, of tensors that only a run has."""
         raise TypeError(
             f"Attach it to the model, where runs find it: model.add_hook({self.name!r}, hook), or "
             "run_with_hooks."
@@ -132,8 +134,9 @@ class GenerationHookPoint(HookPoint):
 
 
 class GenerationNames(Mapping[str, HookPoint]):
-    """Every name of a generation of `num_steps` steps, as a virtual `hook_dict`; `site(name)` also
-    takes later steps.
+    """Every name of a generation of `num_steps` steps, as a virtual `hook_dict`.
+
+    `site(name)` also takes later steps.
     """
 
     def __init__(
@@ -143,7 +146,9 @@ class GenerationNames(Mapping[str, HookPoint]):
         text_encoder: HookedModule | None,
         count_steps: Callable[[], int],
     ) -> None:
-        """`count_steps`: the steps of a generation of the default length, which depends on the
+        """Names of the model's parts.
+
+        `count_steps`: the steps of a generation of the default length, which depends on the
         scheduler.
         """
         self.dit, self.sampler, self.text_encoder, self.count_steps = (
@@ -267,8 +272,9 @@ class GenerationNames(Mapping[str, HookPoint]):
         guided: bool = True,
         forms_x0: bool = True,
     ) -> list[Site]:
-        """The sites that a run fires at and a caller wants; arguments as in
-        `HookedTextToImage.run_with_cache`.
+        """The sites that a run fires at and a caller wants.
+
+        Arguments as in `HookedTextToImage.run_with_cache`.
 
         Raises:
             UnknownHookError: a name does not exist.
@@ -302,9 +308,7 @@ class GenerationNames(Mapping[str, HookPoint]):
     def _named(
         self, name: str, steps: Sequence[int], is_chosen: Callable[[Site], bool]
     ) -> list[Site]:
-        """The site of a full name, or those of a denoiser's name at every chosen step and
-        branch.
-        """
+        """The site of a full name, or those of a denoiser's name at chosen steps and branches."""
         if name in self.dit.mod_dict:
             inner = self.dit.canonical_name(name)
             every = (Site("dit", inner, step, branch) for step in steps for branch in BRANCHES)

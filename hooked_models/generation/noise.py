@@ -16,8 +16,9 @@ Seeds = SupportsIndex | Iterable[SupportsIndex]
 
 
 def seed_of_each(seed: Seeds, batch: int) -> list[int]:
-    """One seed for each of `batch` prompts, from one for all or a sequence; numpy's and torch's
-    integers are integers, too.
+    """One seed for each of `batch` prompts, from one for all or a sequence.
+
+    Numpy's and torch's integers are integers, too.
 
     Raises:
         ValueError: another number of seeds, or something that is no integer from -2**63 to 2**64 -
@@ -41,8 +42,9 @@ def seed_of_each(seed: Seeds, batch: int) -> list[int]:
 def seeded_noise(
     seeds: Sequence[int], shape: tuple[int, ...]
 ) -> Float[Tensor, "batch channel rows columns"]:
-    """Standard normal float32, one fresh CPU generator a row: equal seeds give equal noise on every
-    machine.
+    """Standard normal float32, one fresh CPU generator a row.
+
+    Equal seeds give equal noise on every machine.
     """
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

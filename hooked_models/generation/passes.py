@@ -1,5 +1,6 @@
-"""One pass of a run's rows through a loop: those that have left their record are computed, the
-others are read from it.
+"""One pass of a run's rows through a loop.
+
+Those that have left their record are computed, the others are read from it.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def from_step(leave: int) -> Callable[[int], Rows]:
 
 
 class Pass:
-    """A visitor of a loop (`loops.Visitor`) that fires hooks, keeps a record, and takes rows from
-    an earlier one.
+    """A visitor of a loop (`loops.Visitor`) that fires hooks and keeps a record.
+
+    It takes rows from an earlier one.
 
     Args:
         hooks: resolved or predicates, in the order in which they act.
@@ -108,9 +110,7 @@ class Pass:
         return self._merged(whole, new, old)
 
     def call(self, call: Call, rows: Rows, x: Tensor, timestep: Tensor, text: Text) -> Tensor:
-        """The denoiser's prediction for some of the run's rows, with the hooks inside it in
-        place.
-        """
+        """The denoiser's prediction for some of the run's rows, with the hooks inside it."""
         inside = [
             hook for hook in self._firing(call.step, "dit") if hook.site.branch in call.branches
         ]
@@ -177,8 +177,9 @@ class Pass:
             return self.model.sampler_hooks.hook_dict[inner](tensor)
 
     def _through_x0(self, step: int, latent: Tensor, out: Tensor) -> Tensor:
-        """The prediction that implies the clean image as `hook_x0` leaves it; `out` itself where
-        nothing writes to that.
+        """The prediction that implies the clean image as `hook_x0` leaves it.
+
+        `out` itself where nothing writes to that.
         """
         solver = self.inputs.solver
         x0 = solver.x0(step, latent, out)

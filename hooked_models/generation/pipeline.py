@@ -1,5 +1,6 @@
-"""Any diffusers text-to-image pipeline with a transformer as a hooked model, through the pipeline's
-own loop.
+"""Any diffusers text-to-image pipeline as a hooked model, through the pipeline's own loop.
+
+It has a transformer.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ PIXART_ALONE = ("noise", "encode", "decode", "image_size", "size_conditions", "p
 
 
 class HookedPipeline(HookedTextToImage):
-    """A diffusers pipeline whose denoiser is of a known family; made by
-    `HookedTextToImage.from_pipeline`.
+    """A diffusers pipeline whose denoiser is of a known family.
 
-    Latents have the pipeline's own layout. Text encoders run as they are, without hooks.
+    Made by `HookedTextToImage.from_pipeline`. Latents have the pipeline's own layout. Text encoders
+    run as they are, without hooks.
 
     Example:
         >>> HookedTextToImage.from_pipeline(object())  # pipelines of FLUX, SD3, Qwen-Image, … work
@@ -105,8 +106,9 @@ class HookedPipeline(HookedTextToImage):
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> HookedPipeline:
-        """Around a live pipeline; its modules are used, not copied, and no longer require
-        gradients.
+        """Around a live pipeline.
+
+        Its modules are used, not copied, and no longer require gradients.
 
         Raises:
             ValueError: its transformer is of no known family, and the message names those that
@@ -134,8 +136,9 @@ class HookedPipeline(HookedTextToImage):
         return torch.device(self.pipe._execution_device)
 
     def digest(self) -> str:
-        """Hash of everything that decides a generation: the configuration and weights of every
-        component, and `options`.
+        """Hash of everything that decides a generation.
+
+        The configuration and weights of every component, and `options`.
         """
         parts: list[str | Tensor] = [
             type(self.pipe).__name__,
@@ -198,8 +201,9 @@ class HookedPipeline(HookedTextToImage):
         latents: Tensor | None = None,
         **options: Any,
     ) -> PipelineInputs:
-        """As in HookedTextToImage, text encoded: the pipeline's loop is gone through once, without
-        its transformer.
+        """As in HookedTextToImage, text encoded.
+
+        The pipeline's loop is gone through once, without its transformer.
         """
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -245,8 +249,9 @@ class HookedPipeline(HookedTextToImage):
     def _draft_key(
         self, texts: tuple[str, ...], options: Mapping[str, Any], latents: Any
     ) -> tuple[Any, ...]:
-        """Everything that a draft depends on but the number of steps: arguments, text encoders and
-        scheduler.
+        """Everything that a draft depends on but the number of steps.
+
+        Arguments, text encoders and scheduler.
         """
         values = [
             (name, _key(value))
@@ -267,14 +272,16 @@ class HookedPipeline(HookedTextToImage):
         )
 
     def encoded(self, inputs: PipelineInputs) -> PipelineInputs:
-        """As in HookedTextToImage: a draft's text is encoded; arguments that the pipeline draws
-        from its seeds are drawn here.
+        """As in HookedTextToImage: a draft's text is encoded.
+
+        Arguments that the pipeline draws from its seeds are drawn here.
         """
         return replace(inputs, drawn=self._drawn(inputs, inputs.seeds)) if inputs.drawn else inputs
 
     def _drawn(self, inputs: PipelineInputs, seeds: Sequence[int | None]) -> dict[str, Tensor]:
-        """Arguments of the pipeline's call that it draws for each row, those left out that the
-        call has; without a seed, any of their shape.
+        """Arguments of the pipeline's call that it draws for each row.
+
+        Those that the call has are left out; without a seed, any of their shape.
         """
         if self.dit.family.drawn is None:
             return {}
@@ -360,8 +367,7 @@ class HookedPipeline(HookedTextToImage):
     def encoded_texts(
         self, prompts: str | Sequence[str], length: int | None = None, **options: Any
     ) -> list[EncodedText]:
-        """As in HookedTextToImage: which of a prompt's characters stand at each text position of
-        the denoiser.
+        """As in HookedTextToImage: the characters of a prompt at each text position.
 
         Args:
             prompts: one prompt or several.
@@ -380,8 +386,9 @@ class HookedPipeline(HookedTextToImage):
     def text_entering(
         self, prompts: str | Sequence[str], **options: Any
     ) -> Float[Tensor, "prompt text_pos d_text"]:
-        """The text that enters the denoiser, one encoder's positions after the other's: the tensor
-        at `hook_text`, without a run.
+        """The text that enters the denoiser, one encoder's positions after the other's.
+
+        The tensor at `hook_text`, without a run.
         """
         inputs = self.draft(prompts, 0, 1, **options)
         return joined_text(text_arguments(inputs), self.dit.family.text, len(inputs))

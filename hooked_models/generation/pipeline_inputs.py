@@ -1,5 +1,6 @@
-"""Everything that a run of a diffusers pipeline is computed from, and the arguments of one call of
-its transformer.
+"""Everything that a run of a diffusers pipeline is computed from.
+
+Also the arguments of one call of its transformer.
 """
 
 from __future__ import annotations
@@ -74,9 +75,7 @@ class Bound:
         )
 
     def expanded(self) -> Bound:
-        """With one row of text for each row of the latents, where a pipeline relies on
-        broadcasting.
-        """
+        """One row of text for each row of latents, where a pipeline relies on broadcasting."""
 
         def row_each(key: str, value: Any) -> Any:
             one = (
@@ -94,8 +93,9 @@ class Bound:
 
 @dataclass(frozen=True)
 class PipelineInputs:
-    """Everything that a pipeline's generation is computed from; the counterpart of
-    `trajectory.Inputs`.
+    """Everything that a pipeline's generation is computed from.
+
+    The counterpart of `trajectory.Inputs`.
     """
 
     pipe: Any = field(repr=False)
@@ -145,8 +145,9 @@ class PipelineInputs:
         return slice(0, len(self))
 
     def bias(self, attention: str, branch: Branch, scores: Any) -> Tensor | None:
-        """As in `trajectory.Inputs`: the bias that the kernel of the running call adds, in the
-        branch's rows.
+        """As in `trajectory.Inputs`.
+
+        The bias that the kernel of the running call adds, in the branch's rows.
         """
         found = scores.bias()
         if found is None or len(found) <= len(self):

@@ -234,8 +234,9 @@ class Running:
 
 
 class Trial:
-    """A visitor that finds out which calls a pipeline makes, without computing them: predictions
-    are zeros.
+    """A visitor that finds out which calls a pipeline makes, without computing them.
+
+    Predictions are zeros.
     """
 
     def __init__(self, transformer: Any = None, channels: tuple[int, ...] | None = None) -> None:
@@ -269,9 +270,7 @@ class Trial:
 
 
 class _Answers(Trial):
-    """A visitor of a finished run, whose last latents are put in the place of what the scheduler
-    makes.
-    """
+    """A visitor of a finished run, with whose last latents the scheduler's are replaced."""
 
     def __init__(self, predictions: Mapping[Any, Tensor], shape: tuple[int, ...]) -> None:
         super().__init__(channels=shape)
@@ -293,8 +292,9 @@ class PipelineLoop:
 
     @torch.no_grad()
     def prepare(self, inputs: PipelineInputs) -> PipelineInputs:
-        """The inputs with text encoded, the scheduler as the pipeline prepares it, and its calls
-        known, step by step.
+        """The inputs with text encoded, a prepared scheduler, and the calls known by step.
+
+        The scheduler is as the pipeline prepares it.
         """
         trial = Trial()
         running = Running(inputs, trial, None).quiet()

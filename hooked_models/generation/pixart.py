@@ -44,8 +44,9 @@ LONGEST_TEXT, LARGEST_SIDE = 2**16, 2**14
 
 
 def hooked_encoder(encoder: nn.Module) -> nn.Module:
-    """Around a T5 or a random-token encoder; any other (and one that is hooked already) is returned
-    as it is.
+    """Around a T5 or a random-token encoder.
+
+    Any other (and one that is hooked already) is returned as it is.
     """
     if isinstance(encoder, RandomTokenEncoder):
         return HookedTokenEncoder(encoder)
@@ -66,11 +67,10 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 class HookedPixArt(HookedTextToImage):
-    """A PixArt pipeline, hooked down to the text encoder; `HookedTextToImage(…)` of its parts makes
-    one.
+    """A PixArt pipeline, hooked down to the text encoder.
 
-    Text is as long as the batch's longest prompt (pads carry exactly no attention), unless tokens
-    of another length are given.
+    `HookedTextToImage(…)` of its parts makes one. Text is as long as the batch's longest prompt
+    (pads carry exactly no attention), unless tokens of another length are given.
 
     Example:
         >>> type(HookedTextToImage.from_pretrained("rte-nano")).__name__
@@ -127,9 +127,7 @@ class HookedPixArt(HookedTextToImage):
         return model
 
     def check_wrapped(self) -> None:
-        """Raise ValueError if a wrapped module was changed in a way that this model would
-        ignore.
-        """
+        """Raise ValueError if a wrapped module was changed so that this model would ignore it."""
         self.dit.wrapping.check()
         if isinstance(self.text_encoder, HookedT5Encoder):
             self.text_encoder.wrapping.check()
@@ -182,8 +180,9 @@ class HookedPixArt(HookedTextToImage):
     def to_tokens(
         self, prompts: str | Sequence[str], length: int | None = None
     ) -> Int[Tensor, "batch text_pos"]:
-        """Tokenize `prompt_texts(prompts)`: ids with EOS, padded to the longest prompt or to
-        `length`.
+        """Tokenize `prompt_texts(prompts)`.
+
+        Ids with EOS, padded to the longest prompt or to `length`.
 
         Raises:
             ValueError: a prompt is too long, or has a word outside of the encoder's vocabulary
@@ -213,9 +212,7 @@ class HookedPixArt(HookedTextToImage):
         return ids if self.device.type == "meta" else ids.to(self.device)
 
     def _check_known(self, texts: Sequence[str]) -> None:
-        """Raise ValueError that names the words outside of the vocabulary, unless they are
-        allowed.
-        """
+        """Raise ValueError with the words outside of the vocabulary, unless they are allowed."""
         unknown = {
             text: words
             for text in texts
@@ -249,8 +246,9 @@ class HookedPixArt(HookedTextToImage):
     def encode(
         self, tokens: Int[Tensor, "batch text_pos"], guidance: float = DEFAULT_GUIDANCE
     ) -> TextState:
-        """Text features, captions, keys and values, computed once for all steps; with guidance for
-        rows [uncond; cond].
+        """Text features, captions, keys and values, computed once for all steps.
+
+        With guidance for rows [uncond; cond].
 
         Example:
             >>> model.encode(
@@ -298,9 +296,7 @@ class HookedPixArt(HookedTextToImage):
         latents: Tensor | None = None,
         **options: Any,
     ) -> Inputs:
-        """As in HookedTextToImage; a text of zero width stands for the text that is not encoded
-        yet.
-        """
+        """As in HookedTextToImage; a text of zero width stands for one not encoded yet."""
         check_options(options)
         guidance = number("guidance", self.default_guidance if guidance is None else guidance)
         tokens = (
@@ -395,8 +391,9 @@ class HookedPixArt(HookedTextToImage):
     def encoded_texts(
         self, prompts: str | Sequence[str], length: int | None = None, **options: Any
     ) -> list[EncodedText]:
-        """Each prompt as it is tokenised, with character offsets, padded to the longest or to
-        `length`.
+        """Each prompt as it is tokenised, with character offsets.
+
+        Padded to the longest or to `length`.
 
         Example:
             >>> model = HookedTextToImage.from_pretrained("rte-micro", weights=False)
@@ -459,8 +456,9 @@ class HookedPixArt(HookedTextToImage):
         timestep: Shaped[Tensor, " batch"],
         text: TextState,
     ) -> Float[Tensor, "batch out_channel rows columns"]:
-        """One call of the denoiser, with the size conditions of PixArt-α at 1024 px where the model
-        has them.
+        """One call of the denoiser, with size conditions where the model has them.
+
+        Those of PixArt-α at 1024 px.
         """
         self._use("dit")
         sizes = self.size_conditions(latents)
@@ -469,7 +467,8 @@ class HookedPixArt(HookedTextToImage):
         )[0]
 
     def size_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """The image sizes [batch 2] and aspect ratios [batch 1] that a denoiser is conditioned on;
+        """The image sizes [batch 2] and aspect ratios [batch 1] that a denoiser is conditioned on.
+
         None if it is on none.
         """
         if not self.cfg.use_additional_conditions:
@@ -504,7 +503,8 @@ class HookedPixArt(HookedTextToImage):
         latent: Float[Tensor, "batch channel rows columns"],
         hooks: Sequence[AttachedHook] = (),
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Latents → images in [0, 1], through `hook_image`: with `hooks`, then with those attached
-        to the model by now.
+        """Latents → images in [0, 1], through `hook_image`.
+
+        With `hooks`, then with those attached to the model by now.
         """
         return self.seen(self.decoded(latent), hooks)

@@ -1,10 +1,10 @@
-"""A diffusers scheduler as a loop uses it: how many steps it takes, their noise levels, and its own
-arithmetic.
+"""A diffusers scheduler as a loop uses it.
 
-Every run gets a fresh copy of the prepared scheduler and goes through all of its steps, so its
-memory of earlier steps (multistep solvers) and its noise (ancestral ones) simply happen again.
-Before a scheduler is used it is tried on a few numbers with a known answer: one that does not draw,
-or whose rows depend on one another, is refused by its behavior, not by its name.
+How many steps it takes, their noise levels, and its own arithmetic. Every run gets a fresh copy of
+the prepared scheduler and goes through all of its steps, so its memory of earlier steps (multistep
+solvers) and its noise (ancestral ones) simply happen again. Before a scheduler is used it is tried
+on a few numbers with a known answer: one that does not draw, or whose rows depend on one another,
+is refused by its behavior, not by its name.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ class Solver:
         return copy.deepcopy(self.scheduler)
 
     def timestep(self, step: int) -> Tensor:
-        """The time that the denoiser is given at a step: a scalar in the scheduler's own units and
-        dtype.
+        """The time that the denoiser is given at a step.
+
+        A scalar in the scheduler's own units and dtype.
         """
         return self.scheduler.timesteps[step]
 
@@ -120,9 +121,7 @@ class Solver:
         out: Tensor,
         generators: Sequence[torch.Generator] = (),
     ) -> Tensor:
-        """The latents after a step of `scheduler`, a `fresh` one that has made all earlier
-        steps.
-        """
+        """The latents after a step of a `fresh` scheduler that has made all earlier steps."""
         # as pipelines pass
         arguments: dict[str, Any] = {
             "return_dict": False,
@@ -175,8 +174,9 @@ def _square(alpha: float, sigma: float) -> float:
 def solver_of(
     scheduler: Any, num_steps: SupportsIndex, device: torch.device | str = "cpu"
 ) -> Solver:
-    """A scheduler prepared for runs of `num_steps`, and tried; remembered for as long as the
-    scheduler stays as it is.
+    """A scheduler prepared for runs of `num_steps`, and tried.
+
+    Remembered for as long as the scheduler stays as it is.
 
     Raises:
         ValueError: `num_steps` is no count, or more than the scheduler has timesteps; or the
@@ -270,9 +270,7 @@ def _with_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> Any
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings about tensors that diffusers' schedulers convert by numpy's older
-    protocol.
-    """
+    """Silence warnings on tensors that schedulers convert by numpy's older protocol."""
     with _FILTERS, warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "__array(_wrap)?__ (implementation doesn't|must) accept", DeprecationWarning
@@ -288,8 +286,9 @@ class _NotUsable(Exception):
 
 
 def _tried(solver: Solver) -> Solver:
-    """The solver with the results of a trial: input scales, noise levels, and the source of its
-    noise.
+    """The solver with the results of a trial.
+
+    Input scales, noise levels, and the source of its noise.
 
     Raises:
         _NotUsable: its rows depend on one another, on torch's global generator, or are not finite.
@@ -317,8 +316,9 @@ def _tried(solver: Solver) -> Solver:
 def _pass(
     solver: Solver, seeds: Sequence[int], rows: Sequence[int], x0: Tensor | None = None
 ) -> tuple[Tensor, tuple[float, ...]]:
-    """The last latents of random rows whose prediction is a fixed function of the latents, or
-    implies `x0`.
+    """The last latents of random rows, by a made-up prediction.
+
+    It is a fixed function of the latents, or implies `x0`.
     """
     noise = torch.randn(TRIED, generator=torch.Generator().manual_seed(0))[list(rows)]
     scheduler, latent, scales = solver.fresh(), noise * solver.initial_scale, []
@@ -363,9 +363,7 @@ def _levels(solver: Solver) -> tuple[tuple[float, float], ...] | None:
 
 
 def _goes_on_from_x0(solver: Solver) -> bool:
-    """True if a denoiser whose predictions imply one clean image at every step ends at that
-    image.
-    """
+    """True if predictions that imply one clean image at every step end at that image."""
     # the one that is defined where nothing of the clean image is left
     flow = solver.prediction == "flow_prediction"
     if any(

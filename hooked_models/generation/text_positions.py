@@ -113,8 +113,9 @@ def encoded_at_positions(inputs: PipelineInputs, family: Family) -> list[Encoded
 
 
 def text_arguments(inputs: PipelineInputs) -> Mapping[str, Any]:
-    """Arguments of the first conditional call of a run's transformer, latents left out; the call
-    itself is not computed.
+    """Arguments of the first conditional call of a run's transformer, latents left out.
+
+    The call itself is not computed.
     """
     try:
         Running(inputs, _FirstCall(), 1).quiet().run(output_type="latent")
@@ -168,8 +169,9 @@ def _place(part: Sequence[int], whole: Sequence[int]) -> int | None:
 
 
 def _tokens_of(encoded: EncodedText, prompt: str) -> list[_Token]:
-    """Tokens of a text that holds the prompt, with their characters in it; those around are
-    special.
+    """Tokens of a text that holds the prompt, with their characters in it.
+
+    Those around are special.
     """
     words, places = (
         split_words(prompt),

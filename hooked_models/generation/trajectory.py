@@ -1,5 +1,6 @@
-"""A run: the inputs of a generation and its denoiser's predictions, call by call; enough to run it
-again from any step.
+"""A run: the inputs of a generation and its denoiser's predictions, call by call.
+
+Enough to run it again from any step.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ class Inputs:
         return slice(start, start + len(self))
 
     def generators(self) -> list[torch.Generator]:
-        """A generator for each row, as it stands before step 0; none if the scheduler draws
-        nothing.
+        """A generator for each row, as it stands before step 0.
+
+        None if the scheduler draws nothing.
         """
         if not self.solver.draws:
             return []
@@ -137,8 +139,9 @@ Calls = Mapping[tuple[int, tuple[Branch, ...]], Float[Tensor, "branch_batch ..."
 
 @dataclass(frozen=True)
 class Record:
-    """Latents, denoiser predictions, and the guided prediction given to the scheduler, of every
-    step so far.
+    """Latents, denoiser predictions and guided predictions of every step so far.
+
+    The latter are given to the scheduler.
     """
 
     latents: tuple[Float[Tensor, "batch ..."], ...] = ()
@@ -252,8 +255,9 @@ class Run:
         )
 
     def repeat(self, times: int) -> Run:
-        """The whole batch `times` times over, one copy after the other, so that a fork can treat
-        the copies differently.
+        """The whole batch `times` times over, one copy after the other.
+
+        A fork can treat the copies differently.
         """
         return self.take(
             torch.arange(len(self.inputs)).repeat(integer("times", times, 1, MOST_COPIES))
@@ -267,8 +271,9 @@ class Run:
         until: int | None = None,
         **how: Any,
     ) -> Run:
-        """Run again from `step` on, with hooks: bitwise as a full run with these hooks, at (T −
-        step)/T of its cost.
+        """Run again from `step` on, with hooks.
+
+        Bitwise as a full run with these hooks, at (T − step)/T of its cost.
 
         Args:
             step: first step that is computed, from 0; negative ones count from the end.
@@ -289,9 +294,7 @@ class Run:
             return self.model.run(self.inputs, self.record, step, until, **how)
 
     def check_fork(self, step: int, until: int | None = None) -> None:
-        """Raise as `fork` if a fork from `step` on would not reach every hook that is attached to
-        the model.
-        """
+        """Raise as `fork` if a fork from `step` on would miss a hook that is attached."""
         if not 0 <= step < len(self):
             raise ValueError(
                 f"Cannot fork at step {step}: this trajectory has steps 0 to {len(self) - 1}."

@@ -66,8 +66,9 @@ class StepView(View):
         return f"steps.{self.step}.{self.branch}."
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Images [batch 3 height width], or the step's x0 or guided output [batch channel rows
-        columns].
+        """Images [batch 3 height width], or x0 or guided output [batch channel rows columns].
+
+        The latter are the step's.
         """
         part = self.run.take(self.rows(tokens))
         if self.returns == "images":
@@ -87,8 +88,9 @@ class StepView(View):
         return found[0]
 
     def _denoise(self, call: Call, rows: Any, x: Tensor, timestep: Tensor, text: Any) -> Tensor:
-        """The denoiser; with gradients enabled, the view's step begins a graph of its own, whatever
-        requires gradients.
+        """The denoiser; with gradients, the view's step begins a graph of its own.
+
+        Whatever requires gradients.
         """
         if torch.is_grad_enabled() and call.step == self.step:
             x, text = with_gradient(x), self.run.model.opened(text)

@@ -76,8 +76,9 @@ class Layout:
         return Layout(self.grid, self.text_mask[rows.to(self.text_mask.device)], labels)
 
     def order(self, streams: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Indices `[#batch pos]` from the model's order to [image, text, other], and back; None
-        where nothing moves.
+        """Indices `[#batch pos]` from the model's order to [image, text, other], and back.
+
+        None where nothing moves.
         """
         if streams not in self._orders:
             labels = [self.labels[stream] for stream in streams]

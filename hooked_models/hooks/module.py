@@ -42,9 +42,7 @@ NameFilter = str | Callable[[str], bool] | Iterable[str] | None
 
 
 class LanguageToolGuard(nn.Module):
-    """A model that TransformerLens' evaluations of language models may be called with, and which
-    then says why not.
-    """
+    """A model that says why TransformerLens' evaluations of language models do not apply."""
 
     def __call__(self, *args: Any, return_type: str | None = None, **kwargs: Any) -> Any:
         """`forward`. Raises TypeError for a language model's `return_type`."""
@@ -64,8 +62,9 @@ class LanguageToolGuard(nn.Module):
 
 
 def has_hooks(point: HookPoint) -> bool:
-    """True if a hook is attached: TransformerLens', torch's, or a `forward` of the point's own, as
-    nnsight gives it.
+    """True if a hook is attached.
+
+    TransformerLens', torch's, or a `forward` of the point's own, as nnsight gives it.
 
     Example:
         >>> from transformer_lens.hook_points import HookPoint
@@ -131,10 +130,10 @@ class HookedModule(HookedRootModule):
     """
 
     def add_aliases(self, aliases: Mapping[str, str]) -> None:
-        """Let hooks be attached under further names (alias → name); ``hook.name`` stays the
-        canonical one.
+        """Let hooks be attached under further names (alias → name).
 
-        Aliases live in ``mod_dict`` alone: in ``hook_dict`` each would be cached a second time.
+        ``hook.name`` stays the canonical one. Aliases live in ``mod_dict`` alone: in ``hook_dict``
+        each would be cached a second time.
         """
         for alias, name in aliases.items():
             self.mod_dict[alias] = self.hook_dict[name]
@@ -171,9 +170,7 @@ class HookedModule(HookedRootModule):
         return firing
 
     def _hooked(self, where: str | Callable[[str], bool]) -> list[str]:
-        """As `names`; raises ValueError for a predicate that selects none, which would be a hook
-        that never fires.
-        """
+        """As `names`; ValueError for a predicate that selects none, whose hook would never fire."""
         names = self.names(where)
         if not names:
             raise ValueError(
@@ -190,33 +187,31 @@ class HookedModule(HookedRootModule):
     # TransformerLens' flags; of no effect in a module that has no such hooks
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Write attention outputs head by head, so that ``hook_result`` fires; costs [batch pos
-        head d_model].
+        """Write attention outputs head by head, so that ``hook_result`` fires.
 
-        This and the other flags raise ValueError when switched off under a hook that needs them.
+        Costs [batch pos head d_model]. This and the other flags raise ValueError when switched off
+        under a hook that needs them.
         """
         self._set_flag("use_attn_result", use_attn_result)
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Give every head its own copy of its inputs, so that ``hook_{q,k,v}_input`` fire; costs
-        three such tensors.
+        """Give every head its own copy of its inputs, so that ``hook_{q,k,v}_input`` fire.
 
-        Raises ValueError while ``use_attn_in`` is on: the two forks exclude each other.
+        Costs three such tensors. Raises ValueError while ``use_attn_in`` is on: the two forks
+        exclude each other.
         """
         self._set_flag("use_split_qkv_input", use_split_qkv_input, excludes="use_attn_in")
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Give every head one copy of the residual stream it reads, so that ``hook_attn_in`` and
-        ``hook_cross_attn_in`` fire.
+        """Give every head one copy of the residual stream, so that its input hooks fire.
 
-        Raises ValueError while ``use_split_qkv_input`` is on.
+        They are ``hook_attn_in`` and ``hook_cross_attn_in``. Raises ValueError while
+        ``use_split_qkv_input`` is on.
         """
         self._set_flag("use_attn_in", use_attn_in, excludes="use_split_qkv_input")
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Give the MLP its own copy of the residual stream, before its norm, so that
-        ``hook_mlp_in`` fires.
-        """
+        """Give the MLP its own copy of its input, before its norm; ``hook_mlp_in`` fires then."""
         self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
 
     def _set_flag(self, flag: str, on: bool, excludes: str | None = None) -> None:
@@ -274,9 +269,7 @@ class HookedModule(HookedRootModule):
 
     @property
     def context_level(self) -> int:
-        """The number of ``hooks`` blocks of this module that the caller is in, as in
-        TransformerLens.
-        """
+        """The number of ``hooks`` blocks that the caller is in, as in TransformerLens."""
         return sum(each.owner is self for each in scopes())
 
     @context_level.setter
@@ -284,8 +277,9 @@ class HookedModule(HookedRootModule):
         """TransformerLens sets it to 0 when a module is made."""
 
     def setup(self) -> None:
-        """TransformerLens' ``setup``; hooks of the module's points belong to the block and thread
-        that attach them.
+        """TransformerLens' ``setup``.
+
+        Hooks of the module's points belong to the block and thread that attach them.
         """
         super().setup()
         for point in self.hook_dict.values():
@@ -314,8 +308,9 @@ class HookedModule(HookedRootModule):
     def get_caching_hooks(
         self, names_filter: NameFilter = None, *args: Any, pos_slice: Any = None, **kwargs: Any
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
-        """TransformerLens' ``get_caching_hooks``, names checked, and ``pos_slice`` on each tensor's
-        own position axis.
+        """TransformerLens' ``get_caching_hooks``, with names checked.
+
+        ``pos_slice`` is on each tensor's own position axis.
         """
         cache, fwd, bwd = super().get_caching_hooks(self.names(names_filter), *args, **kwargs)
         positions = Slice.unwrap(pos_slice)
@@ -357,11 +352,10 @@ class HookedModule(HookedRootModule):
         return hook_row(str(point.name), self.hook_part).axes
 
     def position_axis(self, name: str, of: Literal["image", "text"] | None = None) -> int | None:
-        """The axis that ``pos_slice`` slices in a hook's tensor, counted from the end; None for a
-        tensor without positions.
+        """The axis that ``pos_slice`` slices in a hook's tensor, counted from the end.
 
-        TransformerLens guesses it from the name's ending and would slice the batch of tensors that
-        have no positions.
+        None for a tensor without positions. TransformerLens guesses it from the name's ending and
+        would slice the batch of tensors that have no positions.
 
         Args:
             name: hook within the module.
@@ -381,8 +375,9 @@ class HookedModule(HookedRootModule):
         remove_batch_dim: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
-        """``(output, cache)`` of one forward; ``names_filter`` is any NameFilter, the rest as in
-        TransformerLens.
+        """``(output, cache)`` of one forward.
+
+        ``names_filter`` is any NameFilter, the rest as in TransformerLens.
         """
         output, tensors = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:

@@ -1,10 +1,10 @@
-"""State that belongs to a block of code in one thread: hooks, flags and observers of the run that
-it makes.
+"""State that belongs to a block of code in one thread.
 
-A `with model.hooks(…)` block opens a scope. Hooks attached in it are found from inside the block
-alone: another thread that runs the same model at the same time finds its own. A hook function is
-called in a scope apart, so that a run it makes has only the hooks that it is given itself. A thread
-starts without scopes; `contextvars.copy_context().run` takes those of its parent along.
+Hooks, flags and observers of the run that it makes. A `with model.hooks(…)` block opens a scope.
+Hooks attached in it are found from inside the block alone: another thread that runs the same model
+at the same time finds its own. A hook function is called in a scope apart, so that a run it makes
+has only the hooks that it is given itself. A thread starts without scopes;
+`contextvars.copy_context().run` takes those of its parent along.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def scopes() -> Iterator[Scope]:
 
 
 def lookup(key: Key, base: Any, apart: Callable[[], Any] | None = None) -> Any:
-    """The innermost value of a key, else `base`; in a scope apart, the result of `apart()` (made
-    once) in its place.
+    """The innermost value of a key, else `base`.
+
+    In a scope apart, the result of `apart()` (made once) stands in its place.
     """
     current = _INNERMOST.get()
     while current is not None:
@@ -82,7 +83,8 @@ def lookup(key: Key, base: Any, apart: Callable[[], Any] | None = None) -> Any:
 
 
 class Scoped:
-    """A class attribute whose value on an instance can be overridden in a scope:
+    """A class attribute whose value on an instance can be overridden in a scope.
+
     `scope.values[id(instance), name] = value`.
     """
 

@@ -1,9 +1,9 @@
-"""HOOKS: one row for each hook name, with the axes of its tensor, the flag that it needs and when
-it fires.
+"""HOOKS: one row for each hook name, with axes, flag and when it fires.
 
-Shapes, head and position axes, token selection, memory estimates and the page docs/hooks.md are
-read from this table. The axes of a hook of a given model are `model.dit.axes(name)`: models with
-joint attention name their positions "joint_pos".
+Axes are those of its tensor, the flag is the one that it needs. Shapes, head and position axes,
+token selection, memory estimates and the page docs/hooks.md are read from this table. The axes of a
+hook of a given model are `model.dit.axes(name)`: models with joint attention name their positions
+"joint_pos".
 
 Axis names: `batch` rows (prompts); `pos`, `query_pos`, `key_pos` image positions, row by row;
 `text_pos`, `query_text_pos`, `key_text_pos` tokens of the prompt; `joint_pos`, `joint_query_pos`,
@@ -45,8 +45,9 @@ class Hook:
 
     @property
     def fires(self) -> Literal["once", "step", "call"]:
-        """Once a run, at every denoising step, or at every denoiser call: each step, in each
-        guidance branch.
+        """Once a run, at every denoising step, or at every denoiser call.
+
+        Each step, in each guidance branch.
         """
         if self.part == "text_encoder" or self.name == "hook_image":
             return "once"
@@ -54,8 +55,9 @@ class Hook:
 
     @property
     def full_name(self) -> str:
-        """As runs and caches of a whole generation use it, with `{s}` for the step and `{branch}`
-        for cond or uncond.
+        """The name in a whole generation, with `{s}` for the step and `{branch}`.
+
+        As runs and caches use it; the branch is cond or uncond.
         """
         if self.part == "text_encoder":
             return f"text_encoder.{self.name}"
@@ -193,8 +195,9 @@ def layer_of(name: str) -> int | None:
 
 
 def hook_row(name: str, part: str = "dit") -> Hook:
-    """The table's row for a hook's canonical name within its part ("null_text_encoder" is the text
-    encoder's).
+    """The table's row for a hook's canonical name within its part.
+
+    "null_text_encoder" is the text encoder's.
 
     Raises:
         KeyError: the table has no such name.

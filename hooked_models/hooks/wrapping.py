@@ -1,5 +1,6 @@
-"""A check that a wrapped module still is the one that was wrapped: later replacements and additions
-would be ignored.
+"""A check that a wrapped module still is the one that was wrapped.
+
+Later replacements and additions would be ignored.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ Stamp = tuple[tuple[int, int], ...]
 
 
 def stamp(module: nn.Module) -> Stamp:
-    """A mark that changes when a parameter or buffer is replaced or written to (but for writes
-    through `.data`).
+    """A mark that changes when a parameter or buffer is replaced or written to.
+
+    Writes through `.data` are not seen.
     """
     return tuple(
         (id(tensor), tensor._version)
@@ -27,8 +29,9 @@ def stamp(module: nn.Module) -> Stamp:
 
 
 def is_foreign(hook: Callable[..., Any]) -> bool:
-    """True for a torch hook that may change something: transformers leaves its own, which record
-    hidden states, in place.
+    """True for a torch hook that may change something.
+
+    Transformers leaves its own, which record hidden states, in place.
     """
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
@@ -40,8 +43,9 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 
 
 class Wrapped:
-    """The submodules of a wrapped module when it was wrapped, and which of them the hooked module
-    never calls.
+    """The submodules of a wrapped module when it was wrapped.
+
+    Also those of them that the hooked module never calls.
 
     Args:
         module: the wrapped module.
@@ -61,8 +65,7 @@ class Wrapped:
         ]
 
     def check(self) -> None:
-        """Raise ValueError for a part that was replaced, hooked or given another attention
-        processor.
+        """Raise ValueError for a part replaced, hooked or given another attention processor.
 
         Example:
             >>> from torch import nn

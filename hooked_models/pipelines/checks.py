@@ -77,8 +77,9 @@ def raise_failures(name: str, failures: Sequence[str]) -> None:
 
 
 def check_weights(pipe: Any, name: str = "this model") -> None:
-    """Check that every weight of a pipeline, in all of its parts, is a finite number of a size that
-    training leads to.
+    """Check that every weight of a pipeline is finite and of a size that training leads to.
+
+    All parts of the pipeline are checked.
 
     Raises:
         ModelCheckError: with the first tensor that holds another.

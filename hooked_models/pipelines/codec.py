@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 
 class PatchCodec(ModelMixin, ConfigMixin):
-    """Encode every `patch_size`² patch as its `latent_channels` leading principal components, and
-    decode it.
+    """Encode every `patch_size`² patch as its leading principal components, and decode it.
 
-    Stands where an `AutoencoderKL` stands in a diffusers pipeline: images in [−1, 1],
-    `encode(x).latent_dist` and `decode(z).sample`, and the pipeline multiplies latents by
-    `config.scaling_factor`. The components are orthonormal, so a squared error in latents is the
-    squared error in pixels, and decoding costs one small matrix product.
+    There are `latent_channels` of them. Stands where an `AutoencoderKL` stands in a diffusers
+    pipeline: images in [−1, 1], `encode(x).latent_dist` and `decode(z).sample`, and the pipeline
+    multiplies latents by `config.scaling_factor`. The components are orthonormal, so a squared
+    error in latents is the squared error in pixels, and decoding costs one small matrix product.
 
     Example:
         >>> images = scenes.render(scenes.sample(100, seed=0)) * 2 - 1
@@ -81,8 +80,9 @@ class PatchCodec(ModelMixin, ConfigMixin):
     def encode(
         self, x: Float[Tensor, "batch 3 height width"], return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Encode images in [−1, 1] as a distribution without spread around latents [batch channel
-        height/patch width/patch].
+        """Encode images in [−1, 1] as a distribution without spread around latents.
+
+        They are [batch channel height/patch width/patch].
         """
         offset = torch.einsum("cijk,ijk->c", self.components, self.mean)
         latents = F.conv2d(x, self.components, -offset, stride=self.config.patch_size)

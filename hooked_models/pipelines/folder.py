@@ -1,5 +1,6 @@
-"""A pipeline folder's files, checked before anything large is read: the classes that they name, and
-that they are whole.
+"""A pipeline folder's files, checked before anything large is read.
+
+The classes that they name, and that they are whole.
 """
 
 from __future__ import annotations
@@ -240,8 +241,9 @@ def has_weights(cls: Any) -> bool:
 def weight_files(
     source: Source, component: str, cls: Any, variant: str | None = None
 ) -> Iterator[Path]:
-    """Find the safetensors files of a component: those of the variant if it has them, one or
-    several shards.
+    """Find the safetensors files of a component, one or several shards.
+
+    Those of the variant if it has them.
 
     Raises:
         FileNotFoundError: there are none, or a shard is missing.

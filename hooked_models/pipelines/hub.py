@@ -29,8 +29,9 @@ class Source:
 
     @property
     def lasting_name(self) -> str:
-        """A name that means the same in every process: a hub id with a commit, a bundled name, or
-        an absolute path.
+        """A name that means the same in every process.
+
+        A hub id with a commit, a bundled name, or an absolute path.
         """
         return (
             self.name
@@ -104,8 +105,9 @@ def check_listed(folder: Path) -> None:
 
 
 def recorded_source(name: object, commit: object) -> str | None:
-    """The model that a folder of results names, if the name means the same in every process and
-    folder.
+    """The model of a folder of results, if its name means the same everywhere.
+
+    In every process and folder.
 
     Args:
         name: `Source.lasting_name`, as read from a file that anybody may have written.
@@ -132,8 +134,9 @@ def fetch(
     weights: bool = True,
     **hub: Any,
 ) -> Source:
-    """Get a model's folder; from the hub, download its files at one commit unless the cache has
-    them.
+    """Get a model's folder.
+
+    From the hub, download its files at one commit unless the cache has them.
 
     Args:
         name: bundled name, local folder, or hub id.

@@ -126,8 +126,9 @@ def load_whole(cls: Any, place: str | Path, what: str, **how: Any) -> Any:
 
 
 def empty_pipeline(source: Source, dtype: torch.dtype = torch.float32) -> Any:
-    """Make the pipeline of a folder without its weights, on the meta device: names, shapes and
-    sizes at no cost.
+    """Make the pipeline of a folder without its weights, on the meta device.
+
+    Names, shapes and sizes at no cost.
 
     Raises:
         FileNotFoundError, ValueError: see `inspect_folder`.

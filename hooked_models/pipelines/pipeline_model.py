@@ -1,5 +1,6 @@
-"""The side of a hooked model that is a diffusers pipeline: opened from a folder or the hub, written
-back, put on devices.
+"""The side of a hooked model that is a diffusers pipeline.
+
+Opened from a folder or the hub, written back, put on devices.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ Model = TypeVar("Model", bound="PipelineModel")
 def save_pipeline(
     pipe: Any, save_directory: str | Path, push_to_hub: bool = False, **options: Any
 ) -> None:
-    """Write a live pipeline's modules, or those that its hooked modules wrap: a whole folder or
-    none.
+    """Write a live pipeline's modules, or those that its hooked modules wrap.
+
+    A whole folder or none.
 
     Args:
         pipe: stays as it is.
@@ -73,8 +75,9 @@ def _trained_length(pipeline_class: Any) -> int:
 
 
 def refusing(pipeline_class: Any, model: Any) -> Any:
-    """A pipeline class whose calls raise ValueError while hooks of whole generations, which it does
-    not fire, are attached.
+    """A pipeline class whose calls raise ValueError while hooks are attached.
+
+    They are hooks of whole generations, which it does not fire.
     """
 
     @wraps(pipeline_class.__call__)
@@ -196,10 +199,10 @@ class PipelineModel(nn.Module):
         raise NotImplementedError
 
     def as_diffusers(self) -> Any:
-        """A new pipeline of the kind the model came in, with the hooked modules inside: their hooks
-        fire in its calls.
+        """A new pipeline of the kind the model came in, with the hooked modules inside.
 
-        Its `save_pretrained` writes the modules that the hooked ones wrap.
+        Their hooks fire in its calls. Its `save_pretrained` writes the modules that the hooked ones
+        wrap.
         """
         pipe = refusing(self.pipeline_class, self)(
             self.tokenizer, self.text_encoder, self.codec, self.dit, self.scheduler
@@ -208,11 +211,10 @@ class PipelineModel(nn.Module):
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a pipeline folder of the wrapped modules, which `from_pretrained` and plain
-        diffusers open.
+        """Write a pipeline folder of the wrapped modules.
 
-        The folder is written whole or not at all; of a pipeline that is there, other files are
-        kept.
+        `from_pretrained` and plain diffusers open it. The folder is written whole or not at all; of
+        a pipeline that is there, other files are kept.
 
         Raises:
             FileExistsError: the folder holds something else than a pipeline.
@@ -221,8 +223,9 @@ class PipelineModel(nn.Module):
         save_pipeline(self.as_diffusers(), folder)
 
     def digest(self) -> str:
-        """Hash of everything that decides a generation (weights, settings, scheduler), wherever the
-        model was loaded from.
+        """Hash of everything that decides a generation: weights, settings, scheduler.
+
+        Wherever the model was loaded from.
 
         Example:
             >>> len(HookedTextToImage.from_pretrained("rte-nano").digest())
@@ -241,11 +244,10 @@ class PipelineModel(nn.Module):
     # Where it runs
 
     def enable_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Keep the parts on the CPU, and each on `device` only while it works: text encoder, then
-        denoiser, then codec.
+        """Keep the parts on the CPU, and each on `device` only while it works.
 
-        For a T5 that does not fit beside the denoiser. (diffusers' own offloading acts on modules
-        that are not called here.)
+        Text encoder, then denoiser, then codec. For a T5 that does not fit beside the denoiser.
+        (diffusers' own offloading acts on modules that are not called here.)
         """
         self.to("cpu")
         self._offload, self._resident = torch.device(device), None
@@ -266,8 +268,9 @@ class PipelineModel(nn.Module):
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens that a prompt may have: 300 for PixArt-Σ and 120 for PixArt-α, or fewer where the
-        tokenizer says so.
+        """Tokens that a prompt may have.
+
+        300 for PixArt-Σ and 120 for PixArt-α, or fewer where the tokenizer says so.
         """
         trained = _trained_length(self.pipeline_class)
         return min(trained, getattr(self.tokenizer, "model_max_length", trained))

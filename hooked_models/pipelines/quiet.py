@@ -12,12 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Switch off the progress bars of diffusers and transformers and diffusers' type warnings, for
-    the time of a load.
+    """Switch off progress bars and type warnings for the time of a load.
 
-    diffusers warns where a component is of another class than the pipeline's signature names
-    ("Expected types for vae …"), as a `PatchCodec` is; `inspect_folder` has checked the classes
-    already. Downloads keep their bars.
+    Those of diffusers and transformers. diffusers warns where a component is of another class than
+    the pipeline's signature names ("Expected types for vae …"), as a `PatchCodec` is;
+    `inspect_folder` has checked the classes already. Downloads keep their bars.
     """
     bars = [
         lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()

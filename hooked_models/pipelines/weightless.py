@@ -23,10 +23,9 @@ def has_weights_on(module: nn.Module) -> bool:
 
 
 def weightless(pipe: Any, layerwise: Any = None) -> Any:
-    """A copy of a pipeline on the meta device that goes through its loop on the CPU, computing no
-    text.
+    """A copy of a pipeline on the meta device that computes no text.
 
-    The pipeline itself stays as it is.
+    It goes through its loop on the CPU. The pipeline itself stays as it is.
 
     Args:
         pipe: any pipeline whose modules are on the meta device.

@@ -153,10 +153,10 @@ class AttentionCore(nn.Module):
 
 
 class Attention(AttentionCore):
-    """``softmax(scale · q kᵀ + bias) v``, then ``W_O``; one class for image ↔ image, image ← text
-    and text ↔ text.
+    """``softmax(scale · q kᵀ + bias) v``, then ``W_O``.
 
-    ``scale`` is 1 / √d_head unless given.
+    One class for image ↔ image, image ← text and text ↔ text. ``scale`` is 1 / √d_head unless
+    given.
 
     The three stages are separate (``queries``/``keys``/``values``, ``forward``, ``output``),
     because the keys and values of a prompt can be computed once for all steps, and because a gate
@@ -190,8 +190,9 @@ class Attention(AttentionCore):
         return x[:, :, None].repeat(1, 1, self.cfg.n_heads, 1)
 
     def q_input(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos *head d_in"]:
-        """Input of the queries: `x`, or with cfg.use_split_qkv_input a copy per head through
-        ``hook_q_input``.
+        """Input of the queries: `x`, or a copy per head through ``hook_q_input``.
+
+        The latter with cfg.use_split_qkv_input.
         """
         return self.hook_q_input(self.copy_per_head(x)) if self.cfg.use_split_qkv_input else x
 

@@ -1,5 +1,6 @@
-"""One PixArt block: image ↔ image, image ← text, MLP; the first and last modulated by the timestep
-(adaLN-single).
+"""One PixArt block: image ↔ image, image ← text, MLP.
+
+The first and last modulated by the timestep (adaLN-single).
 
 Source: ``BasicTransformerBlock`` with ``norm_type="ada_norm_single"`` in
 diffusers/models/attention.py; PixArt-α (arXiv 2310.00426), section 2.3. Two traps: cross-attention
@@ -123,8 +124,9 @@ class AdaLN(ModulationHooks):
 
 
 class MLP(nn.Module):
-    """``GELU(x W_in + b_in) W_out + b_out``, GELU by tanh, around the live Linears of a diffusers
-    ``FeedForward``.
+    """``GELU(x W_in + b_in) W_out + b_out``, GELU by tanh.
+
+    Around the live Linears of a diffusers ``FeedForward``.
     """
 
     def __init__(self, feed_forward: Any) -> None:

@@ -72,7 +72,8 @@ def expand_shorthand(name: str, layer: int | None, sublayer: str | None, n_layer
 
 
 def expand_compact(key: str) -> tuple[str, int, str | None] | None:
-    """TransformerLens' compact keys as (name, layer, sublayer): "k1a", "pattern0", "scale1ln2";
+    """TransformerLens' compact keys as (name, layer, sublayer): "k1a", "pattern0", "scale1ln2".
+
     None for another form.
     """
     found = re.fullmatch(r"([a-z]+)(\d+)([a-z]?.*)", key)
@@ -158,12 +159,12 @@ class DiTCache(ActivationCache):
         mlp_input: bool = False,
         return_labels: bool = False,
     ) -> Any:
-        """The residual stream before every layer up to `layer` (None: up to the end): [component
-        batch pos d_model].
+        """The residual stream before every layer up to `layer`, [component batch pos d_model].
 
-        `incl_mid` adds the points between sublayers: "0_mid" after self-attention, "0_mid_cross"
-        after cross-attention (unless it was not cached: TransformerLens' `logit_lens` does not ask
-        for it). `mlp_input` adds those of the last layer. The rest as in TransformerLens.
+        None: up to the end. `incl_mid` adds the points between sublayers: "0_mid" after
+        self-attention, "0_mid_cross" after cross-attention (unless it was not cached:
+        TransformerLens' `logit_lens` does not ask for it). `mlp_input` adds those of the last
+        layer. The rest as in TransformerLens.
         """
         layer = self._layer(layer)
         places = []
@@ -212,10 +213,10 @@ class DiTCache(ActivationCache):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Any:
-        """Stack the writes of each sublayer before `layer`, [component batch pos d_model]; they sum
-        to the residual stream there.
+        """Stack the writes of each sublayer before `layer`, [component batch pos d_model].
 
-        Self- and cross-attention are "attn" to `mode`. The rest as in TransformerLens.
+        They sum to the residual stream there. Self- and cross-attention are "attn" to `mode`. The
+        rest as in TransformerLens.
         """
         layer = self._layer(layer)
         embeds = [name for name in EMBEDS if name in self.cache_dict] if incl_embeds else []
@@ -265,12 +266,11 @@ class DiTCache(ActivationCache):
         pos_slice: Any = None,
         apply_ln: bool = False,
     ) -> Any:
-        """Stack the writes of each head before `layer`, [component batch pos d_model], in the order
-        of writing.
+        """Stack the writes of each head before `layer`, [component batch pos d_model].
 
-        Labels are "L0H0" … for self-attention, "cross_L0H0" … for cross-attention. `incl_remainder`
-        adds the rest of the residual stream. Raises NotFoldedError on an unfolded model, unless it
-        ran with `use_attn_result`.
+        In the order of writing. Labels are "L0H0" … for self-attention, "cross_L0H0" … for
+        cross-attention. `incl_remainder` adds the rest of the residual stream. Raises
+        NotFoldedError on an unfolded model, unless it ran with `use_attn_result`.
         """
         layer = self._layer(layer)
         self._ensure_head_results()
@@ -309,8 +309,9 @@ class DiTCache(ActivationCache):
         incl_remainder: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in TransformerLens, with cross-attention before the MLP's input; at layer 0, too, the
-        remainder is its input.
+        """As in TransformerLens, with cross-attention before the MLP's input.
+
+        At layer 0, too, the remainder is its input.
 
         Raises:
             NotFoldedError: on an unfolded model.

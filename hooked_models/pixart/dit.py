@@ -1,5 +1,6 @@
-"""PixArt's diffusion transformer with a HookPoint on every tensor: ``HookedDiT`` around the live
-diffusers module.
+"""PixArt's diffusion transformer with a HookPoint on every tensor.
+
+``HookedDiT`` around the live diffusers module.
 
 Source: ``PixArtTransformer2DModel`` in diffusers/models/transformers/pixart_transformer_2d.py
 (0.42); PixArt-α (arXiv 2310.00426), PixArt-Σ (arXiv 2403.04692).
@@ -37,15 +38,14 @@ ONLY_FOLDED = (
 
 
 class HookedDiT(PatchModel):
-    """A ``PixArtTransformer2DModel`` with a HookPoint on every tensor, in TransformerLens'
-    vocabulary.
+    """A ``PixArtTransformer2DModel`` with a HookPoint on every tensor.
 
-    The leaves (Linear, Conv2d, embedders, tables) are the wrapped module's own: weights are shared,
-    never copied, and training either trains both. The forward between them is written here. It
-    takes the wrapped module's arguments and can stand in its place inside a pipeline. Shapes stand
-    beside each HookPoint, here, in block.py and attention.py; aliases are
-    ``blocks.{l}.hook_cross_{q,k,v,z,pattern,result}``, ``blocks.{l}.hook_{q,k,v}_input`` and
-    ``blocks.{l}.hook_resid_mid2``.
+    Names are in TransformerLens' vocabulary. The leaves (Linear, Conv2d, embedders, tables) are the
+    wrapped module's own: weights are shared, never copied, and training either trains both. The
+    forward between them is written here. It takes the wrapped module's arguments and can stand in
+    its place inside a pipeline. Shapes stand beside each HookPoint, here, in block.py and
+    attention.py; aliases are ``blocks.{l}.hook_cross_{q,k,v,z,pattern,result}``,
+    ``blocks.{l}.hook_{q,k,v}_input`` and ``blocks.{l}.hook_resid_mid2``.
 
     Args:
         transformer: a live diffusers ``PixArtTransformer2DModel``. peft adapters: fuse them, or
@@ -114,8 +114,9 @@ class HookedDiT(PatchModel):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the output's table anew, as diffusers does, for TransformerLens' `reinitialized`;
-        submodules have their own.
+        """Draw the output's table anew, as diffusers does, for TransformerLens' `reinitialized`.
+
+        Submodules have their own.
         """
         self.scale_shift_table.normal_().div_(self._cfg.d_model**0.5)
 
@@ -137,8 +138,9 @@ class HookedDiT(PatchModel):
 
     @property
     def text_hooks_active(self) -> bool:
-        """True if a hook is attached upstream of the cross-attention keys and values, so that they
-        are computed anew.
+        """True if a hook is attached upstream of cross-attention keys and values.
+
+        They are computed anew then.
         """
         points = [self.hook_text, self.hook_caption]
         if self._cfg.use_split_qkv_input:
@@ -196,12 +198,12 @@ class HookedDiT(PatchModel):
     def fold_timestep(
         self, timestep: float, added_cond_kwargs: Mapping[str, Tensor | None] | None = None
     ) -> FoldedDiT:
-        """Make a new model with the shifts, scales and gates of one timestep moved into its
-        weights; this one is unchanged.
+        """Make a new model with one timestep's modulation moved into its weights.
 
-        At that timestep it computes the same output, and every ``hook_gate`` is 1: head and neuron
-        results, direct logit attribution and the other tools that read weights are then exact. At
-        any other it refuses to run.
+        Moved are shifts, scales and gates; this model is unchanged. At that timestep it computes
+        the same output, and every ``hook_gate`` is 1: head and neuron results, direct logit
+        attribution and the other tools that read weights are then exact. At any other it refuses to
+        run.
 
         Args:
             timestep: in the scheduler's units.
@@ -316,8 +318,9 @@ class HookedDiT(PatchModel):
         pos: Literal["image", "text"] = "image",
         returns: Literal["out", "patches"] = "out",
     ) -> tuple[DenoiserView, Int[Tensor, "row pos"]]:
-        """Bind the inputs of one denoiser call: ``(view, tokens)`` for TransformerLens' tools as
-        ``model`` and ``tokens``.
+        """Bind the inputs of one denoiser call.
+
+        ``(view, tokens)`` for TransformerLens' tools as ``model`` and ``tokens``.
 
         Args:
             latents: one row an image.
@@ -342,8 +345,9 @@ class HookedDiT(PatchModel):
         sizes: Mapping[str, Tensor | None] | None,
         dtype: torch.dtype,
     ) -> Float[Tensor, "batch d_model"]:
-        """Embed the timestep and, where the model is conditioned on them, the image's sizes;
-        through no hook.
+        """Embed the timestep and, where the model is conditioned on them, the image's sizes.
+
+        Through no hook.
         """
         t_emb = self.timestep_embedder(self.time_proj(timestep).to(dtype))
         if self._cfg.use_additional_conditions:
@@ -368,8 +372,9 @@ class HookedDiT(PatchModel):
         mask: Shaped[Tensor, "batch ... text_pos"] | None = None,
         state: TextState | None = None,
     ) -> list[BlockText]:
-        """Text as each block reads it: from `state`, or computed anew through the hooks where there
-        is none or one is hooked.
+        """Text as each block reads it: from `state`, or computed anew through the hooks.
+
+        The latter where there is no state or a hook acts on it.
 
         Raises:
             ValueError: neither text nor state was given, or the state has another batch size.
@@ -395,11 +400,10 @@ class HookedDiT(PatchModel):
 
 
 class FoldedDiT(HookedDiT):
-    """A HookedDiT that is right at one timestep, with the attributes that TransformerLens'
-    weight-based tools read.
+    """A HookedDiT that is right at one timestep, for tools that read weights.
 
-    Its "tokens" are output channels: index ``(p · patch_size + q) · out_channels + c`` of a
-    position's patch.
+    It has the attributes that TransformerLens' weight-based tools read. Its "tokens" are output
+    channels: index ``(p · patch_size + q) · out_channels + c`` of a position's patch.
     """
 
     def __init__(self, transformer: nn.Module, timestep: float) -> None:
@@ -435,8 +439,9 @@ class FoldedDiT(HookedDiT):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """Sum of the biases of all writes before ``layer`` (``mlp_input``: before its MLP),
-        cross-attention included.
+        """Sum of the biases of all writes before ``layer``, cross-attention included.
+
+        ``mlp_input``: before its MLP.
         """
         total = torch.zeros(self._cfg.d_model, device=self.device, dtype=self.dtype)
         for block in self.blocks[:layer]:

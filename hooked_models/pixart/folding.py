@@ -52,12 +52,12 @@ class Unembed(nn.Module):
 
 @torch.no_grad()
 def folded(transformer: nn.Module, t_emb: Float[Tensor, "1 d_model"]) -> nn.Module:
-    """Copy a diffusers ``PixArtTransformer2DModel``, with the modulation of the timestep embedded
-    as ``t_emb`` in its weights.
+    """Copy a diffusers ``PixArtTransformer2DModel``, one timestep's modulation in its weights.
 
-    With W as Linears store it, [out in]: a Linear that reads ``x (1 + scale) + shift`` gets ``W (1
-    + scale)`` and ``b + W shift``; one whose output is gated gets ``gate W`` and ``gate b``. The
-    timestep's path is left with shift 0, scale 0 and gate 1 at every input.
+    ``t_emb``: the timestep, embedded. With W as Linears store it, [out in]: a Linear that reads ``x
+    (1 + scale) + shift`` gets ``W (1 + scale)`` and ``b + W shift``; one whose output is gated gets
+    ``gate W`` and ``gate b``. The timestep's path is left with shift 0, scale 0 and gate 1 at every
+    input.
     """
     live: Any = copy.deepcopy(transformer)
     # the shift needs biases, and a folder has them everywhere or nowhere

@@ -21,8 +21,9 @@ PIXELS, PATCHES = "b c (h p) (w q)", "b (h w) (p q c)"
 
 
 def writable(constant: Tensor, hooked: bool) -> Tensor:
-    """Copy an input or buffer, so that a hook may write into it; make it a leaf that requires grad
-    if `hooked` in a graph.
+    """Copy an input or buffer, so that a hook may write into it.
+
+    Make it a leaf that requires grad if `hooked` in a graph.
     """
     if hooked and torch.is_grad_enabled() and not constant.requires_grad:
         constant = constant.detach().requires_grad_()
@@ -73,8 +74,9 @@ class PatchModel(LanguageToolGuard, HookedModule):
 
     @property
     def W_pos(self) -> Float[Tensor, "pos d_model"]:
-        """The fixed position code of the training size, rows first; its first half of channels
-        holds x, the second y.
+        """The fixed position code of the training size, rows first.
+
+        Its first half of channels holds x, the second y.
         """
         return self.patch_embed.pos_embed[0]
 

@@ -59,10 +59,9 @@ class TextState:
 def additive_bias(
     mask: Shaped[Tensor, "batch ... key_pos"] | None, dtype: torch.dtype
 ) -> Shaped[Tensor, "batch ... key_pos"] | None:
-    """Turn a mask [batch key_pos] (1 = attend) into a bias [batch 1 key_pos] on the scores; pass a
-    bias on.
+    """Turn a mask [batch key_pos] (1 = attend) into a bias [batch 1 key_pos] on the scores.
 
-    diffusers' bias is -10000, not -∞: a row with every key masked stays finite.
+    Pass a bias on. diffusers' bias is -10000, not -∞: a row with every key masked stays finite.
 
     Example:
         >>> additive_bias(torch.tensor([[1, 0]]), torch.float32)

@@ -1,9 +1,8 @@
-"""Views that TransformerLens' tools take for a language model: "tokens" in, hooks under canonical
-names.
+"""Views that TransformerLens' tools take for a language model.
 
-The tools pass token tensors around and read their shape, nothing else. So a view keeps the real
-inputs in a table, and its tokens are int64 row numbers of that table, repeated over the positions
-(image or text) that a sweep shall run over.
+"tokens" in, hooks under canonical names. The tools pass token tensors around and read their shape,
+nothing else. So a view keeps the real inputs in a table, and its tokens are int64 row numbers of
+that table, repeated over the positions (image or text) that a sweep shall run over.
 """
 
 from __future__ import annotations
@@ -44,8 +43,9 @@ def has_joint_stream(dit: Any) -> bool:
 
 
 def text_places(dit: Any, layout: Layout, pos: str) -> slice | None:
-    """Text positions of joint streams, for a view of the text's; None where a view shows tensors
-    whole.
+    """Text positions of joint streams, for a view of the text's.
+
+    None where a view shows tensors whole.
     """
     if pos != "text" or not has_joint_stream(dit):
         return None
@@ -116,8 +116,9 @@ class View(LanguageToolGuard):
         return self.dit
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The owner's, so that a tool which freezes or resets its `model` reaches them, or says
-        that it cannot.
+        """The owner's, so that a tool which freezes or resets its `model` reaches them.
+
+        Where it cannot, they say so.
         """
         return self.owner.named_parameters(*args, **kwargs)
 

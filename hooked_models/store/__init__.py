@@ -1,5 +1,6 @@
-"""Results on disk: written whole or not at all, known by their settings, listed with digests,
-locked while they are written.
+"""Results on disk, written whole or not at all.
+
+Known by their settings, listed with digests, locked while they are written.
 
     with Store(out, {"model": model.digest(), "metric": fingerprint(metric)}) as store:
         values = store.load_or("values.npy", make, write, read)

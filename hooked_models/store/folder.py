@@ -103,8 +103,9 @@ class Index:
 
 
 class Store(Index):
-    """A folder that one process writes to: whole files, listed with their digests, all made from
-    the same settings.
+    """A folder that one process writes to.
+
+    Whole files, listed with their digests, all made from the same settings.
 
     Args:
         folder: made if need be. A file in it that the index does not list counts as not there.
@@ -268,8 +269,9 @@ class Store(Index):
         return value
 
     def array(self, name: str, make: Callable[[], Any]) -> Any:
-        """The NumPy array in a file, such as "00000000.npy"; if the file is not there, a new one,
-        as in `load_or`.
+        """The NumPy array in a file, such as "00000000.npy".
+
+        If the file is not there, a new one, as in `load_or`.
         """
         import numpy as np
 
@@ -339,8 +341,10 @@ def _wrong_file(path: Path, entry: Entry) -> Path | None:
 
 
 def digest_file(path: Path, digits: int = 40) -> str:
-    """The digest of a file's bytes, in hexadecimal digits: SHA-256, which processors compute at
-    twice the speed of BLAKE2; with 32 digits BLAKE2, as in folders of version 0.1.
+    """The digest of a file's bytes, in hexadecimal digits.
+
+    SHA-256, which processors compute at twice the speed of BLAKE2; with 32 digits BLAKE2, as in
+    folders of version 0.1.
     """
     older = partial(hashlib.blake2b, digest_size=16)
     with path.open("rb") as file:

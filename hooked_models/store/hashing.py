@@ -31,8 +31,9 @@ SKIPPED_FIELDS = ("ctx", "kind", "type_comment")
 
 
 def digest(*parts: Any) -> str:
-    """Hash text, bytes, tensors and arrays: 16 hexadecimal digits, equal for equal values, types,
-    shapes and borders.
+    """Hash text, bytes, tensors and arrays.
+
+    16 hexadecimal digits, equal for equal values, types, shapes and borders.
 
     Args:
         parts: any number of `str`, `bytes`, torch tensors and NumPy arrays.
@@ -164,8 +165,9 @@ class _Reader:
         )
 
     def _read_of(self, function: FunctionType) -> list[str]:
-        """Hashes of the names that a function reads of its module; things without comparable
-        content count by type.
+        """Hashes of the names that a function reads of its module.
+
+        Things without comparable content count by type.
         """
         found = []
         for name, value in globals_read(function).items():
@@ -292,8 +294,9 @@ def _array(value: Any) -> Iterator[Any]:
 
 
 def globals_read(function: FunctionType) -> dict[str, Any]:
-    """Globals that a function, or one defined inside of it, reads by name, and attributes of the
-    user's modules.
+    """Globals that a function reads by name, and attributes of the user's modules.
+
+    Those of functions defined inside of it count, too.
 
     Example:
         >>> globals_read(lambda name: name in OWN_PACKAGES)
@@ -417,8 +420,9 @@ def _name(tree: Any) -> str:
 
 
 def tree_text(tree: Any) -> str:
-    """A syntax tree as text, without positions and docstrings, the same under every Python version
-    (`ast.dump` is not).
+    """A syntax tree as text, without positions and docstrings.
+
+    The same under every Python version (`ast.dump` is not).
 
     Example:
         >>> tree_text(ast.parse("f(x)  # comment", mode="eval").body)

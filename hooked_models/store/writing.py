@@ -117,8 +117,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the disk, in Python or in a library that writes for it, into a sentence with
-    the path.
+    """Turn errors of the disk into a sentence with the path.
+
+    In Python or in a library that writes for it.
 
     Raises:
         OSError: of the same kind and number.

@@ -1,8 +1,8 @@
-"""Minimal contextual text encoder: adds the vectors of some words to the last word and removes them
-from their place.
+"""Minimal contextual text encoder.
 
-A model of T5 in the reading of Wang, Fan, Pan (arXiv 2601.06338, section 5): the relation leaves
-its own token and is found in the second object's contextual embedding.
+Adds the vectors of some words to the last word and removes them from their place. A model of T5 in
+the reading of Wang, Fan, Pan (arXiv 2601.06338, section 5): the relation leaves its own token and
+is found in the second object's contextual embedding.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from .random_tokens import PAD_ID, SPECIAL_TOKENS, RandomTokenEncoder, RandomTok
 
 
 class FusedTokenEncoderConfig(RandomTokenEncoderConfig):
-    """Configuration of a `FusedTokenEncoder`; further arguments are those of
-    `RandomTokenEncoderConfig`.
+    """Configuration of a `FusedTokenEncoder`.
+
+    Further arguments are those of `RandomTokenEncoderConfig`.
 
     Args:
         moved: words whose vectors move to the last word.
@@ -51,11 +52,10 @@ class FusedTokenEncoderConfig(RandomTokenEncoderConfig):
 
 
 class FusedTokenEncoder(PreTrainedModel):
-    """A `RandomTokenEncoder` in which a share of the vectors of `config.moved` words leaves their
-    place for the last word's.
+    """A `RandomTokenEncoder` that moves a share of some words' vectors to the last word.
 
-    With `config.share` 1 a moved word keeps only its position code; with 0 this is the
-    `RandomTokenEncoder` itself.
+    The words are `config.moved`; the share leaves their place. With `config.share` 1 a moved word
+    keeps only its position code; with 0 this is the `RandomTokenEncoder` itself.
 
     Example:
         >>> config = FusedTokenEncoderConfig(

@@ -70,11 +70,10 @@ class RandomTokenEncoderConfig(PreTrainedConfig):
 
 
 class RandomTokenEncoder(PreTrainedModel):
-    """Embed tokens by a frozen random table, plus a position code of the same norm if
-    `config.positions`.
+    """Embed tokens by a frozen random table, plus a position code if `config.positions`.
 
-    The table is a function of (`seed`, `words`, `d_model`) and is saved with the model. Sequences
-    may have any length: the position code is computed, not stored.
+    The code has the same norm. The table is a function of (`seed`, `words`, `d_model`) and is saved
+    with the model. Sequences may have any length: the position code is computed, not stored.
 
     Example:
         >>> encoder = RandomTokenEncoder(RandomTokenEncoderConfig(["red", "circle"], d_model=16))
@@ -103,8 +102,9 @@ class RandomTokenEncoder(PreTrainedModel):
                 )
 
     def position_code(self, length: int) -> Float[Tensor, "text_pos d"]:
-        """Compute sine and cosine (base 10,000) of each position, interleaved and scaled to the
-        words' norm; or zeros.
+        """Compute sine and cosine (base 10,000) of each position, or zeros.
+
+        Interleaved and scaled to the words' norm.
         """
         d = self.config.d_model
         if not self.config.positions:
@@ -153,8 +153,9 @@ class RandomTokenEncoder(PreTrainedModel):
 
 
 class HookedTokenEncoder(HookedModule):
-    """A `RandomTokenEncoder` with a HookPoint on each of its tensors; arguments and output are the
-    wrapped module's.
+    """A `RandomTokenEncoder` with a HookPoint on each of its tensors.
+
+    Arguments and output are the wrapped module's.
 
     Example:
         >>> encoder = RandomTokenEncoder(RandomTokenEncoderConfig(["red", "circle"], d_model=16))

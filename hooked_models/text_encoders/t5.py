@@ -1,5 +1,6 @@
-"""T5 encoder with a HookPoint on every tensor: ``HookedT5Encoder`` around the live transformers
-module.
+"""T5 encoder with a HookPoint on every tensor.
+
+``HookedT5Encoder`` around the live transformers module.
 
 Source: ``T5EncoderModel`` in transformers/models/t5/modeling_t5.py (5.23); Raffel et al. (arXiv
 1910.10683); T5 v1.1, which PixArt reads, has the gated MLP of Shazeer (arXiv 2002.05202). Three
@@ -68,11 +69,10 @@ class T5EncoderConfig(HookedConfig):
 
 
 class RMSNorm(LayerNorm):
-    """``weight · x / √(mean(x²) + eps)``; ``hook_normalized`` is before the weight, as in
-    TransformerLens.
+    """``weight · x / √(mean(x²) + eps)``.
 
-    The inverse of the root is taken in float32, as in transformers: a float64 model is as exact as
-    that, and no more.
+    ``hook_normalized`` is before the weight, as in TransformerLens. The inverse of the root is
+    taken in float32, as in transformers: a float64 model is as exact as that, and no more.
     """
 
     def __init__(self, norm: Any) -> None:

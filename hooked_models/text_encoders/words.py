@@ -142,8 +142,9 @@ class EncodedText:
         return found
 
     def phrases(self, phrase: str) -> list[tuple[int, int]]:
-        """The characters (start, end) of each place where the words of `phrase` stand in order;
-        places do not overlap.
+        """The characters (start, end) of each place where the words of `phrase` stand in order.
+
+        Places do not overlap.
 
         Example:
             >>> tokenizer = HookedTextToImage.from_pretrained("t5-micro", weights=False).tokenizer
@@ -165,8 +166,9 @@ class EncodedText:
 
     @property
     def unknown_words(self) -> list[str]:
-        """The words that unknown tokens spell a part of, or the signs that they stand for; in order
-        and once.
+        """The words that unknown tokens spell a part of, in order and once.
+
+        For signs, the signs that the tokens stand for.
 
         Example:
             >>> from hooked_models import word_tokenizer

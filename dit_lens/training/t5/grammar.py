@@ -1,11 +1,11 @@
-"""Short texts about little worlds of coloured shapes, on which the `t5-scenes` encoder is
-pre-trained.
+"""Short texts about little worlds of coloured shapes.
 
-A text is one to four sentences that are all true of one world of one to three objects: captions as
-`dit_lens.scenes` writes them, and around them paraphrases, fillers, colour synonyms, inverted and
-elliptic orders, questions, and entailments such as the inverse statement or who is the higher one.
-The later sentences give a word's context its use: to predict a missing word of "the lower shape is
-blue", the text's statements about each object must have been put together.
+The `t5-scenes` encoder is pre-trained on them. A text is one to four sentences that are all true of
+one world of one to three objects: captions as `dit_lens.scenes` writes them, and around them
+paraphrases, fillers, colour synonyms, inverted and elliptic orders, questions, and entailments such
+as the inverse statement or who is the higher one. The later sentences give a word's context its
+use: to predict a missing word of "the lower shape is blue", the text's statements about each object
+must have been put together.
 """
 
 from __future__ import annotations

@@ -67,8 +67,9 @@ IGNORED = -100
 
 
 def scenes_tokenizer(max_length: int = DEFAULT_LENGTH) -> T5Tokenizer:
-    """A `T5Tokenizer` of the grammar's whole words: pad 0, EOS 1, unknown 2, words, punctuation,
-    then the sentinels.
+    """A `T5Tokenizer` of the grammar's whole words.
+
+    Pad 0, EOS 1, unknown 2, words, punctuation, then the sentinels.
     """
     pieces = [*SPECIAL_TOKENS, *(f"▁{word}" for word in VOCABULARY), *PUNCTUATION]
     vocabulary = [(piece, 0.0 if piece in SPECIAL_TOKENS else -2.0) for piece in pieces]
@@ -78,12 +79,12 @@ def scenes_tokenizer(max_length: int = DEFAULT_LENGTH) -> T5Tokenizer:
 def corrupt_spans(
     ids: Sequence[int], sentinels: Sequence[int], rng: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """T5's objective on one text (without EOS): spans become sentinels, and the target spells them
-    out after theirs.
+    """T5's objective on one text (without EOS).
 
-    `NOISE_DENSITY` of the tokens go, in spans of `MEAN_SPAN` on average; spans never touch, so two
-    sentinels never meet. Unlike T5's, a text may begin or end with a kept token or with a span: the
-    last word of a caption must not always be missing.
+    Spans become sentinels, and the target spells them out after theirs. `NOISE_DENSITY` of the
+    tokens go, in spans of `MEAN_SPAN` on average; spans never touch, so two sentinels never meet.
+    Unlike T5's, a text may begin or end with a kept token or with a span: the last word of a
+    caption must not always be missing.
     """
     count = int(np.clip(round(len(ids) * NOISE_DENSITY), 1, len(ids) - 1))
     spans = int(
@@ -144,12 +145,11 @@ def _padded(rows: Sequence[list[int]], fill: int) -> Int[Tensor, "batch text_pos
 def untrained_model(
     vocabulary_size: int, seed: int, causal: bool = False
 ) -> T5ForConditionalGeneration:
-    """The encoder that is kept and the decoder that is not, as transformers initialises them,
-    position biases excepted.
+    """The encoder that is kept and the decoder that is not, with weights of a new model.
 
-    A causal encoder is a T5 whose relative position biases of later tokens are `NEVER`: the softmax
-    gives these exactly zero, so no gradient reaches the biases, and any T5 code reads the result as
-    it is.
+    As transformers initialises them, position biases excepted. A causal encoder is a T5 whose
+    relative position biases of later tokens are `NEVER`: the softmax gives these exactly zero, so
+    no gradient reaches the biases, and any T5 code reads the result as it is.
     """
     torch.manual_seed(seed)
     config = T5Config(
@@ -207,8 +207,9 @@ def build_optimizers(
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Pre-train, or go on pre-training, and return `out`, which then holds `text_encoder/` and
-    `tokenizer/`.
+    """Pre-train, or go on pre-training, and return `out`.
+
+    It then holds `text_encoder/` and `tokenizer/`.
 
     Raises:
         ValueError: `out` holds a run with other settings, or another process writes to it.

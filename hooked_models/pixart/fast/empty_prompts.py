@@ -23,8 +23,9 @@ MIN_GEMM_ROWS = 4
 
 
 def skip(dit: HookedDiT) -> None:
-    """Skip queries, scores and pattern of rows with empty prompts, in every block where no hook
-    needs them.
+    """Skip queries, scores and pattern of rows with empty prompts.
+
+    In every block where no hook needs them.
 
     Example:
         >>> model = HookedTextToImage.from_pretrained("rte-nano")  # whose dit skips them
