@@ -52,8 +52,8 @@ class CleanRuns:
 
     model: Any
     """As in a plan."""
-    inputs: RunInputs
-    """Text states of the prompts, one row each."""
+    inputs: Any
+    """Text states of the prompts, one row each (`RunInputs`); None while it is sent elsewhere."""
     noise: Sequence[int]
     """The seed of each row."""
     rows: Rows
