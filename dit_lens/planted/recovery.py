@@ -86,9 +86,7 @@ def effects_at_the_second_shape(model: HookedTextToImage) -> dict[str, Float[Ten
     }
 
 
-def by_screening(
-    model: HookedTextToImage, truth: PlantedTruth, null_draws: int = 200, seed: int = 0
-) -> pd.DataFrame:
+def by_screening(model: HookedTextToImage, truth: PlantedTruth) -> pd.DataFrame:
     """Weight-space screening, pooled over axes.
 
     Screens word vectors, or the relation's effects at the second shape word.
@@ -96,12 +94,10 @@ def by_screening(
     if relation_role(truth) == "relation":
         words = ("above", "below", "left", "right", "up", "down", "upper", "lower")
         vectors = {word: screening.word_vector(model, word) for word in words}
-        table = screening.screen_heads(model.dit, vectors, null_draws=null_draws, seed=seed)
+        table = screening.screen_heads(model.dit, vectors, null_draws=200)
     else:
         vectors = effects_at_the_second_shape(model)
-        table = screening.screen_heads(
-            model.dit, vectors, at="caption", null_draws=null_draws, seed=seed
-        )
+        table = screening.screen_heads(model.dit, vectors, at="caption", null_draws=200)
     return (
         table.assign(score=table["projection"].abs())
         .set_index(["layer", "head"])[["score", "p"]]
@@ -109,13 +105,13 @@ def by_screening(
     )
 
 
-def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3) -> pd.DataFrame:
+def by_synopsis(model: HookedTextToImage, truth: PlantedTruth) -> pd.DataFrame:
     """Attention synopsis at step 0.
 
     Difference in attention to the word between the two halves of the image along its direction. p:
     scipy's sign-flip test over prompts, two-sided.
     """
-    drawn = cardinal_scenes(repeats)
+    drawn = cardinal_scenes(3)
     side = model.cfg.sample_size // model.cfg.patch_size
     halves = {name: (screening.ramp(DIRECTIONS[name], side) > 0) for name in CARDINALS}  # type: ignore[index]
     texts = [f"{s.color1} {s.shape1} is {phrase} {s.color2} {s.shape2}" for s, phrase in drawn]
@@ -145,14 +141,12 @@ def by_synopsis(model: HookedTextToImage, truth: PlantedTruth, repeats: int = 3)
     return pd.DataFrame(rows).set_index(["layer", "head"])
 
 
-def by_knockout(
-    model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
-) -> pd.DataFrame:
+def by_knockout(model: HookedTextToImage, truth: PlantedTruth) -> pd.DataFrame:
     """Drop in relation accuracy with the word masked in one head, at the early steps."""
     drawn = [scene for scene, _ in cardinal_scenes(1)]
     names = {
         f"L{layer}H{head}": (layer, head)
-        for layer, head in heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads)
+        for layer, head in np.ndindex(model.cfg.n_layers, model.cfg.n_heads)
     }
     conditions = {
         name: ablation.knockout_role(relation_role(truth), name, steps=list(EARLY))
@@ -167,24 +161,17 @@ def by_knockout(
     return pd.DataFrame({"score": drops}).rename_axis(["layer", "head"])
 
 
-def by_path_patching(
-    model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
-) -> pd.DataFrame:
+def by_path_patching(model: HookedTextToImage, truth: PlantedTruth) -> pd.DataFrame:
     """Path patching word → head.
 
     Displacement of objects when one head reads the word of the opposite relation. The unit is the
     displacement between the two rendered scenes, and not the model's own between the two prompts
     (`effect`): this is rounding where no head reads the word, and a share of it then says nothing.
 
-    Args:
-        model: planted model.
-        truth: its circuit, which names the word that carries the relation.
-        heads: (layer, head) of those that are scored; all by default.
-
     Returns:
         Column score, the sum over both axes of the image, by layer and head.
     """
-    heads = list(heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads))
+    heads = list(np.ndindex(model.cfg.n_layers, model.cfg.n_heads))
     total = dict.fromkeys(heads, 0.0)
     for words, relation in ((PHRASES[:2], "above"), (PHRASES[2:], "left")):
         ramp = screening.ramp(DIRECTIONS[relation], IMAGE_SIZE).reshape(IMAGE_SIZE, -1).float()  # type: ignore[index]

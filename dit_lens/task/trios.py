@@ -28,6 +28,9 @@ from .scene import (
     other_color,
 )
 
+ATTEMPTS = 50
+"""Draws of centres before a trio is drawn anew."""
+
 TRIO_PHRASES: dict[Relation, tuple[str, ...]] = {
     relation: tuple(phrase for phrase in phrases if " and " not in phrase)
     for relation, phrases in PHRASES.items()
@@ -100,12 +103,11 @@ def _place(
     rng: np.random.Generator,
     shapes: Sequence[Shape],
     relations: Sequence[Relation],
-    attempts: int = 50,
 ) -> list[tuple[int, int]] | None:
     """Centres of the three objects, or None if all attempts fail."""
     low, high = CENTRE_RANGE
     sizes = [half_size(shape) for shape in shapes]
-    for _ in range(attempts):
+    for _ in range(ATTEMPTS):
         x, y = (int(v) for v in rng.integers(low, high + 1, size=2))
         centres = [(x, y)]
         for relation in relations:

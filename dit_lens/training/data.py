@@ -17,6 +17,9 @@ from ..task.protocol import Task
 from .config import TrainConfig
 from .curriculum import Curriculum
 
+BATCH = 128
+"""Captions that are encoded at once."""
+
 
 class StepData:
     """Clean latents, captions and the random generator of one step, for this process.
@@ -72,7 +75,7 @@ class StepData:
 
 @torch.no_grad()
 def encode_captions(
-    pipe: PixArtSigmaPipeline, captions: Sequence[str], batch_size: int = 128
+    pipe: PixArtSigmaPipeline, captions: Sequence[str]
 ) -> tuple[Float[Tensor, "caption text_pos d_text"], Int[Tensor, "caption text_pos"]]:
     """Text features and masks, cut to the longest caption.
 
@@ -85,7 +88,7 @@ def encode_captions(
             "The text encoder does not know every word of "
             f"{captions[int(unknown.nonzero()[0, 0])]!r}."
         )
-    ids, masks = tokens.input_ids.split(batch_size), tokens.attention_mask.split(batch_size)
+    ids, masks = tokens.input_ids.split(BATCH), tokens.attention_mask.split(BATCH)
     features = [
         pipe.text_encoder(i, attention_mask=m)[0].float() for i, m in zip(ids, masks, strict=True)
     ]

@@ -95,7 +95,6 @@ def one_stream(
     attn_out: str | None = None,
     mlp_out: str = "ff",
     enters: str = "hidden_states",
-    weights: Mapping[str, Callable[[Any], Tensor]] | None = None,
 ) -> Blocks:
     """Blocks with one stream of image and text, and attention and MLP one after the other.
 
@@ -108,7 +107,7 @@ def one_stream(
     }
     return Blocks(
         path,
-        {"attn": Attention(attn, weights=weights or {})},
+        {"attn": Attention(attn)},
         {enters: "joint"},
         ("joint",),
         writes,
@@ -156,16 +155,14 @@ def width_sizes(heads: str, width: str) -> Callable[[Any], tuple[int, int, int]]
 def cross_attending(
     path: str,
     attn: str | None = "attn1",
-    cross_attn: str = "attn2",
     mlp: str = "ff",
-    enters: str = "hidden_states",
     gated: tuple[str, ...] = ("attn", "mlp"),
 ) -> Blocks:
     """Blocks with the image's stream alone, which reads the text by cross-attention.
 
     `gated`: which of "attn", "cross_attn" and "mlp" pass a gate before they are added.
     """
-    attentions = {"cross_attn": Attention(cross_attn, "image", "text")}
+    attentions = {"cross_attn": Attention("attn2", "image", "text")}
     if attn is not None:
         attentions = {"attn": Attention(attn, "image", "image")} | attentions
     modules = {name: found.path for name, found in attentions.items()} | (
@@ -175,4 +172,4 @@ def cross_attending(
         f"{name}_out" + ("_pre_gate" if name in gated else ""): Write(path_, ("image",))
         for name, path_ in modules.items()
     }
-    return Blocks(path, attentions, {enters: "image"}, ("image",), writes)
+    return Blocks(path, attentions, {"hidden_states": "image"}, ("image",), writes)

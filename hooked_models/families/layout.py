@@ -24,7 +24,6 @@ def in_order(
     first: str,
     grid: Callable[[Any, Mapping[str, Any]], Grid],
     mask: str = "",
-    text: str = "encoder_hidden_states",
     registers: Callable[[Any], int] = lambda live: 0,
 ) -> Callable[[Any, Mapping[str, Any]], Layout]:
     """A family's `layout` where streams are concatenated.
@@ -33,7 +32,6 @@ def in_order(
         first: as in `ordered`.
         grid: rows, columns and frames of a call.
         mask: argument with the text's mask, if there is one.
-        text: argument whose second axis is the text's length.
         registers: positions before the text's own, of a live model.
     """
 
@@ -42,7 +40,11 @@ def in_order(
         image = given["hidden_states"]
         references = image.shape[1] - prod(found) if image.ndim == 3 else 0
         return ordered(
-            found, mask_of(given.get(mask), given[text]), first, registers(live), references
+            found,
+            mask_of(given.get(mask), given["encoder_hidden_states"]),
+            first,
+            registers(live),
+            references,
         )
 
     return layout

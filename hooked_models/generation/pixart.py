@@ -7,7 +7,7 @@ to.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -259,8 +259,7 @@ class HookedPixArt(HookedTextToImage):
         self._use("text_encoder")
         tokens = tokens.to(self.text_encoder.device)
         mask = (tokens != PAD_ID).long()
-        with attach(self._firing_in("text_encoder"), self.names.module, contexts=self.contexts()):
-            cond = self.text_encoder(tokens, attention_mask=mask)[0].to(self.device, self.dit.dtype)
+        cond = self._features("text_encoder", tokens, mask)
         if guidance <= 1:
             self._use("dit")
             return self.dit.encode_text(cond, mask.to(self.device))
@@ -271,19 +270,20 @@ class HookedPixArt(HookedTextToImage):
         # a row a prompt, so that hooks can tell them apart
         null_tokens = null_tokens.expand(len(tokens), -1)
         null_mask = (null_tokens != PAD_ID).long()
-        with attach(
-            self._firing_in("null_text_encoder"), self.names.module, contexts=self.contexts()
-        ):
-            uncond = self.text_encoder(null_tokens, attention_mask=null_mask)[0].to(
-                self.device, self.dit.dtype
-            )
+        uncond = self._features("null_text_encoder", null_tokens, null_mask)
         self._use("dit")
         return self.dit.encode_text(
             torch.cat([uncond, cond]), torch.cat([null_mask, mask]).to(self.device)
         )
 
-    def _firing_in(self, part: Part) -> Iterator[AttachedHook]:
-        return self.active_hooks(lambda site: site.part == part, lambda: self.names.sites(steps=[]))
+    def _features(self, part: Part, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Text features as the denoiser takes them, through the hooks of a part."""
+        hooks = self.active_hooks(
+            lambda site: site.part == part, lambda: self.names.sites(steps=[])
+        )
+        with attach(hooks, self.names.module, contexts=self.contexts()):
+            features = self.text_encoder(tokens, attention_mask=mask)[0]
+        return features.to(self.device, self.dit.dtype)
 
     # Inputs of a run
 
