@@ -9,7 +9,6 @@ on an idle machine. The processor's seconds, of both threads, stand beside them.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import tempfile
 import time
@@ -51,14 +50,14 @@ def main(config: Config) -> None:
     model = HookedTextToImage.from_pretrained(config.model).to(config.device)
     prompts, options = [PROMPT] * config.batch, {"seed": 0, "num_steps": config.steps}
     with tempfile.TemporaryDirectory(dir=config.folder) as temporary:
-        at = Path(temporary) / "cache"
+        folders: list[Path] = []
 
         def keep(name: str) -> bool:
             return name.endswith(("hook_z", "hook_pattern"))
 
         def on_disk() -> Tensor:
-            shutil.rmtree(at, ignore_errors=True)
-            return model.run_with_cache(prompts, names_filter=keep, out=at, **options)[0]
+            folders.append(Path(temporary) / f"cache-{len(folders)}")
+            return model.run_with_cache(prompts, names_filter=keep, out=folders[-1], **options)[0]
 
         sides = {
             "plain sampling": lambda: model(prompts, **options),
@@ -79,8 +78,11 @@ def main(config: Config) -> None:
             }
             for side, spent in times.items()
         ]
-        size = sum(path.stat().st_size for path in at.iterdir())
-        rows[-1] |= {"GB": size / 1e9, "ms a read": 1e3 * read_time(model, at, config.reads)}
+        size = sum(path.stat().st_size for path in folders[-1].iterdir())
+        rows[-1] |= {
+            "GB": size / 1e9,
+            "ms a read": 1e3 * read_time(model, folders[-1], config.reads),
+        }
     record("disk", config, pd.DataFrame(rows), config.out)
 
 

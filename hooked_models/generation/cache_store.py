@@ -1,15 +1,15 @@
 """A generation's cache on disk.
 
 A safetensors file for each step, written while the next step runs, read when a tensor is asked for.
-`index.json` has the run's arguments and the names kept. While the run lasts, `state.safetensors`
-holds the record of the steps so far, so that a run which was killed goes on there and ends with the
+`index.json` has the run's arguments and the names kept. While the run lasts, `state-….safetensors`
+hold each step's part of the record, so that a run which was killed goes on there and ends with the
 same numbers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -32,7 +32,7 @@ from .trajectory import Record
 if TYPE_CHECKING:
     from .capture import Recorder
 
-STATE, IMAGES = "state.safetensors", "images.safetensors"
+STATE, IMAGES = "state-", "images.safetensors"
 SIZES = {
     "F64": 8,
     "I64": 8,
@@ -66,7 +66,7 @@ class LazyTensors(Mapping[str, Tensor]):
         files = [
             name
             for name in index.files
-            if name.endswith(".safetensors") and name not in (STATE, IMAGES)
+            if name.endswith(".safetensors") and name != IMAGES and not name.startswith(STATE)
         ]
         for file in sorted(
             files, key=lambda name: (name != "text.safetensors", name == "final.safetensors", name)
@@ -167,8 +167,7 @@ def record_to_folder(
             def keep(
                 step: int, tensors: Mapping[str, Tensor], same: dict[str, str], so_far: Record
             ) -> None:
-                folder.write(f"step-{step:03d}", tensors, same)
-                folder.save_state(so_far)
+                folder.write_step(step, tensors, same, so_far)
                 progress.advance(task)
 
             def after(step: int, so_far: Record, latent: Tensor) -> None:
@@ -245,39 +244,42 @@ class CacheFolder:
 
         `same`: names whose tensor stands in an earlier file.
         """
-        same = {name: first for name, first in (same or {}).items() if name in tensors}
-        own = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in same}
-        if own or same:
-            metadata = {"same": json.dumps(same)}
-            self.store.put(f"{part}.safetensors", lambda path: save_file(own, path, metadata))
+        self.store.put_all(_part(part, tensors, same or {}))
 
-    def save_state(self, record: Record) -> None:
-        """The record of the steps so far, from which the run can go on."""
-        tensors = {f"latents.{i}": tensor for i, tensor in enumerate(record.latents)}
-        tensors |= {f"outs.{i}": tensor for i, tensor in enumerate(record.outs)}
-        tensors |= {
-            ".".join(("call", str(step), *branches)): each
-            for (step, branches), each in record.predictions.items()
+    def write_step(
+        self, step: int, tensors: Mapping[str, Tensor], same: Mapping[str, str], record: Record
+    ) -> None:
+        """As `write`, with the step's part of the record, from which the run can go on."""
+        state = {"latent": record.latents[step], "out": record.outs[step]} | {
+            ".".join(("call", *branches)): each
+            for (at, branches), each in record.predictions.items()
+            if at == step
         }
         own = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
+            for name, tensor in state.items()
         }  # views would share memory
-        self.store.put(STATE, lambda path: save_file(own, path))
+        self.store.put_all(
+            _part(f"step-{step:03d}", tensors, same)
+            | {f"{STATE}{step:03d}.safetensors": lambda path: save_file(own, path)}
+        )
 
     def resume(self, device: torch.device) -> Record:
-        """The record that was saved last, or an empty one."""
-        if STATE not in self.store.files:
-            return Record()
-        with safe_open(self.store.path(STATE), "pt") as opened:
-            tensors = {name: opened.get_tensor(name).to(device) for name in opened.keys()}  # noqa: SIM118
-        steps = range(sum(name.startswith("outs.") for name in tensors))
-        calls = [name.split(".") for name in tensors if name.startswith("call.")]
-        return Record(
-            tuple(tensors[f"latents.{step}"] for step in steps),
-            {(int(key[1]), tuple(key[2:])): tensors[".".join(key)] for key in calls},
-            tuple(tensors[f"outs.{step}"] for step in steps),
-        )
+        """The record of the steps that are there."""
+        latents, predictions, outs = [], {}, []
+        for step, file in enumerate(self.states):
+            with safe_open(self.store.path(file), "pt") as opened:
+                found = {name: opened.get_tensor(name).to(device) for name in opened.keys()}  # noqa: SIM118
+            latents.append(found.pop("latent"))
+            outs.append(found.pop("out"))
+            predictions |= {(step, tuple(key.split(".")[1:])): found[key] for key in found}
+        return Record(tuple(latents), predictions, tuple(outs))
+
+    @property
+    def states(self) -> list[str]:
+        """Files of the record, step by step."""
+        found = [name for name in self.store.files if name.startswith(STATE)]
+        return sorted(found, key=lambda name: (len(name), name))
 
     def finish(self, images: Tensor) -> None:
         """Write the images, which says that all is there."""
@@ -285,7 +287,18 @@ class CacheFolder:
         self.store.put(
             IMAGES, lambda path: save_file({"images": images.detach().contiguous()}, path)
         )
-        self.store.drop(STATE)
+        self.store.drop(*self.states)
+
+
+def _part(
+    part: str, tensors: Mapping[str, Tensor], same: Mapping[str, str]
+) -> dict[str, Callable[[Path], object]]:
+    """The file of some tensors, and how it is written; none if there is no tensor."""
+    same = {name: first for name, first in same.items() if name in tensors}
+    own = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in same}
+    metadata = {"same": json.dumps(same)}
+    write = {f"{part}.safetensors": lambda path: save_file(own, path, metadata)}
+    return write if own or same else {}
 
 
 def _opened(index: Index, file: str) -> Any:

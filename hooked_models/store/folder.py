@@ -157,6 +157,7 @@ class Store(Index):
                 check_settings(folder, found.settings, plain, may_change)
             remove_parts(folder)
             kept = {} if found is None else found.files
+            self._coming: dict[str, Entry] = {}
             super().__init__(
                 folder, plain, dict(facts or {}) if found is None else found.facts, kept, remedy
             )
@@ -201,13 +202,20 @@ class Store(Index):
 
     def put(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file, or replace one, and list it; a kill leaves the old one or the new one."""
+        self.put_all({name: write})
 
-        def listed(part: Path) -> None:
-            write(part)
-            self._expect(name, digest_file(part))
+    def put_all(self, writes: Mapping[str, Callable[[Path], object]]) -> None:
+        """Write or replace files one after the other, as `put`, and list them together: a kill
+        leaves some of them, none of which is listed before all are there.
+        """
+        for name, write in writes.items():
 
-        write_whole(self.folder / name, listed)
-        self._settle(name)
+            def listed(part: Path, name: str = name, write: Any = write) -> None:
+                write(part)
+                self._expect(name, digest_file(part))
+
+            write_whole(self.folder / name, listed)
+        self._settle(*writes)
 
     def put_folder(self, name: str, write: Callable[[Path], object]) -> None:
         """Write or replace a folder and list its files; a kill leaves the old or the new one."""
@@ -222,11 +230,13 @@ class Store(Index):
         replace_folder(self.folder / name, listed)
         self._settle(name)
 
-    def drop(self, name: str) -> None:
-        """Remove a file and forget it."""
-        del self.files[name]
+    def drop(self, *names: str) -> None:
+        """Remove files and forget them."""
+        for name in names:
+            del self.files[name]
         self._write_index(self.files)
-        (self.folder / name).unlink(missing_ok=True)
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
     def put_json(self, name: str, content: Any) -> None:
         """Write a value as JSON and list it."""
@@ -284,16 +294,17 @@ class Store(Index):
 
     def _expect(self, name: str, entry: Entry) -> None:
         """List a file that is about to be put in a place, beside the one that stands there."""
-        self._coming = entry
+        self._coming[name] = entry
         if before := self.files.get(name):
             self._write_index(
                 {**self.files, name: [*(old for old in before if old != entry), entry]}
             )
 
-    def _settle(self, name: str) -> None:
-        """List the file that was put in a place alone."""
-        self.files[name] = [self._coming]
-        self.checked.add(name)
+    def _settle(self, *names: str) -> None:
+        """List the files that were put in their places alone."""
+        for name in names:
+            self.files[name] = [self._coming.pop(name)]
+            self.checked.add(name)
         self._write_index(self.files)
 
 
