@@ -266,7 +266,8 @@ class CacheFolder:
 
     def resume(self, device: torch.device) -> Record:
         """The record of the steps that are there."""
-        latents, predictions, outs = [], {}, []
+        latents, outs = [], []
+        predictions: dict[tuple[int, tuple[Any, ...]], Tensor] = {}
         for step, file in enumerate(self.states):
             with safe_open(self.store.path(file), "pt") as opened:
                 found = {name: opened.get_tensor(name).to(device) for name in opened.keys()}  # noqa: SIM118
