@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -318,11 +318,13 @@ def smallest_size(table: pd.DataFrame, otherwise: int | None = None) -> int:
     if none does.
     """
     sizes, kept = by_size(table)
-    return enough(sizes, kept(np.arange(table["prompt"].nunique())), otherwise)
+    return int(enough(sizes, kept(np.arange(table["prompt"].nunique())), otherwise))
 
 
 def by_size(table: pd.DataFrame) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Numbers of edges of a table's circuits, and their faithfulness on some of its prompts."""
+    """Numbers of edges of a table's circuits, and their faithfulness on some of its prompts: on one
+    sample or on many, [size, *sample].
+    """
     wide = table.pivot_table(index="edges", columns="prompt", values="value")
     values, (clean, corrupt) = (
         wide.to_numpy(),
@@ -333,16 +335,13 @@ def by_size(table: pd.DataFrame) -> tuple[np.ndarray, Callable[[np.ndarray], np.
     )
 
 
-def enough(sizes: np.ndarray, kept: np.ndarray, otherwise: int | None = None) -> int:
-    """The smallest of ascending sizes that keeps `KEEPS`, as all larger ones do."""
+def enough(sizes: np.ndarray, kept: np.ndarray, otherwise: int | None = None) -> Any:
+    """The smallest of ascending sizes that keeps `KEEPS`, as all larger ones do; of curves [size,
+    *sample], one each.
+    """
     holds = np.logical_and.accumulate(kept[::-1] >= KEEPS)[::-1]
-    return (
-        int(sizes[holds.argmax()])
-        if holds.any()
-        else int(sizes[-1])
-        if otherwise is None
-        else otherwise
-    )
+    none = sizes[-1] if otherwise is None else otherwise
+    return np.where(holds.any(axis=0), sizes[holds.argmax(axis=0)], none)[()]
 
 
 def circuits(
@@ -388,9 +387,9 @@ class Curve:
             )
         )
 
-    def at(self, size: int) -> Callable[[np.ndarray], float]:
+    def at(self, size: int) -> Callable[[np.ndarray], np.ndarray]:
         place = int(np.flatnonzero(self.sizes == size)[0])
-        return lambda rows: float(self.kept(rows)[place])
+        return lambda rows: self.kept(rows)[place]
 
 
 def curve_claims(
@@ -404,10 +403,10 @@ def curve_claims(
     )
     tried, kept_of = by_size(search)
 
-    def area(kind: str, which: int) -> Callable[[np.ndarray], float]:
+    def area(kind: str, which: int) -> Callable[[np.ndarray], Any]:
         return lambda rows: areas(curves[kind].sizes / total, curves[kind].kept(rows))[which]
 
-    def gained(which: int, control: str) -> Callable[[np.ndarray], float]:
+    def gained(which: int, control: str) -> Callable[[np.ndarray], Any]:
         sign = 1 if which == 0 else -1
         return lambda rows: sign * (area("circuit", which)(rows) - area(control, which)(rows))
 
@@ -478,7 +477,7 @@ def content_claims(
         Claim(
             f"Share of the words' circuit at steps 0 to {EARLY - 1}",
             "–",
-            resampled(lambda rows: float(early[rows].mean()), len(early)),
+            resampled(lambda rows: early[rows].mean(axis=-1), len(early)),
             (0.5, 1.0),
             f"of all edges from words {before.mean():.3f}; of their |score| {mass:.3f}",
         ),
@@ -486,7 +485,7 @@ def content_claims(
             "Share of the words' |score| that goes to heads with ramps in their weights",
             "–",
             resampled(
-                lambda rows: float(strength[rows][is_ramp[rows]].sum() / strength[rows].sum()),
+                lambda rows: (strength * is_ramp)[rows].sum(axis=-1) / strength[rows].sum(axis=-1),
                 len(strength),
             ),
             (0.5, 1.0),

@@ -21,13 +21,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -283,18 +283,20 @@ class Areas(NamedTuple):
         0.75
     """
 
-    cpr: float
+    cpr: float | Float[np.ndarray, " *sample"]
     """Area under the curve: the more the better a circuit performs."""
-    cmd: float
+    cmd: float | Float[np.ndarray, " *sample"]
     """Area between the curve and 1: the less the more a circuit behaves like the model."""
 
 
 def faithfulness(
     values: Float[np.ndarray, "*circuit prompt"],
-    clean: Float[np.ndarray, " prompt"],
-    corrupt: Float[np.ndarray, " prompt"],
+    clean: Float[np.ndarray, "*sample prompt"],
+    corrupt: Float[np.ndarray, "*sample prompt"],
 ) -> Float[np.ndarray, "*circuit"]:
     """(m(circuit) − m(corrupt)) / (m(clean) − m(corrupt)), every m being the mean over prompts.
+
+    Samples of prompts are the last axes of circuits.
 
     Example:
         >>> float(
@@ -304,35 +306,43 @@ def faithfulness(
         ... )
         0.5
     """
-    return (values - corrupt).mean(axis=-1) / (clean - corrupt).mean()
+    return (values - corrupt).mean(axis=-1) / (clean - corrupt).mean(axis=-1)
 
 
-def areas(shares: Float[np.ndarray, " size"], curve: Float[np.ndarray, " size"]) -> Areas:
+def areas(shares: Float[np.ndarray, " size"], curve: Float[np.ndarray, " size *sample"]) -> Areas:
     """CPR and CMD by the trapezoid rule, with the exact ends.
 
-    The circuit of no edges (0) and of all (1).
+    The circuit of no edges (0) and of all (1). Several curves have arrays of areas.
 
     Example:
         >>> areas(np.array([0.5]), np.array([1.0]))
         Areas(cpr=0.75, cmd=0.25)
     """
-    x, f = np.concatenate([[0.0], shares, [1.0]]), np.concatenate([[0.0], curve, [1.0]])
-    return Areas(float(np.trapezoid(f, x)), float(np.trapezoid(np.abs(1 - f), x)))
+    x, ends = np.concatenate([[0.0], shares, [1.0]]), np.zeros_like(curve[:1])
+    f = np.concatenate([ends, curve, ends + 1])
+    found = (np.trapezoid(y, x, axis=0) for y in (f, np.abs(1 - f)))
+    return Areas(*(area if np.ndim(area) else float(area) for area in found))
 
 
-def resampled(statistic: Callable[[np.ndarray], float], n: int, rng: int = 0) -> Interval:
+def resampled(
+    statistic: Callable[[Int[np.ndarray, "*sample n"]], Any], n: int, rng: int = 0
+) -> Interval:
     """A statistic of `n` things with its 95 % bootstrap interval over them.
 
     Things (prompts, say) are given by their numbers.
 
+    Args:
+        statistic: of one sample or of many; each has its numbers along the last axis.
+        n: number of things.
+        rng: seed of the resampling.
+
     Example:
         >>> heights = np.array([1.0, 2.0, 3.0, 4.0])
-        >>> found = resampled(lambda rows: float(heights[rows].mean()), 4)
+        >>> found = resampled(lambda rows: heights[rows].mean(axis=-1), 4)
         >>> found.low < found.mean == 2.5 < found.high
         True
     """
-    generator = np.random.default_rng(rng)
-    drawn = [statistic(generator.integers(n, size=n)) for _ in range(RESAMPLES)]
+    drawn = statistic(np.random.default_rng(rng).integers(n, size=(RESAMPLES, n)))
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(float(statistic(np.arange(n))), float(low), float(high))
 

@@ -205,8 +205,9 @@ class Store(Index):
         self.put_all({name: write})
 
     def put_all(self, writes: Mapping[str, Callable[[Path], object]]) -> None:
-        """Write or replace files one after the other, as `put`, and list them together: a kill
-        leaves some of them, none of which is listed before all are there.
+        """Write or replace files one after the other, as `put`, and list them together.
+
+        A kill leaves some of them, none of which is listed before all are there.
         """
         for name, write in writes.items():
 

@@ -161,6 +161,9 @@ def test_areas_of_known_curves():
     assert areas(half, np.array([1.0])) == pytest.approx(Areas(0.75, 0.25))
     # too much is as far from 1 as too little
     assert areas(half, np.array([2.0])) == pytest.approx(Areas(1.25, 0.75))
+    several = areas(half, np.array([[0.5, 1.0, 2.0]]))
+    assert several.cpr.tolist() == pytest.approx([0.5, 0.75, 1.25])
+    assert several.cmd.tolist() == pytest.approx([0.5, 0.25, 0.75])
 
 
 def test_faithfulness_is_a_ratio_of_means():
@@ -168,7 +171,7 @@ def test_faithfulness_is_a_ratio_of_means():
     assert faithfulness(
         np.stack([clean, corrupt, np.array([1.0, 1.0])]), clean, corrupt
     ).tolist() == [1, 0, 0.5]
-    interval = resampled(lambda rows: float(clean[rows].mean()), 2)
+    interval = resampled(lambda rows: clean[rows].mean(axis=-1), 2)
     assert interval == (3, 2, 4)
 
 
