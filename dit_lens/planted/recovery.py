@@ -141,12 +141,14 @@ def by_synopsis(model: HookedTextToImage, truth: PlantedTruth) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["layer", "head"])
 
 
-def by_knockout(model: HookedTextToImage, truth: PlantedTruth) -> pd.DataFrame:
+def by_knockout(
+    model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
+) -> pd.DataFrame:
     """Drop in relation accuracy with the word masked in one head, at the early steps."""
     drawn = [scene for scene, _ in cardinal_scenes(1)]
     names = {
         f"L{layer}H{head}": (layer, head)
-        for layer, head in np.ndindex(model.cfg.n_layers, model.cfg.n_heads)
+        for layer, head in heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads)
     }
     conditions = {
         name: ablation.knockout_role(relation_role(truth), name, steps=list(EARLY))
@@ -161,17 +163,24 @@ def by_knockout(model: HookedTextToImage, truth: PlantedTruth) -> pd.DataFrame:
     return pd.DataFrame({"score": drops}).rename_axis(["layer", "head"])
 
 
-def by_path_patching(model: HookedTextToImage, truth: PlantedTruth) -> pd.DataFrame:
+def by_path_patching(
+    model: HookedTextToImage, truth: PlantedTruth, heads: Sequence[tuple[int, int]] | None = None
+) -> pd.DataFrame:
     """Path patching word → head.
 
     Displacement of objects when one head reads the word of the opposite relation. The unit is the
     displacement between the two rendered scenes, and not the model's own between the two prompts
     (`effect`): this is rounding where no head reads the word, and a share of it then says nothing.
 
+    Args:
+        model: planted model.
+        truth: its circuit, which names the word that carries the relation.
+        heads: (layer, head) of those that are scored; all by default.
+
     Returns:
         Column score, the sum over both axes of the image, by layer and head.
     """
-    heads = list(np.ndindex(model.cfg.n_layers, model.cfg.n_heads))
+    heads = list(heads or np.ndindex(model.cfg.n_layers, model.cfg.n_heads))
     total = dict.fromkeys(heads, 0.0)
     for words, relation in ((PHRASES[:2], "above"), (PHRASES[2:], "left")):
         ramp = screening.ramp(DIRECTIONS[relation], IMAGE_SIZE).reshape(IMAGE_SIZE, -1).float()  # type: ignore[index]
