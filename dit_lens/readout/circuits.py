@@ -21,7 +21,7 @@ from hooked_models.generation.names import Head, parse_head
 Sublayer = Literal["attn", "cross_attn"]
 
 
-def _cross_head(dit: HookedDiT, head: Head) -> tuple[int, int]:
+def _cross_head(dit: HookedDiT | FamilyModel, head: Head) -> tuple[int, int]:
     if isinstance(dit, FamilyModel):
         dit.check_linear()
     layer, index = parse_head(head)
@@ -39,7 +39,7 @@ def _name(head: Head) -> str:
 
 
 def position_word_maps(
-    dit: HookedDiT, vectors: Float[Tensor, "word d_text"]
+    dit: HookedDiT | FamilyModel, vectors: Float[Tensor, "word d_text"]
 ) -> Float[Tensor, "layer head word pos"]:
     """Attention score of each word at each image position by position code alone.
 
@@ -63,7 +63,9 @@ def position_word_maps(
     return torch.stack(maps)
 
 
-def position_word_map(dit: HookedDiT, head: Head, vector: Float[Tensor, " d_text"]) -> xr.DataArray:
+def position_word_map(
+    dit: HookedDiT | FamilyModel, head: Head, vector: Float[Tensor, " d_text"]
+) -> xr.DataArray:
     """Map of one head and one word from `position_word_maps`, with dims (y, x), y down.
 
     Raises:
@@ -83,7 +85,7 @@ def position_word_map(dit: HookedDiT, head: Head, vector: Float[Tensor, " d_text
 
 @torch.no_grad()
 def content_word_scores(
-    dit: HookedDiT,
+    dit: HookedDiT | FamilyModel,
     head: Head,
     content: Mapping[str, Float[Tensor, " d_model"]],
     vectors: Mapping[str, Float[Tensor, " d_text"]],
@@ -125,7 +127,7 @@ def content_word_scores(
 
 @torch.no_grad()
 def ov_outputs(
-    dit: HookedDiT, head: Head, vectors: Mapping[str, Float[Tensor, " d_text"]]
+    dit: HookedDiT | FamilyModel, head: Head, vectors: Mapping[str, Float[Tensor, " d_text"]]
 ) -> xr.DataArray:
     """Output of one cross-attention head that attends to a single word: dims (word, d_model).
 
@@ -180,7 +182,7 @@ def logit_terms(cache: ActivationCache, head: Head, expand_heads: bool = False) 
         >>> dict(terms.sizes)
         {'prompt': 1, 'query_part': 7, 'key_part': 2, 'image_pos': 64, 'text_pos': 7}
     """
-    dit: HookedDiT = getattr(cache.model, "dit", cache.model)
+    dit: HookedDiT | FamilyModel = getattr(cache.model, "dit", cache.model)
     layer, index = _cross_head(dit, head)
     attn = dit.blocks[layer].cross_attn
     parts: dict[str, Tensor] = {name: cache[f"hook_{name}"] for name in ("embed", "pos_embed")}
@@ -288,7 +290,7 @@ def two_head_maps(
 
 @torch.no_grad()
 def composition_scores(
-    dit: HookedDiT,
+    dit: HookedDiT | FamilyModel,
     kind: Literal["Q", "K", "V"] = "Q",
     sender: Sublayer = "cross_attn",
     receiver: Sublayer = "cross_attn",

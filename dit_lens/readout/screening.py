@@ -23,6 +23,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from hooked_models import HookedDiT, HookedTextToImage
+from hooked_models.families import FamilyModel
 
 from ..stats import holm
 from ..task import DIRECTIONS
@@ -146,7 +147,9 @@ def phrase_contrasts(
 
 
 @torch.no_grad()
-def screen_axes(dit: HookedDiT, contrasts: Mapping[str, Float[Tensor, " d_model"]]) -> pd.DataFrame:
+def screen_axes(
+    dit: HookedDiT | FamilyModel, contrasts: Mapping[str, Float[Tensor, " d_model"]]
+) -> pd.DataFrame:
     """Slope of each cross-attention head's scores along an axis, for half its words' difference.
 
     The gain is the projection of the map Ẽ_pos W_Q · W_Kᵀ c / √d_head on the axis' unit ramp, in
@@ -233,7 +236,7 @@ class _HeadMaps:
     keys: Float[Tensor, "layer head d_caption d_head"]
 
     @classmethod
-    def of(cls, dit: HookedDiT) -> _HeadMaps:
+    def of(cls, dit: HookedDiT | FamilyModel) -> _HeadMaps:
         position = dit.W_pos.double().cpu()
         queries = torch.stack([block.cross_attn.W_Q for block in dit.blocks]).double().cpu()
         keys = torch.stack([block.cross_attn.W_K for block in dit.blocks]).double().cpu()
@@ -295,7 +298,7 @@ class _HeadMaps:
 
 @torch.no_grad()
 def screen_heads(
-    dit: HookedDiT,
+    dit: HookedDiT | FamilyModel,
     vectors: Mapping[str, Float[Tensor, " d"]],
     directions: Mapping[str, Direction] | None = None,
     *,

@@ -225,7 +225,7 @@ def empty(table: dict[Any, Any]) -> Iterator[None]:
     table |= before
 
 
-class OneWorker:
+class OneWorker(cluster.Cluster):
     """Stands for a cluster: pickles, as Ray does, all that a worker is sent and sends back."""
 
     def __init__(self, plan: sweep.Plan) -> None:
