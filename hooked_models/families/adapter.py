@@ -108,6 +108,8 @@ class Family:
     """Result of the pipeline's `encode_prompt`, with rows as every first axis."""
     handed: Callable[[Any], Any] = lambda encoded: encoded
     """Inverse of `kept`, once rows were chosen; makes anew what is of all rows together."""
+    modular: Callable[[Any], Any] | None = None
+    """Makes of diffusers' modular pipeline one that is called as others, where it has no other."""
     drawn: Callable[[Any, Mapping[str, Any], str, int | None], dict[str, Tensor]] | None = None
     """Arguments [1 …] of the pipeline's call that it draws for a row before its loop, from the
     pipeline, the call's other arguments, the row's prompt and its seed; without a seed, any of
@@ -121,8 +123,6 @@ class Family:
     """Position code [pos d_model] that is added to the image's stream, if there is one."""
     caption: Callable[[Any, Tensor], Tensor] = lambda live, text: text
     """Text as keys and values of cross-attention are made of it."""
-    alone: str = ""
-    """Why its pipeline's whole generations are not followed, if they are not."""
     notes: str = ""
 
 
@@ -239,7 +239,7 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
         self.setup()
         self.wrapped = live  # after setup(), which gives every module a name
         self.second: Any = None
-        """Of the transformer that computes the unconditional branch, if that is another one."""
+        """Model of the transformer that computes the unconditional branch, if that is another."""
         self.train(transformer.training)
 
     def __getattr__(self, name: str) -> Any:

@@ -12,6 +12,7 @@ from diffusers import Flux3Transformer2DModel
 
 from .adapter import Family
 from .blocks import Attention, Blocks, Write
+from .flux3_pipeline import Flux3Pipeline
 from .layout import ids, in_order
 from .samples import packed, times
 
@@ -63,5 +64,5 @@ FAMILY = Family(
     inputs=inputs,
     small=small,
     notes="layers count the image's own blocks first, which have image_attn",
-    alone="diffusers 0.42 has modular pipelines of it alone, which have no loop of their own",
+    modular=Flux3Pipeline,
 )

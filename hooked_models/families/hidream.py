@@ -51,7 +51,7 @@ def turned(encoded: Any) -> Any:
 
 
 def sides(pipe: Any, height: int, width: int) -> tuple[int, int]:
-    """Of as many pixels as the pipeline's default, whatever is asked."""
+    """Sides of as many pixels as the pipeline's default, in the proportion of the call's."""
     of, whole = 2 * pipe.vae_scale_factor, pipe.default_sample_size * pipe.vae_scale_factor
     scale = math.sqrt(whole**2 / (width * height))
     return int(height * scale // of * of), int(width * scale // of * of)

@@ -31,7 +31,7 @@ IMAGE_SIGN, TEXT_SIGN = OUTPUT_IMAGE_INDICATOR, LLM_TOKEN_INDICATOR
 N_LAYERS = len(QWEN3_VL_ACTIVATION_LAYERS)
 TEXT_ARGUMENT = "encoder_hidden_states"
 GUIDANCE = 7.0
-"""That of the pipeline's own schedule, but for its last three steps."""
+"""As in the pipeline's own schedule, all but its last three steps."""
 
 
 def layout(live: Any, given: Mapping[str, Any]) -> Layout:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
+from diffusers import ModularPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -73,6 +74,9 @@ class HookedPipeline(HookedTextToImage):
     """
 
     def __init__(self, pipe: Any) -> None:
+        family = families.SUPPORTED.get(type(getattr(pipe, "transformer", None)).__name__)
+        if isinstance(pipe, ModularPipeline) and family is not None and family.modular is not None:
+            pipe = family.modular(pipe)
         for needed in ("transformer", "scheduler", "encode_prompt"):
             if getattr(pipe, needed, None) is None:
                 raise TypeError(
@@ -81,12 +85,6 @@ class HookedPipeline(HookedTextToImage):
                 )
         super().__init__()
         self.__dict__["pipe"] = pipe
-        family = families.SUPPORTED.get(type(pipe.transformer).__name__)
-        if family is not None and family.alone:
-            raise ValueError(
-                f"{type(pipe).__name__}'s generations are not followed: {family.alone}. "
-                "hooked_models.families.hook(pipe.transformer) hooks its denoiser, call by call."
-            )
         live = has_weights_on(pipe.transformer)
         self.dit = families.hook(pipe.transformer, check=live)
         if family is not None and family.second:
@@ -112,7 +110,7 @@ class HookedPipeline(HookedTextToImage):
 
         Raises:
             ValueError: its transformer is of no known family, and the message names those that
-                are; or generations of its family are not followed, and the message says why.
+                are.
             TypeError: it has no transformer, or no loop of denoiser calls that can be followed.
         """
         return cls(pipe)
@@ -156,7 +154,7 @@ class HookedPipeline(HookedTextToImage):
 
     def as_diffusers(self) -> Any:
         """The pipeline itself."""
-        return self.pipe
+        return getattr(self.pipe, "modular", self.pipe)
 
     # Guidance and steps
 

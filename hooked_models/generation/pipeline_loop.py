@@ -31,7 +31,7 @@ from .pipeline_inputs import Bound, PipelineInputs
 from .sampling import Solver, solver_prepared
 
 
-class _Stop(Exception):
+class _Stop(BaseException):  # which no pipeline reports as an error
     """The latents that a loop ends with, before the pipeline does."""
 
     def __init__(self, latent: Tensor) -> None:

@@ -246,7 +246,7 @@ def _replaced(output: Any, shape: tuple[int, int], number: int) -> Any:
     return output
 
 
-class _Reached(Exception):
+class _Reached(BaseException):  # which no pipeline reports as an error
     """The arguments of the first conditional call of the transformer."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:

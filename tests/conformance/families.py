@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hooked_models import families
-
 from ..hooked_models.tiny_pipelines import PIPELINES
 from . import family_cases as cases
 from . import test_every_family as tests
@@ -88,6 +86,8 @@ test that passes on a tiny random pipeline of the family, on a CPU in float32. N
 - *hook_text*: the text as it enters the denoiser, read and changed, against a hook on the transformer's arguments.
 """
 PIXART = (
+    "FLUX.3's is a modular pipeline in diffusers 0.42, whose own blocks run here one after the other; "
+    "prompts are encoded as they are, without its upsampler.\n\n"
     "PixArt-α and PixArt-Σ have all of these and more (text encoders, edges, weights): "
     "[TransformerLens' tools](transformer_lens.md)."
 )
@@ -121,9 +121,7 @@ def page() -> str:
         "",
     ]
     lines += [f"- {tool}: {reason}." for tool, (reason, _) in tests.NOWHERE.items()]
-    others = {family.name: family.alone for family in families.SUPPORTED.values() if family.alone}
-    lines += ["", "## Hooked call by call", "", "Tested as denoisers alone (`families.hook`):", ""]
-    lines += [*(f"- {name}: {why}." for name, why in sorted(others.items())), ""]
+    lines += [""]
     return INTRODUCTION + "\n" + "\n".join(lines)
 
 

@@ -58,6 +58,7 @@ UNABLE: dict[tuple[str, str], str] = {
     **{(name, "unequal prompts"): SEES_PADS for name in ("Kandinsky 5", "GLM-Image")},
     ("Krea 2", "direct paths"): NOT_ADDED,
     ("HunyuanDiT", "edges"): "long skips carry streams past the blocks between",
+    ("FLUX.3", "edges"): "the image's own blocks come first, and the text joins the stream after",
     ("HiDream", "edges"): "each block reads a text of its own, which enters between blocks",
     (
         "AuraFlow",
@@ -117,9 +118,16 @@ class Case:
     def act(self, site: str, **how: Any) -> list[Any]:
         return Intervention(site, **how).hooks(self.model, list(PROMPTS), num_steps=STEPS)
 
+    @cached_property
+    def layer(self) -> int:
+        """The first that reads the text."""
+        dit = self.model.dit
+        names = (f"blocks.{layer}.{self.attention}.hook_z" for layer in range(dit.cfg.n_layers))
+        return next(layer for layer, name in enumerate(names) if name in dit.hook_dict)
+
     @property
     def attention(self) -> str:
-        """Sublayer that reads the text in block 0."""
+        """Sublayer that reads the text."""
         return "cross_attn" if "blocks.0.cross_attn.hook_z" in self.model.dit.hook_dict else "attn"
 
     @property

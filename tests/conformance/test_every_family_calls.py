@@ -37,7 +37,7 @@ def test_transformer_lens_patches_one_call(case: Case) -> None:
     """
     dit, name, place = case.model.dit, "blocks.1.hook_resid_pre", 3
     given = arguments_of(case, case.run(TEXTS))
-    joint = "joint_pos" in dit.axes(name)
+    joint = "joint_pos" in dit.axes("blocks.0.hook_resid_pre")  # of every block
     whole = rows_of_output(case.pipe.transformer(**given)[0])
     layout = dit.layout_of(**given)
     n_text, metric = layout.text_mask.shape[1], lambda out: out.double().mean()
@@ -46,7 +46,7 @@ def test_transformer_lens_patches_one_call(case: Case) -> None:
         view, tokens = bound(case, given, pos)
         assert close(view(tokens), whole)
         _, cache = view.run_with_cache(tokens[:1], names_filter=[name])
-        assert tokens.shape == (2, cache[name].shape[1])
+        assert tokens.shape == (2, layout.n_image if pos == "image" else cache[name].shape[1])
         assert pos != "text" or tokens.shape[1] in (n_text, layout.length("joint") - layout.n_image)
         found = tl_patching.generic_activation_patch(
             view,
@@ -73,7 +73,7 @@ def test_paths_and_scores_of_one_call(case: Case) -> None:
     """Path patching and attribution between two calls: one head's value of the source call against
     a run with that edit by hand, and autograd's slope there.
     """
-    dit, name = case.model.dit, f"blocks.0.{case.attention}.hook_z"
+    dit, name = case.model.dit, f"blocks.{case.layer}.{case.attention}.hook_z"
     original, source = (arguments_of(case, run) for run in case.counterfactuals)
     kept: dict[str, Tensor] = {}
 
@@ -92,7 +92,7 @@ def test_paths_and_scores_of_one_call(case: Case) -> None:
     run(source, keep)
     by_hand = flat_mean(run(original, patch))
     views = [bound(case, given)[0] for given in (original, source)]
-    sender = f"{case.attention}.L0H1"
+    sender = f"{case.attention}.L{case.layer}H1"
     exact = patching.path_patch(*views, sender, "output", flat_mean, "exact")
     assert exact["patched"].item() == pytest.approx(float(by_hand), rel=1e-4, abs=1e-6)
     assert abs((exact["patched"] - exact["original"]).item()) > 1e-7
@@ -106,5 +106,5 @@ def test_paths_and_scores_of_one_call(case: Case) -> None:
         total = flat_mean(run(original, open_)).sum()
         (slope,) = torch.autograd.grad(total, kept["open"])
     score = ((kept["z"] - kept["original"]) * slope)[:, :, 1].double().sum()
-    ours = float(found.scores[case.attention].sel(layer=0, head=1).squeeze())
+    ours = float(found.scores[case.attention].sel(layer=case.layer, head=1).squeeze())
     assert ours == pytest.approx(float(score), rel=1e-3, abs=1e-7)

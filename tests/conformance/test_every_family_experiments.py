@@ -45,7 +45,7 @@ def test_a_searchs_scores_and_effects(case: Case, way: Any) -> None:
     """Scores against a change of the guided output (or of the tensor itself) times autograd's
     slope there; effects of the chosen against runs of their own.
     """
-    site = f"blocks.0.{case.attention}.hook_z"
+    site = f"blocks.{case.layer}.{case.attention}.hook_z"
     cells = {f"head {head}": Intervention(site, heads=[head], steps=1) for head in (0, 1)}
     cells["stream"] = Intervention("blocks.1.hook_resid_pre", steps=1, action=Scale(0.9))
     plan = plan_of(case, cells, {"m": mean_of})
@@ -98,10 +98,10 @@ def test_ablations_by_hand(case: Case) -> None:
     """
     name, texts = case.attention, list(PROMPTS)
     lengths = set(case.model.layout(PROMPTS).text_mask.sum(1).tolist())
-    joint = "joint_pos" in case.model.dit.axes(f"blocks.0.{name}.hook_z")
-    means = ablation.ablate_heads("L0H1", "mean", name, steps=LAST)
+    joint = "joint_pos" in case.model.dit.axes(f"blocks.{case.layer}.{name}.hook_z")
+    means = ablation.ablate_heads(f"L{case.layer}H1", "mean", name, steps=LAST)
     if not joint or len(lengths) == 1:
-        full = f"steps.{LAST}.cond.blocks.0.{name}.hook_z"
+        full = f"steps.{LAST}.cond.blocks.{case.layer}.{name}.hook_z"
 
         def to_mean(z: Tensor, hook: Any) -> Tensor:
             z = z.clone()
@@ -113,9 +113,11 @@ def test_ablations_by_hand(case: Case) -> None:
         assert close(ours, case.images([(full, to_mean)]))
         assert not torch.equal(ours, case.clean.images)
     control = ablation.random_heads(case.model, means, np.random.default_rng(0))
-    assert ("blocks.0." not in control[0].site) or control[0].heads != (1,)
-    hide = ablation.knockout_role(prompts.word("circle"), layers=0, steps=LAST, sublayer=name)
-    scores = f"steps.{LAST}.cond.blocks.0.{name}.hook_attn_scores"
+    assert (f"blocks.{case.layer}." not in control[0].site) or control[0].heads != (1,)
+    hide = ablation.knockout_role(
+        prompts.word("circle"), layers=case.layer, steps=LAST, sublayer=name
+    )
+    scores = f"steps.{LAST}.cond.blocks.{case.layer}.{name}.hook_attn_scores"
     words = prompts.token_mask(case.model, texts, prompts.word("circle"))
     n_image = 0 if name == "cross_attn" else case.model.layout(PROMPTS).n_image
 
@@ -146,7 +148,7 @@ def test_ablation_effects_are_those_of_runs_with_hooks(case: Case, monkeypatch: 
     monkeypatch.setattr(ablation, "evaluate", evaluate)
     drawn = [scene for scene in scenes.sample(40, seed=0) if scene.relation == "above"][:2]
     texts = [scenes.caption(scene) for scene in drawn]
-    heads = ablation.ablate_heads("L0H0", "zero", case.attention)
+    heads = ablation.ablate_heads(f"L{case.layer}H0", "zero", case.attention)
     how = {"num_steps": STEPS, "guidance": case.guidance, "controls": 1}
     found = ablation.ablation_effects(case.model, drawn, {"head": heads}, SEEDS, **how)
     assert found["condition"].values.tolist() == ["none", "head", "head | random heads 1"]
@@ -263,7 +265,7 @@ def test_a_clusters_worker_gives_cells_as_alone(case: Case) -> None:
     their own.
     """
     cells = {
-        "head": Intervention(f"blocks.0.{case.attention}.hook_z", heads=[1], steps=1),
+        "head": Intervention(f"blocks.{case.layer}.{case.attention}.hook_z", heads=[1], steps=1),
         "late": Intervention("blocks.1.hook_resid_post", steps=LAST, action=Scale(0.5)),
     }
     plan = plan_of(case, cells, {"m": sweep.Metric(mean_of)})
@@ -306,12 +308,12 @@ def test_a_sweep_on_ray_is_the_local_one(name: str) -> None:
 def test_prompts_of_unequal_length_are_as_alone(case: Case) -> None:
     """Cells of a sweep in one batch against runs of one prompt, whose texts are shorter."""
     hide = Intervention(
-        f"blocks.0.{case.attention}.hook_pattern",
+        f"blocks.{case.layer}.{case.attention}.hook_pattern",
         tokens=prompts.word("circle"),
         steps=LAST,
         action="knockout",
     )
-    head = Intervention(f"blocks.0.{case.attention}.hook_z", heads=[1], steps=1)
+    head = Intervention(f"blocks.{case.layer}.{case.attention}.hook_z", heads=[1], steps=1)
     cells = {"hide": hide, "head": head}
     metric = sweep.Metric(lambda images: {"mean": mean_of(images), "at": images.flatten(1)[:, 7]})
     found = plan_of(case, cells, {"m": metric}).run()

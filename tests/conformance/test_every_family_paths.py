@@ -66,11 +66,12 @@ class ByHand:
         self.held: list[Any] = []
         for where in case.model.dit.family.blocks:
             for block in self.model.get_submodule(where.path):
-                module = submodule(block, where.attentions[case.attention].path)
+                reads = where.attentions.get(case.attention)  # none in a block of the image alone
+                module = None if reads is None else submodule(block, reads.path)
                 outs = [getattr(module, name, None) for name in OUTS]
                 found = [o[0] if isinstance(o, torch.nn.ModuleList) else o for o in outs]
                 own = [o for o in found if isinstance(o, torch.nn.Linear)]
-                self.heads.append(own or [block.proj_out])
+                self.heads.append([] if reads is None else own or [block.proj_out])
                 others = (submodule(block, name) for name in HELD)
                 self.held += [one for one in others if one is not None and one is not module]
 
@@ -134,7 +135,7 @@ def test_a_direct_path_is_that_of_torchs_hooks(case: Case) -> None:
     mine, theirs = ByHand(case, original), ByHand(case, source)
     start = case.model.dit.family.before(mine.arguments)  # positions of no image
     clean = rows_of_output(mine.model(**mine.arguments)[0])[:, start:]
-    for layer in {0, case.model.cfg.n_layers - 1}:
+    for layer in {case.layer, case.model.cfg.n_layers - 1}:
         by_hand = rows_of_output(mine.direct(layer, 1, theirs))[:, start:]
         change = float((flat_mean(by_hand) - flat_mean(clean)).squeeze())
         sender = f"{case.attention}.L{layer}H1"

@@ -79,18 +79,20 @@ def bends(case: Case) -> tuple[float, float]:
     """Curvature along a line in the stream, relative to the change, of an attention's input and of
     its queries: zero where they are linear in the stream.
     """
-    dit, name = case.model.dit, f"blocks.0.{case.attention}"
-    given = dit.family.inputs(dit.wrapped)
+    dit, name = case.model.dit, f"blocks.{case.layer}.{case.attention}"
+    given, enters = dit.family.inputs(dit.wrapped), f"blocks.{case.layer}.hook_resid_pre"
     tap = next(
-        tap for tap in dit.blocks[0].taps if isinstance(tap, KernelTap) and tap.heads.place == name
+        tap
+        for tap in dit.blocks[case.layer].taps
+        if isinstance(tap, KernelTap) and tap.heads.place == name
     )
-    _, cache = dit.run_with_cache(**given, names_filter="blocks.0.hook_resid_pre")
-    start = cache["blocks.0.hook_resid_pre"]
+    _, cache = dit.run_with_cache(**given, names_filter=enters)
+    start = cache[enters]
     line = torch.randn(start.shape)
     first = [
-        (f"blocks.0.hook_{leaf}", lambda x, hook: 0 * x)
+        (f"blocks.{case.layer}.hook_{leaf}", lambda x, hook: 0 * x)
         for leaf in ("attn_out", "attn_out_pre_gate")
-        if case.attention == "cross_attn" and f"blocks.0.hook_{leaf}" in dit.hook_dict
+        if case.attention == "cross_attn" and f"blocks.{case.layer}.hook_{leaf}" in dit.hook_dict
     ]
     inputs: list[Tensor] = []
     queries: list[Tensor] = []
@@ -103,7 +105,7 @@ def bends(case: Case) -> tuple[float, float]:
     for t in (0.0, 1.0, 2.0):
         moved: Any = lambda x, hook, t=t: start + t * line  # noqa: E731
         seen: Any = lambda q, hook: queries.append(q.clone())  # noqa: E731
-        hooks = [("blocks.0.hook_resid_pre", moved), *first, (f"{name}.hook_q", seen)]
+        hooks = [(enters, moved), *first, (f"{name}.hook_q", seen)]
         dit.run_with_hooks(**given, fwd_hooks=hooks)
     handle.remove()
     a, b = (

@@ -19,6 +19,7 @@ import transformers as T
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from benchmarks.pipelines import small_vae
+from hooked_models.families.flux3_pipeline import Flux3Pipeline
 
 from .pipelines import WORDS, randomise
 
@@ -629,7 +630,7 @@ def krea2() -> Any:
     )
 
 
-def qwen3_vl(layers: int = 2) -> Any:
+def qwen3_vl(layers: int = 2, kind: Any = T.Qwen3VLModel) -> Any:
     vision = {
         "depth": 1,
         "hidden_size": 16,
@@ -638,7 +639,7 @@ def qwen3_vl(layers: int = 2) -> Any:
         "out_hidden_size": D_TEXT,
     }
     text = {**qwen_text(), "head_dim": 8, "num_hidden_layers": layers}
-    return T.Qwen3VLModel(T.Qwen3VLConfig(text_config=text, vision_config=vision))
+    return kind(T.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
 def flux2_vae() -> Any:
@@ -725,6 +726,45 @@ def hidream() -> Any:
     pipe = D.HiDreamImagePipeline(flow(), vae(4), *clips, t5(), tokenizer(), llama, words, model)
     pipe.default_sample_size = 8
     return pipe
+
+
+class ChatProcessor:
+    """A processor of chats, with the tokenizer that it is made of."""
+
+    def __init__(self, words: Any) -> None:
+        self.tokenizer = words
+
+    def apply_chat_template(self, *args: Any, **how: Any) -> Any:
+        return self.tokenizer.apply_chat_template(*args, **how)
+
+
+def flux3() -> Any:
+    from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoBlocks
+
+    sizes = {
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "timestep_channels": 16,
+    }
+    model = D.Flux3Transformer2DModel(
+        in_channels=16,
+        cond_in_channels=16,
+        joint_attention_dim=2 * D_TEXT,
+        axes_dims_rope=(4, 4, 4, 4),
+        **sizes,
+    )
+    blocks = Flux3AutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    blocks.sub_blocks["text_encoder"].pad_multiple = 48
+    pipe = D.Flux3ModularPipeline(blocks)
+    language = qwen3_vl(kind=T.Qwen3VLForConditionalGeneration)
+    words = ChatProcessor(tokenizer(max_length=48))
+    pipe.update_components(
+        text_encoder=language, tokenizer=words, vae=flux2_vae(), transformer=model, scheduler=flow()
+    )
+    return Flux3Pipeline(pipe)
 
 
 class GridProcessor(T.T5Tokenizer):
@@ -932,6 +972,15 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
             "max_sequence_length": 48,
         },
     ),
+    "FLUX.3": (
+        flux3,
+        {
+            **SQUARE,
+            "guidance_scale": 4.0,
+            "max_sequence_length": 48,
+            "text_encoder_out_layers": (1, 2),
+        },
+    ),
     "HiDream": (hidream, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
 }
 """Name → how the pipeline is built, and the arguments of its call.
@@ -942,6 +991,7 @@ NO_FOLDER = {
     "PRX": "its text cleaning needs ftfy",
     "LongCat-Image": "its folder must hold a processor of images",
     "Kandinsky 5": "its folder must hold a processor of images",
+    "FLUX.3": "its modular pipeline has a folder of another kind",
     "GLM-Image": "its folder must hold a processor of images",
     "HiDream": "images take its default number of pixels, which no folder records",
 }
