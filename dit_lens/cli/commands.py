@@ -356,10 +356,7 @@ def _words(model: HookedTextToImage, texts: list[str], keys: str) -> Any:
 
 
 def models() -> None:
-    """List the bundled models: `dit-lens models`.
-
-    With size, text encoder and relation accuracy on held-out scenes.
-    """
+    """List the bundled models, with size, text encoder and held-out accuracy: `dit-lens models`."""
     from hooked_models.pipelines.hub import ZOO, list_models
 
     table = Table(box=None)

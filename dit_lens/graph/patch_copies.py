@@ -133,10 +133,7 @@ class Experiment:
         return values.detach().double().cpu().numpy()
 
     def places(self, nodes: Nodes, sends: bool) -> list[Place]:
-        """The denoiser calls that a set means, up to the one that the metric is taken at.
-
-        Checks the set on the way.
-        """
+        """The denoiser calls that a checked set means, up to that of the metric."""
         for node in nodes.nodes:
             node.check(self.original.dit.cfg, sends)
             if sends:
@@ -174,10 +171,7 @@ class Experiment:
         return branches
 
     def why_no_path(self, senders: Nodes, receivers: Nodes) -> str | None:
-        """Why some sender reaches no receiver, or some receiver is not reached.
-
-        None if all is joined.
-        """
+        """Reason why some sender or receiver has no path; None if all are joined."""
         dit = self.original.dit
         sent = list(product(senders.nodes, self.places(senders, sends=True)))
         received = list(product(receivers.nodes, self.places(receivers, sends=False)))

@@ -198,10 +198,7 @@ class RemoteTextToImage(HookedTextToImage):
 
     @property
     def scheduler(self) -> Any:
-        """The pipeline's.
-
-        Another one can be set where the pipeline is in this process; a server keeps its own.
-        """
+        """The pipeline's; it can be exchanged in this process, while a server keeps its own."""
         return self.nnsight.pipeline.scheduler
 
     @scheduler.setter
@@ -356,11 +353,7 @@ class RemoteTextToImage(HookedTextToImage):
         keep: Sequence[Site] = (),
         sums: Sequence[plan.GroupSum] = (),
     ) -> dict[str, Any]:
-        """Run once, with the attached hooks.
-
-        "images", the tensors that are kept, by name, as "kept", and sums of attention, by key, as
-        "added".
-        """
+        """Run once, with the attached hooks: "images", "kept" tensors and "added" sums by key."""
         todo = self.plan_of(draft, plan.Request(self.checked_hooks(draft), keep, sums))
         call = self.call_of(prompts, draft)
         model, run, nnsight, backend = self.nnsight, self.kernel, import_nnsight(), self.backend()
