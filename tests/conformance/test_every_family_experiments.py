@@ -252,6 +252,9 @@ class OneWorker(cluster.Cluster):
     def sample(self, *args: Any) -> Any:
         return cloudpickle.loads(cloudpickle.dumps(self.worker.sample(*args)))
 
+    def scores(self, *args: Any) -> Any:
+        raise AssertionError("nothing is searched")
+
     def tables(self, work: Any, clean: Any, jobs: Any) -> Iterator[Any]:
         shared = cloudpickle.loads(cloudpickle.dumps(work.on(None)))
         for forks in jobs:

@@ -265,7 +265,7 @@ def test_numbers_of_steps():
     model = model_with(diffusers.DPMSolverMultistepScheduler())
     for wrong in (0, -1, 1.5, True, "3", None):
         with pytest.raises(ValueError, match=r"num_steps=.*give an integer"):
-            inspect.unwrap(type(model).solver)(model, wrong)  # past a run-time type checker
+            inspect.unwrap(solver_of)(model.scheduler, wrong)  # past a run-time type checker
     for wrong in (1500, 5_000_000):
         with pytest.raises(ValueError, match="1000 timesteps"):
             model(PROMPTS, num_steps=wrong)
