@@ -67,9 +67,7 @@ FAMILY = Family(
     small=small,
     mixers=("attn1", "ff"),
     nonlinear=lambda live: "" if live.config.qk_norm is None else OWN_NORMS,
-    position=lambda live: (
-        None if live.patch_embed.pos_embed is None else live.patch_embed.pos_embed[0]
-    ),
+    position=position,
     caption=lambda live, text: live.caption_norm(live.caption_projection(text)),
     no_pattern={
         "attn": (
