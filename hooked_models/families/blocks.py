@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -87,6 +87,16 @@ def two_streams(
         writes,
         text_if=text_mlp,
     )
+
+
+def joint_streams(path: str, attn: str) -> Blocks:
+    """Blocks with a stream for the image and one for the text, joined in attention and MLP."""
+    streams = two_streams(path, attn, leaves=("image", "text"))
+    writes = {
+        "attn_out_pre_gate": streams.writes["attn_out_pre_gate"],
+        "mlp_out_pre_gate": Write("ff", ("joint",)),
+    }
+    return replace(streams, writes=writes, text_if="")
 
 
 def one_stream(

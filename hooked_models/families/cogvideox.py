@@ -7,14 +7,13 @@ Source: `CogVideoXTransformer3DModel` and `CogVideoXAttnProcessor2_0` (diffusers
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from .adapter import Family
-from .blocks import Write, two_streams
+from .blocks import joint_streams
 from .layout import in_order
 from .samples import normal, times
 
@@ -62,15 +61,10 @@ def small() -> Any:
     return CogVideoXTransformer3DModel(in_channels=4, out_channels=4, patch_size=2, **size, **text)
 
 
-STREAMS = two_streams("transformer_blocks", "attn1", leaves=("image", "text"))
-WRITES = {
-    "attn_out_pre_gate": STREAMS.writes["attn_out_pre_gate"],
-    "mlp_out_pre_gate": Write("ff", ("joint",)),
-}
 FAMILY = Family(
     name="CogVideoX",
     transformer="CogVideoXTransformer3DModel",
-    blocks=(replace(STREAMS, writes=WRITES, text_if=""),),
+    blocks=(joint_streams("transformer_blocks", "attn1"),),
     layout=in_order("text", grid),
     inputs=inputs,
     small=small,

@@ -364,6 +364,26 @@ def cogview4() -> Any:
     )
 
 
+def cogview3() -> Any:
+    sizes = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "pos_embed_max_size": 8,
+        "sample_size": 8,
+    }
+    model = D.CogView3PlusTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        text_embed_dim=D_TEXT,
+        time_embed_dim=16,
+        condition_dim=4,
+        **sizes,
+    )
+    return D.CogView3PlusPipeline(tokenizer(), t5(), vae(4), model, D.CogVideoXDDIMScheduler())
+
+
 def hunyuan_dit() -> Any:
     model = D.HunyuanDiT2DModel(
         num_attention_heads=2,
@@ -897,6 +917,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {**SQUARE, "height": 32, "width": 32, "guidance_scale": 4.0, "max_sequence_length": 240},
     ),
     "CogView4": (cogview4, {**SQUARE, "guidance_scale": 4.0}),
+    "CogView3-Plus": (cogview3, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
     "HunyuanDiT": (hunyuan_dit, {**SQUARE, "guidance_scale": 4.0, "use_resolution_binning": False}),
     "Chroma": (chroma, {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 12}),
     "Wan": (
