@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -155,7 +155,7 @@ def pipeline_class(source: Source, name: Any) -> Any:
         ValueError: diffusers has no such pipeline, or it has no transformer.
     """
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise ValueError(
             f"{source.name} is a {name}, which diffusers {diffusers.__version__} has not: see "
             "model_index.json."

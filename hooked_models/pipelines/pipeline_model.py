@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from functools import cache, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import diffusers
 import torch
-from diffusers import PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from ..store import digest, replace_folder
@@ -104,13 +104,17 @@ class PipelineModel(nn.Module):
     tokenizer: Any
     codec: Any
     scheduler: Any
-    pipeline_class: Any = PixArtSigmaPipeline
     source: Source | None = None
     """Where `from_pretrained` found it."""
     clean_caption: bool = False
     _offload: torch.device | None = None
     _resident: Literal["text_encoder", "dit", "codec"] | None = None
     """The part that is on the device that parts are moved to."""
+
+    @cached_property
+    def pipeline_class(self) -> Any:
+        """The pipeline's class that the model came in; PixArt-Σ's of a model of its parts."""
+        return diffusers.PixArtSigmaPipeline
 
     @classmethod
     def from_pretrained(

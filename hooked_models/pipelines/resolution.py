@@ -5,23 +5,14 @@ Source: `use_resolution_binning` of `PixArtSigmaPipeline.__call__` (diffusers 0.
 
 from __future__ import annotations
 
-from diffusers.image_processor import PixArtImageProcessor
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import (
-    ASPECT_RATIO_256_BIN,
-    ASPECT_RATIO_512_BIN,
-    ASPECT_RATIO_1024_BIN,
-    ASPECT_RATIO_2048_BIN,
-)
+from importlib import import_module
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
-TABLES = {
-    32: ASPECT_RATIO_256_BIN,
-    64: ASPECT_RATIO_512_BIN,
-    128: ASPECT_RATIO_1024_BIN,
-    256: ASPECT_RATIO_2048_BIN,
-}
-"""By the side of the training latents."""
+SIDES = {32: 256, 64: 512, 128: 1024, 256: 2048}
+"""By the side of the training latents: that of the images."""
 
 
 def nearest_resolution(height: int, width: int, sample_size: int) -> tuple[int, int]:
@@ -30,16 +21,22 @@ def nearest_resolution(height: int, width: int, sample_size: int) -> tuple[int, 
     Raises:
         ValueError: a model of this size was trained on squares alone.
     """
-    if sample_size not in TABLES:
+    if sample_size not in SIDES:
         raise ValueError(
             f"A model with sample_size={sample_size} has no table of aspect ratios (those of "
-            f"{', '.join(map(str, TABLES))} have): binning=False takes the size as it is."
+            f"{', '.join(map(str, SIDES))} have): binning=False takes the size as it is."
         )
-    return PixArtImageProcessor.classify_height_width_bin(height, width, TABLES[sample_size])
+    table = getattr(_pixart(), f"ASPECT_RATIO_{SIDES[sample_size]}_BIN")
+    return _pixart().PixArtImageProcessor.classify_height_width_bin(height, width, table)
 
 
 def resize_and_crop(
     images: Float[Tensor, "batch 3 _ __"], height: int, width: int
 ) -> Float[Tensor, "batch 3 {height} {width}"]:
     """Resize images of a trained size to the requested one, as diffusers' pipelines do."""
-    return PixArtImageProcessor.resize_and_crop_tensor(images, width, height)
+    return _pixart().PixArtImageProcessor.resize_and_crop_tensor(images, width, height)
+
+
+def _pixart() -> Any:
+    """The module of PixArt-Σ's pipeline in diffusers, imported at the first use: it loads all."""
+    return import_module("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma")
