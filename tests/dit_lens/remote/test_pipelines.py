@@ -311,8 +311,8 @@ FLOAT32_LATENTS = ("CogView4", "Wan", "HunyuanVideo")
 ROUNDING = 2 * 3 * 2 * 32 * 2**-24
 """Of float32, if all of it adds up: of both sides, in 3 steps of 2 blocks, each of some 32 operations
 one after the other."""
-BETWEEN_HIDDEN = ("CogVideoX", "ERNIE-Image")
-"""Their loops hide tensors between calls: the first calls its scheduler in two places, the second
+BETWEEN_HIDDEN = ("CogVideoX", "CogView3-Plus", "ERNIE-Image")
+"""Their loops hide tensors between calls: the first two call their scheduler in two places, the last
 draws its latents itself.
 """
 
