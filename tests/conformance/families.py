@@ -7,7 +7,12 @@ number the reason why a family cannot have a tool, which the test expects to be 
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+from hooked_models import families
 
 from ..hooked_models.tiny_pipelines import PIPELINES
 from . import family_cases as cases
@@ -93,6 +98,25 @@ PIXART = (
 )
 
 
+NOT_OPENED = (
+    "Text-to-image pipelines with a transformer that diffusers 0.42 lists in "
+    "`AutoPipelineForText2Image`, and the first sentence of the error that opening one raises:"
+)
+
+
+def not_opened() -> list[str]:
+    """A line for each of diffusers' pipelines whose transformer is of no known family."""
+    found = []
+    for pipeline in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+        part = inspect.signature(pipeline.__init__).parameters.get("transformer")
+        if part is not None:
+            try:
+                families.check_known(inspect.formatannotation(part.annotation).rpartition(".")[2])
+            except ValueError as error:
+                found.append(f"`{pipeline.__name__}`: {str(error).partition('.')[0]}.")
+    return sorted(found)
+
+
 def page() -> str:
     """The page."""
     reasons: list[str] = []
@@ -121,7 +145,8 @@ def page() -> str:
         "",
     ]
     lines += [f"- {tool}: {reason}." for tool, (reason, _) in tests.NOWHERE.items()]
-    lines += [""]
+    lines += ["", "## Not opened", "", NOT_OPENED, ""]
+    lines += [*(f"- {line}" for line in not_opened()), ""]
     return INTRODUCTION + "\n" + "\n".join(lines)
 
 
