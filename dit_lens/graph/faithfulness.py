@@ -299,12 +299,10 @@ def faithfulness(
     Samples of prompts are the last axes of circuits.
 
     Example:
-        >>> float(
-        ...     faithfulness(
-        ...         np.array([3.0, 5.0]), clean=np.array([5.0, 7.0]), corrupt=np.array([1.0, 3.0])
-        ...     )
-        ... )
-        0.5
+        >>> faithfulness(
+        ...     np.array([[3.0, 5.0]]), clean=np.array([5.0, 7.0]), corrupt=np.array([1.0, 3.0])
+        ... ).tolist()
+        [0.5]
     """
     return (values - corrupt).mean(axis=-1) / (clean - corrupt).mean(axis=-1)
 

@@ -217,7 +217,7 @@ def run_race(oracle: Oracle, prices: Prices, rules: Rules, unscored: Sequence[in
         ...     def scores(self, cells, scenes):
         ...         return self.exact(cells, scenes)
         >>> prices = Prices(np.ones(50), np.full(50, 0.05), 0.5, 0.1)
-        >>> found = run_race(Known(), prices, Rules(k=3, scenes=40, budget=8, sample=5))
+        >>> found = run_race(Known(), prices, Rules(k=3, scenes=40, budget=8.0, sample=5))
         >>> sorted(found.top.tolist())
         [47, 48, 49]
     """

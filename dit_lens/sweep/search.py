@@ -236,7 +236,7 @@ def search(
 
 
 def two_stage(
-    plan: Plan,
+    plan: Any,
     metric: str,
     k: int = 20,
     sample: int = 40,

@@ -15,7 +15,8 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold, PredefinedSplit, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..task import COMBINATIONS, DIRECTIONS, HELD_OUT, PHRASES
 from ..task.scene import other_color
@@ -77,7 +78,7 @@ def probe_captions() -> pd.DataFrame:
 
 @torch.no_grad()
 def word_vectors(
-    encoder: PreTrainedModel,
+    encoder: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     captions: pd.DataFrame,
     word: Word,
@@ -179,7 +180,7 @@ def probe(
 
 
 def probe_table(
-    encoder: PreTrainedModel,
+    encoder: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     word: Word = "shape2",
     targets: Sequence[str] = TARGETS,
@@ -197,7 +198,7 @@ def probe_table(
     return xr.DataArray(values, dims=("layer", "target", "split"), coords=coords, name="probe")
 
 
-def place_score(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+def place_score(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:
     """R² of an object's direction from the other object, by one probe for both shape words.
 
     "circle" in "circle is above square" and in "square is below circle" have the same label, in
@@ -221,7 +222,7 @@ def place_score(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def cosines(
-    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, word: Word = "shape2"
+    encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, word: Word = "shape2"
 ) -> pd.Series:
     """Mean cosine between two captions' vectors of one word (encoder output).
 
