@@ -223,6 +223,7 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
         )
         # [batch text_pos d_text]
         self.hook_text: HookPoint = HookPoint() if first is None else first.hook_text
+        self._axes: dict[str, Axes] = {}
         self._taps: list[Tap] = [TextTap(transformer, self.hook_text, family)]
         for ours, (block, _) in zip(self.blocks, listed, strict=True):
             self._taps += ours.taps if first is None else ours.taps_on(block)
@@ -281,6 +282,11 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
 
     def axes(self, name: str) -> Axes:
         """As in HookedModule; positions of both streams are "joint_pos", image first."""
+        if name not in self._axes:
+            self._axes[name] = self._axes_of(name)
+        return self._axes[name]
+
+    def _axes_of(self, name: str) -> Axes:
         usual_axes, point = super().axes(name), self.mod_dict[name]
         sides = next(sides for tap in self._taps if (sides := tap.sides(point)) is not None)
 
