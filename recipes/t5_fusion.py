@@ -126,7 +126,7 @@ def relation_shares(model: HookedTextToImage) -> pd.DataFrame:
                 "other": factors[f"shape{other}"],
                 "relation": factors["relation"],
             }
-            table = variance.partition(vectors, design, permutations=0)  # type: ignore[arg-type]
+            table = variance.partition(vectors, design, permutations=0)
             found = table["r2_partial"][["own", "relation"]].to_dict()
             found["total"] = 1 - table["r2_sequential"]["residual"]
             parts = factors[["color1", "shape1", "shape2"]]

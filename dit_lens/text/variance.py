@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 Vectors = Float[Tensor, "n d"] | Float[np.ndarray, "n d"]
-Factors = pd.DataFrame | Mapping[str, Sequence[Any]]
+Factors = pd.DataFrame | Mapping[str, Sequence[Any] | pd.Series]
 Interactions = Sequence[str] | Literal["all"]
 
 ROUNDING = 1e-9

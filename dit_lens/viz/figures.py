@@ -37,7 +37,7 @@ def bare(ax: Axes) -> Axes:
 def intervals(
     ax: Axes,
     found: Iterable[Interval],
-    at: Iterable[float] | None = None,
+    at: Iterable[int | float] | None = None,
     *,
     upright: bool = False,
     **look: Any,
