@@ -6,23 +6,14 @@ the text is refined, and modulated by its own mean, before the blocks that are n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from diffusers import HunyuanVideoTransformer3DModel
 
 from .adapter import Family
 from .blocks import parallel_streams, two_streams
-from .layout import in_order
+from .layout import in_order, patches
 from .samples import normal, patch_pixels, text_mask, times
-
-
-def grid(live: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
-    patch = (live.config.patch_size_t, live.config.patch_size, live.config.patch_size)
-    frames, rows, columns = (
-        n // p for n, p in zip(given["hidden_states"].shape[2:], patch, strict=True)
-    )
-    return rows, columns, frames
 
 
 def inputs(transformer: Any) -> dict[str, Any]:
@@ -64,7 +55,7 @@ FAMILY = Family(
         two_streams("transformer_blocks", leaves=LEAVES),
         parallel_streams("single_transformer_blocks", leaves=LEAVES),
     ),
-    layout=in_order("image", grid, mask="encoder_attention_mask"),
+    layout=in_order("image", patches, mask="encoder_attention_mask"),
     inputs=inputs,
     small=small,
     spreads=frozenset({"text"}),

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from ..hooks.streams import permute
 from .adapter import Family
 from .blocks import one_stream
-from .layout import IMAGE, OTHER, TEXT, Layout
+from .layout import IMAGE, OTHER, TEXT, Layout, extent
 from .samples import image_ids, normal, times
 
 IMAGE_SIGN, TEXT_SIGN = OUTPUT_IMAGE_INDICATOR, LLM_TOKEN_INDICATOR
@@ -41,11 +41,9 @@ def layout(live: Any, given: Mapping[str, Any]) -> Layout:
         .masked_fill(signs == IMAGE_SIGN, IMAGE)
         .masked_fill(signs == TEXT_SIGN, TEXT)
     )
-    own = places[0][signs[0] == IMAGE_SIGN]
-    rows, columns = (int(own[:, axis].max() - own[:, axis].min()) + 1 for axis in (1, 2))
     texts = (signs == TEXT_SIGN).sum(1, keepdim=True)
-    mask = torch.arange(signs.shape[1] - len(own), device=signs.device) < texts
-    return Layout((rows, columns, 1), mask, {"joint": labels})
+    mask = torch.arange(before(given), device=signs.device) < texts
+    return Layout(extent(places[0][signs[0] == IMAGE_SIGN]), mask, {"joint": labels})
 
 
 def _order(given: Mapping[str, Any]) -> Tensor:

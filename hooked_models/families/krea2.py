@@ -15,14 +15,12 @@ from diffusers import Krea2Transformer2DModel
 
 from .adapter import Family
 from .blocks import one_stream
-from .layout import in_order
+from .layout import extent, in_order
 from .samples import image_ids, normal, text_mask, times
 
 
 def grid(live: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
-    places = given["position_ids"][given["encoder_hidden_states"].shape[1] :]
-    rows, columns = (int(places[:, axis].max() - places[:, axis].min()) + 1 for axis in (1, 2))
-    return rows, columns, 1
+    return extent(given["position_ids"][given["encoder_hidden_states"].shape[1] :])
 
 
 def inputs(transformer: Any) -> dict[str, Any]:

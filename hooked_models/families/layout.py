@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from ..hooks.layout import IMAGE, OTHER, TEXT, Layout, LayoutError, ordered, ragged
@@ -81,6 +81,15 @@ def ids(live: Any, given: Mapping[str, Any]) -> Grid:
     """
     places = given["img_ids"]
     places = places[0] if places.ndim == 3 else places
-    own = places[places[:, 0] == places[0, 0]]
-    rows, columns = (int(own[:, axis].max() - own[:, axis].min()) + 1 for axis in (1, 2))
+    return extent(places[places[:, 0] == places[0, 0]])
+
+
+def extent(places: Shaped[Tensor, "pos axis"]) -> Grid:
+    """Grid of tokens at these places: rows in axis 1, columns in axis 2.
+
+    Example:
+        >>> extent(torch.tensor([[0, 4, 4], [0, 4, 5], [0, 4, 6]]))
+        (1, 3, 1)
+    """
+    rows, columns = (int(places[:, axis].max() - places[:, axis].min()) + 1 for axis in (1, 2))
     return rows, columns, 1
