@@ -226,10 +226,7 @@ def _indices(vocabulary: tuple[str, ...], words: Sequence[str]) -> Int[np.ndarra
 def color_classes(
     images: Float[Tensor, "image 3 height width"],
 ) -> UInt8[np.ndarray, "image height width"]:
-    """Color class of each pixel: 1 + its index into `COLORS`, or 0 (by `COLOR_MARGIN`).
-
-    0 is background.
-    """
+    """Classify pixels by color: 1 + the index into `COLORS`, or 0 for background."""
     pixels = images.detach().float().cpu().clamp(0, 1).numpy()
     red, blue, gray = pixels[:, 0], pixels[:, 2], pixels.mean(axis=1)
     classes = np.zeros(gray.shape, dtype=np.uint8)

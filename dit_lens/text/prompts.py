@@ -257,9 +257,7 @@ def role_mask(
 def phrase_mask(
     model: HookedTextToImage, prompts: str | Sequence[str], phrase: str
 ) -> Bool[Tensor, "prompt text_pos"]:
-    """Tokens of `model.to_tokens(prompts)` that spell a word or phrase.
-
-    `token_mask` of `word(phrase)`.
+    """Mark the tokens of prompts that spell a word or phrase: `token_mask` of `word(phrase)`.
 
     Raises:
         ValueError: a prompt does not contain it.

@@ -1,6 +1,6 @@
 """Train a text-to-image DiT on scenes: the paper's ε-prediction, or a faster default.
 
-`dit-lens train --help`.
+`dit-lens train --help` lists the settings.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ class FamilyModel(WeightCircuits, LanguageToolGuard, HookedModule):
     def __getattr__(self, name: str) -> Any:
         """Pass on the attributes that a pipeline reads of its transformer.
 
-        `config`, `dtype`, `cache_context`, ….
+        Such are `config`, `dtype` and `cache_context`.
 
         Raises:
             AttributeError: the wrapped module has no such attribute; the message names the way to

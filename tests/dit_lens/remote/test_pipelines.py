@@ -309,7 +309,7 @@ def test_a_heat_map_is_summed_there(served: Pair, by: Any) -> None:
 FLOAT32_LATENTS = ("CogView4", "Wan", "HunyuanVideo")
 """Their latents begin in float32 in a model of any dtype, and the oracle keeps them so."""
 ROUNDING = 2 * 3 * 2 * 32 * 2**-24
-"""Of float32, if all of it adds up: of both sides, in 3 steps of 2 blocks, each of some 32 operations
+"""Largest sum of float32's rounding on both sides, in 3 steps of 2 blocks, each of some 32 operations
 one after the other."""
 BETWEEN_HIDDEN = ("CogVideoX", "CogView3-Plus", "ERNIE-Image")
 """Their loops hide tensors between calls: the first two call their scheduler in two places, the last
