@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dit_lens import Intervention, prompts
 from dit_lens.readout.heat_maps import heatmap, kept_dims
 from hooked_models import HookedTextToImage
-from hooked_models.families import taps
+from hooked_models.families import kernel_tap
 from hooked_models.pixart import attention
 
 from ...hooked_models.hooks.test_scopes import PeakBytes
@@ -151,7 +151,7 @@ def test_a_heat_map_without_the_kernels_sums(name: str, monkeypatch: Any) -> Non
 
     found = []
     for kernel in (watched, silent):
-        for module in (attention, taps):
+        for module in (attention, kernel_tap):
             monkeypatch.setattr(module, "fused_attention", kernel)
         found.append(heatmap(model, PROMPTS, "circle", SEEDS, n_steps, **options))
     assert told
