@@ -27,7 +27,7 @@ RENAMED = {
 def shown(value: Any, length: int = 80) -> str:
     """A value for a message, in one line of at most `length` characters.
 
-    Its repr; of arrays the shape.
+    Arrays are shown by their shape, others by their repr.
 
     Example:
         >>> shown(torch.zeros(3, 4)), shown("x" * 200, 10)
@@ -163,7 +163,7 @@ def one_of(name: str, value: Any, options: Sequence[Any]) -> Any:
 def chosen_steps(steps: Any, n: int, name: str = "steps") -> list[int]:
     """Some of `n` denoising steps, ascending and each once.
 
-    One, several or a slice, negative ones from the end; None for all.
+    Steps are one number, several or a slice, negative ones from the end; None is all of them.
 
     Raises:
         ValueError: one of them is no integer, or lies outside of the run; or there is none.

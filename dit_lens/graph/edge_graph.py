@@ -79,9 +79,7 @@ def index_of(node: Node, words: tuple[int, ...] | str | None = None) -> tuple[An
 
 @contextmanager
 def edge_flags(dit: HookedDiT) -> Iterator[None]:
-    """Give every sender's contribution and every receiver's own input a hook.
-
-    In the runs that this block makes.
+    """Give every sender's contribution and every receiver's own input a hook, inside the block.
 
     Raises:
         ValueError: cfg.use_attn_in is on, which excludes separate inputs.

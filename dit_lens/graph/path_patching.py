@@ -1,6 +1,6 @@
 """Path patching: the effect of senders on a result *by way of* receivers.
 
-Within a step and across steps.
+Paths lead within a step and across steps.
 
     original = model.trajectory("red circle is above blue square", seed=0)
     source = model.trajectory("red circle is below blue square", seed=0)

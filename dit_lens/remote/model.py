@@ -1,6 +1,6 @@
 """A text-to-image model behind nnsight, under the names of `HookedTextToImage`.
 
-On this machine or another.
+It runs on this machine or on another.
 
     model = RemoteTextToImage("black-forest-labs/FLUX.1-schnell", remote="http://gpu-box:8001")
     pattern = "blocks.2.attn.hook_pattern"

@@ -257,9 +257,9 @@ def kernel_of(attention: nn.Module, place: str) -> tuple[tuple[str, str], bool]:
 
 
 def _order_in(draft: PipelineInputs, call: Call, streams: Sequence[str]) -> tuple[Orders, int]:
-    """Indices from the model's order of these streams to that of hooks and back.
+    """Indices from the model's order of these streams to that of hooks and back, for a call's rows.
 
-    Over all rows of a call; and the number of positions.
+    The number of positions comes second.
     """
     layouts = [draft.layouts[branch] for branch in call.branches]
     each = [layout.order(tuple(streams)) for layout in layouts]

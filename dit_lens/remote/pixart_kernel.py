@@ -69,9 +69,9 @@ class PixArtWalk(Walk):
                 linears[3].input = z.flatten(2)
 
     def qkv(self, name: str, linears: Any, heads: int) -> dict:
-        """q, k and v [batch pos head d_head] as hooks leave them, where they are needed.
+        """q, k and v [batch pos head d_head] as hooks leave them.
 
-        Hooks or the pattern need them.
+        One that neither a hook nor the pattern needs is left out.
         """
         read: dict[str, Tensor] = {}
         for leaf, linear in zip(("q", "k", "v"), linears[:3], strict=True):

@@ -138,9 +138,9 @@ class Condition:
         return 0 if self.before else min(self.at, default=self.steps)
 
     def starts(self, layers: int, step: int) -> dict[Branch, int]:
-        """For a run that is clean up to `step`: branch → the layer from which on it differs there.
+        """Branch → the layer from which on a run differs at `step`, if it is clean before.
 
-        Others do not.
+        Branches without a layer do not differ.
         """
         found: dict[Branch, int] = {}
         for edit in self.before:

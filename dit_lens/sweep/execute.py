@@ -78,9 +78,9 @@ class SweepContext:
     def table(
         self, cells: Int[np.ndarray, " cell"], batch: ForkBatch | None, found: Mapping[Read, Tensor]
     ) -> pd.DataFrame:
-        """Rows of the results for the cells of a batch, or for cells that are the clean run's.
+        """Rows of the results for the cells of a batch.
 
-        The latter without a batch.
+        Without a batch, the cells are the clean run's.
         """
         plan, rows = self.plan, cells % self.plan.runs
         firsts = np.array([plan.conditions[condition].first for condition in cells // plan.runs])

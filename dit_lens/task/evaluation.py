@@ -238,9 +238,7 @@ def accuracies(
 
 
 def template_effects(rows: pd.DataFrame, metrics: Sequence[str] = METRICS[:-1]) -> pd.DataFrame:
-    """Change of each metric by each template, on the same scenes and noise.
-
-    Relative to the trained one.
+    """Change of each metric from the trained template to another, on the same scenes and noise.
 
     Args:
         rows: of `evaluate_model`.

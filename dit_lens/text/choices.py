@@ -48,7 +48,7 @@ FORMS = (
 def word(text: str, nth: SupportsIndex | None = None) -> Word:
     """The tokens of a word or phrase, wherever a prompt has it as whole words.
 
-    Without regard to case.
+    Upper and lower case are the same.
 
     Args:
         text: one word or several in order; punctuation between them is not compared.

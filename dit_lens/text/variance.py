@@ -1,6 +1,6 @@
 """Variance partition of word vectors over a factorial set of prompts.
 
-Also the effect vector of each factor's level.
+The effect vector of each factor's level comes with it.
 
     prompts = variance.factorial_prompts()
     vectors, factors = variance.word_vectors(model, prompts, role="shape2", at="caption")

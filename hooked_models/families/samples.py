@@ -1,6 +1,6 @@
 """Parts of the small random inputs on which models are checked.
 
-Two rows of 2 × 3 image tokens, texts of five and of three.
+They are two rows of 2 × 3 image tokens, with texts of five tokens and of three.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Tap(Protocol):
     def sides(self, point: HookPoint) -> tuple[set[str], set[str]] | None:
         """Streams of a point's (query) positions and of its key positions.
 
-        None if it is not this tap's.
+        The result is None for a point of another tap.
         """
 
     def attach(self, layout: Layout) -> list[RemovableHandle]:

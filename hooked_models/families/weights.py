@@ -64,7 +64,7 @@ class Weights:
     def bias(self, which: str) -> Float[Tensor, "..."]:
         """Bias of the attention's own Linear, [head d_head], of the output's [d_model].
 
-        Zeros where it has none.
+        It is zero where the Linear has none.
         """
         linear: Any = getattr(self.attention, OWN[which])
         linear = linear[0] if which == "O" else linear

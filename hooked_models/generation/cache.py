@@ -184,7 +184,7 @@ class GenerationCache(ActivationCache):
     def at(self, step: int, branch: Branch = "cond") -> DiTCache:
         """The cache of one denoiser call, under canonical names.
 
-        As TransformerLens' tools expect it.
+        TransformerLens' tools take it.
 
         Raises:
             KeyError: nothing was cached there.

@@ -79,7 +79,7 @@ class HookedGeneration(HookedRootModule):
     def contexts(self) -> dict[str, dict[str, Any]]:
         """Name → the `ctx` that hooks of that name share in this thread, until it is cleared.
 
-        Forward and backward.
+        Forward and backward hooks share it.
         """
         known = _CONTEXTS.get()
         if known is None:

@@ -1,6 +1,6 @@
-"""Any diffusers text-to-image pipeline as a hooked model, through the pipeline's own loop.
+"""Any diffusers text-to-image pipeline with a transformer as a hooked model.
 
-It has a transformer.
+It runs through the pipeline's own loop.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Everything that a run of a diffusers pipeline is computed from.
 
-Also the arguments of one call of its transformer.
+`Bound` holds the arguments of one call of its transformer.
 """
 
 from __future__ import annotations

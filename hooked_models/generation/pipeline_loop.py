@@ -236,7 +236,7 @@ class Running:
 class Trial:
     """A visitor that finds out which calls a pipeline makes, without computing them.
 
-    Predictions are zeros.
+    It predicts zeros.
     """
 
     def __init__(self, transformer: Any = None, channels: tuple[int, ...] | None = None) -> None:
