@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import beartype  # noqa: F401  (before nnsight gives `object` a method that it cannot hash)
 import hypothesis
 import pytest
 import torch
