@@ -70,7 +70,7 @@ class CallSums:
         >>> groups = Groups(torch.ones(1, 4, 2), torch.ones(1, 3, 5), "sum")
         >>> sums = CallSums(groups, [attention], n_heads=1)
         >>> sums.readers[attention].read(torch.randn(1, 4, 1, 8), torch.randn(1, 3, 1, 8), None)
-        >>> bool((sums.taken() - 4 < 1e-5).all())  # 4 queries, each with an attention of 1
+        >>> torch.allclose(sums.taken(), torch.tensor(4.0))  # 4 queries, an attention of 1 each
         True
     """
 
